@@ -1,0 +1,36 @@
+"""The embedded default: multi-step arithmetic, no download, minutes on two CPU cores.
+
+python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+from distill.config import default_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "smoke"):
+        raise ValueError(f"argument {arg!r}: allowed is smoke")
+    smoke = arg == "smoke"
+    config = default_config()
+    config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
+    config.policy.model_name = "embedded:arithmetic-student"
+    config.distillation.kl_type = "forward"
+    config.distillation.lambda_ = 1.0
+    config.distillation.max_steps = 20 if smoke else 200
+    config.distillation.eval_steps = 0 if smoke else 50
+    config.distillation.save_steps = 10 if smoke else 50
+    config.distillation.logging_steps = 5 if smoke else 10
+    config.distillation.generate_strategy.max_length = 80
+    config.policy.max_total_sequence_length = 128
+    config.policy.precision = "float32"
+    config.teacher.precision = "float32"
+    config.policy.train_global_batch_size = 128
+    config.policy.train_micro_batch_size = 128
+    config.policy.optimizer.learning_rate = 2e-3
+    config.policy.optimizer.schedule = "cosine"
+    config.data.name = "arithmetic"
+    config.data.shuffle = True
+    config.data.validation.max_samples = 128 if smoke else 512
+    config.evaluation.batch_size = 128 if smoke else 256
+    return config

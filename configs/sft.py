@@ -1,0 +1,57 @@
+"""Supervised fine-tuning with the distillation trainer: lambda_=0 and hard labels, no teacher.
+
+Fine-tune a Hugging Face model on a dataset with responses:
+
+    python -m distill.main --config=configs/sft.py --workdir=runs/sft \
+        --config.policy.model_name=Qwen/Qwen2.5-1.5B --config.data.name=gsm8k
+
+The built-in models of configs/arithmetic.py were made from random weights by
+
+    python -m distill.main --config=configs/sft.py:arithmetic_teacher --workdir=runs/teacher
+    python -m distill.main --config=configs/sft.py:arithmetic_student --workdir=runs/student
+"""
+
+from ml_collections import ConfigDict
+
+from distill.config import default_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default_config()
+    config.distillation.hard_labels = True
+    config.distillation.lambda_ = 0.0
+    config.data.shuffle = True
+    if arg == "":
+        return config
+    config.data.name = "arithmetic"
+    config.policy.tokenizer = "characters:arithmetic"
+    config.policy.precision = "float32"
+    config.policy.max_total_sequence_length = 128
+    config.distillation.generate_strategy.max_length = 80
+    config.policy.optimizer.schedule = "cosine"
+    config.policy.optimizer.warmup_steps = 50
+    config.policy.train_global_batch_size = 128
+    config.policy.train_micro_batch_size = 128
+    config.evaluation.batch_size = 256
+    config.checkpointing.export_dtype = "bfloat16"
+    if arg == "arithmetic_teacher":
+        _set_shape(config.policy.shape, num_layers=4, model_width=192, num_heads=6)
+        config.policy.optimizer.learning_rate = 1e-3
+        config.distillation.max_steps = 3000
+        config.distillation.eval_steps = 500
+        config.distillation.save_steps = 500
+    elif arg == "arithmetic_student":
+        _set_shape(config.policy.shape, num_layers=3, model_width=64, num_heads=4)
+        config.policy.optimizer.learning_rate = 2e-3
+        config.distillation.max_steps = 1500
+        config.distillation.eval_steps = 500
+    else:
+        raise ValueError(f"argument {arg!r}: allowed are arithmetic_teacher, arithmetic_student")
+    return config
+
+
+def _set_shape(shape: ConfigDict, *, num_layers: int, model_width: int, num_heads: int) -> None:
+    shape.num_layers = num_layers
+    shape.model_width = model_width
+    shape.num_heads = shape.num_kv_heads = num_heads
+    shape.ffn_width = 4 * model_width

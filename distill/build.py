@@ -1,0 +1,318 @@
+"""Builders that turn the parsed config into parts; shared by the trainer and the command lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from distill import optimizer as optimizers
+from distill.config import Config
+from distill.data.base import DatasetInterface, dataset_options, get_dataset
+from distill.data.pipeline import make_train_iterator
+from distill.data.prompts import Prompts, tokenize_prompts
+from distill.errors import UserError
+from distill.evaluate import Evaluator, Model
+from distill.losses.objective import Objective, make_objective
+from distill.metrics import MetricsWriter, Progress
+from distill.models.hf import load_model_config, load_params
+from distill.models.transformer import Transformer
+from distill.rollout.colocated import ColocatedBackend
+from distill.sampling.choice import SamplingParams
+from distill.sharding import batch_parts, make_mesh, named_sharding, param_shardings
+from distill.tokenizer import check_same_vocabulary, end_ids, load_tokenizer, vocabulary_size
+
+# Keys of the config's data section that a source may take.
+_DATA_KEYS = {"holdout_fraction", "subset", "prompt_column", "response_column", "answer_column"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer that student and teacher share.
+
+    Attributes:
+      tokenizer: the student's.
+      size: ids in use; output heads may be padded beyond it.
+      end_ids: ids that end an answer.
+    """
+
+    tokenizer: object
+    size: int
+    end_ids: tuple[int, ...]
+
+
+def import_plugins(config: Config) -> None:
+    """Imports the user's modules, which register datasets and divergences."""
+    for name in config.plugins:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"plugins names {name!r}, which cannot be imported ({error}): it must be a module "
+                "on PYTHONPATH"
+            ) from None
+
+
+def build_mesh(config: Config) -> Mesh:
+    """The device mesh; checks that batches can be split over it."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    parts = batch_parts(mesh)
+    policy = config.policy
+    if policy.train_micro_batch_size % parts:
+        micro = -(-policy.train_micro_batch_size // parts) * parts
+        count = -(-policy.train_global_batch_size // micro)
+        raise UserError(
+            f"policy.train_micro_batch_size={policy.train_micro_batch_size} does not divide over "
+            f"{parts} devices (mesh data x fsdp): try train_micro_batch_size={micro} with "
+            f"train_global_batch_size={count * micro}"
+        )
+    if config.evaluation.batch_size % parts:
+        raise UserError(
+            f"evaluation.batch_size={config.evaluation.batch_size} does not divide over {parts} "
+            f"devices (mesh data x fsdp): try {-(-config.evaluation.batch_size // parts) * parts}"
+        )
+    return mesh
+
+
+def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
+    """Function that places this host's rows of a batch on the mesh."""
+
+    def put(rows: np.ndarray) -> jax.Array:
+        rows = np.asarray(rows)
+        sharding = named_sharding(mesh, "batch", *[None] * (rows.ndim - 1))
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return put
+
+
+def build_vocabulary(student_folder: Path, teacher_folder: Path | None) -> Vocabulary:
+    tokenizer = load_tokenizer(student_folder)
+    ends = set(end_ids(tokenizer, student_folder))
+    if teacher_folder is not None:
+        check_same_vocabulary(tokenizer, load_tokenizer(teacher_folder))
+    return Vocabulary(tokenizer, vocabulary_size(tokenizer), tuple(sorted(ends)))
+
+
+def build_dataset(config: Config) -> DatasetInterface:
+    """The data to train on."""
+    data = config.data
+    return get_dataset(
+        data.name,
+        data.split,
+        seed=config.seed,
+        max_samples=data.max_samples,
+        path=data.path or None,
+        **_source_options(config, data.name),
+    )
+
+
+def build_validation(config: Config) -> DatasetInterface:
+    """The held-out prompts."""
+    data, validation = config.data, config.data.validation
+    name = validation.name or data.name
+    path = validation.path or (data.path if name == data.name else "")
+    return get_dataset(
+        name,
+        validation.split,
+        seed=config.seed,
+        max_samples=validation.max_samples,
+        path=path or None,
+        **_source_options(config, name),
+    )
+
+
+def _source_options(config: Config, name: str) -> dict[str, object]:
+    """The keys of `data` that the source has a parameter for."""
+    return {key: getattr(config.data, key) for key in dataset_options(name) & _DATA_KEYS}
+
+
+def build_prompts(
+    config: Config, dataset: DatasetInterface, tokenizer, *, needs_responses: bool = False
+) -> Prompts:
+    """Tokenized prompts that leave room for a response of full length."""
+    max_length = config.distillation.generate_strategy.max_length
+    return tokenize_prompts(
+        dataset,
+        tokenizer,
+        max_prompt_length=config.policy.max_total_sequence_length - max_length,
+        max_response_length=max_length,
+        needs_responses=needs_responses,
+        system_prompt=config.data.system_prompt,
+        prompt_template=config.data.prompt_template,
+    )
+
+
+def build_model(
+    folder: Path, mesh: Mesh, *, dtype: str, param_dtype: str, remat: str, max_length: int
+) -> Model:
+    """Reads a Hugging Face folder, each weight straight to its shards.
+
+    Args:
+      folder: config.json and safetensors.
+      mesh: where the parameters go.
+      dtype: of the computation.
+      param_dtype: of the stored weights.
+      remat: what the backward pass recomputes.
+      max_length: positions that will be used.
+    """
+    config, _ = load_model_config(folder)
+    if max_length > config.max_positions:
+        raise UserError(
+            f"policy.max_total_sequence_length={max_length} exceeds the {config.max_positions} "
+            f"positions of the model in {folder}: lower it"
+        )
+
+    def construct():
+        return Transformer(
+            config,
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(param_dtype),
+            remat=remat,
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, abstract = nnx.split(nnx.eval_shape(construct), nnx.Param)
+    params = load_params(
+        folder, config, abstract, param_shardings(abstract, mesh), jnp.dtype(param_dtype)
+    )
+    return Model(graph, params)
+
+
+def build_student(config: Config, folder: Path, mesh: Mesh) -> Model:
+    policy = config.policy
+    return build_model(
+        folder,
+        mesh,
+        dtype=policy.precision,
+        param_dtype="float32",
+        remat=policy.activation_checkpointing,
+        max_length=policy.max_total_sequence_length,
+    )
+
+
+def build_teacher(config: Config, folder: Path, mesh: Mesh) -> Model:
+    precision = config.teacher.precision
+    return build_model(
+        folder,
+        mesh,
+        dtype=precision,
+        param_dtype=precision,
+        remat="none",
+        max_length=config.policy.max_total_sequence_length,
+    )
+
+
+def build_objective(config: Config) -> Objective:
+    distillation = config.distillation
+    implementation = distillation.loss_implementation
+    return make_objective(
+        distillation.kl_type,
+        mixed_kl_weight=distillation.mixed_kl_weight,
+        jsd_beta=distillation.jsd_beta,
+        skew_alpha=distillation.skew_alpha,
+        temperature=distillation.kl_temperature,
+        temperature_squared=distillation.kl_temperature_squared,
+        hard_labels=distillation.hard_labels,
+        implementation=None if implementation == "auto" else implementation,
+    )
+
+
+def build_optimizer(config: Config):
+    """The optax chain, and the schedule for the log."""
+    values = config.policy.optimizer
+    schedule = optimizers.make_schedule(
+        values.learning_rate, values.schedule, values.warmup_steps, config.distillation.max_steps
+    )
+    optimizer = optimizers.make_optimizer(
+        schedule,
+        beta1=values.beta1,
+        beta2=values.beta2,
+        eps=values.eps,
+        weight_decay=values.weight_decay,
+        max_grad_norm=values.max_grad_norm,
+    )
+    return optimizer, schedule
+
+
+def build_sampling_params(config: Config) -> SamplingParams:
+    strategy = config.distillation.generate_strategy
+    return SamplingParams(
+        max_length=strategy.max_length,
+        greedy=strategy.decoding_method == "greedy",
+        temperature=strategy.temperature,
+        top_k=strategy.top_k,
+        top_p=strategy.top_p,
+        min_p=strategy.min_p,
+    )
+
+
+def build_evaluator(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Evaluator | None:
+    """None when data.validation.max_samples is 0."""
+    if config.data.validation.max_samples == 0:
+        return None
+    dataset = build_validation(config)
+    strategy = config.distillation.generate_strategy
+    return Evaluator(
+        dataset,
+        build_prompts(config, dataset, vocabulary.tokenizer),
+        vocabulary.tokenizer,
+        max_length=config.evaluation.max_length or strategy.max_length,
+        eos_ids=vocabulary.end_ids,
+        vocab_size=vocabulary.size,
+        batch_size=config.evaluation.batch_size,
+        dtype=jnp.dtype(config.policy.precision),
+        put=make_put(mesh),
+        answer_timeout=config.evaluation.answer_timeout,
+    )
+
+
+def build_iterator(config: Config, prompts: Prompts):
+    """Endless iterator over this host's prompts of every step."""
+    policy, strategy = config.policy, config.distillation.generate_strategy
+    return make_train_iterator(
+        prompts,
+        batch_size=policy.train_global_batch_size // strategy.num_generations,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def build_backend(
+    config: Config, student: nnx.GraphDef, vocabulary: Vocabulary
+) -> ColocatedBackend:
+    return ColocatedBackend(
+        student,
+        build_sampling_params(config),
+        eos_ids=vocabulary.end_ids,
+        pad_id=vocabulary.tokenizer.pad_token_id,
+        vocab_size=vocabulary.size,
+        dtype=jnp.dtype(config.policy.precision),
+    )
+
+
+def build_writer(
+    config: Config, workdir: Path, step: int, flat_config: dict[str, object]
+) -> MetricsWriter:
+    project = config.logger.wandb_project if config.logger.wandb_enabled else None
+    return MetricsWriter(workdir, resume_step=step, wandb_project=project, config=flat_config)
+
+
+def build_progress(config: Config, writer: MetricsWriter, schedule, step: int) -> Progress:
+    return Progress(
+        writer,
+        schedule,
+        first_step=step,
+        max_steps=config.distillation.max_steps,
+        logging_steps=config.distillation.logging_steps,
+        max_log_prob_gap=config.policy.generation.max_log_prob_gap,
+        show_bar=config.logger.progress_bar,
+    )

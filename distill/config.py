@@ -1,0 +1,401 @@
+"""The configuration schema: every key, its default, its unit and what it may be, in one place.
+
+`default_config()` gives the ml_collections ConfigDict that `configs/*.py` start from;
+`parse_config()` turns a ConfigDict into frozen dataclasses or raises one clear line.
+This module imports no JAX, so that configs stay cheap to load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from distill.errors import UserError
+
+KNOWN_BACKENDS = ("jax",)
+PRECISIONS = ("bfloat16", "float32")
+
+
+def _key(default: Any, help: str, *, choices=None, low=None, high=None) -> Any:
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _section(cls: type) -> Any:
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateStrategy:
+    max_length: int = _key(1024, "response tokens at most, EOS counted", low=1)
+    temperature: float = _key(1.0, "sampling temperature", low=1e-4)
+    decoding_method: str = _key("sample", "token choice", choices=("greedy", "sample"))
+    top_k: int = _key(0, "keep the k likeliest tokens; 0 is off", low=0)
+    top_p: float = _key(1.0, "keep the smallest set with this probability; 1 is off", low=0, high=1)
+    min_p: float = _key(0.0, "keep tokens above this share of the likeliest's", low=0, high=1)
+    num_generations: int = _key(1, "answers sampled per prompt", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation:
+    teacher_model_path: str = _key("", "folder, hub id or embedded:NAME; '' builds teacher.shape")
+    lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
+    mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
+    kl_type: str = _key("forward", "divergence or registered loss")
+    mixed_kl_weight: float = _key(0.5, "weight of forward KL in mixed", low=0, high=1)
+    jsd_beta: float = _key(0.5, "weight of the teacher in the JSD mixture", low=0, high=1)
+    skew_alpha: float = _key(0.1, "share of the other model in skewed KLs", low=0, high=1)
+    kl_temperature: float = _key(1.0, "divides both models' logits in the loss", low=1e-4)
+    kl_temperature_squared: bool = _key(False, "multiply the loss by kl_temperature squared")
+    hard_labels: bool = _key(False, "cross-entropy on the fixed data (SFT); needs no teacher")
+    loss_implementation: str = _key(
+        "auto", "linear-divergence implementation", choices=("auto", "reference", "chunked")
+    )
+    generate_strategy: GenerateStrategy = _section(GenerateStrategy)
+    max_steps: int = _key(1000, "optimizer updates", low=1)
+    eval_steps: int = _key(100, "updates between evaluations; 0: only first and last", low=0)
+    save_steps: int = _key(100, "updates between checkpoints; 0: only the last", low=0)
+    logging_steps: int = _key(10, "updates between log lines", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Size of a model made from scratch (Qwen2 layout); num_layers=0 means none is made."""
+
+    num_layers: int = _key(0, "decoder layers", low=0)
+    model_width: int = _key(64, "width of the residual stream", low=1)
+    num_heads: int = _key(4, "query heads", low=1)
+    num_kv_heads: int = _key(2, "key and value heads", low=1)
+    ffn_width: int = _key(256, "width of the feed-forward layer", low=1)
+    vocab_size: int = _key(0, "embedding rows; 0: as many as the tokenizer has", low=0)
+    tied: bool = _key(True, "share embedding and output head")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Supervised steps on the fixed data for a model made from scratch, before distillation."""
+
+    steps: int = _key(0, "supervised updates; 0 leaves random weights", low=0)
+    learning_rate: float = _key(1e-3, "peak learning rate of those updates", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    learning_rate: float = _key(2e-5, "peak learning rate", low=0)
+    schedule: str = _key("constant", "after warm-up", choices=("constant", "cosine", "linear"))
+    warmup_steps: int = _key(10, "linear warm-up, in updates", low=0)
+    beta1: float = _key(0.9, "Adam's first moment decay", low=0, high=1)
+    beta2: float = _key(0.999, "Adam's second moment decay", low=0, high=1)
+    eps: float = _key(1e-8, "Adam's epsilon", low=0)
+    weight_decay: float = _key(0.01, "decoupled decay of matrices (not norms or biases)", low=0)
+    max_grad_norm: float = _key(1.0, "clip the global gradient norm; 0 is off", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    backend: str = _key("jax", "where rollouts are sampled")
+    max_log_prob_gap: float = _key(
+        0.1, "stop when sampler and trainer disagree by more (mean |nats| per token)", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    model_name: str = _key("", "folder, hub id or embedded:NAME; '' builds policy.shape")
+    tokenizer: str = _key(
+        "", "for models made from scratch: characters:arithmetic, bpe:SIZE, folder or hub id"
+    )
+    shape: Shape = _section(Shape)
+    pretrain: Pretrain = _section(Pretrain)
+    max_total_sequence_length: int = _key(2048, "prompt and response tokens at most", low=2)
+    precision: str = _key("bfloat16", "compute dtype; master weights: float32", choices=PRECISIONS)
+    train_global_batch_size: int = _key(64, "sequences per update, all hosts", low=1)
+    train_micro_batch_size: int = _key(8, "sequences at once over the whole mesh", low=1)
+    activation_checkpointing: str = _key(
+        "none", "what the backward pass recomputes", choices=("none", "dots", "full")
+    )
+    optimizer: Optimizer = _section(Optimizer)
+    generation: Generation = _section(Generation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    precision: str = _key("bfloat16", "dtype of weights and compute", choices=PRECISIONS)
+    shape: Shape = _section(Shape)
+    pretrain: Pretrain = _section(Pretrain)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    name: str = _key("", "dataset of held-out prompts; '' is data.name")
+    path: str = _key("", "its local file or folder; '' is data.path when the name is the same")
+    split: str = _key("validation", "its split")
+    max_samples: int = _key(512, "held-out prompts evaluated; 0: no evaluation", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    name: str = _key("arithmetic", "registered dataset")
+    path: str = _key("", "local file or folder, or hub id for name=hf")
+    split: str = _key("train", "split to train on")
+    max_samples: int | None = _key(None, "first n examples only, for debugging", low=1)
+    shuffle: bool = _key(False, "reshuffle every epoch; False keeps the curriculum's order")
+    holdout_fraction: float = _key(
+        0.02, "unique prompts held out as split 'validation'", low=0, high=0.5
+    )
+    subset: str = _key("", "configuration of a hub dataset, for hf")
+    prompt_column: str = _key("prompt", "for hf, jsonl, parquet and tfds")
+    response_column: str = _key("response", "for hf, jsonl, parquet and tfds")
+    answer_column: str = _key("answer", "for hf, jsonl, parquet and tfds")
+    system_prompt: str = _key("", "system message of the chat template; '' is none")
+    prompt_template: str = _key("", "text with {problem}; '' is the dataset's own")
+    validation: Validation = _section(Validation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    batch_size: int = _key(64, "prompts evaluated at once", low=1)
+    max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
+    answer_timeout: float = _key(5.0, "seconds per answer for math-verify", low=0.1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSizes:
+    data: int = _key(-1, "devices over which batches are split; -1 takes the rest", low=-1)
+    fsdp: int = _key(1, "devices over which batches and weights are split", low=-1)
+    tensor: int = _key(1, "devices over which heads and vocabulary are split", low=-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    keep: int = _key(2, "checkpoints kept", low=1)
+    export_dtype: str = _key("bfloat16", "dtype of the exported student", choices=PRECISIONS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logger:
+    wandb_enabled: bool = _key(False, "log to Weights & Biases too")
+    wandb_project: str = _key("distill", "Weights & Biases project")
+    progress_bar: bool = _key(True, "show a progress bar")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = _key(0, "seed of everything random", low=0)
+    plugins: tuple[str, ...] = _key((), "modules imported first: own datasets and divergences")
+    distillation: Distillation = _section(Distillation)
+    policy: Policy = _section(Policy)
+    teacher: Teacher = _section(Teacher)
+    data: Data = _section(Data)
+    evaluation: Evaluation = _section(Evaluation)
+    mesh: MeshSizes = _section(MeshSizes)
+    checkpointing: Checkpointing = _section(Checkpointing)
+    logger: Logger = _section(Logger)
+
+
+# Keys that may change between a run and its continuation: they do not alter what is computed.
+RESUMABLE_CHANGES = (
+    "checkpointing.",
+    "logger.",
+    "mesh.",
+    "distillation.eval_steps",
+    "distillation.save_steps",
+    "distillation.logging_steps",
+)
+
+
+def default_config() -> ConfigDict:
+    """All keys with their defaults, as a ConfigDict to edit in a `get_config`."""
+    return _to_config_dict(Config)
+
+
+def known_keys() -> list[str]:
+    """Every dotted key, sections included."""
+
+    def visit(cls: type, prefix: str) -> list[str]:
+        keys = []
+        for name, kind in typing.get_type_hints(cls).items():
+            keys.append(prefix + name)
+            if dataclasses.is_dataclass(kind):
+                keys += visit(kind, f"{prefix}{name}.")
+        return keys
+
+    return visit(Config, "")
+
+
+def parse_config(config: ConfigDict) -> Config:
+    """Checks types, ranges and combinations.
+
+    Raises:
+      UserError: one line naming the key, the value and what is allowed.
+    """
+    parsed = _parse_section(Config, config, "")
+    _check_combinations(parsed)
+    return parsed
+
+
+def to_flat_dict(config: Config) -> dict[str, Any]:
+    """Dotted keys to plain values: what is stored beside a checkpoint and compared on resume."""
+    flat: dict[str, Any] = {}
+
+    def visit(section: Any, prefix: str) -> None:
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                visit(value, f"{prefix}{field.name}.")
+            else:
+                flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+
+    visit(config, "")
+    return flat
+
+
+def _to_config_dict(cls: type) -> ConfigDict:
+    section = ConfigDict()
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            section[field.name] = _to_config_dict(kind)
+        elif isinstance(kind, types.UnionType):
+            section[field.name] = config_dict.placeholder(typing.get_args(kind)[0])
+        else:
+            section[field.name] = field.default
+    return section
+
+
+def _parse_section(cls: type, section: Any, prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(section, ConfigDict):
+        raise UserError(f"config key '{prefix[:-1]}' is a section with keys {', '.join(fields)}")
+    for name in section:
+        if name not in fields:
+            raise unknown_key(prefix + name)
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, field in fields.items():
+        if name not in section:
+            raise UserError(f"config key '{prefix}{name}' is missing: start from default_config()")
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            values[name] = _parse_section(kind, section[name], f"{prefix}{name}.")
+        else:
+            values[name] = _parse_value(prefix + name, section[name], kind, field.metadata)
+    return cls(**values)
+
+
+def unknown_key(key: str) -> UserError:
+    """The error for a key that is not in the schema, with the nearest one that is."""
+    known = known_keys()
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return UserError(f"unknown config key '{key}': did you mean '{close[0]}'?")
+    section = key.rpartition(".")[0]
+    while section and section not in known:
+        section = section.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    return UserError(f"unknown config key '{key}': known here are {', '.join(siblings)}")
+
+
+def _parse_value(key: str, value: Any, kind: Any, limits: typing.Mapping[str, Any]) -> Any:
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if not all(isinstance(item, str) for item in value):
+            raise UserError(f"config key '{key}' is {value!r}: it takes text values")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(
+            f"config key '{key}' is {value!r}: it takes a value of type {kind.__name__}"
+        )
+    low, high, choices = limits["low"], limits["high"], limits["choices"]
+    if choices is not None and value not in choices:
+        raise UserError(f"config key '{key}' is {value!r}: allowed are {', '.join(choices)}")
+    # Written so that NaN fails too.
+    if not ((low is None or value >= low) and (high is None or value <= high)):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"config key '{key}' is {value!r}: it must be {bounds}")
+    return value
+
+
+def _check_combinations(config: Config) -> None:
+    distillation, policy = config.distillation, config.policy
+    strategy = distillation.generate_strategy
+    if policy.generation.backend not in KNOWN_BACKENDS:
+        hint = "; megatron was the training framework's own engine, here that is jax"
+        raise UserError(
+            f"config key 'policy.generation.backend' is {policy.generation.backend!r}: allowed is "
+            f"{', '.join(KNOWN_BACKENDS)}{hint if policy.generation.backend == 'megatron' else ''}"
+        )
+    if policy.train_global_batch_size % policy.train_micro_batch_size:
+        fitting = max(
+            size
+            for size in range(1, policy.train_micro_batch_size + 1)
+            if policy.train_global_batch_size % size == 0
+        )
+        raise UserError(
+            f"policy.train_global_batch_size={policy.train_global_batch_size} is not divisible by "
+            f"policy.train_micro_batch_size={policy.train_micro_batch_size}: "
+            f"try train_micro_batch_size={fitting}"
+        )
+    if policy.train_global_batch_size % strategy.num_generations:
+        raise UserError(
+            f"policy.train_global_batch_size={policy.train_global_batch_size} is not divisible by "
+            f"distillation.generate_strategy.num_generations={strategy.num_generations}"
+        )
+    if strategy.num_generations > 1 and distillation.lambda_ < 1:
+        raise UserError(
+            "distillation.generate_strategy.num_generations > 1 samples several answers to one "
+            f"prompt, but with lambda_={distillation.lambda_} batches come from fixed data with "
+            "one answer each: use lambda_=1 or num_generations=1"
+        )
+    if strategy.max_length >= policy.max_total_sequence_length:
+        raise UserError(
+            f"distillation.generate_strategy.max_length={strategy.max_length} leaves no room for "
+            f"a prompt in policy.max_total_sequence_length={policy.max_total_sequence_length}: "
+            "lower the first or raise the second"
+        )
+    if strategy.top_p <= 0:
+        raise UserError("config key 'distillation.generate_strategy.top_p' must be above 0")
+    if distillation.hard_labels and distillation.lambda_ > 0:
+        raise UserError(
+            f"distillation.hard_labels trains on fixed data only, but lambda_="
+            f"{distillation.lambda_}: set distillation.lambda_=0"
+        )
+    _check_models(config)
+
+
+def _check_models(config: Config) -> None:
+    policy, teacher = config.policy, config.teacher
+    models = [("policy.model_name", policy.model_name, "policy", policy.shape)]
+    if not config.distillation.hard_labels:
+        path = config.distillation.teacher_model_path
+        models.append(("distillation.teacher_model_path", path, "teacher", teacher.shape))
+    for key, path, section, shape in models:
+        if path:
+            continue
+        if shape.num_layers == 0:
+            raise UserError(
+                f"config key '{key}' is empty: pass a folder with config.json and *.safetensors, "
+                f"a hub id or embedded:NAME, or give {section}.shape to make a model from scratch"
+            )
+        if not policy.tokenizer:
+            raise UserError(
+                f"{section}.shape makes a model from scratch, which needs policy.tokenizer: "
+                "characters:arithmetic, bpe:SIZE, a folder or a hub id"
+            )
+        if shape.model_width % shape.num_heads or shape.num_heads % shape.num_kv_heads:
+            raise UserError(
+                f"{section}.shape: model_width={shape.model_width} must be a multiple of "
+                f"num_heads={shape.num_heads}, and that of num_kv_heads={shape.num_kv_heads}"
+            )

@@ -1,0 +1,88 @@
+"""Built-in curriculum of multi-step arithmetic: worked steps, an exact checker, no download.
+
+A problem of level n is a chain of n additions, subtractions and multiplications by one digit,
+evaluated left to right. The worked answer states every intermediate result, so one wrong digit
+spoils all that follows: a model has to survive its own mistakes or, better, not make them.
+
+    problem   47+38-9*6
+    response  47+38=85
+              85-9=76
+              76*6=456
+    answer    456
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+from distill.data.base import DatasetInterface, Example, register_dataset
+
+CHARACTERS = "0123456789+-*=\n"
+LEVELS = 6
+SIZES = {"train": 60_000, "validation": 2_000, "test": 2_000}
+_LARGEST = 999
+_HELD_OUT = {0: "validation", 1: "test"}  # of 20 buckets of problem texts; the rest is train
+
+
+class ArithmeticDataset(DatasetInterface):
+    """Problem i depends on (seed, split, i) alone; splits share no problem.
+
+    Training goes from level 1 up to `LEVELS`, an equal share each. The held-out splits cycle
+    through the levels instead, so that any prefix of them covers all levels.
+    """
+
+    def __init__(self, split: str = "train", seed: int = 0, max_samples: int | None = None):
+        self.split, self.seed = split, seed
+        self._length = min(SIZES[split], max_samples or SIZES[split])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def level(self, i: int) -> int:
+        return 1 + (i * LEVELS // SIZES["train"] if self.split == "train" else i % LEVELS)
+
+    def __getitem__(self, i: int) -> Example:
+        rng = random.Random(f"arithmetic/{self.seed}/{self.split}/{i}")
+        while True:
+            problem, steps, total = _make_problem(rng, self.level(i))
+            if _split_of(problem) == self.split:
+                break
+        return Example(
+            prompt=problem, response="\n".join(steps), answer=str(total), id=f"{self.split}-{i}"
+        )
+
+    def is_correct(self, example: Example, response: str) -> bool:
+        """Whether the last stated result is exactly the answer."""
+        return response.strip().rpartition("=")[2] == example.answer
+
+
+@register_dataset("arithmetic")
+def make_arithmetic(split="train", seed=0, max_samples=None, path=None, **options):
+    return ArithmeticDataset(split, seed, max_samples)
+
+
+def _make_problem(rng: random.Random, level: int) -> tuple[str, list[str], int]:
+    total = rng.randint(1, 99)
+    problem, steps = str(total), []
+    for _ in range(level):
+        operator, operand, result = _draw_step(rng, total)
+        problem += f"{operator}{operand}"
+        steps.append(f"{total}{operator}{operand}={result}")
+        total = result
+    return problem, steps, total
+
+
+def _draw_step(rng: random.Random, total: int) -> tuple[str, int, int]:
+    """One operation whose result stays within 0.._LARGEST."""
+    while True:
+        operator = rng.choice("++--*")
+        operand = rng.randint(2, 9) if operator == "*" else rng.randint(1, 99)
+        result = {"+": total + operand, "-": total - operand, "*": total * operand}[operator]
+        if 0 <= result <= _LARGEST:
+            return operator, operand, result
+
+
+def _split_of(problem: str) -> str:
+    bucket = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:4], "big") % 20
+    return _HELD_OUT.get(bucket, "train")

@@ -1,0 +1,124 @@
+"""What every source of prompts provides, and the registry that finds a source by its name."""
+
+import abc
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from distill.errors import UserError
+
+# Imported on first use, so that a source's optional packages are needed only by its users.
+_BUILT_IN_MODULES = {
+    "arithmetic": "distill.data.arithmetic",
+    "gsm8k": "distill.data.gsm8k",
+    "hf": "distill.data.hf",
+    "jsonl": "distill.data.files",
+    "math_cl": "distill.data.math_cl",
+    "parquet": "distill.data.files",
+    "tfds": "distill.data.tfds",
+}
+
+_factories: dict[str, Callable[..., "DatasetInterface"]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row of a dataset.
+
+    Attributes:
+        prompt: what the model is asked, a text or a list of chat messages ({'role', 'content'}).
+        response: the full reference response, or None.
+        answer: the short reference answer that a response is graded against, or None.
+        id: unique within the dataset and stable between runs.
+    """
+
+    prompt: str | list[dict[str, str]]
+    response: str | None
+    answer: str | None
+    id: str
+
+
+class DatasetInterface(abc.ABC):
+    """A finite, ordered, random-access collection of examples."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
+
+    def get_prompt_template(self) -> str:
+        """Returns the text that wraps a prompt, with one '{problem}' where the prompt goes."""
+        return "{problem}"
+
+    def is_correct(self, example: Example, response: str) -> bool | None:
+        """Says whether `response` answers `example`; None leaves it to math-verify."""
+        return None
+
+
+def register_dataset(name: str):
+    """Registers a factory `make(split, seed, max_samples, path, **options)` under `name`.
+
+    The factory may be a DatasetInterface class. `options` are the factory's own keyword arguments.
+    """
+
+    def register(factory: Callable[..., DatasetInterface]):
+        _factories[name] = factory
+        return factory
+
+    return register
+
+
+def get_dataset(
+    name: str,
+    split: str,
+    *,
+    seed: int = 0,
+    max_samples: int | None = None,
+    path: str | None = None,
+    **options: Any,
+) -> DatasetInterface:
+    """Builds the dataset registered under `name`.
+
+    Args:
+        name: a built-in source or a name given to `register_dataset`.
+        split: name of the split, usually 'train' or 'validation'; each source lists its own.
+        seed: chooses what is held out for validation, or what is generated.
+        max_samples: keep only this many first examples of the split; None keeps all.
+        path: local file or folder to read instead of (or as) the source's hub dataset.
+        **options: further keyword arguments of the source.
+
+    Raises:
+        UserError: unknown name or option, or the source cannot give what was asked for.
+    """
+    if max_samples is not None and max_samples < 1:
+        raise UserError(f"data.max_samples={max_samples} must be at least 1, or None for all")
+    factory = _find_factory(name)
+    arguments = dict(split=split, seed=seed, max_samples=max_samples, path=path, **options)
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        parameters = ", ".join(inspect.signature(factory).parameters)
+        raise UserError(f"dataset {name!r}: {error}; it takes: {parameters}") from None
+    return factory(**arguments)
+
+
+def dataset_options(name: str) -> set[str]:
+    """Names of the keyword arguments that the source takes beside those that every source takes."""
+    parameters = inspect.signature(_find_factory(name)).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named - {"split", "seed", "max_samples", "path"}
+
+
+def _find_factory(name: str) -> Callable[..., DatasetInterface]:
+    if name not in _factories and name in _BUILT_IN_MODULES:
+        importlib.import_module(_BUILT_IN_MODULES[name])
+    if name not in _factories:
+        known = ", ".join(sorted({*_factories, *_BUILT_IN_MODULES}))
+        raise UserError(
+            f"data.name={name!r} is not a known dataset; known are: {known} "
+            "(add your own with distill.data.base.register_dataset)"
+        )
+    return _factories[name]

@@ -1,0 +1,63 @@
+"""GSM8K: grade-school word problems with worked answers (Cobbe et al. 2021, arXiv:2110.14168)."""
+
+import dataclasses
+import re
+from decimal import Decimal
+
+from distill.data.base import Example, register_dataset
+from distill.data.files import file_tables
+from distill.data.hf import hub_tables
+from distill.data.table import Columns, InMemoryDataset, choose_split
+
+HUB_ID = "openai/gsm8k"
+_NUMBER = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")
+_CALCULATOR = re.compile(r"<<.*?>>")
+
+
+@register_dataset("gsm8k")
+class GSM8KDataset(InMemoryDataset):
+    """Splits: 'train', 'validation' (unique problems held out of train), 'all' (both), 'test'.
+
+    A response is the worked answer without its <<48/2=24>> calculator notes, ending in the line
+    '#### number'; the answer is that number. `path` is a folder with train.jsonl and test.jsonl
+    of rows {question, answer}; None reads the hub.
+
+    Raises:
+        UserError: the hub or the path has no such data.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        max_samples: int | None = None,
+        path: str | None = None,
+        holdout_fraction: float = 0.02,
+    ):
+        columns = Columns(prompt="question", response="answer")
+        tables = file_tables(path, columns) if path else hub_tables(HUB_ID, columns, subset="main")
+        examples = choose_split(
+            tables, split, seed=seed, holdout_fraction=holdout_fraction, where=path or HUB_ID
+        )
+        super().__init__([_with_answer(example) for example in examples[:max_samples]])
+
+    def get_prompt_template(self) -> str:
+        return "{problem}\nReason step by step. End with a line '#### ' and the final number."
+
+    def is_correct(self, example: Example, response: str) -> bool | None:
+        """Compares the number after the last ####; None (math-verify decides) without one."""
+        stated = final_number(response)
+        if stated is None or example.answer is None:
+            return None
+        return Decimal(stated) == Decimal(example.answer)
+
+
+def final_number(text: str) -> str | None:
+    """The number after the last '####', without thousands separators, or None."""
+    numbers = _NUMBER.findall(text)
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+def _with_answer(example: Example) -> Example:
+    worked = _CALCULATOR.sub("", example.response or "")
+    return dataclasses.replace(example, response=worked, answer=final_number(worked))

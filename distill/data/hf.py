@@ -1,0 +1,122 @@
+"""Datasets of the Hugging Face hub, and folders written by `datasets.save_to_disk`."""
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.data.base import Example, register_dataset
+from distill.data.table import (
+    Columns,
+    InMemoryDataset,
+    Tables,
+    choose_split,
+    chosen_columns,
+    examples_from_columns,
+)
+from distill.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@register_dataset("hf")
+def make(
+    split: str,
+    seed: int = 0,
+    max_samples: int | None = None,
+    path: str | None = None,
+    *,
+    subset: str = "",
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    answer_column: str = "answer",
+    holdout_fraction: float = 0.02,
+) -> InMemoryDataset:
+    """Reads a hub dataset (`path` is its id, `subset` its configuration) or a saved folder.
+
+    See `choose_split` for the splits and `chosen_columns` for the columns.
+    """
+    if not path:
+        raise UserError("data.path is not set: pass a hub id or data.path=LOCAL, a saved folder")
+    columns = chosen_columns(prompt_column, response_column, answer_column)
+    if Path(path).expanduser().is_dir():
+        tables = _saved_tables(path, columns)
+    else:
+        tables = hub_tables(path, columns, subset=subset)
+    examples = choose_split(tables, split, seed=seed, holdout_fraction=holdout_fraction, where=path)
+    return InMemoryDataset(examples[:max_samples])
+
+
+def hub_tables(hub_id: str, columns: Columns, *, subset: str = "") -> Tables:
+    """The splits of a hub dataset, downloaded or from the cache.
+
+    Raises:
+        UserError: the hub cannot be reached and its cache has no copy, or it has no such dataset.
+    """
+    import datasets
+
+    reachable = _hub_answers(hub_id)
+    try:
+        with contextlib.nullcontext() if reachable else _offline():
+            splits = datasets.load_dataset(hub_id, subset or None)
+    except (OSError, ValueError) as error:  # what `datasets` raises, from no network to no subset
+        reason = str(error).split("\n")[0] if reachable else "no network, no cached copy"
+        raise UserError(
+            f"hub dataset {hub_id!r} cannot be loaded ({reason}); check the id and the network, or "
+            "pass data.path=LOCAL, a local copy"
+        ) from None
+    return _tables(splits, columns, hub_id)
+
+
+def _saved_tables(path: str, columns: Columns) -> Tables:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(Path(path).expanduser()))
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"data.path={path} was not written by datasets.save_to_disk ({reason}); for .jsonl or "
+            ".parquet files use data.name=jsonl or parquet"
+        ) from None
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return _tables(splits, columns, path)
+
+
+def _tables(splits: dict, columns: Columns, where: str) -> Tables:
+    return {
+        name: functools.partial(_read, table, columns, f"{where} split {name}", name)
+        for name, table in splits.items()
+    }
+
+
+def _read(table: "datasets.Dataset", columns: Columns, where: str, split: str) -> list[Example]:
+    names = columns.present(table.column_names, where)
+    return examples_from_columns(table.select_columns(names)[:], columns, where, split)
+
+
+def _hub_answers(hub_id: str) -> bool:
+    """Asks the hub once: `load_dataset` would try a dead network for up to minutes."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(hub_id, timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return True  # a refusal, which load_dataset explains
+    except Exception:  # the transport's errors belong to whatever HTTP client the hub uses
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _offline():
+    """Makes `datasets` look in its cache only."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before

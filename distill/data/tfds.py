@@ -1,0 +1,73 @@
+"""TensorFlow Datasets, read without TensorFlow through `tfds` data sources."""
+
+import functools
+from pathlib import Path
+
+from distill.data.base import Example, register_dataset
+from distill.data.table import (
+    Columns,
+    InMemoryDataset,
+    choose_split,
+    chosen_columns,
+    make_example,
+)
+from distill.errors import UserError
+
+
+@register_dataset("tfds")
+def make(
+    split: str,
+    seed: int = 0,
+    max_samples: int | None = None,
+    path: str | None = None,
+    *,
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    answer_column: str = "answer",
+    holdout_fraction: float = 0.02,
+) -> InMemoryDataset:
+    """Reads `path`: a prepared folder such as ~/data/NAME/1.0.0, or a name in the TFDS catalogue.
+
+    Only the array_record format can be read without TensorFlow. See `choose_split` for the splits
+    and `chosen_columns` for the columns.
+    """
+    if not path:
+        raise UserError("data.path is not set: pass a TFDS name or data.path=LOCAL, its folder")
+    columns = chosen_columns(prompt_column, response_column, answer_column)
+    sources = _data_sources(path)
+    tables = {
+        name: functools.partial(_read, source, columns, f"{path} split {name}", name)
+        for name, source in sources.items()
+    }
+    examples = choose_split(tables, split, seed=seed, holdout_fraction=holdout_fraction, where=path)
+    return InMemoryDataset(examples[:max_samples])
+
+
+def _data_sources(path: str) -> dict:
+    try:
+        import tensorflow_datasets
+    except ImportError:
+        raise UserError(
+            "data.name=tfds needs a package that is not installed: "
+            "pip install tensorflow-datasets array-record"
+        ) from None
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir():
+            return tensorflow_datasets.builder_from_directory(folder).as_data_source()
+        return tensorflow_datasets.data_source(path)
+    except Exception as error:  # TFDS raises anything, down to the download client's own errors
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"TFDS dataset {path!r} cannot be loaded ({reason}); pass data.path=LOCAL, the folder "
+            "that holds dataset_info.json"
+        ) from None
+
+
+def _read(source, columns: Columns, where: str, split: str) -> list[Example]:
+    available = list(source.dataset_info.features)
+    columns.present(available, where)
+    return [
+        make_example(row, columns, f"{where} row {i}", f"{split}/{i}")
+        for i, row in enumerate(source)
+    ]

@@ -1,0 +1,12 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(Exception):
+    """Bad input: the message is one line saying what, where, what is allowed and how to fix it.
+
+    Command lines print it without a traceback and exit with status 2.
+    """
+
+
+class RunStopped(Exception):
+    """The run cannot go on soundly; the message is one line with what to try. Exit status 1."""

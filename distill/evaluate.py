@@ -1,0 +1,257 @@
+"""Held-out evaluation: greedy accuracy with intervals, and divergences to the teacher.
+
+python -m distill.evaluate --model=PATH --config=configs/math_cl.py
+
+Divergences are measured where distillation minimises them: on the evaluated model's own greedy
+answers to held-out prompts, in nats per response token, over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from distill import cli
+from distill.data.base import DatasetInterface
+from distill.data.pipeline import eval_batches
+from distill.data.prompts import Prompts
+from distill.errors import UserError
+from distill.grading import Grader, wilson_interval
+from distill.kernels.linear_divergence import per_token_divergences
+from distill.losses.divergences import get_divergence
+from distill.losses.objective import gather_positions, response_window
+from distill.metrics import write_atomically
+from distill.sampling.choice import SamplingParams, row_keys
+from distill.sampling.decode import Rollout, make_generate, to_sequences
+from distill.sharding import constrain
+
+ROLES = ("base", "student", "teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network and its weights: `nnx.merge(graph, params)` is the module."""
+
+    graph: nnx.GraphDef
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results of one model on the held-out prompts.
+
+    Attributes:
+      accuracy: share of greedy answers that are right; None if the data has no answers.
+      accuracy_low, accuracy_high: its Wilson 95% interval.
+      examples: prompts evaluated.
+      forward_kl, reverse_kl: KL(teacher || model) and KL(model || teacher), nats per response
+        token of the model's own answers; None without a teacher.
+      mean_length: response tokens, EOS counted.
+      truncated: share of answers cut at the length limit.
+    """
+
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+    examples: int
+    forward_kl: float | None
+    reverse_kl: float | None
+    mean_length: float
+    truncated: float
+
+
+class Evaluator:
+    """Evaluates models on one set of held-out prompts.
+
+    Args:
+      dataset: source of the examples, which may bring its own checker.
+      prompts: its tokenized prompts.
+      tokenizer: decodes the answers.
+      max_length: response tokens at most.
+      eos_ids: ids that end an answer.
+      vocab_size: ids in use.
+      batch_size: prompts at once.
+      dtype: of the key-value cache.
+      put: places a host array with batch rows first on the mesh.
+      answer_timeout: seconds allowed to check one answer.
+    """
+
+    def __init__(
+        self,
+        dataset: DatasetInterface,
+        prompts: Prompts,
+        tokenizer,
+        *,
+        max_length: int,
+        eos_ids: tuple[int, ...],
+        vocab_size: int,
+        batch_size: int,
+        dtype,
+        put: Callable[[np.ndarray], jax.Array],
+        answer_timeout: float,
+    ):
+        self._dataset, self._prompts, self._tokenizer = dataset, prompts, tokenizer
+        self._batch_size, self._put, self._timeout = batch_size, put, answer_timeout
+
+        @functools.cache
+        def generate_for(graph: nnx.GraphDef):
+            params = SamplingParams(max_length=max_length, greedy=True)
+            return make_generate(
+                graph,
+                params,
+                eos_ids=eos_ids,
+                pad_id=tokenizer.pad_token_id,
+                vocab_size=vocab_size,
+                dtype=dtype,
+            )
+
+        self._generate_for = generate_for
+        self._divergence_sums = jax.jit(
+            functools.partial(
+                _divergence_sums, vocab_size=vocab_size, pad_id=tokenizer.pad_token_id
+            ),
+            static_argnums=(0, 2),
+        )
+
+    def __call__(self, model: Model, teacher: Model | None) -> Evaluation:
+        answers: list[str] = []
+        lengths: list[int] = []
+        stopped: list[bool] = []
+        sums = np.zeros(2)
+        for batch, valid in eval_batches(self._prompts, self._batch_size):
+            prompts_bp = self._put(batch.prompt_tokens_bp)
+            prompt_lengths_b = self._put(batch.prompt_lengths_b)
+            rows = np.arange(len(valid))
+            # Greedy choice draws nothing; the keys only fill their place.
+            rollout = self._generate_for(model.graph)(
+                model.params,
+                prompts_bp,
+                prompt_lengths_b,
+                row_keys(0, 0, rows, np.zeros_like(rows)),
+            )
+            if teacher is not None:
+                rows_of_both = prompts_bp, prompt_lengths_b, rollout, self._put(valid)
+                sums += self._divergence_sums(
+                    model.graph, model.params, teacher.graph, teacher.params, *rows_of_both
+                )
+            answers += decode_responses(self._tokenizer, rollout, valid)
+            lengths += np.asarray(rollout.lengths_b)[valid].tolist()
+            stopped += np.asarray(rollout.stopped_b)[valid].tolist()
+        forward_kl, reverse_kl = (None, None) if teacher is None else sums / sum(lengths)
+        return Evaluation(
+            **self._accuracy(answers),
+            examples=len(answers),
+            forward_kl=None if forward_kl is None else float(forward_kl),
+            reverse_kl=None if reverse_kl is None else float(reverse_kl),
+            mean_length=float(np.mean(lengths)),
+            truncated=1.0 - float(np.mean(stopped)),
+        )
+
+    def _accuracy(self, answers: list[str]) -> dict[str, float | None]:
+        examples = [self._dataset[int(row)] for row in self._prompts.rows]
+        if any(example.answer is None for example in examples):
+            return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
+        with Grader(time_limit=self._timeout) as grader:
+            right = sum(grader.grade(self._dataset, examples, answers))
+        low, high = wilson_interval(right, len(answers))
+        return dict(accuracy=right / len(answers), accuracy_low=low, accuracy_high=high)
+
+
+def decode_responses(tokenizer, rollout: Rollout, valid_b: np.ndarray) -> list[str]:
+    """Texts of the valid rows without special tokens."""
+    tokens_br, lengths_b = np.asarray(rollout.tokens_br), np.asarray(rollout.lengths_b)
+    kept = [tokens_br[i, : lengths_b[i]].tolist() for i in np.flatnonzero(valid_b)]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _divergence_sums(
+    graph,
+    params,
+    teacher_graph,
+    teacher_params,
+    prompts_bp,
+    prompt_lengths_b,
+    rollout,
+    valid_b,
+    *,
+    vocab_size: int,
+    pad_id: int,
+) -> jax.Array:
+    """Forward and reverse KL summed over the response tokens of valid rows, shape (2,)."""
+    tokens_bt, lengths_b = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
+    window = response_window(tokens_bt, prompt_lengths_b, lengths_b, rollout.tokens_br.shape[1])
+    segment_ids_bt = (jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]).astype(jnp.int32)
+
+    def evaluate(graph, params):
+        model = nnx.merge(graph, params)
+        hidden_btd = model(tokens_bt, segment_ids_bt=segment_ids_bt)
+        hidden_brd = gather_positions(hidden_btd, window.index_br)
+        hidden_td = hidden_brd.reshape(-1, hidden_brd.shape[-1])
+        return constrain(hidden_td, "token", "act_embed"), model.head()
+
+    hidden_s, head_s = evaluate(graph, params)
+    hidden_t, head_t = evaluate(teacher_graph, teacher_params)
+    values_nt = per_token_divergences(
+        hidden_s,
+        head_s,
+        hidden_t,
+        head_t,
+        divergences=(get_divergence("forward"), get_divergence("reverse")),
+        vocab_size=vocab_size,
+    )
+    mask_t = (window.mask_br & valid_b[:, None]).reshape(-1)
+    return jnp.where(mask_t, values_nt, 0.0).sum(axis=1)
+
+
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """The comparison of base, student and teacher as aligned text."""
+    header = ("model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off")
+    rows = [header]
+    for role in (role for role in ROLES if role in results):
+        r = results[role]
+        has_accuracy, has_kl = r["accuracy"] is not None, r["forward_kl"] is not None
+        rows.append(
+            (
+                role,
+                f"{r['accuracy']:.1%}" if has_accuracy else "-",
+                f"{r['accuracy_low']:.1%} - {r['accuracy_high']:.1%}" if has_accuracy else "-",
+                f"{r['forward_kl']:.4f}" if has_kl else "-",
+                f"{r['reverse_kl']:.4f}" if has_kl else "-",
+                f"{r['mean_length']:.1f}",
+                f"{r['truncated']:.1%}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def main() -> None:
+    config = cli.required_config(config_flag)
+    if not model_flag.value:
+        raise UserError("pass --model=PATH, the Hugging Face checkpoint to evaluate")
+    from distill.trainer import evaluate_checkpoint
+
+    results = evaluate_checkpoint(config, model_flag.value)
+    print(format_table(results))
+    if output_flag.value:
+        write_atomically(Path(output_flag.value), json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    config_flag = cli.define_config_flag()
+    model_flag = flags.DEFINE_string("model", None, "Folder or hub id of the model to evaluate.")
+    output_flag = flags.DEFINE_string("output", None, "JSON file for the results.")
+    cli.run(main)

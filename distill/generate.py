@@ -1,0 +1,117 @@
+"""Writes a model's answers to JSONL, to be used as fixed data (lambda_ < 1, or SFT on them).
+
+    python -m distill.generate --config=configs/gsm8k.py --output=runs/teacher.jsonl
+
+The model is the config's teacher unless --model names another; sampling follows
+distillation.generate_strategy, and the engine is the trainer's. Each line has id, prompt, response
+and answer, so `data.name=jsonl data.path=runs/teacher.jsonl` reads it. Answers cut off at the
+length limit are left out and counted: trained on, they would teach the student to stop anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from distill import build, cli
+from distill.config import Config, parse_config
+from distill.data.base import Example
+from distill.data.pipeline import PromptBatch, eval_batches
+from distill.errors import UserError
+from distill.evaluate import decode_responses
+from distill.models.hf import resolve_model
+from distill.sampling.decode import Rollout
+
+
+def generate(config: ConfigDict, model_path: str, output: str | Path) -> dict[str, int]:
+    """Answers every prompt of `data` num_generations times.
+
+    Args:
+      config: data, generate_strategy, teacher.precision and seed are used.
+      model_path: folder or hub id of the model that answers.
+      output: JSONL file, which appears when it is complete.
+
+    Returns:
+      {'written': lines, 'truncated': answers left out}.
+    """
+    config.policy.model_name = model_path
+    config.distillation.hard_labels, config.distillation.lambda_ = True, 0.0
+    repeats = config.distillation.generate_strategy.num_generations
+    config.distillation.generate_strategy.num_generations = 1
+    parsed = parse_config(config)
+    build.import_plugins(parsed)
+    mesh = build.build_mesh(parsed)
+    with jax.set_mesh(mesh):
+        return _generate(parsed, repeats, Path(output), mesh)
+
+
+def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int]:
+    folder = resolve_model(config.policy.model_name)
+    vocabulary = build.build_vocabulary(folder, None)
+    dataset = build.build_dataset(config)
+    prompts = build.build_prompts(config, dataset, vocabulary.tokenizer)
+    model = build.build_teacher(config, folder, mesh)
+    backend = build.build_backend(config, model.graph, vocabulary)
+    backend.refit(model.params)
+    put = build.make_put(mesh)
+    counts = {"written": 0, "truncated": 0}
+    batch_size = config.evaluation.batch_size
+    batches = ((i, *pair) for i in range(repeats) for pair in eval_batches(prompts, batch_size))
+    total = repeats * -(-len(prompts) // batch_size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    with temporary.open("w") as file:
+        for generation, batch, valid_b in tqdm(batches, total=total, unit="batch"):
+            rollout = backend.generate(
+                put(batch.prompt_tokens_bp),
+                put(batch.prompt_lengths_b),
+                batch.index_b.astype(np.uint32),
+                np.full(len(valid_b), generation),
+                seed=config.seed,
+                step=0,
+            )
+            texts = decode_responses(vocabulary.tokenizer, rollout, valid_b)
+            for example, text, stopped in _answers(dataset, batch, valid_b, rollout, texts):
+                counts["written" if stopped else "truncated"] += 1
+                if stopped:
+                    file.write(json.dumps(_line(example, text, generation)) + "\n")
+    os.replace(temporary, output)
+    return counts
+
+
+def _answers(dataset, batch: PromptBatch, valid_b, rollout: Rollout, texts: list[str]):
+    rows = batch.row_b[valid_b]
+    stopped = np.asarray(rollout.stopped_b)[valid_b]
+    for row, text, is_stopped in zip(rows, texts, stopped, strict=True):
+        yield dataset[int(row)], text, is_stopped
+
+
+def _line(example: Example, response: str, generation: int) -> dict[str, Any]:
+    line = {"id": f"{example.id}/{generation}", "prompt": example.prompt, "response": response}
+    return line if example.answer is None else {**line, "answer": example.answer}
+
+
+def main() -> None:
+    config = cli.required_config(config_flag)
+    model_path = model_flag.value or config.distillation.teacher_model_path
+    if not model_path:
+        raise UserError("pass --model=PATH: the config names no distillation.teacher_model_path")
+    if not output_flag.value:
+        raise UserError("pass --output=FILE.jsonl")
+    counts = generate(config, model_path, output_flag.value)
+    print(f"{output_flag.value}: {counts['written']} answers, {counts['truncated']} cut off")
+
+
+if __name__ == "__main__":
+    config_flag = cli.define_config_flag()
+    model_flag = flags.DEFINE_string("model", None, "Folder or hub id; default: the teacher.")
+    output_flag = flags.DEFINE_string("output", None, "JSONL file to write.")
+    cli.run(main)

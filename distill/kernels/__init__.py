@@ -1,0 +1,1 @@
+"""Fused operations: each has a reference, faster implementations and one signature."""

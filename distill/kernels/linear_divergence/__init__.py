@@ -1,0 +1,19 @@
+"""Losses fused with the output heads of student and teacher; see api.py."""
+
+from distill.kernels.linear_divergence.api import (
+    linear_cross_entropy,
+    linear_divergence,
+    linear_loss,
+    per_token_divergences,
+    resolve_implementation,
+)
+from distill.kernels.linear_divergence.token_losses import TokenValues
+
+__all__ = [
+    "TokenValues",
+    "linear_cross_entropy",
+    "linear_divergence",
+    "linear_loss",
+    "per_token_divergences",
+    "resolve_implementation",
+]

@@ -1,0 +1,193 @@
+"""Divergences between teacher p and student q, written for one vocabulary entry at a time.
+
+A pointwise divergence is a function f(log_p, log_q) of float32 log-probabilities, elementwise, with
+D = sum over the vocabulary of f. Writing f is all a new divergence needs:
+
+    @register_divergence("total_variation")
+    def total_variation(log_p, log_q):
+        return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+
+Its gradient comes from r = df/dlog_q (see kernels/linear_divergence/token_losses.py). A loss that
+is not a sum of such terms takes whole rows and is registered with `register_loss`. Both kinds share
+one namespace: what `distillation.kl_type` may be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from distill.errors import UserError
+
+PointwiseDivergence = Callable[[jax.Array, jax.Array], jax.Array]
+# (log_p_cv, log_q_cv, targets_c) -> loss_c; the loss of token c depends on row c alone.
+DistillationLossFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Registered:
+    function: Callable
+    pointwise: bool
+    parameter: str | None = None  # which argument of get_divergence the function takes third
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """A divergence with its parameter: comparable, unlike functools.partial, as jit wants it."""
+
+    function: Callable
+    parameter: float
+
+    def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+        return self.function(log_p, log_q, self.parameter)
+
+
+_REGISTRY: dict[str, _Registered] = {}
+
+
+def _register(name: str, *, pointwise: bool, parameter: str | None = None):
+    def decorate(function: Callable) -> Callable:
+        known = _REGISTRY.get(name)
+        # A notebook cell run twice defines the same function again: that is no clash.
+        if known is not None and _origin(known.function) != _origin(function):
+            raise UserError(
+                f"loss name {name!r} is already taken by {'.'.join(_origin(known.function))}: "
+                f"choose a name other than {', '.join(sorted(_REGISTRY))}"
+            )
+        _REGISTRY[name] = _Registered(function, pointwise, parameter)
+        return function
+
+    return decorate
+
+
+def _origin(function: Callable) -> tuple[str, str]:
+    return function.__module__, getattr(function, "__qualname__", repr(function))
+
+
+def register_divergence(name: str):
+    """Decorator: makes a pointwise f(log_p, log_q) available as `kl_type=name`.
+
+    The function is elementwise in jax.numpy, and finite at the log-probabilities it will meet
+    (very negative ones included). UserError when the name is taken.
+    """
+    return _register(name, pointwise=True)
+
+
+def register_loss(name: str):
+    """Decorator: makes a `DistillationLossFn` over vocabulary rows available as `kl_type=name`.
+
+    UserError when the name is taken, by a divergence or by a loss.
+    """
+    return _register(name, pointwise=False)
+
+
+def is_pointwise(name: str) -> bool:
+    """Whether a name is a divergence rather than a loss; UserError when it is neither."""
+    return _lookup(name).pointwise
+
+
+def get_loss(name: str) -> DistillationLossFn:
+    """The function registered with `register_loss`; UserError when there is none."""
+    return _lookup(name, pointwise=False).function
+
+
+def get_divergence(
+    name: str,
+    *,
+    mixed_kl_weight: float = 0.5,
+    jsd_beta: float = 0.5,
+    skew_alpha: float = 0.1,
+) -> PointwiseDivergence:
+    """The divergence of that name as a hashable, comparable function of (log_p, log_q).
+
+    Args:
+      name: forward, reverse, mixed, jsd, skew_forward, skew_reverse, or a registered one.
+      mixed_kl_weight: weight of forward KL in `mixed`; reverse has the rest.
+      jsd_beta: weight of the teacher in the mixture of `jsd`.
+      skew_alpha: how much of the first distribution is mixed into the second, in both skews.
+
+    Raises:
+      UserError: unknown name, or a parameter outside [0, 1].
+    """
+    parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
+    for key, value in parameters.items():
+        if not 0.0 <= value <= 1.0:
+            raise UserError(f"{key}={value} is not between 0 and 1")
+    registered = _lookup(name, pointwise=True)
+    if registered.parameter is None:
+        return registered.function
+    return _Bound(registered.function, float(parameters[registered.parameter]))
+
+
+def _lookup(name: str, pointwise: bool | None = None) -> _Registered:
+    known = {key: value for key, value in _REGISTRY.items() if pointwise in (None, value.pointwise)}
+    if name not in known:
+        allowed = ", ".join(sorted(known)) or "none is registered"
+        raise UserError(f"unknown kl_type {name!r}: known are {allowed}")
+    return known[name]
+
+
+def _expectation_term(log_weight: jax.Array, log_ratio: jax.Array) -> jax.Array:
+    """exp(log_weight) * log_ratio, which tends to 0, not to 0 * inf, as the weight underflows."""
+    weight = jnp.exp(log_weight)
+    return weight * jnp.where(weight > 0, log_ratio, 0.0)
+
+
+def _log_mixture(p_weight: float, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """log(p_weight p + (1 - p_weight) q)."""
+    if p_weight == 0.0:
+        return log_q
+    if p_weight == 1.0:
+        return log_p
+    return jnp.logaddexp(log_p + math.log(p_weight), log_q + math.log1p(-p_weight))
+
+
+@register_divergence("forward")
+def forward(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p||q): the student covers every mode of the teacher."""
+    return _expectation_term(log_p, log_p - log_q)
+
+
+@register_divergence("reverse")
+def reverse(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(q||p): the student avoids what the teacher would not say (MiniLLM, arXiv:2306.08543)."""
+    return _expectation_term(log_q, log_q - log_p)
+
+
+@_register("mixed", pointwise=True, parameter="mixed_kl_weight")
+def mixed(log_p: jax.Array, log_q: jax.Array, forward_weight: float) -> jax.Array:
+    """forward_weight KL(p||q) + (1 - forward_weight) KL(q||p)."""
+    return forward_weight * forward(log_p, log_q) + (1.0 - forward_weight) * reverse(log_p, log_q)
+
+
+@_register("jsd", pointwise=True, parameter="jsd_beta")
+def jsd(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
+    """beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q (GKD, arXiv:2306.13649).
+
+    The formula is 0 at both ends; beta=0 and beta=1 are defined as forward and reverse KL, the
+    limits of the divergence over beta and over 1 - beta: the scale jumps there.
+    """
+    if beta == 0.0:
+        return forward(log_p, log_q)
+    if beta == 1.0:
+        return reverse(log_p, log_q)
+    log_m = _log_mixture(beta, log_p, log_q)
+    teacher_term = _expectation_term(log_p, log_p - log_m)
+    student_term = _expectation_term(log_q, log_q - log_m)
+    return beta * teacher_term + (1.0 - beta) * student_term
+
+
+@_register("skew_forward", pointwise=True, parameter="skew_alpha")
+def skew_forward(log_p: jax.Array, log_q: jax.Array, alpha: float) -> jax.Array:
+    """KL(p || alpha p + (1 - alpha) q): at most -log(alpha) (DistiLLM, arXiv:2402.03898)."""
+    return _expectation_term(log_p, log_p - _log_mixture(alpha, log_p, log_q))
+
+
+@_register("skew_reverse", pointwise=True, parameter="skew_alpha")
+def skew_reverse(log_p: jax.Array, log_q: jax.Array, alpha: float) -> jax.Array:
+    """KL(q || (1 - alpha) p + alpha q): at most -log(alpha) (DistiLLM, arXiv:2402.03898)."""
+    return _expectation_term(log_q, log_q - _log_mixture(1.0 - alpha, log_p, log_q))

@@ -1,0 +1,199 @@
+"""Which tokens carry loss, how they are averaged, and which loss they carry.
+
+The only place that masks and averages. The objective is a sum of token losses divided by the number
+of valid tokens over all hosts and microbatches (`token_weights`): neither it nor its gradient
+depends on how the batch was cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from distill.errors import UserError
+from distill.kernels.linear_divergence import (
+    TokenValues,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_loss,
+    resolve_implementation,
+)
+from distill.losses.divergences import (
+    DistillationLossFn,
+    PointwiseDivergence,
+    get_divergence,
+    get_loss,
+    is_pointwise,
+)
+from distill.sharding import constrain
+
+# Folded into the seed first, so that the coins share no random numbers with the sampler.
+_COIN_STREAM = 0x636F696E
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ResponseWindow:
+    """The response positions of a batch, compacted to r columns; r counts response tokens.
+
+    Column j of row i is the prediction of response token j: it is made at sequence position
+    `index_br[i, j]`, should be `targets_br[i, j]`, and counts where `mask_br[i, j]`.
+    """
+
+    index_br: jax.Array
+    targets_br: jax.Array
+    mask_br: jax.Array
+
+
+def response_window(
+    tokens_bt: jax.Array, prompt_lengths_b: jax.Array, lengths_b: jax.Array, size: int
+) -> ResponseWindow:
+    """The first `size` response tokens of every row, EOS included, prompt and padding excluded.
+
+    Rows are prompt, response, padding, with lengths_b = prompt + response. Validity comes from the
+    lengths and never from token ids, because pad may equal EOS. Responses longer than `size` lose
+    their end: choose a size that holds them. Without a prompt nothing predicts the first response
+    token, which then does not count.
+    """
+    num_positions = tokens_bt.shape[1]
+    index_br = prompt_lengths_b[:, None] - 1 + jnp.arange(size)
+    # The state at a position predicts the next token: the target's position must be valid.
+    mask_br = (index_br >= 0) & (index_br + 1 < jnp.minimum(lengths_b, num_positions)[:, None])
+    index_br = jnp.clip(index_br, 0, num_positions - 1)
+    targets_br = gather_positions(tokens_bt, jnp.minimum(index_br + 1, num_positions - 1))
+    return ResponseWindow(index_br=index_br, targets_br=targets_br, mask_br=mask_br)
+
+
+def gather_positions(values_bt: jax.Array, index_br: jax.Array) -> jax.Array:
+    """values (b, t, ...) at the positions of index_br, (b, r, ...)."""
+    index = index_br.reshape(index_br.shape + (1,) * (values_bt.ndim - 2))
+    return jnp.take_along_axis(values_bt, index, axis=1)
+
+
+def token_weights(mask_br: jax.Array, num_valid_tokens: jax.Array | int) -> jax.Array:
+    """mask / number of valid tokens over all hosts and microbatches, float32 (b, r)."""
+    return mask_br.astype(jnp.float32) / jnp.maximum(num_valid_tokens, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The training objective as a hashable function; build it with `make_objective`."""
+
+    divergence: PointwiseDivergence | None
+    loss_fn: DistillationLossFn | None
+    temperature: float
+    scale: float
+    implementation: str | None
+    chunk: int | None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.divergence is not None or self.loss_fn is not None
+
+    def __call__(
+        self,
+        hidden_s_brd: jax.Array,
+        head_s: jax.Array,
+        hidden_t_brd: jax.Array | None,
+        head_t: jax.Array | None,
+        targets_br: jax.Array,
+        weights_br: jax.Array,
+        *,
+        vocab_size: int,
+    ) -> tuple[jax.Array, TokenValues]:
+        """Weighted sum of the token losses, differentiable by the student's hidden states and head.
+
+        Args:
+          hidden_s_brd, hidden_t_brd: final hidden states at the response window; the teacher's and
+            its head are not read (None) for hard labels.
+          head_s, head_t: output heads (d, v) in the compute dtype.
+          targets_br: response tokens.
+          weights_br: from `token_weights`.
+          vocab_size: ids that student and teacher share; further head columns are padding.
+
+        Returns:
+          float32 scalar, and TokenValues of shape (b, r) that carry no gradient.
+        """
+        options = dict(vocab_size=vocab_size, implementation=self.implementation, chunk=self.chunk)
+        targets_t, weights_t = targets_br.reshape(-1), self.scale * weights_br.reshape(-1)
+        hidden_s_td = _flatten_tokens(hidden_s_brd)
+        if not self.needs_teacher:
+            loss, values = linear_cross_entropy(
+                hidden_s_td, head_s, targets_t, weights_t, **options
+            )
+        else:
+            rows = (hidden_s_td, head_s, _flatten_tokens(hidden_t_brd), head_t, weights_t)
+            options |= dict(targets=targets_t, temperature=self.temperature)
+            if self.divergence is not None:
+                loss, values = linear_divergence(*rows, divergence=self.divergence, **options)
+            else:
+                loss, values = linear_loss(*rows, loss_fn=self.loss_fn, **options)
+        return loss, jax.tree.map(lambda value_t: value_t.reshape(targets_br.shape), values)
+
+
+def make_objective(
+    kl_type: str,
+    *,
+    mixed_kl_weight: float = 0.5,
+    jsd_beta: float = 0.5,
+    skew_alpha: float = 0.1,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    hard_labels: bool = False,
+    implementation: str | None = None,
+    chunk: int | None = None,
+) -> Objective:
+    """The objective of a configuration.
+
+    Args:
+      kl_type: a divergence or a loss of losses/divergences.py, built in or registered.
+      mixed_kl_weight, jsd_beta, skew_alpha: see `get_divergence`.
+      temperature: divides both models' logits before the divergence.
+      temperature_squared: multiplies the loss by temperature^2, which keeps the size of the
+        gradient (Hinton et al., arXiv:1503.02531).
+      hard_labels: cross-entropy with the response tokens instead; no teacher, temperature 1.
+      implementation, chunk: see kernels/linear_divergence/api.py.
+
+    Raises:
+      UserError: unknown kl_type, or a parameter out of range.
+      ValueError: an implementation that cannot run here.
+    """
+    if not temperature > 0:
+        raise UserError(f"kl_temperature={temperature} is not positive")
+    resolve_implementation(implementation)
+    parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
+    pointwise = is_pointwise(kl_type)
+    return Objective(
+        divergence=get_divergence(kl_type, **parameters) if pointwise and not hard_labels else None,
+        loss_fn=get_loss(kl_type) if not pointwise and not hard_labels else None,
+        temperature=float(temperature),
+        scale=float(temperature) ** 2 if temperature_squared and not hard_labels else 1.0,
+        implementation=implementation,
+        chunk=chunk,
+    )
+
+
+def lambda_coin(seed: int, step: int, lambda_: float) -> bool:
+    """Whether this step trains on student-generated responses, with probability lambda_.
+
+    A function of (seed, step) alone: the same on every host and after a resume.
+    """
+    return bool(jax.random.uniform(_coin_key(seed, step)) < lambda_)
+
+
+def sample_coins(seed: int, step: int, prompt_index_b: jax.Array, lambda_: float) -> jax.Array:
+    """One coin per prompt, bool (b,): a function of (seed, step, prompt index) alone."""
+    keys_b = jax.vmap(jax.random.fold_in, (None, 0))(_coin_key(seed, step), prompt_index_b)
+    return jax.vmap(jax.random.uniform)(keys_b) < lambda_
+
+
+def _coin_key(seed: int, step: int) -> jax.Array:
+    # threefry by name: a flag may change the default generator, a resumed run must not notice.
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, _COIN_STREAM), step)
+
+
+def _flatten_tokens(hidden_brd: jax.Array) -> jax.Array:
+    return constrain(hidden_brd.reshape(-1, hidden_brd.shape[-1]), "token", None)

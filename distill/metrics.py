@@ -1,0 +1,199 @@
+"""Where numbers go: JSONL and TensorBoard always, Weights & Biases when asked; and the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from distill.errors import RunStopped, UserError
+
+
+class MetricsWriter:
+    """Appends scalars of a step to `metrics.jsonl`, TensorBoard and, when asked, wandb."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        resume_step: int,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        from tensorboardX import SummaryWriter
+
+        path = workdir / "metrics.jsonl"
+        _drop_lines_after(path, resume_step)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._wandb = _start_wandb(wandb_project, workdir, config) if wandb_project else None
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Forgets what a killed run logged beyond its last checkpoint: it will be logged again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        # A line without its end was being written when the run died.
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    write_atomically(path, "".join(kept))
+
+
+def _start_wandb(project: str, workdir: Path, config: dict[str, Any] | None):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "logger.wandb_enabled=True needs the package wandb: pip install wandb"
+        ) from None
+    return wandb.init(project=project, dir=str(workdir), config=config, resume="allow")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Progress:
+    """Follows the run: one step late on the console bar, every `logging_steps` in the writer.
+
+    Metrics of a step are fetched when the next step has been dispatched, so the device never waits
+    for the host, except at logged steps: those are measured phase by phase.
+
+    Args:
+      writer: where logged steps go; closed with the progress.
+      schedule: learning rate of an update count.
+      first_step: updates made before.
+      max_steps: updates in all.
+      logging_steps: updates between log lines.
+      max_log_prob_gap: mean |nats| by which sampler and trainer may disagree.
+      show_bar: whether to draw the bar.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        schedule: Callable[[int], Any],
+        *,
+        first_step: int,
+        max_steps: int,
+        logging_steps: int,
+        max_log_prob_gap: float,
+        show_bar: bool,
+    ):
+        self._writer, self._schedule = writer, schedule
+        self._logging_steps, self._max_gap = logging_steps, max_log_prob_gap
+        self._bar = tqdm(
+            total=max_steps, initial=first_step, unit="step", disable=not show_bar, mininterval=1
+        )
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._measuring = False
+        self._seconds: dict[str, float] = {}
+        self._tokens, self._since = 0.0, time.perf_counter()
+
+    def begin_step(self, step: int, state: Any) -> None:
+        """Before update `step` (from 0) is dispatched on `state`."""
+        self._measuring = (step + 1) % self._logging_steps == 0
+        if self._measuring:
+            self._seconds = {}
+            jax.block_until_ready(state)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[Any], Any]]:
+        """Times a phase of a logged step; yields a function that waits for the phase's arrays."""
+        start = time.perf_counter()
+        yield jax.block_until_ready if self._measuring else lambda arrays: arrays
+        if self._measuring:
+            self._seconds[f"seconds/{name}"] = time.perf_counter() - start
+
+    def end_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """After update `step` (from 1) was dispatched; reports the update before, or itself."""
+        self.flush()
+        self._pending = step, metrics
+        if self._measuring:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reports the pending update.
+
+        Raises:
+          RunStopped: sampler and trainer disagree.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._check_gap(step, values["log_prob_gap"])
+        self._tokens += values["tokens"]
+        self._bar.set_postfix(
+            {"loss": f"{values['loss']:.4f}", "tokens/s": f"{self._rate():.0f}"}, refresh=False
+        )
+        self._bar.update(step - self._bar.n)
+        if step % self._logging_steps == 0:
+            self._write(step, values)
+
+    def evaluation(self, step: int, role: str, result: dict[str, Any]) -> None:
+        self.flush()
+        numbers = {name: value for name, value in result.items() if value is not None}
+        self._writer.write(step, {f"eval/{role}/{name}": value for name, value in numbers.items()})
+        shown = ", ".join(
+            f"{name} {numbers[name]:.4f}"
+            for name in ("accuracy", "forward_kl", "reverse_kl")
+            if name in numbers
+        )
+        self.say(f"step {step} {role}: {shown}")
+        # Time spent evaluating is not training time.
+        self._tokens, self._since = 0.0, time.perf_counter()
+
+    def say(self, line: str) -> None:
+        self._bar.write(line)
+
+    def close(self) -> None:
+        self.flush()
+        self._bar.close()
+        self._writer.close()
+
+    def _rate(self) -> float:
+        return self._tokens / (time.perf_counter() - self._since)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        seconds = self._seconds
+        rates = {"tokens_per_second/total": self._rate()}
+        for name in ("generate", "train"):
+            if seconds.get(f"seconds/{name}"):
+                rates[f"tokens_per_second/{name}"] = values["tokens"] / seconds[f"seconds/{name}"]
+        learning_rate = {"learning_rate": float(self._schedule(step - 1))}
+        self._writer.write(step, {**values, **learning_rate, **seconds, **rates})
+        self._tokens, self._since = 0.0, time.perf_counter()
+
+    def _check_gap(self, step: int, gap: float) -> None:
+        if not gap <= self._max_gap:
+            raise RunStopped(
+                f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token on the "
+                f"same tokens (policy.generation.max_log_prob_gap={self._max_gap}): the sampler's "
+                "weights are stale, or its precision or template differs from the trainer's"
+            )

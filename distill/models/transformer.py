@@ -1,0 +1,338 @@
+"""The one decoder: Qwen2, Qwen3 and Llama 3 differ only by facts in ModelConfig.
+
+Shape suffixes, used in the whole project:
+  b batch          t query position   s key position     d model width    n query heads
+  k kv heads       h head width       f ffn width        v vocabulary     l layers
+
+All layers live in one `Block` whose parameters have a leading 'layers' axis; the forward pass scans
+over it, so compile time does not grow with depth. Parameters keep `param_dtype` (float32 masters)
+and are cast to `dtype` where they are used; norms, rotary embeddings and softmax run in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distill.models.config import ModelConfig
+from distill.sharding import constrain
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+_INIT_STD = 0.02
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values seen so far; row b means something up to position lengths_b[b]."""
+
+    k_lbskh: jax.Array
+    v_lbskh: jax.Array
+    lengths_b: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of the rotary angles, float32, one per pair of head channels."""
+
+    cos_bth: jax.Array
+    sin_bth: jax.Array
+
+
+def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache for `batch` rows of at most `size` tokens."""
+    shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_width)
+    return KVCache(
+        k_lbskh=_constrain_cache(jnp.zeros(shape, dtype)),
+        v_lbskh=_constrain_cache(jnp.zeros(shape, dtype)),
+        lengths_b=jnp.zeros(batch, jnp.int32),
+    )
+
+
+class Block(nnx.Module):
+    """All decoder layers at once: attention and gated feed-forward, each behind an RMSNorm.
+
+    Constructed with stacked parameters; the methods are called on a copy that holds one layer's.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.dtype = dtype
+        layers, d, f = config.num_layers, config.model_width, config.ffn_width
+        n, k, h = config.num_heads, config.num_kv_heads, config.head_width
+        # Each layer adds two terms to the residual stream; this keeps its variance from growing.
+        residual_std = _INIT_STD / math.sqrt(2 * layers)
+
+        def normal(std: float, **axes: int) -> nnx.Param:
+            shape = (layers, *axes.values())
+            return _normal(rngs, shape, std, param_dtype, ("layers", *axes))
+
+        def filled(value: float, axis_names: tuple[str | None, ...], *shape: int) -> nnx.Param:
+            full = jnp.full((layers, *shape), value, param_dtype)
+            return nnx.Param(full, logical_axes=("layers", *axis_names))
+
+        self.attention_norm = filled(1.0, (None,), d)
+        self.q_proj = normal(_INIT_STD, embed=d, heads=n, head_width=h)
+        self.k_proj = normal(_INIT_STD, embed=d, kv_heads=k, head_width=h)
+        self.v_proj = normal(_INIT_STD, embed=d, kv_heads=k, head_width=h)
+        self.o_proj = normal(residual_std, heads=n, head_width=h, embed=d)
+        if config.qkv_bias:
+            self.q_bias = filled(0.0, ("heads", "head_width"), n, h)
+            self.k_bias = filled(0.0, ("kv_heads", "head_width"), k, h)
+            self.v_bias = filled(0.0, ("kv_heads", "head_width"), k, h)
+        if config.qk_norm:
+            self.q_norm = filled(1.0, (None,), h)
+            self.k_norm = filled(1.0, (None,), h)
+        self.ffn_norm = filled(1.0, (None,), d)
+        self.gate_proj = normal(_INIT_STD, embed=d, ffn=f)
+        self.up_proj = normal(_INIT_STD, embed=d, ffn=f)
+        self.down_proj = normal(residual_std, ffn=f, embed=d)
+
+    def __call__(self, x_btd: jax.Array, rotation: Rotation, mask_bts: jax.Array) -> jax.Array:
+        """One layer of the training form."""
+        q_btnh, k_btkh, v_btkh = self.query_key_value(x_btd, rotation)
+        return self.finish(x_btd, _attend(q_btnh, k_btkh, v_btkh, mask_bts))
+
+    def query_key_value(
+        self, x_btd: jax.Array, rotation: Rotation
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Normalised, projected and rotated inputs of attention."""
+        x_btd = rms_norm(x_btd, self.attention_norm[...], self.config.rms_eps)
+        q_btnh = jnp.einsum("btd,dnh->btnh", x_btd, self._cast(self.q_proj))
+        k_btkh = jnp.einsum("btd,dkh->btkh", x_btd, self._cast(self.k_proj))
+        v_btkh = jnp.einsum("btd,dkh->btkh", x_btd, self._cast(self.v_proj))
+        if self.config.qkv_bias:
+            q_btnh = q_btnh + self._cast(self.q_bias)
+            k_btkh = k_btkh + self._cast(self.k_bias)
+            v_btkh = v_btkh + self._cast(self.v_bias)
+        if self.config.qk_norm:
+            q_btnh = rms_norm(q_btnh, self.q_norm[...], self.config.rms_eps)
+            k_btkh = rms_norm(k_btkh, self.k_norm[...], self.config.rms_eps)
+        return (
+            constrain(rotate(q_btnh, rotation), "batch", "position", "act_heads", None),
+            constrain(rotate(k_btkh, rotation), "batch", "position", "act_kv_heads", None),
+            constrain(v_btkh, "batch", "position", "act_kv_heads", None),
+        )
+
+    def finish(self, x_btd: jax.Array, attended_btnh: jax.Array) -> jax.Array:
+        """Adds the attention output and then the feed-forward output to the residual stream."""
+        x_btd = x_btd + jnp.einsum("btnh,nhd->btd", attended_btnh, self._cast(self.o_proj))
+        x_btd = _constrain_residual(x_btd)
+        y_btd = rms_norm(x_btd, self.ffn_norm[...], self.config.rms_eps)
+        gate_btf = jnp.einsum("btd,df->btf", y_btd, self._cast(self.gate_proj))
+        up_btf = jnp.einsum("btd,df->btf", y_btd, self._cast(self.up_proj))
+        gated_btf = constrain(jax.nn.silu(gate_btf) * up_btf, "batch", "position", "act_ffn")
+        x_btd = x_btd + jnp.einsum("btf,fd->btd", gated_btf, self._cast(self.down_proj))
+        return _constrain_residual(x_btd)
+
+    def _cast(self, param: nnx.Param) -> jax.Array:
+        return param[...].astype(self.dtype)
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model.
+
+    Args:
+      config: sizes and variants.
+      dtype: what activations and the cache are computed in.
+      param_dtype: what parameters are stored in.
+      remat: what the backward pass recomputes: 'none', 'full' (each layer from its input) or
+        'dots' (all but the matrix products).
+      rngs: source of the initial parameters.
+
+    Raises:
+      ValueError: unknown `remat`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        d, v = config.model_width, config.vocab_size
+        self.embedding = _normal(rngs, (v, d), _INIT_STD, param_dtype, ("vocab", "embed"))
+        self.layers = Block(config, self.dtype, param_dtype, rngs)
+        self.final_norm = nnx.Param(jnp.ones(d, param_dtype), logical_axes=(None,))
+        if not config.tied:
+            self.output_head = _normal(rngs, (d, v), _INIT_STD, param_dtype, ("embed", "vocab"))
+
+    def __call__(
+        self,
+        tokens_bt: jax.Array,
+        positions_bt: jax.Array | None = None,
+        segment_ids_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, hidden_btd in `dtype`.
+
+        Args:
+          tokens_bt: token ids.
+          positions_bt: rotary positions; default 0, 1, 2, ... in every row.
+          segment_ids_bt: a token attends to tokens of its own segment at its own index or before;
+            0 marks padding, whose outputs mean nothing. Default: every row is one segment.
+        """
+        batch, length = tokens_bt.shape
+        if positions_bt is None:
+            positions_bt = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        mask_bts = jnp.tril(jnp.ones((1, length, length), bool))
+        if segment_ids_bt is not None:
+            mask_bts &= segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
+        rotation = _rotation(self.config, positions_bt)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x_btd, layer_state):
+            return nnx.merge(graphdef, layer_state)(x_btd, rotation, mask_bts), None
+
+        if self.remat != "none":
+            # Inside scan nothing can be merged across iterations, so no barrier is needed.
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        x_btd, _ = jax.lax.scan(layer, self._embed(tokens_bt), stacked)
+        return self._final(x_btd)
+
+    def extend(
+        self, tokens_bt: jax.Array, new_lengths_b: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Appends t tokens to every row of the cache and returns their hidden_btd.
+
+        Serves prefill (t = longest prompt, rows right-padded) and decoding (t = 1). Row b keeps the
+        first new_lengths_b[b] (0 to t) of its tokens: outputs after them mean nothing, and what
+        they left in the cache is never read, because later tokens overwrite it first. Tokens beyond
+        the size of the cache are dropped.
+        """
+        offsets_t = jnp.arange(tokens_bt.shape[1])
+        positions_bt = cache.lengths_b[:, None] + offsets_t
+        mask_bts = jnp.arange(cache.k_lbskh.shape[2]) <= positions_bt[:, :, None]
+        rotation = _rotation(self.config, positions_bt)
+        graphdef, stacked = nnx.split(self.layers)
+
+        # The cache is carried, not stacked from per-layer outputs, so that XLA updates it in place.
+        def layer(carry, indexed_state):
+            x_btd, k_lbskh, v_lbskh = carry
+            index, layer_state = indexed_state
+            block = nnx.merge(graphdef, layer_state)
+            q_btnh, k_btkh, v_btkh = block.query_key_value(x_btd, rotation)
+            k_lbskh = _write_cache(k_lbskh, index, positions_bt, k_btkh)
+            v_lbskh = _write_cache(v_lbskh, index, positions_bt, v_btkh)
+            attended_btnh = _attend(q_btnh, k_lbskh[index], v_lbskh[index], mask_bts)
+            return (block.finish(x_btd, attended_btnh), k_lbskh, v_lbskh), None
+
+        carry = self._embed(tokens_bt), cache.k_lbskh, cache.v_lbskh
+        indices_l = jnp.arange(self.config.num_layers)
+        (x_btd, k_lbskh, v_lbskh), _ = jax.lax.scan(layer, carry, (indices_l, stacked))
+        return self._final(x_btd), KVCache(k_lbskh, v_lbskh, cache.lengths_b + new_lengths_b)
+
+    def head(self) -> jax.Array:
+        """The output head w_dv in `dtype`; the transposed embedding when tied."""
+        w_dv = self.embedding[...].T if self.config.tied else self.output_head[...]
+        return w_dv.astype(self.dtype)
+
+    def logits(self, hidden_btd: jax.Array) -> jax.Array:
+        """Scores of the next token, logits_btv in float32."""
+        logits_btv = jnp.einsum(
+            "btd,dv->btv", hidden_btd, self.head(), preferred_element_type=jnp.float32
+        )
+        return constrain(logits_btv, "batch", "position", "act_vocab")
+
+    def _embed(self, tokens_bt: jax.Array) -> jax.Array:
+        # Tokens are sharded by what may also shard the table's width, so gather the width first.
+        table_vd = constrain(self.embedding[...], "vocab", None)
+        tokens_bt = constrain(tokens_bt, "batch", "position")
+        # Cast after the lookup: its gradient adds up many tokens, which bfloat16 would lose.
+        return _constrain_residual(jnp.take(table_vd, tokens_bt, axis=0).astype(self.dtype))
+
+    def _final(self, x_btd: jax.Array) -> jax.Array:
+        return rms_norm(x_btd, self.final_norm[...], self.config.rms_eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype (1910.07467)."""
+    x_f32 = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    return (x_f32 * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x_btnh: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotary embedding of queries or keys; channel i is paired with i + h/2 (2104.09864)."""
+    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rotation.cos_bth[:, :, None], rotation.sin_bth[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_btnh.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each channel pair, float32, shape (head_width / 2,).
+
+    Llama 3.1 slows a pair down by `factor` if it turns less than low_freq_factor times in the
+    original context, not at all above high_freq_factor turns, and interpolates linearly between
+    (transformers, modeling_rope_utils._compute_llama3_parameters).
+    """
+    exponents = np.arange(0, config.head_width, 2) / config.head_width
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling is not None:
+        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def _rotation(config: ModelConfig, positions_bt: jax.Array) -> Rotation:
+    angles_bth = positions_bt[:, :, None].astype(jnp.float32) * rope_frequencies(config)
+    return Rotation(cos_bth=jnp.cos(angles_bth), sin_bth=jnp.sin(angles_bth))
+
+
+def _attend(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array
+) -> jax.Array:
+    attended = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
+    return constrain(attended, "batch", "position", "act_heads", None)
+
+
+def _write_cache(
+    cache_lbskh: jax.Array, layer: jax.Array, positions_bt: jax.Array, new_btkh: jax.Array
+) -> jax.Array:
+    rows_b1 = jnp.arange(positions_bt.shape[0])[:, None]
+    written = cache_lbskh.at[layer, rows_b1, positions_bt].set(new_btkh, mode="drop")
+    return _constrain_cache(written)
+
+
+def _normal(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    std: float,
+    dtype: jnp.dtype,
+    logical_axes: tuple[str, ...],
+) -> nnx.Param:
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), logical_axes=logical_axes)
+
+
+def _constrain_residual(x_btd: jax.Array) -> jax.Array:
+    return constrain(x_btd, "batch", "position", "act_embed")
+
+
+def _constrain_cache(cache_lbskh: jax.Array) -> jax.Array:
+    return constrain(cache_lbskh, "layers", "batch", "position", "act_kv_heads", None)

@@ -1,0 +1,1 @@
+"""Sampling from the student: token choice and the jitted decode loop."""

@@ -1,0 +1,170 @@
+"""Models made from scratch: tokenizer, random weights, and supervised steps before distillation.
+
+A config without a model path gets the missing models here, as Hugging Face folders in
+`workdir/scratch`; everything after that sees paths only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from distill.build import build_dataset
+from distill.config import Config, Pretrain, Shape
+from distill.data.arithmetic import CHARACTERS
+from distill.errors import UserError
+from distill.models.config import ModelConfig
+from distill.models.hf import export_model, hf_config_dict, resolve_model
+from distill.models.transformer import Transformer
+from distill.tokenizer import (
+    character_tokenizer,
+    load_tokenizer,
+    train_bpe_tokenizer,
+    vocabulary_size,
+)
+
+
+def make_missing_models(
+    config: Config, workdir: Path, supervise: Callable[[Config, Path], Path]
+) -> Config:
+    """Returns `config` with a path for every model.
+
+    Args:
+      config: policy.model_name and distillation.teacher_model_path may be ''.
+      workdir: folder of the run; models made earlier are found again in its `scratch` folder.
+      supervise: trains `config` in a folder and returns the folder of the exported model.
+    """
+    distillation, policy = config.distillation, config.policy
+    tokenizer = None
+    teacher_path, student_path = distillation.teacher_model_path, policy.model_name
+    if not teacher_path and not distillation.hard_labels:
+        tokenizer = _make_tokenizer(config)
+        teacher_path = _make_model(
+            config,
+            "teacher",
+            config.teacher.shape,
+            config.teacher.pretrain,
+            tokenizer,
+            workdir,
+            supervise,
+        )
+    if not student_path:
+        tokenizer = tokenizer or _make_tokenizer(config)
+        student_path = _make_model(
+            config, "student", policy.shape, policy.pretrain, tokenizer, workdir, supervise
+        )
+    return dataclasses.replace(
+        config,
+        distillation=dataclasses.replace(distillation, teacher_model_path=teacher_path),
+        policy=dataclasses.replace(policy, model_name=student_path),
+    )
+
+
+def _make_tokenizer(config: Config):
+    kind, _, argument = config.policy.tokenizer.partition(":")
+    if (kind, argument) == ("characters", "arithmetic"):
+        return character_tokenizer(CHARACTERS)
+    if kind == "bpe":
+        if not argument.isdigit() or int(argument) < 300:
+            raise UserError(
+                f"policy.tokenizer={config.policy.tokenizer!r}: write bpe:SIZE with at least 300 "
+                "entries (256 bytes, special tokens and merges)"
+            )
+        dataset = build_dataset(config)
+        examples = (dataset[i] for i in range(len(dataset)))
+        texts = (f"{example.prompt}\n{example.response or ''}" for example in examples)
+        return train_bpe_tokenizer(texts, int(argument))
+    return load_tokenizer(resolve_model(config.policy.tokenizer))
+
+
+def _make_model(
+    config: Config,
+    role: str,
+    shape: Shape,
+    pretrain: Pretrain,
+    tokenizer,
+    workdir: Path,
+    supervise: Callable[[Config, Path], Path],
+) -> str:
+    folder = workdir / "scratch" / role
+    initial = folder / "initial"
+    # An export appears whole or not at all, so a folder that is there is complete.
+    if not initial.exists():
+        _export_random_model(initial, shape, tokenizer, config, seed_offset=role == "teacher")
+    if pretrain.steps == 0:
+        return str(initial)
+    return str(supervise(_supervised(config, initial, pretrain), folder / "pretrain"))
+
+
+def _export_random_model(
+    folder: Path, shape: Shape, tokenizer, config: Config, *, seed_offset: int
+) -> None:
+    model_config = ModelConfig(
+        family="qwen2",
+        vocab_size=shape.vocab_size or vocabulary_size(tokenizer),
+        num_layers=shape.num_layers,
+        model_width=shape.model_width,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_width=shape.model_width // shape.num_heads,
+        ffn_width=shape.ffn_width,
+        tied=shape.tied,
+        qkv_bias=True,
+        qk_norm=False,
+        rms_eps=1e-6,
+        rope_theta=10_000.0,
+        rope_scaling=None,
+        max_positions=config.policy.max_total_sequence_length,
+    )
+    if model_config.vocab_size < vocabulary_size(tokenizer):
+        raise UserError(
+            f"shape.vocab_size={shape.vocab_size} is smaller than the tokenizer's "
+            f"{vocabulary_size(tokenizer)} ids: raise it, or 0 takes that number"
+        )
+    model = Transformer(
+        model_config,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs=nnx.Rngs(2 * config.seed + seed_offset),
+    )
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    export_model(
+        folder,
+        nnx.state(model, nnx.Param),
+        model_config,
+        hf_config_dict(model_config, **ids),
+        tokenizer,
+        jnp.float32,
+    )
+
+
+def _supervised(config: Config, initial: Path, pretrain: Pretrain) -> Config:
+    """Plain supervised training of one model on the fixed data, without evaluation."""
+    distillation, policy, data = config.distillation, config.policy, config.data
+    return dataclasses.replace(
+        config,
+        distillation=dataclasses.replace(
+            distillation,
+            teacher_model_path="",
+            hard_labels=True,
+            lambda_=0.0,
+            max_steps=pretrain.steps,
+            eval_steps=0,
+            save_steps=0,
+        ),
+        policy=dataclasses.replace(
+            policy,
+            model_name=str(initial),
+            optimizer=dataclasses.replace(
+                policy.optimizer, learning_rate=pretrain.learning_rate, schedule="cosine"
+            ),
+        ),
+        data=dataclasses.replace(
+            data, shuffle=True, validation=dataclasses.replace(data.validation, max_samples=0)
+        ),
+        checkpointing=dataclasses.replace(config.checkpointing, export_dtype="float32"),
+    )

@@ -1,0 +1,185 @@
+"""One optimizer update: student and teacher together in one jitted, sharded function.
+
+The batch is split into microbatches walked by `lax.scan`; gradients are summed in float32 and
+normalised by the global number of response tokens, so the update does not depend on the split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from distill.losses.objective import (
+    Objective,
+    gather_positions,
+    response_window,
+    token_weights,
+)
+from distill.sampling.decode import Rollout, to_sequences
+from distill.sharding import constrain
+
+Params = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an update changes: float32 master weights, optimizer state, update count."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Sequences to learn from.
+
+    Attributes:
+      tokens_bt: prompt and response contiguous, right-padded.
+      prompt_lengths_b: prompt tokens per row.
+      lengths_b: prompt and response tokens per row.
+      log_probs_br: the sampler's untruncated log-probabilities of the response tokens.
+      on_policy_b: whether the student sampled the response.
+      truncated_b: whether the response stopped at the length limit.
+    """
+
+    tokens_bt: jax.Array
+    prompt_lengths_b: jax.Array
+    lengths_b: jax.Array
+    log_probs_br: jax.Array
+    on_policy_b: jax.Array
+    truncated_b: jax.Array
+
+
+def make_batch(
+    prompts_bp: jax.Array,
+    prompt_lengths_b: jax.Array,
+    rollout: Rollout,
+    on_policy_b: jax.Array,
+    *,
+    pad_id: int,
+) -> Batch:
+    """Joins prompts and responses into rows of length P + R; jittable."""
+    tokens_bt, lengths_b = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
+    return Batch(
+        tokens_bt,
+        prompt_lengths_b,
+        lengths_b,
+        rollout.log_probs_br,
+        on_policy_b,
+        on_policy_b & ~rollout.stopped_b,
+    )
+
+
+def make_train_step(
+    student: nnx.GraphDef,
+    teacher: nnx.GraphDef | None,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int,
+    vocab_size: int,
+    state_shardings: Any = None,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
+
+    Args:
+      student: graph of the trained model, whose parameters are `state.params`.
+      teacher: graph of the frozen model, None (with `teacher_params=None`) for hard labels.
+      objective: per-token loss summed with weights.
+      optimizer: optax chain.
+      num_microbatches: divides the batch size.
+      vocab_size: ids shared by both models; rows of a head beyond it are ignored.
+      state_shardings: layout of the new state, None for a single device.
+
+    Metrics are scalars on the device: loss (nats per token), grad_norm, update_norm, tokens,
+    response_length, truncated, and the gap between sampler's and trainer's log-probabilities.
+    """
+
+    def microbatch_loss(params, teacher_params, batch: Batch, total):
+        response_size = batch.log_probs_br.shape[1]
+        window = response_window(
+            batch.tokens_bt, batch.prompt_lengths_b, batch.lengths_b, response_size
+        )
+
+        def evaluate(graph, params):
+            model = nnx.merge(graph, params)
+            valid_bt = jnp.arange(batch.tokens_bt.shape[1]) < batch.lengths_b[:, None]
+            hidden_btd = model(batch.tokens_bt, segment_ids_bt=valid_bt.astype(jnp.int32))
+            return gather_positions(hidden_btd, window.index_br), model.head()
+
+        hidden_s, head_s = evaluate(student, params)
+        hidden_t, head_t = (None, None) if teacher is None else evaluate(teacher, teacher_params)
+        loss, values = objective(
+            hidden_s,
+            head_s,
+            jax.lax.stop_gradient(hidden_t),
+            jax.lax.stop_gradient(head_t),
+            window.targets_br,
+            token_weights(window.mask_br, total),
+            vocab_size=vocab_size,
+        )
+        sampled_br = window.mask_br & batch.on_policy_b[:, None]
+        gap_br = jnp.where(sampled_br, jnp.abs(values.log_prob_s - batch.log_probs_br), 0.0)
+        return loss, {
+            "gap_sum": gap_br.sum(),
+            "gap_max": gap_br.max(),
+            "gap_tokens": sampled_br.sum().astype(jnp.float32),
+            "student_log_prob": (values.log_prob_s * window.mask_br).sum() / total,
+            "teacher_log_prob": (values.log_prob_t * window.mask_br).sum() / total,
+        }
+
+    def train_step(state: TrainState, teacher_params, batch: Batch):
+        lengths_b = batch.lengths_b - batch.prompt_lengths_b
+        total = jnp.maximum(lengths_b.sum(), 1).astype(jnp.float32)
+        value_and_grad = jax.value_and_grad(microbatch_loss, has_aux=True)
+
+        def accumulate(carry, microbatch):
+            loss, grads = carry
+            (more_loss, aux), more_grads = value_and_grad(
+                state.params, teacher_params, microbatch, total
+            )
+            return (loss + more_loss, jax.tree.map(jnp.add, grads, more_grads)), aux
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (loss, grads), aux = jax.lax.scan(
+            accumulate, (jnp.zeros(()), zeros), _split(batch, num_microbatches)
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "tokens": total,
+            "response_length": lengths_b.mean(dtype=jnp.float32),
+            "truncated": batch.truncated_b.mean(dtype=jnp.float32),
+            "on_policy": batch.on_policy_b.mean(dtype=jnp.float32),
+            "log_prob_gap": aux["gap_sum"].sum() / jnp.maximum(aux["gap_tokens"].sum(), 1.0),
+            "log_prob_gap_max": aux["gap_max"].max(),
+            "student_log_prob": aux["student_log_prob"].sum(),
+            "teacher_log_prob": aux["teacher_log_prob"].sum(),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    out_shardings = None if state_shardings is None else (state_shardings, None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """Rows b -> (parts, b / parts), such that every part lies on all devices."""
+
+    def split(x):
+        # A device holds contiguous rows: taking every parts-th row moves nothing between devices.
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    return jax.tree.map(split, batch)

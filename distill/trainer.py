@@ -1,0 +1,310 @@
+"""The training run, read from top to bottom: build, resume, loop, evaluate, export.
+
+`train(config, workdir)` is everything that `python -m distill.main` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill import build
+from distill.checkpoint import Checkpoints, check_same_run
+from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
+from distill.data.pipeline import PromptBatch
+from distill.data.prompts import Prompts
+from distill.errors import UserError
+from distill.evaluate import Model, format_table
+from distill.losses.objective import lambda_coin, sample_coins
+from distill.metrics import write_atomically
+from distill.models.hf import export_model, load_model_config, resolve_model
+from distill.rollout.base import RolloutBackend
+from distill.sampling.decode import Rollout
+from distill.scratch import make_missing_models
+from distill.sharding import optimizer_shardings, replicated
+from distill.step import Batch, TrainState, make_batch, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run produced.
+
+    Attributes:
+      results: {'base'|'student'|'teacher': evaluation fields}, as in results.json.
+      student: folder of the exported student.
+      steps: optimizer updates made in all.
+    """
+
+    results: dict[str, dict[str, Any]]
+    student: Path
+    steps: int
+
+
+def train(config: ConfigDict, workdir: str | Path) -> Result:
+    """Distils as `config` says, continuing the run in `workdir` if there is one.
+
+    Args:
+      config: from `distill.config.default_config()`, edited.
+      workdir: checkpoints, metrics.jsonl, tensorboard, results.json and the exported student.
+
+    Raises:
+      UserError: whatever the user can fix, in one line.
+    """
+    return run(parse_config(config), Path(workdir))
+
+
+def run(config: Config, workdir: Path) -> Result:
+    """`train` for a parsed config."""
+    build.import_plugins(config)
+    objective = build.build_objective(config)
+    mesh = build.build_mesh(config)
+    step, record = find_progress(config, workdir)
+    flat_config = to_flat_dict(config)
+    with jax.set_mesh(mesh):
+        # ------------------------------------------------------------------------------- data
+        config = make_missing_models(config, workdir, lambda c, path: run(c, path).student)
+        student_folder, teacher_folder = find_models(config)
+        vocabulary = build.build_vocabulary(student_folder, teacher_folder)
+        dataset = build.build_dataset(config)
+        prompts = build.build_prompts(
+            config, dataset, vocabulary.tokenizer, needs_responses=config.distillation.lambda_ < 1
+        )
+        iterator = build.build_iterator(config, prompts)
+        evaluator = build.build_evaluator(config, vocabulary, mesh)
+
+        # ----------------------------------------------------------------------------- models
+        student = build.build_student(config, student_folder, mesh)
+        teacher = teacher_folder and build.build_teacher(config, teacher_folder, mesh)
+        optimizer, schedule = build.build_optimizer(config)
+        state = place_state(student.params, optimizer, mesh)
+        train_step = make_train_step(
+            student.graph,
+            teacher.graph if teacher else None,
+            objective,
+            optimizer,
+            num_microbatches=config.policy.train_global_batch_size
+            // config.policy.train_micro_batch_size,
+            vocab_size=vocabulary.size,
+            state_shardings=jax.tree.map(lambda x: x.sharding, state),
+        )
+        backend = build.build_backend(config, student.graph, vocabulary)
+        batches = BatchSource(config, prompts, backend, build.make_put(mesh))
+
+        # ----------------------------------------------------------------------------- resume
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpointing.keep)
+        results: dict[str, dict[str, Any]] = {}
+        if step:
+            state = checkpoints.restore(step, state)
+            iterator.set_state(record["iterator"])
+            results = record["results"]
+        writer = build.build_writer(config, workdir, step, flat_config)
+        progress = build.build_progress(config, writer, schedule, step)
+        progress.say(f"data: {prompts.summary()}")
+
+        def evaluate(role: str, model: Model) -> None:
+            if evaluator is not None:
+                results[role] = dataclasses.asdict(evaluator(model, teacher))
+                progress.evaluation(step, role, results[role])
+
+        # ------------------------------------------------------------------------------- loop
+        if "base" not in results:
+            evaluate("base", Model(student.graph, state.params))
+        if teacher and "teacher" not in results:
+            evaluate("teacher", teacher)
+        backend.start()
+        max_steps = config.distillation.max_steps
+        while step < max_steps:
+            progress.begin_step(step, state)
+            with progress.phase("refit"):
+                backend.refit(state.params)
+            with progress.phase("generate") as finish:
+                batch = finish(batches.next(iterator, step))
+            with progress.phase("train") as finish:
+                state, metrics = train_step(state, teacher and teacher.params, batch)
+                finish(metrics)
+            step += 1
+            progress.end_step(step, metrics)
+            if _is_due(step, config.distillation.eval_steps, max_steps):
+                evaluate("student", Model(student.graph, state.params))
+            if _is_due(step, config.distillation.save_steps, max_steps):
+                progress.flush()
+                record = dict(config=flat_config, iterator=iterator.get_state(), results=results)
+                checkpoints.save(step, state, record)
+        backend.stop()
+        progress.close()
+        checkpoints.close()
+
+        # ----------------------------------------------------------------------------- export
+        folder = export_student(config, workdir, student_folder, state.params, vocabulary)
+        if results:
+            write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+            print(format_table(results))
+        print(f"student: {folder}", flush=True)
+        return Result(results, folder, step)
+
+
+def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[str, Any]]:
+    """Evaluates any Hugging Face checkpoint, and the config's teacher if it names one.
+
+    Returns:
+      {'student': evaluation fields, 'teacher': evaluation fields}.
+    """
+    config.policy.model_name = model_path
+    parsed = parse_config(config)
+    build.import_plugins(parsed)
+    mesh = build.build_mesh(parsed)
+    with jax.set_mesh(mesh):
+        student_folder, teacher_folder = find_models(parsed)
+        vocabulary = build.build_vocabulary(student_folder, teacher_folder)
+        evaluator = build.build_evaluator(parsed, vocabulary, mesh)
+        if evaluator is None:
+            raise UserError("data.validation.max_samples=0 leaves nothing to evaluate: raise it")
+        teacher = teacher_folder and build.build_teacher(parsed, teacher_folder, mesh)
+        models = {"student": build.build_student(parsed, student_folder, mesh)}
+        models |= {"teacher": teacher} if teacher else {}
+        return {
+            role: dataclasses.asdict(evaluator(model, teacher)) for role, model in models.items()
+        }
+
+
+class BatchSource:
+    """Makes the batch of a step: from the student's own answers or from the fixed data.
+
+    Args:
+      config: lambda_, mix, seed and the number of answers per prompt.
+      prompts: their responses are the fixed data.
+      backend: samples the answers.
+      put: places host rows on the mesh.
+    """
+
+    def __init__(self, config: Config, prompts: Prompts, backend: RolloutBackend, put):
+        self._distillation, self._seed = config.distillation, config.seed
+        self._backend, self._put = backend, put
+        self._pad_id = prompts.pad_id
+        # Without sampling, rows need no room beyond the longest response.
+        self._response_width = (
+            config.distillation.generate_strategy.max_length
+            if config.distillation.lambda_ > 0
+            else prompts.response_width
+        )
+        self._make_batch = jax.jit(functools.partial(make_batch, pad_id=prompts.pad_id))
+        self._select = jax.jit(_select_rows)
+
+    def next(self, iterator, step: int) -> Batch:
+        """The batch of update `step` (counted from 0), on the device, not waited for."""
+        prompts = next(iterator)
+        repeats = self._distillation.generate_strategy.num_generations
+        prompts = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), prompts)
+        coins_b = self._on_policy(step, prompts.index_b)
+        tokens_bp, lengths_b = map(self._put, (prompts.prompt_tokens_bp, prompts.prompt_lengths_b))
+        if not coins_b.any():
+            rollout = self._fixed(prompts)
+        else:
+            rollout = self._backend.generate(
+                tokens_bp,
+                lengths_b,
+                prompts.index_b.astype(np.uint32),
+                np.tile(np.arange(repeats), len(coins_b) // repeats),
+                seed=self._seed,
+                step=step,
+            )
+            if not coins_b.all():
+                rollout = self._select(self._put(coins_b), rollout, self._fixed(prompts))
+        return self._make_batch(tokens_bp, lengths_b, rollout, self._put(coins_b))
+
+    def _on_policy(self, step: int, index_b: np.ndarray) -> np.ndarray:
+        lambda_ = self._distillation.lambda_
+        if self._distillation.mix == "sample":
+            return np.asarray(sample_coins(self._seed, step, index_b.astype(np.uint32), lambda_))
+        return np.full(len(index_b), lambda_coin(self._seed, step, lambda_))
+
+    def _fixed(self, prompts: PromptBatch) -> Rollout:
+        """The data's own responses in the form of a rollout."""
+        tokens_br = prompts.response_tokens_br
+        missing = self._response_width - tokens_br.shape[1]
+        tokens_br = np.pad(tokens_br, ((0, 0), (0, max(missing, 0))), constant_values=self._pad_id)[
+            :, : self._response_width
+        ]
+        zeros_br = self._put(np.zeros(tokens_br.shape, np.float32))
+        return Rollout(
+            tokens_br=self._put(tokens_br),
+            lengths_b=self._put(prompts.response_lengths_b),
+            log_probs_br=zeros_br,
+            sampled_log_probs_br=zeros_br,
+            stopped_b=self._put(np.ones(len(tokens_br), bool)),
+        )
+
+
+def _select_rows(coins_b: jax.Array, sampled: Rollout, fixed: Rollout) -> Rollout:
+    """Row by row the sampled response where the coin says so, else the fixed one."""
+
+    def select(ours, theirs):
+        return jnp.where(coins_b.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
+
+    return jax.tree.map(select, sampled, fixed)
+
+
+def find_progress(config: Config, workdir: Path) -> tuple[int, dict[str, Any]]:
+    """Step and record of the newest checkpoint in `workdir`; (0, {}) for a new run.
+
+    Raises:
+      UserError: the checkpoint belongs to a run with another config.
+    """
+    folder = workdir / "checkpoints"
+    if not folder.exists():
+        return 0, {}
+    checkpoints = Checkpoints(folder, keep=config.checkpointing.keep)
+    step = checkpoints.latest()
+    record = checkpoints.record(step) if step is not None else {}
+    checkpoints.close()
+    if record:
+        check_same_run(record["config"], to_flat_dict(config), RESUMABLE_CHANGES)
+    return step or 0, record
+
+
+def find_models(config: Config) -> tuple[Path, Path | None]:
+    """Local folders of student and teacher; no teacher for hard labels."""
+    student = resolve_model(config.policy.model_name)
+    if config.distillation.hard_labels or not config.distillation.teacher_model_path:
+        return student, None
+    return student, resolve_model(config.distillation.teacher_model_path)
+
+
+def place_state(params, optimizer, mesh) -> TrainState:
+    """The first train state; the optimizer's moments are laid out like the parameters."""
+    abstract = jax.eval_shape(optimizer.init, params)
+    layout = optimizer_shardings(optimizer, abstract, params, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    return TrainState(step, params, opt_state)
+
+
+def export_student(
+    config: Config, workdir: Path, student_folder: Path, params, vocabulary: build.Vocabulary
+) -> Path:
+    """Writes the student as a Hugging Face folder."""
+    model_config, hf_config = load_model_config(student_folder)
+    generation_config = student_folder / "generation_config.json"
+    folder = workdir / "student"
+    export_model(
+        folder,
+        params,
+        model_config,
+        hf_config,
+        vocabulary.tokenizer,
+        jnp.dtype(config.checkpointing.export_dtype),
+        json.loads(generation_config.read_text()) if generation_config.exists() else None,
+    )
+    return folder
+
+
+def _is_due(step: int, every: int, max_steps: int) -> bool:
+    return step == max_steps or (every > 0 and step % every == 0)

@@ -1,0 +1,134 @@
+"""The colocated backend: weights move only by refit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from distill.models.config import ModelConfig
+from distill.models.transformer import Transformer
+from distill.rollout.base import RolloutBackend
+from distill.rollout.colocated import ColocatedBackend
+from distill.sampling.choice import SamplingParams, row_keys
+from distill.sampling.decode import make_generate
+from distill.sharding import make_mesh, named_sharding, replicated
+
+CONFIG = ModelConfig(
+    family="qwen3",
+    vocab_size=32,
+    num_layers=2,
+    model_width=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_width=8,
+    ffn_width=24,
+    tied=False,
+    qkv_bias=False,
+    qk_norm=True,
+    rms_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    max_positions=64,
+)
+PARAMS = SamplingParams(max_length=6)
+OPTIONS = {"eos_ids": (3,), "pad_id": 0, "vocab_size": 32}
+PROMPTS = np.array([[4, 5, 6], [7, 8, 0], [9, 0, 0], [4, 5, 6]], np.int32)
+LENGTHS = np.array([3, 2, 1, 3], np.int32)
+REQUEST = (PROMPTS, LENGTHS, np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1]))
+
+
+def student(seed=0, dtype=jnp.float32):
+    model = Transformer(CONFIG, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, jax.tree.map(lambda x: jnp.where(x == 1, x, 15 * x), params)  # but norms
+
+
+def backend(dtype=jnp.float32, shardings=None) -> RolloutBackend:
+    made = ColocatedBackend(
+        student(dtype=dtype)[0], PARAMS, dtype=dtype, shardings=shardings, **OPTIONS
+    )
+    made.start()
+    return made
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_generates_with_cast_weights_and_request_keys(dtype):
+    graphdef, params = student(dtype=dtype)
+    sampler = backend(dtype)
+    sampler.refit(params)
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    generate = make_generate(graphdef, PARAMS, dtype=dtype, **OPTIONS)
+    expected = generate(cast, *REQUEST[:2], row_keys(7, 3, *REQUEST[2:]))
+    assert_equal(sampler.generate(*REQUEST, seed=7, step=3), expected)
+    assert {x.dtype for x in jax.tree.leaves(sampler._weights)} == {jnp.dtype(dtype)}
+
+
+def test_refit_makes_generation_use_the_new_weights():
+    sampler, fresh = backend(), backend()
+    sampler.refit(student(0)[1])
+    old = sampler.generate(*REQUEST, seed=0, step=0)
+    sampler.refit(student(1)[1])
+    new = sampler.generate(*REQUEST, seed=0, step=0)
+    fresh.refit(student(1)[1])
+    assert_equal(new, fresh.generate(*REQUEST, seed=0, step=0))
+    assert (new.log_probs_br != old.log_probs_br).any()
+
+
+def test_held_weights_outlive_the_trainers_buffers():
+    """The trainer donates its parameters to the next step; float32 needs no cast, yet a copy."""
+    sampler = backend()
+    params = student()[1]
+    sampler.refit(params)
+    before = sampler.generate(*REQUEST, seed=0, step=0)
+    jax.tree.map(lambda x: x.delete(), params)
+    assert_equal(sampler.generate(*REQUEST, seed=0, step=0), before)
+
+
+def test_randomness_comes_from_seed_step_and_indices():
+    sampler = backend()
+    sampler.refit(student()[1])
+
+    def tokens(indices=REQUEST[2:], **request):
+        return sampler.generate(PROMPTS, LENGTHS, *indices, **request).tokens_br.tolist()
+
+    first = tokens(seed=0, step=0)
+    assert tokens(seed=0, step=0) == first
+    assert tokens(seed=2**40, step=0) == first  # taken modulo 2**32
+    assert tokens(seed=1, step=0) != first
+    assert tokens(seed=0, step=1) != first
+    assert first[0] != first[3]  # two answers to one prompt
+    assert sampler._generate._cache_size() == 1
+
+
+def test_generate_before_refit_and_after_stop_is_an_error():
+    sampler = backend()
+    with pytest.raises(RuntimeError, match="before refit"):
+        sampler.generate(*REQUEST, seed=0, step=0)
+    sampler.refit(student()[1])
+    sampler.stop()
+    with pytest.raises(RuntimeError, match="before refit"):
+        sampler.generate(*REQUEST, seed=0, step=0)
+
+
+def test_refit_reshards_to_the_given_shardings():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    params = student()[1]
+    shardings = jax.tree.map(lambda _: replicated(mesh), params)
+    shardings["output_head"] = jax.tree.map(
+        lambda _: named_sharding(mesh, "embed", "vocab"), params["output_head"]
+    )
+    alone, sharded = backend(), backend(shardings=shardings)
+    alone.refit(params)
+    expected = alone.generate(*REQUEST, seed=0, step=0)
+    with jax.set_mesh(mesh):
+        sharded.refit(params)
+        rollout = sharded.generate(*REQUEST, seed=0, step=0)
+    head = jax.tree.leaves(sharded._weights["output_head"])[0]
+    assert head.sharding.shard_shape(head.shape) == (8, 16)
+    np.testing.assert_array_equal(rollout.tokens_br, expected.tokens_br)
+    np.testing.assert_allclose(rollout.log_probs_br, expected.log_probs_br, atol=2e-5)
