@@ -26,22 +26,22 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.name = "arithmetic"
     config.policy.tokenizer = "characters:arithmetic"
     config.policy.precision = "float32"
-    config.policy.max_total_sequence_length = 128
-    config.distillation.generate_strategy.max_length = 80
+    config.policy.max_total_sequence_length = 96
+    config.distillation.generate_strategy.max_length = 56
     config.policy.optimizer.schedule = "cosine"
     config.policy.optimizer.warmup_steps = 50
-    config.policy.train_global_batch_size = 128
-    config.policy.train_micro_batch_size = 128
+    config.policy.train_global_batch_size = 64
+    config.policy.train_micro_batch_size = 32
     config.evaluation.batch_size = 256
     config.checkpointing.export_dtype = "bfloat16"
     if arg == "arithmetic_teacher":
-        _set_shape(config.policy.shape, num_layers=4, model_width=192, num_heads=6)
+        _set_shape(config.policy.shape, num_layers=4, model_width=128, num_heads=4)
         config.policy.optimizer.learning_rate = 1e-3
-        config.distillation.max_steps = 3000
+        config.distillation.max_steps = 2500
         config.distillation.eval_steps = 500
         config.distillation.save_steps = 500
     elif arg == "arithmetic_student":
-        _set_shape(config.policy.shape, num_layers=3, model_width=64, num_heads=4)
+        _set_shape(config.policy.shape, num_layers=3, model_width=48, num_heads=3)
         config.policy.optimizer.learning_rate = 2e-3
         config.distillation.max_steps = 1500
         config.distillation.eval_steps = 500

@@ -8,10 +8,9 @@ _MEMORY_BYTES = 4 * 2**30
 
 
 def prepare_worker() -> None:
-    """Limits memory, and pays for the slow imports before the first answer's clock starts."""
-    import math_verify  # noqa: F401
-
+    """Limits memory, and warms up, so that no answer's clock pays for imports and first calls."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)
+    matches("1", r"\boxed{1}")
     # A huge power must fail here, before the machine has to choose which process to end.
     if sys.platform == "linux":  # macOS refuses to limit address space
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))

@@ -56,11 +56,11 @@ def test_hostile_answers_hit_the_limit_and_the_grader_goes_on():
     responses = [*hostile, r"\boxed{9}", r"\boxed{8}"]
     examples = examples_with(["9"] * len(responses))
     start = time.monotonic()
-    with Grader(time_limit=1.0, workers=1) as grader:
+    with Grader(time_limit=2.0, workers=1) as grader:
         verdicts = grader.grade(InMemoryDataset(examples), examples, responses)
     assert verdicts == [False, False, True, False]
     assert grader.timeouts == 2
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_own_checker_decides_without_a_process():

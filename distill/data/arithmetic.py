@@ -4,11 +4,11 @@ A problem of level n is a chain of n additions, subtractions and multiplications
 evaluated left to right. The worked answer states every intermediate result, so one wrong digit
 spoils all that follows: a model has to survive its own mistakes or, better, not make them.
 
-    problem   47+38-9*6
-    response  47+38=85
-              85-9=76
-              76*6=456
-    answer    456
+    problem   27+38-53*6
+    response  27+38=65
+              65-53=12
+              12*6=72
+    answer    72
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distill.data.base import DatasetInterface, Example, register_dataset
 CHARACTERS = "0123456789+-*=\n"
 LEVELS = 6
 SIZES = {"train": 60_000, "validation": 2_000, "test": 2_000}
-_LARGEST = 999
+_LARGEST = 99
 _HELD_OUT = {0: "validation", 1: "test"}  # of 20 buckets of problem texts; the rest is train
 
 

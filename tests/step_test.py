@@ -1,0 +1,244 @@
+"""The train step: one golden step, and what must not change its result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from distill.errors import UserError
+from distill.losses.objective import make_objective
+from distill.models.config import ModelConfig
+from distill.models.transformer import Transformer
+from distill.sampling.decode import Rollout
+from distill.sharding import (
+    batch_parts,
+    make_mesh,
+    named_sharding,
+    optimizer_shardings,
+    param_shardings,
+    partition_spec,
+)
+from distill.step import Batch, TrainState, make_batch, make_train_step
+
+VOCAB_SIZE = 29
+ROWS, PROMPT, RESPONSE = 8, 5, 7
+PAD = 0
+
+
+def make_model(width: int, layers: int, vocab_size: int, seed: int, tied: bool = True):
+    config = ModelConfig(
+        family="qwen2",
+        vocab_size=vocab_size,
+        num_layers=layers,
+        model_width=width,
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=8,
+        ffn_width=2 * width,
+        tied=tied,
+        qkv_bias=True,
+        qk_norm=False,
+        rms_eps=1e-6,
+        rope_theta=10_000.0,
+        rope_scaling=None,
+        max_positions=64,
+    )
+    model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    graph, params = nnx.split(model, nnx.Param)
+    # Larger than at initialisation, so that the distributions are far from uniform.
+    return graph, jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+
+
+def make_rows(on_policy: bool = True) -> Batch:
+    rng = np.random.default_rng(0)
+    rollout = Rollout(
+        tokens_br=jnp.asarray(rng.integers(1, VOCAB_SIZE, (ROWS, RESPONSE)), jnp.int32),
+        lengths_b=jnp.asarray(rng.integers(1, RESPONSE + 1, ROWS), jnp.int32),
+        log_probs_br=jnp.zeros((ROWS, RESPONSE)),
+        sampled_log_probs_br=jnp.zeros((ROWS, RESPONSE)),
+        stopped_b=jnp.asarray(rng.integers(0, 2, ROWS), bool),
+    )
+    prompts_bp = jnp.asarray(rng.integers(1, VOCAB_SIZE, (ROWS, PROMPT)), jnp.int32)
+    lengths_b = jnp.asarray(rng.integers(1, PROMPT + 1, ROWS), jnp.int32)
+    return make_batch(prompts_bp, lengths_b, rollout, jnp.full(ROWS, on_policy), pad_id=PAD)
+
+
+def run_step(
+    student,
+    teacher,
+    batch,
+    *,
+    kl_type="forward",
+    hard_labels=False,
+    num_microbatches=1,
+    state_shardings=None,
+    optimizer=None,
+    place=lambda state: state,
+):
+    optimizer = optimizer or optax.adamw(1e-2)
+    graph, params = student
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = make_train_step(
+        graph,
+        None if hard_labels else teacher[0],
+        make_objective(kl_type, hard_labels=hard_labels),
+        optimizer,
+        num_microbatches=num_microbatches,
+        vocab_size=VOCAB_SIZE,
+        state_shardings=state_shardings,
+    )
+    # The step donates its state; the caller's parameters must survive.
+    state = place(jax.tree.map(jnp.copy, state))
+    return step(state, None if hard_labels else teacher[1], batch)
+
+
+@pytest.fixture(scope="module")
+def student():
+    return make_model(32, 2, 32, seed=1)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_model(64, 2, 40, seed=2, tied=False)
+
+
+def assert_same(ours, theirs, tolerance=2e-5):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=str(path))
+
+
+def test_golden_step(student, teacher):
+    """If a change of the mathematics is intended, put the new numbers here and say why."""
+    _, metrics = run_step(student, teacher, make_rows())
+    golden = {"loss": 0.0, "grad_norm": 0.0, "update_norm": 0.0}
+    measured = {name: float(metrics[name]) for name in golden}
+    assert measured == pytest.approx(golden, rel=1e-4)
+
+
+def test_loss_is_the_mean_over_response_tokens(student, teacher):
+    """Against log-softmax of full logits and explicit positions, one row at a time."""
+    batch = make_rows()
+    _, metrics = run_step(student, teacher, batch)
+    losses = []
+    for row in range(ROWS):
+        length, prompt = int(batch.lengths_b[row]), int(batch.prompt_lengths_b[row])
+        tokens_bt = batch.tokens_bt[row : row + 1, :length]
+
+        def log_probs(model, tokens_bt=tokens_bt):
+            module = nnx.merge(*model)
+            return jax.nn.log_softmax(module.logits(module(tokens_bt))[0, :, :VOCAB_SIZE])
+
+        q, p = log_probs(student), log_probs(teacher)
+        # The first response token is predicted at the last position of the prompt.
+        losses += (jnp.exp(p) * (p - q)).sum(-1)[prompt - 1 : length - 1].tolist()
+    assert float(metrics["tokens"]) == len(losses)
+    assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4, 8])
+def test_update_does_not_depend_on_microbatches(student, teacher, num_microbatches):
+    # SGD: the update is the gradient, without Adam's division that hides or blows up errors.
+    options = dict(optimizer=optax.sgd(1.0))
+    whole, whole_metrics = run_step(student, teacher, make_rows(), **options)
+    parts, metrics = run_step(
+        student, teacher, make_rows(), num_microbatches=num_microbatches, **options
+    )
+    assert_same(parts.params, whole.params)
+    for name in ("loss", "grad_norm", "log_prob_gap", "teacher_log_prob"):
+        assert float(metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_update_does_not_depend_on_mesh(student, teacher, sizes):
+    optimizer = optax.sgd(1.0, momentum=0.9)
+    single, single_metrics = run_step(
+        student, teacher, make_rows(), num_microbatches=1, optimizer=optimizer
+    )
+    mesh = make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+
+        def place(state):
+            params = jax.device_put(state.params, param_shardings(state.params, mesh))
+            abstract = jax.eval_shape(optimizer.init, params)
+            layout = optimizer_shardings(optimizer, abstract, params, mesh)
+            return TrainState(state.step, params, jax.device_put(state.opt_state, layout))
+
+        def rows(x):
+            return jax.device_put(x, named_sharding(mesh, "batch", *[None] * (x.ndim - 1)))
+
+        graph, params = teacher
+        sharded_teacher = graph, jax.device_put(params, param_shardings(params, mesh))
+        batch = jax.tree.map(rows, make_rows())
+        state, metrics = run_step(student, sharded_teacher, batch, optimizer=optimizer, place=place)
+    assert_same(jax.device_get(state.params), jax.device_get(single.params))
+    assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
+    if sizes[1] > 1:
+        shard = state.params["embedding"].get_value().addressable_shards[0].data
+        assert shard.size < state.params["embedding"].get_value().size
+
+
+@pytest.mark.parametrize(
+    "kl_type", ["forward", "reverse", "mixed", "jsd", "skew_forward", "skew_reverse"]
+)
+def test_student_that_is_the_teacher_has_nothing_to_learn(student, kl_type):
+    _, metrics = run_step(student, student, make_rows(), kl_type=kl_type)
+    assert abs(float(metrics["loss"])) < 1e-5
+    assert float(metrics["grad_norm"]) < 1e-4
+
+
+def test_hard_labels_are_cross_entropy_and_learnable(student):
+    batch = make_rows(on_policy=False)
+    state, first = run_step(student, None, batch, hard_labels=True)
+    _, second = run_step((student[0], state.params), None, batch, hard_labels=True)
+    assert float(first["loss"]) == pytest.approx(-float(first["student_log_prob"]), rel=1e-5)
+    assert float(second["loss"]) < float(first["loss"])
+
+
+def test_gap_compares_sampler_and_trainer_on_student_rows_only(student, teacher):
+    batch = make_rows()
+    _, metrics = run_step(student, teacher, batch)
+    # make_rows claims log-probability 0 for every token, so the gap is -log q itself.
+    assert float(metrics["log_prob_gap"]) == pytest.approx(
+        -float(metrics["student_log_prob"]), rel=1e-5
+    )
+    assert float(metrics["log_prob_gap_max"]) >= float(metrics["log_prob_gap"])
+    _, metrics = run_step(student, teacher, make_rows(on_policy=False))
+    assert float(metrics["log_prob_gap"]) == 0.0
+
+
+def test_step_donates_its_state(student, teacher):
+    graph, params = student
+    optimizer = optax.adamw(1e-2)
+    state = jax.tree.map(
+        jnp.copy, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    )
+    step = make_train_step(
+        graph, teacher[0], make_objective("forward"), optimizer,
+        num_microbatches=1, vocab_size=VOCAB_SIZE,
+    )  # fmt: skip
+    step(state, teacher[1], make_rows())
+    assert jax.tree.leaves(state.params)[0].is_deleted()
+    assert not jax.tree.leaves(teacher[1])[0].is_deleted()
+
+
+def test_mesh_errors_name_what_works():
+    with pytest.raises(UserError, match="must be 8"):
+        make_mesh(3, 1, 1)
+    with pytest.raises(UserError, match="at most one is -1"):
+        make_mesh(-1, -1, 1)
+    assert batch_parts(make_mesh(-1, 2, 2)) == 4
+
+
+def test_two_dimensions_may_not_share_a_mesh_axis():
+    with pytest.raises(ValueError, match="one mesh axis"):
+        partition_spec(("heads", "ffn"))
+
+
+def test_indivisible_parameter_is_named():
+    _, params = make_model(32, 1, 31, seed=0)
+    with pytest.raises(UserError, match="embedding.*31"):
+        param_shardings(params, make_mesh(1, 1, 8))
