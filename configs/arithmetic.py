@@ -9,20 +9,20 @@ from distill.config import default_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ("", "smoke"):
-        raise ValueError(f"argument {arg!r}: allowed is smoke")
-    smoke = arg == "smoke"
+    if arg not in ("", "short"):
+        raise ValueError(f"argument {arg!r}: allowed is short")
+    short = arg == "short"
     config = default_config()
     config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
     config.policy.model_name = "embedded:arithmetic-student"
     config.distillation.kl_type = "forward"
     config.distillation.lambda_ = 1.0
-    config.distillation.max_steps = 20 if smoke else 200
-    config.distillation.eval_steps = 0 if smoke else 50
-    config.distillation.save_steps = 10 if smoke else 50
-    config.distillation.logging_steps = 5 if smoke else 10
-    config.distillation.generate_strategy.max_length = 80
-    config.policy.max_total_sequence_length = 128
+    config.distillation.max_steps = 40 if short else 200
+    config.distillation.eval_steps = 0 if short else 50
+    config.distillation.save_steps = 20 if short else 50
+    config.distillation.logging_steps = 5 if short else 10
+    config.distillation.generate_strategy.max_length = 56
+    config.policy.max_total_sequence_length = 96
     config.policy.precision = "float32"
     config.teacher.precision = "float32"
     config.policy.train_global_batch_size = 128
@@ -31,6 +31,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.policy.optimizer.schedule = "cosine"
     config.data.name = "arithmetic"
     config.data.shuffle = True
-    config.data.validation.max_samples = 128 if smoke else 512
-    config.evaluation.batch_size = 128 if smoke else 256
+    config.data.validation.max_samples = 128 if short else 512
+    config.evaluation.batch_size = 128 if short else 256
     return config

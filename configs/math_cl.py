@@ -1,4 +1,4 @@
-"""The flagship: Qwen2.5-32B-Instruct teaches Qwen2.5-1.5B-Instruct on the pe-nlp/math-cl curriculum.
+"""The flagship: Qwen2.5-32B-Instruct teaches Qwen2.5-1.5B-Instruct on pe-nlp/math-cl.
 
     python -m distill.main --config=configs/math_cl.py --workdir=runs/math_cl
 

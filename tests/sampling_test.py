@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_width=8,
-    ffn_width=32,
+    ffn_width=24,
     tied=True,
     qkv_bias=True,
     qk_norm=False,
@@ -194,19 +194,16 @@ class TestGenerate:
     def test_prefill_never_holds_logits_of_all_positions(self):
         program = generator().lower(tiny_model()[1], *requests()).as_text()
         assert f"{BATCH}x1x32xf32" in program
-        assert f"{BATCH}x{PROMPT_SIZE}x32xf32" not in program.replace(  # the ffn is 32 wide too
-            f"{BATCH}x{PROMPT_SIZE}x{CONFIG.ffn_width}xf32", ""
-        )
+        assert f"{BATCH}x{PROMPT_SIZE}x32xf32" not in program
 
     def test_cache_is_updated_in_place(self):
-        """Inside the loop the compiled program copies nothing of the cache's shape."""
+        """Inside its loops the compiled program copies nothing of the cache's shape."""
         program = generator().lower(tiny_model()[1], *requests()).compile().as_text()
         size = PROMPT_SIZE + MAX_LENGTH
         cache = f"f32[{CONFIG.num_layers},{BATCH},{size},{CONFIG.num_kv_heads},8]"
-        copies = [x for x in program.splitlines() if f"= {cache}" in x and " copy(" in x]
-        assert cache in program
-        assert not [x for x in copies if "while/body" in x]
-        assert len(copies) <= 2  # the zeros that keys and values start from
+        loops, _ = program.split("\nENTRY ")
+        assert cache in loops
+        assert not [x for x in loops.splitlines() if f"= {cache}" in x and " copy(" in x]
 
 
 def end_lengths(tokens_br, eos_ids):
