@@ -207,6 +207,7 @@ def _divergence_sums(
         hidden_t,
         head_t,
         divergences=(get_divergence("forward"), get_divergence("reverse")),
+        temperature=1.0,
         vocab_size=vocab_size,
     )
     mask_t = (window.mask_br & valid_b[:, None]).reshape(-1)

@@ -157,8 +157,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
             "tokens": total,
             "response_length": lengths_b.mean(dtype=jnp.float32),
             "truncated": batch.truncated_b.mean(dtype=jnp.float32),
