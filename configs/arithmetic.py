@@ -33,4 +33,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.shuffle = True
     config.data.validation.max_samples = 128 if short else 512
     config.evaluation.batch_size = 128 if short else 256
+    config.checkpointing.export_dtype = "float32"
     return config

@@ -42,6 +42,7 @@ def generate(config: ConfigDict, model_path: str, output: str | Path) -> dict[st
     Returns:
       {'written': lines, 'truncated': answers left out}.
     """
+    config = config.copy_and_resolve_references()
     config.policy.model_name = model_path
     config.distillation.hard_labels, config.distillation.lambda_ = True, 0.0
     repeats = config.distillation.generate_strategy.num_generations

@@ -183,9 +183,9 @@ class Progress:
     def _write(self, step: int, values: dict[str, float]) -> None:
         seconds = self._seconds
         rates = {"tokens_per_second/total": self._rate()}
-        for name in ("generate", "train"):
-            if seconds.get(f"seconds/{name}"):
-                rates[f"tokens_per_second/{name}"] = values["tokens"] / seconds[f"seconds/{name}"]
+        phases = ("generate", "train") if values["on_policy"] > 0 else ("train",)
+        for name in phases:
+            rates[f"tokens_per_second/{name}"] = values["tokens"] / seconds[f"seconds/{name}"]
         learning_rate = {"learning_rate": float(self._schedule(step - 1))}
         self._writer.write(step, {**values, **learning_rate, **seconds, **rates})
         self._tokens, self._since = 0.0, time.perf_counter()

@@ -123,10 +123,8 @@ def run(config: Config, workdir: Path) -> Result:
         max_steps = config.distillation.max_steps
         while step < max_steps:
             progress.begin_step(step, state)
-            with progress.phase("refit"):
-                backend.refit(state.params)
             with progress.phase("generate") as finish:
-                batch = finish(batches.next(iterator, step))
+                batch = finish(batches.next(iterator, step, state.params))
             with progress.phase("train") as finish:
                 state, metrics = train_step(state, teacher and teacher.params, batch)
                 finish(metrics)
@@ -157,6 +155,7 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
     Returns:
       {'student': evaluation fields, 'teacher': evaluation fields}.
     """
+    config = config.copy_and_resolve_references()
     config.policy.model_name = model_path
     parsed = parse_config(config)
     build.import_plugins(parsed)
@@ -198,7 +197,7 @@ class BatchSource:
         self._make_batch = jax.jit(functools.partial(make_batch, pad_id=prompts.pad_id))
         self._select = jax.jit(_select_rows)
 
-    def next(self, iterator, step: int) -> Batch:
+    def next(self, iterator, step: int, student_params) -> Batch:
         """The batch of update `step` (counted from 0), on the device, not waited for."""
         prompts = next(iterator)
         repeats = self._distillation.generate_strategy.num_generations
@@ -208,6 +207,7 @@ class BatchSource:
         if not coins_b.any():
             rollout = self._fixed(prompts)
         else:
+            self._backend.refit(student_params)
             rollout = self._backend.generate(
                 tokens_bp,
                 lengths_b,
