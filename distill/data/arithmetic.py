@@ -1,14 +1,15 @@
 """Built-in curriculum of multi-step arithmetic: worked steps, an exact checker, no download.
 
 A problem of level n is a chain of n additions, subtractions and multiplications by one digit,
-evaluated left to right. The worked answer states every intermediate result, so one wrong digit
-spoils all that follows: a model has to survive its own mistakes or, better, not make them.
+evaluated left to right, with results from 0 to 99. The worked answer states every intermediate
+result, so one wrong digit spoils all that follows: a model has to survive its own mistakes or,
+better, not make them.
 
-    problem   27+38-53*6
-    response  27+38=65
-              65-53=12
-              12*6=72
-    answer    72
+    problem   7+8-9*6
+    response  7+8=15
+              15-9=6
+              6*6=36
+    answer    36
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def make_arithmetic(split="train", seed=0, max_samples=None, path=None, **option
 
 
 def _make_problem(rng: random.Random, level: int) -> tuple[str, list[str], int]:
-    total = rng.randint(1, 99)
+    total = rng.randint(2, 9)
     problem, steps = str(total), []
     for _ in range(level):
         operator, operand, result = _draw_step(rng, total)
@@ -77,7 +78,7 @@ def _draw_step(rng: random.Random, total: int) -> tuple[str, int, int]:
     """One operation whose result stays within 0.._LARGEST."""
     while True:
         operator = rng.choice("++--*")
-        operand = rng.randint(2, 9) if operator == "*" else rng.randint(1, 99)
+        operand = rng.randint(2, 9)
         result = {"+": total + operand, "-": total - operand, "*": total * operand}[operator]
         if 0 <= result <= _LARGEST:
             return operator, operand, result
