@@ -44,7 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
         _set_shape(config.policy.shape, num_layers=3, model_width=48, num_heads=3)
         # Stopped early: a student that knows the task but slips within a few steps.
         config.policy.optimizer.learning_rate = 3e-3
-        config.distillation.max_steps = 600
+        config.distillation.max_steps = 1000
+        config.distillation.eval_steps = 250
     else:
         raise ValueError(f"argument {arg!r}: allowed are arithmetic_teacher, arithmetic_student")
     return config

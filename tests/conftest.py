@@ -3,7 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile hundreds of tiny programs and run each for microseconds: LLVM need not optimise them.
+# Hundreds of tiny programs are compiled and each runs for microseconds: no LLVM optimisation.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
