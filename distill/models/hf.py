@@ -275,6 +275,7 @@ def _write_weights(
         weight_map.update(dict.fromkeys(tensors, name))
         if jax.process_index() == 0:
             save_file(tensors, folder / name, metadata={"format": "pt"})
+            (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
     if shards[1:] and jax.process_index() == 0:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         _write_json(folder / INDEX, index)
