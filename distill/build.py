@@ -26,7 +26,16 @@ from distill.models.hf import load_model_config, load_params
 from distill.models.transformer import Transformer
 from distill.rollout.colocated import ColocatedBackend
 from distill.sampling.choice import SamplingParams
-from distill.sharding import batch_parts, make_mesh, named_sharding, param_shardings
+from distill.sharding import (
+    SAMPLER_RULES,
+    batch_parts,
+    make_mesh,
+    named_sharding,
+    optimizer_shardings,
+    param_shardings,
+    replicated,
+)
+from distill.step import TrainState
 from distill.tokenizer import check_same_vocabulary, end_ids, load_tokenizer, vocabulary_size
 
 # Keys of the config's data section that a source may take.
@@ -62,6 +71,11 @@ def import_plugins(config: Config) -> None:
 
 def build_mesh(config: Config) -> Mesh:
     """The device mesh; checks that batches can be split over it."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{jax.process_count()} processes were started: runs of several processes are not "
+            "supported yet; start one process per run, with all its devices"
+        )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     parts = batch_parts(mesh)
     policy = config.policy
@@ -93,10 +107,17 @@ def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
 
 
 def build_vocabulary(student_folder: Path, teacher_folder: Path | None) -> Vocabulary:
+    """The student's tokenizer; the ids at which either model ends an answer.
+
+    A base model and an instruction-tuned one of one family end their answers differently: what
+    the student learns from the teacher must end its answers too.
+    """
     tokenizer = load_tokenizer(student_folder)
     ends = set(end_ids(tokenizer, student_folder))
     if teacher_folder is not None:
-        check_same_vocabulary(tokenizer, load_tokenizer(teacher_folder))
+        teacher_tokenizer = load_tokenizer(teacher_folder)
+        check_same_vocabulary(tokenizer, teacher_tokenizer)
+        ends.update(end_ids(teacher_tokenizer, teacher_folder))
     return Vocabulary(tokenizer, vocabulary_size(tokenizer), tuple(sorted(ends)))
 
 
@@ -113,9 +134,11 @@ def build_dataset(config: Config) -> DatasetInterface:
     )
 
 
-def build_validation(config: Config) -> DatasetInterface:
-    """The held-out prompts."""
+def build_validation(config: Config) -> DatasetInterface | None:
+    """The held-out prompts; None when data.validation.max_samples is 0."""
     data, validation = config.data, config.data.validation
+    if validation.max_samples == 0:
+        return None
     name = validation.name or data.name
     path = validation.path or (data.path if name == data.name else "")
     return get_dataset(
@@ -197,8 +220,8 @@ def build_student(config: Config, folder: Path, mesh: Mesh) -> Model:
     )
 
 
-def build_teacher(config: Config, folder: Path, mesh: Mesh) -> Model:
-    precision = config.teacher.precision
+def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str) -> Model:
+    """A model that is not trained: stored as it computes."""
     return build_model(
         folder,
         mesh,
@@ -222,6 +245,16 @@ def build_objective(config: Config) -> Objective:
         hard_labels=distillation.hard_labels,
         implementation=None if implementation == "auto" else implementation,
     )
+
+
+def build_state(config: Config, folder: Path, optimizer, mesh: Mesh):
+    """(graph, first train state) of the student, moments laid out like the parameters."""
+    student = build_student(config, folder, mesh)
+    abstract = jax.eval_shape(optimizer.init, student.params)
+    layout = optimizer_shardings(optimizer, abstract, student.params, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(student.params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    return student.graph, TrainState(step, student.params, opt_state)
 
 
 def build_optimizer(config: Config):
@@ -253,11 +286,9 @@ def build_sampling_params(config: Config) -> SamplingParams:
     )
 
 
-def build_evaluator(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Evaluator | None:
-    """None when data.validation.max_samples is 0."""
-    if config.data.validation.max_samples == 0:
-        return None
-    dataset = build_validation(config)
+def build_evaluator(
+    config: Config, dataset: DatasetInterface, vocabulary: Vocabulary, mesh: Mesh
+) -> Evaluator:
     strategy = config.distillation.generate_strategy
     return Evaluator(
         dataset,
@@ -267,7 +298,6 @@ def build_evaluator(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> Evalu
         eos_ids=vocabulary.end_ids,
         vocab_size=vocabulary.size,
         batch_size=config.evaluation.batch_size,
-        dtype=jnp.dtype(config.policy.precision),
         put=make_put(mesh),
         answer_timeout=config.evaluation.answer_timeout,
     )
@@ -287,11 +317,12 @@ def build_iterator(config: Config, prompts: Prompts):
 
 
 def build_backend(
-    config: Config, student: nnx.GraphDef, vocabulary: Vocabulary
+    config: Config, student: Model, vocabulary: Vocabulary, mesh: Mesh
 ) -> ColocatedBackend:
     return ColocatedBackend(
-        student,
+        student.graph,
         build_sampling_params(config),
+        shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
         eos_ids=vocabulary.end_ids,
         pad_id=vocabulary.tokenizer.pad_token_id,
         vocab_size=vocabulary.size,

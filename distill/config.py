@@ -365,6 +365,12 @@ def _check_combinations(config: Config) -> None:
             f"a prompt in policy.max_total_sequence_length={policy.max_total_sequence_length}: "
             "lower the first or raise the second"
         )
+    if config.evaluation.max_length > strategy.max_length:
+        raise UserError(
+            f"evaluation.max_length={config.evaluation.max_length} exceeds the room that prompts "
+            f"leave, distillation.generate_strategy.max_length={strategy.max_length}: lower the "
+            "first or raise the second"
+        )
     if strategy.top_p <= 0:
         raise UserError("config key 'distillation.generate_strategy.top_p' must be above 0")
     if distillation.hard_labels and distillation.lambda_ > 0:

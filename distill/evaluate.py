@@ -81,7 +81,6 @@ class Evaluator:
       eos_ids: ids that end an answer.
       vocab_size: ids in use.
       batch_size: prompts at once.
-      dtype: of the key-value cache.
       put: places a host array with batch rows first on the mesh.
       answer_timeout: seconds allowed to check one answer.
     """
@@ -96,7 +95,6 @@ class Evaluator:
         eos_ids: tuple[int, ...],
         vocab_size: int,
         batch_size: int,
-        dtype,
         put: Callable[[np.ndarray], jax.Array],
         answer_timeout: float,
     ):
@@ -112,7 +110,6 @@ class Evaluator:
                 eos_ids=eos_ids,
                 pad_id=tokenizer.pad_token_id,
                 vocab_size=vocab_size,
-                dtype=dtype,
             )
 
         self._generate_for = generate_for

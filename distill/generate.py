@@ -25,10 +25,12 @@ from distill import build, cli
 from distill.config import Config, parse_config
 from distill.data.base import Example
 from distill.data.pipeline import PromptBatch, eval_batches
+from distill.data.prompts import wrap_prompt
 from distill.errors import UserError
 from distill.evaluate import decode_responses
-from distill.models.hf import resolve_model
-from distill.sampling.decode import Rollout
+from distill.models.hub import resolve_model
+from distill.sampling.choice import row_keys
+from distill.sampling.decode import Rollout, make_generate
 
 
 def generate(config: ConfigDict, model_path: str, output: str | Path) -> dict[str, int]:
@@ -59,10 +61,16 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
     vocabulary = build.build_vocabulary(folder, None)
     dataset = build.build_dataset(config)
     prompts = build.build_prompts(config, dataset, vocabulary.tokenizer)
-    model = build.build_teacher(config, folder, mesh)
-    backend = build.build_backend(config, model.graph, vocabulary)
-    backend.refit(model.params)
+    model = build.build_frozen_model(config, folder, mesh, config.teacher.precision)
+    sample = make_generate(
+        model.graph,
+        build.build_sampling_params(config),
+        eos_ids=vocabulary.end_ids,
+        pad_id=prompts.pad_id,
+        vocab_size=vocabulary.size,
+    )
     put = build.make_put(mesh)
+    template = config.data.prompt_template or dataset.get_prompt_template()
     counts = {"written": 0, "truncated": 0}
     batch_size = config.evaluation.batch_size
     batches = ((i, *pair) for i in range(repeats) for pair in eval_batches(prompts, batch_size))
@@ -71,19 +79,15 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
     temporary = output.with_name(output.name + ".tmp")
     with temporary.open("w") as file:
         for generation, batch, valid_b in tqdm(batches, total=total, unit="batch"):
-            rollout = backend.generate(
-                put(batch.prompt_tokens_bp),
-                put(batch.prompt_lengths_b),
-                batch.index_b.astype(np.uint32),
-                np.full(len(valid_b), generation),
-                seed=config.seed,
-                step=0,
-            )
+            generations_b = np.full(len(valid_b), generation)
+            keys_b = row_keys(config.seed, 0, batch.index_b.astype(np.uint32), generations_b)
+            prompts_bp, lengths_b = put(batch.prompt_tokens_bp), put(batch.prompt_lengths_b)
+            rollout = sample(model.params, prompts_bp, lengths_b, keys_b)
             texts = decode_responses(vocabulary.tokenizer, rollout, valid_b)
             for example, text, stopped in _answers(dataset, batch, valid_b, rollout, texts):
                 counts["written" if stopped else "truncated"] += 1
                 if stopped:
-                    file.write(json.dumps(_line(example, text, generation)) + "\n")
+                    file.write(json.dumps(_line(example, text, generation, template)) + "\n")
     os.replace(temporary, output)
     return counts
 
@@ -95,8 +99,10 @@ def _answers(dataset, batch: PromptBatch, valid_b, rollout: Rollout, texts: list
         yield dataset[int(row)], text, is_stopped
 
 
-def _line(example: Example, response: str, generation: int) -> dict[str, Any]:
-    line = {"id": f"{example.id}/{generation}", "prompt": example.prompt, "response": response}
+def _line(example: Example, response: str, generation: int, template: str) -> dict[str, Any]:
+    # With the template's words: those who read the file need not know of it.
+    prompt = wrap_prompt(example.prompt, template)
+    line = {"id": f"{example.id}/{generation}", "prompt": prompt, "response": response}
     return line if example.answer is None else {**line, "answer": example.answer}
 
 

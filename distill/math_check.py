@@ -24,6 +24,7 @@ def matches(answer: str, response: str) -> bool:
     from math_verify import parse, verify
 
     # math-verify's own limits need signals of a main thread; the process is the limit here.
-    marked = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    # A '$' in an answer may be money ('\$18'), so it says nothing about where the answer ends.
+    marked = answer if "\\boxed" in answer else f"\\boxed{{{answer}}}"
     gold = parse(marked, parsing_timeout=None)
     return verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,11 @@ class MetricsWriter:
         _drop_lines_after(path, resume_step)
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
-        self._wandb = _start_wandb(wandb_project, workdir, config) if wandb_project else None
+        self._wandb = None
+        if wandb_project:
+            self._wandb = import_wandb().init(
+                project=wandb_project, dir=str(workdir), config=config, resume="allow"
+            )
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -56,20 +61,21 @@ def _drop_lines_after(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        # A line without its end was being written when the run died.
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
+        # Without a checkpoint nothing is continued. A line without its end was being written when
+        # the run died.
+        if step and line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
     write_atomically(path, "".join(kept))
 
 
-def _start_wandb(project: str, workdir: Path, config: dict[str, Any] | None):
+def import_wandb():
     try:
         import wandb
     except ImportError:
         raise UserError(
             "logger.wandb_enabled=True needs the package wandb: pip install wandb"
         ) from None
-    return wandb.init(project=project, dir=str(workdir), config=config, resume="allow")
+    return wandb
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -147,7 +153,7 @@ class Progress:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._check_gap(step, values["log_prob_gap"])
+        self._check(step, values["loss"], values["log_prob_gap"])
         self._tokens += values["tokens"]
         self._bar.set_postfix(
             {"loss": f"{values['loss']:.4f}", "tokens/s": f"{self._rate():.0f}"}, refresh=False
@@ -190,7 +196,12 @@ class Progress:
         self._writer.write(step, {**values, **learning_rate, **seconds, **rates})
         self._tokens, self._since = 0.0, time.perf_counter()
 
-    def _check_gap(self, step: int, gap: float) -> None:
+    def _check(self, step: int, loss: float, gap: float) -> None:
+        if not math.isfinite(loss):
+            raise RunStopped(
+                f"step {step}: the loss is {loss}; the last checkpoint is intact: lower "
+                "policy.optimizer.learning_rate, or use precision float32 to find the cause"
+            )
         if not gap <= self._max_gap:
             raise RunStopped(
                 f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token on the "

@@ -7,6 +7,7 @@ A config without a model path gets the missing models here, as Hugging Face fold
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from distill.build import build_dataset
-from distill.config import Config, Pretrain, Shape
+from distill.checkpoint import check_same_run
+from distill.config import RESUMABLE_CHANGES, Config, Pretrain, Shape, to_flat_dict
 from distill.data.arithmetic import CHARACTERS
 from distill.errors import UserError
+from distill.metrics import write_atomically
 from distill.models.config import ModelConfig
-from distill.models.hf import export_model, hf_config_dict, resolve_model
+from distill.models.hf import export_model, hf_config_dict
+from distill.models.hub import read_json, resolve_model
 from distill.models.transformer import Transformer
 from distill.tokenizer import (
     character_tokenizer,
@@ -29,16 +33,22 @@ from distill.tokenizer import (
 
 
 def make_missing_models(
-    config: Config, workdir: Path, supervise: Callable[[Config, Path], Path]
+    config: Config, workdir: Path, supervise: Callable[[Config, Path], object]
 ) -> Config:
     """Returns `config` with a path for every model.
 
     Args:
       config: policy.model_name and distillation.teacher_model_path may be ''.
       workdir: folder of the run; models made earlier are found again in its `scratch` folder.
-      supervise: trains `config` in a folder and returns the folder of the exported model.
+      supervise: trains `config` in a folder, which gets the model as its folder `student`.
+
+    Raises:
+      UserError: the models in the folder were made with another config.
     """
     distillation, policy = config.distillation, config.policy
+    if (distillation.teacher_model_path or distillation.hard_labels) and policy.model_name:
+        return config
+    _check_same_models(config, workdir / "scratch" / "config.json")
     tokenizer = None
     teacher_path, student_path = distillation.teacher_model_path, policy.model_name
     if not teacher_path and not distillation.hard_labels:
@@ -88,7 +98,7 @@ def _make_model(
     pretrain: Pretrain,
     tokenizer,
     workdir: Path,
-    supervise: Callable[[Config, Path], Path],
+    supervise: Callable[[Config, Path], object],
 ) -> str:
     folder = workdir / "scratch" / role
     initial = folder / "initial"
@@ -97,7 +107,20 @@ def _make_model(
         _export_random_model(initial, shape, tokenizer, config, seed_offset=role == "teacher")
     if pretrain.steps == 0:
         return str(initial)
-    return str(supervise(_supervised(config, initial, pretrain), folder / "pretrain"))
+    trained = folder / "pretrain" / "student"
+    if not trained.exists():
+        supervise(_supervised(config, initial, pretrain), folder / "pretrain")
+    return str(trained)
+
+
+def _check_same_models(config: Config, path: Path) -> None:
+    """Refuses models that another config left in the workdir; remembers this one's."""
+    current = to_flat_dict(config)
+    if path.exists():
+        check_same_run(read_json(path), current, (*RESUMABLE_CHANGES, "distillation."))
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(current, indent=2) + "\n")
 
 
 def _export_random_model(

@@ -41,6 +41,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+# The sampler's copy of the student: every turn reads all weights, so they are gathered over fsdp
+# once per refit instead of once per token.
+SAMPLER_RULES = RULES | {"embed": None}
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """Mesh over all devices; one axis may be -1 and takes what is left.
 
@@ -64,9 +69,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
+def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> PartitionSpec:
     """Mesh axes for the dimensions of one array; two of them may not share a mesh axis."""
-    spec = [RULES[name] if name is not None else None for name in logical_axes]
+    spec = [rules[name] if name is not None else None for name in logical_axes]
     used = [
         axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)
     ]
@@ -95,7 +100,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(params, mesh: Mesh):
+def param_shardings(params, mesh: Mesh, rules=RULES):
     """Layout of every parameter, from the `logical_axes` of its nnx.Param; same tree as `params`.
 
     Raises:
@@ -103,7 +108,7 @@ def param_shardings(params, mesh: Mesh):
     """
 
     def sharding(path, param: nnx.Variable):
-        spec = partition_spec(param.get_metadata()["logical_axes"])
+        spec = partition_spec(param.get_metadata()["logical_axes"], rules)
         for size, axes in zip(param.get_value().shape, spec, strict=True):
             parts = math.prod(
                 mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())

@@ -70,7 +70,10 @@ def end_ids(tokenizer, folder: str | Path) -> tuple[int, ...]:
     ids = {tokenizer.eos_token_id}
     path = Path(folder) / "generation_config.json"
     if path.exists():
-        listed = json.loads(path.read_text()).get("eos_token_id")
+        try:
+            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
         ids.update([listed] if isinstance(listed, int) else listed or [])
     return tuple(sorted(ids))
 

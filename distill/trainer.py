@@ -24,13 +24,13 @@ from distill.data.prompts import Prompts
 from distill.errors import UserError
 from distill.evaluate import Model, format_table
 from distill.losses.objective import lambda_coin, sample_coins
-from distill.metrics import write_atomically
-from distill.models.hf import export_model, load_model_config, resolve_model
+from distill.metrics import import_wandb, write_atomically
+from distill.models.hf import export_model, load_model_config
+from distill.models.hub import read_json, resolve_model
 from distill.rollout.base import RolloutBackend
 from distill.sampling.decode import Rollout
 from distill.scratch import make_missing_models
-from distill.sharding import optimizer_shardings, replicated
-from distill.step import Batch, TrainState, make_batch, make_train_step
+from distill.step import Batch, make_batch, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     Raises:
       UserError: whatever the user can fix, in one line.
     """
-    return run(parse_config(config), Path(workdir))
+    return run(parse_config(config), Path(workdir).expanduser().resolve())
 
 
 def run(config: Config, workdir: Path) -> Result:
@@ -68,25 +68,29 @@ def run(config: Config, workdir: Path) -> Result:
     mesh = build.build_mesh(config)
     step, record = find_progress(config, workdir)
     flat_config = to_flat_dict(config)
+    if config.logger.wandb_enabled:
+        import_wandb()
     with jax.set_mesh(mesh):
         # ------------------------------------------------------------------------------- data
-        config = make_missing_models(config, workdir, lambda c, path: run(c, path).student)
+        dataset, validation = build.build_dataset(config), build.build_validation(config)
+        config = make_missing_models(config, workdir, supervise=run)
         student_folder, teacher_folder = find_models(config)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
-        dataset = build.build_dataset(config)
         prompts = build.build_prompts(
             config, dataset, vocabulary.tokenizer, needs_responses=config.distillation.lambda_ < 1
         )
         iterator = build.build_iterator(config, prompts)
-        evaluator = build.build_evaluator(config, vocabulary, mesh)
+        evaluator = validation and build.build_evaluator(config, validation, vocabulary, mesh)
 
         # ----------------------------------------------------------------------------- models
-        student = build.build_student(config, student_folder, mesh)
-        teacher = teacher_folder and build.build_teacher(config, teacher_folder, mesh)
+        teacher = teacher_folder and build.build_frozen_model(
+            config, teacher_folder, mesh, config.teacher.precision
+        )
         optimizer, schedule = build.build_optimizer(config)
-        state = place_state(student.params, optimizer, mesh)
+        graph, state = build.build_state(config, student_folder, optimizer, mesh)
+        shapes = jax.tree.map(_shape_on_mesh, state)
         train_step = make_train_step(
-            student.graph,
+            graph,
             teacher.graph if teacher else None,
             objective,
             optimizer,
@@ -95,14 +99,15 @@ def run(config: Config, workdir: Path) -> Result:
             vocab_size=vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        backend = build.build_backend(config, student.graph, vocabulary)
+        backend = build.build_backend(config, Model(graph, shapes.params), vocabulary, mesh)
         batches = BatchSource(config, prompts, backend, build.make_put(mesh))
 
         # ----------------------------------------------------------------------------- resume
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpointing.keep)
         results: dict[str, dict[str, Any]] = {}
         if step:
-            state = checkpoints.restore(step, state)
+            state = None  # makes room for the restored one
+            state = checkpoints.restore(step, shapes)
             iterator.set_state(record["iterator"])
             results = record["results"]
         writer = build.build_writer(config, workdir, step, flat_config)
@@ -116,7 +121,7 @@ def run(config: Config, workdir: Path) -> Result:
 
         # ------------------------------------------------------------------------------- loop
         if "base" not in results:
-            evaluate("base", Model(student.graph, state.params))
+            evaluate("base", Model(graph, state.params))
         if teacher and "teacher" not in results:
             evaluate("teacher", teacher)
         backend.start()
@@ -131,10 +136,12 @@ def run(config: Config, workdir: Path) -> Result:
             step += 1
             progress.end_step(step, metrics)
             if _is_due(step, config.distillation.eval_steps, max_steps):
-                evaluate("student", Model(student.graph, state.params))
+                evaluate("student", Model(graph, state.params))
             if _is_due(step, config.distillation.save_steps, max_steps):
                 progress.flush()
-                record = dict(config=flat_config, iterator=iterator.get_state(), results=results)
+                position = iterator.get_state()
+                # A copy of the results: the save goes on beside the loop.
+                record = dict(config=flat_config, iterator=position, results=dict(results))
                 checkpoints.save(step, state, record)
         backend.stop()
         progress.close()
@@ -161,14 +168,17 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
     build.import_plugins(parsed)
     mesh = build.build_mesh(parsed)
     with jax.set_mesh(mesh):
+        validation = build.build_validation(parsed)
+        if validation is None:
+            raise UserError("data.validation.max_samples=0 leaves nothing to evaluate: raise it")
         student_folder, teacher_folder = find_models(parsed)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
-        evaluator = build.build_evaluator(parsed, vocabulary, mesh)
-        if evaluator is None:
-            raise UserError("data.validation.max_samples=0 leaves nothing to evaluate: raise it")
-        teacher = teacher_folder and build.build_teacher(parsed, teacher_folder, mesh)
-        models = {"student": build.build_student(parsed, student_folder, mesh)}
-        models |= {"teacher": teacher} if teacher else {}
+        evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
+        teacher = teacher_folder and build.build_frozen_model(
+            parsed, teacher_folder, mesh, parsed.teacher.precision
+        )
+        student = build.build_frozen_model(parsed, student_folder, mesh, parsed.policy.precision)
+        models = {"student": student, "teacher": teacher} if teacher else {"student": student}
         return {
             role: dataclasses.asdict(evaluator(model, teacher)) for role, model in models.items()
         }
@@ -278,21 +288,13 @@ def find_models(config: Config) -> tuple[Path, Path | None]:
     return student, resolve_model(config.distillation.teacher_model_path)
 
 
-def place_state(params, optimizer, mesh) -> TrainState:
-    """The first train state; the optimizer's moments are laid out like the parameters."""
-    abstract = jax.eval_shape(optimizer.init, params)
-    layout = optimizer_shardings(optimizer, abstract, params, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return TrainState(step, params, opt_state)
-
-
 def export_student(
     config: Config, workdir: Path, student_folder: Path, params, vocabulary: build.Vocabulary
 ) -> Path:
     """Writes the student as a Hugging Face folder."""
     model_config, hf_config = load_model_config(student_folder)
-    generation_config = student_folder / "generation_config.json"
+    path = student_folder / "generation_config.json"
+    generation_config = read_json(path) if path.exists() else {}
     folder = workdir / "student"
     export_model(
         folder,
@@ -301,9 +303,13 @@ def export_student(
         hf_config,
         vocabulary.tokenizer,
         jnp.dtype(config.checkpointing.export_dtype),
-        json.loads(generation_config.read_text()) if generation_config.exists() else None,
+        {**generation_config, "eos_token_id": list(vocabulary.end_ids)},
     )
     return folder
+
+
+def _shape_on_mesh(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _is_due(step: int, every: int, max_steps: int) -> bool:

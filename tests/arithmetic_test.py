@@ -4,6 +4,7 @@ import pytest
 
 from distill.data.arithmetic import CHARACTERS, LEVELS, SIZES, ArithmeticDataset
 from distill.data.base import get_dataset
+from distill.errors import UserError
 
 
 def test_worked_steps_lead_to_the_answer():
@@ -53,3 +54,8 @@ def test_checker_reads_the_last_result_exactly(response, right):
     example = dataset[0]
     example = type(example)(prompt="1+2*4", response=None, answer="12", id="x")
     assert dataset.is_correct(example, response) is right
+
+
+def test_unknown_split_lists_the_known():
+    with pytest.raises(UserError, match="'math500'; it has: test, train, validation"):
+        get_dataset("arithmetic", "math500")

@@ -17,7 +17,7 @@ from distill.data.base import (
     register_dataset,
 )
 from distill.data.gsm8k import final_number
-from distill.data.math_cl import MathCLDataset
+from distill.data.math_cl import MATH500_HUB_ID, MathCLDataset
 from distill.data.pipeline import eval_batches, make_train_iterator
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.table import InMemoryDataset, holdout_split
@@ -191,13 +191,34 @@ class TestMathCL:
         path = write_jsonl(tmp_path / "m.jsonl", [{"problem": "find x", "answer": "2"}] * 3)
         assert len(MathCLDataset("math500", path=path)) == 3
 
+    def test_math500_beside_a_local_curriculum_is_the_hubs(self, path, monkeypatch):
+        def hub_tables(hub_id, columns, **_):
+            assert hub_id == MATH500_HUB_ID and columns.answer == "answer"
+            return {"test": lambda: [Example("find x", None, "2", "test/0")]}
+
+        monkeypatch.setattr("distill.data.math_cl.hub_tables", hub_tables)
+        dataset = MathCLDataset("math500", path=path)
+        assert [dataset[i].prompt for i in range(len(dataset))] == ["find x"]
+
+    def test_math500_beside_a_local_curriculum_without_a_hub(self, path, no_hub):
+        with pytest.raises(UserError) as error:
+            MathCLDataset("math500", path=path)
+        message = one_line(error)
+        assert "MATH-500" in message
+        assert "data.validation.path=FILE with columns problem, answer" in message
+
+    def test_math500_at_a_path_of_something_else(self, tmp_path):
+        path = write_jsonl(tmp_path / "m.jsonl", [{"problem": "find x", "result": "2"}])
+        with pytest.raises(UserError, match="no column answer"):
+            MathCLDataset("math500", path=path)
+
     @pytest.mark.parametrize("split", ["train", "math500"])
     def test_unreachable_hub_is_told_in_seconds(self, split, no_hub):
         start = time.monotonic()
         with pytest.raises(UserError) as error:
             MathCLDataset(split, 0, 10)
         message = one_line(error)
-        assert "data.path=LOCAL" in message
+        assert ("data.validation.path=FILE" if split == "math500" else "data.path=LOCAL") in message
         assert ("MATH-500" if split == "math500" else "pe-nlp/math-cl") in message
         assert time.monotonic() - start < 20
 
@@ -306,6 +327,20 @@ class TestFiles:
         with pytest.raises(UserError) as error:
             get_dataset("jsonl", "all", path=str(path))
         assert f"d.jsonl{complaint}" in one_line(error)
+
+    def test_line_that_is_not_utf8_is_named(self, tmp_path):
+        path = tmp_path / "d.jsonl"
+        path.write_bytes(b'{"prompt": "a"}\n\n{"prompt": "caf\xe9"}\n')
+        with pytest.raises(UserError) as error:
+            get_dataset("jsonl", "all", path=str(path))
+        assert "d.jsonl:3 is not UTF-8 text" in one_line(error)
+
+    @pytest.mark.parametrize("split", ["train", "validation", "all"])
+    def test_file_without_rows(self, tmp_path, split):
+        path = write_jsonl(tmp_path / "d.jsonl", [])
+        with pytest.raises(UserError) as error:
+            get_dataset("jsonl", split, path=path)
+        assert "d.jsonl has no rows" in one_line(error)
 
     def test_parquet_equals_jsonl(self, tmp_path):
         import pyarrow

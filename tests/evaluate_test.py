@@ -58,7 +58,6 @@ def make_evaluator(tokenizer, dataset: DatasetInterface, batch_size: int) -> Eva
         eos_ids=(tokenizer.eos_token_id,),
         vocab_size=vocabulary_size(tokenizer),
         batch_size=batch_size,
-        dtype=jnp.float32,
         put=jnp.asarray,
         answer_timeout=5.0,
     )

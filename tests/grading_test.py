@@ -43,6 +43,13 @@ def test_math_verify_verdicts():
         ("(1,2)", r"\boxed{(1, 2)}", True),
         ("3", r"first 3, no: \boxed{4}", False),
         ("1", "", False),
+        # Golds of MATH: an escaped dollar is money, not the start of a formula.
+        (r"\$18", r"\boxed{\$18}", True),
+        (r"\$18", r"\boxed{19}", False),
+        (r"\$32,\!348", r"\boxed{32348}", True),
+        (r"\$18.90", r"\boxed{\$18.90}", True),
+        ("$18$", r"\boxed{18}", True),
+        ("$18$", r"\boxed{19}", False),
     ]
     examples = examples_with([answer for answer, _, _ in cases])
     with Grader() as grader:

@@ -76,7 +76,7 @@ def test_generates_with_cast_weights_and_request_keys():
     sampler = backend(dtype)
     sampler.refit(params)
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    generate = make_generate(graphdef, PARAMS, dtype=dtype, **OPTIONS)
+    generate = make_generate(graphdef, PARAMS, **OPTIONS)
     expected = generate(cast, *REQUEST[:2], row_keys(7, 3, *REQUEST[2:]))
     assert_equal(sampler.generate(*REQUEST, seed=7, step=3), expected)
     assert {x.dtype for x in jax.tree.leaves(sampler._weights)} == {jnp.dtype(dtype)}

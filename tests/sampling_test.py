@@ -75,7 +75,6 @@ def generator(eos_ids=(), pad_id=PAD, **options):
         eos_ids=eos_ids,
         pad_id=pad_id,
         vocab_size=VOCAB,
-        dtype=jnp.float32,
     )
 
 
@@ -172,7 +171,6 @@ class TestGenerate:
                 eos_ids=eos_ids,
                 pad_id=PAD,
                 vocab_size=VOCAB,
-                dtype=jnp.float32,
             )
         )(*requests())
         assert state.rollout.stopped_b.all()

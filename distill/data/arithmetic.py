@@ -18,6 +18,7 @@ import hashlib
 import random
 
 from distill.data.base import DatasetInterface, Example, register_dataset
+from distill.errors import UserError
 
 CHARACTERS = "0123456789+-*=\n"
 LEVELS = 6
@@ -31,9 +32,16 @@ class ArithmeticDataset(DatasetInterface):
 
     Training goes from level 1 up to `LEVELS`, an equal share each. The held-out splits cycle
     through the levels instead, so that any prefix of them covers all levels.
+
+    Raises:
+        UserError: there is no such split.
     """
 
     def __init__(self, split: str = "train", seed: int = 0, max_samples: int | None = None):
+        if split not in SIZES:
+            raise UserError(
+                f"arithmetic has no split {split!r}; it has: {', '.join(sorted(SIZES))}"
+            )
         self.split, self.seed = split, seed
         self._length = min(SIZES[split], max_samples or SIZES[split])
 

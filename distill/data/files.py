@@ -88,13 +88,15 @@ def _read_files(files: list[Path], columns: Columns) -> list[Example]:
 
 def _read_jsonl(file: Path, columns: Columns) -> list[Example]:
     examples = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:  # decoded one by one, so that an error knows its line
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where} is not UTF-8 text: {error.reason}") from None
             except json.JSONDecodeError as error:
                 raise UserError(f"{where} is not valid JSON: {error.msg}") from None
             if not isinstance(row, dict):

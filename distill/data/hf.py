@@ -48,8 +48,16 @@ def make(
     return InMemoryDataset(examples[:max_samples])
 
 
-def hub_tables(hub_id: str, columns: Columns, *, subset: str = "") -> Tables:
+def hub_tables(
+    hub_id: str,
+    columns: Columns,
+    *,
+    subset: str = "",
+    instead: str = "data.path=LOCAL, a local copy",
+) -> Tables:
     """The splits of a hub dataset, downloaded or from the cache.
+
+    `instead` is what the error tells the user to pass where there is no hub.
 
     Raises:
         UserError: the hub cannot be reached and its cache has no copy, or it has no such dataset.
@@ -64,7 +72,7 @@ def hub_tables(hub_id: str, columns: Columns, *, subset: str = "") -> Tables:
         reason = str(error).split("\n")[0] if reachable else "no network, no cached copy"
         raise UserError(
             f"hub dataset {hub_id!r} cannot be loaded ({reason}); check the id and the network, or "
-            "pass data.path=LOCAL, a local copy"
+            f"pass {instead}"
         ) from None
     return _tables(splits, columns, hub_id)
 

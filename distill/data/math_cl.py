@@ -7,10 +7,13 @@ and hard 20 times), so its order is kept and a hold-out goes by problem, never b
 from distill.data.base import register_dataset
 from distill.data.files import file_tables
 from distill.data.hf import hub_tables
-from distill.data.table import Columns, InMemoryDataset, choose_split
+from distill.data.table import Columns, InMemoryDataset, Tables, choose_split
+from distill.errors import UserError
 
 HUB_ID = "pe-nlp/math-cl"
 MATH500_HUB_ID = "HuggingFaceH4/MATH-500"
+_CURRICULUM = Columns(prompt="problem", answer="ground_truth_answer")
+_MATH500 = Columns(prompt="problem", answer="answer")
 
 
 @register_dataset("math_cl")
@@ -22,7 +25,8 @@ class MathCLDataset(InMemoryDataset):
         seed: chooses the held-out problems.
         max_samples: first rows kept; None keeps all.
         path: local copy instead of the hub's: a .jsonl or .parquet file, or a folder of them in
-            which MATH-500 is math500.* or test.*.
+            which MATH-500 is math500.* or test.*. Where it holds the curriculum alone, 'math500'
+            is still the hub's.
         holdout_fraction: share of the unique problems that is held out.
 
     Raises:
@@ -38,15 +42,17 @@ class MathCLDataset(InMemoryDataset):
         holdout_fraction: float = 0.02,
     ):
         if split == "math500":
-            columns = Columns(prompt="problem", answer="answer")
-            tables = _load(MATH500_HUB_ID, path, columns)
+            if path and _holds_only_the_curriculum(path):
+                path = None
+            tables = _math500_tables(path)
             # A file of its own has no split name.
             split = next((name for name in ("math500", "test") if name in tables), "all")
+            where = path or MATH500_HUB_ID
         else:
-            columns = Columns(prompt="problem", answer="ground_truth_answer")
-            tables = _load(HUB_ID, path, columns)
+            tables = file_tables(path, _CURRICULUM) if path else hub_tables(HUB_ID, _CURRICULUM)
+            where = path or HUB_ID
         examples = choose_split(
-            tables, split, seed=seed, holdout_fraction=holdout_fraction, where=path or HUB_ID
+            tables, split, seed=seed, holdout_fraction=holdout_fraction, where=where
         )
         super().__init__(examples[:max_samples])
 
@@ -54,5 +60,25 @@ class MathCLDataset(InMemoryDataset):
         return "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def _load(hub_id: str, path: str | None, columns: Columns):
-    return file_tables(path, columns) if path else hub_tables(hub_id, columns)
+def _math500_tables(path: str | None) -> Tables:
+    if path:
+        return file_tables(path, _MATH500)
+    # data.path is where the training data comes from.
+    instead = "data.validation.path=FILE with columns problem, answer"
+    return hub_tables(MATH500_HUB_ID, _MATH500, instead=instead)
+
+
+def _holds_only_the_curriculum(path: str) -> bool:
+    """Whether a local path has no table of MATH-500, by name or by columns, but the curriculum."""
+    tables = file_tables(path, _MATH500)
+    if "train" not in tables or {"math500", "test"} & tables.keys():
+        return False
+    return not _is_readable(tables) and _is_readable(file_tables(path, _CURRICULUM))
+
+
+def _is_readable(tables: Tables) -> bool:
+    try:
+        tables["train"]()
+    except UserError:
+        return False
+    return True

@@ -139,11 +139,18 @@ def _encode_prompts(
 
 
 def _messages(prompt: str | list[dict[str, str]], template: str, system_prompt: str) -> list[dict]:
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    # Not str.format: LaTeX in templates is full of braces.
-    wrapped = template.replace("{problem}", turns[-1]["content"])
+    wrapped = wrap_prompt(prompt, template)
+    turns = [{"role": "user", "content": wrapped}] if isinstance(wrapped, str) else wrapped
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, *turns[:-1], {**turns[-1], "content": wrapped}]
+    return [*system, *turns]
+
+
+def wrap_prompt(prompt: str | list[dict[str, str]], template: str) -> str | list[dict[str, str]]:
+    """The prompt, or the last of its messages, in the place of '{problem}' in the template."""
+    # Not str.format: LaTeX in templates is full of braces.
+    if isinstance(prompt, str):
+        return template.replace("{problem}", prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": wrap_prompt(prompt[-1]["content"], template)}]
 
 
 def _plain_text(turns: list[dict[str, str]]) -> str:

@@ -118,11 +118,13 @@ def choose_split(
     known = {*tables, *carved, *(["all"] if "train" in tables else [])}
     if split not in known:
         raise UserError(f"{where} has no split {split!r}; it has: {', '.join(sorted(known))}")
+    source = "train" if split in {"all", *carved} and split not in tables else split
+    examples = tables[source]()
+    if not examples:
+        raise UserError(f"{where} has no rows: its split {source!r} is empty")
     if split in carved:
-        examples = tables["train"]()
         texts = [prompt_key(example.prompt) for example in examples]
         return [examples[i] for i in holdout_split(texts, split, seed, holdout_fraction)]
-    examples = tables["train" if split == "all" else split]()
     if split == "validation" and "train" in tables:
         trained = {prompt_key(example.prompt) for example in tables["train"]()}
         examples = [e for e in examples if prompt_key(e.prompt) not in trained]

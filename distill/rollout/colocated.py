@@ -23,7 +23,7 @@ class ColocatedBackend:
       eos_ids: any of these ends a response.
       pad_id: fills responses after their end.
       vocab_size: number of real tokens.
-      dtype: of the held weights and of the key-value cache.
+      dtype: of the held weights.
       shardings: of the held weights, a pytree like the student's parameters; default: as they come.
     """
 
@@ -39,7 +39,7 @@ class ColocatedBackend:
         shardings: Any = None,
     ):
         generate = make_generate(
-            graphdef, params, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size, dtype=dtype
+            graphdef, params, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size
         )
 
         def copy(student_params):

@@ -62,7 +62,6 @@ def make_generate(
     eos_ids: tuple[int, ...],
     pad_id: int,
     vocab_size: int,
-    dtype: jax.typing.DTypeLike,
 ) -> Callable[..., Rollout]:
     """Builds the jitted `generate(model_params, prompts_bp, prompt_lengths_b, keys_b) -> Rollout`.
 
@@ -75,7 +74,6 @@ def make_generate(
       eos_ids: any of these ends a response.
       pad_id: fills responses after their end.
       vocab_size: number of real tokens; ids from there on are never chosen.
-      dtype: of the key-value cache.
     """
 
     @jax.jit
@@ -89,7 +87,6 @@ def make_generate(
             eos_ids=eos_ids,
             pad_id=pad_id,
             vocab_size=vocab_size,
-            dtype=dtype,
         )
         return state.rollout
 
@@ -106,7 +103,6 @@ def decode(
     eos_ids: tuple[int, ...],
     pad_id: int,
     vocab_size: int,
-    dtype: jax.typing.DTypeLike,
 ) -> DecodeState:
     """What `make_generate` compiles; the state it returns also tells how many turns were needed."""
 
@@ -125,7 +121,7 @@ def decode(
 
     batch, prompt_size = prompts_bp.shape
     prompts_bp = constrain(prompts_bp, "batch", "position")
-    cache = init_cache(model.config, batch, prompt_size + params.max_length, dtype)
+    cache = init_cache(model.config, batch, prompt_size + params.max_length, model.dtype)
     hidden_bpd, cache = model.extend(prompts_bp, prompt_lengths_b, cache)
     # the head sees one position per row, never [b, p, v] logits
     last_b11 = (prompt_lengths_b - 1)[:, None, None]
