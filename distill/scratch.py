@@ -45,32 +45,28 @@ def make_missing_models(
     Raises:
       UserError: the models in the folder were made with another config.
     """
-    distillation, policy = config.distillation, config.policy
-    if (distillation.teacher_model_path or distillation.hard_labels) and policy.model_name:
+    distillation, policy, teacher = config.distillation, config.policy, config.teacher
+    paths = {"student": policy.model_name, "teacher": distillation.teacher_model_path}
+    recipes = {
+        "student": (policy.shape, policy.pretrain),
+        "teacher": (teacher.shape, teacher.pretrain),
+    }
+    missing = [role for role, path in paths.items() if not path]
+    if distillation.hard_labels and "teacher" in missing:
+        missing.remove("teacher")
+    if not missing:
         return config
-    _check_same_models(config, workdir / "scratch" / "config.json")
-    tokenizer = None
-    teacher_path, student_path = distillation.teacher_model_path, policy.model_name
-    if not teacher_path and not distillation.hard_labels:
-        tokenizer = _make_tokenizer(config)
-        teacher_path = _make_model(
-            config,
-            "teacher",
-            config.teacher.shape,
-            config.teacher.pretrain,
-            tokenizer,
-            workdir,
-            supervise,
-        )
-    if not student_path:
-        tokenizer = tokenizer or _make_tokenizer(config)
-        student_path = _make_model(
-            config, "student", policy.shape, policy.pretrain, tokenizer, workdir, supervise
-        )
+    tokenizer = _make_tokenizer(config)
+    for role in missing:
+        _check_vocabulary_fits(role, recipes[role][0], tokenizer)
+    folder = workdir / "scratch"
+    _check_same_models(config, folder / "config.json")
+    for role in missing:
+        paths[role] = _make_model(config, role, *recipes[role], tokenizer, folder / role, supervise)
     return dataclasses.replace(
         config,
-        distillation=dataclasses.replace(distillation, teacher_model_path=teacher_path),
-        policy=dataclasses.replace(policy, model_name=student_path),
+        distillation=dataclasses.replace(distillation, teacher_model_path=paths["teacher"]),
+        policy=dataclasses.replace(policy, model_name=paths["student"]),
     )
 
 
@@ -91,16 +87,24 @@ def _make_tokenizer(config: Config):
     return load_tokenizer(resolve_model(config.policy.tokenizer))
 
 
+def _check_vocabulary_fits(role: str, shape: Shape, tokenizer) -> None:
+    size = vocabulary_size(tokenizer)
+    if 0 < shape.vocab_size < size:
+        raise UserError(
+            f"the {role}'s shape.vocab_size={shape.vocab_size} is smaller than the tokenizer's "
+            f"{size} ids: raise it, or 0 takes that number"
+        )
+
+
 def _make_model(
     config: Config,
     role: str,
     shape: Shape,
     pretrain: Pretrain,
     tokenizer,
-    workdir: Path,
+    folder: Path,
     supervise: Callable[[Config, Path], object],
 ) -> str:
-    folder = workdir / "scratch" / role
     initial = folder / "initial"
     # An export appears whole or not at all, so a folder that is there is complete.
     if not initial.exists():
@@ -143,11 +147,6 @@ def _export_random_model(
         rope_scaling=None,
         max_positions=config.policy.max_total_sequence_length,
     )
-    if model_config.vocab_size < vocabulary_size(tokenizer):
-        raise UserError(
-            f"shape.vocab_size={shape.vocab_size} is smaller than the tokenizer's "
-            f"{vocabulary_size(tokenizer)} ids: raise it, or 0 takes that number"
-        )
     model = Transformer(
         model_config,
         dtype=jnp.float32,

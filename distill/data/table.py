@@ -118,7 +118,7 @@ def choose_split(
     known = {*tables, *carved, *(["all"] if "train" in tables else [])}
     if split not in known:
         raise UserError(f"{where} has no split {split!r}; it has: {', '.join(sorted(known))}")
-    source = "train" if split in {"all", *carved} and split not in tables else split
+    source = split if split in tables else "train"
     examples = tables[source]()
     if not examples:
         raise UserError(f"{where} has no rows: its split {source!r} is empty")
