@@ -37,18 +37,18 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _from_scratch(config: ConfigDict) -> ConfigDict:
     config.distillation.teacher_model_path = ""
-    config.distillation.max_steps = 60
-    config.distillation.eval_steps = 20
-    config.distillation.save_steps = 30
+    config.distillation.max_steps = 100
+    config.distillation.eval_steps = 50
+    config.distillation.save_steps = 50
     config.distillation.logging_steps = 5
-    config.distillation.generate_strategy.max_length = 112
+    config.distillation.generate_strategy.max_length = 128
     config.policy.model_name = ""
-    config.policy.tokenizer = "bpe:1024"
+    config.policy.tokenizer = "bpe:2048"
     config.policy.shape.num_layers = 2
     config.policy.shape.model_width = 64
-    config.policy.pretrain.steps = 60
+    config.policy.pretrain.steps = 100
     config.policy.pretrain.learning_rate = 3e-3
-    config.policy.max_total_sequence_length = 224
+    config.policy.max_total_sequence_length = 272
     config.policy.precision = "float32"
     config.policy.activation_checkpointing = "none"
     config.policy.train_global_batch_size = 16
@@ -58,9 +58,9 @@ def _from_scratch(config: ConfigDict) -> ConfigDict:
     config.teacher.shape.num_layers = 3
     config.teacher.shape.model_width = 128
     config.teacher.shape.ffn_width = 512
-    config.teacher.pretrain.steps = 200
+    config.teacher.pretrain.steps = 400
     config.teacher.pretrain.learning_rate = 2e-3
     config.data.shuffle = True
-    config.data.validation.max_samples = 64
+    config.data.validation.max_samples = 128
     config.checkpointing.export_dtype = "float32"
     return config
