@@ -1,6 +1,10 @@
 """On-policy distillation of language models in JAX."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# transformers is here for tokenizers; that PyTorch is missing is no news to anybody.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 if TYPE_CHECKING:
     from distill.trainer import Result, train
