@@ -210,11 +210,13 @@ def test_generated_sequences_are_fixed_data(models, tmp_path):
     config.data.max_samples = 16
     config.distillation.generate_strategy.temperature = 2.0
     config.distillation.generate_strategy.num_generations = 2
+    config.data.prompt_template = "0{problem}"
     output = tmp_path / "answers.jsonl"
     counts = generate(config, models["teacher"], output)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert counts["written"] == len(lines) and counts["written"] + counts["truncated"] == 32
     assert lines and set(lines[0]) == {"id", "prompt", "response", "answer"}
+    assert all(line["prompt"].startswith("0") for line in lines), "what the teacher was asked"
     config = tiny_config(hard_labels=True, lambda_=0.0, max_steps=1)
     config.policy.model_name = models["student"]
     config.data.name, config.data.path, config.data.holdout_fraction = "jsonl", str(output), 0.0
@@ -228,6 +230,33 @@ def test_evaluate_gives_the_numbers_of_the_run(models, finished):
     results = evaluate_checkpoint(config, models["student"])
     for name, value in result.results["base"].items():
         assert results["student"][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_teacher_may_compute_in_another_precision_and_end_answers_its_own_way(models, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(models["teacher"], teacher)
+    # An instruction-tuned teacher of a base student: '=' ends its answers too.
+    (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 15]}))
+    config = with_models(tiny_config(max_steps=1), models)
+    config.distillation.teacher_model_path = str(teacher)
+    config.teacher.precision = "bfloat16"
+    result = distill.train(config, tmp_path / "run")
+    exported = json.loads((result.student / "generation_config.json").read_text())
+    assert exported["eos_token_id"] == [1, 15]
+
+
+def test_models_made_with_another_config_are_not_taken(tmp_path):
+    config = tiny_config(max_steps=1)
+    config.data.validation.max_samples = 0
+    config.policy.pretrain.steps = config.teacher.pretrain.steps = 1
+    distill.train(config, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = distill.train(config, tmp_path)
+    assert again.steps == 1
+    shutil.rmtree(tmp_path / "checkpoints")
+    config.teacher.shape.num_layers = 2
+    with pytest.raises(UserError, match="teacher.shape.num_layers"):
+        distill.train(config, tmp_path)
 
 
 # ---------------------------------------------------------------------------------- bad input
@@ -306,6 +335,21 @@ def test_unknown_dataset_and_plugin(models, tmp_path):
     config = with_models(tiny_config(), models)
     config.plugins = ("no_such_module",)
     expect_error(config, tmp_path / "run", "no_such_module", "PYTHONPATH")
+
+
+def test_bad_validation_split_is_found_before_models_are_made(tmp_path):
+    config = tiny_config()
+    config.data.validation.split = "math500"
+    expect_error(config, tmp_path / "run", "math500", "validation")
+
+
+def test_tokenizer_that_does_not_fit_the_model(tmp_path):
+    config = tiny_config()
+    config.policy.shape.vocab_size = 5
+    expect_error(config, tmp_path / "run", "student", "vocab_size=5", "17")
+    config = tiny_config()
+    config.policy.tokenizer = "bpe:10"
+    expect_error(config, tmp_path / "run", "bpe:10", "at least 300")
 
 
 @pytest.mark.parametrize(
