@@ -80,7 +80,11 @@ def run(config: Config, workdir: Path) -> Result:
             config, dataset, vocabulary.tokenizer, needs_responses=config.distillation.lambda_ < 1
         )
         iterator = build.build_iterator(config, prompts)
-        evaluator = validation and build.build_evaluator(config, validation, vocabulary, mesh)
+        evaluator = (
+            None
+            if validation is None
+            else build.build_evaluator(config, validation, vocabulary, mesh)
+        )
 
         # ----------------------------------------------------------------------------- models
         teacher = teacher_folder and build.build_frozen_model(
