@@ -180,6 +180,8 @@ def lambda_coin(seed: int, step: int, lambda_: float) -> bool:
 
     A function of (seed, step) alone: the same on every host and after a resume.
     """
+    if lambda_ in (0, 1):
+        return bool(lambda_)  # a toss would make the host wait for the device's queue every step
     return bool(jax.random.uniform(_coin_key(seed, step)) < lambda_)
 
 
