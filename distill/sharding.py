@@ -87,6 +87,20 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def mesh_axes(logical_axis: str) -> tuple[str, ...]:
+    """Axes of the current mesh (`jax.set_mesh`), longer than 1, that hold a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = RULES[logical_axis] or ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    return () if mesh.empty else tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def num_shards(logical_axis: str) -> int:
+    """Parts into which the current mesh cuts a logical axis."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in mesh_axes(logical_axis))
+
+
 def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(logical_axes))
 

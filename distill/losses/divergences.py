@@ -7,8 +7,9 @@ D = sum over the vocabulary of f. Writing f is all a new divergence needs:
     def total_variation(log_p, log_q):
         return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
 
-Its gradient comes from r = df/dlog_q (see kernels/linear_divergence/token_losses.py). A loss that
-is not a sum of such terms takes whole rows and is registered with `register_loss`. Both kinds share
+Its gradient comes from r = df/dlog_q, and it runs in the fused kernels as it is (DivergenceLoss in
+kernels/linear_divergence/token_losses.py; `kl_weights` below is explained there). A loss that is
+not a sum of such terms takes whole rows and is registered with `register_loss`. Both kinds share
 one namespace: what `distillation.kl_type` may be.
 """
 
@@ -44,6 +45,11 @@ class _Bound:
 
     def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         return self.function(log_p, log_q, self.parameter)
+
+    @property
+    def kl_weights(self) -> tuple[float, float] | None:
+        weights_of = getattr(self.function, "kl_weights_of", None)
+        return None if weights_of is None else weights_of(self.parameter)
 
 
 _REGISTRY: dict[str, _Registered] = {}
@@ -152,16 +158,25 @@ def forward(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     return _expectation_term(log_p, log_p - log_q)
 
 
+forward.kl_weights = 1.0, 0.0
+
+
 @register_divergence("reverse")
 def reverse(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """KL(q||p): the student avoids what the teacher would not say (MiniLLM, arXiv:2306.08543)."""
     return _expectation_term(log_q, log_q - log_p)
 
 
+reverse.kl_weights = 0.0, 1.0
+
+
 @_register("mixed", pointwise=True, parameter="mixed_kl_weight")
 def mixed(log_p: jax.Array, log_q: jax.Array, forward_weight: float) -> jax.Array:
     """forward_weight KL(p||q) + (1 - forward_weight) KL(q||p)."""
     return forward_weight * forward(log_p, log_q) + (1.0 - forward_weight) * reverse(log_p, log_q)
+
+
+mixed.kl_weights_of = lambda forward_weight: (forward_weight, 1.0 - forward_weight)
 
 
 @_register("jsd", pointwise=True, parameter="jsd_beta")

@@ -3,6 +3,7 @@
 from distill.kernels.linear_divergence.api import (
     linear_cross_entropy,
     linear_divergence,
+    linear_divergence_top_k,
     linear_loss,
     per_token_divergences,
     resolve_implementation,
@@ -13,6 +14,7 @@ __all__ = [
     "TokenValues",
     "linear_cross_entropy",
     "linear_divergence",
+    "linear_divergence_top_k",
     "linear_loss",
     "per_token_divergences",
     "resolve_implementation",

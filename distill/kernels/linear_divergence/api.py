@@ -2,10 +2,15 @@
 
 Shapes: hidden (T, D) and head (D, V) in the compute dtype, student and teacher each with its own D
 and V; `vocab_size` is the shared vocabulary, at most either V (further columns are padding and
-ignored); weights float32 (T,), targets int (T,). Gradients reach hidden_s and head_s only.
-`implementation`: `reference`, `chunked`, or None for the best that runs here; one that cannot run
-is a ValueError. `chunk` is the number of tokens, over all devices, whose logits exist at once; None
-fits a memory budget, and `reference` has no use for it.
+ignored); weights float32 (T,), targets int (T,). Gradients reach hidden_s and head_s only; the
+values per token carry none.
+
+`implementation`: `reference` (all logits, automatic differentiation), `chunked` (plain XLA, any
+platform), `pallas` (kernels for TPU, and for GPUs from Hopper on), a `Sweeps` (kernels with other
+block sizes, or interpreted), or None for the best that runs here. `chunk` is the number of tokens,
+over all devices, whose logits exist at once; None fits a memory budget, and `reference` has no use
+for it. All functions raise ValueError for shapes that do not agree and for an implementation that
+cannot run here.
 """
 
 from __future__ import annotations
@@ -13,17 +18,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from distill.kernels.linear_divergence import chunked, reference
+from distill.kernels.linear_divergence import loop, reference
+from distill.kernels.linear_divergence.sweeps import Sweeps, XlaSweeps
 from distill.kernels.linear_divergence.token_losses import (
     CrossEntropyLoss,
-    CustomLoss,
     DivergenceLoss,
-    TokenLoss,
+    RowLoss,
     TokenValues,
-    tempered_log_probs,
+    check_pointwise,
 )
+from distill.kernels.linear_divergence.topk import TopK
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "pallas")
 
 
 def linear_divergence(
@@ -37,17 +43,53 @@ def linear_divergence(
     temperature: float = 1.0,
     vocab_size: int,
     targets: jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: str | Sweeps | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, TokenValues]:
     """sum_t weights_t * D_t, D_t = sum_v divergence(log p, log q), and the values per token.
 
     `divergence` is a hashable pointwise function of (log_p, log_q); `temperature` divides the
-    logits of both models. Raises ValueError for an implementation that cannot run here.
+    logits of both models. ValueError also for a divergence that is not pointwise.
     """
-    token_loss = DivergenceLoss(divergence, temperature)
-    rows = (hidden_s, head_s, hidden_t, head_t, targets, weights)
-    return _linear_token_loss(token_loss, *rows, vocab_size, implementation, chunk)
+    check_pointwise(divergence)
+    loss = DivergenceLoss(divergence, temperature)
+    arrays = hidden_s, head_s, hidden_t, head_t, targets, weights
+    return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
+
+
+def linear_divergence_top_k(
+    hidden_s: jax.Array,
+    head_s: jax.Array,
+    teacher_ids: jax.Array,
+    teacher_log_probs: jax.Array,
+    weights: jax.Array,
+    *,
+    divergence,
+    temperature: float = 1.0,
+    vocab_size: int,
+    targets: jax.Array | None = None,
+    implementation: str | None = None,
+    chunk: int | None = None,
+) -> tuple[jax.Array, TokenValues]:
+    """`linear_divergence` from a teacher known by k tokens, all others being one bucket (topk.py).
+
+    Args:
+      teacher_ids: int (T, k), distinct in a row; a negative one is absent (fewer than k are known).
+      teacher_log_probs: float32 (T, k), already at `temperature`, which divides the student's
+        logits only: a tail cannot be tempered afterwards.
+
+    `log_prob_t` of a target that is not among the k is the log-mass of the bucket.
+    """
+    check_pointwise(divergence)
+    if teacher_ids.ndim != 2 or teacher_ids.shape != teacher_log_probs.shape:
+        raise ValueError(
+            f"teacher_ids {teacher_ids.shape} and teacher_log_probs {teacher_log_probs.shape} "
+            "must both be (T, k)"
+        )
+    loss = DivergenceLoss(divergence, temperature)
+    teacher = TopK(teacher_ids.astype(jnp.int32), teacher_log_probs.astype(jnp.float32))
+    arrays = hidden_s, head_s, teacher, None, targets, weights
+    return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
 
 
 def linear_cross_entropy(
@@ -57,12 +99,12 @@ def linear_cross_entropy(
     weights: jax.Array,
     *,
     vocab_size: int,
-    implementation: str | None = None,
+    implementation: str | Sweeps | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, TokenValues]:
     """sum_t -weights_t * log q_t(target_t), and the values per token, cross-entropy among them."""
-    rows = (hidden, head, None, None, targets, weights)
-    return _linear_token_loss(CrossEntropyLoss(), *rows, vocab_size, implementation, chunk)
+    arrays = hidden, head, None, None, targets, weights
+    return _linear_token_loss(CrossEntropyLoss(), *arrays, vocab_size, implementation, chunk)
 
 
 def linear_loss(
@@ -83,9 +125,9 @@ def linear_loss(
 
     It sees a chunk of tokens at a time, so the loss of a token may depend on that token's row only.
     """
-    token_loss = CustomLoss(loss_fn, temperature)
-    rows = (hidden_s, head_s, hidden_t, head_t, targets, weights)
-    return _linear_token_loss(token_loss, *rows, vocab_size, implementation, chunk)
+    loss = RowLoss(loss_fn, temperature)
+    arrays = hidden_s, head_s, hidden_t, head_t, targets, weights
+    return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
 
 
 def per_token_divergences(
@@ -95,55 +137,138 @@ def per_token_divergences(
     head_t: jax.Array,
     *,
     divergences: tuple,
-    temperature: float,
+    temperature: float = 1.0,
     vocab_size: int,
+    implementation: str | Sweeps | None = None,
     chunk: int | None = None,
 ) -> jax.Array:
     """Several divergences of the same logits, float32 (len(divergences), T); for evaluation."""
+    for divergence in divergences:
+        check_pointwise(divergence)
+    losses = tuple(DivergenceLoss(divergence, temperature) for divergence in divergences)
+    tokens = _tokens(hidden_s, head_s, hidden_t, head_t, None, None, vocab_size)
+    tokens, head_s, head_t = jax.lax.stop_gradient((tokens, head_s, head_t))
+    implementation = resolve_implementation(implementation)
+    if implementation == "reference":
+        rows = [reference.token_values(loss, tokens, head_s, head_t, vocab_size) for loss in losses]
+        return jnp.stack([values.divergence for values in rows])
+    options = _options(implementation, vocab_size, chunk)
+    return loop.token_values(losses, options, tokens, head_s, head_t).divergence
 
-    def chunk_divergences(logits_s_cv, logits_t_cv, _):
-        log_p_cv, log_q_cv = tempered_log_probs(logits_s_cv, logits_t_cv, temperature)
-        return jnp.stack([jnp.sum(f(log_p_cv, log_q_cv), axis=-1) for f in divergences], axis=-1)
 
-    head_s, head_t = (_shared_columns(head, vocab_size) for head in (head_s, head_t))
-    return chunked.map_logits(chunk_divergences, chunk, hidden_s, head_s, hidden_t, head_t, None).T
+def resolve_implementation(
+    implementation: str | Sweeps | None, *, fused: bool = True
+) -> str | Sweeps:
+    """The implementation that will run; ValueError when the one asked for cannot.
 
-
-def resolve_implementation(implementation: str | None) -> str:
-    """The implementation that will run; ValueError when the one asked for cannot."""
+    `fused` says whether the loss is pointwise and its teacher has logits, as the kernels need.
+    """
     if implementation is None:
-        return "chunked"
+        # On a GPU, `chunked` until the kernels have been measured there.
+        return "pallas" if fused and _platform() == "tpu" else "chunked"
+    if not isinstance(implementation, str):
+        return implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation={implementation!r} cannot run on {jax.default_backend()}: "
+            f"implementation={implementation!r} is unknown: "
             f"choose one of {', '.join(IMPLEMENTATIONS)}, or None"
         )
+    if implementation == "pallas":
+        _check_pallas_runs(fused)
     return implementation
 
 
+def _check_pallas_runs(fused: bool) -> None:
+    if not fused:
+        reason = "runs neither losses of whole rows nor a top-k teacher"
+    elif _platform() not in ("tpu", "gpu"):
+        reason = f"cannot run on {_platform()}: it needs a TPU, or a GPU from Hopper on"
+    elif _platform() == "gpu" and not _is_hopper_or_newer():
+        reason = f"cannot run on {jax.devices()[0].device_kind}: it needs Hopper or newer"
+    else:
+        return
+    raise ValueError(f"implementation='pallas' {reason}; use 'chunked', or None")
+
+
+def _platform() -> str:
+    """Of the current mesh, which may be described rather than present (ahead-of-time compiling)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def _is_hopper_or_newer() -> bool:
+    if jax.default_backend() != "gpu":
+        return True  # compiling for a described device
+    return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9.0
+
+
+def _options(implementation: str | Sweeps | None, vocab_size: int, chunk) -> loop.Options:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} tokens: it must be at least 1")
+    return loop.Options(_sweeps(implementation), vocab_size, chunk)
+
+
+def _sweeps(implementation: str | Sweeps) -> Sweeps:
+    if not isinstance(implementation, str):
+        return implementation
+    if implementation == "chunked":
+        return XlaSweeps()
+    # Imported here: Pallas is slow to import, and its GPU part is missing from some builds.
+    if _platform() == "tpu":
+        from distill.kernels.linear_divergence import pallas_tpu as kernels
+    else:
+        from distill.kernels.linear_divergence import pallas_gpu as kernels
+    return kernels.Sweeps()
+
+
 def _linear_token_loss(
-    token_loss: TokenLoss,
+    loss,
     hidden_s,
     head_s,
-    hidden_t,
+    teacher,
     head_t,
     targets,
     weights,
     vocab_size: int,
-    implementation: str | None,
+    implementation,
     chunk: int | None,
 ) -> tuple[jax.Array, TokenValues]:
-    head_s, head_t = (_shared_columns(head, vocab_size) for head in (head_s, head_t))
-    rows = (hidden_s, head_s, hidden_t, head_t, targets, weights)
-    if resolve_implementation(implementation) == "reference":
-        return reference.linear_token_loss(token_loss, *rows)
-    loss, values = chunked.linear_token_loss(token_loss, chunk, *rows)
-    return loss, jax.lax.stop_gradient(values)
+    fused = not isinstance(loss, RowLoss) and not isinstance(teacher, TopK)
+    implementation = resolve_implementation(implementation, fused=fused)
+    tokens = _tokens(hidden_s, head_s, teacher, head_t, targets, weights, vocab_size)
+    if implementation == "reference":
+        return reference.linear_token_loss(loss, tokens, head_s, head_t, vocab_size)
+    options = _options(implementation, vocab_size, chunk)
+    return loop.linear_token_loss(loss, options, tokens, head_s, head_t)
 
 
-def _shared_columns(head: jax.Array | None, vocab_size: int) -> jax.Array | None:
-    if head is None or head.shape[1] == vocab_size:
-        return head
+def _tokens(hidden_s, head_s, teacher, head_t, targets, weights, vocab_size: int) -> loop.Tokens:
+    """The arguments bundled, once they agree; -1 stands for no target."""
+    num_tokens = hidden_s.shape[0]
+    _check_model("_s", hidden_s, head_s, num_tokens, vocab_size)
+    if head_t is not None:
+        _check_model("_t", teacher, head_t, num_tokens, vocab_size)
+    if isinstance(teacher, TopK) and teacher.ids_tk.shape[0] != num_tokens:
+        raise ValueError(f"teacher_ids {teacher.ids_tk.shape} are not of {num_tokens} tokens")
+    for name, array in (("targets", targets), ("weights", weights)):
+        if array is not None and array.shape != (num_tokens,):
+            raise ValueError(f"{name} {array.shape} must be ({num_tokens},), one for each token")
+    if targets is None:
+        targets = jnp.full(num_tokens, -1, jnp.int32)
+    if weights is None:
+        weights = jnp.ones(num_tokens, jnp.float32)
+    return loop.Tokens(hidden_s, teacher, targets.astype(jnp.int32), weights)
+
+
+def _check_model(suffix: str, hidden, head, num_tokens: int, vocab_size: int) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
+        raise ValueError(
+            f"hidden{suffix} {hidden.shape} and head{suffix} {head.shape} must be (T, D) and (D, V)"
+        )
+    if hidden.shape[0] != num_tokens:
+        raise ValueError(f"hidden{suffix} {hidden.shape} is not of {num_tokens} tokens")
     if head.shape[1] < vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} exceeds a head of {head.shape[1]} columns")
-    return head[:, :vocab_size]
+        raise ValueError(
+            f"vocab_size={vocab_size} exceeds the {head.shape[1]} columns of head{suffix}"
+        )

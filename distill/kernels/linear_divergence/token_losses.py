@@ -1,8 +1,8 @@
-"""What is computed for a block of tokens once the logits of both models are there.
+"""The losses: what is computed for a token once the logits of both models are there.
 
-A token loss gives `values` (one loss per token) and `values_and_gradients` (also its derivative by
-the student's logits). Every implementation evaluates these: the reference differentiates `values`,
-the others use the gradients. All arithmetic is float32; instances are frozen: static arguments.
+A pointwise loss is a sum over the vocabulary of f(log p, log q, is_target), teacher p and student
+q; this is the kind that runs fused (sweeps.py). A row loss sees whole rows at once. Instances are
+frozen and hashable: static arguments. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -31,60 +31,72 @@ class TokenValues:
     log_prob_t: jax.Array
 
 
-class TokenLoss(Protocol):
-    """Shapes: logits_s_tv and logits_t_tv float32 (t, v) at temperature 1, targets_t int (t,)."""
+class PointwiseLoss(Protocol):
+    """A sum over the vocabulary of `terms`; the logits of both models divided by `temperature`."""
 
-    def values(self, logits_s_tv, logits_t_tv, targets_t) -> jax.Array:
-        """Loss of each token, float32 (t,)."""
+    temperature: float
 
-    def values_and_gradients(self, logits_s_tv, logits_t_tv, targets_t):
-        """Loss of each token and its derivative by the student's logits, (t,) and (t, v)."""
+    def terms(self, log_p, log_q, is_target) -> jax.Array:
+        """f, elementwise; log_p is None for a loss without a teacher."""
+
+    def sums(self, statistics) -> tuple[jax.Array, jax.Array] | None:
+        """(sum_v f, sum_v df/dlog_q) per token if `sweeps.Statistics` suffice, else None."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceLoss:
-    """sum_v f(log p, log q) with both models' logits divided by the temperature."""
+    """sum_v f(log p, log q).
+
+    A divergence that is a KL(p||q) + b KL(q||p) may say so in an attribute `kl_weights = (a, b)`:
+    it is spared a sweep.
+    """
 
     divergence: Callable[[jax.Array, jax.Array], jax.Array]
     temperature: float
 
-    def values(self, logits_s_tv, logits_t_tv, targets_t):
-        log_p_tv, log_q_tv = tempered_log_probs(logits_s_tv, logits_t_tv, self.temperature)
-        return jnp.sum(self.divergence(log_p_tv, log_q_tv), axis=-1)
+    def terms(self, log_p, log_q, is_target):
+        del is_target
+        return self.divergence(log_p, log_q)
 
-    def values_and_gradients(self, logits_s_tv, logits_t_tv, targets_t):
-        log_p_tv, log_q_tv = tempered_log_probs(logits_s_tv, logits_t_tv, self.temperature)
-        terms_tv, slope_tv = jax.jvp(
-            functools.partial(self.divergence, log_p_tv), (log_q_tv,), (jnp.ones_like(log_q_tv),)
-        )
-        # dD/ds_v = r_v - q_v sum_w r_w: the chain rule through log q = s - logsumexp(s).
-        mean_slope_t1 = jnp.sum(slope_tv, axis=-1, keepdims=True)
-        gradient_tv = (slope_tv - jnp.exp(log_q_tv) * mean_slope_t1) / self.temperature
-        return jnp.sum(terms_tv, axis=-1), gradient_tv
+    def sums(self, statistics):
+        weights = getattr(self.divergence, "kl_weights", None)
+        if weights is None:
+            return None
+        forward_weight, reverse_weight = weights
+        log_ratio = jnp.log(statistics.sum_s) - jnp.log(statistics.sum_t)
+        forward = statistics.cross_forward / statistics.sum_t + log_ratio
+        reverse = statistics.cross_reverse / statistics.sum_s - log_ratio
+        # df/dlog_q is -p for the forward and q (log q - log p + 1) for the reverse KL.
+        divergence = forward_weight * forward + reverse_weight * reverse
+        return divergence, reverse_weight * (reverse + 1.0) - forward_weight
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropyLoss:
-    """-log q of the target; the teacher is not consulted."""
+    """-log q of the target; there is no teacher."""
 
-    def values(self, logits_s_tv, logits_t_tv, targets_t):
-        return -target_log_probs(logits_s_tv, targets_t)
+    temperature: float = 1.0
 
-    def values_and_gradients(self, logits_s_tv, logits_t_tv, targets_t):
-        is_target_tv = _is_target(logits_s_tv, targets_t)
-        gradient_tv = jax.nn.softmax(logits_s_tv) - is_target_tv.astype(jnp.float32)
-        return self.values(logits_s_tv, logits_t_tv, targets_t), gradient_tv
+    def terms(self, log_p, log_q, is_target):
+        del log_p
+        return jnp.where(is_target, -log_q, 0.0)
+
+    def sums(self, statistics):
+        log_q_c = statistics.target_s - statistics.max_s - jnp.log(statistics.sum_s)
+        return -log_q_c, jnp.full_like(log_q_c, -1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class CustomLoss:
+class RowLoss:
     """A user's loss_fn(log_p_tv, log_q_tv, targets_t) -> loss_t, differentiated by jax.vjp."""
 
     loss_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     temperature: float
 
     def values(self, logits_s_tv, logits_t_tv, targets_t):
-        log_p_tv, log_q_tv = tempered_log_probs(logits_s_tv, logits_t_tv, self.temperature)
+        """Loss of each token, (t,), from float32 logits (t, v) at temperature 1."""
+        log_p_tv = jax.nn.log_softmax(logits_t_tv / self.temperature)
+        log_q_tv = jax.nn.log_softmax(logits_s_tv / self.temperature)
         losses_t = self.loss_fn(log_p_tv, log_q_tv, targets_t)
         if losses_t.shape != targets_t.shape:
             raise ValueError(
@@ -93,46 +105,50 @@ class CustomLoss:
             )
         return losses_t.astype(jnp.float32)
 
-    def values_and_gradients(self, logits_s_tv, logits_t_tv, targets_t):
-        losses_t, pull_back = jax.vjp(
-            lambda logits_tv: self.values(logits_tv, logits_t_tv, targets_t), logits_s_tv
-        )
-        (gradient_tv,) = pull_back(jnp.ones_like(losses_t))
-        return losses_t, gradient_tv
 
-
-def output_logits(hidden_td: jax.Array, head_dv: jax.Array) -> jax.Array:
-    """Logits in float32 whatever the compute dtype of the two operands."""
-    return jnp.einsum("td,dv->tv", hidden_td, head_dv, preferred_element_type=jnp.float32)
-
-
-def tempered_log_probs(logits_s_tv, logits_t_tv, temperature: float):
-    """(log_p_tv of the teacher, log_q_tv of the student)."""
-    return (
-        jax.nn.log_softmax(logits_t_tv / temperature),
-        jax.nn.log_softmax(logits_s_tv / temperature),
+def terms_and_slopes(loss: PointwiseLoss, log_p, log_q, is_target):
+    """f and df/dlog_q, elementwise."""
+    return jax.jvp(
+        lambda log_q: loss.terms(log_p, log_q, is_target), (log_q,), (jnp.ones_like(log_q),)
     )
 
 
-def target_log_probs(logits_tv: jax.Array, targets_t: jax.Array) -> jax.Array:
-    """log softmax(logits)[target] per token, float32 (t,)."""
-    # A masked sum, not a gather: it fuses with the other sweeps and works on a sharded vocabulary.
-    target_logits_t = jnp.sum(jnp.where(_is_target(logits_tv, targets_t), logits_tv, 0.0), axis=-1)
-    return target_logits_t - jax.nn.logsumexp(logits_tv, axis=-1)
+# Operations that keep an array's shape and yet mix its entries.
+_MIXING = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "rev", "gather"}
+_MIXING |= {"dot_general", "scan", "while", "fft"}
 
 
-def token_values(losses_t, logits_s_tv, logits_t_tv, targets_t) -> TokenValues:
-    """The losses with the targets' log-probabilities beside them; zeros where there are none."""
-    zeros_t = jnp.zeros_like(losses_t)
-    return TokenValues(
-        divergence=losses_t,
-        log_prob_s=zeros_t if targets_t is None else target_log_probs(logits_s_tv, targets_t),
-        log_prob_t=zeros_t
-        if targets_t is None or logits_t_tv is None
-        else target_log_probs(logits_t_tv, targets_t),
+@functools.lru_cache(maxsize=256)
+def check_pointwise(divergence: Callable) -> None:
+    """ValueError unless `divergence` is a function of two arrays that works entry by entry."""
+    if not callable(divergence):
+        raise ValueError(f"divergence={divergence!r} is not a function of (log_p, log_q)")
+    name = getattr(divergence, "__name__", repr(divergence))
+    array = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    program = jax.make_jaxpr(divergence)(array, array)
+    shapes = [output.shape for output in program.out_avals]
+    if shapes != [array.shape]:
+        problem = f"of two arrays of shape {array.shape} it made {shapes}"
+    elif mixing := _first_mixing(program.jaxpr, array.shape):
+        problem = f"its {mixing} mixes the entries of an array"
+    else:
+        return
+    raise ValueError(
+        f"divergence {name} is not pointwise: {problem}; losses of whole rows are for linear_loss"
     )
 
 
-def _is_target(logits_tv: jax.Array, targets_t: jax.Array) -> jax.Array:
-    vocabulary_tv = jax.lax.broadcasted_iota(targets_t.dtype, logits_tv.shape, 1)
-    return vocabulary_tv == targets_t[:, None]
+def _first_mixing(jaxpr, shape: tuple[int, ...]) -> str | None:
+    """Name of the first operation that is not elementwise on arrays of this shape."""
+    for equation in jaxpr.eqns:
+        inner = [parameter for parameter in equation.params.values() if hasattr(parameter, "eqns")]
+        inner += [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
+        for program in inner:
+            if mixing := _first_mixing(program, shape):
+                return mixing
+        reads = any(variable.aval.shape == shape for variable in equation.invars)
+        keeps = all(variable.aval.shape == shape for variable in equation.outvars)
+        name = equation.primitive.name
+        if reads and not inner and (not keeps or name in _MIXING):
+            return name
+    return None

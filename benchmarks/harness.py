@@ -1,0 +1,316 @@
+"""What the benchmarks share: fair timing, peak memory, compiler estimates, tables, JSON rows.
+
+Each implementation lives in a worker process of its own, so that its peak memory is its own. The
+workers stay alive and are asked in turn for one repeat each: whatever slows the machine down for a
+while falls on all of them, and no two run at once. Their medians are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from distill.errors import UserError
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An implementation to measure. All of it is pickled: `build` stands at the top of a module.
+
+    `build(*arguments)` runs in the worker and returns the function to time, which takes no
+    arguments and returns nothing, when the device is done. `peak_bytes` runs that function and
+    returns how far memory rose above what was in use just before.
+    """
+
+    implementation: str
+    build: Callable[..., Callable[[], None]]
+    arguments: tuple
+    peak_bytes: Callable[[Callable[[], None]], int] | None = None  # None: of JAX's device
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """`seconds` is the median of one run; where `failure` says why there is none, both are None."""
+
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    failure: str | None = None
+
+
+def measure(jobs: Sequence[Job], repeats: int) -> dict[str, Measurement]:
+    """Measurements by implementation, of interleaved repeats."""
+    workers = {}
+    try:
+        for job in jobs:  # one after the other: they also compile and warm up undisturbed
+            workers[job.implementation] = _Worker(job)
+            workers[job.implementation].answer()
+        for _ in range(repeats):
+            for worker in workers.values():
+                worker.repeat()
+        return {name: worker.measurement() for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+class _Worker:
+    """The parent's side of a worker process."""
+
+    def __init__(self, job: Job):
+        # Not forked: JAX and CUDA do not survive that.
+        context = multiprocessing.get_context("spawn")
+        self._connection, remote = context.Pipe()
+        self._process = context.Process(target=_serve, args=(remote, job), daemon=True)
+        self._process.start()
+        remote.close()
+        self._failure = None
+        self._answers = []
+
+    def answer(self) -> None:
+        """Waits for a number: the peak first, then seconds."""
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            answer = f"the process died with exit code {self._process.exitcode}"
+        if isinstance(answer, str):
+            self._failure = answer
+        else:
+            self._answers.append(answer)
+
+    def repeat(self) -> None:
+        if self._failure is None:
+            self._connection.send(True)
+            self.answer()
+
+    def measurement(self) -> Measurement:
+        if self._failure is not None:
+            return Measurement(failure=self._failure)
+        peak_bytes, *seconds = self._answers
+        return Measurement(statistics.median(seconds), peak_bytes)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(connection, job: Job) -> None:
+    """The worker's side: the peak, then the seconds of one run per request; a text on failure."""
+    try:
+        run = job.build(*job.arguments)
+        run()  # compiles, where `build` has not
+        connection.send((job.peak_bytes or peak_bytes)(run))
+        while connection.recv():
+            start = time.perf_counter()
+            run()
+            connection.send(time.perf_counter() - start)
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """What failed, short enough for a line below the table."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """How far the memory of JAX's default device rises during `run`.
+
+    On a GPU the allocator's peak is that of the whole process: hold nothing before the first run
+    that is released again, i.e. compile (which tries out algorithms) before making the inputs.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _resident_peak_bytes(run)
+    before = device.memory_stats()["bytes_in_use"]
+    run()
+    return device.memory_stats()["peak_bytes_in_use"] - before
+
+
+def _resident_peak_bytes(run: Callable[[], None]) -> int:
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # sets the high-water mark to what is resident now
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1])
+
+
+def build_matrix_product(size: int, dtype: str) -> Callable[[], None]:
+    """A square matrix product: the yardstick for what the device can do."""
+    x = jax.numpy.full((size, size), 1 / size, dtype)
+    product = jax.jit(lambda a, b: a @ b)
+
+    def run():
+        jax.block_until_ready(product(x, x))
+
+    return run
+
+
+def default_platform() -> str:
+    """'cpu', 'gpu' or 'tpu', asked in another process: this one must not hold the device."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(jax.default_backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate(Measurement):
+    """The compiler's estimate: `peak_bytes` are the program's temporaries. See `estimate`."""
+
+    flops: float | None = None
+
+
+def described_tpu(topology: str) -> jax.Device:
+    """A device of a TPU topology that need not be present, such as 'v6e:1x1'."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is missing: pip install libtpu")
+    # libtpu asks the machine what it is, slowly and with warnings, unless it is told.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    jax.config.update("jax_platforms", "cpu")
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+
+def estimate(function: Callable, *arguments: jax.ShapeDtypeStruct) -> Estimate:
+    """The compiler's estimate for one call; `arguments` carry the device in their sharding.
+
+    Its cost analysis counts a scan's body once, whatever the trips. So the program is compiled
+    again with every scan run twice in a row: the difference is one body, compiled as it is in the
+    program itself (unrolled bodies would be fused with each other). Pallas kernels are counted, in
+    the body as outside, if they have a `cost_estimate`, by the same max(flops / peak, bytes /
+    bandwidth) as any operation, so nothing is added for them; one without is an error.
+    """
+    try:
+        once, trips = _compiled(function, arguments, runs=1)
+        costs = _costs(once)
+        if trips:
+            twice = _costs(_compiled(function, arguments, runs=2)[0])
+            (num_trips,) = trips  # loops of different lengths would need a difference each
+            costs = costs + (num_trips - 1) * (twice - costs)
+    except jax.errors.JaxRuntimeError as error:  # it does not fit into the chip's memory
+        return Estimate(failure=one_line(error))
+    seconds, flops = costs.tolist()
+    return Estimate(seconds, once.memory_analysis().temp_size_in_bytes, flops=flops)
+
+
+def _compiled(function: Callable, arguments, runs: int):
+    """(the compiled program with every scan run `runs` times, set of the scans' lengths)."""
+    trips = set()
+    scan = jax.lax.scan
+
+    def scan_in_a_row(step, carry, xs, **options):
+        trips.add(jax.tree.leaves(xs)[0].shape[0])
+        carry, outputs = scan(step, carry, xs, **options)
+        for _ in range(runs - 1):
+            carry, more = scan(step, carry, xs, **options)
+            outputs = jax.tree.map(_with_first_element_of, more, outputs)
+        return carry, outputs
+
+    jax.clear_caches()  # a traced function is not traced again
+    with mock.patch.object(jax.lax, "scan", scan_in_a_row):
+        return jax.jit(lambda *args: function(*args)).lower(*arguments).compile(), trips
+
+
+def _with_first_element_of(x, other):
+    """Depends on `other`, which otherwise would not be computed, and costs nothing."""
+    first = (0,) * x.ndim
+    return x.at[first].set(other[first])
+
+
+def _costs(compiled) -> np.ndarray:
+    """(seconds, flops), a scan's body counted once."""
+    text = compiled.as_text()
+    for line in text.splitlines():
+        if "tpu_custom_call" in line and '"cost_estimate"' not in line:
+            raise ValueError(f"a kernel without cost_estimate: {line.split(' = ')[0].strip()}")
+    analysis = compiled.cost_analysis()
+    # An operation of unknown cost counts as -1 second and -1 flop: this one moves nothing.
+    unknown = text.count('custom_call_target="ConcatBitcast"')
+    return np.array([analysis["optimal_seconds"], analysis["flops"]], np.float64) + unknown
+
+
+def compare(name: str, measurements: dict[str, Measurement], baseline: str) -> list[Row]:
+    """A row for each implementation; `ratio` and `peak_ratio` are its parts of the baseline's."""
+    base = measurements[baseline]
+    return [
+        {
+            "name": name,
+            "implementation": implementation,
+            "seconds": measured.seconds,
+            "ratio": _ratio(measured.seconds, base.seconds),
+            "peak_bytes": measured.peak_bytes,
+            "peak_ratio": _ratio(measured.peak_bytes, base.peak_bytes),
+        }
+        for implementation, measured in measurements.items()
+    ]
+
+
+def _ratio(value, base):
+    return None if value is None or base is None else value / base
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Rows of the same keys as aligned text, a column for each key."""
+    table = [[key.replace("_", " ") for key in rows[0]]]
+    table += [[_cell(key, value) for key, value in row.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _cell(key: str, value) -> str:
+    if value is None:
+        return "-"
+    if key == "seconds":
+        return f"{value:.4f}"
+    if key.endswith("bytes"):
+        return f"{value / 1e9:.3f}e9"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def failures(name: str, measurements: dict[str, Measurement]) -> list[str]:
+    """A line for each implementation that has no numbers."""
+    failed = {key: value.failure for key, value in measurements.items() if value.failure}
+    return [f"{name}, {implementation}: {why}" for implementation, why in failed.items()]
+
+
+def check_json_path(path: str | None) -> None:
+    """UserError, before anything is measured, if `write_json` will fail."""
+    if path:
+        try:
+            open(path, "a").close()
+        except OSError as error:
+            raise UserError(f"--json={path}: {error.strerror}") from None
+
+
+def write_json(path: str | None, rows: Sequence[Row]) -> None:
+    """The rows as one JSON list, if there is a path."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(rows, file, indent=1)
+            file.write("\n")

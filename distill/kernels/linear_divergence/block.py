@@ -1,0 +1,152 @@
+"""Losses and their gradients for one block of tokens, whose logits exist.
+
+The vocabulary may be sharded: a block then holds this shard's columns, and what is summed over the
+vocabulary is summed over the shards, a few numbers per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill.kernels.linear_divergence import topk
+from distill.kernels.linear_divergence.sweeps import Statistics, Sweeps, rescaled
+from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Logits of c tokens over this shard's columns, and what belongs to the tokens.
+
+    `teacher` is its logits float32 (c, v), a `TopK`, or None; `targets_c` counts from this shard's
+    first column (no column matches where the target is elsewhere). The vocabulary's last shard may
+    have fewer columns than the array: `num_columns` exist, of `vocab_size` in all.
+    """
+
+    logits_s_cv: jax.Array
+    teacher: Any
+    targets_c: jax.Array
+    first_column: jax.Array | int
+    num_columns: jax.Array
+    vocab_size: int
+    vocab_axes: tuple[str, ...]
+
+    @property
+    def logits_t_cv(self) -> jax.Array | None:
+        return None if isinstance(self.teacher, topk.TopK) else self.teacher
+
+    def sum(self, tree):
+        """Sum over the shards of the vocabulary."""
+        return jax.lax.psum(tree, self.vocab_axes) if self.vocab_axes else tree
+
+    def max(self, tree):
+        return jax.lax.pmax(tree, self.vocab_axes) if self.vocab_axes else tree
+
+
+def values(losses: tuple, sweeps: Sweeps, block: Block) -> TokenValues:
+    """The values per token; `divergence` has a row for each of the losses, (len(losses), c)."""
+    statistics = _statistics(losses[0].temperature, sweeps, block)
+    divergence_nc = jnp.stack([_sums(loss, sweeps, block, statistics)[0] for loss in losses])
+    return _token_values(divergence_nc, losses[0].temperature, block, statistics)
+
+
+def values_and_gradients(loss, sweeps: Sweeps, block: Block, weights_c, dtype):
+    """The values per token, and weights_c * dloss_c/dlogits_s over this shard's columns."""
+    statistics = _statistics(loss.temperature, sweeps, block)
+    if isinstance(loss, RowLoss):
+        divergence_c, gradient_cv = _row_gradient(loss, block, weights_c)
+        gradient_cv = gradient_cv.astype(dtype)
+    elif isinstance(block.teacher, topk.TopK):
+        divergence_c, gradient_cv = topk.gradient(loss, block, weights_c, statistics)
+        gradient_cv = gradient_cv.astype(dtype)
+    else:
+        divergence_c, slope_sum_c = _sums(loss, sweeps, block, statistics)
+        gradient_cv = sweeps.gradient(
+            loss, *_operands(block), statistics, slope_sum_c, weights_c, dtype=dtype
+        )
+    return _token_values(divergence_c, loss.temperature, block, statistics), gradient_cv
+
+
+def _statistics(temperature: float, sweeps: Sweeps, block: Block) -> Statistics:
+    local = sweeps.statistics(*_operands(block), temperature=temperature)
+    return combine(local, temperature, block) if block.vocab_axes else local
+
+
+def combine(local: Statistics, temperature: float, block: Block) -> Statistics:
+    """Statistics over the whole vocabulary from those of its shards: one maximum and one sum."""
+    total_max = block.max({"s": local.max_s, "t": local.max_t})
+    moved_s = local.max_s - total_max["s"]
+    sums = dict(
+        sum_s=local.sum_s * jnp.exp(moved_s),
+        plain_sum_s=local.plain_sum_s * jnp.exp(temperature * moved_s),
+        target_s=local.target_s,
+    )
+    if local.max_t is not None:
+        moved_t = local.max_t - total_max["t"]
+        # The crosses are relative to both maxima: they shift, then rescale.
+        sums |= dict(
+            sum_t=local.sum_t * jnp.exp(moved_t),
+            plain_sum_t=local.plain_sum_t * jnp.exp(temperature * moved_t),
+            target_t=local.target_t,
+            cross_forward=rescaled(local.cross_forward, local.sum_t, moved_t, moved_s),
+            cross_reverse=rescaled(local.cross_reverse, local.sum_s, moved_s, moved_t),
+        )
+    return Statistics(max_s=total_max["s"], max_t=total_max["t"], **block.sum(sums))
+
+
+def _operands(block: Block):
+    return block.logits_s_cv, block.logits_t_cv, block.targets_c, block.num_columns
+
+
+def _sums(loss, sweeps: Sweeps, block: Block, statistics: Statistics):
+    """(loss, sum of slopes) per token; the second is None where no one needs it."""
+    if isinstance(loss, RowLoss):
+        return loss.values(*_whole_rows(block)), None
+    if isinstance(block.teacher, topk.TopK):
+        return topk.losses(loss, block, statistics), None
+    sums = loss.sums(statistics)
+    if sums is None:
+        sums = block.sum(sweeps.term_sums(loss, *_operands(block), statistics))
+    return sums
+
+
+def _token_values(divergence, temperature: float, block: Block, statistics: Statistics):
+    log_prob_s = statistics.target_s - temperature * statistics.max_s
+    log_prob_s -= jnp.log(statistics.plain_sum_s)
+    if isinstance(block.teacher, topk.TopK):
+        log_prob_t = topk.target_log_probs(block)
+    elif statistics.max_t is None:
+        log_prob_t = jnp.zeros_like(log_prob_s)
+    else:
+        log_prob_t = statistics.target_t - temperature * statistics.max_t
+        log_prob_t -= jnp.log(statistics.plain_sum_t)
+    has_target_c = block.targets_c + block.first_column >= 0
+    log_probs = (jnp.where(has_target_c, x_c, 0.0) for x_c in (log_prob_s, log_prob_t))
+    return TokenValues(divergence, *log_probs)
+
+
+def _whole_rows(block: Block):
+    """(logits_s, logits_t, targets) over the whole vocabulary: a row loss may mix any columns."""
+
+    def gather(logits_cv):
+        if block.vocab_axes:
+            logits_cv = jax.lax.all_gather(logits_cv, block.vocab_axes, axis=1, tiled=True)
+        return logits_cv[:, : block.vocab_size]
+
+    logits_s_cv, logits_t_cv = gather(block.logits_s_cv), gather(block.logits_t_cv)
+    return logits_s_cv, logits_t_cv, block.targets_c + block.first_column
+
+
+def _row_gradient(loss: RowLoss, block: Block, weights_c):
+    logits_s_cv, logits_t_cv, targets_c = _whole_rows(block)
+    losses_c, pull_back = jax.vjp(
+        lambda logits_cv: loss.values(logits_cv, logits_t_cv, targets_c), logits_s_cv
+    )
+    (gradient_cv,) = pull_back(weights_c)
+    width = block.logits_s_cv.shape[1]
+    # This shard's columns of it; behind the vocabulary's end there are zeros.
+    gradient_cv = jnp.pad(gradient_cv, ((0, 0), (0, width)))
+    return losses_c, jax.lax.dynamic_slice_in_dim(gradient_cv, block.first_column, width, axis=1)

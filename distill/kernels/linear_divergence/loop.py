@@ -1,0 +1,253 @@
+"""The loop over chunks of tokens: no array of [T, V] on any platform.
+
+Gradients are made in the forward pass, where a chunk's logits exist anyway; recomputing them in a
+backward pass would run the teacher's head twice. That is possible because the differentiable result
+is one scalar: the backward pass only multiplies by its cotangent.
+
+On a mesh, all of it runs under shard_map: tokens over the axes that hold batches, the vocabulary
+over the tensor axis. Heads are gathered once before the loop; the head's gradient is summed over
+the token shards once after it; inside, only numbers per token cross devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from distill.kernels.linear_divergence import block as blocks
+from distill.kernels.linear_divergence.sweeps import Sweeps
+from distill.kernels.linear_divergence.token_losses import TokenValues
+from distill.sharding import mesh_axes, num_shards, partition_spec
+
+LANES = 128  # of a TPU: a shard's columns are a multiple, so that none straddles a tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What does not change from chunk to chunk; static.
+
+    `chunk` counts tokens over all devices; None fits `sweeps.budget_bytes` of logits per device.
+    """
+
+    sweeps: Sweeps
+    vocab_size: int
+    chunk: int | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What is cut into chunks, (T, ...) each: hidden states, targets (-1: none), loss weights.
+
+    `teacher_t` is the teacher's hidden states, a TopK, or None.
+    """
+
+    hidden_s_td: jax.Array
+    teacher_t: Any
+    targets_t: jax.Array
+    weights_t: jax.Array
+
+
+def token_values(losses: tuple, options: Options, tokens: Tokens, head_s_dv, head_t_dv):
+    """Forward only: TokenValues of (T,) each, `divergence` (len(losses), T)."""
+
+    def local(tokens, head_s_dv, head_t_dv):
+        def chunk_values(carry, chunk):
+            block = _block(options, chunk, head_s_dv, head_t_dv)
+            values = blocks.values(losses, options.sweeps, block)
+            return carry, dataclasses.replace(values, divergence=values.divergence.T)
+
+        return _scan_chunks(chunk_values, None, tokens, options, head_s_dv.shape[1])[1]
+
+    values = _on_shards(options, local, tokens, head_s_dv, head_t_dv, _token_spec())
+    values = _first(values, tokens.targets_t.shape[0])
+    return dataclasses.replace(values, divergence=values.divergence.T)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def linear_token_loss(
+    loss, options: Options, tokens: Tokens, head_s_dv: jax.Array, head_t_dv: jax.Array | None
+) -> tuple[jax.Array, TokenValues]:
+    """sum_t weights_t * loss_t and the values per token; differentiable by the student's two.
+
+    Without differentiation this forward-only body runs; with it, `_forward_with_gradients` does.
+    """
+    values = token_values((loss,), options, tokens, head_s_dv, head_t_dv)
+    values = dataclasses.replace(values, divergence=values.divergence[0])
+    return jnp.sum(tokens.weights_t * values.divergence), values
+
+
+def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
+    hidden_dtype = tokens.hidden_s_td.dtype
+
+    def local(tokens, head_s_dv, head_t_dv):
+        def chunk_step(head_gradient_dv, chunk):
+            block = _block(options, chunk, head_s_dv, head_t_dv)
+            values, gradient_cv = blocks.values_and_gradients(
+                loss, options.sweeps, block, chunk.weights_t, hidden_dtype
+            )
+            head_gradient_dv += _product("cd,cv->dv", chunk.hidden_s_td, gradient_cv)
+            hidden_gradient_cd = _product("cv,dv->cd", gradient_cv, head_s_dv)
+            if not block.vocab_axes:
+                hidden_gradient_cd = hidden_gradient_cd.astype(hidden_dtype)
+            return head_gradient_dv, (values, hidden_gradient_cd)
+
+        head_gradient_dv, (values, hidden_gradient_td) = _scan_chunks(
+            chunk_step,
+            jnp.zeros(head_s_dv.shape, jnp.float32),
+            tokens,
+            options,
+            head_s_dv.shape[1],
+        )
+        if vocab_axes := mesh_axes("act_vocab"):
+            hidden_gradient_td = jax.lax.psum(hidden_gradient_td, vocab_axes)
+        head_gradient_dv = _sum_over_token_shards(head_gradient_dv).astype(head_s_dv.dtype)
+        return values, hidden_gradient_td.astype(hidden_dtype), head_gradient_dv
+
+    out_specs = _token_spec(), _token_spec(), _head_gradient_spec(head_s_dv.shape[0])
+    values, hidden_gradient_td, head_gradient_dv = _on_shards(
+        options, local, tokens, head_s_dv, head_t_dv, out_specs
+    )
+    values, hidden_gradient_td = _first((values, hidden_gradient_td), tokens.targets_t.shape[0])
+    head_gradient_dv = _with_columns(head_gradient_dv, head_s_dv.shape[1])
+    loss = jnp.sum(tokens.weights_t * values.divergence)
+    return (loss, values), (hidden_gradient_td, head_gradient_dv)
+
+
+def _backward(loss, options, gradients, cotangents):
+    loss_cotangent, _ = cotangents
+    hidden_gradient_td, head_gradient_dv = (
+        (loss_cotangent * gradient).astype(gradient.dtype) for gradient in gradients
+    )
+    # None is a zero cotangent: teacher, targets and weights are constants of the loss.
+    return Tokens(hidden_gradient_td, None, None, None), head_gradient_dv, None
+
+
+linear_token_loss.defvjp(_forward_with_gradients, _backward)
+
+
+def _block(options: Options, chunk: Tokens, head_s_dv, head_t_dv) -> blocks.Block:
+    teacher = chunk.teacher_t
+    if head_t_dv is not None:
+        teacher = _product("cd,dv->cv", teacher, head_t_dv)
+    vocab_axes = mesh_axes("act_vocab")
+    width = head_s_dv.shape[1]
+    first_column = jax.lax.axis_index(vocab_axes) * width if vocab_axes else 0
+    # Without shards the two heads may be padded differently: the smaller padding ends the block.
+    num_columns = jnp.clip(options.vocab_size - first_column, 0, width).astype(jnp.int32)
+    return blocks.Block(
+        logits_s_cv=_product("cd,dv->cv", chunk.hidden_s_td, head_s_dv),
+        teacher=teacher,
+        targets_c=chunk.targets_t - first_column,
+        first_column=first_column,
+        num_columns=num_columns,
+        vocab_size=options.vocab_size,
+        vocab_axes=vocab_axes,
+    )
+
+
+def _product(subscripts: str, left, right) -> jax.Array:
+    """A matrix product accumulated and returned in float32 whatever the operands' dtype."""
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
+def _scan_chunks(step: Callable, carry, tokens: Tokens, options: Options, width: int):
+    """lax.scan of `step` over chunks of `tokens`, outputs joined along tokens.
+
+    A ragged end is filled with zeros (weights of zero among them) and cut off the outputs.
+    """
+    num_tokens = tokens.targets_t.shape[0]
+    size = _chunk_size(options, num_tokens, width)
+    num_chunks = -(-num_tokens // size)
+
+    def split(x):
+        return _padded(x, size * num_chunks).reshape(num_chunks, size, *x.shape[1:])
+
+    def join(x):
+        return x.reshape(size * num_chunks, *x.shape[2:])[:num_tokens]
+
+    carry, outputs = jax.lax.scan(step, carry, jax.tree.map(split, tokens))
+    return carry, jax.tree.map(join, outputs)
+
+
+def _chunk_size(options: Options, num_tokens: int, width: int) -> int:
+    """Tokens per chunk on this device: as asked, or evenly as many as the budget allows."""
+    sweeps = options.sweeps
+    if options.chunk is not None:
+        return min(num_tokens, -(-options.chunk // num_shards("token")))
+    largest = max(1, sweeps.budget_bytes // (sweeps.bytes_per_logit * width))
+    unit = sweeps.row_multiple if largest >= sweeps.row_multiple else 1
+    largest = largest // unit * unit
+    num_chunks = -(-num_tokens // largest)
+    even = -(-num_tokens // num_chunks)
+    return min(num_tokens, -(-even // unit) * unit)
+
+
+def _on_shards(options: Options, local: Callable, tokens: Tokens, head_s_dv, head_t_dv, out_specs):
+    """local(tokens, head_s, head_t), on a mesh with this device's tokens and columns."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(tokens, head_s_dv, head_t_dv)
+    num_tokens = tokens.targets_t.shape[0]
+    token_shards, vocab_shards = num_shards("token"), num_shards("act_vocab")
+    size = -(-num_tokens // token_shards) * token_shards
+    tokens = jax.tree.map(lambda x: _padded(x, size), tokens)
+    if vocab_shards > 1:
+        # Cut alike, whatever their own padding: a shard has the same ids of both models.
+        unit = LANES * vocab_shards
+        columns = -(-options.vocab_size // unit) * unit
+        head_s_dv, head_t_dv = (_with_columns(head, columns) for head in (head_s_dv, head_t_dv))
+    # Whole in d: this is where a sharded head is gathered, once.
+    head_spec = partition_spec((None, "act_vocab"))
+    return jax.shard_map(
+        local,
+        in_specs=(_token_spec(), head_spec, head_spec),
+        out_specs=out_specs,
+        check_vma=False,
+    )(tokens, head_s_dv, head_t_dv)
+
+
+def _token_spec() -> PartitionSpec:
+    return partition_spec(("token",))
+
+
+def _scatter_axes(model_width: int) -> tuple[str, ...]:
+    """Mesh axes that shard both tokens and the head's rows, where they divide those."""
+    axes = tuple(axis for axis in mesh_axes("embed") if axis in mesh_axes("token"))
+    return axes if axes and model_width % num_shards("embed") == 0 else ()
+
+
+def _head_gradient_spec(model_width: int) -> PartitionSpec:
+    rows = "embed" if _scatter_axes(model_width) else None
+    return partition_spec((rows, "act_vocab"))
+
+
+def _sum_over_token_shards(head_gradient_dv):
+    """Summed over the shards of tokens, each device keeping the rows that it holds of the head."""
+    scatter_axes = _scatter_axes(head_gradient_dv.shape[0])
+    if scatter_axes:
+        head_gradient_dv = jax.lax.psum_scatter(
+            head_gradient_dv, scatter_axes, scatter_dimension=0, tiled=True
+        )
+    sum_axes = tuple(axis for axis in mesh_axes("token") if axis not in scatter_axes)
+    return jax.lax.psum(head_gradient_dv, sum_axes) if sum_axes else head_gradient_dv
+
+
+def _first(tree, num_tokens: int):
+    return jax.tree.map(lambda x: x[:num_tokens], tree)
+
+
+def _padded(x, num_tokens: int):
+    return jnp.pad(x, [(0, num_tokens - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def _with_columns(head_dv, columns: int):
+    """A head cut or filled with zeros to a number of columns."""
+    if head_dv is None or head_dv.shape[1] == columns:
+        return head_dv
+    return jnp.pad(head_dv[:, :columns], ((0, 0), (0, max(0, columns - head_dv.shape[1]))))

@@ -1,0 +1,386 @@
+"""The sweeps as Pallas kernels for TPU: every logit is read from memory once per sweep.
+
+A grid of (token blocks, vocabulary blocks), the latter innermost. Within a block, strips of 16
+tokens are walked one vector register's width of columns (128 lanes) at a time, so that intermediate
+values stay in registers. Sums over the vocabulary are kept lane by lane, and lanes are combined
+once at the end of a row, by the formula that also combines shards (sweeps.rescaled).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from distill.kernels.linear_divergence.sweeps import MASKED, Statistics, rescaled
+from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
+
+LANES = 128
+STRIP = 16  # tokens; the rows of one bfloat16 register, two of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a block of logits in fast memory.
+
+    K3 holds most: two float32 inputs and an output of up to float32, each twice (one being computed
+    on, one in flight): 6 * 4 * 256 * 1024 bytes = 6 MiB of the 16 MiB that a kernel may use on the
+    smallest chip (v5e). A block of 1 MiB is well above what a transfer needs to reach full speed.
+    """
+
+    block_tokens: int = 256
+    block_columns: int = 1024
+
+    def fitted(self, num_tokens: int, width: int) -> Config:
+        """No larger than the arrays, rounded up to whole registers."""
+        return Config(
+            min(self.block_tokens, _round_up(num_tokens, STRIP)),
+            min(self.block_columns, _round_up(width, LANES)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweeps:
+    """sweeps.Sweeps for TPU. `interpret`: False, True or pltpu.InterpretParams, as in Pallas."""
+
+    config: Config = Config()
+    interpret: Any = False
+    # 1024 tokens at V=151936: the head's gradient is read and written once per chunk, which such a
+    # chunk hides behind its product on all chips but v6e.
+    budget_bytes: int = 1600 << 20
+    bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16
+    row_multiple: int = 256
+
+    def statistics(
+        self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
+    ) -> Statistics:
+        """K1: an online softmax of both models."""
+        logits = _present(logits_s_cv, logits_t_cv)
+        names = _statistics_names(len(logits), temperature)
+        table = self._sums(
+            functools.partial(_statistics_kernel, names=names, temperature=temperature),
+            logits,
+            [targets_c[:, None]],
+            num_columns,
+            num_sums=len(names),
+            transcendentals=1 if temperature == 1.0 else 2,
+        )
+        fields = {name: table[:, i] for i, name in enumerate(names)}
+        for model in "st"[: len(logits)]:
+            fields.setdefault(f"plain_sum_{model}", fields[f"sum_{model}"])
+        return Statistics(**fields)
+
+    def term_sums(
+        self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
+    ) -> tuple[jax.Array, jax.Array]:
+        """K2: the pointwise loss and its slope."""
+        table = self._sums(
+            functools.partial(_term_sums_kernel, loss=loss),
+            _present(logits_s_cv, logits_t_cv),
+            [targets_c[:, None], _row_operands(statistics)],
+            num_columns,
+            num_sums=2,
+            transcendentals=3,
+        )
+        return table[:, 0], table[:, 1]
+
+    def gradient(
+        self,
+        loss,
+        logits_s_cv,
+        logits_t_cv,
+        targets_c,
+        num_columns,
+        statistics,
+        slope_sum_c,
+        weights_c,
+        *,
+        dtype,
+    ) -> jax.Array:
+        """K3, written over the student's logits where the dtype allows."""
+        logits = _present(logits_s_cv, logits_t_cv)
+        config = self.config.fitted(*logits_s_cv.shape)
+        return self._call(
+            functools.partial(_gradient_kernel, loss=loss),
+            logits,
+            [
+                targets_c[:, None],
+                _row_operands(statistics, slope_sum_c, weights_c / loss.temperature),
+            ],
+            num_columns,
+            config=config,
+            width=logits_s_cv.shape[1],
+            out_shape=jax.ShapeDtypeStruct(logits_s_cv.shape, dtype),
+            out_spec=_logits_spec(config, logits_s_cv.shape[1]),
+            input_output_aliases={1: 0} if self._in_place(dtype) else {},
+            transcendentals=3,
+        )
+
+    def _in_place(self, dtype) -> bool:
+        # InterpretParams reads past the end of an aliased array that blocks do not divide.
+        return dtype == jnp.float32 and not isinstance(self.interpret, pltpu.InterpretParams)
+
+    def _sums(self, kernel, logits, rows, num_columns, *, num_sums: int, transcendentals: int):
+        """Sums over the vocabulary, as the first columns of a (tokens, LANES) table."""
+        num_tokens, width = logits[0].shape[0], min(x.shape[1] for x in logits)
+        config = self.config.fitted(num_tokens, width)
+        accumulator = pltpu.VMEM((config.block_tokens, LANES), jnp.float32)
+        return self._call(
+            kernel,
+            logits,
+            rows,
+            num_columns,
+            config=config,
+            width=width,
+            out_shape=jax.ShapeDtypeStruct((num_tokens, LANES), jnp.float32),
+            out_spec=_row_spec(config, LANES),
+            scratch_shapes=[accumulator] * num_sums,
+            transcendentals=transcendentals,
+        )
+
+    def _call(
+        self,
+        kernel,
+        logits,
+        rows,
+        num_columns,
+        *,
+        config: Config,
+        width: int,
+        out_shape,
+        out_spec,
+        scratch_shapes=(),
+        input_output_aliases=None,
+        transcendentals: int,
+    ):
+        """kernel(num_columns, *logits, *rows, output, *scratch) on every block of tokens and
+        columns up to `width`; `transcendentals` are counted per logit."""
+        num_tokens = logits[0].shape[0]
+        num_logits = num_tokens * width * len(logits)
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(
+                    pl.cdiv(num_tokens, config.block_tokens),
+                    pl.cdiv(width, config.block_columns),
+                ),
+                in_specs=[_logits_spec(config, x.shape[1]) for x in logits]
+                + [_row_spec(config, x.shape[1]) for x in rows],
+                out_specs=out_spec,
+                scratch_shapes=scratch_shapes,
+            ),
+            out_shape=out_shape,
+            input_output_aliases=input_output_aliases or {},
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            cost_estimate=pl.CostEstimate(
+                flops=15 * num_logits,
+                transcendentals=transcendentals * num_logits,
+                bytes_accessed=4 * num_logits + out_shape.size * out_shape.dtype.itemsize,
+            ),
+            interpret=self.interpret,
+        )(jnp.reshape(num_columns, 1), *logits, *rows)
+
+
+def _logits_spec(config: Config, columns: int) -> pl.BlockSpec:
+    # One model's array may be wider than the other's, whose last block then stands still.
+    last = pl.cdiv(columns, config.block_columns) - 1
+    block = config.block_tokens, config.block_columns
+    return pl.BlockSpec(block, lambda i, j, _: (i, jnp.minimum(j, last)))
+
+
+def _row_spec(config: Config, columns: int) -> pl.BlockSpec:
+    return pl.BlockSpec((config.block_tokens, columns), lambda i, j, _: (i, 0))
+
+
+def _row_operands(statistics: Statistics, *more_c) -> jax.Array:
+    """What K2 and K3 know of a token, as the columns of one array: see `_log_probs`."""
+    columns = [statistics.max_s, jnp.log(statistics.sum_s)]
+    if statistics.max_t is not None:
+        columns += [statistics.max_t, jnp.log(statistics.sum_t)]
+    return jnp.stack([*columns, *more_c], axis=1)
+
+
+def _statistics_names(num_models: int, temperature: float) -> tuple[str, ...]:
+    per_model = "max", "sum", "target", *(() if temperature == 1.0 else ("plain_sum",))
+    crosses = ("cross_forward", "cross_reverse") if num_models == 2 else ()
+    return tuple(f"{name}_{model}" for model in "st"[:num_models] for name in per_model) + crosses
+
+
+def _statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
+    *logits_refs, targets_ref, table_ref = refs[: -len(names)]
+    block = _block_columns(logits_refs[0])
+    totals = dict(zip(names, refs[-len(names) :], strict=True))
+    models = "st"[: len(logits_refs)]
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        for name, total_ref in totals.items():
+            total_ref[...] = jnp.full_like(total_ref, MASKED if name.startswith("max") else 0.0)
+
+    def update(rows):
+        """Adds the columns of this block to the sums of a strip of tokens, lane by lane."""
+        total = {name: ref[rows, :] for name, ref in totals.items()}
+        columns = list(_columns(block, targets_ref[rows, :]))
+        raw = {
+            model: [ref[rows, lanes] for lanes, *_ in columns]
+            for model, ref in zip(models, logits_refs, strict=True)
+        }
+        exists = [column < num_columns_ref[0] for _, column, _ in columns]
+        scaled = {
+            model: [
+                jnp.where(there, x / temperature, MASKED)
+                for there, x in zip(exists, raw[model], strict=True)
+            ]
+            for model in models
+        }
+        old_max = {model: total[f"max_{model}"] for model in models}
+        for model in models:
+            total[f"max_{model}"] = functools.reduce(jnp.maximum, scaled[model], old_max[model])
+        _rescale(total, {model: old_max[model] - total[f"max_{model}"] for model in models})
+        for k, (_, _, is_target) in enumerate(columns):
+            shifted = {model: scaled[model][k] - total[f"max_{model}"] for model in models}
+            weight = {model: jnp.exp(shifted[model]) for model in models}
+            for model in models:
+                total[f"sum_{model}"] += weight[model]
+                total[f"target_{model}"] += jnp.where(is_target, raw[model][k], 0.0)
+                if temperature != 1.0:
+                    total[f"plain_sum_{model}"] += jnp.exp(temperature * shifted[model])
+            if len(models) == 2:
+                difference = shifted["t"] - shifted["s"]
+                total["cross_forward"] += weight["t"] * difference
+                total["cross_reverse"] -= weight["s"] * difference
+        for name, ref in totals.items():
+            ref[rows, :] = total[name]
+
+    def combine(rows):
+        """The lanes into the first one, then all sums into the table."""
+        total = {name: ref[rows, :] for name, ref in totals.items()}
+        moved = {}
+        for model in models:
+            max_of_lanes = total[f"max_{model}"]
+            total[f"max_{model}"] = jnp.max(max_of_lanes, axis=1, keepdims=True)
+            moved[model] = max_of_lanes - total[f"max_{model}"]
+        _rescale(total, moved)
+        _write_table(
+            table_ref,
+            rows,
+            [x if name.startswith("max") else _lane_sum(x) for name, x in total.items()],
+        )
+
+    def _rescale(total, moved):
+        """To maxima that moved by -moved: sums.py's `rescaled`, for every sum in place."""
+        if len(models) == 2:
+            for name, own, other in (("cross_forward", "t", "s"), ("cross_reverse", "s", "t")):
+                total[name] = rescaled(total[name], total[f"sum_{own}"], moved[own], moved[other])
+        for model in models:
+            total[f"sum_{model}"] *= jnp.exp(moved[model])
+            if temperature != 1.0:
+                total[f"plain_sum_{model}"] *= jnp.exp(temperature * moved[model])
+
+    _for_each_strip(table_ref, update)
+    pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
+
+
+def _term_sums_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
+    *logits_refs, targets_ref, rows_ref, table_ref, terms_ref, slopes_ref = refs
+    block = _block_columns(logits_refs[0])
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        terms_ref[...] = jnp.zeros_like(terms_ref)
+        slopes_ref[...] = jnp.zeros_like(slopes_ref)
+
+    def update(rows):
+        terms, slopes = terms_ref[rows, :], slopes_ref[rows, :]
+        for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
+            log_q, log_p = _log_probs(logits_refs, rows_ref[rows, :], rows, lanes, loss.temperature)
+            term, slope = terms_and_slopes(loss, log_p, log_q, is_target)
+            exists = column < num_columns_ref[0]
+            terms += jnp.where(exists, term, 0.0)
+            slopes += jnp.where(exists, slope, 0.0)
+        terms_ref[rows, :], slopes_ref[rows, :] = terms, slopes
+
+    def combine(rows):
+        sums = [_lane_sum(ref[rows, :]) for ref in (terms_ref, slopes_ref)]
+        _write_table(table_ref, rows, sums)
+
+    _for_each_strip(table_ref, update)
+    pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
+
+
+def _gradient_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
+    *logits_refs, targets_ref, rows_ref, gradient_ref = refs
+    block = _block_columns(logits_refs[0])
+
+    def write(rows):
+        operands = rows_ref[rows, :]
+        slope_sum, weight = operands[:, -2:-1], operands[:, -1:]
+        for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
+            log_q, log_p = _log_probs(logits_refs, operands, rows, lanes, loss.temperature)
+            _, slope = terms_and_slopes(loss, log_p, log_q, is_target)
+            gradient = weight * (slope - jnp.exp(log_q) * slope_sum)
+            gradient = jnp.where(column < num_columns_ref[0], gradient, 0.0)
+            gradient_ref[rows, lanes] = gradient.astype(gradient_ref.dtype)
+
+    _for_each_strip(gradient_ref, write)
+
+
+def _for_each_strip(block_ref, function) -> None:
+    def step(i, _):
+        function(pl.ds(pl.multiple_of(i * STRIP, STRIP), STRIP))
+
+    jax.lax.fori_loop(0, block_ref.shape[0] // STRIP, step, None)
+
+
+def _block_columns(block_ref) -> tuple[jax.Array, int]:
+    """Number of a block's first column, and of its columns; to be asked outside of any loop."""
+    return pl.program_id(1) * block_ref.shape[1], block_ref.shape[1]
+
+
+def _columns(block, targets_c1):
+    """Per register's width of a block: its lanes, their column numbers, and which are targets."""
+    first_column, num_columns = block
+    lane = jax.lax.broadcasted_iota(jnp.int32, (targets_c1.shape[0], LANES), 1)
+    for start in range(0, num_columns, LANES):
+        column = first_column + start + lane
+        yield pl.ds(start, LANES), column, column == targets_c1
+
+
+def _log_probs(logits_refs, operands, rows, lanes, temperature: float):
+    """(log_q, log_p) of a strip's lanes; log_p is None without a teacher."""
+    log_q, log_p = None, None
+    for i, ref in enumerate(logits_refs):
+        largest, log_sum = operands[:, 2 * i : 2 * i + 1], operands[:, 2 * i + 1 : 2 * i + 2]
+        log_prob = (ref[rows, lanes] / temperature - largest) - log_sum
+        log_q, log_p = (log_prob, None) if i == 0 else (log_q, log_prob)
+    return log_q, log_p
+
+
+def _write_table(table_ref, rows, columns: list) -> None:
+    lane = jax.lax.broadcasted_iota(jnp.int32, (STRIP, LANES), 1)
+    table = jnp.zeros((STRIP, LANES), jnp.float32)
+    for i, column in enumerate(columns):
+        table = jnp.where(lane == i, column, table)
+    table_ref[rows, :] = table
+
+
+def _lane_sum(x):
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _is_last_block():
+    return pl.program_id(1) == pl.num_programs(1) - 1
+
+
+def _present(logits_s_cv, logits_t_cv) -> list[jax.Array]:
+    return [logits_s_cv] if logits_t_cv is None else [logits_s_cv, logits_t_cv]
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,229 @@
+"""What happens to a chunk's logits between the matrix products: three sweeps over the vocabulary.
+
+    statistics   maximum and sum of exponentials of both models, and what KL needs besides
+    term_sums    sums of the pointwise loss and of its slope, for losses that need this sweep
+    gradient     the loss's derivative by the student's logits
+
+This module is their definition in plain XLA, and the implementation on every platform. The Pallas
+kernels (pallas_tpu.py, pallas_gpu.py) are the same functions with the same signatures, each reading
+every logit once. All arithmetic is float32 in log space.
+
+Arguments, the same in all three: logits_s_cv and logits_t_cv (c, V_s) and (c, V_t) float32 at
+temperature 1, logits_t_cv None without a teacher; targets_c int32, a column, or one out of range
+for none; num_columns an int32 scalar, not necessarily static: the columns that exist, at most
+min(V_s, V_t). What lies in further columns (padding, anything) has no influence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
+
+# Stands in for logits that do not exist: exp(MASKED - x) is 0 for any real logit x, and unlike -inf
+# it can be subtracted from itself.
+MASKED = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Per token, float32 (c,). With z = logits / temperature, s the student's and t the teacher's:
+
+    max_s, max_t: max_v z, at most MASKED where there are no columns.
+    sum_s, sum_t: sum_v exp(z - max).
+    plain_sum_s, plain_sum_t: sum_v exp(temperature * (z - max)), the same at temperature 1.
+    target_s, target_t: the target's logit at temperature 1, 0 where there is no target.
+    cross_forward: sum_v exp(z_t - max_t) * ((z_t - max_t) - (z_s - max_s)).
+    cross_reverse: sum_v exp(z_s - max_s) * ((z_s - max_s) - (z_t - max_t)).
+
+    Without a teacher, its five fields and the crosses are None.
+    """
+
+    max_s: jax.Array
+    sum_s: jax.Array
+    plain_sum_s: jax.Array
+    target_s: jax.Array
+    max_t: jax.Array | None = None
+    sum_t: jax.Array | None = None
+    plain_sum_t: jax.Array | None = None
+    target_t: jax.Array | None = None
+    cross_forward: jax.Array | None = None
+    cross_reverse: jax.Array | None = None
+
+
+class Sweeps(Protocol):
+    """What XlaSweeps, pallas_tpu.Sweeps and pallas_gpu.Sweeps have in common; hashable.
+
+    A chunk of tokens is as long as `budget_bytes` of memory allow, at `bytes_per_logit` for each of
+    its (token, vocabulary entry) pairs, both models and the gradient included, and preferably a
+    multiple of `row_multiple`.
+    """
+
+    budget_bytes: int
+    bytes_per_logit: int
+    row_multiple: int
+
+    def statistics(
+        self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
+    ) -> Statistics: ...
+
+    def term_sums(
+        self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+    def gradient(
+        self,
+        loss,
+        logits_s_cv,
+        logits_t_cv,
+        targets_c,
+        num_columns,
+        statistics,
+        slope_sum_c,
+        weights_c,
+        *,
+        dtype,
+    ) -> jax.Array: ...
+
+
+def statistics(
+    logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
+) -> Statistics:
+    """The first sweep (two passes here: the maxima must be known before the sums)."""
+    scaled_s_cv = _scaled(logits_s_cv, num_columns, temperature)
+    max_s, sum_s, plain_sum_s, shifted_s_cv = _softmax_sums(scaled_s_cv, temperature)
+    student = max_s, sum_s, plain_sum_s, _at_target(logits_s_cv, targets_c)
+    if logits_t_cv is None:
+        return Statistics(*student)
+    scaled_t_cv = _scaled(logits_t_cv, num_columns, temperature)
+    max_t, sum_t, plain_sum_t, shifted_t_cv = _softmax_sums(scaled_t_cv, temperature)
+    width = min(logits_s_cv.shape[1], logits_t_cv.shape[1])
+    shifted_s_cv, shifted_t_cv = shifted_s_cv[:, :width], shifted_t_cv[:, :width]
+    return Statistics(
+        *student,
+        *(max_t, sum_t, plain_sum_t, _at_target(logits_t_cv, targets_c)),
+        cross_forward=jnp.sum(jnp.exp(shifted_t_cv) * (shifted_t_cv - shifted_s_cv), axis=-1),
+        cross_reverse=jnp.sum(jnp.exp(shifted_s_cv) * (shifted_s_cv - shifted_t_cv), axis=-1),
+    )
+
+
+def term_sums(
+    loss: PointwiseLoss,
+    logits_s_cv,
+    logits_t_cv,
+    targets_c,
+    num_columns,
+    statistics: Statistics,
+) -> tuple[jax.Array, jax.Array]:
+    """sum_v f and sum_v df/dlog_q of the loss's pointwise f, float32 (c,) each.
+
+    `statistics` are those of all columns, whatever part of them the logits are.
+    """
+    terms_cv, slopes_cv = _terms_and_slopes(
+        loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
+    )[:2]
+    return jnp.sum(terms_cv, axis=-1), jnp.sum(slopes_cv, axis=-1)
+
+
+def gradient(
+    loss: PointwiseLoss,
+    logits_s_cv,
+    logits_t_cv,
+    targets_c,
+    num_columns,
+    statistics: Statistics,
+    slope_sum_c,
+    weights_c,
+    *,
+    dtype,
+) -> jax.Array:
+    """weights_c (r - q slope_sum_c) / temperature with r = df/dlog_q: (c, V_s) in `dtype`.
+
+    slope_sum_c is sum_v r over all columns. Columns from num_columns on are 0.
+    """
+    _, slopes_cv, log_q_cv = _terms_and_slopes(
+        loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
+    )
+    gradient_cv = slopes_cv - jnp.exp(log_q_cv) * slope_sum_c[:, None]
+    gradient_cv = (weights_c / loss.temperature)[:, None] * gradient_cv
+    padding = logits_s_cv.shape[1] - gradient_cv.shape[1]
+    return jnp.pad(gradient_cv.astype(dtype), ((0, 0), (0, padding)))
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaSweeps:
+    """The functions of this module, for any platform."""
+
+    # Heads and head gradient pass through memory once per chunk, so a chunk wants the few hundred
+    # tokens that hide this behind the matrix products: at V=151936 this budget gives 441.
+    budget_bytes: int = 1 << 30
+    bytes_per_logit: int = 16  # about four float32 blocks are alive at once
+    row_multiple: int = 1
+
+    statistics = staticmethod(statistics)
+    term_sums = staticmethod(term_sums)
+    gradient = staticmethod(gradient)
+
+
+def rescaled(cross, sum_own, moved_own, moved_other):
+    """A cross sum relative to new maxima: `moved` is old maximum - new, of the model that weights
+    the sum and of the other; sum_own is still relative to the old one."""
+    return (cross + sum_own * (moved_own - moved_other)) * jnp.exp(moved_own)
+
+
+def _scaled(logits_cv, num_columns, temperature: float):
+    return jnp.where(_exists(logits_cv, num_columns), logits_cv / temperature, MASKED)
+
+
+def _softmax_sums(scaled_cv, temperature: float):
+    max_c = jnp.max(scaled_cv, axis=-1)
+    shifted_cv = scaled_cv - max_c[:, None]
+    sum_c = jnp.sum(jnp.exp(shifted_cv), axis=-1)
+    plain_sum_c = sum_c
+    if temperature != 1.0:
+        plain_sum_c = jnp.sum(jnp.exp(temperature * shifted_cv), axis=-1)
+    return max_c, sum_c, plain_sum_c, shifted_cv
+
+
+def _at_target(logits_cv, targets_c):
+    # A masked sum, not a gather: it fuses with the other sums.
+    return jnp.sum(jnp.where(_is_target(logits_cv, targets_c), logits_cv, 0.0), axis=-1)
+
+
+def _terms_and_slopes(
+    loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics: Statistics
+):
+    """(f, df/dlog_q, log_q) of the columns that both models have, masked ones 0, 0 and MASKED."""
+    log_p_cv = None
+    if logits_t_cv is not None:
+        width = min(logits_s_cv.shape[1], logits_t_cv.shape[1])
+        logits_s_cv, logits_t_cv = logits_s_cv[:, :width], logits_t_cv[:, :width]
+        log_p_cv = _log_probs(logits_t_cv, loss.temperature, statistics.max_t, statistics.sum_t)
+    log_q_cv = _log_probs(logits_s_cv, loss.temperature, statistics.max_s, statistics.sum_s)
+    is_target_cv = _is_target(logits_s_cv, targets_c)
+    terms_cv, slopes_cv = terms_and_slopes(loss, log_p_cv, log_q_cv, is_target_cv)
+    exists_cv = _exists(logits_s_cv, num_columns)
+    masked = (terms_cv, 0.0), (slopes_cv, 0.0), (log_q_cv, MASKED)
+    return tuple(jnp.where(exists_cv, x_cv, otherwise) for x_cv, otherwise in masked)
+
+
+def _log_probs(logits_cv, temperature: float, max_c, sum_c):
+    # The maximum first: next to it, the logarithm would lose digits when logits are large.
+    return (logits_cv / temperature - max_c[:, None]) - jnp.log(sum_c)[:, None]
+
+
+def _exists(logits_cv, num_columns):
+    return _column(logits_cv) < num_columns
+
+
+def _is_target(logits_cv, targets_c):
+    return _column(logits_cv) == targets_c[:, None]
+
+
+def _column(logits_cv):
+    return jax.lax.broadcasted_iota(jnp.int32, logits_cv.shape, 1)

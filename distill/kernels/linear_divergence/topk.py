@@ -1,0 +1,116 @@
+"""Divergence from a teacher known by its k likeliest tokens: a server's answer, or cached scores.
+
+The vocabulary is seen as those k tokens and one bucket with all others, for both models: sum of
+f(log p, log q) over k + 1 outcomes. Merging outcomes never increases a divergence, so the value is
+a lower bound of the full one, exact on the support and with the tail counted; dropping the tail
+instead would be no divergence at all (it can be negative).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from distill.kernels.linear_divergence.sweeps import MASKED
+from distill.kernels.linear_divergence.token_losses import terms_and_slopes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Per token: distinct ids int32 (t, k), those below 0 absent, and log-probabilities (t, k)."""
+
+    ids_tk: jax.Array
+    log_probs_tk: jax.Array
+
+    @property
+    def present_tk(self) -> jax.Array:
+        return self.ids_tk >= 0
+
+    def log_tail_t(self) -> jax.Array:
+        """Log of what the k tokens leave: MASKED where they leave nothing."""
+        mass_t = jnp.sum(jnp.where(self.present_tk, jnp.exp(self.log_probs_tk), 0.0), axis=-1)
+        return jnp.where(mass_t < 1.0, jnp.log1p(-mass_t), MASKED)
+
+
+def losses(loss, block, statistics) -> jax.Array:
+    """The loss of each token, float32 (c,)."""
+    terms_ck, terms_tail_c = _outcomes(loss, block, statistics)[0]
+    return jnp.sum(terms_ck, axis=-1) + terms_tail_c
+
+
+def gradient(loss, block, weights_c, statistics):
+    """Losses (c,) and weights_c * dloss_c/dlogits_s, float32, over this shard's columns.
+
+    With r the slopes and R their sum, the derivative by the logit of v is r_v - q_v R on the
+    support, and r_tail q_v / q_tail - q_v R in the tail.
+    """
+    outcomes = _outcomes(loss, block, statistics)
+    (terms_ck, terms_tail_c), (slopes_ck, slope_tail_c), tail_cv, log_tail_q_c = outcomes
+    slope_sum_c = jnp.sum(slopes_ck, axis=-1) + slope_tail_c
+    # tail_cv is log q there: minus the tail's, the log-share of the tail.
+    gradient_cv = slope_tail_c[:, None] * jnp.exp(tail_cv - log_tail_q_c[:, None])
+    gradient_cv -= jnp.exp(_log_q(block.logits_s_cv, loss, statistics)) * slope_sum_c[:, None]
+    rows_c1 = jnp.arange(slopes_ck.shape[0])[:, None]
+    gradient_cv = gradient_cv.at[rows_c1, _columns(block)].add(slopes_ck, mode="drop")
+    gradient_cv = jnp.where(_exists(block), gradient_cv, 0.0)
+    divergence_c = jnp.sum(terms_ck, axis=-1) + terms_tail_c
+    return divergence_c, (weights_c / loss.temperature)[:, None] * gradient_cv
+
+
+def target_log_probs(block) -> jax.Array:
+    """The teacher's log-probability of the targets, (c,); the whole tail's where not listed."""
+    teacher = block.teacher
+    targets_c = block.targets_c + block.first_column
+    is_target_ck = teacher.present_tk & (teacher.ids_tk == targets_c[:, None])
+    listed_c = jnp.sum(jnp.where(is_target_ck, teacher.log_probs_tk, 0.0), axis=-1)
+    return jnp.where(is_target_ck.any(axis=-1), listed_c, teacher.log_tail_t())
+
+
+def _outcomes(loss, block, statistics):
+    """Terms and slopes, each of (support (c, k), tail (c,)); log q, MASKED on the support, (c, v);
+    the student's log-mass of the tail (c,)."""
+    teacher = block.teacher
+    columns_ck = _columns(block)
+    logits_ck = jnp.take_along_axis(
+        block.logits_s_cv, columns_ck, axis=1, mode="fill", fill_value=0.0
+    )
+    log_q_ck = _log_q(block.sum(logits_ck), loss, statistics)
+
+    log_q_cv = _log_q(block.logits_s_cv, loss, statistics)
+    tail_cv = jnp.where(_exists(block), log_q_cv, MASKED)
+    rows_c1 = jnp.arange(tail_cv.shape[0])[:, None]
+    tail_cv = tail_cv.at[rows_c1, columns_ck].set(MASKED, mode="drop")
+    max_c = block.max(jnp.max(tail_cv, axis=-1))
+    sum_c = block.sum(jnp.sum(jnp.exp(tail_cv - max_c[:, None]), axis=-1))
+    log_tail_q_c = max_c + jnp.log(sum_c)
+
+    # The tail as one more column.
+    log_p_cn = jnp.concatenate([teacher.log_probs_tk, teacher.log_tail_t()[:, None]], axis=1)
+    log_q_cn = jnp.concatenate([log_q_ck, log_tail_q_c[:, None]], axis=1)
+    never_cn = jnp.zeros(log_q_cn.shape, bool)
+    terms_cn, slopes_cn = terms_and_slopes(loss, log_p_cn, log_q_cn, never_cn)
+    terms, slopes = (
+        (jnp.where(teacher.present_tk, x_cn[:, :-1], 0.0), x_cn[:, -1])
+        for x_cn in (terms_cn, slopes_cn)
+    )
+    return terms, slopes, tail_cv, log_tail_q_c
+
+
+def _log_q(logits, loss, statistics):
+    shifted = logits / loss.temperature - statistics.max_s[:, None]
+    return shifted - jnp.log(statistics.sum_s)[:, None]
+
+
+def _columns(block):
+    """This shard's columns of the support, (c, k); one past the end for ids that lie elsewhere."""
+    columns_ck = block.teacher.ids_tk - block.first_column
+    here_ck = block.teacher.present_tk & (0 <= columns_ck) & (columns_ck < block.num_columns)
+    return jnp.where(here_ck, columns_ck, block.logits_s_cv.shape[1])
+
+
+def _exists(block):
+    columns_cv = jax.lax.broadcasted_iota(jnp.int32, block.logits_s_cv.shape, 1)
+    return columns_cv < block.num_columns
