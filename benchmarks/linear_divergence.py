@@ -92,14 +92,14 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip("v5e:1x1", 197e12),  # cloud.google.com/tpu/docs/v5e
-    "v5p": Chip("v5p:1x1x1", 459e12),  # cloud.google.com/tpu/docs/v5p
-    "v6e": Chip("v6e:1x1", 918e12),  # cloud.google.com/tpu/docs/v6e
+    "v5e": Chip("v5e:2x2", 197e12),  # cloud.google.com/tpu/docs/v5e
+    "v5p": Chip("v5p:2x2x1", 459e12),  # cloud.google.com/tpu/docs/v5p
+    "v6e": Chip("v6e:2x2", 918e12),  # cloud.google.com/tpu/docs/v6e
 }
 
 _JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
 _ONLY = flags.DEFINE_string("only", "", "Only cases whose name contains this, e.g. T=8192.")
-_REPEATS = flags.DEFINE_integer("repeats", 9, "Timed runs of each implementation.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each implementation.", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_enum(
     "topology", None, list(CHIPS), "Estimate for one chip of this TPU instead of measuring here."
 )
@@ -120,7 +120,7 @@ def main() -> None:
 
 def measured(only: str, repeats: int) -> tuple[list[harness.Row], list[str]]:
     """Rows measured on this machine's device, and what to say below them."""
-    platform = harness.default_platform()
+    platform = harness.select_platform()
     problems = [CPU_PROBLEM] if platform == "cpu" else GPU_PROBLEMS
     implementations = ["naive", "chunked"]
     notes = []

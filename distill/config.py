@@ -54,7 +54,9 @@ class Distillation:
     kl_temperature_squared: bool = _key(False, "multiply the loss by kl_temperature squared")
     hard_labels: bool = _key(False, "cross-entropy on the fixed data (SFT); needs no teacher")
     loss_implementation: str = _key(
-        "auto", "linear-divergence implementation", choices=("auto", "reference", "chunked")
+        "auto",
+        "linear-divergence implementation",
+        choices=("auto", "reference", "chunked", "pallas"),
     )
     generate_strategy: GenerateStrategy = _section(GenerateStrategy)
     max_steps: int = _key(1000, "optimizer updates", low=1)

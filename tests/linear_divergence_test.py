@@ -10,18 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from distill.kernels.linear_divergence import (
     linear_cross_entropy,
     linear_divergence,
+    linear_divergence_top_k,
     linear_loss,
+    pallas_tpu,
     per_token_divergences,
 )
 from distill.kernels.linear_divergence.sweeps import XlaSweeps
 from distill.losses.divergences import get_divergence
 from distill.sharding import make_mesh, named_sharding
 
-IMPLEMENTATIONS = ["reference", "chunked"]
+# The kernels for TPU run anywhere in Pallas' interpreter, here on blocks that are smaller than the
+# problems; compiled kernels join where the device is.
+IMPLEMENTATIONS = {
+    "reference": "reference",
+    "chunked": "chunked",
+    "pallas_tpu": pallas_tpu.Sweeps(pallas_tpu.Config(32, 256), interpret=True, row_multiple=16),
+}
+if jax.default_backend() != "cpu":
+    IMPLEMENTATIONS["pallas"] = "pallas"
 TEMPERATURE = 1.7
 
 # Rounding of one term, in units of the largest, by the dtype of hidden states and heads; the error
@@ -158,16 +170,17 @@ def gradients_of(loss_fn, problem):
 def all_divergences(problem, names, **options):
     """{name: ((loss, values), gradients)} in one compilation."""
 
-    def evaluate(hidden_s, head_s):
+    # All arrays are arguments: products of constants would be computed by the compiler, slowly.
+    def evaluate(*arrays):
         def loss(hidden_s, head_s, name):
-            rows = hidden_s, head_s, *problem.arrays[2:]
+            rows = hidden_s, head_s, *arrays[2:]
             options_of = dict(divergence=DIVERGENCES[name], **problem.targeted, **options)
             return linear_divergence(*rows, **options_of)
 
         value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        return {name: value_and_grad(hidden_s, head_s, name) for name in names}
+        return {name: value_and_grad(*arrays[:2], name) for name in names}
 
-    return compiled(evaluate)(problem.hidden_s, problem.head_s)
+    return compiled(evaluate)(*problem.arrays)
 
 
 # Tokens, chunk, vocabulary, dtype, divergences: all divergences at one size per dtype, and every
@@ -183,10 +196,17 @@ SIZES = [
     (128, 48, 512, "float32", ("skew_forward",)),
     (128, 48, 1187, "float32", ("reverse",)),
     (128, 48, 1187, "bfloat16", ("jsd",)),
+    (7, None, 4101, "bfloat16", ("mixed",)),
+    (1000, 384, 33, "float32", ("user",)),
+    (1000, 384, 4101, "float32", ("forward", "skew_forward")),
 ]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    return IMPLEMENTATIONS[request.param]
+
+
 class TestImplementations:
     @pytest.mark.parametrize("num_tokens, chunk, vocab_size, dtype, names", SIZES)
     def test_values_and_gradients(
@@ -201,6 +221,30 @@ class TestImplementations:
             expected_loss = np.sum(np.asarray(problem.weights, np.float64) * expected_t)
             assert_close(loss, expected_loss, "float32", 1.0, vocab_size)
             assert_gradients_close(gradients, problem, name, dtype)
+
+    def test_extreme_logits(self, implementation):
+        """Logits of up to 80 either way; teachers and students that are certain, and disagree."""
+        rng = np.random.default_rng(0)
+        num_tokens, vocab_size = 8, 700
+        logits_s, logits_t = rng.uniform(-80, 80, (2, num_tokens, vocab_size))
+        for token, (row_s, row_t) in enumerate(zip(logits_s[:5], logits_t[:5], strict=True)):
+            if token in (0, 1, 2):
+                row_t[:], row_t[token] = -80, 80
+            if token in (1, 2, 3):
+                row_s[:], row_s[max(token, 2)] = -80, 80
+        eye = np.eye(num_tokens)
+        problem = Problem(
+            *(x.astype(np.float32) for x in (eye, logits_s, eye, logits_t)),
+            weights=np.ones(num_tokens, np.float32),
+            targets=np.arange(num_tokens, dtype=np.int32),
+            vocab_size=vocab_size,
+        )
+        results = all_divergences(problem, tuple(DIVERGENCES), implementation=implementation)
+        for name, ((_, values), gradients) in results.items():
+            expected_t, _, expected_dhidden, expected_dhead = expected64(problem, name, 1.0)
+            np.testing.assert_allclose(values.divergence, expected_t, rtol=1e-4, atol=2e-5)
+            np.testing.assert_allclose(gradients[1], expected_dhead, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(gradients[0], expected_dhidden, rtol=1e-3, atol=2e-2)
 
     def test_target_log_probs_are_at_temperature_one(self, implementation):
         problem = make_problem(7, 33)
@@ -310,27 +354,45 @@ class TestImplementations:
         for single, triple in zip(once, gradients(3.0, 5.0, *problem.arrays), strict=True):
             np.testing.assert_allclose(triple, 3.0 * single, rtol=1e-4, atol=1e-7)
 
-    def test_a_head_smaller_than_the_vocabulary_is_refused(self, implementation):
-        problem = make_problem(3, 33)
-        with pytest.raises(ValueError, match="vocab_size=39 exceeds the 38 columns of head_s"):
-            linear_divergence(
-                *problem.arrays,
-                divergence=DIVERGENCES["jsd"],
-                vocab_size=39,
-                implementation=implementation,
-            )
-
-
-def test_an_implementation_that_cannot_run_is_refused():
-    problem = make_problem(3, 33)
-    with pytest.raises(ValueError, match="'pallas' cannot run on cpu.*'chunked'"):
-        linear_cross_entropy(
-            *problem.arrays[:2],
-            problem.targets,
-            problem.weights,
-            vocab_size=33,
-            implementation="pallas",
+    def test_per_token_divergences(self, implementation):
+        problem = make_problem(7, 33)
+        options = dict(temperature=TEMPERATURE, implementation=implementation, chunk=3)
+        options |= dict(divergences=tuple(DIVERGENCES.values()), vocab_size=33)
+        values_nt = compiled(lambda *arrays: per_token_divergences(*arrays, **options))(
+            *problem.arrays[:4]
         )
+        expected_nt = [expected64(problem, name, TEMPERATURE)[0] for name in DIVERGENCES]
+        np.testing.assert_allclose(values_nt, expected_nt, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(vocab_size=39), "vocab_size=39 exceeds the 38 columns of head_s"),
+        (dict(head_t=np.zeros((12, 20))), "vocab_size=33 exceeds the 20 columns of head_t"),
+        (dict(hidden_s=np.zeros((3, 9))), r"hidden_s \(3, 9\) and head_s \(8, 38\)"),
+        (dict(hidden_t=np.zeros((4, 12))), r"hidden_t \(4, 12\) is not of 3 tokens"),
+        (dict(weights=np.zeros(4)), r"weights \(4,\) must be \(3,\)"),
+        (dict(targets=np.zeros((3, 1))), r"targets \(3, 1\) must be \(3,\)"),
+        (dict(chunk=0), "chunk=0 tokens: it must be at least 1"),
+        (dict(divergence="forward"), "divergence='forward' is not a function"),
+        (dict(divergence=lambda p, q: jnp.sum(p * q, -1)), r"not pointwise: .* made \[\(3,\)\]"),
+        (dict(divergence=lambda p, q: p - q.mean()), "not pointwise: its reduce_sum mixes"),
+        (dict(divergence=lambda p, q: p * q[::-1]), "not pointwise: its rev mixes"),
+        (dict(implementation="triton"), "'triton' is unknown: .* reference, chunked, pallas"),
+        (dict(implementation="pallas"), "'pallas' cannot run on cpu: it needs a TPU, or a GPU"),
+    ],
+)
+def test_bad_arguments_are_refused(changed, message):
+    problem = dataclasses.asdict(make_problem(3, 33))
+    with pytest.raises(ValueError, match=message):
+        linear_divergence(**problem | dict(divergence=DIVERGENCES["jsd"]) | changed)
+
+
+def test_the_kernels_refuse_what_they_cannot_fuse():
+    problem = make_problem(3, 33)
+    with pytest.raises(ValueError, match="'pallas' runs neither losses of whole rows nor a top-k"):
+        linear_loss(*problem.arrays, loss_fn=max, implementation="pallas", **problem.targeted)
 
 
 def test_a_custom_loss_of_the_wrong_shape_is_refused():
@@ -341,14 +403,126 @@ def test_a_custom_loss_of_the_wrong_shape_is_refused():
         )
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_per_token_divergences(chunk):
-    problem = make_problem(7, 33)
-    options = dict(divergences=tuple(DIVERGENCES.values()), temperature=TEMPERATURE, chunk=chunk)
-    evaluate = compiled(lambda *arrays: per_token_divergences(*arrays, vocab_size=33, **options))
-    values_nt = evaluate(*problem.arrays[:4])
-    expected_nt = [expected64(problem, name, TEMPERATURE)[0] for name in DIVERGENCES]
-    np.testing.assert_allclose(values_nt, expected_nt, rtol=1e-5, atol=1e-6)
+def test_kernels_are_free_of_races_and_read_nothing_uninitialised():
+    """In Pallas' simulation of a TPU, whose memory is full of NaN until written."""
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    sweeps = pallas_tpu.Sweeps(pallas_tpu.Config(16, 256), interpret)
+    problem = make_problem(23, 300, "bfloat16")
+    names = "forward", "jsd"
+    options = dict(temperature=TEMPERATURE, chunk=20)
+    results = all_divergences(problem, names, implementation=sweeps, **options)
+    expected = all_divergences(problem, names, implementation="chunked", **options)
+    for actual, wanted in zip(*map(jax.tree.leaves, (results, expected)), strict=True):
+        actual, wanted = (np.asarray(x).astype(np.float32) for x in (actual, wanted))
+        np.testing.assert_allclose(actual, wanted, rtol=1e-2, atol=1e-3)
+    assert interpret_pallas_call.races is not None  # that is, the detector ran
+    assert not interpret_pallas_call.races.races_found
+
+
+TOP_K = 5
+
+
+def make_top_k(problem, k=TOP_K, absent=1):
+    """The teacher's k likeliest tokens, unordered, the last `absent` columns without one."""
+    logits = problem.hidden_t.astype(np.float64) @ problem.head_t[:, : problem.vocab_size]
+    log_probs = np.log(softmax64(logits / TEMPERATURE))
+    ids = np.argsort(-log_probs, axis=1)[:, :k]
+    picked = np.take_along_axis(log_probs, ids, axis=1)
+    ids = np.concatenate([ids, np.full((len(ids), absent), -1)], axis=1)
+    picked = np.concatenate([picked, np.zeros((len(ids), absent))], axis=1)
+    return ids[:, ::-1].astype(np.int32), picked[:, ::-1].astype(np.float32)
+
+
+def expected_top_k64(problem, name, ids):
+    """Divergence and dz over the k tokens and one bucket of all others, in float64."""
+    logits_s, logits_t = (
+        hidden.astype(np.float64) @ head[:, : problem.vocab_size] / TEMPERATURE
+        for hidden, head in zip(problem.arrays[:3:2], problem.arrays[1:4:2], strict=True)
+    )
+    p, q = softmax64(logits_t), softmax64(logits_s)
+    divergences, gradients = [], []
+    for p_v, q_v, ids_k in zip(p, q, ids, strict=True):
+        ids_k = ids_k[ids_k >= 0]
+        bucket_v = np.full(problem.vocab_size, len(ids_k))  # outcome of each token
+        bucket_v[ids_k] = np.arange(len(ids_k))
+        p_n, q_n = (np.bincount(bucket_v, x_v, len(ids_k) + 1) for x_v in (p_v, q_v))
+        terms_n, slopes_n = terms_and_slopes64(name, p_n, q_n)
+        divergences.append(terms_n.sum())
+        gradients.append(q_v * (slopes_n / q_n)[bucket_v] - q_v * slopes_n.sum())
+    dz = problem.weights[:, None] * np.asarray(gradients) / TEMPERATURE
+    return np.asarray(divergences), dz
+
+
+def top_k_gradients(problem, name, ids, log_probs, **options):
+    def loss(hidden_s, head_s):
+        rows = hidden_s, head_s, ids, log_probs, problem.weights
+        options_of = dict(divergence=DIVERGENCES[name], temperature=TEMPERATURE, **options)
+        return linear_divergence_top_k(*rows, **options_of, **problem.targeted)
+
+    return gradients_of(loss, problem)
+
+
+class TestTopKTeacher:
+    @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+    @pytest.mark.parametrize("name", DIVERGENCES)
+    def test_values_and_gradients(self, implementation, name):
+        problem = make_problem(7, 33)
+        ids, log_probs = make_top_k(problem)
+        (loss, values), (dhidden, dhead) = top_k_gradients(
+            problem, name, ids, log_probs, implementation=implementation, chunk=3
+        )
+        expected_t, dz = expected_top_k64(problem, name, ids)
+        np.testing.assert_allclose(values.divergence, expected_t, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(loss, problem.weights @ expected_t, rtol=1e-5)
+        head_s = problem.head_s[:, :33]
+        np.testing.assert_allclose(dhidden, dz @ head_s.T, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(dhead[:, :33], problem.hidden_s.T @ dz, rtol=1e-4, atol=1e-6)
+        assert not dhead[:, 33:].any()
+
+    @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+    @pytest.mark.parametrize("name", DIVERGENCES)
+    def test_all_tokens_listed_is_the_full_divergence(self, implementation, name):
+        problem = make_problem(7, 33)
+        ids, log_probs = make_top_k(problem, k=33, absent=0)
+        options = dict(temperature=TEMPERATURE, implementation=implementation, chunk=3)
+        result = top_k_gradients(
+            problem, name, ids, log_probs, implementation=implementation, chunk=3
+        )
+        full = all_divergences(problem, (name,), **options)[name]
+        for actual, wanted in zip(*map(jax.tree.leaves, (result[1], full[1])), strict=True):
+            np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=2e-6)
+        np.testing.assert_allclose(result[0][1].divergence, full[0][1].divergence, atol=2e-6)
+
+    def test_is_never_negative_and_at_most_the_full_divergence(self):
+        """Unlike the sum over the listed tokens alone."""
+        problem = make_problem(128, 33)
+        ids, log_probs = make_top_k(problem, k=3)
+        _, values = top_k_gradients(problem, "forward", ids, log_probs)[0]
+        full = expected64(problem, "forward", TEMPERATURE)[0]
+        assert (values.divergence >= 0).all() and (values.divergence <= full + 1e-5).all()
+
+    def test_target_log_probs(self):
+        problem = make_problem(7, 33)
+        ids, log_probs = make_top_k(problem)
+        targets = np.where(np.arange(7) % 2, ids[:, 2], np.setdiff1d(np.arange(33), ids)[0])
+        problem = dataclasses.replace(problem, targets=targets.astype(np.int32))
+        for implementation in ("reference", "chunked"):
+            (_, values), _ = top_k_gradients(
+                problem, "forward", ids, log_probs, implementation=implementation
+            )
+            tail = np.log1p(-np.where(ids >= 0, np.exp(log_probs), 0).sum(1))
+            expected = np.where(np.arange(7) % 2, log_probs[:, 2], tail)
+            np.testing.assert_allclose(values.log_prob_t, expected, rtol=1e-5, atol=1e-5)
+
+    def test_bad_arguments_are_refused(self):
+        problem = make_problem(7, 33)
+        ids, log_probs = make_top_k(problem)
+        with pytest.raises(ValueError, match=r"teacher_ids \(7, 6\) and .*\(7, 5\)"):
+            top_k_gradients(problem, "forward", ids, log_probs[:, 1:])
+        with pytest.raises(ValueError, match=r"teacher_ids \(6, 6\) are not of 7 tokens"):
+            top_k_gradients(problem, "forward", ids[1:], log_probs[1:])
+        with pytest.raises(ValueError, match="'pallas' runs neither .* nor a top-k teacher"):
+            top_k_gradients(problem, "forward", ids, log_probs, implementation="pallas")
 
 
 def equations(jaxpr):
@@ -400,7 +574,8 @@ class TestMemoryAndWork:
         assert executable.memory_analysis().temp_size_in_bytes < 4 * self.logits_size
 
     def test_default_chunk_fits_the_budget(self):
-        sweeps = XlaSweeps(budget_bytes=20 * 96 * XlaSweeps.bytes_per_logit)  # twenty tokens
+        columns = self.problem.head_s.shape[1]
+        sweeps = XlaSweeps(budget_bytes=20 * columns * XlaSweeps.bytes_per_logit)  # twenty tokens
         scans = [
             equation.params["length"]
             for equation in equations(self.traced(self.loss(sweeps, None)))
@@ -433,32 +608,77 @@ class TestSharded:
         head = named_sharding(mesh, "embed", "vocab")
         return tokens, head, tokens, head
 
-    def run(self, problem, chunk):
+    def run(self, problem, loss_of, implementation="chunked", chunk=16):
+        """Value, values per token and gradients of loss_of(hidden_s, head_s, hidden_t, head_t)."""
+
         def evaluate(hidden_s, head_s, hidden_t, head_t):
             def loss(hidden_s, head_s):
-                rows = hidden_s, head_s, hidden_t, head_t, problem.weights
-                options = dict(divergence=DIVERGENCES["jsd"], temperature=TEMPERATURE, chunk=chunk)
-                return linear_divergence(*rows, **options, **problem.targeted)
+                rows = hidden_s, head_s, hidden_t, head_t
+                options = dict(implementation=implementation, chunk=chunk, temperature=TEMPERATURE)
+                return loss_of(rows, problem.weights, **options, **problem.targeted)
 
             return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_s, head_s)
 
         return compiled(evaluate)
 
-    @pytest.mark.parametrize("num_tokens, vocab_size, chunk", [(64, 33, 16), (50, 33, 8)])
-    def test_equals_unsharded(self, num_tokens, vocab_size, chunk):
-        problem = make_problem(num_tokens, vocab_size, padding_s=7, padding_t=11)
-        plain = self.run(problem, chunk)(*problem.arrays[:4])
+    def assert_equals_unsharded(self, problem, *arguments, **options):
+        plain = self.run(problem, *arguments, **options)(*problem.arrays[:4])
         mesh = make_mesh(2, 2, 2)
+        shardings = self.shardings(mesh, len(problem.weights))
         with jax.set_mesh(mesh):
-            arrays = [
-                jax.device_put(x, sharding)
-                for x, sharding in zip(
-                    problem.arrays[:4], self.shardings(mesh, num_tokens), strict=True
-                )
-            ]
-            sharded = self.run(problem, chunk)(*arrays)
+            arrays = map(jax.device_put, problem.arrays[:4], shardings)
+            sharded = self.run(problem, *arguments, **options)(*arrays)
         for actual, expected in zip(*map(jax.tree.leaves, (sharded, plain)), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-6)
+
+    @staticmethod
+    def divergence_loss(name):
+        return lambda rows, weights, **options: linear_divergence(
+            *rows, weights, divergence=DIVERGENCES[name], **options
+        )
+
+    # The kernels with one of each kind: from two sweeps, from three, and a user's.
+    @pytest.mark.parametrize(
+        "implementation, name",
+        [("chunked", name) for name in DIVERGENCES]
+        + [("pallas_tpu", name) for name in ("mixed", "jsd", "user")],
+    )
+    def test_every_divergence(self, implementation, name):
+        # 300 columns over two devices: the second one's end lies within a block.
+        problem = make_problem(64, 300, padding_s=8, padding_t=12)
+        loss = self.divergence_loss(name)
+        self.assert_equals_unsharded(problem, loss, IMPLEMENTATIONS[implementation])
+
+    @pytest.mark.parametrize("num_tokens, vocab_size, chunk", [(50, 33, 8), (3, 33, None)])
+    def test_ragged_sizes(self, num_tokens, vocab_size, chunk):
+        # The second device holds padding only.
+        problem = make_problem(num_tokens, vocab_size, padding_s=7, padding_t=11)
+        self.assert_equals_unsharded(problem, self.divergence_loss("jsd"), chunk=chunk)
+
+    def test_cross_entropy(self):
+        def loss(rows, weights, targets, temperature, **options):
+            return linear_cross_entropy(*rows[:2], targets, weights, **options)
+
+        self.assert_equals_unsharded(make_problem(64, 300, padding_s=8, padding_t=12), loss)
+
+    def test_loss_of_whole_rows(self):
+        def chebyshev(log_p_cv, log_q_cv, targets_c):
+            return jnp.max(jnp.abs(jnp.exp(log_p_cv) - jnp.exp(log_q_cv)), axis=-1)
+
+        def loss(rows, weights, **options):
+            return linear_loss(*rows, weights, loss_fn=chebyshev, **options)
+
+        self.assert_equals_unsharded(make_problem(64, 300, padding_s=8, padding_t=12), loss)
+
+    def test_top_k_teacher(self):
+        problem = make_problem(64, 300, padding_s=8, padding_t=12)
+        ids, log_probs = make_top_k(problem)
+
+        def loss(rows, weights, **options):
+            rows = *rows[:2], ids, log_probs, weights
+            return linear_divergence_top_k(*rows, divergence=DIVERGENCES["jsd"], **options)
+
+        self.assert_equals_unsharded(problem, loss)
 
     def test_heads_and_their_gradient_cross_devices_once_not_per_chunk(self):
         problem = make_problem(64, 256, padding_s=0, padding_t=0)
@@ -468,9 +688,11 @@ class TestSharded:
                 jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
                 for x, sharding in zip(problem.arrays[:4], self.shardings(mesh, 64), strict=True)
             ]
-            program = self.run(problem, 16).lower(*arrays).compile().as_text()
-        loop, entry = program.split("\nENTRY ")
-        local_head = problem.head_s.size // 2  # vocabulary over two devices
-        # In the loop: sums over the vocabulary per token, and the hidden states' gradient.
-        assert 0 < largest_collective(loop) <= 16 * problem.hidden_s.shape[1] < local_head
-        assert largest_collective(entry) >= local_head
+            lowered = self.run(problem, self.divergence_loss("jsd")).lower(*arrays)
+        loop, entry = lowered.compile().as_text().split("\nENTRY ")
+        local_head = problem.head_t.size // 2  # the larger one; vocabulary over two devices
+        # In the loop, sums over the vocabulary of a chunk's 4 tokens per device: maxima of both
+        # models, then eight sums; JSD also needs its two.
+        assert 0 < largest_collective(loop) <= 8 * 4
+        assert largest_collective(entry) == local_head
+        assert len(re.findall(r"= \S+ reduce-scatter\(", lowered.as_text(dialect="hlo"))) == 1

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence.loop import Tokens
+from distill.kernels.linear_divergence.sweeps import MASKED
 from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 from distill.kernels.linear_divergence.topk import TopK
 
@@ -52,13 +53,15 @@ def _top_k(loss, logits_s_tv, teacher: TopK, targets_t):
     vocabulary = jnp.arange(log_q_tv.shape[1])
     listed_tkv = teacher.ids_tk[:, :, None] == vocabulary
     log_q_tail_t = jax.nn.logsumexp(log_q_tv, axis=-1, where=~listed_tkv.any(axis=1))
+    log_q_tail_t = jnp.maximum(log_q_tail_t, MASKED)  # finite without any
+    log_tail_t = teacher.log_tail_t(log_q_tv.shape[1])
     log_q_tk = _at_ids(log_q_tv, teacher.ids_tk)
     terms_tk = loss.terms(teacher.log_probs_tk, log_q_tk, False)
-    terms_tail_t = loss.terms(teacher.log_tail_t(), log_q_tail_t, False)
+    terms_tail_t = loss.terms(log_tail_t, log_q_tail_t, False)
     losses_t = jnp.sum(jnp.where(teacher.present_tk, terms_tk, 0.0), axis=-1) + terms_tail_t
     is_target_tk = teacher.present_tk & (teacher.ids_tk == targets_t[:, None])
     listed_t = jnp.sum(jnp.where(is_target_tk, teacher.log_probs_tk, 0.0), axis=-1)
-    return losses_t, jnp.where(is_target_tk.any(axis=-1), listed_t, teacher.log_tail_t())
+    return losses_t, jnp.where(is_target_tk.any(axis=-1), listed_t, log_tail_t)
 
 
 def _logits(hidden_td, head_dv, vocab_size: int):

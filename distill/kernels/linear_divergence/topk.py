@@ -29,10 +29,12 @@ class TopK:
     def present_tk(self) -> jax.Array:
         return self.ids_tk >= 0
 
-    def log_tail_t(self) -> jax.Array:
+    def log_tail_t(self, vocab_size: int) -> jax.Array:
         """Log of what the k tokens leave: MASKED where they leave nothing."""
         mass_t = jnp.sum(jnp.where(self.present_tk, jnp.exp(self.log_probs_tk), 0.0), axis=-1)
-        return jnp.where(mass_t < 1.0, jnp.log1p(-mass_t), MASKED)
+        # Where no token is left, what is missing from 1 is rounding.
+        leaves_some_t = (mass_t < 1.0) & (jnp.sum(self.present_tk, axis=-1) < vocab_size)
+        return jnp.where(leaves_some_t, jnp.log1p(-mass_t), MASKED)
 
 
 def losses(loss, block, statistics) -> jax.Array:
@@ -66,7 +68,7 @@ def target_log_probs(block) -> jax.Array:
     targets_c = block.targets_c + block.first_column
     is_target_ck = teacher.present_tk & (teacher.ids_tk == targets_c[:, None])
     listed_c = jnp.sum(jnp.where(is_target_ck, teacher.log_probs_tk, 0.0), axis=-1)
-    return jnp.where(is_target_ck.any(axis=-1), listed_c, teacher.log_tail_t())
+    return jnp.where(is_target_ck.any(axis=-1), listed_c, teacher.log_tail_t(block.vocab_size))
 
 
 def _outcomes(loss, block, statistics):
@@ -88,7 +90,9 @@ def _outcomes(loss, block, statistics):
     log_tail_q_c = max_c + jnp.log(sum_c)
 
     # The tail as one more column.
-    log_p_cn = jnp.concatenate([teacher.log_probs_tk, teacher.log_tail_t()[:, None]], axis=1)
+    log_p_cn = jnp.concatenate(
+        [teacher.log_probs_tk, teacher.log_tail_t(block.vocab_size)[:, None]], axis=1
+    )
     log_q_cn = jnp.concatenate([log_q_ck, log_tail_q_c[:, None]], axis=1)
     never_cn = jnp.zeros(log_q_cn.shape, bool)
     terms_cn, slopes_cn = terms_and_slopes(loss, log_p_cn, log_q_cn, never_cn)

@@ -1,0 +1,534 @@
+"""The sweeps as Pallas kernels for NVIDIA GPUs from Hopper on (Mosaic GPU).
+
+A thread block of one warpgroup (128 threads) has one token, and walks along its row in tiles. Bulk
+copies bring the next tiles of both models into shared memory while one is computed on; a few blocks
+share a multiprocessor, so that the waits of one are filled by the others. Sums over the vocabulary
+are kept per lane (two lanes per thread, in registers), and lanes are combined once at the end of
+the row, by the formula that also combines shards (sweeps.rescaled).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from distill.kernels.linear_divergence.sweeps import MASKED, Statistics, rescaled
+from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
+
+# Columns: bulk copies start at multiples of 16 bytes, also those of bfloat16.
+ALIGNMENT = 32
+OUTPUT_SLOTS = 2  # tiles of output: one being written by the threads, one on its way to memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a row is walked along: `tile` columns are fetched at a time, `lanes` of them computed at
+    a time; of each model, `stages` tiles are on their way or being computed on."""
+
+    tile: int
+    lanes: int
+    stages: int
+
+    def __post_init__(self):
+        if self.lanes % 128 or self.tile % self.lanes or self.stages < 1:
+            raise ValueError(
+                f"{self}: 128 must divide lanes, lanes the tile, and stages be positive"
+            )
+
+
+# (number of models, bytes of an output column or 0) -> what was fastest on an H200. Empty: nothing
+# has been measured yet.
+TUNED: dict[tuple[int, int], Config] = {}
+
+
+def choose_config(num_models: int, output_bytes: int) -> Config:
+    """The tuned sizes, or else those that let four blocks share a multiprocessor.
+
+    Its 228 KiB of shared memory are 57 KiB for each of four blocks, of which CUDA takes 1 KiB and
+    reductions across warps 2 KiB. Both models' tiles of 2048 float32 columns are 16 KiB: 3 stages
+    for sums; 2 beside the two output tiles of a gradient, 8 KiB in bfloat16 and 16 KiB in float32.
+    By Little's law an H200 needs about 30 KiB on their way per multiprocessor (4.8 TB/s shared by
+    132, 0.8 us of latency); one stage in each of four blocks is twice that.
+    """
+    if tuned := TUNED.get((num_models, output_bytes)):
+        return tuned
+    tile, budget = 2048, 54 << 10
+    stages = (budget - OUTPUT_SLOTS * tile * output_bytes) // (num_models * tile * 4)
+    return Config(tile=tile, lanes=256, stages=min(stages, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweeps:
+    """sweeps.Sweeps for NVIDIA GPUs. `interpret`: None, or Mosaic GPU's InterpretGPUParams.
+
+    Arrays whose rows are not a multiple of ALIGNMENT columns are copied into ones that are.
+    """
+
+    config: Config | None = None  # None: choose_config
+    interpret: Any = None
+    # 1024 tokens at V=151936, as on TPU. Two thirds of a wave of blocks are 132 * 4 tokens on an
+    # H200, but blocks come and go on their own, so any number of tokens fills it.
+    budget_bytes: int = 1600 << 20
+    bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16
+    row_multiple: int = 1
+
+    def statistics(
+        self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
+    ) -> Statistics:
+        """K1: an online softmax of both models."""
+        logits = _present(logits_s_cv, logits_t_cv)
+        names = _statistics_names(len(logits), temperature)
+        table_cn = self._run(
+            functools.partial(_statistics_kernel, names=names, temperature=temperature),
+            logits,
+            (targets_c,),
+            num_columns,
+            output=_table(targets_c, len(names)),
+            transcendentals=1 if temperature == 1.0 else 2,
+        )
+        fields = {name: table_cn[:, i] for i, name in enumerate(names)}
+        for model in "st"[: len(logits)]:
+            fields.setdefault(f"plain_sum_{model}", fields[f"sum_{model}"])
+        return Statistics(**fields)
+
+    def term_sums(
+        self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
+    ) -> tuple[jax.Array, jax.Array]:
+        """K2: the pointwise loss and its slope."""
+        table_cn = self._run(
+            functools.partial(_term_sums_kernel, loss=loss),
+            _present(logits_s_cv, logits_t_cv),
+            (targets_c, _row_operands(statistics)),
+            num_columns,
+            output=_table(targets_c, 2),
+            transcendentals=3,
+        )
+        return table_cn[:, 0], table_cn[:, 1]
+
+    def gradient(
+        self,
+        loss,
+        logits_s_cv,
+        logits_t_cv,
+        targets_c,
+        num_columns,
+        statistics,
+        slope_sum_c,
+        weights_c,
+        *,
+        dtype,
+    ) -> jax.Array:
+        """K3, written over the student's logits where the dtype allows."""
+        logits = _present(logits_s_cv, logits_t_cv)
+        rows_cn = _row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
+        gradient_cv = self._run(
+            functools.partial(_gradient_kernel, loss=loss),
+            logits,
+            (targets_c, rows_cn),
+            num_columns,
+            output=jax.ShapeDtypeStruct(logits[0].shape, dtype),
+            transcendentals=3,
+        )
+        return gradient_cv[:, : logits_s_cv.shape[1]]
+
+    def _run(self, kernel, logits, rows, num_columns, *, output, transcendentals: int):
+        """kernel(logits, rows, num_columns, output, **scratch), references all, once per token.
+
+        An `output` as wide as the student's logits is one of columns, else one of sums.
+        `transcendentals` are counted per logit.
+        """
+        has_columns = output.shape == logits[0].shape
+        output_bytes = output.dtype.itemsize if has_columns else 0
+        config = self.config or choose_config(len(logits), output_bytes)
+        in_place = has_columns and output.dtype == logits[0].dtype
+
+        def body(logits_refs, rows_refs, num_columns_ref, output_ref=None):
+            output_ref = logits_refs[0] if in_place else output_ref
+            operands = logits_refs, rows_refs, num_columns_ref, output_ref
+            scratch = _scratch(config, len(logits), output.dtype if has_columns else None)
+            pl.run_scoped(functools.partial(kernel, *operands, lanes=config.lanes), **scratch)
+
+        # What plgpu.kernel calls, without its detour through custom_vmap: references, which are
+        # written in place, are allowed here, and so is a cost (which Mosaic GPU ignores as yet).
+        run = pl.kernel(
+            body,
+            out_type=() if in_place else output,
+            mesh=plgpu.Mesh(grid=output.shape[:1], grid_names=("token",)),
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
+            cost_estimate=_cost(logits, output, transcendentals),
+            interpret=self.interpret or False,
+            name=kernel.func.__name__.strip("_"),
+        )
+        rest = rows, jnp.reshape(num_columns, 1)
+        if not in_place:
+            return run(logits, *rest)
+        # XLA copies the logits first if they are used afterwards.
+        student_ref = jax.new_ref(logits[0], memory_space=plgpu.GMEM)
+        run([student_ref, *logits[1:]], *rest)
+        return jax.freeze(student_ref)
+
+
+def _statistics_names(num_models: int, temperature: float) -> tuple[str, ...]:
+    per_model = "max", "sum", "target", *(() if temperature == 1.0 else ("plain_sum",))
+    crosses = ("cross_forward", "cross_reverse") if num_models == 2 else ()
+    return tuple(f"{name}_{model}" for model in "st"[:num_models] for name in per_model) + crosses
+
+
+def _statistics_kernel(
+    logits_refs, rows_refs, num_columns_ref, table_ref, *, tiles, ready, lanes, names, temperature
+):
+    models = "st"[: len(logits_refs)]
+    num_columns = num_columns_ref[0]
+    totals = {
+        name: jnp.full(lanes, MASKED if name.startswith("max") else 0.0, jnp.float32)
+        for name in names
+        if not name.startswith("target")
+    }
+
+    def add(tile: _Tile, totals):
+        """Adds a tile's columns to the sums, lane by lane."""
+        blocks = list(tile.blocks(lanes))
+        scaled = {
+            model: [
+                jnp.where(column < num_columns, logits[i] * (1.0 / temperature), MASKED)
+                for column, logits in blocks
+            ]
+            for i, model in enumerate(models)
+        }
+        totals = moved_to(
+            {
+                model: functools.reduce(jnp.maximum, scaled[model], totals[f"max_{model}"])
+                for model in models
+            },
+            totals,
+        )
+        for k in range(len(blocks)):
+            shifted = {model: scaled[model][k] - totals[f"max_{model}"] for model in models}
+            weight = {model: jnp.exp(shifted[model]) for model in models}
+            for model in models:
+                totals[f"sum_{model}"] += weight[model]
+                if temperature != 1.0:
+                    totals[f"plain_sum_{model}"] += jnp.exp(temperature * shifted[model])
+            if len(models) == 2:
+                difference = shifted["t"] - shifted["s"]
+                totals["cross_forward"] += weight["t"] * difference
+                totals["cross_reverse"] -= weight["s"] * difference
+        return totals
+
+    def moved_to(maxima, totals):
+        """The totals relative to other maxima."""
+        moved = {model: totals[f"max_{model}"] - maxima[model] for model in models}
+        new = {}
+        for model in models:
+            new[f"max_{model}"] = maxima[model]
+            new[f"sum_{model}"] = totals[f"sum_{model}"] * jnp.exp(moved[model])
+            if temperature != 1.0:
+                rescale = jnp.exp(temperature * moved[model])
+                new[f"plain_sum_{model}"] = totals[f"plain_sum_{model}"] * rescale
+        if len(models) == 2:
+            for name, own, other in (("cross_forward", "t", "s"), ("cross_reverse", "s", "t")):
+                new[name] = rescaled(totals[name], totals[f"sum_{own}"], moved[own], moved[other])
+        return new
+
+    num_tiles = pl.cdiv(num_columns, tiles.shape[-1])
+    totals = _over_tiles(logits_refs, tiles, ready, num_tiles, add, totals)
+    totals = moved_to({model: jnp.max(totals[f"max_{model}"]) for model in models}, totals)
+    token = lax.axis_index("token")
+    target = rows_refs[0][token]
+    has_target = (target >= 0) & (target < num_columns)
+    for model, ref in zip(models, logits_refs, strict=True):
+        logit = ref[token, jnp.where(has_target, target, 0)]
+        totals[f"target_{model}"] = jnp.where(has_target, logit, 0.0)
+    for i, name in enumerate(names):
+        table_ref[token, i] = jnp.sum(totals[name]) if totals[name].ndim else totals[name]
+
+
+def _term_sums_kernel(
+    logits_refs, rows_refs, num_columns_ref, table_ref, *, tiles, ready, lanes, loss
+):
+    num_columns = num_columns_ref[0]
+    row = _Row.read(rows_refs, loss, len(logits_refs), lanes)
+
+    def add(tile: _Tile, sums):
+        for column, logits in tile.blocks(lanes):
+            added = row.terms_and_slopes(column, row.log_probs(logits))
+            exists = column < num_columns
+            sums = [x + jnp.where(exists, y, 0.0) for x, y in zip(sums, added, strict=True)]
+        return sums
+
+    num_tiles = pl.cdiv(num_columns, tiles.shape[-1])
+    zeros = jnp.zeros(lanes, jnp.float32)
+    sums = _over_tiles(logits_refs, tiles, ready, num_tiles, add, [zeros, zeros])
+    for i, lane_sums in enumerate(sums):
+        table_ref[lax.axis_index("token"), i] = jnp.sum(lane_sums)
+
+
+def _gradient_kernel(
+    logits_refs,
+    rows_refs,
+    num_columns_ref,
+    gradient_ref,
+    *,
+    tiles,
+    ready,
+    output_tiles,
+    lanes,
+    loss,
+):
+    num_columns = num_columns_ref[0]
+    row = _Row.read(rows_refs, loss, len(logits_refs), lanes)
+    slope_sum, weight = row.operands[-2:]
+    width = min(ref.shape[1] for ref in logits_refs)
+
+    def write(tile: _Tile, _):
+        output_tile = output_tiles.at[lax.rem(tile.index, OUTPUT_SLOTS)]
+        plgpu.wait_smem_to_gmem(OUTPUT_SLOTS - 1, wait_read_only=True)
+        for k, (column, logits) in enumerate(tile.blocks(lanes)):
+            log_probs = row.log_probs(logits)
+            _, slope = row.terms_and_slopes(column, log_probs)
+            gradient = weight * (slope - jnp.exp(log_probs[0]) * slope_sum)
+            gradient = jnp.where(column < num_columns, gradient, 0.0)
+            output_tile[pl.ds(k * lanes, lanes)] = gradient.astype(gradient_ref.dtype)
+        plgpu.commit_smem()
+        first_column = tile.index * tiles.shape[-1]
+        store = functools.partial(_store, output_tile, gradient_ref, first_column)
+        _with_tile_size(store, tile.index, tiles.shape[-1], width)
+
+    num_tiles = pl.cdiv(width, tiles.shape[-1])
+    _over_tiles(logits_refs, tiles, ready, num_tiles, write, None)
+    _store_zeros(output_tiles, gradient_ref, width)
+    plgpu.wait_smem_to_gmem(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Columns of a row in shared memory, one reference per model."""
+
+    index: jax.Array
+    logits_refs: list
+
+    def blocks(self, lanes: int):
+        """Per `lanes` columns: their numbers, and the logits of every model."""
+        (size,) = self.logits_refs[0].shape
+        lane = lax.broadcasted_iota(jnp.int32, (lanes,), 0)
+        for start in range(0, size, lanes):
+            logits = [ref[pl.ds(start, lanes)] for ref in self.logits_refs]
+            yield self.index * size + start + lane, logits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """What K2 and K3 know of a token: its target, `_row_operands`, and the loss."""
+
+    target: jax.Array
+    operands: list
+    temperature: float
+    loss_and_slope: Callable
+
+    @classmethod
+    def read(cls, rows_refs, loss: PointwiseLoss, num_models: int, lanes: int) -> _Row:
+        targets_ref, operands_ref = rows_refs
+        token = lax.axis_index("token")
+        operands = [operands_ref[token, i] for i in range(operands_ref.shape[1])]
+        log_prob = jax.ShapeDtypeStruct((lanes,), jnp.float32)
+        is_target = jax.ShapeDtypeStruct((lanes,), jnp.bool_)
+        log_p = log_prob if num_models == 2 else None
+        function = functools.partial(terms_and_slopes, loss)
+        loss_and_slope = _lowerable(function, log_p, log_prob, is_target)
+        return cls(targets_ref[token], operands, loss.temperature, loss_and_slope)
+
+    def log_probs(self, logits: list) -> list[jax.Array]:
+        """Student's, teacher's if there is one."""
+        return [
+            (x * (1.0 / self.temperature) - self.operands[2 * i]) - self.operands[2 * i + 1]
+            for i, x in enumerate(logits)
+        ]
+
+    def terms_and_slopes(self, column, log_probs):
+        log_q, log_p = log_probs if len(log_probs) == 2 else (*log_probs, None)
+        return self.loss_and_slope(log_p, log_q, column == self.target)
+
+
+def _over_tiles(logits_refs, tiles, ready, num_tiles, body: Callable, carry):
+    """carry = body(tile, carry) for this token's first `num_tiles` tiles; copies run ahead."""
+    _, stages, size = tiles.shape
+    width = min(ref.shape[1] for ref in logits_refs)
+    token = lax.axis_index("token")
+
+    def fetch(index):
+        slot = lax.rem(index, stages)
+
+        def copy(num_columns: int):
+            for model, ref in enumerate(logits_refs):
+                plgpu.copy_gmem_to_smem(
+                    ref.at[token, pl.ds(index * size, num_columns)],
+                    tiles.at[model, slot, pl.ds(0, num_columns)],
+                    ready.at[slot],
+                    # Without this, not one contiguous copy, but one of at most 256 columns.
+                    oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+                )
+
+        _with_tile_size(copy, index, size, width)
+
+    def step(index, carry):
+        slot = lax.rem(index, stages)
+        plgpu.barrier_wait(ready.at[slot])
+        refs = [tiles.at[model, slot] for model in range(len(logits_refs))]
+        carry = body(_Tile(index, refs), carry)
+        pl.when(index + stages < num_tiles)(lambda: fetch(index + stages))
+        return carry
+
+    for index in range(stages):
+        pl.when(index < num_tiles)(functools.partial(fetch, jnp.int32(index)))
+    return lax.fori_loop(0, num_tiles, step, carry)
+
+
+def _with_tile_size(function: Callable, index, size: int, width: int) -> None:
+    """function(number of columns of the tile): it must be static, and the last tile has fewer."""
+    num_whole, rest = divmod(width, size)
+    if not rest:
+        function(size)
+    elif not num_whole:
+        function(rest)
+    else:
+        lax.cond(index < num_whole, lambda: function(size), lambda: function(rest))
+
+
+def _store(output_tile, output_ref, first_column, num_columns: int) -> None:
+    # Not a column too many: it would be the next token's, or not yet read where this is in place.
+    plgpu.copy_smem_to_gmem(
+        output_tile.at[pl.ds(0, num_columns)],
+        output_ref.at[lax.axis_index("token"), pl.ds(first_column, num_columns)],
+    )
+
+
+def _store_zeros(output_tiles, output_ref, start: int) -> None:
+    """Zeros in the columns from `start` on: those the teacher's array does not have."""
+    size, width = output_tiles.shape[1], output_ref.shape[1]
+    if start == width:
+        return
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    output_tiles[0, :] = jnp.zeros(size, output_tiles.dtype)
+    plgpu.commit_smem()
+    for first_column in range(start, width, size):
+        _store(output_tiles.at[0], output_ref, first_column, min(size, width - first_column))
+
+
+def _lowerable(function: Callable, *examples) -> Callable:
+    """An elementwise function in primitives that Mosaic GPU lowers.
+
+    It lacks some that users will write, and even one of jax.jvp's own (add_any).
+    """
+    program, results = jax.make_jaxpr(function, return_shape=True)(*examples)
+
+    def lowerable(*args):
+        results_flat = _evaluate(program, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(results), results_flat)
+
+    return lowerable
+
+
+def _evaluate(program, args: list) -> list:
+    jaxpr = program.jaxpr
+    values = dict(zip(jaxpr.constvars + jaxpr.invars, [*program.consts, *args], strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        inputs = [read(atom) for atom in equation.invars]
+        if name in _CALLS:
+            outputs = _evaluate(params[_CALLS[name]], inputs)
+        elif name in _SUBSTITUTES:
+            outputs = [_SUBSTITUTES[name](*inputs, **params)]
+        else:
+            outputs = equation.primitive.bind(*inputs, **params)
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _log1p(x, **_):
+    # Kahan: what rounding did to 1 + x cancels in the quotient.
+    rounded = 1.0 + x
+    return jnp.where(rounded == 1.0, x, jnp.log(rounded) * (x / (rounded - 1.0)))
+
+
+def _expm1(x, **_):
+    rounded = jnp.exp(x)
+    near_zero = jnp.where(rounded == 1.0, x, (rounded - 1.0) * (x / jnp.log(rounded)))
+    return jnp.where(jnp.abs(x) < 0.5, near_zero, rounded - 1.0)
+
+
+def _pow(x, y, **_):
+    # Of a base that is not negative, as probabilities are; NaN otherwise.
+    return jnp.where(y == 0, 1.0, jnp.exp(y * jnp.log(x)))
+
+
+def _integer_pow(x, *, y: int):
+    return lax.integer_pow(x, y) if y >= 0 else 1.0 / lax.integer_pow(x, -y)
+
+
+def _sqrt(x, **_):
+    return jnp.where(x == 0.0, 0.0, x * lax.rsqrt(x))
+
+
+# Primitives that hold a program, and under which name.
+_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+_SUBSTITUTES = {
+    "add_any": lax.add,
+    "expm1": _expm1,
+    "integer_pow": _integer_pow,
+    "is_finite": lambda x: jnp.abs(x) < jnp.inf,
+    "log1p": _log1p,
+    "pow": _pow,
+    "sqrt": _sqrt,
+    "stop_gradient": lambda x: x,
+}
+
+
+def _present(logits_s_cv, logits_t_cv) -> list[jax.Array]:
+    present = [logits_s_cv] if logits_t_cv is None else [logits_s_cv, logits_t_cv]
+    return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % ALIGNMENT))) for x in present]
+
+
+def _row_operands(statistics: Statistics, *more_c) -> jax.Array:
+    columns = [statistics.max_s, jnp.log(statistics.sum_s)]
+    if statistics.max_t is not None:
+        columns += [statistics.max_t, jnp.log(statistics.sum_t)]
+    return jnp.stack([*columns, *more_c], axis=1)
+
+
+def _table(targets_c, num_sums: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((targets_c.shape[0], num_sums), jnp.float32)
+
+
+def _scratch(config: Config, num_models: int, output_dtype) -> dict:
+    scratch = dict(
+        tiles=plgpu.SMEM((num_models, config.stages, config.tile), jnp.float32),
+        ready=plgpu.Barrier(num_arrivals=num_models, num_barriers=config.stages),
+    )
+    if output_dtype is not None:
+        scratch["output_tiles"] = plgpu.SMEM((OUTPUT_SLOTS, config.tile), output_dtype)
+    return scratch
+
+
+def _cost(logits: list, output, transcendentals: int) -> pl.CostEstimate:
+    num_logits = len(logits) * logits[0].shape[0] * min(x.shape[1] for x in logits)
+    return pl.CostEstimate(
+        flops=15 * num_logits,
+        transcendentals=transcendentals * num_logits,
+        bytes_accessed=4 * num_logits + math.prod(output.shape) * output.dtype.itemsize,
+    )

@@ -1,0 +1,111 @@
+"""The fused loss at real sizes, compiled by the real TPU compiler; no TPU is needed for that."""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from distill.kernels.linear_divergence import linear_divergence, per_token_divergences
+from distill.losses.divergences import get_divergence
+from distill.sharding import make_mesh, named_sharding
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is missing"
+    ),
+]
+
+# libtpu would ask the machine, slowly and in vain, what it is.
+os.environ |= {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+NUM_TOKENS, WIDTH_S, WIDTH_T, COLUMNS_S, COLUMNS_T = 16384, 1536, 5120, 151936, 152064
+VOCAB_SIZE = 151665  # of Qwen2.5
+GB = 1e9
+
+
+def tpu_mesh(topology, *sizes):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return make_mesh(*sizes, devices=devices[: sizes[0] * sizes[1] * sizes[2]])
+
+
+def shapes(mesh):
+    """hidden_s, head_s, hidden_t, head_t, weights: bfloat16, tokens and vocabulary sharded."""
+    hidden, head = ("token", None), ("embed", "vocab")
+    models = [
+        ((NUM_TOKENS, WIDTH_S), hidden),
+        ((WIDTH_S, COLUMNS_S), head),
+        ((NUM_TOKENS, WIDTH_T), hidden),
+        ((WIDTH_T, COLUMNS_T), head),
+    ]
+    arrays = [(*model, jnp.bfloat16) for model in models]
+    arrays.append(((NUM_TOKENS,), ("token",), jnp.float32))
+    return [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
+        for shape, axes, dtype in arrays
+    ]
+
+
+def value_and_gradients(divergence, implementation=None):
+    def loss(hidden_s, head_s, *rest):
+        options = dict(divergence=get_divergence(divergence), vocab_size=VOCAB_SIZE)
+        return linear_divergence(hidden_s, head_s, *rest, implementation=implementation, **options)
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+
+def evaluation(*arrays):
+    divergences = get_divergence("forward"), get_divergence("jsd")
+    return per_token_divergences(*arrays[:4], divergences=divergences, vocab_size=VOCAB_SIZE)
+
+
+def compiled_for(mesh, function):
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*shapes(mesh)).compile()
+
+
+def temporary_bytes(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def num_kernels(program):
+    return program.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+class TestOneChip:
+    def test_value_and_gradients(self, topology):
+        program = compiled_for(tpu_mesh(topology, 1, 1, 1), value_and_gradients("jsd"))
+        assert num_kernels(program) == 3
+        assert temporary_bytes(program) < 3.5 * GB
+
+    def test_forward_only(self, topology):
+        program = compiled_for(tpu_mesh(topology, 1, 1, 1), evaluation)
+        assert num_kernels(program) == 2  # the forward KL needs the first sweep only
+        assert temporary_bytes(program) < 3.5 * GB
+
+
+def test_forward_kl_needs_two_sweeps_only():
+    program = compiled_for(tpu_mesh("v6e:2x2", 1, 1, 1), value_and_gradients("forward"))
+    assert num_kernels(program) == 2
+
+
+def test_without_chunks_it_needs_four_times_that_memory():
+    mesh = tpu_mesh("v5p:2x2x1", 1, 1, 1)  # of the three the one where it fits
+    program = compiled_for(mesh, value_and_gradients("jsd", "reference"))
+    assert temporary_bytes(program) > 14 * GB
+
+
+def test_sharded():
+    mesh = tpu_mesh("v5p:2x2x2", 2, 2, 2)
+    program = compiled_for(mesh, value_and_gradients("jsd"))
+    assert num_kernels(program) == 3
+    assert temporary_bytes(program) < 4 * GB  # 1 GB of it are the two heads, gathered
