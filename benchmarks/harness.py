@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -24,7 +25,6 @@ from typing import Any
 from unittest import mock
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 from distill.errors import UserError
@@ -214,59 +214,75 @@ def described_tpu(topology: str) -> jax.Device:
 def estimate(function: Callable, *arguments: jax.ShapeDtypeStruct) -> Estimate:
     """The compiler's estimate for one call; `arguments` carry the device in their sharding.
 
-    Its cost analysis counts a scan's body once, whatever the trips. So the program is compiled
-    again with every scan run twice in a row: the difference is one body, compiled as it is in the
-    program itself (unrolled bodies would be fused with each other). Pallas kernels are counted, in
-    the body as outside, if they have a `cost_estimate`, by the same max(flops / peak, bytes /
-    bandwidth) as any operation, so nothing is added for them; one without is an error.
+    The sum over operations of max(operations / peak, bytes / bandwidth), where the compiler counts
+    a scan's body once, whatever the trips: seconds = outside + body. What is outside are passes
+    over arrays, so its share is bytes / bandwidth, and the loop takes outside + trips * body. (Two
+    scans in a row in place of one do not tell: they are laid out and fused differently.) Pallas
+    kernels with a `cost_estimate` are in the sum like any operation, so nothing is added for them;
+    one without would be missing and is an error.
     """
-    try:
-        once, trips = _compiled(function, arguments, runs=1)
-        costs = _costs(once)
-        if trips:
-            twice = _costs(_compiled(function, arguments, runs=2)[0])
-            (num_trips,) = trips  # loops of different lengths would need a difference each
-            costs = costs + (num_trips - 1) * (twice - costs)
-    except jax.errors.JaxRuntimeError as error:  # it does not fit into the chip's memory
-        return Estimate(failure=one_line(error))
-    seconds, flops = costs.tolist()
-    return Estimate(seconds, once.memory_analysis().temp_size_in_bytes, flops=flops)
-
-
-def _compiled(function: Callable, arguments, runs: int):
-    """(the compiled program with every scan run `runs` times, set of the scans' lengths)."""
     trips = set()
     scan = jax.lax.scan
 
-    def scan_in_a_row(step, carry, xs, **options):
+    def recorded_scan(step, carry, xs, **options):
         trips.add(jax.tree.leaves(xs)[0].shape[0])
-        carry, outputs = scan(step, carry, xs, **options)
-        for _ in range(runs - 1):
-            carry, more = scan(step, carry, xs, **options)
-            outputs = jax.tree.map(_with_first_element_of, more, outputs)
-        return carry, outputs
+        return scan(step, carry, xs, **options)
 
-    jax.clear_caches()  # a traced function is not traced again
-    with mock.patch.object(jax.lax, "scan", scan_in_a_row):
-        return jax.jit(lambda *args: function(*args)).lower(*arguments).compile(), trips
-
-
-def _with_first_element_of(x, other):
-    """Depends on `other`, which otherwise would not be computed, and costs nothing."""
-    first = (0,) * x.ndim
-    return x.at[first].set(other[first])
-
-
-def _costs(compiled) -> np.ndarray:
-    """(seconds, flops), a scan's body counted once."""
+    jax.clear_caches()  # a function traced before is not traced again
+    try:
+        with mock.patch.object(jax.lax, "scan", recorded_scan):
+            compiled = jax.jit(function).lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:  # it does not fit into the chip's memory
+        return Estimate(failure=one_line(error))
     text = compiled.as_text()
-    for line in text.splitlines():
-        if "tpu_custom_call" in line and '"cost_estimate"' not in line:
-            raise ValueError(f"a kernel without cost_estimate: {line.split(' = ')[0].strip()}")
+    _check_kernels_are_counted(text)
+    seconds, flops = _counted(compiled, text)
+    if trips:
+        (num_trips,) = trips  # loops of different lengths would have to be told apart
+        outside = _entry_bytes(text) / _bandwidth(arguments[0].sharding)
+        seconds = outside + num_trips * (seconds - outside)
+        flops = num_trips * flops
+    return Estimate(seconds, compiled.memory_analysis().temp_size_in_bytes, flops=flops)
+
+
+def _counted(compiled, text: str) -> tuple[float, float]:
+    """(seconds, operations) as the compiler counts them."""
     analysis = compiled.cost_analysis()
-    # An operation of unknown cost counts as -1 second and -1 flop: this one moves nothing.
+    # An operation of unknown cost counts as -1: there is one kind of it, and it moves nothing.
     unknown = text.count('custom_call_target="ConcatBitcast"')
-    return np.array([analysis["optimal_seconds"], analysis["flops"]], np.float64) + unknown
+    return analysis["optimal_seconds"] + unknown, analysis["flops"] + unknown
+
+
+def _check_kernels_are_counted(text: str) -> None:
+    for line in text.splitlines():
+        if '"tpu_custom_call"' in line and '"cost_estimate"' not in line:
+            raise ValueError(f"a kernel without cost_estimate: {line.split(' = ')[0].strip()}")
+
+
+def _bandwidth(sharding) -> float:
+    """Bytes per second that the compiler reckons with for this chip, a tenth below Google's."""
+    x = jax.ShapeDtypeStruct((1 << 13, 1 << 13), "float32", sharding=sharding)
+    analysis = jax.jit(lambda x: x + 1).lower(x).compile().cost_analysis()
+    return analysis["bytes accessed"] / analysis["optimal_seconds"]
+
+
+_OPERATION = re.compile(r"%(\S+) = (\S+?)\[([\d,]*)\]\S* ([\w-]+)\((.*?)\)[,\s]")
+_FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "custom-call"}
+
+
+def _entry_bytes(text: str) -> float:
+    """Bytes read and written by the operations of a program that are in none of its loops."""
+    sizes, total = {}, 0
+    for line in text[text.index("\nENTRY ") :].splitlines():
+        # Only single arrays: loops and tuples have a parenthesis for a type.
+        if match := _OPERATION.search(line):
+            name, dtype, shape, operation, operands = match.groups()
+            elements = math.prod(int(size) for size in shape.split(",") if size)
+            sizes[name] = elements * int(re.search(r"\d+|$", dtype)[0] or 8) / 8
+            if operation not in _FREE:
+                read = sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
+                total += sizes[name] + read
+    return total
 
 
 def compare(name: str, measurements: dict[str, Measurement], baseline: str) -> list[Row]:

@@ -353,7 +353,7 @@ class TestObjective:
             make_objective("forward", temperature=0.0)
         with pytest.raises(UserError, match="unknown kl_type 'kl'.*reverse"):
             make_objective("kl")
-        with pytest.raises(ValueError, match="'mosaic'.*reference, chunked"):
+        with pytest.raises(UserError, match="'mosaic'.*reference, chunked"):
             make_objective("forward", implementation="mosaic")
 
 

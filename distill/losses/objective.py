@@ -157,14 +157,16 @@ def make_objective(
       implementation, chunk: see kernels/linear_divergence/api.py.
 
     Raises:
-      UserError: unknown kl_type, or a parameter out of range.
-      ValueError: an implementation that cannot run here.
+      UserError: unknown kl_type, a parameter out of range, or an implementation that cannot run.
     """
     if not temperature > 0:
         raise UserError(f"kl_temperature={temperature} is not positive")
-    resolve_implementation(implementation)
-    parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
     pointwise = is_pointwise(kl_type)
+    try:
+        resolve_implementation(implementation, fused=pointwise or hard_labels)
+    except ValueError as error:
+        raise UserError(f"loss_implementation: {error}") from None
+    parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
     return Objective(
         divergence=get_divergence(kl_type, **parameters) if pointwise and not hard_labels else None,
         loss_fn=get_loss(kl_type) if not pointwise and not hard_labels else None,

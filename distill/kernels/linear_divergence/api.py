@@ -213,7 +213,7 @@ def _sweeps(implementation: str | Sweeps) -> Sweeps:
     if not isinstance(implementation, str):
         return implementation
     if implementation == "chunked":
-        return XlaSweeps()
+        return XlaSweeps.for_cpu() if _platform() == "cpu" else XlaSweeps()
     # Imported here: Pallas is slow to import, and its GPU part is missing from some builds.
     if _platform() == "tpu":
         from distill.kernels.linear_divergence import pallas_tpu as kernels

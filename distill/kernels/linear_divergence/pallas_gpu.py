@@ -3,7 +3,7 @@
 A thread block of one warpgroup (128 threads) has one token, and walks along its row in tiles. Bulk
 copies bring the next tiles of both models into shared memory while one is computed on; a few blocks
 share a multiprocessor, so that the waits of one are filled by the others. Sums over the vocabulary
-are kept per lane (two lanes per thread, in registers), and lanes are combined once at the end of
+are kept lane by lane, some lanes per thread, in registers; lanes are combined once at the end of
 the row, by the formula that also combines shards (sweeps.rescaled).
 """
 
@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Literal
 
 from distill.kernels.linear_divergence.sweeps import MASKED, Statistics, rescaled
 from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
 
-# Columns: bulk copies start at multiples of 16 bytes, also those of bfloat16.
+# Columns: a bulk copy starts at a multiple of 16 bytes, and its size is one.
 ALIGNMENT = 32
 OUTPUT_SLOTS = 2  # tiles of output: one being written by the threads, one on its way to memory
 
@@ -40,44 +41,43 @@ class Config:
 
     def __post_init__(self):
         if self.lanes % 128 or self.tile % self.lanes or self.stages < 1:
-            raise ValueError(
-                f"{self}: 128 must divide lanes, lanes the tile, and stages be positive"
-            )
+            raise ValueError(f"{self}: 128 must divide lanes, which must divide tile; stages >= 1")
 
 
-# (number of models, bytes of an output column or 0) -> what was fastest on an H200. Empty: nothing
-# has been measured yet.
-TUNED: dict[tuple[int, int], Config] = {}
+# (sweep, number of models, bytes of an output column or 0) -> what was fastest on an H200. Empty:
+# nothing has been measured yet.
+TUNED: dict[tuple[str, int, int], Config] = {}
 
 
-def choose_config(num_models: int, output_bytes: int) -> Config:
-    """The tuned sizes, or else those that let four blocks share a multiprocessor.
+def choose_config(sweep: str, num_models: int, output_bytes: int) -> Config:
+    """What is tuned, or else sizes with which four blocks share a multiprocessor.
 
-    Its 228 KiB of shared memory are 57 KiB for each of four blocks, of which CUDA takes 1 KiB and
-    reductions across warps 2 KiB. Both models' tiles of 2048 float32 columns are 16 KiB: 3 stages
-    for sums; 2 beside the two output tiles of a gradient, 8 KiB in bfloat16 and 16 KiB in float32.
-    By Little's law an H200 needs about 30 KiB on their way per multiprocessor (4.8 TB/s shared by
-    132, 0.8 us of latency); one stage in each of four blocks is twice that.
+    Of its 228 KiB of shared memory a block then has 57 KiB; CUDA takes 1 KiB of them, reductions
+    2 KiB. `statistics` rescales its sums once per tile, so a tile is several times its lanes: 16
+    KiB for 2048 columns of both models, 3 stages. The others compute a tile in one piece, because
+    the time to compile grows faster than the number of operations (JSD in eight pieces: minutes):
+    8 KiB for 1024 columns, 4 stages, and at most 8 KiB of output.
+
+    By Little's law 30 KiB per multiprocessor must be on their way to keep an H200's memory busy
+    (4.8 TB/s, 132 multiprocessors, 0.8 us); a single stage in each of four blocks is as much.
     """
-    if tuned := TUNED.get((num_models, output_bytes)):
+    if tuned := TUNED.get((sweep, num_models, output_bytes)):
         return tuned
-    tile, budget = 2048, 54 << 10
-    stages = (budget - OUTPUT_SLOTS * tile * output_bytes) // (num_models * tile * 4)
-    return Config(tile=tile, lanes=256, stages=min(stages, 4))
+    tile, lanes = (2048, 512) if sweep == "statistics" else (1024, 1024)
+    budget = (54 << 10) - OUTPUT_SLOTS * tile * output_bytes
+    return Config(tile, lanes, stages=min(4, budget // (num_models * tile * 4)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweeps:
     """sweeps.Sweeps for NVIDIA GPUs. `interpret`: None, or Mosaic GPU's InterpretGPUParams.
 
-    Arrays whose rows are not a multiple of ALIGNMENT columns are copied into ones that are.
+    Logits whose width is not a multiple of ALIGNMENT are copied into arrays where it is.
     """
 
     config: Config | None = None  # None: choose_config
     interpret: Any = None
-    # 1024 tokens at V=151936, as on TPU. Two thirds of a wave of blocks are 132 * 4 tokens on an
-    # H200, but blocks come and go on their own, so any number of tokens fills it.
-    budget_bytes: int = 1600 << 20
+    budget_bytes: int = 1600 << 20  # 1024 tokens at V=151936: several blocks per multiprocessor
     bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16
     row_multiple: int = 1
 
@@ -88,6 +88,7 @@ class Sweeps:
         logits = _present(logits_s_cv, logits_t_cv)
         names = _statistics_names(len(logits), temperature)
         table_cn = self._run(
+            "statistics",
             functools.partial(_statistics_kernel, names=names, temperature=temperature),
             logits,
             (targets_c,),
@@ -105,6 +106,7 @@ class Sweeps:
     ) -> tuple[jax.Array, jax.Array]:
         """K2: the pointwise loss and its slope."""
         table_cn = self._run(
+            "term_sums",
             functools.partial(_term_sums_kernel, loss=loss),
             _present(logits_s_cv, logits_t_cv),
             (targets_c, _row_operands(statistics)),
@@ -131,6 +133,7 @@ class Sweeps:
         logits = _present(logits_s_cv, logits_t_cv)
         rows_cn = _row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
         gradient_cv = self._run(
+            "gradient",
             functools.partial(_gradient_kernel, loss=loss),
             logits,
             (targets_c, rows_cn),
@@ -140,21 +143,21 @@ class Sweeps:
         )
         return gradient_cv[:, : logits_s_cv.shape[1]]
 
-    def _run(self, kernel, logits, rows, num_columns, *, output, transcendentals: int):
+    def _run(self, sweep: str, kernel, logits, rows, num_columns, *, output, transcendentals: int):
         """kernel(logits, rows, num_columns, output, **scratch), references all, once per token.
 
         An `output` as wide as the student's logits is one of columns, else one of sums.
         `transcendentals` are counted per logit.
         """
-        has_columns = output.shape == logits[0].shape
-        output_bytes = output.dtype.itemsize if has_columns else 0
-        config = self.config or choose_config(len(logits), output_bytes)
-        in_place = has_columns and output.dtype == logits[0].dtype
+        column_dtype = output.dtype if output.shape == logits[0].shape else None
+        output_bytes = column_dtype.itemsize if column_dtype else 0
+        config = self.config or choose_config(sweep, len(logits), output_bytes)
+        in_place = column_dtype == logits[0].dtype
 
         def body(logits_refs, rows_refs, num_columns_ref, output_ref=None):
             output_ref = logits_refs[0] if in_place else output_ref
             operands = logits_refs, rows_refs, num_columns_ref, output_ref
-            scratch = _scratch(config, len(logits), output.dtype if has_columns else None)
+            scratch = _scratch(config, len(logits), column_dtype)
             pl.run_scoped(functools.partial(kernel, *operands, lanes=config.lanes), **scratch)
 
         # What plgpu.kernel calls, without its detour through custom_vmap: references, which are
@@ -168,7 +171,7 @@ class Sweeps:
             ),
             cost_estimate=_cost(logits, output, transcendentals),
             interpret=self.interpret or False,
-            name=kernel.func.__name__.strip("_"),
+            name=sweep,
         )
         rest = rows, jnp.reshape(num_columns, 1)
         if not in_place:
@@ -444,7 +447,7 @@ def _evaluate(program, args: list) -> list:
     values = dict(zip(jaxpr.constvars + jaxpr.invars, [*program.consts, *args], strict=True))
 
     def read(atom):
-        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+        return atom.val if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -474,7 +477,11 @@ def _expm1(x, **_):
 
 def _pow(x, y, **_):
     # Of a base that is not negative, as probabilities are; NaN otherwise.
-    return jnp.where(y == 0, 1.0, jnp.exp(y * jnp.log(x)))
+    return _select_n(y == 0, jnp.exp(y * jnp.log(x)), jnp.ones_like(x))
+
+
+def _select_n(which, *cases):
+    return lax.select_n(jnp.broadcast_to(which, cases[0].shape), *cases)
 
 
 def _integer_pow(x, *, y: int):
@@ -494,6 +501,7 @@ _SUBSTITUTES = {
     "is_finite": lambda x: jnp.abs(x) < jnp.inf,
     "log1p": _log1p,
     "pow": _pow,
+    "select_n": _select_n,
     "sqrt": _sqrt,
     "stop_gradient": lambda x: x,
 }
@@ -501,7 +509,12 @@ _SUBSTITUTES = {
 
 def _present(logits_s_cv, logits_t_cv) -> list[jax.Array]:
     present = [logits_s_cv] if logits_t_cv is None else [logits_s_cv, logits_t_cv]
-    return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % ALIGNMENT))) for x in present]
+    return [_aligned(logits_cv) for logits_cv in present]
+
+
+def _aligned(logits_cv) -> jax.Array:
+    missing = -logits_cv.shape[1] % ALIGNMENT
+    return jnp.pad(logits_cv, ((0, 0), (0, missing))) if missing else logits_cv
 
 
 def _row_operands(statistics: Statistics, *more_c) -> jax.Array:

@@ -157,17 +157,69 @@ def gradient(
 
 @dataclasses.dataclass(frozen=True)
 class XlaSweeps:
-    """The functions of this module, for any platform."""
+    """The functions of this module, for any platform.
+
+    `strip_logits`, if given, are so many that a few arrays of them fit into a processor's cache: a
+    chunk's tokens are then swept a strip at a time.
+    """
 
     # Heads and head gradient pass through memory once per chunk, so a chunk wants the few hundred
     # tokens that hide this behind the matrix products: at V=151936 this budget gives 441.
     budget_bytes: int = 1 << 30
     bytes_per_logit: int = 16  # about four float32 blocks are alive at once
     row_multiple: int = 1
+    strip_logits: int | None = None
 
-    statistics = staticmethod(statistics)
-    term_sums = staticmethod(term_sums)
-    gradient = staticmethod(gradient)
+    @classmethod
+    def for_cpu(cls) -> XlaSweeps:
+        """A CPU makes arrays of most intermediate values: in strips they stay small and in cache.
+
+        64 tokens at V=151936, of both models' logits and the gradient.
+        """
+        return cls(budget_bytes=120 << 20, bytes_per_logit=12, row_multiple=8, strip_logits=1 << 20)
+
+    def statistics(self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float):
+        def sweep(*rows):
+            return statistics(*rows, num_columns, temperature=temperature)
+
+        return self._in_strips(sweep, logits_s_cv, logits_t_cv, targets_c)
+
+    def term_sums(self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics):
+        def sweep(*rows):
+            return term_sums(loss, *rows[:3], num_columns, rows[3])
+
+        return self._in_strips(sweep, logits_s_cv, logits_t_cv, targets_c, statistics)
+
+    def gradient(
+        self,
+        loss,
+        logits_s_cv,
+        logits_t_cv,
+        targets_c,
+        num_columns,
+        statistics,
+        slope_sum_c,
+        weights_c,
+        *,
+        dtype,
+    ):
+        def sweep(*rows):
+            return gradient(loss, *rows[:3], num_columns, *rows[3:], dtype=dtype)
+
+        logits = logits_s_cv, logits_t_cv
+        return self._in_strips(sweep, *logits, targets_c, statistics, slope_sum_c, weights_c)
+
+    def _in_strips(self, sweep, *rows):
+        num_tokens, width = rows[0].shape
+        largest = num_tokens
+        if self.strip_logits is not None:
+            largest = min(num_tokens, max(8, self.strip_logits // width))
+        size = next(size for size in range(largest, 0, -1) if num_tokens % size == 0)
+        if size == num_tokens:
+            return sweep(*rows)
+        strips = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+        results = jax.lax.map(lambda strip: sweep(*strip), strips)
+        return jax.tree.map(lambda x: x.reshape(num_tokens, *x.shape[2:]), results)
 
 
 def rescaled(cross, sum_own, moved_own, moved_other):
