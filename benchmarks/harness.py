@@ -322,6 +322,8 @@ def _cell(key: str, value) -> str:
         return f"{value:.4f}"
     if key.endswith("bytes"):
         return f"{value / 1e9:.3f}e9"
+    if key.endswith("error"):
+        return f"{value:.1e}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -5,9 +5,10 @@
 bfloat16 would halve the memory traffic of the sweeps. The table has the error of the divergence and
 of its gradient by the logits when the logits of both models are rounded, everything else being
 float64: relative to the mean divergence, and to the gradient's norm. `shifted` subtracts each
-token's largest logit first, which makes likely tokens exact and rounds the unlikely ones; no
-kernel can do better, as it would have to guess that maximum. Rounding the finished gradient to
-bfloat16, which its matrix products take it in anyway, is the yardstick in the last row.
+token's largest logit first, which makes likely tokens exact and rounds the unlikely ones; a kernel
+would have to guess that maximum, and do no better. `difference` keeps the teacher's shifted logits
+and what the student's differ from them. Rounding the finished gradient to bfloat16, which its
+matrix products take it in anyway, is the yardstick in the last row.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TOKENS, VOCAB_SIZE, WIDTH = 64, 151936, 512
 _JSON = flags.DEFINE_string("json", None, "also write the rows to this file")
 # Student and teacher differ by this much noise in the hidden state: from a fresh student to one
 # that is nearly done.
-NOISE = (1.0, 0.3, 0.1)
+NOISE = (1.0, 0.3, 0.1, 0.03)
 
 
 def rounded(x, dtype):
@@ -43,13 +44,20 @@ def forward_kl(logits_s, logits_t):
 
 
 def shifted(logits):
-    return rounded(logits - logits.max(-1, keepdims=True), "bfloat16")
+    return logits - logits.max(-1, keepdims=True)
 
 
+def difference(logits_s, logits_t):
+    teacher = rounded(shifted(logits_t), "bfloat16")
+    return teacher + rounded(shifted(logits_s) - shifted(logits_t), "bfloat16"), teacher
+
+
+# What the sweeps see of (logits_s, logits_t).
 STASHES = {
-    "float32": lambda logits: rounded(logits, "float32"),
-    "bfloat16": lambda logits: rounded(logits, "bfloat16"),
-    "bfloat16, shifted": shifted,
+    "float32": lambda *logits: [rounded(x, "float32") for x in logits],
+    "bfloat16": lambda *logits: [rounded(x, "bfloat16") for x in logits],
+    "bfloat16, shifted": lambda *logits: [rounded(shifted(x), "bfloat16") for x in logits],
+    "bfloat16, shifted, difference": difference,
 }
 
 
@@ -60,7 +68,7 @@ def rows_of(noise: float) -> list[dict]:
     hidden_s = hidden_t + noise * rng.standard_normal((TOKENS, WIDTH))
     logits = hidden_s @ head, hidden_t @ head
     divergence, gradient = forward_kl(*logits)
-    results = {name: forward_kl(*map(stash, logits)) for name, stash in STASHES.items()}
+    results = {name: forward_kl(*stash(*logits)) for name, stash in STASHES.items()}
     results["gradient to bfloat16"] = divergence, rounded(gradient, "bfloat16")
     return [
         dict(

@@ -30,7 +30,9 @@ from distill.sharding import make_mesh, named_sharding
 IMPLEMENTATIONS = {
     "reference": "reference",
     "chunked": "chunked",
-    "pallas_tpu": pallas_tpu.Sweeps(pallas_tpu.Config(32, 256), interpret=True, row_multiple=16),
+    "pallas_tpu": pallas_tpu.Sweeps(
+        pallas_tpu.Config(32, 256), pallas_tpu.Config(48, 384), interpret=True, row_multiple=16
+    ),
 }
 if jax.default_backend() != "cpu":
     IMPLEMENTATIONS["pallas"] = "pallas"
@@ -406,7 +408,7 @@ def test_a_custom_loss_of_the_wrong_shape_is_refused():
 def test_kernels_are_free_of_races_and_read_nothing_uninitialised():
     """In Pallas' simulation of a TPU, whose memory is full of NaN until written."""
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    sweeps = pallas_tpu.Sweeps(pallas_tpu.Config(16, 256), interpret)
+    sweeps = pallas_tpu.Sweeps(pallas_tpu.Config(16, 256), pallas_tpu.Config(16, 128), interpret)
     problem = make_problem(23, 300, "bfloat16")
     names = "forward", "jsd"
     options = dict(temperature=TEMPERATURE, chunk=20)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence import topk
-from distill.kernels.linear_divergence.sweeps import Statistics, Sweeps, rescaled
+from distill.kernels.linear_divergence.sweeps import Statistics, Sweeps, relative_to
 from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 
 
@@ -21,13 +21,16 @@ from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 class Block:
     """Logits of c tokens over this shard's columns, and what belongs to the tokens.
 
-    `teacher` is its logits float32 (c, v), a `TopK`, or None; `targets_c` counts from this shard's
+    `teacher` is its logits float32 (c, v), a `TopK`, or None; `statistics` are those of the whole
+    vocabulary at `temperature`; `targets_c` counts from this shard's
     first column (no column matches where the target is elsewhere). The vocabulary's last shard may
     have fewer columns than the array: `num_columns` exist, of `vocab_size` in all.
     """
 
     logits_s_cv: jax.Array
     teacher: Any
+    statistics: Statistics
+    temperature: float
     targets_c: jax.Array
     first_column: jax.Array | int
     num_columns: jax.Array
@@ -48,72 +51,54 @@ class Block:
 
 def values(losses: tuple, sweeps: Sweeps, block: Block) -> TokenValues:
     """The values per token; `divergence` has a row for each of the losses, (len(losses), c)."""
-    statistics = _statistics(losses[0].temperature, sweeps, block)
-    divergence_nc = jnp.stack([_sums(loss, sweeps, block, statistics)[0] for loss in losses])
-    return _token_values(divergence_nc, losses[0].temperature, block, statistics)
+    divergence_nc = jnp.stack([_sums(loss, sweeps, block)[0] for loss in losses])
+    return _token_values(divergence_nc, block)
 
 
 def values_and_gradients(loss, sweeps: Sweeps, block: Block, weights_c, dtype):
     """The values per token, and weights_c * dloss_c/dlogits_s over this shard's columns."""
-    statistics = _statistics(loss.temperature, sweeps, block)
     if isinstance(loss, RowLoss):
         divergence_c, gradient_cv = _row_gradient(loss, block, weights_c)
         gradient_cv = gradient_cv.astype(dtype)
     elif isinstance(block.teacher, topk.TopK):
-        divergence_c, gradient_cv = topk.gradient(loss, block, weights_c, statistics)
+        divergence_c, gradient_cv = topk.gradient(loss, block, weights_c)
         gradient_cv = gradient_cv.astype(dtype)
     else:
-        divergence_c, slope_sum_c = _sums(loss, sweeps, block, statistics)
-        gradient_cv = sweeps.gradient(
-            loss, *_operands(block), statistics, slope_sum_c, weights_c, dtype=dtype
-        )
-    return _token_values(divergence_c, loss.temperature, block, statistics), gradient_cv
+        divergence_c, slope_sum_c = _sums(loss, sweeps, block)
+        gradient_cv = sweeps.gradient(loss, *_operands(block), slope_sum_c, weights_c, dtype=dtype)
+    return _token_values(divergence_c, block), gradient_cv
 
 
-def _statistics(temperature: float, sweeps: Sweeps, block: Block) -> Statistics:
-    local = sweeps.statistics(*_operands(block), temperature=temperature)
-    return combine(local, temperature, block) if block.vocab_axes else local
-
-
-def combine(local: Statistics, temperature: float, block: Block) -> Statistics:
+def combined(local: Statistics, temperature: float, vocab_axes: tuple[str, ...]) -> Statistics:
     """Statistics over the whole vocabulary from those of its shards: one maximum and one sum."""
-    total_max = block.max({"s": local.max_s, "t": local.max_t})
-    moved_s = local.max_s - total_max["s"]
-    sums = dict(
-        sum_s=local.sum_s * jnp.exp(moved_s),
-        plain_sum_s=local.plain_sum_s * jnp.exp(temperature * moved_s),
-        target_s=local.target_s,
-    )
-    if local.max_t is not None:
-        moved_t = local.max_t - total_max["t"]
-        # The crosses are relative to both maxima: they shift, then rescale.
-        sums |= dict(
-            sum_t=local.sum_t * jnp.exp(moved_t),
-            plain_sum_t=local.plain_sum_t * jnp.exp(temperature * moved_t),
-            target_t=local.target_t,
-            cross_forward=rescaled(local.cross_forward, local.sum_t, moved_t, moved_s),
-            cross_reverse=rescaled(local.cross_reverse, local.sum_s, moved_s, moved_t),
-        )
-    return Statistics(max_s=total_max["s"], max_t=total_max["t"], **block.sum(sums))
+    if not vocab_axes:
+        return local
+    totals = {name: value for name, value in vars(local).items() if value is not None}
+    maxima = {model: totals[f"max_{model}"] for model in "st" if f"max_{model}" in totals}
+    totals = relative_to(jax.lax.pmax(maxima, vocab_axes), totals, temperature)
+    sums = {name: value for name, value in totals.items() if not name.startswith("max")}
+    return Statistics(**totals | jax.lax.psum(sums, vocab_axes))
 
 
 def _operands(block: Block):
-    return block.logits_s_cv, block.logits_t_cv, block.targets_c, block.num_columns
+    logits = block.logits_s_cv, block.logits_t_cv
+    return *logits, block.targets_c, block.num_columns, block.statistics
 
 
-def _sums(loss, sweeps: Sweeps, block: Block, statistics: Statistics):
+def _sums(loss, sweeps: Sweeps, block: Block):
     """(loss, sum of slopes) per token; the second is None where no one needs it."""
     if isinstance(loss, RowLoss):
         return loss.values(*_whole_rows(block)), None
     if isinstance(block.teacher, topk.TopK):
-        return topk.losses(loss, block, statistics), None
-    sums = loss.sums(statistics)
+        return topk.losses(loss, block), None
+    sums = loss.sums(block.statistics)
     if sums is None:
-        sums = block.sum(sweeps.term_sums(loss, *_operands(block), statistics))
+        sums = block.sum(sweeps.term_sums(loss, *_operands(block)))
     return sums
 
 
-def _token_values(divergence, temperature: float, block: Block, statistics: Statistics):
+def _token_values(divergence, block: Block):
+    statistics, temperature = block.statistics, block.temperature
     log_prob_s = statistics.target_s - temperature * statistics.max_s
     log_prob_s -= jnp.log(statistics.plain_sum_s)
     if isinstance(block.teacher, topk.TopK):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill.kernels.linear_divergence import block as blocks
-from distill.kernels.linear_divergence.sweeps import Sweeps
+from distill.kernels.linear_divergence.sweeps import Sweeps, product
 from distill.kernels.linear_divergence.token_losses import TokenValues
 from distill.sharding import mesh_axes, num_shards, partition_spec
 
@@ -59,7 +59,7 @@ def token_values(losses: tuple, options: Options, tokens: Tokens, head_s_dv, hea
 
     def local(tokens, head_s_dv, head_t_dv):
         def chunk_values(carry, chunk):
-            block = _block(options, chunk, head_s_dv, head_t_dv)
+            block = _block(options, losses[0].temperature, chunk, head_s_dv, head_t_dv)
             values = blocks.values(losses, options.sweeps, block)
             return carry, dataclasses.replace(values, divergence=values.divergence.T)
 
@@ -88,12 +88,12 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
 
     def local(tokens, head_s_dv, head_t_dv):
         def chunk_step(head_gradient_dv, chunk):
-            block = _block(options, chunk, head_s_dv, head_t_dv)
+            block = _block(options, loss.temperature, chunk, head_s_dv, head_t_dv)
             values, gradient_cv = blocks.values_and_gradients(
                 loss, options.sweeps, block, chunk.weights_t, hidden_dtype
             )
-            head_gradient_dv += _product("cd,cv->dv", chunk.hidden_s_td, gradient_cv)
-            hidden_gradient_cd = _product("cv,dv->cd", gradient_cv, head_s_dv)
+            head_gradient_dv += product("cd,cv->dv", chunk.hidden_s_td, gradient_cv)
+            hidden_gradient_cd = product("cv,dv->cd", gradient_cv, head_s_dv)
             if not block.vocab_axes:
                 hidden_gradient_cd = hidden_gradient_cd.astype(hidden_dtype)
             return head_gradient_dv, (values, hidden_gradient_cd)
@@ -132,29 +132,31 @@ def _backward(loss, options, gradients, cotangents):
 linear_token_loss.defvjp(_forward_with_gradients, _backward)
 
 
-def _block(options: Options, chunk: Tokens, head_s_dv, head_t_dv) -> blocks.Block:
-    teacher = chunk.teacher_t
-    if head_t_dv is not None:
-        teacher = _product("cd,dv->cv", teacher, head_t_dv)
+def _block(options: Options, temperature: float, chunk: Tokens, head_s_dv, head_t_dv):
     vocab_axes = mesh_axes("act_vocab")
     width = head_s_dv.shape[1]
     first_column = jax.lax.axis_index(vocab_axes) * width if vocab_axes else 0
-    # Without shards the two heads may be padded differently: the smaller padding ends the block.
     num_columns = jnp.clip(options.vocab_size - first_column, 0, width).astype(jnp.int32)
+    targets_c = chunk.targets_t - first_column
+    has_logits = head_t_dv is not None
+    logits_s_cv, logits_t_cv, statistics = options.sweeps.logits_and_statistics(
+        *(chunk.hidden_s_td, head_s_dv),
+        *((chunk.teacher_t, head_t_dv) if has_logits else (None, None)),
+        targets_c,
+        num_columns,
+        temperature=temperature,
+    )
     return blocks.Block(
-        logits_s_cv=_product("cd,dv->cv", chunk.hidden_s_td, head_s_dv),
-        teacher=teacher,
-        targets_c=chunk.targets_t - first_column,
+        logits_s_cv=logits_s_cv,
+        teacher=logits_t_cv if has_logits else chunk.teacher_t,
+        statistics=blocks.combined(statistics, temperature, vocab_axes),
+        temperature=temperature,
+        targets_c=targets_c,
         first_column=first_column,
         num_columns=num_columns,
         vocab_size=options.vocab_size,
         vocab_axes=vocab_axes,
     )
-
-
-def _product(subscripts: str, left, right) -> jax.Array:
-    """A matrix product accumulated and returned in float32 whatever the operands' dtype."""
-    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
 
 
 def _scan_chunks(step: Callable, carry, tokens: Tokens, options: Options, width: int):

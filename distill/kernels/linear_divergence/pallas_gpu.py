@@ -4,7 +4,7 @@ A thread block of one warpgroup (128 threads) has one token, and walks along its
 copies bring the next tiles of both models into shared memory while one is computed on; a few blocks
 share a multiprocessor, so that the waits of one are filled by the others. Sums over the vocabulary
 are kept lane by lane, some lanes per thread, in registers; lanes are combined once at the end of
-the row, by the formula that also combines shards (sweeps.rescaled).
+the row, by the formula that also combines shards (sweeps.relative_to).
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core import Literal
 
-from distill.kernels.linear_divergence.sweeps import MASKED, Statistics, rescaled
+from distill.kernels.linear_divergence.mosaic_gpu_primitives import lowerable
+from distill.kernels.linear_divergence.sweeps import (
+    MASKED,
+    SeparateProducts,
+    Statistics,
+    relative_to,
+    row_operands,
+    statistics_of,
+    sum_names,
+)
 from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
 
 # Columns: a bulk copy starts at a multiple of 16 bytes, and its size is one.
@@ -44,13 +52,8 @@ class Config:
             raise ValueError(f"{self}: 128 must divide lanes, which must divide tile; stages >= 1")
 
 
-# (sweep, number of models, bytes of an output column or 0) -> what was fastest on an H200. Empty:
-# nothing has been measured yet.
-TUNED: dict[tuple[str, int, int], Config] = {}
-
-
 def choose_config(sweep: str, num_models: int, output_bytes: int) -> Config:
-    """What is tuned, or else sizes with which four blocks share a multiprocessor.
+    """Sizes with which four blocks share a multiprocessor; from arithmetic, nothing was measured.
 
     Of its 228 KiB of shared memory a block then has 57 KiB; CUDA takes 1 KiB of them, reductions
     2 KiB. `statistics` rescales its sums once per tile, so a tile is several times its lanes: 16
@@ -61,15 +64,13 @@ def choose_config(sweep: str, num_models: int, output_bytes: int) -> Config:
     By Little's law 30 KiB per multiprocessor must be on their way to keep an H200's memory busy
     (4.8 TB/s, 132 multiprocessors, 0.8 us); a single stage in each of four blocks is as much.
     """
-    if tuned := TUNED.get((sweep, num_models, output_bytes)):
-        return tuned
     tile, lanes = (2048, 512) if sweep == "statistics" else (1024, 1024)
     budget = (54 << 10) - OUTPUT_SLOTS * tile * output_bytes
     return Config(tile, lanes, stages=min(4, budget // (num_models * tile * 4)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweeps:
+class Sweeps(SeparateProducts):
     """sweeps.Sweeps for NVIDIA GPUs. `interpret`: None, or Mosaic GPU's InterpretGPUParams.
 
     Logits whose width is not a multiple of ALIGNMENT are copied into arrays where it is.
@@ -86,7 +87,7 @@ class Sweeps:
     ) -> Statistics:
         """K1: an online softmax of both models."""
         logits = _present(logits_s_cv, logits_t_cv)
-        names = _statistics_names(len(logits), temperature)
+        names = sum_names(len(logits), temperature)
         table_cn = self._run(
             "statistics",
             functools.partial(_statistics_kernel, names=names, temperature=temperature),
@@ -96,10 +97,7 @@ class Sweeps:
             output=_table(targets_c, len(names)),
             transcendentals=1 if temperature == 1.0 else 2,
         )
-        fields = {name: table_cn[:, i] for i, name in enumerate(names)}
-        for model in "st"[: len(logits)]:
-            fields.setdefault(f"plain_sum_{model}", fields[f"sum_{model}"])
-        return Statistics(**fields)
+        return statistics_of(table_cn, names)
 
     def term_sums(
         self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
@@ -109,7 +107,7 @@ class Sweeps:
             "term_sums",
             functools.partial(_term_sums_kernel, loss=loss),
             _present(logits_s_cv, logits_t_cv),
-            (targets_c, _row_operands(statistics)),
+            (targets_c, row_operands(statistics)),
             num_columns,
             output=_table(targets_c, 2),
             transcendentals=3,
@@ -131,7 +129,7 @@ class Sweeps:
     ) -> jax.Array:
         """K3, written over the student's logits where the dtype allows."""
         logits = _present(logits_s_cv, logits_t_cv)
-        rows_cn = _row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
+        rows_cn = row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
         gradient_cv = self._run(
             "gradient",
             functools.partial(_gradient_kernel, loss=loss),
@@ -182,12 +180,6 @@ class Sweeps:
         return jax.freeze(student_ref)
 
 
-def _statistics_names(num_models: int, temperature: float) -> tuple[str, ...]:
-    per_model = "max", "sum", "target", *(() if temperature == 1.0 else ("plain_sum",))
-    crosses = ("cross_forward", "cross_reverse") if num_models == 2 else ()
-    return tuple(f"{name}_{model}" for model in "st"[:num_models] for name in per_model) + crosses
-
-
 def _statistics_kernel(
     logits_refs, rows_refs, num_columns_ref, table_ref, *, tiles, ready, lanes, names, temperature
 ):
@@ -209,13 +201,11 @@ def _statistics_kernel(
             ]
             for i, model in enumerate(models)
         }
-        totals = moved_to(
-            {
-                model: functools.reduce(jnp.maximum, scaled[model], totals[f"max_{model}"])
-                for model in models
-            },
-            totals,
-        )
+        maxima = {
+            model: functools.reduce(jnp.maximum, scaled[model], totals[f"max_{model}"])
+            for model in models
+        }
+        totals = relative_to(maxima, totals, temperature)
         for k in range(len(blocks)):
             shifted = {model: scaled[model][k] - totals[f"max_{model}"] for model in models}
             weight = {model: jnp.exp(shifted[model]) for model in models}
@@ -229,24 +219,10 @@ def _statistics_kernel(
                 totals["cross_reverse"] -= weight["s"] * difference
         return totals
 
-    def moved_to(maxima, totals):
-        """The totals relative to other maxima."""
-        moved = {model: totals[f"max_{model}"] - maxima[model] for model in models}
-        new = {}
-        for model in models:
-            new[f"max_{model}"] = maxima[model]
-            new[f"sum_{model}"] = totals[f"sum_{model}"] * jnp.exp(moved[model])
-            if temperature != 1.0:
-                rescale = jnp.exp(temperature * moved[model])
-                new[f"plain_sum_{model}"] = totals[f"plain_sum_{model}"] * rescale
-        if len(models) == 2:
-            for name, own, other in (("cross_forward", "t", "s"), ("cross_reverse", "s", "t")):
-                new[name] = rescaled(totals[name], totals[f"sum_{own}"], moved[own], moved[other])
-        return new
-
     num_tiles = pl.cdiv(num_columns, tiles.shape[-1])
     totals = _over_tiles(logits_refs, tiles, ready, num_tiles, add, totals)
-    totals = moved_to({model: jnp.max(totals[f"max_{model}"]) for model in models}, totals)
+    maxima = {model: jnp.max(totals[f"max_{model}"]) for model in models}
+    totals = relative_to(maxima, totals, temperature)
     token = lax.axis_index("token")
     target = rows_refs[0][token]
     has_target = (target >= 0) & (target < num_columns)
@@ -332,7 +308,7 @@ class _Tile:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """What K2 and K3 know of a token: its target, `_row_operands`, and the loss."""
+    """What K2 and K3 know of a token: its target, `row_operands`, and the loss."""
 
     target: jax.Array
     operands: list
@@ -348,7 +324,7 @@ class _Row:
         is_target = jax.ShapeDtypeStruct((lanes,), jnp.bool_)
         log_p = log_prob if num_models == 2 else None
         function = functools.partial(terms_and_slopes, loss)
-        loss_and_slope = _lowerable(function, log_p, log_prob, is_target)
+        loss_and_slope = lowerable(function, log_p, log_prob, is_target)
         return cls(targets_ref[token], operands, loss.temperature, loss_and_slope)
 
     def log_probs(self, logits: list) -> list[jax.Array]:
@@ -428,85 +404,6 @@ def _store_zeros(output_tiles, output_ref, start: int) -> None:
         _store(output_tiles.at[0], output_ref, first_column, min(size, width - first_column))
 
 
-def _lowerable(function: Callable, *examples) -> Callable:
-    """An elementwise function in primitives that Mosaic GPU lowers.
-
-    It lacks some that users will write, and even one of jax.jvp's own (add_any).
-    """
-    program, results = jax.make_jaxpr(function, return_shape=True)(*examples)
-
-    def lowerable(*args):
-        results_flat = _evaluate(program, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(results), results_flat)
-
-    return lowerable
-
-
-def _evaluate(program, args: list) -> list:
-    jaxpr = program.jaxpr
-    values = dict(zip(jaxpr.constvars + jaxpr.invars, [*program.consts, *args], strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        inputs = [read(atom) for atom in equation.invars]
-        if name in _CALLS:
-            outputs = _evaluate(params[_CALLS[name]], inputs)
-        elif name in _SUBSTITUTES:
-            outputs = [_SUBSTITUTES[name](*inputs, **params)]
-        else:
-            outputs = equation.primitive.bind(*inputs, **params)
-            outputs = outputs if equation.primitive.multiple_results else [outputs]
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _log1p(x, **_):
-    # Kahan: what rounding did to 1 + x cancels in the quotient.
-    rounded = 1.0 + x
-    return jnp.where(rounded == 1.0, x, jnp.log(rounded) * (x / (rounded - 1.0)))
-
-
-def _expm1(x, **_):
-    rounded = jnp.exp(x)
-    near_zero = jnp.where(rounded == 1.0, x, (rounded - 1.0) * (x / jnp.log(rounded)))
-    return jnp.where(jnp.abs(x) < 0.5, near_zero, rounded - 1.0)
-
-
-def _pow(x, y, **_):
-    # Of a base that is not negative, as probabilities are; NaN otherwise.
-    return _select_n(y == 0, jnp.exp(y * jnp.log(x)), jnp.ones_like(x))
-
-
-def _select_n(which, *cases):
-    return lax.select_n(jnp.broadcast_to(which, cases[0].shape), *cases)
-
-
-def _integer_pow(x, *, y: int):
-    return lax.integer_pow(x, y) if y >= 0 else 1.0 / lax.integer_pow(x, -y)
-
-
-def _sqrt(x, **_):
-    return jnp.where(x == 0.0, 0.0, x * lax.rsqrt(x))
-
-
-# Primitives that hold a program, and under which name.
-_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-_SUBSTITUTES = {
-    "add_any": lax.add,
-    "expm1": _expm1,
-    "integer_pow": _integer_pow,
-    "is_finite": lambda x: jnp.abs(x) < jnp.inf,
-    "log1p": _log1p,
-    "pow": _pow,
-    "select_n": _select_n,
-    "sqrt": _sqrt,
-    "stop_gradient": lambda x: x,
-}
-
-
 def _present(logits_s_cv, logits_t_cv) -> list[jax.Array]:
     present = [logits_s_cv] if logits_t_cv is None else [logits_s_cv, logits_t_cv]
     return [_aligned(logits_cv) for logits_cv in present]
@@ -515,13 +412,6 @@ def _present(logits_s_cv, logits_t_cv) -> list[jax.Array]:
 def _aligned(logits_cv) -> jax.Array:
     missing = -logits_cv.shape[1] % ALIGNMENT
     return jnp.pad(logits_cv, ((0, 0), (0, missing))) if missing else logits_cv
-
-
-def _row_operands(statistics: Statistics, *more_c) -> jax.Array:
-    columns = [statistics.max_s, jnp.log(statistics.sum_s)]
-    if statistics.max_t is not None:
-        columns += [statistics.max_t, jnp.log(statistics.sum_t)]
-    return jnp.stack([*columns, *more_c], axis=1)
 
 
 def _table(targets_c, num_sums: int) -> jax.ShapeDtypeStruct:

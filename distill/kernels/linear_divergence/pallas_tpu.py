@@ -3,7 +3,7 @@
 A grid of (token blocks, vocabulary blocks), the latter innermost. Within a block, strips of 16
 tokens are walked one vector register's width of columns (128 lanes) at a time, so that intermediate
 values stay in registers. Sums over the vocabulary are kept lane by lane, and lanes are combined
-once at the end of a row, by the formula that also combines shards (sweeps.rescaled).
+once at the end of a row, by the formula that also combines shards (sweeps.relative_to).
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from distill.kernels.linear_divergence.sweeps import MASKED, Statistics, rescaled
+from distill.kernels.linear_divergence.sweeps import (
+    MASKED,
+    Statistics,
+    relative_to,
+    row_operands,
+    statistics_of,
+    sum_names,
+)
 from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
 
 LANES = 128
 STRIP = 16  # tokens; the rows of one bfloat16 register, two of float32
+VMEM_LIMIT = 60 << 20  # bytes of fast memory for the products: all these chips have 64 MiB or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +51,32 @@ class Config:
             min(self.block_columns, _round_up(width, LANES)),
         )
 
+    def grid(self, num_tokens: int, width: int) -> tuple[int, int]:
+        return pl.cdiv(num_tokens, self.block_tokens), pl.cdiv(width, self.block_columns)
+
+
+def choose_products(hidden: list, num_sums: int) -> Config:
+    """As many tokens at a time as fast memory holds: heads are read once for each such block.
+
+    Twice (being computed on, in flight): hidden states, blocks of the heads, blocks of logits; and
+    once the logits before they are stored, and the sums.
+    """
+    columns = 256
+    row_bytes = sum(x.shape[1] * x.dtype.itemsize for x in hidden)
+    for tokens in (1024, 512, 256):
+        logits_bytes = 4 * tokens * columns * len(hidden)
+        sums_bytes = 4 * tokens * LANES * num_sums
+        if 2 * (tokens + columns) * row_bytes + 3 * logits_bytes + sums_bytes < VMEM_LIMIT:
+            return Config(tokens, columns)
+    return Config(128, LANES)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweeps:
     """sweeps.Sweeps for TPU. `interpret`: False, True or pltpu.InterpretParams, as in Pallas."""
 
     config: Config = Config()
+    products: Config | None = None  # None: choose_products
     interpret: Any = False
     # 1024 tokens at V=151936: the head's gradient is read and written once per chunk, which such a
     # chunk hides behind its product on all chips but v6e.
@@ -56,12 +84,60 @@ class Sweeps:
     bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16
     row_multiple: int = 256
 
+    def logits_and_statistics(
+        self,
+        hidden_s_cd,
+        head_s_dv,
+        hidden_t_cd,
+        head_t_dv,
+        targets_c,
+        num_columns,
+        *,
+        temperature: float,
+    ) -> tuple[jax.Array, jax.Array | None, Statistics]:
+        """The matrix products with K1 at their end, while a block of logits is still at hand."""
+        hidden, heads = _present(hidden_s_cd, hidden_t_cd), _present(head_s_dv, head_t_dv)
+        num_tokens, width = len(targets_c), min(head_dv.shape[1] for head_dv in heads)
+        names = sum_names(len(heads), temperature)
+        config = self.products or choose_products(hidden, len(names))
+        config = config.fitted(num_tokens, width)
+        logits_specs = [_logits_spec(config, head_dv.shape[1]) for head_dv in heads]
+        num_products = num_tokens * width * sum(hidden_cd.shape[1] for hidden_cd in hidden)
+        *logits, table = pl.pallas_call(
+            functools.partial(_products_kernel, names=names, temperature=temperature),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=config.grid(num_tokens, width),
+                in_specs=[_row_spec(config, hidden_cd.shape[1]) for hidden_cd in hidden]
+                + [_head_spec(config, head_dv.shape) for head_dv in heads]
+                + [_row_spec(config, 1)],
+                out_specs=[*logits_specs, _row_spec(config, LANES)],
+                scratch_shapes=[_accumulator(config)] * len(names),
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct((num_tokens, columns), jnp.float32)
+                for columns in (*(head_dv.shape[1] for head_dv in heads), LANES)
+            ],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * num_products,
+                transcendentals=num_tokens * width * len(heads),
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*hidden, *heads))
+                + 4 * num_tokens * width * len(heads),
+            ),
+            interpret=self.interpret,
+        )(jnp.reshape(num_columns, 1), *hidden, *heads, targets_c[:, None])
+        logits_s_cv, logits_t_cv = logits if len(logits) == 2 else (*logits, None)
+        return logits_s_cv, logits_t_cv, statistics_of(table, names)
+
     def statistics(
         self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
     ) -> Statistics:
-        """K1: an online softmax of both models."""
+        """K1 alone: an online softmax of both models."""
         logits = _present(logits_s_cv, logits_t_cv)
-        names = _statistics_names(len(logits), temperature)
+        names = sum_names(len(logits), temperature)
         table = self._sums(
             functools.partial(_statistics_kernel, names=names, temperature=temperature),
             logits,
@@ -70,10 +146,7 @@ class Sweeps:
             num_sums=len(names),
             transcendentals=1 if temperature == 1.0 else 2,
         )
-        fields = {name: table[:, i] for i, name in enumerate(names)}
-        for model in "st"[: len(logits)]:
-            fields.setdefault(f"plain_sum_{model}", fields[f"sum_{model}"])
-        return Statistics(**fields)
+        return statistics_of(table, names)
 
     def term_sums(
         self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
@@ -82,7 +155,7 @@ class Sweeps:
         table = self._sums(
             functools.partial(_term_sums_kernel, loss=loss),
             _present(logits_s_cv, logits_t_cv),
-            [targets_c[:, None], _row_operands(statistics)],
+            [targets_c[:, None], row_operands(statistics)],
             num_columns,
             num_sums=2,
             transcendentals=3,
@@ -110,7 +183,7 @@ class Sweeps:
             logits,
             [
                 targets_c[:, None],
-                _row_operands(statistics, slope_sum_c, weights_c / loss.temperature),
+                row_operands(statistics, slope_sum_c, weights_c / loss.temperature),
             ],
             num_columns,
             config=config,
@@ -129,7 +202,6 @@ class Sweeps:
         """Sums over the vocabulary, as the first columns of a (tokens, LANES) table."""
         num_tokens, width = logits[0].shape[0], min(x.shape[1] for x in logits)
         config = self.config.fitted(num_tokens, width)
-        accumulator = pltpu.VMEM((config.block_tokens, LANES), jnp.float32)
         return self._call(
             kernel,
             logits,
@@ -139,7 +211,7 @@ class Sweeps:
             width=width,
             out_shape=jax.ShapeDtypeStruct((num_tokens, LANES), jnp.float32),
             out_spec=_row_spec(config, LANES),
-            scratch_shapes=[accumulator] * num_sums,
+            scratch_shapes=[_accumulator(config)] * num_sums,
             transcendentals=transcendentals,
         )
 
@@ -166,10 +238,7 @@ class Sweeps:
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
-                grid=(
-                    pl.cdiv(num_tokens, config.block_tokens),
-                    pl.cdiv(width, config.block_columns),
-                ),
+                grid=config.grid(num_tokens, width),
                 in_specs=[_logits_spec(config, x.shape[1]) for x in logits]
                 + [_row_spec(config, x.shape[1]) for x in rows],
                 out_specs=out_spec,
@@ -194,22 +263,32 @@ def _logits_spec(config: Config, columns: int) -> pl.BlockSpec:
     return pl.BlockSpec(block, lambda i, j, _: (i, jnp.minimum(j, last)))
 
 
+def _head_spec(config: Config, shape: tuple[int, int]) -> pl.BlockSpec:
+    model_width, columns = shape
+    last = pl.cdiv(columns, config.block_columns) - 1
+    block = model_width, config.block_columns
+    return pl.BlockSpec(block, lambda i, j, _: (0, jnp.minimum(j, last)))
+
+
+def _accumulator(config: Config):
+    return pltpu.VMEM((config.block_tokens, LANES), jnp.float32)
+
+
 def _row_spec(config: Config, columns: int) -> pl.BlockSpec:
     return pl.BlockSpec((config.block_tokens, columns), lambda i, j, _: (i, 0))
 
 
-def _row_operands(statistics: Statistics, *more_c) -> jax.Array:
-    """What K2 and K3 know of a token, as the columns of one array: see `_log_probs`."""
-    columns = [statistics.max_s, jnp.log(statistics.sum_s)]
-    if statistics.max_t is not None:
-        columns += [statistics.max_t, jnp.log(statistics.sum_t)]
-    return jnp.stack([*columns, *more_c], axis=1)
-
-
-def _statistics_names(num_models: int, temperature: float) -> tuple[str, ...]:
-    per_model = "max", "sum", "target", *(() if temperature == 1.0 else ("plain_sum",))
-    crosses = ("cross_forward", "cross_reverse") if num_models == 2 else ()
-    return tuple(f"{name}_{model}" for model in "st"[:num_models] for name in per_model) + crosses
+def _products_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
+    num_models = 2 if "max_t" in names else 1
+    hidden_refs, refs = refs[:num_models], refs[num_models:]
+    head_refs, (targets_ref, *refs) = refs[:num_models], refs[num_models:]
+    logits_refs, refs = refs[:num_models], refs[num_models:]
+    for hidden_ref, head_ref, logits_ref in zip(hidden_refs, head_refs, logits_refs, strict=True):
+        logits_ref[...] = jnp.dot(
+            hidden_ref[...], head_ref[...], preferred_element_type=jnp.float32
+        )
+    operands = *logits_refs, targets_ref, *refs
+    _statistics_kernel(num_columns_ref, *operands, names=names, temperature=temperature)
 
 
 def _statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
@@ -239,10 +318,11 @@ def _statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperatu
             ]
             for model in models
         }
-        old_max = {model: total[f"max_{model}"] for model in models}
-        for model in models:
-            total[f"max_{model}"] = functools.reduce(jnp.maximum, scaled[model], old_max[model])
-        _rescale(total, {model: old_max[model] - total[f"max_{model}"] for model in models})
+        maxima = {
+            model: functools.reduce(jnp.maximum, scaled[model], total[f"max_{model}"])
+            for model in models
+        }
+        total = relative_to(maxima, total, temperature)
         for k, (_, _, is_target) in enumerate(columns):
             shifted = {model: scaled[model][k] - total[f"max_{model}"] for model in models}
             weight = {model: jnp.exp(shifted[model]) for model in models}
@@ -261,27 +341,13 @@ def _statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperatu
     def combine(rows):
         """The lanes into the first one, then all sums into the table."""
         total = {name: ref[rows, :] for name, ref in totals.items()}
-        moved = {}
-        for model in models:
-            max_of_lanes = total[f"max_{model}"]
-            total[f"max_{model}"] = jnp.max(max_of_lanes, axis=1, keepdims=True)
-            moved[model] = max_of_lanes - total[f"max_{model}"]
-        _rescale(total, moved)
+        maxima = {model: jnp.max(total[f"max_{model}"], axis=1, keepdims=True) for model in models}
+        total = relative_to(maxima, total, temperature)
         _write_table(
             table_ref,
             rows,
             [x if name.startswith("max") else _lane_sum(x) for name, x in total.items()],
         )
-
-    def _rescale(total, moved):
-        """To maxima that moved by -moved: sums.py's `rescaled`, for every sum in place."""
-        if len(models) == 2:
-            for name, own, other in (("cross_forward", "t", "s"), ("cross_reverse", "s", "t")):
-                total[name] = rescaled(total[name], total[f"sum_{own}"], moved[own], moved[other])
-        for model in models:
-            total[f"sum_{model}"] *= jnp.exp(moved[model])
-            if temperature != 1.0:
-                total[f"plain_sum_{model}"] *= jnp.exp(temperature * moved[model])
 
     _for_each_strip(table_ref, update)
     pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))

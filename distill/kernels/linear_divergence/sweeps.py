@@ -68,9 +68,17 @@ class Sweeps(Protocol):
     bytes_per_logit: int
     row_multiple: int
 
-    def statistics(
-        self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
-    ) -> Statistics: ...
+    def logits_and_statistics(
+        self,
+        hidden_s_cd,
+        head_s_dv,
+        hidden_t_cd,
+        head_t_dv,
+        targets_c,
+        num_columns,
+        *,
+        temperature: float,
+    ) -> tuple[jax.Array, jax.Array | None, Statistics]: ...
 
     def term_sums(
         self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
@@ -155,8 +163,35 @@ def gradient(
     return jnp.pad(gradient_cv.astype(dtype), ((0, 0), (0, padding)))
 
 
+def product(subscripts: str, left, right) -> jax.Array:
+    """A matrix product accumulated and returned in float32 whatever the operands' dtype."""
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
+class SeparateProducts:
+    """`logits_and_statistics` of sweeps that leave the matrix products to XLA."""
+
+    def logits_and_statistics(
+        self,
+        hidden_s_cd,
+        head_s_dv,
+        hidden_t_cd,
+        head_t_dv,
+        targets_c,
+        num_columns,
+        *,
+        temperature: float,
+    ) -> tuple[jax.Array, jax.Array | None, Statistics]:
+        logits_s_cv, logits_t_cv = (
+            None if head_dv is None else product("cd,dv->cv", hidden_cd, head_dv)
+            for hidden_cd, head_dv in ((hidden_s_cd, head_s_dv), (hidden_t_cd, head_t_dv))
+        )
+        logits = logits_s_cv, logits_t_cv
+        return *logits, self.statistics(*logits, targets_c, num_columns, temperature=temperature)
+
+
 @dataclasses.dataclass(frozen=True)
-class XlaSweeps:
+class XlaSweeps(SeparateProducts):
     """The functions of this module, for any platform.
 
     `strip_logits`, if given, are so many that a few arrays of them fit into a processor's cache: a
@@ -222,10 +257,48 @@ class XlaSweeps:
         return jax.tree.map(lambda x: x.reshape(num_tokens, *x.shape[2:]), results)
 
 
-def rescaled(cross, sum_own, moved_own, moved_other):
-    """A cross sum relative to new maxima: `moved` is old maximum - new, of the model that weights
-    the sum and of the other; sum_own is still relative to the old one."""
-    return (cross + sum_own * (moved_own - moved_other)) * jnp.exp(moved_own)
+def relative_to(maxima: dict, totals: dict, temperature: float) -> dict:
+    """Sums relative to other maxima than their own: how lanes, tiles and shards are combined.
+
+    `totals` are fields of `Statistics` by name, `maxima` one per model: {"s": ..., "t": ...}.
+    """
+    moved = {model: totals[f"max_{model}"] - maximum for model, maximum in maxima.items()}
+    new = dict(totals)
+    for model, maximum in maxima.items():
+        new[f"max_{model}"] = maximum
+        new[f"sum_{model}"] = totals[f"sum_{model}"] * jnp.exp(moved[model])
+        if (name := f"plain_sum_{model}") in totals:
+            new[name] = totals[name] * jnp.exp(temperature * moved[model])
+    if len(maxima) == 2:
+        # The crosses are relative to both maxima: they shift, then rescale.
+        for name, own, other in (("cross_forward", "t", "s"), ("cross_reverse", "s", "t")):
+            shifted = totals[name] + totals[f"sum_{own}"] * (moved[own] - moved[other])
+            new[name] = shifted * jnp.exp(moved[own])
+    return new
+
+
+def sum_names(num_models: int, temperature: float) -> tuple[str, ...]:
+    """The fields of `Statistics` that a kernel makes: at temperature 1, plain sums are the sums."""
+    per_model = "max", "sum", "target", *(() if temperature == 1.0 else ("plain_sum",))
+    crosses = ("cross_forward", "cross_reverse") if num_models == 2 else ()
+    return tuple(f"{name}_{model}" for model in "st"[:num_models] for name in per_model) + crosses
+
+
+def statistics_of(table_cn, names: tuple[str, ...]) -> Statistics:
+    """From a kernel's output: a row per token, a column for each of `sum_names`."""
+    fields = {name: table_cn[:, i] for i, name in enumerate(names)}
+    for model in "st":
+        if f"sum_{model}" in fields:
+            fields.setdefault(f"plain_sum_{model}", fields[f"sum_{model}"])
+    return Statistics(**fields)
+
+
+def row_operands(statistics: Statistics, *more_c) -> jax.Array:
+    """What K2 and K3 know of a token, as columns: per model, maximum and logarithm of the sum."""
+    columns = [statistics.max_s, jnp.log(statistics.sum_s)]
+    if statistics.max_t is not None:
+        columns += [statistics.max_t, jnp.log(statistics.sum_t)]
+    return jnp.stack([*columns, *more_c], axis=1)
 
 
 def _scaled(logits_cv, num_columns, temperature: float):

@@ -37,24 +37,24 @@ class TopK:
         return jnp.where(leaves_some_t, jnp.log1p(-mass_t), MASKED)
 
 
-def losses(loss, block, statistics) -> jax.Array:
+def losses(loss, block) -> jax.Array:
     """The loss of each token, float32 (c,)."""
-    terms_ck, terms_tail_c = _outcomes(loss, block, statistics)[0]
+    terms_ck, terms_tail_c = _outcomes(loss, block)[0]
     return jnp.sum(terms_ck, axis=-1) + terms_tail_c
 
 
-def gradient(loss, block, weights_c, statistics):
+def gradient(loss, block, weights_c):
     """Losses (c,) and weights_c * dloss_c/dlogits_s, float32, over this shard's columns.
 
     With r the slopes and R their sum, the derivative by the logit of v is r_v - q_v R on the
     support, and r_tail q_v / q_tail - q_v R in the tail.
     """
-    outcomes = _outcomes(loss, block, statistics)
+    outcomes = _outcomes(loss, block)
     (terms_ck, terms_tail_c), (slopes_ck, slope_tail_c), tail_cv, log_tail_q_c = outcomes
     slope_sum_c = jnp.sum(slopes_ck, axis=-1) + slope_tail_c
     # tail_cv is log q there: minus the tail's, the log-share of the tail.
     gradient_cv = slope_tail_c[:, None] * jnp.exp(tail_cv - log_tail_q_c[:, None])
-    gradient_cv -= jnp.exp(_log_q(block.logits_s_cv, loss, statistics)) * slope_sum_c[:, None]
+    gradient_cv -= jnp.exp(_log_q(block.logits_s_cv, block)) * slope_sum_c[:, None]
     rows_c1 = jnp.arange(slopes_ck.shape[0])[:, None]
     gradient_cv = gradient_cv.at[rows_c1, _columns(block)].add(slopes_ck, mode="drop")
     gradient_cv = jnp.where(_exists(block), gradient_cv, 0.0)
@@ -71,7 +71,7 @@ def target_log_probs(block) -> jax.Array:
     return jnp.where(is_target_ck.any(axis=-1), listed_c, teacher.log_tail_t(block.vocab_size))
 
 
-def _outcomes(loss, block, statistics):
+def _outcomes(loss, block):
     """Terms and slopes, each of (support (c, k), tail (c,)); log q, MASKED on the support, (c, v);
     the student's log-mass of the tail (c,)."""
     teacher = block.teacher
@@ -79,9 +79,9 @@ def _outcomes(loss, block, statistics):
     logits_ck = jnp.take_along_axis(
         block.logits_s_cv, columns_ck, axis=1, mode="fill", fill_value=0.0
     )
-    log_q_ck = _log_q(block.sum(logits_ck), loss, statistics)
+    log_q_ck = _log_q(block.sum(logits_ck), block)
 
-    log_q_cv = _log_q(block.logits_s_cv, loss, statistics)
+    log_q_cv = _log_q(block.logits_s_cv, block)
     tail_cv = jnp.where(_exists(block), log_q_cv, MASKED)
     rows_c1 = jnp.arange(tail_cv.shape[0])[:, None]
     tail_cv = tail_cv.at[rows_c1, columns_ck].set(MASKED, mode="drop")
@@ -103,9 +103,9 @@ def _outcomes(loss, block, statistics):
     return terms, slopes, tail_cv, log_tail_q_c
 
 
-def _log_q(logits, loss, statistics):
-    shifted = logits / loss.temperature - statistics.max_s[:, None]
-    return shifted - jnp.log(statistics.sum_s)[:, None]
+def _log_q(logits, block):
+    shifted = logits / block.temperature - block.statistics.max_s[:, None]
+    return shifted - jnp.log(block.statistics.sum_s)[:, None]
 
 
 def _columns(block):
