@@ -85,11 +85,13 @@ class _Worker:
         self._failure = None
         self._answers = []
 
-    def answer(self) -> None:
-        """Waits for a number: the peak first, then seconds."""
+    def answer(self, request: bool | None = None) -> None:
+        """Waits for a number: the peak first, then, on request, seconds."""
         try:
+            if request:
+                self._connection.send(request)
             answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             answer = f"the process died with exit code {self._process.exitcode}"
         if isinstance(answer, str):
@@ -99,8 +101,7 @@ class _Worker:
 
     def repeat(self) -> None:
         if self._failure is None:
-            self._connection.send(True)
-            self.answer()
+            self.answer(request=True)
 
     def measurement(self) -> Measurement:
         if self._failure is not None:
@@ -333,18 +334,21 @@ def failures(name: str, measurements: dict[str, Measurement]) -> list[str]:
     return [f"{name}, {implementation}: {why}" for implementation, why in failed.items()]
 
 
-def check_json_path(path: str | None) -> None:
+_JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
+
+
+def check_json_path() -> None:
     """UserError, before anything is measured, if `write_json` will fail."""
-    if path:
+    if path := _JSON.value:
         try:
             open(path, "a").close()
         except OSError as error:
             raise UserError(f"--json={path}: {error.strerror}") from None
 
 
-def write_json(path: str | None, rows: Sequence[Row]) -> None:
-    """The rows as one JSON list, if there is a path."""
-    if path:
+def write_json(rows: Sequence[Row]) -> None:
+    """The rows as one JSON list, if --json asks for it."""
+    if path := _JSON.value:
         with open(path, "w") as file:
             json.dump(rows, file, indent=1)
             file.write("\n")

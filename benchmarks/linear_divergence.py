@@ -97,7 +97,6 @@ CHIPS = {
     "v6e": Chip("v6e:2x2", 918e12),  # cloud.google.com/tpu/docs/v6e
 }
 
-_JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
 _ONLY = flags.DEFINE_string("only", "", "Only cases whose name contains this, e.g. T=8192.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each implementation.", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_enum(
@@ -106,7 +105,7 @@ _TOPOLOGY = flags.DEFINE_enum(
 
 
 def main() -> None:
-    harness.check_json_path(_JSON.value)
+    harness.check_json_path()
     if _TOPOLOGY.value:
         rows, notes = estimated(_TOPOLOGY.value, _ONLY.value)
     else:
@@ -115,7 +114,7 @@ def main() -> None:
         raise UserError(f"--only={_ONLY.value}: no case has that in its name")
     harness.print_rows(rows)
     print(*notes, sep="\n")
-    harness.write_json(_JSON.value, rows)
+    harness.write_json(rows)
 
 
 def measured(only: str, repeats: int) -> tuple[list[harness.Row], list[str]]:

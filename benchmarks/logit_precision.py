@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from benchmarks import harness
 from distill import cli
 
 TOKENS, VOCAB_SIZE, WIDTH = 64, 151936, 512
-_JSON = flags.DEFINE_string("json", None, "also write the rows to this file")
 # Student and teacher differ by this much noise in the hidden state: from a fresh student to one
 # that is nearly done.
 NOISE = (1.0, 0.3, 0.1, 0.03)
@@ -82,10 +80,10 @@ def rows_of(noise: float) -> list[dict]:
 
 
 def main() -> None:
-    harness.check_json_path(_JSON.value)
+    harness.check_json_path()
     rows = [row for noise in NOISE for row in rows_of(noise)]
     harness.print_rows(rows)
-    harness.write_json(_JSON.value, rows)
+    harness.write_json(rows)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,14 @@ def tpu_mesh(topology, *sizes):
     return make_mesh(*sizes, devices=devices[: sizes[0] * sizes[1] * sizes[2]])
 
 
-def shapes(mesh):
+def shapes(mesh, width_t=WIDTH_T):
     """hidden_s, head_s, hidden_t, head_t, weights: bfloat16, tokens and vocabulary sharded."""
     hidden, head = ("token", None), ("embed", "vocab")
     models = [
         ((NUM_TOKENS, WIDTH_S), hidden),
         ((WIDTH_S, COLUMNS_S), head),
-        ((NUM_TOKENS, WIDTH_T), hidden),
-        ((WIDTH_T, COLUMNS_T), head),
+        ((NUM_TOKENS, width_t), hidden),
+        ((width_t, COLUMNS_T), head),
     ]
     arrays = [(*model, jnp.bfloat16) for model in models]
     arrays.append(((NUM_TOKENS,), ("token",), jnp.float32))
@@ -54,9 +54,10 @@ def shapes(mesh):
     ]
 
 
-def value_and_gradients(divergence, implementation=None):
+def value_and_gradients(divergence, implementation=None, **options):
+    options |= dict(divergence=get_divergence(divergence), vocab_size=VOCAB_SIZE)
+
     def loss(hidden_s, head_s, *rest):
-        options = dict(divergence=get_divergence(divergence), vocab_size=VOCAB_SIZE)
         return linear_divergence(hidden_s, head_s, *rest, implementation=implementation, **options)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -67,9 +68,9 @@ def evaluation(*arrays):
     return per_token_divergences(*arrays[:4], divergences=divergences, vocab_size=VOCAB_SIZE)
 
 
-def compiled_for(mesh, function):
+def compiled_for(mesh, function, **sizes):
     with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*shapes(mesh)).compile()
+        return jax.jit(function).lower(*shapes(mesh, **sizes)).compile()
 
 
 def temporary_bytes(program):
@@ -91,6 +92,13 @@ class TestOneChip:
         program = compiled_for(tpu_mesh(topology, 1, 1, 1), evaluation)
         assert num_kernels(program) == 2  # the forward KL needs the first sweep only
         assert temporary_bytes(program) < 3.5 * GB
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_fits_into_fast_memory_with_a_wide_teacher_and_many_blocks(topology):
+    function = value_and_gradients("jsd", temperature=2.0, chunk=2048)
+    program = compiled_for(tpu_mesh(topology, 1, 1, 1), function, width_t=8192)
+    assert num_kernels(program) == 3
 
 
 def test_forward_kl_needs_two_sweeps_only():

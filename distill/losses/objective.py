@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from distill.errors import UserError
 from distill.kernels.linear_divergence import (
     TokenValues,
+    check_pointwise,
     linear_cross_entropy,
     linear_divergence,
     linear_loss,
@@ -167,8 +168,14 @@ def make_objective(
     except ValueError as error:
         raise UserError(f"loss_implementation: {error}") from None
     parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
+    divergence = get_divergence(kl_type, **parameters) if pointwise and not hard_labels else None
+    if divergence is not None:
+        try:
+            check_pointwise(divergence)
+        except ValueError as error:
+            raise UserError(f"kl_type={kl_type}: {error}") from None
     return Objective(
-        divergence=get_divergence(kl_type, **parameters) if pointwise and not hard_labels else None,
+        divergence=divergence,
         loss_fn=get_loss(kl_type) if not pointwise and not hard_labels else None,
         temperature=float(temperature),
         scale=float(temperature) ** 2 if temperature_squared and not hard_labels else 1.0,

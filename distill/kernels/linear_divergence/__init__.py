@@ -8,10 +8,11 @@ from distill.kernels.linear_divergence.api import (
     per_token_divergences,
     resolve_implementation,
 )
-from distill.kernels.linear_divergence.token_losses import TokenValues
+from distill.kernels.linear_divergence.token_losses import TokenValues, check_pointwise
 
 __all__ = [
     "TokenValues",
+    "check_pointwise",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_divergence_top_k",

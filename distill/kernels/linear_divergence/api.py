@@ -1,16 +1,18 @@
 """Losses from hidden states and output heads, without ever holding all logits.
 
 Shapes: hidden (T, D) and head (D, V) in the compute dtype, student and teacher each with its own D
-and V; `vocab_size` is the shared vocabulary, at most either V (further columns are padding and
-ignored); weights float32 (T,), targets int (T,). Gradients reach hidden_s and head_s only; the
-values per token carry none.
+and V; `vocab_size` is the shared vocabulary, at most either V (further columns are padding: finite,
+and ignored); weights (T,), a token of weight 0 having no influence at all; targets int (T,), those
+outside of the vocabulary being no target. Gradients reach hidden_s and head_s only; the values per
+token carry none. Products accumulate in float32; their operands are rounded as JAX's default
+precision says.
 
 `implementation`: `reference` (all logits, automatic differentiation), `chunked` (plain XLA, any
-platform), `pallas` (kernels for TPU, and for GPUs from Hopper on), a `Sweeps` (kernels with other
-block sizes, or interpreted), or None for the best that runs here. `chunk` is the number of tokens,
-over all devices, whose logits exist at once; None fits a memory budget, and `reference` has no use
-for it. All functions raise ValueError for shapes that do not agree and for an implementation that
-cannot run here.
+platform), `pallas` (kernels for TPUs from v5e and GPUs from Hopper on), a `Sweeps` (kernels with
+other block sizes, or interpreted), or None for the best that runs here. `chunk` is the number of
+tokens, over all devices, whose logits exist at once; None fits a memory budget, and `reference` has
+no use for it. All functions raise ValueError for shapes that do not agree and for an implementation
+that cannot run here.
 """
 
 from __future__ import annotations
@@ -51,8 +53,7 @@ def linear_divergence(
     `divergence` is a hashable pointwise function of (log_p, log_q); `temperature` divides the
     logits of both models. ValueError also for a divergence that is not pointwise.
     """
-    check_pointwise(divergence)
-    loss = DivergenceLoss(divergence, temperature)
+    loss = _divergence_loss(divergence, temperature)
     arrays = hidden_s, head_s, hidden_t, head_t, targets, weights
     return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
 
@@ -74,20 +75,20 @@ def linear_divergence_top_k(
     """`linear_divergence` from a teacher known by k tokens, all others being one bucket (topk.py).
 
     Args:
-      teacher_ids: int (T, k), distinct in a row; a negative one is absent (fewer than k are known).
+      teacher_ids: int (T, k), distinct in a row; one outside of the vocabulary is absent (fewer
+        than k are known), its probability being part of the bucket.
       teacher_log_probs: float32 (T, k), already at `temperature`, which divides the student's
         logits only: a tail cannot be tempered afterwards.
 
     `log_prob_t` of a target that is not among the k is the log-mass of the bucket.
     """
-    check_pointwise(divergence)
     if teacher_ids.ndim != 2 or teacher_ids.shape != teacher_log_probs.shape:
         raise ValueError(
             f"teacher_ids {teacher_ids.shape} and teacher_log_probs {teacher_log_probs.shape} "
             "must both be (T, k)"
         )
-    loss = DivergenceLoss(divergence, temperature)
-    teacher = TopK(teacher_ids.astype(jnp.int32), teacher_log_probs.astype(jnp.float32))
+    loss = _divergence_loss(divergence, temperature)
+    teacher = TopK(_within(teacher_ids, vocab_size), teacher_log_probs.astype(jnp.float32))
     arrays = hidden_s, head_s, teacher, None, targets, weights
     return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
 
@@ -125,7 +126,7 @@ def linear_loss(
 
     It sees a chunk of tokens at a time, so the loss of a token may depend on that token's row only.
     """
-    loss = RowLoss(loss_fn, temperature)
+    loss = RowLoss(loss_fn, _checked(temperature))
     arrays = hidden_s, head_s, hidden_t, head_t, targets, weights
     return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
 
@@ -143,9 +144,9 @@ def per_token_divergences(
     chunk: int | None = None,
 ) -> jax.Array:
     """Several divergences of the same logits, float32 (len(divergences), T); for evaluation."""
-    for divergence in divergences:
-        check_pointwise(divergence)
-    losses = tuple(DivergenceLoss(divergence, temperature) for divergence in divergences)
+    if not divergences:
+        raise ValueError("divergences=(): give at least one")
+    losses = tuple(_divergence_loss(divergence, temperature) for divergence in divergences)
     tokens = _tokens(hidden_s, head_s, hidden_t, head_t, None, None, vocab_size)
     tokens, head_s, head_t = jax.lax.stop_gradient((tokens, head_s, head_t))
     implementation = resolve_implementation(implementation)
@@ -165,7 +166,7 @@ def resolve_implementation(
     """
     if implementation is None:
         # On a GPU, `chunked` until the kernels have been measured there.
-        return "pallas" if fused and _platform() == "tpu" else "chunked"
+        return "pallas" if fused and _platform() == "tpu" and not _is_too_old() else "chunked"
     if not isinstance(implementation, str):
         return implementation
     if implementation not in IMPLEMENTATIONS:
@@ -182,9 +183,9 @@ def _check_pallas_runs(fused: bool) -> None:
     if not fused:
         reason = "runs neither losses of whole rows nor a top-k teacher"
     elif _platform() not in ("tpu", "gpu"):
-        reason = f"cannot run on {_platform()}: it needs a TPU, or a GPU from Hopper on"
-    elif _platform() == "gpu" and not _is_hopper_or_newer():
-        reason = f"cannot run on {jax.devices()[0].device_kind}: it needs Hopper or newer"
+        reason = f"cannot run on {_platform()}: it needs a TPU from v5e, or a GPU from Hopper on"
+    elif _is_too_old():
+        reason = f"cannot run on {_device_kind()}: it needs a TPU from v5e, or a GPU from Hopper on"
     else:
         return
     raise ValueError(f"implementation='pallas' {reason}; use 'chunked', or None")
@@ -194,13 +195,37 @@ def _platform() -> str:
     """Of the current mesh, which may be described rather than present (ahead-of-time compiling)."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
+    return "gpu" if platform == "cuda" else platform
 
 
-def _is_hopper_or_newer() -> bool:
+def _device_kind() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device or jax.devices()[0]).device_kind
+
+
+def _is_too_old() -> bool:
+    if _platform() == "tpu":  # too little fast memory
+        return any(generation in _device_kind() for generation in ("v2", "v3", "v4"))
     if jax.default_backend() != "gpu":
-        return True  # compiling for a described device
-    return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9.0
+        return False  # compiling for a GPU that is described
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return not capability.replace(".", "").isdigit() or float(capability) < 9.0
+
+
+def _divergence_loss(divergence, temperature: float) -> DivergenceLoss:
+    check_pointwise(divergence)
+    return DivergenceLoss(divergence, _checked(temperature))
+
+
+def _checked(temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} is not positive")
+    return float(temperature)
+
+
+def _within(ids, vocab_size: int) -> jax.Array:
+    """int32 ids, -1 for those outside of the vocabulary."""
+    return jnp.where((0 <= ids) & (ids < vocab_size), ids, -1).astype(jnp.int32)
 
 
 def _options(implementation: str | Sweeps | None, vocab_size: int, chunk) -> loop.Options:
@@ -245,29 +270,30 @@ def _linear_token_loss(
 
 def _tokens(hidden_s, head_s, teacher, head_t, targets, weights, vocab_size: int) -> loop.Tokens:
     """The arguments bundled, once they agree; -1 stands for no target."""
+    _check_model("_s", hidden_s, head_s, vocab_size)
     num_tokens = hidden_s.shape[0]
-    _check_model("_s", hidden_s, head_s, num_tokens, vocab_size)
+    if not num_tokens:
+        raise ValueError(f"hidden_s {hidden_s.shape} has no tokens")
     if head_t is not None:
-        _check_model("_t", teacher, head_t, num_tokens, vocab_size)
+        _check_model("_t", teacher, head_t, vocab_size)
+        if teacher.shape[0] != num_tokens:
+            raise ValueError(f"hidden_t {teacher.shape} is not of {num_tokens} tokens")
     if isinstance(teacher, TopK) and teacher.ids_tk.shape[0] != num_tokens:
         raise ValueError(f"teacher_ids {teacher.ids_tk.shape} are not of {num_tokens} tokens")
     for name, array in (("targets", targets), ("weights", weights)):
         if array is not None and array.shape != (num_tokens,):
             raise ValueError(f"{name} {array.shape} must be ({num_tokens},), one for each token")
-    if targets is None:
-        targets = jnp.full(num_tokens, -1, jnp.int32)
-    if weights is None:
-        weights = jnp.ones(num_tokens, jnp.float32)
-    return loop.Tokens(hidden_s, teacher, targets.astype(jnp.int32), weights)
+    targets = jnp.full(num_tokens, -1, jnp.int32) if targets is None else targets
+    weights = jnp.ones(num_tokens) if weights is None else weights
+    targets, weights = _within(targets, vocab_size), weights.astype(jnp.float32)
+    return loop.Tokens(hidden_s, teacher, targets, weights)
 
 
-def _check_model(suffix: str, hidden, head, num_tokens: int, vocab_size: int) -> None:
+def _check_model(suffix: str, hidden, head, vocab_size: int) -> None:
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
         raise ValueError(
             f"hidden{suffix} {hidden.shape} and head{suffix} {head.shape} must be (T, D) and (D, V)"
         )
-    if hidden.shape[0] != num_tokens:
-        raise ValueError(f"hidden{suffix} {hidden.shape} is not of {num_tokens} tokens")
     if head.shape[1] < vocab_size:
         raise ValueError(
             f"vocab_size={vocab_size} exceeds the {head.shape[1]} columns of head{suffix}"

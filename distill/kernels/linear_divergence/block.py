@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence import topk
-from distill.kernels.linear_divergence.sweeps import Statistics, Sweeps, relative_to
+from distill.kernels.linear_divergence.sweeps import Statistics, Sweeps, relative_to, weighted
 from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 
 
@@ -130,7 +130,8 @@ def _row_gradient(loss: RowLoss, block: Block, weights_c):
     losses_c, pull_back = jax.vjp(
         lambda logits_cv: loss.values(logits_cv, logits_t_cv, targets_c), logits_s_cv
     )
-    (gradient_cv,) = pull_back(weights_c)
+    (gradient_cv,) = pull_back(jnp.ones_like(losses_c))
+    gradient_cv = weighted(gradient_cv, weights_c)
     width = block.logits_s_cv.shape[1]
     # This shard's columns of it; behind the vocabulary's end there are zeros.
     gradient_cv = jnp.pad(gradient_cv, ((0, 0), (0, width)))

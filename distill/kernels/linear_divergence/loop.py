@@ -6,7 +6,8 @@ is one scalar: the backward pass only multiplies by its cotangent.
 
 On a mesh, all of it runs under shard_map: tokens over the axes that hold batches, the vocabulary
 over the tensor axis. Heads are gathered once before the loop; the head's gradient is summed over
-the token shards once after it; inside, only numbers per token cross devices.
+the token shards once after it; inside, only numbers per token cross devices (for a loss of whole
+rows, the chunk's logits too).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from distill.kernels.linear_divergence import block as blocks
 from distill.kernels.linear_divergence.sweeps import Sweeps, product
-from distill.kernels.linear_divergence.token_losses import TokenValues
+from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 from distill.sharding import mesh_axes, num_shards, partition_spec
 
 LANES = 128  # of a TPU: a shard's columns are a multiple, so that none straddles a tile
@@ -63,7 +64,8 @@ def token_values(losses: tuple, options: Options, tokens: Tokens, head_s_dv, hea
             values = blocks.values(losses, options.sweeps, block)
             return carry, dataclasses.replace(values, divergence=values.divergence.T)
 
-        return _scan_chunks(chunk_values, None, tokens, options, head_s_dv.shape[1])[1]
+        width = _logits_width(losses[0], head_s_dv)
+        return _scan_chunks(chunk_values, None, tokens, options, width)[1]
 
     values = _on_shards(options, local, tokens, head_s_dv, head_t_dv, _token_spec())
     values = _first(values, tokens.targets_t.shape[0])
@@ -80,7 +82,7 @@ def linear_token_loss(
     """
     values = token_values((loss,), options, tokens, head_s_dv, head_t_dv)
     values = dataclasses.replace(values, divergence=values.divergence[0])
-    return jnp.sum(tokens.weights_t * values.divergence), values
+    return _weighted_sum(tokens.weights_t, values.divergence), values
 
 
 def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
@@ -103,7 +105,7 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
             jnp.zeros(head_s_dv.shape, jnp.float32),
             tokens,
             options,
-            head_s_dv.shape[1],
+            _logits_width(loss, head_s_dv),
         )
         if vocab_axes := mesh_axes("act_vocab"):
             hidden_gradient_td = jax.lax.psum(hidden_gradient_td, vocab_axes)
@@ -116,8 +118,8 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
     )
     values, hidden_gradient_td = _first((values, hidden_gradient_td), tokens.targets_t.shape[0])
     head_gradient_dv = _with_columns(head_gradient_dv, head_s_dv.shape[1])
-    loss = jnp.sum(tokens.weights_t * values.divergence)
-    return (loss, values), (hidden_gradient_td, head_gradient_dv)
+    total = _weighted_sum(tokens.weights_t, values.divergence)
+    return (total, values), (hidden_gradient_td, head_gradient_dv)
 
 
 def _backward(loss, options, gradients, cotangents):
@@ -157,6 +159,17 @@ def _block(options: Options, temperature: float, chunk: Tokens, head_s_dv, head_
         vocab_size=options.vocab_size,
         vocab_axes=vocab_axes,
     )
+
+
+def _logits_width(loss, head_s_dv) -> int:
+    """Columns of logits that a device has of a token: for a loss of whole rows, all of them."""
+    width = head_s_dv.shape[1]
+    return width * num_shards("act_vocab") if isinstance(loss, RowLoss) else width
+
+
+def _weighted_sum(weights_t, losses_t):
+    # A token without weight has no say, even with an infinite loss.
+    return jnp.sum(jnp.where(weights_t != 0, weights_t * losses_t, 0.0))
 
 
 def _scan_chunks(step: Callable, carry, tokens: Tokens, options: Options, width: int):

@@ -277,7 +277,9 @@ def _gradient_kernel(
             log_probs = row.log_probs(logits)
             _, slope = row.terms_and_slopes(column, log_probs)
             gradient = weight * (slope - jnp.exp(log_probs[0]) * slope_sum)
-            gradient = jnp.where(column < num_columns, gradient, 0.0)
+            # A token without weight has no say, whatever its slopes.
+            counts = column < jnp.where(weight != 0, num_columns, 0)
+            gradient = jnp.where(counts, gradient, 0.0)
             output_tile[pl.ds(k * lanes, lanes)] = gradient.astype(gradient_ref.dtype)
         plgpu.commit_smem()
         first_column = tile.index * tiles.shape[-1]

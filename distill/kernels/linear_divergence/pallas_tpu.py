@@ -59,16 +59,26 @@ def choose_products(hidden: list, num_sums: int) -> Config:
     """As many tokens at a time as fast memory holds: heads are read once for each such block.
 
     Twice (being computed on, in flight): hidden states, blocks of the heads, blocks of logits; and
-    once the logits before they are stored, and the sums.
+    once the logits before they are stored, and the sums. The compiler's own share is a quarter of
+    the limit, and more than was seen.
     """
-    columns = 256
+    num_tokens, columns = hidden[0].shape[0], 256
     row_bytes = sum(x.shape[1] * x.dtype.itemsize for x in hidden)
     for tokens in (1024, 512, 256):
         logits_bytes = 4 * tokens * columns * len(hidden)
         sums_bytes = 4 * tokens * LANES * num_sums
-        if 2 * (tokens + columns) * row_bytes + 3 * logits_bytes + sums_bytes < VMEM_LIMIT:
+        needed = 2 * (tokens + columns) * row_bytes + 3 * logits_bytes + sums_bytes
+        if needed < 3 * VMEM_LIMIT // 4 and tokens * _num_cores() <= _round_up(num_tokens, 256):
             return Config(tokens, columns)
     return Config(128, LANES)
+
+
+def _num_cores() -> int:
+    """Cores that share a chip's work as one device: blocks of tokens are dealt out to them."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() == "tpu":
+        device = jax.devices()[0]
+    return getattr(device, "num_cores", None) or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Sweeps:
     # chunk hides behind its product on all chips but v6e.
     budget_bytes: int = 1600 << 20
     bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16
-    row_multiple: int = 256
+    row_multiple: int = 128
 
     def logits_and_statistics(
         self,
@@ -131,22 +141,6 @@ class Sweeps:
         )(jnp.reshape(num_columns, 1), *hidden, *heads, targets_c[:, None])
         logits_s_cv, logits_t_cv = logits if len(logits) == 2 else (*logits, None)
         return logits_s_cv, logits_t_cv, statistics_of(table, names)
-
-    def statistics(
-        self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
-    ) -> Statistics:
-        """K1 alone: an online softmax of both models."""
-        logits = _present(logits_s_cv, logits_t_cv)
-        names = sum_names(len(logits), temperature)
-        table = self._sums(
-            functools.partial(_statistics_kernel, names=names, temperature=temperature),
-            logits,
-            [targets_c[:, None]],
-            num_columns,
-            num_sums=len(names),
-            transcendentals=1 if temperature == 1.0 else 2,
-        )
-        return statistics_of(table, names)
 
     def term_sums(
         self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
@@ -391,7 +385,9 @@ def _gradient_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
             log_q, log_p = _log_probs(logits_refs, operands, rows, lanes, loss.temperature)
             _, slope = terms_and_slopes(loss, log_p, log_q, is_target)
             gradient = weight * (slope - jnp.exp(log_q) * slope_sum)
-            gradient = jnp.where(column < num_columns_ref[0], gradient, 0.0)
+            # A token without weight has no say, whatever its slopes.
+            counts = (column < num_columns_ref[0]) & (weight != 0)
+            gradient = jnp.where(counts, gradient, 0.0)
             gradient_ref[rows, lanes] = gradient.astype(gradient_ref.dtype)
 
     _for_each_strip(gradient_ref, write)

@@ -16,7 +16,10 @@ def linear_token_loss(
 ) -> tuple[jax.Array, TokenValues]:
     """sum_t weights_t * loss_t and the values per token; differentiable by the student's two."""
     values = token_values(loss, tokens, head_s_dv, head_t_dv, vocab_size)
-    scalar = jnp.sum(jax.lax.stop_gradient(tokens.weights_t) * values.divergence)
+    weights_t = jax.lax.stop_gradient(tokens.weights_t)
+    # Where a token has no weight, its gradient must not even be infinite times 0.
+    losses_t = jnp.where(weights_t != 0, values.divergence, 0.0)
+    scalar = jnp.sum(weights_t * losses_t)
     return scalar, jax.lax.stop_gradient(values)
 
 

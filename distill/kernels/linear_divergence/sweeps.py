@@ -152,13 +152,14 @@ def gradient(
 ) -> jax.Array:
     """weights_c (r - q slope_sum_c) / temperature with r = df/dlog_q: (c, V_s) in `dtype`.
 
-    slope_sum_c is sum_v r over all columns. Columns from num_columns on are 0.
+    slope_sum_c is sum_v r over all columns. Columns from num_columns on are 0, and so are tokens
+    without weight, whatever their slopes.
     """
     _, slopes_cv, log_q_cv = _terms_and_slopes(
         loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
     )
     gradient_cv = slopes_cv - jnp.exp(log_q_cv) * slope_sum_c[:, None]
-    gradient_cv = (weights_c / loss.temperature)[:, None] * gradient_cv
+    gradient_cv = weighted(gradient_cv, weights_c / loss.temperature)
     padding = logits_s_cv.shape[1] - gradient_cv.shape[1]
     return jnp.pad(gradient_cv.astype(dtype), ((0, 0), (0, padding)))
 
@@ -169,7 +170,7 @@ def product(subscripts: str, left, right) -> jax.Array:
 
 
 class SeparateProducts:
-    """`logits_and_statistics` of sweeps that leave the matrix products to XLA."""
+    """`logits_and_statistics` of sweeps with a `statistics` that leave the products to XLA."""
 
     def logits_and_statistics(
         self,
@@ -255,6 +256,11 @@ class XlaSweeps(SeparateProducts):
         strips = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
         results = jax.lax.map(lambda strip: sweep(*strip), strips)
         return jax.tree.map(lambda x: x.reshape(num_tokens, *x.shape[2:]), results)
+
+
+def weighted(gradient_cv, weights_c):
+    """Rows times weights, where 0 times infinity is 0: a token without weight has no say."""
+    return jnp.where(weights_c[:, None] != 0, weights_c[:, None] * gradient_cv, 0.0)
 
 
 def relative_to(maxima: dict, totals: dict, temperature: float) -> dict:

@@ -118,11 +118,15 @@ _MIXING = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "rev
 _MIXING |= {"dot_general", "scan", "while", "fft"}
 
 
-@functools.lru_cache(maxsize=256)
 def check_pointwise(divergence: Callable) -> None:
     """ValueError unless `divergence` is a function of two arrays that works entry by entry."""
-    if not callable(divergence):
-        raise ValueError(f"divergence={divergence!r} is not a function of (log_p, log_q)")
+    if not callable(divergence) or getattr(divergence, "__hash__", None) is None:
+        raise ValueError(f"divergence={divergence!r} is not a hashable function of (log_p, log_q)")
+    _check_entries_are_separate(divergence)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_entries_are_separate(divergence: Callable) -> None:
     name = getattr(divergence, "__name__", repr(divergence))
     array = jax.ShapeDtypeStruct((3, 5), jnp.float32)
     program = jax.make_jaxpr(divergence)(array, array)
@@ -130,7 +134,7 @@ def check_pointwise(divergence: Callable) -> None:
     if shapes != [array.shape]:
         problem = f"of two arrays of shape {array.shape} it made {shapes}"
     elif mixing := _first_mixing(program.jaxpr, array.shape):
-        problem = f"its {mixing} mixes the entries of an array"
+        problem = f"it uses {mixing}, which is not elementwise"
     else:
         return
     raise ValueError(
@@ -141,8 +145,11 @@ def check_pointwise(divergence: Callable) -> None:
 def _first_mixing(jaxpr, shape: tuple[int, ...]) -> str | None:
     """Name of the first operation that is not elementwise on arrays of this shape."""
     for equation in jaxpr.eqns:
-        inner = [parameter for parameter in equation.params.values() if hasattr(parameter, "eqns")]
-        inner += [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
+        parameters = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
+        inner = [getattr(x, "jaxpr", x) for x in parameters]
+        inner = [program for program in inner if hasattr(program, "eqns")]
         for program in inner:
             if mixing := _first_mixing(program, shape):
                 return mixing

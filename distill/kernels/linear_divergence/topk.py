@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill.kernels.linear_divergence.sweeps import MASKED
+from distill.kernels.linear_divergence.sweeps import MASKED, weighted
 from distill.kernels.linear_divergence.token_losses import terms_and_slopes
 
 
@@ -59,7 +59,7 @@ def gradient(loss, block, weights_c):
     gradient_cv = gradient_cv.at[rows_c1, _columns(block)].add(slopes_ck, mode="drop")
     gradient_cv = jnp.where(_exists(block), gradient_cv, 0.0)
     divergence_c = jnp.sum(terms_ck, axis=-1) + terms_tail_c
-    return divergence_c, (weights_c / loss.temperature)[:, None] * gradient_cv
+    return divergence_c, weighted(gradient_cv, weights_c / loss.temperature)
 
 
 def target_log_probs(block) -> jax.Array:
