@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+from absl import flags
 from jax.experimental import topologies
 
 from distill.errors import UserError
