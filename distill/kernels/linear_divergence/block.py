@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence import topk
-from distill.kernels.linear_divergence.sweeps import Statistics, Sweeps, relative_to, weighted
+from distill.kernels.linear_divergence.sweeps import (
+    Statistics,
+    Sweeps,
+    gradient_products,
+    relative_to,
+    weighted,
+)
 from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 
 
@@ -55,18 +61,24 @@ def values(losses: tuple, sweeps: Sweeps, block: Block) -> TokenValues:
     return _token_values(divergence_nc, block)
 
 
-def values_and_gradients(loss, sweeps: Sweeps, block: Block, weights_c, dtype):
-    """The values per token, and weights_c * dloss_c/dlogits_s over this shard's columns."""
-    if isinstance(loss, RowLoss):
-        divergence_c, gradient_cv = _row_gradient(loss, block, weights_c)
-        gradient_cv = gradient_cv.astype(dtype)
-    elif isinstance(block.teacher, topk.TopK):
-        divergence_c, gradient_cv = topk.gradient(loss, block, weights_c)
-        gradient_cv = gradient_cv.astype(dtype)
+def values_and_gradients(
+    loss, sweeps: Sweeps, block: Block, weights_c, hidden_s_cd, head_s_dv, head_gradient_dv
+):
+    """(values per token, head_gradient_dv with the block's part added, hidden states' gradient).
+
+    Gradients are of sum_c weights_c * loss_c, float32, from this shard's columns.
+    """
+    model = hidden_s_cd, head_s_dv, head_gradient_dv
+    is_row_loss, has_top_k = isinstance(loss, RowLoss), isinstance(block.teacher, topk.TopK)
+    if is_row_loss or has_top_k:
+        gradient_of = _row_gradient if is_row_loss else topk.gradient
+        divergence_c, gradient_cv = gradient_of(loss, block, weights_c)
+        gradients = gradient_products(gradient_cv.astype(hidden_s_cd.dtype), *model)
     else:
         divergence_c, slope_sum_c = _sums(loss, sweeps, block)
-        gradient_cv = sweeps.gradient(loss, *_operands(block), slope_sum_c, weights_c, dtype=dtype)
-    return _token_values(divergence_c, block), gradient_cv
+        rows = *_operands(block), slope_sum_c, weights_c
+        gradients = sweeps.gradient_products(loss, *rows, *model)
+    return _token_values(divergence_c, block), *gradients
 
 
 def combined(local: Statistics, temperature: float, vocab_axes: tuple[str, ...]) -> Statistics:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill.kernels.linear_divergence import block as blocks
-from distill.kernels.linear_divergence.sweeps import Sweeps, product
+from distill.kernels.linear_divergence.sweeps import Sweeps
 from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 from distill.sharding import mesh_axes, num_shards, partition_spec
 
@@ -91,11 +91,13 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
     def local(tokens, head_s_dv, head_t_dv):
         def chunk_step(head_gradient_dv, chunk):
             block = _block(options, loss.temperature, chunk, head_s_dv, head_t_dv)
-            values, gradient_cv = blocks.values_and_gradients(
-                loss, options.sweeps, block, chunk.weights_t, hidden_dtype
+            values, head_gradient_dv, hidden_gradient_cd = blocks.values_and_gradients(
+                loss,
+                options.sweeps,
+                block,
+                chunk.weights_t,
+                *(chunk.hidden_s_td, head_s_dv, head_gradient_dv),
             )
-            head_gradient_dv += product("cd,cv->dv", chunk.hidden_s_td, gradient_cv)
-            hidden_gradient_cd = product("cv,dv->cd", gradient_cv, head_s_dv)
             if not block.vocab_axes:
                 hidden_gradient_cd = hidden_gradient_cd.astype(hidden_dtype)
             return head_gradient_dv, (values, hidden_gradient_cd)

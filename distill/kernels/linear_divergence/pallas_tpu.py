@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from distill.kernels.linear_divergence.sweeps import (
     MASKED,
+    SeparateProducts,
     Statistics,
     relative_to,
     row_operands,
@@ -73,6 +74,23 @@ def choose_products(hidden: list, num_sums: int) -> Config:
     return Config(128, LANES)
 
 
+def choose_gradient_products(hidden_s_cd, has_teacher: bool) -> Config | None:
+    """All tokens of a chunk at a time, or None where fast memory does not hold them.
+
+    Twice: hidden states, their gradient, blocks of logits, of the head, and of its gradient, which
+    comes in and goes out; once the gradient by the logits in both dtypes, and the two products
+    before they are added.
+    """
+    num_tokens, model_width = hidden_s_cd.shape
+    columns, item = 256, hidden_s_cd.dtype.itemsize
+    resident = (2 * item + 12) * hidden_s_cd.size
+    per_column = (12 + 8 * has_teacher + item) * num_tokens + (20 + 2 * item) * model_width
+    fits = resident + columns * per_column < 3 * VMEM_LIMIT // 4
+    # Two cores would both add to the hidden states' gradient.
+    possible = num_tokens % STRIP == 0 and _num_cores() == 1
+    return Config(num_tokens, columns) if fits and possible else None
+
+
 def _num_cores() -> int:
     """Cores that share a chip's work as one device: blocks of tokens are dealt out to them."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -82,7 +100,7 @@ def _num_cores() -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweeps:
+class Sweeps(SeparateProducts):
     """sweeps.Sweeps for TPU. `interpret`: False, True or pltpu.InterpretParams, as in Pallas."""
 
     config: Config = Config()
@@ -91,7 +109,7 @@ class Sweeps:
     # 1024 tokens at V=151936: the head's gradient is read and written once per chunk, which such a
     # chunk hides behind its product on all chips but v6e.
     budget_bytes: int = 1600 << 20
-    bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16
+    bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16 where it is stored
     row_multiple: int = 128
 
     def logits_and_statistics(
@@ -188,6 +206,61 @@ class Sweeps:
             transcendentals=3,
         )
 
+    def gradient_products(
+        self,
+        loss,
+        logits_s_cv,
+        logits_t_cv,
+        targets_c,
+        num_columns,
+        statistics,
+        slope_sum_c,
+        weights_c,
+        hidden_s_cd,
+        head_s_dv,
+        head_gradient_dv,
+    ) -> tuple[jax.Array, jax.Array]:
+        """K3 with the products that consume its gradient, which then is never stored."""
+        rows = targets_c, num_columns, statistics, slope_sum_c, weights_c
+        model = hidden_s_cd, head_s_dv, head_gradient_dv
+        config = choose_gradient_products(hidden_s_cd, logits_t_cv is not None)
+        if config is None:
+            return super().gradient_products(loss, logits_s_cv, logits_t_cv, *rows, *model)
+        logits = _present(logits_s_cv, logits_t_cv)
+        operands = row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
+        inputs = *logits, targets_c[:, None], operands, hidden_s_cd.T, head_s_dv, head_gradient_dv
+        head_spec = _head_spec(config, head_s_dv.shape)
+        num_logits = logits_s_cv.size
+        return pl.pallas_call(
+            functools.partial(_gradient_products_kernel, loss=loss, upcast=bool(self.interpret)),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=config.grid(*logits_s_cv.shape),
+                in_specs=[_logits_spec(config, x.shape[1]) for x in logits]
+                + [_row_spec(config, 1), _row_spec(config, operands.shape[1])]
+                + [_whole(hidden_s_cd.shape[::-1]), head_spec, head_spec],
+                out_specs=[head_spec, _whole(hidden_s_cd.shape)],
+                scratch_shapes=[
+                    pltpu.VMEM((config.block_tokens, config.block_columns), jnp.float32)
+                ],
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct(head_s_dv.shape, jnp.float32),
+                jax.ShapeDtypeStruct(hidden_s_cd.shape, jnp.float32),
+            ],
+            input_output_aliases={len(inputs): 0},  # the head's gradient; number 0 is num_columns
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=4 * num_logits * hidden_s_cd.shape[1],
+                transcendentals=3 * num_logits * len(logits),
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in inputs)
+                + 4 * (head_s_dv.size + hidden_s_cd.size),
+            ),
+            interpret=self.interpret,
+        )(jnp.reshape(num_columns, 1), *inputs)
+
     def _in_place(self, dtype) -> bool:
         # InterpretParams reads past the end of an aliased array that blocks do not divide.
         return dtype == jnp.float32 and not isinstance(self.interpret, pltpu.InterpretParams)
@@ -255,6 +328,10 @@ def _logits_spec(config: Config, columns: int) -> pl.BlockSpec:
     last = pl.cdiv(columns, config.block_columns) - 1
     block = config.block_tokens, config.block_columns
     return pl.BlockSpec(block, lambda i, j, _: (i, jnp.minimum(j, last)))
+
+
+def _whole(shape: tuple[int, int]) -> pl.BlockSpec:
+    return pl.BlockSpec(shape, lambda i, j, _: (0, 0))
 
 
 def _head_spec(config: Config, shape: tuple[int, int]) -> pl.BlockSpec:
@@ -391,6 +468,32 @@ def _gradient_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
             gradient_ref[rows, lanes] = gradient.astype(gradient_ref.dtype)
 
     _for_each_strip(gradient_ref, write)
+
+
+def _gradient_products_kernel(num_columns_ref, *refs, loss: PointwiseLoss, upcast: bool):
+    *operand_refs, hidden_ref, head_ref, sum_ref, head_gradient_ref, hidden_gradient_ref, dz_ref = (
+        refs
+    )
+    _gradient_kernel(num_columns_ref, *operand_refs, dz_ref, loss=loss)
+    first_column, _ = _block_columns(dz_ref)
+    column = first_column + jax.lax.broadcasted_iota(jnp.int32, head_ref.shape, 1)
+    # Behind the head's end there may be anything, NaN too.
+    head = jnp.where(column < num_columns_ref[0], head_ref[...], 0).astype(head_ref.dtype)
+    operands = dz_ref[...].astype(head_ref.dtype), head, hidden_ref[...]
+    if upcast:  # XLA's CPU backend, where kernels are interpreted, refuses these bfloat16 products
+        operands = [x.astype(jnp.float32) for x in operands]
+    gradient, head, hidden = operands
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        hidden_gradient_ref[...] = jnp.zeros_like(hidden_gradient_ref)
+
+    hidden_gradient_ref[...] += jax.lax.dot_general(
+        gradient, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    head_gradient_ref[...] = sum_ref[...] + jnp.dot(
+        hidden, gradient, preferred_element_type=jnp.float32
+    )
 
 
 def _for_each_strip(block_ref, function) -> None:

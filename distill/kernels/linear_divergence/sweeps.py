@@ -84,7 +84,7 @@ class Sweeps(Protocol):
         self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
     ) -> tuple[jax.Array, jax.Array]: ...
 
-    def gradient(
+    def gradient_products(
         self,
         loss,
         logits_s_cv,
@@ -94,9 +94,10 @@ class Sweeps(Protocol):
         statistics,
         slope_sum_c,
         weights_c,
-        *,
-        dtype,
-    ) -> jax.Array: ...
+        hidden_s_cd,
+        head_s_dv,
+        head_gradient_dv,
+    ) -> tuple[jax.Array, jax.Array]: ...
 
 
 def statistics(
@@ -169,8 +170,15 @@ def product(subscripts: str, left, right) -> jax.Array:
     return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
 
 
+def gradient_products(gradient_cv, hidden_s_cd, head_s_dv, head_gradient_dv):
+    """From the gradient by the logits: head_gradient_dv with this chunk's part added, and the
+    gradient by the hidden states (c, d); both float32."""
+    head_gradient_dv = head_gradient_dv + product("cd,cv->dv", hidden_s_cd, gradient_cv)
+    return head_gradient_dv, product("cv,dv->cd", gradient_cv, head_s_dv)
+
+
 class SeparateProducts:
-    """`logits_and_statistics` of sweeps with a `statistics` that leave the products to XLA."""
+    """Of sweeps with `statistics` and `gradient` that leave the matrix products to XLA."""
 
     def logits_and_statistics(
         self,
@@ -189,6 +197,25 @@ class SeparateProducts:
         )
         logits = logits_s_cv, logits_t_cv
         return *logits, self.statistics(*logits, targets_c, num_columns, temperature=temperature)
+
+    def gradient_products(
+        self,
+        loss,
+        logits_s_cv,
+        logits_t_cv,
+        targets_c,
+        num_columns,
+        statistics,
+        slope_sum_c,
+        weights_c,
+        hidden_s_cd,
+        head_s_dv,
+        head_gradient_dv,
+    ) -> tuple[jax.Array, jax.Array]:
+        logits, dtype = (logits_s_cv, logits_t_cv), hidden_s_cd.dtype
+        rows = targets_c, num_columns, statistics, slope_sum_c, weights_c
+        gradient_cv = self.gradient(loss, *logits, *rows, dtype=dtype)
+        return gradient_products(gradient_cv, hidden_s_cd, head_s_dv, head_gradient_dv)
 
 
 @dataclasses.dataclass(frozen=True)
