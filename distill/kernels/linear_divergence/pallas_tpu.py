@@ -137,7 +137,7 @@ class Sweeps(SeparateProducts):
                 num_scalar_prefetch=1,
                 grid=config.grid(num_tokens, width),
                 in_specs=[_row_spec(config, hidden_cd.shape[1]) for hidden_cd in hidden]
-                + [_head_spec(config, head_dv.shape) for head_dv in heads]
+                + [_head_spec(config, head_dv.shape[0]) for head_dv in heads]
                 + [_row_spec(config, 1)],
                 out_specs=[*logits_specs, _row_spec(config, LANES)],
                 scratch_shapes=[_accumulator(config)] * len(names),
@@ -229,7 +229,7 @@ class Sweeps(SeparateProducts):
         logits = _present(logits_s_cv, logits_t_cv)
         operands = row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
         inputs = *logits, targets_c[:, None], operands, hidden_s_cd.T, head_s_dv, head_gradient_dv
-        head_spec = _head_spec(config, head_s_dv.shape)
+        head_spec = _head_spec(config, head_s_dv.shape[0])
         num_logits = logits_s_cv.size
         return pl.pallas_call(
             functools.partial(_gradient_products_kernel, loss=loss, upcast=bool(self.interpret)),
@@ -334,11 +334,8 @@ def _whole(shape: tuple[int, int]) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda i, j, _: (0, 0))
 
 
-def _head_spec(config: Config, shape: tuple[int, int]) -> pl.BlockSpec:
-    model_width, columns = shape
-    last = pl.cdiv(columns, config.block_columns) - 1
-    block = model_width, config.block_columns
-    return pl.BlockSpec(block, lambda i, j, _: (0, jnp.minimum(j, last)))
+def _head_spec(config: Config, model_width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((model_width, config.block_columns), lambda i, j, _: (0, j))
 
 
 def _accumulator(config: Config):
