@@ -321,7 +321,6 @@ def build_backend(
 ) -> ColocatedBackend:
     return ColocatedBackend(
         student.graph,
-        build_sampling_params(config),
         shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
         eos_ids=vocabulary.end_ids,
         pad_id=vocabulary.tokenizer.pad_token_id,

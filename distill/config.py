@@ -99,11 +99,29 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Colocated:
+    enabled: bool = _key(True, "sampler and trainer share all devices; False: it has its own")
+    sampler_devices: int = _key(0, "devices of a sampler with its own; 0: half of all", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
     backend: str = _key("jax", "where rollouts are sampled")
     max_log_prob_gap: float = _key(
         0.1, "stop when sampler and trainer disagree by more (mean |nats| per token)", low=0
     )
+    async_steps: int = _key(
+        0, "updates by which rollouts may be stale; 1: sample during training", low=0, high=1
+    )
+    importance_clip: float = _key(
+        0.0, "weigh tokens by new / sampler's probability, at most this; 0: off", low=0
+    )
+    num_slots: int = _key(0, "answers decoded at once; 0: what cache_memory holds", low=0)
+    cache_memory: float = _key(4.0, "GB per device for keys and values, jax backend", low=0.001)
+    cache_dtype: str = _key(
+        "auto", "keys and values; auto: policy.precision", choices=("auto", "int8")
+    )
+    colocated: Colocated = _section(Colocated)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ from distill.losses.divergences import get_divergence
 from distill.losses.objective import gather_positions, response_window
 from distill.metrics import write_atomically
 from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import Rollout, make_generate, to_sequences
+from distill.sampling.decode import make_generate, to_sequences
+from distill.sampling.request import Rollout
 from distill.sharding import constrain
 
 ROLES = ("base", "student", "teacher")

@@ -30,7 +30,8 @@ from distill.errors import UserError
 from distill.evaluate import decode_responses
 from distill.models.hub import resolve_model
 from distill.sampling.choice import row_keys
-from distill.sampling.decode import Rollout, make_generate
+from distill.sampling.decode import make_generate
+from distill.sampling.request import Rollout
 
 
 def generate(config: ConfigDict, model_path: str, output: str | Path) -> dict[str, int]:

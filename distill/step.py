@@ -21,7 +21,8 @@ from distill.losses.objective import (
     response_window,
     token_weights,
 )
-from distill.sampling.decode import Rollout, to_sequences
+from distill.sampling.decode import to_sequences
+from distill.sampling.request import Rollout
 from distill.sharding import constrain
 
 Params = Any

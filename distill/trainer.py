@@ -28,7 +28,7 @@ from distill.metrics import import_wandb, write_atomically
 from distill.models.hf import export_model, load_model_config
 from distill.models.hub import read_json, resolve_model
 from distill.rollout.base import RolloutBackend
-from distill.sampling.decode import Rollout
+from distill.sampling.request import Rollout, RolloutRequest
 from distill.scratch import make_missing_models
 from distill.step import Batch, make_batch, make_train_step
 
@@ -133,7 +133,7 @@ def run(config: Config, workdir: Path) -> Result:
         while step < max_steps:
             progress.begin_step(step, state)
             with progress.phase("generate") as finish:
-                batch = finish(batches.next(iterator, step, state.params))
+                batch, _ = finish(batches.next(iterator, step, state.params))
             with progress.phase("train") as finish:
                 state, metrics = train_step(state, teacher and teacher.params, batch)
                 finish(metrics)
@@ -192,7 +192,7 @@ class BatchSource:
     """Makes the batch of a step: from the student's own answers or from the fixed data.
 
     Args:
-      config: lambda_, mix, seed and the number of answers per prompt.
+      config: lambda_, mix, seed, and how answers are sampled.
       prompts: their responses are the fixed data.
       backend: samples the answers.
       put: places host rows on the mesh.
@@ -200,39 +200,44 @@ class BatchSource:
 
     def __init__(self, config: Config, prompts: Prompts, backend: RolloutBackend, put):
         self._distillation, self._seed = config.distillation, config.seed
+        self._params = build.build_sampling_params(config)
         self._backend, self._put = backend, put
         self._pad_id = prompts.pad_id
         # Without sampling, rows need no room beyond the longest response.
         self._response_width = (
-            config.distillation.generate_strategy.max_length
-            if config.distillation.lambda_ > 0
-            else prompts.response_width
+            self._params.max_length if config.distillation.lambda_ > 0 else prompts.response_width
         )
         self._make_batch = jax.jit(functools.partial(make_batch, pad_id=prompts.pad_id))
-        self._select = jax.jit(_select_rows)
 
-    def next(self, iterator, step: int, student_params) -> Batch:
-        """The batch of update `step` (counted from 0), on the device, not waited for."""
+    def next(self, iterator, step: int, student_params) -> tuple[Batch, dict[str, float]]:
+        """The batch of update `step` (counted from 0), and what sampling it measured."""
         prompts = next(iterator)
         repeats = self._distillation.generate_strategy.num_generations
-        prompts = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), prompts)
-        coins_b = self._on_policy(step, prompts.index_b)
-        tokens_bp, lengths_b = map(self._put, (prompts.prompt_tokens_bp, prompts.prompt_lengths_b))
+        rows = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), prompts)
+        coins_b = self._on_policy(step, rows.index_b)
+        measured: dict[str, float] = {}
         if not coins_b.any():
-            rollout = self._fixed(prompts)
+            rollout = self._fixed(rows)
         else:
-            self._backend.refit(student_params)
-            rollout = self._backend.generate(
-                tokens_bp,
-                lengths_b,
-                prompts.index_b.astype(np.uint32),
-                np.tile(np.arange(repeats), len(coins_b) // repeats),
+            self._backend.refit(student_params, version=step)
+            request = RolloutRequest(
+                tuple(
+                    tokens_p[:length]
+                    for tokens_p, length in zip(
+                        prompts.prompt_tokens_bp, prompts.prompt_lengths_b, strict=True
+                    )
+                ),
+                prompts.index_b,
+                self._params,
+                num_generations=repeats,
                 seed=self._seed,
                 step=step,
             )
+            rollout, measured = self._backend.generate(request)
             if not coins_b.all():
-                rollout = self._select(self._put(coins_b), rollout, self._fixed(prompts))
-        return self._make_batch(tokens_bp, lengths_b, rollout, self._put(coins_b))
+                rollout = _select_rows(coins_b, rollout, self._fixed(rows))
+        arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout, coins_b
+        return self._make_batch(*jax.tree.map(self._put, arrays)), measured
 
     def _on_policy(self, step: int, index_b: np.ndarray) -> np.ndarray:
         lambda_ = self._distillation.lambda_
@@ -247,21 +252,21 @@ class BatchSource:
         tokens_br = np.pad(tokens_br, ((0, 0), (0, max(missing, 0))), constant_values=self._pad_id)[
             :, : self._response_width
         ]
-        zeros_br = self._put(np.zeros(tokens_br.shape, np.float32))
+        zeros_br = np.zeros(tokens_br.shape, np.float32)
         return Rollout(
-            tokens_br=self._put(tokens_br),
-            lengths_b=self._put(prompts.response_lengths_b),
+            tokens_br=tokens_br,
+            lengths_b=prompts.response_lengths_b,
             log_probs_br=zeros_br,
             sampled_log_probs_br=zeros_br,
-            stopped_b=self._put(np.ones(len(tokens_br), bool)),
+            stopped_b=np.ones(len(tokens_br), bool),
         )
 
 
-def _select_rows(coins_b: jax.Array, sampled: Rollout, fixed: Rollout) -> Rollout:
+def _select_rows(coins_b: np.ndarray, sampled: Rollout, fixed: Rollout) -> Rollout:
     """Row by row the sampled response where the coin says so, else the fixed one."""
 
     def select(ours, theirs):
-        return jnp.where(coins_b.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
+        return np.where(coins_b.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
 
     return jax.tree.map(select, sampled, fixed)
 

@@ -1,5 +1,6 @@
 """The colocated backend: weights move only by refit."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from distill.rollout.base import RolloutBackend
 from distill.rollout.colocated import ColocatedBackend
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import make_generate
+from distill.sampling.request import Rollout, RolloutRequest
 from distill.sharding import make_mesh, named_sharding, replicated
 
 CONFIG = ModelConfig(
@@ -35,9 +37,8 @@ CONFIG = ModelConfig(
 )
 PARAMS = SamplingParams(max_length=6)
 OPTIONS = {"eos_ids": (3,), "pad_id": 0, "vocab_size": 32}
-PROMPTS = np.array([[4, 5, 6], [7, 8, 0], [9, 0, 0], [4, 5, 6]], np.int32)
-LENGTHS = np.array([3, 2, 1, 3], np.int32)
-REQUEST = (PROMPTS, LENGTHS, np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1]))
+PROMPTS = tuple(np.array(prompt, np.int32) for prompt in ([4, 5, 6], [7, 8], [9]))
+REQUEST = RolloutRequest(PROMPTS, np.array([0, 1, 2]), PARAMS, num_generations=2)
 
 
 @functools.cache
@@ -59,11 +60,13 @@ def backend(dtype=jnp.float32) -> RolloutBackend:
 
 
 def make_backend(dtype=jnp.float32, shardings=None) -> RolloutBackend:
-    made = ColocatedBackend(
-        student(dtype=dtype)[0], PARAMS, dtype=dtype, shardings=shardings, **OPTIONS
-    )
+    made = ColocatedBackend(student(dtype=dtype)[0], dtype=dtype, shardings=shardings, **OPTIONS)
     made.start()
     return made
+
+
+def generate(sampler: RolloutBackend, **changes) -> Rollout:
+    return sampler.generate(dataclasses.replace(REQUEST, **changes))[0]
 
 
 def assert_equal(actual, expected):
@@ -74,11 +77,13 @@ def test_generates_with_cast_weights_and_request_keys():
     dtype = jnp.bfloat16
     graphdef, params = student(dtype=dtype)
     sampler = backend(dtype)
-    sampler.refit(params)
+    sampler.refit(params, version=0)
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    generate = make_generate(graphdef, PARAMS, **OPTIONS)
-    expected = generate(cast, *REQUEST[:2], row_keys(7, 3, *REQUEST[2:]))
-    assert_equal(sampler.generate(*REQUEST, seed=7, step=3), expected)
+    simple = make_generate(graphdef, PARAMS, **OPTIONS)
+    prompts_bp = np.array([[4, 5, 6], [4, 5, 6], [7, 8, 0], [7, 8, 0], [9, 0, 0], [9, 0, 0]])
+    keys_b = row_keys(7, 3, [0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1])
+    expected = simple(cast, prompts_bp, np.array([3, 3, 2, 2, 1, 1]), keys_b)
+    assert_equal(generate(sampler, seed=7, step=3), expected)
     assert {x.dtype for x in jax.tree.leaves(sampler._weights)} == {jnp.dtype(dtype)}
 
 
@@ -86,8 +91,8 @@ def test_refit_makes_generation_use_the_new_weights():
     sampler = backend()
     rollouts = []
     for seed in (0, 1, 0):
-        sampler.refit(student(seed)[1])
-        rollouts.append(sampler.generate(*REQUEST, seed=0, step=0))
+        sampler.refit(student(seed)[1], version=0)
+        rollouts.append(generate(sampler))
     assert (rollouts[0].log_probs_br != rollouts[1].log_probs_br).all(axis=1).any()
     assert_equal(rollouts[0], rollouts[2])
 
@@ -96,37 +101,37 @@ def test_held_weights_outlive_the_trainers_buffers():
     """The trainer donates its parameters to the next step; float32 needs no cast, yet a copy."""
     sampler = backend()
     params = jax.tree.map(jnp.copy, student()[1])
-    sampler.refit(params)
-    before = sampler.generate(*REQUEST, seed=0, step=0)
+    sampler.refit(params, version=0)
+    before = generate(sampler)
     jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(params)
     assert jax.tree.leaves(params)[0].is_deleted()
-    assert_equal(sampler.generate(*REQUEST, seed=0, step=0), before)
+    assert_equal(generate(sampler), before)
 
 
 def test_randomness_comes_from_seed_step_and_indices():
     sampler = backend()
-    sampler.refit(student()[1])
+    sampler.refit(student()[1], version=0)
 
-    def tokens(indices=REQUEST[2:], **request):
-        return sampler.generate(PROMPTS, LENGTHS, *indices, **request).tokens_br.tolist()
+    def tokens(**changes):
+        return generate(sampler, **changes).tokens_br.tolist()
 
-    first = tokens(seed=0, step=0)
-    assert tokens(seed=0, step=0) == first
-    assert tokens(seed=2**40, step=0) == first  # taken modulo 2**32
-    assert tokens(seed=1, step=0) != first
-    assert tokens(seed=0, step=1) != first
-    assert first[0] != first[3]  # two answers to one prompt
-    assert sampler._generate._cache_size() == 1
+    first = tokens()
+    assert tokens() == first
+    assert tokens(seed=2**40) == first  # taken modulo 2**32
+    assert tokens(seed=1) != first
+    assert tokens(step=1) != first
+    assert tokens(prompt_index=np.array([3, 4, 5])) != first
+    assert first[0] != first[1]  # two answers to one prompt
 
 
 def test_generate_before_refit_and_after_stop_is_an_error():
     sampler = make_backend()
     with pytest.raises(RuntimeError, match="before refit"):
-        sampler.generate(*REQUEST, seed=0, step=0)
-    sampler.refit(student()[1])
+        generate(sampler)
+    sampler.refit(student()[1], version=0)
     sampler.stop()
     with pytest.raises(RuntimeError, match="before refit"):
-        sampler.generate(*REQUEST, seed=0, step=0)
+        generate(sampler)
 
 
 def test_refit_reshards_to_the_given_shardings():
@@ -137,11 +142,12 @@ def test_refit_reshards_to_the_given_shardings():
         lambda _: named_sharding(mesh, "embed", "vocab"), params["output_head"]
     )
     alone, sharded = backend(), make_backend(shardings=shardings)
-    alone.refit(params)
-    expected = alone.generate(*REQUEST, seed=0, step=0)
+    request = dict(num_generations=4, prompts=PROMPTS[:2], prompt_index=np.arange(2))
+    alone.refit(params, version=0)
+    expected = generate(alone, **request)
     with jax.set_mesh(mesh):
-        sharded.refit(params)
-        rollout = sharded.generate(*REQUEST, seed=0, step=0)
+        sharded.refit(params, version=0)
+        rollout = generate(sharded, **request)
     head = jax.tree.leaves(sharded._weights["output_head"])[0]
     assert head.sharding.shard_shape(head.shape) == (8, 16)
     np.testing.assert_array_equal(rollout.tokens_br, expected.tokens_br)

@@ -11,7 +11,7 @@ from distill.errors import UserError
 from distill.losses.objective import make_objective
 from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
-from distill.sampling.decode import Rollout
+from distill.sampling.request import Rollout
 from distill.sharding import (
     batch_parts,
     make_mesh,

@@ -183,7 +183,7 @@ def test_disagreeing_sampler_stops_the_run(models, tmp_path, monkeypatch):
     """Weights that never reach the sampler: the classic silent failure."""
     refit = "distill.rollout.colocated.ColocatedBackend.refit"
 
-    def stale(self, params):
+    def stale(self, params, version):
         if self._weights is None:
             self._weights = jax.tree.map(lambda x: x + 0.3, params)
 

@@ -5,42 +5,43 @@ from __future__ import annotations
 from typing import Protocol
 
 from flax import nnx
-from jax.typing import ArrayLike
 
-from distill.sampling.decode import Rollout
+from distill.sampling.request import Rollout, RolloutRequest
 
 
 class RolloutBackend(Protocol):
     """Samples responses with the weights of the latest refit."""
 
     def start(self) -> None:
-        """Acquires what generation needs, such as servers."""
-
-    def refit(self, student_params: nnx.State) -> None:
-        """Moves the student's current weights to the sampler; later training leaves them alone."""
-
-    def generate(
-        self,
-        prompts_bp: ArrayLike,
-        prompt_lengths_b: ArrayLike,
-        prompt_index_b: ArrayLike,
-        generation_index_b: ArrayLike,
-        *,
-        seed: int,
-        step: int,
-    ) -> Rollout:
-        """Answers each row's prompt once.
-
-        Args:
-          prompts_bp: int32 token ids, right-padded, at least one token per row.
-          prompt_lengths_b: int32.
-          prompt_index_b: position of each prompt in the dataset.
-          generation_index_b: which of the answers to that prompt the row is.
-          seed, step: with the two indices, all that a row's randomness depends on.
+        """Acquires what generation needs, such as servers.
 
         Raises:
-          RuntimeError: before the first refit, or when generation fails; never fewer rows.
+          UserError: what is needed is not there, or is not what the config says.
+        """
+
+    def refit(self, student_params: nnx.State, version: int) -> None:
+        """Moves the student's current weights to the sampler; later training leaves them alone.
+
+        Args:
+          student_params: on the trainer's mesh.
+          version: updates the student has had; at least that of the refit before.
+
+        Raises:
+          RunStopped: the sampler does not compute with the new weights.
+        """
+
+    def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
+        """Answers every row of the request once.
+
+        Returns:
+          The rollout, numpy arrays of `request.num_rows` rows and `params.max_length` columns in
+          the request's order; and what was measured, by metric name ('generation/...').
+
+        Raises:
+          UserError: the request can never be served, such as a prompt longer than the cache.
+          RunStopped: generation failed; never fewer rows, never rows of another request.
+          RuntimeError: before the first refit.
         """
 
     def stop(self) -> None:
-        """Releases what `start` and `refit` acquired."""
+        """Releases what `start` and `refit` acquired; may be called more than once."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 
 from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import Rollout, make_generate
+from distill.sampling.decode import make_generate
+from distill.sampling.request import Rollout, RolloutRequest
 
 
 class ColocatedBackend:
@@ -19,7 +20,6 @@ class ColocatedBackend:
 
     Args:
       graphdef: of the student, from `nnx.split(model, nnx.Param)`; its dtype is computed in.
-      params: sampling parameters.
       eos_ids: any of these ends a response.
       pad_id: fills responses after their end.
       vocab_size: number of real tokens.
@@ -30,7 +30,6 @@ class ColocatedBackend:
     def __init__(
         self,
         graphdef: nnx.GraphDef,
-        params: SamplingParams,
         *,
         eos_ids: tuple[int, ...],
         pad_id: int,
@@ -38,51 +37,54 @@ class ColocatedBackend:
         dtype: jax.typing.DTypeLike,
         shardings: Any = None,
     ):
-        generate = make_generate(
-            graphdef, params, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size
-        )
+        self._pad_id = pad_id
 
         def copy(student_params):
             # a true copy even if nothing is cast: the trainer donates its buffers to the next step
             return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), student_params)
 
-        def keyed_generate(weights, prompts_bp, prompt_lengths_b, *request):
-            return generate(weights, prompts_bp, prompt_lengths_b, row_keys(*request))
+        @functools.cache
+        def generate_for(params: SamplingParams):
+            generate = make_generate(
+                graphdef, params, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size
+            )
+            return jax.jit(
+                lambda weights, prompts_bp, lengths_b, *keys: generate(
+                    weights, prompts_bp, lengths_b, row_keys(*keys)
+                )
+            )
 
         self._copy = jax.jit(copy, out_shardings=shardings)
-        self._generate = jax.jit(keyed_generate)
+        self._generate_for = generate_for
         self._weights: nnx.State | None = None
 
     def start(self) -> None:
         """Nothing to do: the devices are the trainer's."""
 
-    def refit(self, student_params: nnx.State) -> None:
+    def refit(self, student_params: nnx.State, version: int) -> None:
         """One jitted cast and reshard; the old weights are freed first to save memory."""
         self._weights = None
         self._weights = self._copy(student_params)
 
-    def generate(
-        self,
-        prompts_bp: ArrayLike,
-        prompt_lengths_b: ArrayLike,
-        prompt_index_b: ArrayLike,
-        generation_index_b: ArrayLike,
-        *,
-        seed: int,
-        step: int,
-    ) -> Rollout:
-        """See `RolloutBackend.generate`. Returns at once; the devices are still at work."""
+    def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
+        """See `RolloutBackend.generate`."""
         if self._weights is None:
             raise RuntimeError("generate before refit: the sampler holds no weights")
-        return self._generate(
+        repeats = request.num_generations
+        lengths_b = np.repeat([len(prompt) for prompt in request.prompts], repeats).astype(np.int32)
+        prompts_bp = np.full((request.num_rows, max(lengths_b)), self._pad_id, np.int32)
+        for row, prompt_row in enumerate(prompts_bp):
+            prompt_row[: lengths_b[row]] = request.prompts[row // repeats]
+        rollout = self._generate_for(request.params)(
             self._weights,
             prompts_bp,
-            prompt_lengths_b,
-            np.asarray(seed).astype(np.uint32),
-            np.asarray(step).astype(np.uint32),
-            prompt_index_b,
-            generation_index_b,
+            lengths_b,
+            np.asarray(request.seed).astype(np.uint32),
+            np.asarray(request.step).astype(np.uint32),
+            np.repeat(request.prompt_index, repeats).astype(np.uint32),
+            np.tile(np.arange(repeats, dtype=np.uint32), len(request.prompts)),
         )
+        return jax.device_get(rollout), {}
 
     def stop(self) -> None:
         """Frees the held weights."""

@@ -14,27 +14,8 @@ from flax import nnx
 
 from distill.models.transformer import KVCache, Transformer, init_cache
 from distill.sampling.choice import SamplingParams, choose
+from distill.sampling.request import Rollout
 from distill.sharding import constrain
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """Sampled responses (r: response position), right-padded.
-
-    Attributes:
-      tokens_br: int32; pad_id from each row's length on.
-      lengths_b: int32, the EOS counted. Masks come from here: pad_id may equal an EOS.
-      log_probs_br: float32, under the model's own distribution (temperature 1, untruncated).
-      sampled_log_probs_br: float32, under the distribution the tokens were drawn from; 0 if greedy.
-      stopped_b: True where an EOS ended the response, False where max_length cut it.
-    """
-
-    tokens_br: jax.Array
-    lengths_b: jax.Array
-    log_probs_br: jax.Array
-    sampled_log_probs_br: jax.Array
-    stopped_b: jax.Array
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,56 @@
+"""What is asked of a sampler and what it answers, in host arrays that any backend can make."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from distill.sampling.choice import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRequest:
+    """Prompts, each to be answered `num_generations` times.
+
+    Attributes:
+      prompts: token ids of each prompt, int32, at least one token each, not padded.
+      prompt_index: position of each prompt in the data stream, int64 (len(prompts),).
+      params: how tokens are chosen.
+      num_generations: answers per prompt.
+      seed, step: with prompt index and number of the answer, all that its randomness depends on.
+    """
+
+    prompts: tuple[np.ndarray, ...]
+    prompt_index: np.ndarray
+    params: SamplingParams
+    num_generations: int = 1
+    seed: int = 0
+    step: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Answers in all; row i * num_generations + j is answer j to prompt i."""
+        return len(self.prompts) * self.num_generations
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Sampled responses (r: response position), right-padded.
+
+    Attributes:
+      tokens_br: int32; pad_id from each row's length on.
+      lengths_b: int32, the EOS counted. Masks come from here: pad_id may equal an EOS.
+      log_probs_br: float32, under the model's own distribution (temperature 1, untruncated).
+      sampled_log_probs_br: float32, under the distribution the tokens were drawn from; 0 if greedy.
+      stopped_b: True where an EOS ended the response, False where max_length cut it.
+    """
+
+    tokens_br: ArrayLike
+    lengths_b: ArrayLike
+    log_probs_br: ArrayLike
+    sampled_log_probs_br: ArrayLike
+    stopped_b: ArrayLike
