@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from distill import build_vllm
 from distill import optimizer as optimizers
 from distill.config import Config
 from distill.data.base import DatasetInterface, dataset_options, get_dataset
@@ -24,6 +25,7 @@ from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, Progress
 from distill.models.hf import load_model_config, load_params
 from distill.models.transformer import Transformer
+from distill.rollout.base import RolloutBackend
 from distill.rollout.colocated import ColocatedBackend
 from distill.sampling.choice import SamplingParams
 from distill.sharding import (
@@ -232,6 +234,13 @@ def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str)
     )
 
 
+def build_teacher(config: Config, folder: Path | None, mesh: Mesh) -> Model | None:
+    """The teacher on the mesh; None for hard labels and for one behind servers."""
+    if folder is None or config.teacher.backend != "local":
+        return None
+    return build_frozen_model(config, folder, mesh, config.teacher.precision)
+
+
 def build_objective(config: Config) -> Objective:
     distillation = config.distillation
     implementation = distillation.loss_implementation
@@ -243,6 +252,7 @@ def build_objective(config: Config) -> Objective:
         temperature=distillation.kl_temperature,
         temperature_squared=distillation.kl_temperature_squared,
         hard_labels=distillation.hard_labels,
+        top_k_teacher=config.teacher.backend == "vllm",
         implementation=None if implementation == "auto" else implementation,
     )
 
@@ -317,8 +327,26 @@ def build_iterator(config: Config, prompts: Prompts):
 
 
 def build_backend(
-    config: Config, student: Model, vocabulary: Vocabulary, mesh: Mesh
-) -> ColocatedBackend:
+    config: Config,
+    student: Model,
+    vocabulary: Vocabulary,
+    mesh: Mesh,
+    *,
+    student_folder: Path,
+    workdir: Path,
+) -> RolloutBackend:
+    """What samples the student's answers.
+
+    Args:
+      student: its graph, and parameters or their shapes on the mesh.
+      student_folder: where it came from.
+      workdir: the run's.
+    """
+    # With lambda_=0 nothing is sampled: no server is asked for anything.
+    if config.policy.generation.backend == "vllm" and config.distillation.lambda_ > 0:
+        params = build_sampling_params(config)
+        folders = dict(student_folder=student_folder, workdir=workdir)
+        return build_vllm.build_backend(config, student, params, vocabulary, mesh, **folders)
     return ColocatedBackend(
         student.graph,
         shardings=param_shardings(student.params, mesh, SAMPLER_RULES),

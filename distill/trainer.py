@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,17 +18,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill import build
+from distill.build_vllm import build_remote_teacher
 from distill.checkpoint import Checkpoints, check_same_run
 from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
 from distill.data.pipeline import PromptBatch
 from distill.data.prompts import Prompts
-from distill.errors import UserError
+from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
 from distill.losses.objective import lambda_coin, sample_coins
 from distill.metrics import import_wandb, write_atomically
 from distill.models.hf import export_model, load_model_config
 from distill.models.hub import read_json, resolve_model
 from distill.rollout.base import RolloutBackend
+from distill.rollout.vllm.teacher import VllmTeacher
 from distill.sampling.request import Rollout, RolloutRequest
 from distill.scratch import make_missing_models
 from distill.step import Batch, make_batch, make_train_step
@@ -70,7 +73,7 @@ def run(config: Config, workdir: Path) -> Result:
     flat_config = to_flat_dict(config)
     if config.logger.wandb_enabled:
         import_wandb()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
         # ------------------------------------------------------------------------------- data
         dataset, validation = build.build_dataset(config), build.build_validation(config)
         config = make_missing_models(config, workdir, supervise=run)
@@ -87,9 +90,7 @@ def run(config: Config, workdir: Path) -> Result:
         )
 
         # ----------------------------------------------------------------------------- models
-        teacher = teacher_folder and build.build_frozen_model(
-            config, teacher_folder, mesh, config.teacher.precision
-        )
+        teacher = build.build_teacher(config, teacher_folder, mesh)
         optimizer, schedule = build.build_optimizer(config)
         graph, state = build.build_state(config, student_folder, optimizer, mesh)
         shapes = jax.tree.map(_shape_on_mesh, state)
@@ -103,8 +104,22 @@ def run(config: Config, workdir: Path) -> Result:
             vocab_size=vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        backend = build.build_backend(config, Model(graph, shapes.params), vocabulary, mesh)
-        batches = BatchSource(config, prompts, backend, build.make_put(mesh))
+        backend = build.build_backend(
+            config,
+            Model(graph, shapes.params),
+            vocabulary,
+            mesh,
+            student_folder=student_folder,
+            workdir=workdir,
+        )
+        cleanup.callback(backend.stop)
+        remote_teacher = build_remote_teacher(config, vocabulary)
+        batches = BatchSource(config, prompts, backend, build.make_put(mesh), remote_teacher)
+        if step < config.distillation.max_steps:
+            # Servers that will not do are told before anything takes time.
+            if remote_teacher is not None:
+                remote_teacher.start()
+            backend.start()
 
         # ----------------------------------------------------------------------------- resume
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpointing.keep)
@@ -123,17 +138,30 @@ def run(config: Config, workdir: Path) -> Result:
                 results[role] = dataclasses.asdict(evaluator(model, teacher))
                 progress.evaluation(step, role, results[role])
 
+        def save(position: dict[str, Any]) -> None:
+            # A copy of the results: the save goes on beside the loop.
+            record = dict(config=flat_config, iterator=position, results=dict(results))
+            checkpoints.save(step, state, record)
+
         # ------------------------------------------------------------------------------- loop
         if "base" not in results:
             evaluate("base", Model(graph, state.params))
         if teacher and "teacher" not in results:
             evaluate("teacher", teacher)
-        backend.start()
         max_steps = config.distillation.max_steps
         while step < max_steps:
             progress.begin_step(step, state)
-            with progress.phase("generate") as finish:
-                batch, _ = finish(batches.next(iterator, step, state.params))
+            position = iterator.get_state()
+            try:
+                with progress.phase("generate") as finish:
+                    batch, _ = finish(batches.next(iterator, step, state.params))
+            except (RunStopped, UserError) as error:
+                progress.flush()
+                if step:  # before the first update there is nothing to go on from
+                    save(position)
+                checkpoints.close()
+                saved = f" (step {step} is saved: the same command goes on from it)" if step else ""
+                raise type(error)(f"{error}{saved}") from error
             with progress.phase("train") as finish:
                 state, metrics = train_step(state, teacher and teacher.params, batch)
                 finish(metrics)
@@ -143,10 +171,7 @@ def run(config: Config, workdir: Path) -> Result:
                 evaluate("student", Model(graph, state.params))
             if _is_due(step, config.distillation.save_steps, max_steps):
                 progress.flush()
-                position = iterator.get_state()
-                # A copy of the results: the save goes on beside the loop.
-                record = dict(config=flat_config, iterator=position, results=dict(results))
-                checkpoints.save(step, state, record)
+                save(iterator.get_state())
         backend.stop()
         progress.close()
         checkpoints.close()
@@ -178,9 +203,7 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         student_folder, teacher_folder = find_models(parsed)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
-        teacher = teacher_folder and build.build_frozen_model(
-            parsed, teacher_folder, mesh, parsed.teacher.precision
-        )
+        teacher = build.build_teacher(parsed, teacher_folder, mesh)
         student = build.build_frozen_model(parsed, student_folder, mesh, parsed.policy.precision)
         models = {"student": student, "teacher": teacher} if teacher else {"student": student}
         return {
@@ -196,9 +219,18 @@ class BatchSource:
       prompts: their responses are the fixed data.
       backend: samples the answers.
       put: places host rows on the mesh.
+      remote_teacher: scores the answers if the teacher is not on the mesh.
     """
 
-    def __init__(self, config: Config, prompts: Prompts, backend: RolloutBackend, put):
+    def __init__(
+        self,
+        config: Config,
+        prompts: Prompts,
+        backend: RolloutBackend,
+        put,
+        remote_teacher: VllmTeacher | None = None,
+    ):
+        self._remote_teacher = remote_teacher
         self._distillation, self._seed = config.distillation, config.seed
         self._params = build.build_sampling_params(config)
         self._backend, self._put = backend, put
@@ -237,6 +269,8 @@ class BatchSource:
             if not coins_b.all():
                 rollout = _select_rows(coins_b, rollout, self._fixed(rows))
         arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout, coins_b
+        if self._remote_teacher is not None:
+            arrays = *arrays, self._remote_teacher.score(*arrays[:3])
         return self._make_batch(*jax.tree.map(self._put, arrays)), measured
 
     def _on_policy(self, step: int, index_b: np.ndarray) -> np.ndarray:
