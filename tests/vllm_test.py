@@ -333,7 +333,7 @@ def run_config(**distillation) -> ConfigDict:
     config.policy.precision = config.teacher.precision = "float32"
     config.policy.train_global_batch_size = 32
     config.policy.train_micro_batch_size = 16
-    config.policy.optimizer.learning_rate = 3e-3
+    config.policy.optimizer.learning_rate = 1e-2
     config.policy.optimizer.warmup_steps = 0
     config.distillation.max_steps = 10
     config.distillation.eval_steps = config.distillation.save_steps = 0
@@ -381,7 +381,7 @@ def test_greedy_run_is_the_same_as_in_process(servers, folders, jax_losses, tmp_
     config.distillation.generate_strategy.decoding_method = "greedy"
     distill.train(config, tmp_path)
     np.testing.assert_allclose(losses(tmp_path), jax_losses["greedy"], rtol=1e-2)
-    assert losses(tmp_path)[-1] < 0.6 * losses(tmp_path)[0]
+    assert losses(tmp_path)[-3:].mean() < 0.8 * losses(tmp_path)[0]
     assert not any(API_KEY in path.read_text() for path in tmp_path.glob("*.json*"))
 
 
@@ -403,10 +403,11 @@ def test_own_server_and_remote_teacher_distil_alike(
     assert set(result.results) == {"base", "student"}
     assert result.results["student"]["forward_kl"] is None
     ours, theirs = losses(tmp_path), jax_losses["sample"]
-    assert ours[-1] < 0.6 * ours[0]
-    # Other random numbers: each loss is a mean over some 300 tokens.
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=0.15)
-    np.testing.assert_allclose(ours[-3:].mean(), theirs[-3:].mean(), rtol=0.25)
+    # Other random numbers. In process, three seeds spread over 2.95 to 3.03 at the start, and over
+    # 1.90 to 2.13 in the mean of the last three; a bucket for 5 tokens lowers a loss a little.
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=0.1)
+    np.testing.assert_allclose(ours[-3:].mean(), theirs[-3:].mean(), rtol=0.15)
+    assert ours[-3:].mean() < 0.8 * ours[0]
     kept = sorted(path.name for path in (tmp_path / "vllm").iterdir())
     assert kept == ["00000008", "00000009", "server.log"]
 
