@@ -242,6 +242,19 @@ def test_restart_that_failed_no_request_is_found_out(servers):
     assert measured["generation/retries"] == REQUEST.num_rows
 
 
+def test_server_that_restarts_all_the_time_stops_the_run(servers):
+    (server,) = servers()
+    backend = refitted([server])
+
+    def restart(handler):
+        server.restart()
+        return False
+
+    server.faults += [(COMPLETIONS, restart)] * 1000
+    with pytest.raises(RunStopped, match="restarted 6 times in one batch"):
+        backend.generate(REQUEST)
+
+
 def test_server_that_another_run_refits_stops_the_run(servers):
     (server,) = servers()
     backend = refitted([server])
@@ -433,8 +446,12 @@ def test_probe_of_weights_that_are_far_apart_allows_a_share_of_the_distance():
 
 
 def test_probe_names_the_tied_head():
-    with pytest.raises(RunStopped, match="except for the output head.*distill.export_server"):
+    with pytest.raises(RunStopped, match="not take the new output head.*distill.export_server"):
         check([-3.0, -4.0], [-1.0, -2.0], kept_head=[-3.01, -4.01])
+    with pytest.raises(RunStopped, match="not take the new output head"):
+        probe().check(
+            "http://s", np.ones(2), Expected(np.zeros(2)), None, far_apart=True, tied=True
+        )
 
 
 # ---- teacher ----

@@ -27,6 +27,7 @@ from distill.sampling.request import Rollout, RolloutRequest
 
 SECTION = "policy.generation.vllm"
 _FRESH = "default"  # what a server calls its weights until somebody names them
+_MOST_RESTARTS = 5  # of a server within one batch
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to it
 
 
@@ -83,6 +84,7 @@ class VllmBackend:
         self._max_length, self._room = max_length, 0
         self._run = secrets.token_hex(4)  # tells this run's refits from those of others
         self._held: _Held | None = None
+        self._tied: set[str] = set()  # URLs of servers whose model is known to be tied
         self._believed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._restarts: Counter[str] = Counter()  # by URL, as far as they were noticed and mended
         self._measured: dict[str, float] = {}
@@ -177,6 +179,8 @@ class VllmBackend:
             client.post("/resume")  # a trainer that died during a refit left it paused
             checks.check_same_model(client, settings, self._student_config, self._vocab_size)
             checks.check_same_tokenizer(client, self._tokenizer, self._vocab_size)
+            if checks.is_tied(settings):
+                self._tied.add(client.url)
             return room
 
         room = keep_trying(check, self._limits.retry)
@@ -229,6 +233,7 @@ class VllmBackend:
             held.expected,
             self._believed.get(client.url),
             far_apart=held.far_apart,
+            tied=client.url in self._tied,
         )
         self._believed[client.url] = measured, held.expected.new
         return gap
@@ -283,7 +288,7 @@ class VllmBackend:
             return self._ask(client, row, params)
 
         answers: list[_Answer | None] = [None] * len(rows)
-        left, retries = list(range(len(rows))), 0
+        left, retries, restarts = list(range(len(rows))), 0, Counter(self._restarts)
         while left:
             got, given_by, failed = answer_all(
                 self._clients, [rows[i] for i in left], ask, self._recover, self._limits.retry
@@ -296,6 +301,9 @@ class VllmBackend:
                 answers[i] = answer if answer.restarts == self._restarts[client.url] else None
             left = [i for i in left if answers[i] is None]
             retries += failed + len(left)
+            for url, count in (self._restarts - restarts).items():
+                if count > _MOST_RESTARTS:
+                    raise RunStopped(f"{url} restarted {count} times in one batch: see its log")
         return answers, retries
 
     def _ask(self, client: VllmClient, row: _Row, params: SamplingParams) -> _Answer:
