@@ -17,9 +17,10 @@ from vllm_double import Double, answer_tokens
 
 from distill.errors import RunStopped, UserError
 from distill.rollout.vllm import checks, guard
-from distill.rollout.vllm.backend import Limits, VllmBackend, request_seed
+from distill.rollout.vllm.backend import Limits, VllmBackend
 from distill.rollout.vllm.client import VllmClient, read_api_key
 from distill.rollout.vllm.probe import Expected, Probe
+from distill.rollout.vllm.rows import request_seed
 from distill.rollout.vllm.teacher import VllmTeacher
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import secrets
 import time
 from collections import Counter
@@ -17,9 +16,19 @@ from flax import nnx
 
 from distill.errors import RunStopped, UserError
 from distill.rollout.vllm import checks
-from distill.rollout.vllm.client import Completion, RequestRefused, ServerFailed, VllmClient
+from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
 from distill.rollout.vllm.dispatch import answer_all, keep_trying
 from distill.rollout.vllm.probe import REMEDY, Expected, Probe
+from distill.rollout.vllm.rows import (
+    Answer,
+    Ends,
+    Row,
+    ask_row,
+    check_temperature,
+    make_rows,
+    needs_scores,
+    to_rollout,
+)
 from distill.rollout.vllm.server import OwnServer
 from distill.rollout.vllm.weights import WeightsFolder
 from distill.sampling.choice import SamplingParams
@@ -28,7 +37,6 @@ from distill.sampling.request import Rollout, RolloutRequest
 SECTION = "policy.generation.vllm"
 _FRESH = "default"  # what a server calls its weights until somebody names them
 _MOST_RESTARTS = 5  # of a server within one batch
-_LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,7 @@ class VllmBackend:
       own: a server to start at the first refit, from the weights of that refit.
       weights: where refits are written.
       probe: compares the servers with the trainer.
+      student_config: what a server's model must look like.
       tokenizer: the student's.
       params: how tokens will be chosen; decides what is asked of the servers at the start.
       eos_ids: any of these ends a response.
@@ -80,7 +89,7 @@ class VllmBackend:
         self._clients, self._own, self._limits = list(clients), own, limits
         self._weights, self._probe = weights, probe
         self._student_config, self._tokenizer, self._params = student_config, tokenizer, params
-        self._eos_ids, self._pad_id, self._vocab_size = eos_ids, pad_id, vocab_size
+        self._ends, self._pad_id, self._vocab_size = Ends(eos_ids, vocab_size), pad_id, vocab_size
         self._max_length, self._room = max_length, 0
         self._run = secrets.token_hex(4)  # tells this run's refits from those of others
         self._held: _Held | None = None
@@ -92,7 +101,7 @@ class VllmBackend:
     def start(self) -> None:
         """Checks the servers, or that one can be started; see `RolloutBackend.start`."""
         if needs_scores(self._params, self._vocab_size):
-            _check_temperature(self._params)
+            check_temperature(self._params)
         if self._own is not None:
             self._own.check()
             return
@@ -126,16 +135,8 @@ class VllmBackend:
             raise RuntimeError("generate before refit: the servers hold no weights of this run")
         self._check_request(request)
         started = time.perf_counter()
-        repeats = request.num_generations
-        rows = [
-            _Row(
-                request.prompts[i // repeats].tolist(),
-                request_seed(request, i // repeats, i % repeats),
-            )
-            for i in range(request.num_rows)
-        ]
-        answers, retries = self._answers(rows, request.params)
-        rollout = _to_rollout(answers, request.params, self._eos_ids, self._pad_id)
+        answers, retries = self._answers(make_rows(request), request.params)
+        rollout = to_rollout(answers, request.params, self._ends.eos_ids, self._pad_id)
         seconds = time.perf_counter() - started
         measured = {
             **self._measured,
@@ -264,7 +265,7 @@ class VllmBackend:
     # ---- rows ----
 
     def _check_request(self, request: RolloutRequest) -> None:
-        _check_temperature(request.params)
+        check_temperature(request.params)
         if needs_scores(request.params, self._vocab_size) > needs_scores(
             self._params, self._vocab_size
         ):
@@ -281,13 +282,14 @@ class VllmBackend:
                 f"--max-model-len {needed}, or lower policy.max_total_sequence_length"
             )
 
-    def _answers(self, rows: list[_Row], params: SamplingParams) -> tuple[list[_Answer], int]:
+    def _answers(self, rows: list[Row], params: SamplingParams) -> tuple[list[Answer], int]:
         """Every row's answer by the held weights, and the number of failed tries."""
 
-        def ask(client: VllmClient, row: _Row) -> _Answer:
-            return self._ask(client, row, params)
+        def ask(client: VllmClient, row: Row) -> tuple[Answer, int]:
+            restarts = self._restarts[client.url]
+            return ask_row(client, row, params, self._ends), restarts
 
-        answers: list[_Answer | None] = [None] * len(rows)
+        answers: list[Answer | None] = [None] * len(rows)
         left, retries, restarts = list(range(len(rows))), 0, Counter(self._restarts)
         while left:
             got, given_by, failed = answer_all(
@@ -296,57 +298,15 @@ class VllmBackend:
             for client in self._clients:
                 # One that restarted between two requests failed none.
                 self._trying(lambda client=client: self._recover(client))
-            for i, answer, client in zip(left, got, given_by, strict=True):
+            for i, (answer, count), client in zip(left, got, given_by, strict=True):
                 # The count says that the held weights were in place before and until now.
-                answers[i] = answer if answer.restarts == self._restarts[client.url] else None
+                answers[i] = answer if count == self._restarts[client.url] else None
             left = [i for i in left if answers[i] is None]
             retries += failed + len(left)
             for url, count in (self._restarts - restarts).items():
                 if count > _MOST_RESTARTS:
                     raise RunStopped(f"{url} restarted {count} times in one batch: see its log")
         return answers, retries
-
-    def _ask(self, client: VllmClient, row: _Row, params: SamplingParams) -> _Answer:
-        options = {
-            "max_tokens": params.max_length,
-            "temperature": 0.0 if params.greedy else params.temperature,
-            "seed": row.seed,
-            "stop_token_ids": list(self._eos_ids),
-        }
-        restarts = self._restarts[client.url]
-        scored = needs_scores(params, self._vocab_size)
-        if scored:
-            top_k = params.top_k if params.top_k < self._vocab_size else 0
-            options |= {"top_k": top_k, "top_p": params.top_p, "min_p": params.min_p}
-        completion = client.complete(row.prompt, **options)
-        self._check_completion(client, completion, params)
-        log_probs = sampled_log_probs = completion.log_probs
-        if scored:
-            scores = client.score(row.prompt + completion.token_ids)
-            log_probs = [log_probs[0] for _, log_probs in scores[len(row.prompt) - 1 :]]
-        elif params.greedy:
-            sampled_log_probs = [0.0] * len(log_probs)
-        return _Answer(completion.token_ids, log_probs, sampled_log_probs, restarts)
-
-    def _check_completion(
-        self, client: VllmClient, completion: Completion, params: SamplingParams
-    ) -> None:
-        """Raises RunStopped for an answer that does not end where it must."""
-        *inner, last = completion.token_ids
-        ended = last in self._eos_ids
-        if any(token in self._eos_ids for token in inner) or not (
-            ended or len(completion.token_ids) == params.max_length
-        ):
-            raise RunStopped(
-                f"{client.url} ended an answer of {len(completion.token_ids)} tokens neither at "
-                f"an end token {self._eos_ids} nor at max_length={params.max_length}: it was "
-                "started with stop settings or a logits processor of its own"
-            )
-        if max(completion.token_ids) >= self._vocab_size:
-            raise RunStopped(
-                f"{client.url} sampled id {max(completion.token_ids)}, but only "
-                f"{self._vocab_size} are in use: {REMEDY}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,61 +317,3 @@ class _Held:
     folder: Path
     expected: Expected
     far_apart: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    prompt: list[int]
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    token_ids: list[int]
-    log_probs: list[float]
-    sampled_log_probs: list[float]
-    restarts: int
-
-
-def request_seed(request: RolloutRequest, prompt: int, generation: int) -> int:
-    """The row's seed for vLLM, 63 bits of a hash of all that its randomness may depend on."""
-    parts = request.seed, request.step, int(request.prompt_index[prompt]), generation
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def needs_scores(params: SamplingParams, vocab_size: int) -> bool:
-    """Whether tokens are drawn from another distribution than the model's own.
-
-    Then the server reports their log-probabilities under the former (logprobs mode
-    processed_logprobs), and scores the finished answer for the latter.
-    """
-    truncated = 0 < params.top_k < vocab_size or params.top_p < 1 or params.min_p > 0
-    return not params.greedy and (params.temperature != 1 or truncated)
-
-
-def _check_temperature(params: SamplingParams) -> None:
-    if not params.greedy and params.temperature < _LOWEST_TEMPERATURE:
-        raise UserError(
-            f"sampling temperature={params.temperature}: vLLM takes {_LOWEST_TEMPERATURE} for "
-            "anything lower; choose that, or decoding_method=greedy"
-        )
-
-
-def _to_rollout(
-    answers: list[_Answer], params: SamplingParams, eos_ids: tuple[int, ...], pad_id: int
-) -> Rollout:
-    shape = len(answers), params.max_length
-    rollout = Rollout(
-        tokens_br=np.full(shape, pad_id, np.int32),
-        lengths_b=np.array([len(answer.token_ids) for answer in answers], np.int32),
-        log_probs_br=np.zeros(shape, np.float32),
-        sampled_log_probs_br=np.zeros(shape, np.float32),
-        stopped_b=np.array([answer.token_ids[-1] in eos_ids for answer in answers]),
-    )
-    for i, answer in enumerate(answers):
-        length = len(answer.token_ids)
-        rollout.tokens_br[i, :length] = answer.token_ids
-        rollout.log_probs_br[i, :length] = answer.log_probs
-        rollout.sampled_log_probs_br[i, :length] = answer.sampled_log_probs
-    return rollout
