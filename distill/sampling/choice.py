@@ -19,6 +19,9 @@ from distill.errors import UserError
 # Below this, float32 logits divided by the temperature come near overflow.
 MIN_TEMPERATURE = 1e-6
 
+# Tokens per block of the two-stage draw: about the root of a large vocabulary.
+_BLOCK = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -101,7 +104,7 @@ def _uint32(x: ArrayLike) -> jax.Array:
 def choose(
     logits_bv: jax.Array, keys_b: jax.Array, params: SamplingParams, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws one token per row by the Gumbel-max trick, each row with its own key.
+    """Draws one token per row, each row with its own key.
 
     Args:
       logits_bv: float32. Ids from `vocab_size` on are padding rows of the output head: they are
@@ -123,13 +126,38 @@ def choose(
         tokens_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
         return tokens_b, _log_prob(logits_bv, tokens_b), jnp.zeros(tokens_b.shape, jnp.float32)
     scores_bv = _truncate(logits_bv / params.temperature, params, vocab_size)
-    tokens_b = jax.vmap(jax.random.categorical)(keys_b, scores_bv).astype(jnp.int32)
+    tokens_b = _draw(scores_bv, keys_b)
     return tokens_b, _log_prob(logits_bv, tokens_b), _log_prob(scores_bv, tokens_b)
 
 
 def _log_prob(scores_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
     chosen_b = jnp.take_along_axis(scores_bv, tokens_b[:, None], axis=-1)[:, 0]
     return chosen_b - jax.nn.logsumexp(scores_bv, axis=-1)
+
+
+def _draw(scores_bv: jax.Array, keys_b: jax.Array) -> jax.Array:
+    """Inverse-CDF sampling in two stages: a block of the vocabulary, then a token inside it.
+
+    Two random numbers per row instead of one per token of the vocabulary (Gumbel-max), and sums
+    over at most V / _BLOCK and _BLOCK numbers, so that rare tokens keep their probability in
+    float32.
+    """
+    mass_bv = jnp.exp(scores_bv - jnp.max(scores_bv, axis=-1, keepdims=True))
+    padding = -mass_bv.shape[-1] % _BLOCK
+    mass_bnk = jnp.pad(mass_bv, ((0, 0), (0, padding))).reshape(len(mass_bv), -1, _BLOCK)
+    uniform_b2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_b)
+    block_b = _inverse_cdf(mass_bnk.sum(axis=-1), uniform_b2[:, 0])
+    inside_bk = jnp.take_along_axis(mass_bnk, block_b[:, None, None], axis=1)[:, 0]
+    return block_b * _BLOCK + _inverse_cdf(inside_bk, uniform_b2[:, 1])
+
+
+def _inverse_cdf(mass_bn: jax.Array, uniform_b: jax.Array) -> jax.Array:
+    """Index n with probability proportional to its mass, int32; never one without mass."""
+    cumulated_bn = jnp.cumsum(mass_bn, axis=-1)
+    total_b = cumulated_bn[:, -1]
+    # Rounded up to the total, no index would be above the threshold.
+    threshold_b = jnp.minimum(uniform_b * total_b, jnp.nextafter(total_b, 0.0))
+    return jnp.argmax(cumulated_bn > threshold_b[:, None], axis=-1).astype(jnp.int32)
 
 
 def _truncate(scores_bv: jax.Array, params: SamplingParams, vocab_size: int) -> jax.Array:
@@ -148,11 +176,28 @@ def _truncate(scores_bv: jax.Array, params: SamplingParams, vocab_size: int) -> 
 def _in_nucleus(scores_bv: jax.Array, top_p: float) -> jax.Array:
     """True for the smallest set whose probability reaches top_p (Holtzman et al. 2020).
 
-    Among tied tokens those of lower id come first. The likeliest token is always inside.
+    Among tied tokens those of lower id come first. The likeliest token is always inside. Instead of
+    sorting the vocabulary, the smallest probability inside is found by bisection over the bit
+    patterns of float32, which are ordered like the numbers: 31 sums over the vocabulary.
     """
-    order_bv = jnp.argsort(scores_bv, axis=-1, descending=True)
-    probs_bv = jax.nn.softmax(jnp.take_along_axis(scores_bv, order_bv, axis=-1), axis=-1)
-    # a token is needed if the more likely ones fall short of top_p
-    before_bv = jnp.cumsum(probs_bv, axis=-1) - probs_bv
-    needed_bv = (before_bv < top_p).at[:, 0].set(True)
-    return jnp.put_along_axis(jnp.zeros_like(needed_bv), order_bv, needed_bv, -1, inplace=False)
+    probs_bv = jax.nn.softmax(scores_bv, axis=-1)
+    bits_bv = jax.lax.bitcast_convert_type(probs_bv, jnp.int32)
+    target = jnp.float32(top_p)
+
+    def mass_from(bits_b):
+        return jnp.sum(probs_bv, axis=-1, where=bits_bv >= bits_b[:, None])
+
+    def halve(_, bounds):
+        low_b, high_b = bounds  # mass_from(low) reaches the target, mass_from(high) does not
+        middle_b = low_b + (high_b - low_b) // 2
+        reaches_b = mass_from(middle_b) >= target
+        return jnp.where(reaches_b, middle_b, low_b), jnp.where(reaches_b, high_b, middle_b)
+
+    above_best_b = jnp.max(bits_bv, axis=-1) + 1
+    smallest_b, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(above_best_b), above_best_b))
+    above_bv = bits_bv > smallest_b[:, None]
+    tied_bv = bits_bv == smallest_b[:, None]
+    missing_b = target - jnp.sum(probs_bv, axis=-1, where=above_bv)
+    smallest_prob_b = jax.lax.bitcast_convert_type(smallest_b, jnp.float32)
+    before_bv = (jnp.cumsum(tied_bv, axis=-1) - 1) * smallest_prob_b[:, None]
+    return above_bv | (tied_bv & (before_bv < missing_b[:, None]))

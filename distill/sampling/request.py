@@ -21,6 +21,8 @@ class RolloutRequest:
       params: how tokens are chosen.
       num_generations: answers per prompt.
       seed, step: with prompt index and number of the answer, all that its randomness depends on.
+      max_lengths: response tokens of each row at most, int32 (num_rows,), where rows differ; never
+        more than params.max_length.
     """
 
     prompts: tuple[np.ndarray, ...]
@@ -29,6 +31,7 @@ class RolloutRequest:
     num_generations: int = 1
     seed: int = 0
     step: int = 0
+    max_lengths: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
