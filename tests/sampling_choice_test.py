@@ -198,5 +198,5 @@ class TestChoose:
             return "sort[" in program, "top_k[" in program
 
         assert primitives() == primitives(temperature=2.0, min_p=0.1) == (False, False)
-        assert primitives(top_k=3) == (False, True)
+        assert primitives(top_k=3) == (False, False)
         assert primitives(top_p=0.9) == (False, False)

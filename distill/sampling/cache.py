@@ -98,59 +98,68 @@ def insert(cache: SlotCache, new: SlotCache, source_pm: jax.Array, slot_pm: jax.
     Slots that do not exist are skipped: they fill up an insertion of fewer than m rows.
     """
 
-    def copy(array, axis, new_array):
-        def of_part(part_lc, new_part_lg, source_m, slot_m):
-            # within a part, the position's axis is one further to the left
-            index = [slice(None)] * part_lc.ndim
-            index[1], index[axis - 1] = slot_m, slice(0, new_part_lg.shape[axis - 1])
-            return part_lc.at[tuple(index)].set(new_part_lg[:, source_m], mode="drop")
+    def one(i, array, axis, new_array):
+        slot_p = slot_pm[:, i]
+        # A write beyond the last slot would hit the last one: there, what it holds is written.
+        held = jax.lax.slice_in_dim(_rows(array, slot_p), 0, new_array.shape[axis], axis=axis)
+        exists_p = (slot_p < array.shape[2]).reshape(-1, *[1] * (array.ndim - 2))
+        row = jnp.where(exists_p, _rows(new_array, source_pm[:, i]), held)
+        return _write(array, row, slot_p, ())
 
-        return jax.vmap(of_part, (1, 1, 0, 0), 1)(array, new_array, source_pm, slot_pm)
-
-    return _constrain(cache.map(copy, new))
+    return _for_each(source_pm.shape[1], one, cache, new)
 
 
 def append(cache: SlotCache, tail: SlotCache, lengths_pw: jax.Array) -> SlotCache:
     """Writes a tail behind the lengths_pw tokens of each part's first w slots."""
 
-    def write(array, axis, new_array):
-        def of_part(part_lc, new_part_lw, length_w):
-            # One window per slot, of all layers, heads and turns, starting at the slot's length.
-            windows = jax.lax.ScatterDimensionNumbers(
-                update_window_dims=tuple(i for i in range(part_lc.ndim) if i != 1),
-                inserted_window_dims=(1,),
-                scatter_dims_to_operand_dims=(1, axis - 1),
-            )
-            starts_w2 = jnp.stack([jnp.arange(len(length_w)), length_w], axis=1)
-            return jax.lax.scatter(
-                part_lc,
-                starts_w2,
-                new_part_lw,
-                windows,
-                indices_are_sorted=True,
-                unique_indices=True,
-                mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-            )
+    def one(slot, array, axis, new_array):
+        slots_p = jnp.full(lengths_pw.shape[0], slot)
+        return _write(array, _rows(new_array, slots_p), slots_p, ((axis, lengths_pw[:, slot]),))
 
-        return jax.vmap(of_part, (1, 1, 0), 1)(array, new_array, lengths_pw)
-
-    return _constrain(cache.map(write, tail))
+    return _for_each(lengths_pw.shape[1], one, cache, tail)
 
 
 def move(cache: SlotCache, source_mp: jax.Array, target_mp: jax.Array, count) -> SlotCache:
-    """Copies, one after the other, `count` slots of each part onto others: in place."""
+    """Copies, one after the other, `count` slots of each part onto others."""
 
-    def one(i, cache: SlotCache) -> SlotCache:
-        def copy(array, _):
-            def of_part(part_lc, source, target):
-                row = jax.lax.dynamic_slice_in_dim(part_lc, source, 1, axis=1)
-                return jax.lax.dynamic_update_slice_in_dim(part_lc, row, target, axis=1)
+    def one(i, array, _):
+        return _write(array, _rows(array, source_mp[i]), target_mp[i], ())
 
-            return jax.vmap(of_part, (1, 0, 0), 1)(array, source_mp[i], target_mp[i])
+    return _for_each(count, one, cache)
 
-        return cache.map(copy)
 
-    return _constrain(jax.lax.fori_loop(0, count, one, cache))
+def _for_each(count, function, cache: SlotCache, *others: SlotCache) -> SlotCache:
+    """Applies `function(i, array, position axis, *arrays of others)` for i in turn, in place.
+
+    One slot after the other: a scatter would do it at once, but XLA transposes the whole cache for
+    it and back.
+    """
+
+    def body(i, cache):
+        return cache.map(lambda array, axis, *rest: function(i, array, axis, *rest), *others)
+
+    return _constrain(jax.lax.fori_loop(0, count, body, cache))
+
+
+def _rows(array: jax.Array, slot_p: jax.Array) -> jax.Array:
+    """One slot of each part, (l, p, 1, ...)."""
+    return jax.vmap(
+        lambda part_lc, slot: jax.lax.dynamic_slice_in_dim(part_lc, slot, 1, axis=1), (1, 0), 1
+    )(array, slot_p)
+
+
+def _write(array: jax.Array, row: jax.Array, slot_p: jax.Array, at: tuple) -> jax.Array:
+    """Puts a row of each part into a slot, from position 0 or from `at` = ((axis, start_p),) on."""
+
+    def of_part(part_lc, part_row, slot, *starts):
+        start = [0] * part_lc.ndim
+        start[1] = slot
+        for (axis, _), position in zip(at, starts, strict=True):
+            start[axis - 1] = position  # without the axis of parts
+        return jax.lax.dynamic_update_slice(part_lc, part_row, start)
+
+    starts = [start_p for _, start_p in at]
+    return jax.vmap(of_part, (1, 1, 0, *[0] * len(at)), 1)(array, row, slot_p, *starts)
 
 
 def _to_int8(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

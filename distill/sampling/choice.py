@@ -163,8 +163,7 @@ def _inverse_cdf(mass_bn: jax.Array, uniform_b: jax.Array) -> jax.Array:
 def _truncate(scores_bv: jax.Array, params: SamplingParams, vocab_size: int) -> jax.Array:
     """Sets the scores of excluded tokens to -inf; a truncation that is off costs nothing."""
     if 0 < params.top_k < vocab_size:
-        smallest_kept_b1 = jax.lax.top_k(scores_bv, params.top_k)[0][:, -1:]
-        scores_bv = jnp.where(scores_bv >= smallest_kept_b1, scores_bv, -jnp.inf)
+        scores_bv = jnp.where(_in_top_k(scores_bv, params.top_k), scores_bv, -jnp.inf)
     if params.top_p < 1:
         scores_bv = jnp.where(_in_nucleus(scores_bv, params.top_p), scores_bv, -jnp.inf)
     if params.min_p > 0:
@@ -173,31 +172,45 @@ def _truncate(scores_bv: jax.Array, params: SamplingParams, vocab_size: int) -> 
     return scores_bv
 
 
+def _in_top_k(scores_bv: jax.Array, top_k: int) -> jax.Array:
+    """True for the k largest, and for those tied with the last of them."""
+    order_bv = _order(scores_bv)
+    ones_bv = jnp.ones(scores_bv.shape, jnp.float32)
+    return order_bv >= _smallest_kept(order_bv, ones_bv, float(top_k))[:, None]
+
+
 def _in_nucleus(scores_bv: jax.Array, top_p: float) -> jax.Array:
     """True for the smallest set whose probability reaches top_p (Holtzman et al. 2020).
 
-    Among tied tokens those of lower id come first. The likeliest token is always inside. Instead of
-    sorting the vocabulary, the smallest probability inside is found by bisection over the bit
-    patterns of float32, which are ordered like the numbers: 31 sums over the vocabulary.
+    Among tied tokens those of lower id come first. The likeliest token is always inside.
     """
     probs_bv = jax.nn.softmax(scores_bv, axis=-1)
-    bits_bv = jax.lax.bitcast_convert_type(probs_bv, jnp.int32)
-    target = jnp.float32(top_p)
+    order_bv = _order(scores_bv)
+    smallest_b1 = _smallest_kept(order_bv, probs_bv, top_p)[:, None]
+    above_bv, tied_bv = order_bv > smallest_b1, order_bv == smallest_b1
+    missing_b1 = top_p - jnp.sum(probs_bv, axis=-1, where=above_bv, keepdims=True)
+    before_bv = jnp.cumsum(jnp.where(tied_bv, probs_bv, 0.0), axis=-1) - probs_bv
+    return above_bv | (tied_bv & (before_bv < missing_b1))
 
-    def mass_from(bits_b):
-        return jnp.sum(probs_bv, axis=-1, where=bits_bv >= bits_b[:, None])
 
-    def halve(_, bounds):
-        low_b, high_b = bounds  # mass_from(low) reaches the target, mass_from(high) does not
-        middle_b = low_b + (high_b - low_b) // 2
-        reaches_b = mass_from(middle_b) >= target
-        return jnp.where(reaches_b, middle_b, low_b), jnp.where(reaches_b, high_b, middle_b)
+def _order(scores_bv: jax.Array) -> jax.Array:
+    """int32 in the order of the float32 scores: bit patterns, negative ones mirrored."""
+    # Adding zero makes -0.0 and 0.0 one number.
+    bits_bv = jax.lax.bitcast_convert_type(scores_bv + 0.0, jnp.int32)
+    return jnp.where(bits_bv < 0, jnp.int32(-(2**31)) - bits_bv - 1, bits_bv)
 
-    above_best_b = jnp.max(bits_bv, axis=-1) + 1
-    smallest_b, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(above_best_b), above_best_b))
-    above_bv = bits_bv > smallest_b[:, None]
-    tied_bv = bits_bv == smallest_b[:, None]
-    missing_b = target - jnp.sum(probs_bv, axis=-1, where=above_bv)
-    smallest_prob_b = jax.lax.bitcast_convert_type(smallest_b, jnp.float32)
-    before_bv = (jnp.cumsum(tied_bv, axis=-1) - 1) * smallest_prob_b[:, None]
-    return above_bv | (tied_bv & (before_bv < missing_b[:, None]))
+
+def _smallest_kept(order_bv: jax.Array, mass_bv: jax.Array, target: float) -> jax.Array:
+    """The largest order of which the tokens from there up have a mass of at least `target`.
+
+    Found bit by bit: 32 sums over the vocabulary, where sorting it would take many more passes.
+    Where all tokens together miss the target, which rounding can do, the smallest of all int32.
+    """
+
+    def set_bit(i, kept_b):
+        candidate_b = kept_b + jnp.left_shift(jnp.int32(1), 31 - i)  # wraps to 0 at the sign
+        mass_b = jnp.sum(mass_bv, axis=-1, where=order_bv >= candidate_b[:, None])
+        return jnp.where(mass_b >= target, candidate_b, kept_b)
+
+    lowest_b = jnp.full(order_bv.shape[0], -(2**31), jnp.int32)
+    return jax.lax.fori_loop(0, 32, set_bit, lowest_b)

@@ -35,6 +35,7 @@ PREFILL_TOKENS = 4096  # of a reading, per part
 SMALLEST_PROMPT_BUCKET = 16
 CACHE_BUCKETS = 4  # each twice as long as the one before
 CACHE_MULTIPLE = 32
+SMALLEST_CACHE_BUCKET = 128
 WIDTHS = 5  # each half as wide as the one before
 
 
@@ -391,8 +392,8 @@ class _Run:
 
     def _cache_buckets(self) -> list[int]:
         size = self._engine.config.cache_size
-        parts = [size >> i for i in reversed(range(CACHE_BUCKETS))]
-        return [_round_up(part, CACHE_MULTIPLE) for part in parts]
+        halves = (_round_up(size >> i, CACHE_MULTIPLE) for i in reversed(range(CACHE_BUCKETS)))
+        return [half for half in halves if half >= SMALLEST_CACHE_BUCKET] or [size]
 
     # ------------------------------------------------------------------------------------ results
 
@@ -425,7 +426,9 @@ class _Run:
 
 
 def _prompt_bucket(length: int) -> int:
-    return max(SMALLEST_PROMPT_BUCKET, 1 << (length - 1).bit_length())
+    """The next of 16, 32, 64, 96, 128, 192, 256, 384, ..."""
+    power = max(SMALLEST_PROMPT_BUCKET, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > 64 and length <= power * 3 // 4 else power
 
 
 def _round_up(value: int, multiple: int) -> int:
