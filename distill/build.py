@@ -24,7 +24,7 @@ from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, Progress
 from distill.models.hf import load_model_config, load_params
 from distill.models.transformer import Transformer
-from distill.rollout.colocated import ColocatedBackend
+from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sharding import (
     SAMPLER_RULES,
@@ -318,8 +318,8 @@ def build_iterator(config: Config, prompts: Prompts):
 
 def build_backend(
     config: Config, student: Model, vocabulary: Vocabulary, mesh: Mesh
-) -> ColocatedBackend:
-    return ColocatedBackend(
+) -> JaxBackend:
+    return JaxBackend(
         student.graph,
         shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
         eos_ids=vocabulary.end_ids,

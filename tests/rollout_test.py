@@ -1,4 +1,4 @@
-"""The colocated backend: weights move only by refit."""
+"""In-process backends: weights move only by refit."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from flax import nnx
 from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
 from distill.rollout.base import RolloutBackend
-from distill.rollout.colocated import ColocatedBackend
+from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import make_generate
 from distill.sampling.request import Rollout, RolloutRequest
@@ -60,7 +60,7 @@ def backend(dtype=jnp.float32) -> RolloutBackend:
 
 
 def make_backend(dtype=jnp.float32, shardings=None) -> RolloutBackend:
-    made = ColocatedBackend(student(dtype=dtype)[0], dtype=dtype, shardings=shardings, **OPTIONS)
+    made = JaxBackend(student(dtype=dtype)[0], dtype=dtype, shardings=shardings, **OPTIONS)
     made.start()
     return made
 

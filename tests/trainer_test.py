@@ -158,7 +158,7 @@ def test_lambda_0_never_samples_and_lambda_1_needs_no_responses(models, tmp_path
     def never(*args, **kwargs):
         raise AssertionError("lambda_=0 sampled")
 
-    monkeypatch.setattr("distill.rollout.colocated.ColocatedBackend.generate", never)
+    monkeypatch.setattr("distill.rollout.in_process.JaxBackend.generate", never)
     config = with_models(tiny_config(lambda_=0.0, max_steps=1), models)
     config.data.validation.max_samples = 0
     distill.train(config, tmp_path / "fixed")
@@ -181,7 +181,7 @@ def test_mix_per_sample_tosses_for_every_row(models, tmp_path):
 
 def test_disagreeing_sampler_stops_the_run(models, tmp_path, monkeypatch):
     """Weights that never reach the sampler: the classic silent failure."""
-    refit = "distill.rollout.colocated.ColocatedBackend.refit"
+    refit = "distill.rollout.in_process.JaxBackend.refit"
 
     def stale(self, params, version):
         if self._weights is None:

@@ -15,7 +15,7 @@ from distill.sampling.decode import make_generate
 from distill.sampling.request import Rollout, RolloutRequest
 
 
-class ColocatedBackend:
+class JaxBackend:
     """Samples with the jitted decode loop, on its own copy of the student's weights.
 
     Args:
