@@ -223,6 +223,7 @@ RESUMABLE_CHANGES = (
     "checkpointing.",
     "logger.",
     "mesh.",
+    "policy.generation.colocated.",
     "distillation.eval_steps",
     "distillation.save_steps",
     "distillation.logging_steps",
@@ -356,6 +357,13 @@ def _check_combinations(config: Config) -> None:
         raise UserError(
             f"config key 'policy.generation.backend' is {policy.generation.backend!r}: allowed is "
             f"{', '.join(KNOWN_BACKENDS)}{hint if policy.generation.backend == 'megatron' else ''}"
+        )
+    colocated = policy.generation.colocated
+    if colocated.enabled and colocated.sampler_devices:
+        raise UserError(
+            f"policy.generation.colocated.sampler_devices={colocated.sampler_devices} is for a "
+            "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
+            "sampler_devices=0"
         )
     if policy.train_global_batch_size % policy.train_micro_batch_size:
         fitting = max(

@@ -66,6 +66,7 @@ def run(config: Config, workdir: Path) -> Result:
     build.import_plugins(config)
     objective = build.build_objective(config)
     mesh = build.build_mesh(config)
+    sampler_mesh = build.build_sampler_mesh(config, mesh)
     step, record = find_progress(config, workdir)
     flat_config = to_flat_dict(config)
     if config.logger.wandb_enabled:
@@ -103,7 +104,8 @@ def run(config: Config, workdir: Path) -> Result:
             vocab_size=vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        backend = build.build_backend(config, Model(graph, shapes.params), vocabulary, mesh)
+        student = Model(graph, shapes.params)
+        backend = build.build_backend(config, student, vocabulary, mesh, sampler_mesh)
         batches = BatchSource(config, prompts, backend, build.make_put(mesh))
 
         # ----------------------------------------------------------------------------- resume
