@@ -24,6 +24,8 @@ from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, Progress
 from distill.models.hf import load_model_config, load_params
 from distill.models.transformer import Transformer
+from distill.rollout.base import RolloutBackend
+from distill.rollout.batches import BatchSource
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sharding import (
@@ -379,6 +381,28 @@ def build_backend(
         pad_id=vocabulary.tokenizer.pad_token_id,
         vocab_size=vocabulary.size,
         dtype=jnp.dtype(config.policy.precision),
+    )
+
+
+def build_batches(
+    config: Config, prompts: Prompts, iterator, backend: RolloutBackend, mesh: Mesh
+) -> BatchSource:
+    """The source of every step's batch; `iterator` stands where the run begins or goes on."""
+    distillation = config.distillation
+    params = build_sampling_params(config)
+    # Without sampling, rows need no room beyond the longest response.
+    width = params.max_length if distillation.lambda_ > 0 else prompts.response_width
+    return BatchSource(
+        iterator,
+        backend,
+        make_put(mesh),
+        params=params,
+        num_generations=distillation.generate_strategy.num_generations,
+        seed=config.seed,
+        lambda_=distillation.lambda_,
+        per_sample=distillation.mix == "sample",
+        response_width=width,
+        pad_id=prompts.pad_id,
     )
 
 

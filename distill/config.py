@@ -230,6 +230,14 @@ RESUMABLE_CHANGES = (
 )
 
 
+def resumable_changes(config: Config) -> tuple[str, ...]:
+    """Keys, by their beginnings, that may differ between a run and its continuation."""
+    if not config.policy.generation.async_steps:
+        return RESUMABLE_CHANGES
+    # The batch after a checkpoint is sampled with fresh weights, others with stale ones.
+    return tuple(key for key in RESUMABLE_CHANGES if key != "distillation.save_steps")
+
+
 def default_config() -> ConfigDict:
     """All keys with their defaults, as a ConfigDict to edit in a `get_config`."""
     return _to_config_dict(Config)
@@ -359,6 +367,12 @@ def _check_combinations(config: Config) -> None:
             f"{', '.join(KNOWN_BACKENDS)}{hint if policy.generation.backend == 'megatron' else ''}"
         )
     colocated = policy.generation.colocated
+    if policy.generation.async_steps and policy.generation.backend == "jax" and colocated.enabled:
+        raise UserError(
+            f"policy.generation.async_steps={policy.generation.async_steps} samples during "
+            "training, but sampler and trainer share all devices, where one waits for the other: "
+            "set policy.generation.colocated.enabled=False, or async_steps=0"
+        )
     if colocated.enabled and colocated.sampler_devices:
         raise UserError(
             f"policy.generation.colocated.sampler_devices={colocated.sampler_devices} is for a "

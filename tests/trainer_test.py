@@ -67,8 +67,8 @@ def test_killed_run_resumes_to_the_same_bits(models, finished, tmp_path, monkeyp
     workdir, result = finished
     end_step = metrics.Progress.end_step
 
-    def dies(self, step, values):
-        end_step(self, step, values)
+    def dies(self, step, *values):
+        end_step(self, step, *values)
         if step == 5:
             raise KeyboardInterrupt
 
