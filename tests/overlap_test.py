@@ -103,19 +103,20 @@ def test_staleness_is_one_except_after_checkpoints(finished):
 
 
 def test_killed_run_resumes_to_the_same_bits(models, finished, tmp_path, monkeypatch):
-    """Killed while a batch is being sampled ahead, at update 3 of 6 with a checkpoint at 2."""
+    """Killed after update 5, while the batch of the sixth is sampled; checkpoints at 2 and 4."""
     workdir, result = finished
     end_step = metrics.Progress.end_step
 
     def dies(self, step, *values):
         end_step(self, step, *values)
-        if step == 3:
+        if step == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Progress, "end_step", dies)
         with pytest.raises(KeyboardInterrupt):
             distill.train(with_models(async_config(), models), tmp_path)
+    assert (tmp_path / "checkpoints" / "2").exists(), "else it would start over"
     again = distill.train(with_models(async_config(), models), tmp_path)
     weights = "model.safetensors"
     assert (again.student / weights).read_bytes() == (result.student / weights).read_bytes()
