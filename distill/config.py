@@ -367,6 +367,11 @@ def _check_combinations(config: Config) -> None:
             f"{', '.join(KNOWN_BACKENDS)}{hint if policy.generation.backend == 'megatron' else ''}"
         )
     colocated = policy.generation.colocated
+    if 0 < policy.generation.importance_clip < 1:
+        raise UserError(
+            f"policy.generation.importance_clip={policy.generation.importance_clip} is the largest "
+            "weight of a token, and that of a fresh one is 1: use 0 (off) or at least 1"
+        )
     if policy.generation.async_steps and policy.generation.backend == "jax" and colocated.enabled:
         raise UserError(
             f"policy.generation.async_steps={policy.generation.async_steps} samples during "

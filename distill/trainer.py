@@ -97,6 +97,7 @@ def run(config: Config, workdir: Path) -> Result:
             // config.policy.train_micro_batch_size,
             vocab_size=vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
+            importance_clip=config.policy.generation.importance_clip,
         )
         student = Model(graph, shapes.params)
         backend = build.build_backend(config, student, vocabulary, mesh, sampler_mesh)
