@@ -73,6 +73,7 @@ def async_config(**distillation) -> ConfigDict:
     """Batches 0, 2 and 4 of six are fresh: checkpoints are made at 2, 4 and 6."""
     config = separate_config(**distillation)
     config.policy.generation.async_steps = 1
+    config.policy.generation.importance_clip = 2.0
     return config
 
 
@@ -93,6 +94,9 @@ def test_staleness_is_one_except_after_checkpoints(finished):
     gaps = [line["log_prob_gap"] for line in lines]
     assert max(gaps[::2]) < 1e-4, "fresh weights: sampler and trainer agree"
     assert min(gaps[1::2]) > 1e-3, "one update lies between them"
+    weights = [line["importance_weight"] for line in lines]
+    assert weights[::2] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert min(abs(weight - 1) for weight in weights[1::2]) > 1e-5
     for line in lines:
         assert 0 < line["generation/mean_length"] <= line["generation/max_length"] <= 12
         assert line["generation/mean_length"] == pytest.approx(line["response_length"])
@@ -121,6 +125,14 @@ def test_killed_run_resumes_to_the_same_bits(models, finished, tmp_path, monkeyp
     weights = "model.safetensors"
     assert (again.student / weights).read_bytes() == (result.student / weights).read_bytes()
     assert read_metrics(tmp_path) == read_metrics(workdir)
+
+
+def test_steps_that_nobody_measures_give_the_same_bits(models, finished, tmp_path):
+    """Logged steps wait for the device phase by phase, others only where they must."""
+    _, result = finished
+    unlogged = distill.train(with_models(async_config(logging_steps=100), models), tmp_path)
+    weights = "model.safetensors"
+    assert (unlogged.student / weights).read_bytes() == (result.student / weights).read_bytes()
 
 
 def test_generation_and_training_are_under_way_together(models, tmp_path, monkeypatch):
