@@ -157,8 +157,8 @@ class Progress:
         """Reports the pending update.
 
         Raises:
-          RunStopped: sampler and trainer disagree; only a batch of staleness 0 is judged, since
-            the weights of others differ rightly.
+          RunStopped: the loss is not finite, or sampler and trainer disagree; the gap of a batch of
+            staleness above 0 needs only be finite, since the weights differ rightly.
         """
         if self._pending is None:
             return
@@ -217,7 +217,7 @@ class Progress:
                 f"step {step}: the loss is {loss}; the last checkpoint is intact: lower "
                 "policy.optimizer.learning_rate, or use precision float32 to find the cause"
             )
-        if not gap <= (self._max_gap if is_fresh else math.inf):  # written so that NaN fails too
+        if not math.isfinite(gap) or (is_fresh and gap > self._max_gap):
             raise RunStopped(
                 f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token on the "
                 f"same tokens (policy.generation.max_log_prob_gap={self._max_gap}): the sampler's "

@@ -105,5 +105,6 @@ def test_gap_of_a_stale_batch_is_logged_but_stops_only_when_undefined(tmp_path):
     run_step(progress, 1, gap=0.2, staleness=1.0)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["log_prob_gap"] == pytest.approx(0.2) and line["generation/staleness"] == 1
-    with pytest.raises(RunStopped):
-        run_step(progress, 2, gap=float("nan"), staleness=1.0)
+    for step, gap in ((2, float("nan")), (3, float("inf"))):
+        with pytest.raises(RunStopped):
+            run_step(progress, step, gap=gap, staleness=1.0)
