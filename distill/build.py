@@ -24,12 +24,15 @@ from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, Progress
 from distill.models.hf import load_model_config, load_params
 from distill.models.transformer import Transformer
-from distill.rollout.colocated import ColocatedBackend
+from distill.rollout.base import RolloutBackend
+from distill.rollout.batches import BatchSource
+from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sharding import (
     SAMPLER_RULES,
     batch_parts,
     make_mesh,
+    make_sampler_mesh,
     named_sharding,
     optimizer_shardings,
     param_shardings,
@@ -70,13 +73,22 @@ def import_plugins(config: Config) -> None:
 
 
 def build_mesh(config: Config) -> Mesh:
-    """The device mesh; checks that batches can be split over it."""
+    """The trainer's mesh; checks that batches can be split over it."""
+    devices, sampler_devices = _split_devices(config)
     if jax.process_count() > 1:
         raise UserError(
             f"{jax.process_count()} processes were started: runs of several processes are not "
             "supported yet; start one process per run, with all its devices"
         )
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    except UserError as error:
+        if not sampler_devices:
+            raise
+        raise UserError(
+            f"{error} (policy.generation.colocated gives {len(sampler_devices)} of "
+            f"{len(jax.devices())} devices to the sampler, {len(devices)} remain)"
+        ) from None
     parts = batch_parts(mesh)
     policy = config.policy
     if policy.train_micro_batch_size % parts:
@@ -93,6 +105,48 @@ def build_mesh(config: Config) -> Mesh:
             f"devices (mesh data x fsdp): try {-(-config.evaluation.batch_size // parts) * parts}"
         )
     return mesh
+
+
+def build_sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
+    """Where the jax backend samples: on the trainer's `mesh`, or on devices of its own."""
+    _, devices = _split_devices(config)
+    if not devices:
+        return mesh
+    sampler_mesh = make_sampler_mesh(mesh, devices)
+    rows, parts = config.policy.train_global_batch_size, batch_parts(sampler_mesh)
+    if rows % parts:
+        raise UserError(
+            f"policy.train_global_batch_size={rows} does not divide over the {parts} device groups "
+            f"of the sampler ({len(devices)} devices): try {-(-rows // parts) * parts}, or "
+            "other policy.generation.colocated.sampler_devices"
+        )
+    return sampler_mesh
+
+
+def _split_devices(config: Config) -> tuple[list[jax.Device], list[jax.Device]]:
+    """Devices of the trainer, and those of a sampler that has its own."""
+    devices, generation = jax.devices(), config.policy.generation
+    if generation.backend != "jax" or generation.colocated.enabled:
+        return devices, []
+    key = "policy.generation.colocated"
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{key}.enabled=False works within one process, and {jax.process_count()} were "
+            f"started: weights cannot be copied between devices of different processes; use "
+            f"{key}.enabled=True, or one process"
+        )
+    if len(devices) < 2:
+        raise UserError(
+            f"{key}.enabled=False splits the devices between trainer and sampler, and there is "
+            f"only 1: use {key}.enabled=True"
+        )
+    count = generation.colocated.sampler_devices or len(devices) // 2
+    if count >= len(devices):
+        raise UserError(
+            f"{key}.sampler_devices={count} leaves none of {len(devices)} devices to the trainer: "
+            f"choose at most {len(devices) - 1}, or 0 for half of them"
+        )
+    return devices[:-count], devices[-count:]
 
 
 def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
@@ -317,15 +371,38 @@ def build_iterator(config: Config, prompts: Prompts):
 
 
 def build_backend(
-    config: Config, student: Model, vocabulary: Vocabulary, mesh: Mesh
-) -> ColocatedBackend:
-    return ColocatedBackend(
+    config: Config, student: Model, vocabulary: Vocabulary, mesh: Mesh, sampler_mesh: Mesh
+) -> JaxBackend:
+    return JaxBackend(
         student.graph,
+        mesh=sampler_mesh,
         shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
         eos_ids=vocabulary.end_ids,
         pad_id=vocabulary.tokenizer.pad_token_id,
         vocab_size=vocabulary.size,
         dtype=jnp.dtype(config.policy.precision),
+    )
+
+
+def build_batches(
+    config: Config, prompts: Prompts, iterator, backend: RolloutBackend, mesh: Mesh
+) -> BatchSource:
+    """The source of every step's batch; `iterator` stands where the run begins or goes on."""
+    distillation = config.distillation
+    params = build_sampling_params(config)
+    # Without sampling, rows need no room beyond the longest response.
+    width = params.max_length if distillation.lambda_ > 0 else prompts.response_width
+    return BatchSource(
+        iterator,
+        backend,
+        make_put(mesh),
+        params=params,
+        num_generations=distillation.generate_strategy.num_generations,
+        seed=config.seed,
+        lambda_=distillation.lambda_,
+        per_sample=distillation.mix == "sample",
+        response_width=width,
+        pad_id=prompts.pad_id,
     )
 
 

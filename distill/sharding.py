@@ -47,7 +47,7 @@ SAMPLER_RULES = RULES | {"embed": None}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Mesh over all devices; one axis may be -1 and takes what is left.
+    """Mesh over `devices`, by default all; one size may be -1 and takes what is left.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -67,6 +67,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         )
     shape = tuple(sizes.values())
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def make_sampler_mesh(trainer_mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
+    """Mesh of a sampler with its own devices: weights are cut as the trainer's, rows over the rest.
+
+    Cut alike, every shard of a refit is a copy from one device to another.
+
+    Raises:
+      UserError: the trainer's tensor axis does not divide the number of devices.
+    """
+    tensor = trainer_mesh.shape["tensor"]
+    if len(devices) % tensor:
+        raise UserError(
+            f"a sampler of {len(devices)} devices cannot split weights {tensor} ways as the "
+            f"trainer does (mesh.tensor={tensor}): give it a multiple of {tensor} devices, or "
+            f"choose a mesh.tensor that divides {len(devices)}"
+        )
+    return make_mesh(len(devices) // tensor, 1, tensor, devices)
+
+
+def copy_to_mesh(arrays, mesh: Mesh):
+    """The arrays on another mesh of this process with the same partition specs."""
+    layout = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), arrays)
+    return jax.device_put(arrays, layout)
 
 
 def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> PartitionSpec:

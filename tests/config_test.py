@@ -44,6 +44,11 @@ def test_defaults_with_field_evidence():
         ("distillation.max_steps", True, ["distillation.max_steps", "int"]),
         ("distillation.mix", "token", ["distillation.mix", "batch, sample"]),
         ("policy.generation.backend", "megatron", ["'megatron'", "allowed is jax"]),
+        (
+            "policy.generation.importance_clip",
+            0.5,
+            ["importance_clip=0.5", "0 (off) or at least 1"],
+        ),
         ("policy.precision", "float16", ["policy.precision", "bfloat16, float32"]),
         ("policy.train_micro_batch_size", 7, ["64", "7", "try train_micro_batch_size=4"]),
         ("distillation.generate_strategy.num_generations", 3, ["64", "num_generations=3"]),

@@ -1,7 +1,8 @@
-"""The in-process backend: sampler and trainer share the devices."""
+"""The in-process backend: the sampler shares the trainer's devices or has its own."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -9,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import make_generate
 from distill.sampling.request import Rollout, RolloutRequest
+from distill.sharding import copy_to_mesh
 
 
-class ColocatedBackend:
+class JaxBackend:
     """Samples with the jitted decode loop, on its own copy of the student's weights.
 
     Args:
@@ -24,7 +27,10 @@ class ColocatedBackend:
       pad_id: fills responses after their end.
       vocab_size: number of real tokens.
       dtype: of the held weights.
-      shardings: of the held weights, a pytree like the student's parameters; default: as they come.
+      shardings: of the held weights, a pytree like the student's parameters, on the trainer's mesh;
+        default: as they come.
+      mesh: samples; on devices other than the trainer's, `refit` copies the weights there, laid out
+        in the same way. Default: the current one of whoever calls.
     """
 
     def __init__(
@@ -36,8 +42,9 @@ class ColocatedBackend:
         vocab_size: int,
         dtype: jax.typing.DTypeLike,
         shardings: Any = None,
+        mesh: Mesh | None = None,
     ):
-        self._pad_id = pad_id
+        self._pad_id, self._mesh = pad_id, mesh
 
         def copy(student_params):
             # a true copy even if nothing is cast: the trainer donates its buffers to the next step
@@ -59,15 +66,26 @@ class ColocatedBackend:
         self._weights: nnx.State | None = None
 
     def start(self) -> None:
-        """Nothing to do: the devices are the trainer's."""
+        """Nothing to do: the devices are this process's."""
 
     def refit(self, student_params: nnx.State, version: int) -> None:
-        """One jitted cast and reshard; the old weights are freed first to save memory."""
+        """One jitted cast and reshard, copied to the sampler's devices if it has its own.
+
+        The old weights are freed first to save memory. Returns when the new ones have arrived.
+        """
         self._weights = None
-        self._weights = self._copy(student_params)
+        weights = self._copy(student_params)
+        if self._mesh is not None:
+            weights = copy_to_mesh(weights, self._mesh)
+        self._weights = jax.block_until_ready(weights)
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
         """See `RolloutBackend.generate`."""
+        # The current mesh is a property of the thread, and the caller's may be the trainer's.
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            return self._generate(request)
+
+    def _generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
         if self._weights is None:
             raise RuntimeError("generate before refit: the sampler holds no weights")
         repeats = request.num_generations
