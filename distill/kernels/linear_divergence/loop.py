@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill.kernels.linear_divergence import block as blocks
-from distill.kernels.linear_divergence.sweeps import Sweeps
+from distill.kernels.linear_divergence.sweeps import Projection, Sweeps
 from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 from distill.sharding import mesh_axes, num_shards, partition_spec
 
@@ -96,7 +96,8 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
                 options.sweeps,
                 block,
                 chunk.weights_t,
-                *(chunk.hidden_s_td, head_s_dv, head_gradient_dv),
+                Projection(chunk.hidden_s_td, head_s_dv),
+                head_gradient_dv,
             )
             if not block.vocab_axes:
                 hidden_gradient_cd = hidden_gradient_cd.astype(hidden_dtype)
@@ -141,23 +142,20 @@ def _block(options: Options, temperature: float, chunk: Tokens, head_s_dv, head_
     width = head_s_dv.shape[1]
     first_column = jax.lax.axis_index(vocab_axes) * width if vocab_axes else 0
     num_columns = jnp.clip(options.vocab_size - first_column, 0, width).astype(jnp.int32)
-    targets_c = chunk.targets_t - first_column
     has_logits = head_t_dv is not None
-    logits_s_cv, logits_t_cv, statistics = options.sweeps.logits_and_statistics(
-        *(chunk.hidden_s_td, head_s_dv),
-        *((chunk.teacher_t, head_t_dv) if has_logits else (None, None)),
-        targets_c,
+    logits, statistics = options.sweeps.logits_and_statistics(
+        Projection(chunk.hidden_s_td, head_s_dv),
+        Projection(chunk.teacher_t, head_t_dv) if has_logits else None,
+        chunk.targets_t - first_column,
         num_columns,
         temperature=temperature,
     )
     return blocks.Block(
-        logits_s_cv=logits_s_cv,
-        teacher=logits_t_cv if has_logits else chunk.teacher_t,
+        logits=logits,
+        top_k=None if has_logits else chunk.teacher_t,
         statistics=blocks.combined(statistics, temperature, vocab_axes),
         temperature=temperature,
-        targets_c=targets_c,
         first_column=first_column,
-        num_columns=num_columns,
         vocab_size=options.vocab_size,
         vocab_axes=vocab_axes,
     )
