@@ -21,11 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from distill.kernels.linear_divergence import sweeps
 from distill.kernels.linear_divergence.mosaic_gpu_primitives import lowerable
 from distill.kernels.linear_divergence.sweeps import (
     MASKED,
     Logits,
-    SeparateProducts,
     Statistics,
     relative_to,
     row_operands,
@@ -71,7 +71,7 @@ def choose_config(sweep: str, num_models: int, output_bytes: int) -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweeps(SeparateProducts):
+class Sweeps(sweeps.Sweeps):
     """sweeps.Sweeps for NVIDIA GPUs. `interpret`: None, or Mosaic GPU's InterpretGPUParams.
 
     Logits whose width is not a multiple of ALIGNMENT are copied into arrays where it is.

@@ -16,18 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from distill.kernels.linear_divergence import pallas_tpu_kernels as kernels
+from distill.kernels.linear_divergence import sweeps
 from distill.kernels.linear_divergence.pallas_tpu_kernels import LANES, STRIP
 from distill.kernels.linear_divergence.sweeps import (
     Logits,
     Projection,
-    SeparateProducts,
     Statistics,
     row_operands,
     statistics_of,
     sum_names,
 )
-
-VMEM_LIMIT = 60 << 20  # bytes of fast memory for the products: all these chips have 64 MiB or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +62,12 @@ class Config:
     def head_blocks(self, model_width: int) -> pl.BlockSpec:
         return pl.BlockSpec((model_width, self.block_columns), lambda i, j, _: (0, j))
 
+    def hidden_blocks(self, model_width: int) -> pl.BlockSpec:
+        # The next block is fetched only after all columns of this one: a short wait, half the
+        # memory.
+        block = self.block_tokens, model_width
+        return pl.BlockSpec(block, lambda i, j, _: (i, 0), pipeline_mode=pl.Buffered(1))
+
     def accumulator(self):
         return pltpu.VMEM((self.block_tokens, LANES), jnp.float32)
 
@@ -71,58 +75,91 @@ class Config:
 def choose_products(hidden: list, num_sums: int) -> Config:
     """As many tokens at a time as fast memory holds: heads are read once for each such block.
 
-    Twice (being computed on, in flight): hidden states, blocks of the heads, blocks of logits; and
-    once the logits before they are stored, and the sums. The compiler's own share is a quarter of
-    the limit, and more than was seen.
+    Once: hidden states, logits before they are stored, the sums; twice (being computed on, in
+    flight): blocks of the heads and of logits.
     """
+    num_cores, limit = _chip()
     num_tokens, columns = hidden[0].shape[0], 256
     row_bytes = sum(x.shape[1] * x.dtype.itemsize for x in hidden)
-    for tokens in (1024, 512, 256):
-        logits_bytes = 4 * tokens * columns * len(hidden)
-        sums_bytes = 4 * tokens * LANES * num_sums
-        needed = 2 * (tokens + columns) * row_bytes + 3 * logits_bytes + sums_bytes
-        if needed < 3 * VMEM_LIMIT // 4 and tokens * _num_cores() <= _round_up(num_tokens, 256):
+    per_token = row_bytes + 12 * columns * len(hidden) + 4 * LANES * num_sums
+    for num_blocks in range(num_cores, num_tokens // LANES + num_cores, num_cores):
+        tokens = _round_up(pl.cdiv(num_tokens, num_blocks), STRIP)
+        if tokens * per_token + 2 * columns * row_bytes < _usable(limit):
             return Config(tokens, columns)
-    return Config(128, LANES)
+    return Config(LANES, LANES)
 
 
-def choose_gradient_products(hidden_s_cd, has_teacher: bool) -> Config | None:
-    """All tokens of a chunk at a time, or None where fast memory does not hold them.
+def choose_gradient_products(student: Projection, num_tokens: int, num_models: int):
+    """All tokens of a chunk at a time: a Config, or None where fast memory does not hold them.
 
-    Twice: hidden states, their gradient, blocks of logits, of the head, and of its gradient, which
-    comes in and goes out; once the gradient by the logits in both dtypes, and the two products
-    before they are added.
+    Once: hidden states, their gradient, the gradient by the logits in both dtypes, the two products
+    before they are added; twice: blocks of logits, of the head, and of its gradient, which comes in
+    and goes out.
     """
-    num_tokens, model_width = hidden_s_cd.shape
-    columns, item = 256, hidden_s_cd.dtype.itemsize
-    resident = (2 * item + 12) * hidden_s_cd.size
-    per_column = (12 + 8 * has_teacher + item) * num_tokens + (20 + 2 * item) * model_width
-    fits = resident + columns * per_column < 3 * VMEM_LIMIT // 4
+    num_cores, limit = _chip()
+    model_width, item = student.head_dv.shape[0], student.head_dv.dtype.itemsize
+    columns = 256
+    resident = (item + 8) * num_tokens * model_width
+    per_column = (8 * num_models + 4 + item) * num_tokens + (2 * item + 20) * model_width
+    fits = resident + columns * per_column < _usable(limit)
     # Two cores would both add to the hidden states' gradient.
-    possible = num_tokens % STRIP == 0 and _num_cores() == 1
+    possible = num_tokens % STRIP == 0 and num_cores == 1
     return Config(num_tokens, columns) if fits and possible else None
 
 
-def _num_cores() -> int:
-    """Cores that share a chip's work as one device: blocks of tokens are dealt out to them."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "tpu":
-        device = jax.devices()[0]
-    return getattr(device, "num_cores", None) or 1
+def _usable(limit: int) -> int:
+    # The compiler's own share is a quarter of the limit, and more than was seen.
+    return 3 * limit // 4
+
+
+def _chip() -> tuple[int, int]:
+    """(cores that share a chip's work as one device, bytes of fast memory for the products).
+
+    Blocks of tokens are dealt out to the cores. Interpreted kernels get what the smallest has.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform != "tpu":
+        return 1, 60 << 20
+    chip = pltpu.get_tpu_info()  # knows of described chips, too
+    return chip.num_cores, chip.vmem_capacity_bytes // 16 * 15
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweeps(SeparateProducts):
+class Sweeps(sweeps.Sweeps):
     """sweeps.Sweeps for TPU. `interpret`: False, True or pltpu.InterpretParams, as in Pallas."""
 
     config: Config = Config()
     products: Config | None = None  # None: choose_products
     interpret: Any = False
-    # 1024 tokens at V=151936: the head's gradient is read and written once per chunk, which such a
-    # chunk hides behind its product on all chips but v6e.
-    budget_bytes: int = 1600 << 20
-    bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16 where it is stored
+    # 2048 tokens at V=151936: the head's gradient is read and written once per chunk.
+    budget_bytes: int = 2400 << 20
+    # Where the gradient is stored: both models in float32, the gradient in bfloat16, and gaps that
+    # the compiler leaves, for 3.1 GB in all at 1024 tokens.
+    bytes_per_logit: int = 16
     row_multiple: int = 128
+
+    def largest_chunk(self, student: Projection, teacher: Projection | None, columns: int) -> int:
+        """Longer if `gradient_products` is fused, as long as that is possible."""
+        smallest = super().largest_chunk(student, teacher, columns)
+        num_models = 1 if teacher is None else 2
+        largest = self._tokens_within_budget(4 * num_models * columns)
+        for num_tokens in range(largest, smallest, -self.row_multiple):
+            if choose_gradient_products(student, num_tokens, num_models):
+                return num_tokens
+        return smallest
+
+    def logits_memory(
+        self, num_tokens: int, student: Projection, teacher: Projection | None
+    ) -> list[jax.Array] | None:
+        """Where the gradient is not stored, memory is then the sum of what the loop carries.
+
+        Logits that are made in the loop are laid out apart from the head's gradient, which it
+        carries; of 1792 tokens that took 0.7 GB more.
+        """
+        models = [model for model in (student, teacher) if model is not None]
+        if choose_gradient_products(student, num_tokens, len(models)) is None:
+            return None
+        return [jax.lax.empty((num_tokens, x.head_dv.shape[1]), jnp.float32) for x in models]
 
     def logits_and_statistics(
         self,
@@ -130,6 +167,7 @@ class Sweeps(SeparateProducts):
         teacher: Projection | None,
         targets_c,
         num_columns,
+        memory: list[jax.Array] | None,
         *,
         temperature: float,
     ) -> tuple[Logits, Statistics]:
@@ -142,17 +180,21 @@ class Sweeps(SeparateProducts):
         config = config.fitted(num_tokens, width)
         grid = config.grid(num_tokens, width)
         num_logits = num_tokens * width * len(models)
+        inputs = [(x, config.hidden_blocks(x.shape[1])) for x in hidden]
+        inputs += [(x, config.head_blocks(x.shape[0])) for x in heads]
+        inputs += [(targets_c[:, None], config.row_blocks(1))]
+        first = len(inputs)
+        inputs += [(x, pl.BlockSpec(memory_space=pl.ANY)) for x in memory or ()]
         *logits_cv, table = _call(
             functools.partial(kernels.products_kernel, names=names, temperature=temperature),
             grid,
             num_columns,
-            [(x, config.row_blocks(x.shape[1])) for x in hidden]
-            + [(x, config.head_blocks(x.shape[0])) for x in heads]
-            + [(targets_c[:, None], config.row_blocks(1))],
+            inputs,
             [_output(num_tokens, x.shape[1], config.logits_blocks) for x in heads]
             + [_output(num_tokens, LANES, config.row_blocks)],
+            aliases={first + i: i for i in range(len(memory or ()))},
             scratch_shapes=[config.accumulator()] * len(names),
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=_chip()[1],
             flops=2 * num_tokens * width * sum(x.shape[1] for x in hidden),
             transcendentals=num_logits,
             # Heads once for each block of tokens.
@@ -210,7 +252,7 @@ class Sweeps(SeparateProducts):
         """K3 with the products that consume its gradient, which then is never stored."""
         rows = logits, statistics, slope_sum_c, weights_c
         hidden_cd, head_dv = student
-        config = choose_gradient_products(hidden_cd, logits.teacher_cv is not None)
+        config = choose_gradient_products(student, len(hidden_cd), len(logits.models))
         if config is None:
             return super().gradient_products(loss, *rows, student, head_gradient_dv)
         head_blocks = config.head_blocks(head_dv.shape[0])
@@ -239,7 +281,7 @@ class Sweeps(SeparateProducts):
             scratch_shapes=[dz_block],
             # Every block adds to the gradient of all hidden states.
             semantics=("arbitrary", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=_chip()[1],
             flops=4 * num_logits * hidden_cd.shape[1],
             transcendentals=3 * num_logits * len(logits.models),
             bytes_accessed=_bytes(*(x for x, _ in inputs)) + 4 * (head_dv.size + hidden_cd.size),
@@ -324,7 +366,8 @@ def _output(num_tokens: int, columns: int, blocks_of, dtype=jnp.float32) -> tupl
 
 
 def _whole(shape: tuple[int, int]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda i, j, _: (0, 0))
+    # Never exchanged for another block, so there is no second one to fetch.
+    return pl.BlockSpec(shape, lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
 def _bytes(*arrays) -> int:

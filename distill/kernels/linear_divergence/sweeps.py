@@ -11,9 +11,10 @@ every logit once. All arithmetic is float32 in log space.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,44 +82,6 @@ class Statistics:
     cross_reverse: jax.Array | None = None
 
 
-class Sweeps(Protocol):
-    """What XlaSweeps, pallas_tpu.Sweeps and pallas_gpu.Sweeps have in common; hashable.
-
-    A chunk of tokens is as long as `budget_bytes` of memory allow, at `bytes_per_logit` for each of
-    its (token, vocabulary entry) pairs, both models and the gradient included, and preferably a
-    multiple of `row_multiple`.
-    """
-
-    budget_bytes: int
-    bytes_per_logit: int
-    row_multiple: int
-
-    def logits_and_statistics(
-        self,
-        student: Projection,
-        teacher: Projection | None,
-        targets_c,
-        num_columns,
-        *,
-        temperature: float,
-    ) -> tuple[Logits, Statistics]: ...
-
-    def term_sums(
-        self, loss, logits: Logits, statistics: Statistics
-    ) -> tuple[jax.Array, jax.Array]: ...
-
-    def gradient_products(
-        self,
-        loss,
-        logits: Logits,
-        statistics: Statistics,
-        slope_sum_c,
-        weights_c,
-        student: Projection,
-        head_gradient_dv,
-    ) -> tuple[jax.Array, jax.Array]: ...
-
-
 def statistics(logits: Logits, *, temperature: float) -> Statistics:
     """The first sweep (two passes here: the maxima must be known before the sums)."""
     scaled_s_cv = _scaled(logits.student_cv, logits.num_columns, temperature)
@@ -176,8 +139,47 @@ def gradient_products(gradient_cv, student: Projection, head_gradient_dv):
     return head_gradient_dv, product("cv,dv->cd", gradient_cv, student.head_dv)
 
 
-class SeparateProducts:
-    """Of sweeps with `statistics` and `gradient` that leave the matrix products to XLA."""
+class Sweeps(abc.ABC):
+    """The sweeps on some hardware, and the matrix products around them; hashable.
+
+    A subclass has the sweeps, which are the functions above. Products before and after them are
+    left to XLA, unless it fuses them: then it needs no `statistics`. A chunk of tokens is as long
+    as `budget_bytes` of memory allow, at `bytes_per_logit` for each of its (token, vocabulary
+    entry) pairs, both models and the gradient included, and preferably a multiple of
+    `row_multiple`.
+    """
+
+    budget_bytes: int
+    bytes_per_logit: int
+    row_multiple: int
+
+    def statistics(self, logits: Logits, *, temperature: float) -> Statistics:
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def term_sums(
+        self, loss, logits: Logits, statistics: Statistics
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+    @abc.abstractmethod
+    def gradient(
+        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
+    ) -> jax.Array: ...
+
+    def largest_chunk(self, student: Projection, teacher: Projection | None, columns: int) -> int:
+        """Tokens, at so many columns of logits each; of the models only the widths matter."""
+        return self._tokens_within_budget(self.bytes_per_logit * columns)
+
+    def _tokens_within_budget(self, bytes_per_token: int) -> int:
+        tokens = max(1, self.budget_bytes // bytes_per_token)
+        return tokens // self.row_multiple * self.row_multiple or tokens
+
+    def logits_memory(
+        self, num_tokens: int, student: Projection, teacher: Projection | None
+    ) -> list[jax.Array] | None:
+        """Arrays for the loop over chunks to carry, into which `logits_and_statistics` then writes
+        the logits of each; None if it makes new ones."""
+        return None
 
     def logits_and_statistics(
         self,
@@ -185,6 +187,7 @@ class SeparateProducts:
         teacher: Projection | None,
         targets_c,
         num_columns,
+        memory: list[jax.Array] | None,
         *,
         temperature: float,
     ) -> tuple[Logits, Statistics]:
@@ -210,7 +213,7 @@ class SeparateProducts:
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaSweeps(SeparateProducts):
+class XlaSweeps(Sweeps):
     """The functions of this module, for any platform.
 
     `strip_logits`, if given, are so many that a few arrays of them fit into a processor's cache: a
