@@ -133,8 +133,8 @@ class Sweeps(sweeps.Sweeps):
     interpret: Any = False
     # 2048 tokens at V=151936: the head's gradient is read and written once per chunk.
     budget_bytes: int = 2400 << 20
-    # Where the gradient is stored: both models in float32, the gradient in bfloat16, and gaps that
-    # the compiler leaves, for 3.1 GB in all at 1024 tokens.
+    # Where the gradient is stored: both models in float32, the gradient in bfloat16, and what the
+    # compiler reports beyond them (see logits_memory): 3.1 GB in all at 1024 tokens.
     bytes_per_logit: int = 16
     row_multiple: int = 128
 
@@ -153,8 +153,9 @@ class Sweeps(sweeps.Sweeps):
     ) -> list[jax.Array] | None:
         """Where the gradient is not stored, memory is then the sum of what the loop carries.
 
-        Logits that are made in the loop are laid out apart from the head's gradient, which it
-        carries; of 1792 tokens that took 0.7 GB more.
+        Logits made within the loop are laid out apart from the head's gradient, which it carries:
+        with gaps, 0.7 GB of them at 1792 tokens. Besides, the compiler reports as wasted what it
+        does not find alive within one computation, the loop's body or what is around it.
         """
         models = [model for model in (student, teacher) if model is not None]
         if choose_gradient_products(student, num_tokens, len(models)) is None:
