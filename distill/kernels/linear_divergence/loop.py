@@ -106,8 +106,10 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
             return (head_gradient_dv, memory), (values, hidden_gradient_cd)
 
         size = _chunk_size(options, loss, tokens, head_s_dv, head_t_dv)
-        models = _projections(tokens, head_s_dv, head_t_dv)
-        start = jnp.zeros(head_s_dv.shape, jnp.float32), sweeps.logits_memory(size, *models)
+        memory = None  # with one chunk, there is no loop to carry it
+        if size < tokens.targets_t.shape[0]:
+            memory = sweeps.logits_memory(size, *_projections(tokens, head_s_dv, head_t_dv))
+        start = jnp.zeros(head_s_dv.shape, jnp.float32), memory
         (head_gradient_dv, _), outputs = _scan_chunks(chunk_step, start, tokens, size)
         values, hidden_gradient_td = outputs
         if vocab_axes := mesh_axes("act_vocab"):

@@ -158,7 +158,9 @@ class Sweeps(sweeps.Sweeps):
         does not find alive within one computation, the loop's body or what is around it.
         """
         models = [model for model in (student, teacher) if model is not None]
-        if choose_gradient_products(student, num_tokens, len(models)) is None:
+        stored = choose_gradient_products(student, num_tokens, len(models)) is None
+        # Pallas' plain interpreter wants blocks to divide arrays that are written in place.
+        if stored or self.interpret is True:
             return None
         return [jax.lax.empty((num_tokens, x.head_dv.shape[1]), jnp.float32) for x in models]
 

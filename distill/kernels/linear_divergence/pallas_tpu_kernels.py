@@ -23,16 +23,16 @@ STRIP = 16  # tokens; the rows of one bfloat16 register, two of float32
 
 def products_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
     num_models = 2 if "max_t" in names else 1
-    num_outputs = num_models + 1 + len(names)  # logits, table; scratch
-    hidden_refs, refs = refs[:num_models], refs[num_models:]
-    head_refs, (targets_ref, *refs) = refs[:num_models], refs[num_models:]
-    # Before the outputs may stand the memory for the logits, which the outputs are.
-    logits_refs, refs = refs[-num_outputs:][:num_models], refs[-num_outputs:][num_models:]
+    hidden_refs, head_refs = refs[:num_models], refs[num_models : 2 * num_models]
+    targets_ref = refs[2 * num_models]
+    # Logits, table, sums. Inputs before them may be the memory that the logits are written into.
+    outputs = refs[-(num_models + 1 + len(names)) :]
+    logits_refs = outputs[:num_models]
     for hidden_ref, head_ref, logits_ref in zip(hidden_refs, head_refs, logits_refs, strict=True):
         logits_ref[...] = jnp.dot(
             hidden_ref[...], head_ref[...], preferred_element_type=jnp.float32
         )
-    operands = *logits_refs, targets_ref, *refs
+    operands = *logits_refs, targets_ref, *outputs[num_models:]
     statistics_kernel(num_columns_ref, *operands, names=names, temperature=temperature)
 
 
