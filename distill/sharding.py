@@ -112,11 +112,21 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def mesh_axes(logical_axis: str) -> tuple[str, ...]:
-    """Axes of the current mesh (`jax.set_mesh`), longer than 1, that hold a logical axis."""
+    """Axes of the current mesh (`jax.set_mesh`), longer than 1, that hold a logical axis.
+
+    ValueError for a mesh that was made with other axes than `make_mesh`'s.
+    """
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    if missing := [axis for axis in MESH_AXES if axis not in mesh.shape]:
+        raise ValueError(
+            f"the current mesh has the axes {', '.join(mesh.axis_names)} and lacks "
+            f"{', '.join(missing)}: make it with distill.sharding.make_mesh"
+        )
     axes = RULES[logical_axis] or ()
     axes = (axes,) if isinstance(axes, str) else axes
-    return () if mesh.empty else tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def num_shards(logical_axis: str) -> int:
