@@ -28,6 +28,7 @@ from distill.rollout.base import RolloutBackend
 from distill.rollout.batches import BatchSource
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
 from distill.sharding import (
     SAMPLER_RULES,
     batch_parts,
@@ -349,7 +350,7 @@ def build_evaluator(
         build_prompts(config, dataset, vocabulary.tokenizer),
         vocabulary.tokenizer,
         max_length=config.evaluation.max_length or strategy.max_length,
-        eos_ids=vocabulary.end_ids,
+        make_engine=lambda graph: build_engine(config, graph, vocabulary),
         vocab_size=vocabulary.size,
         batch_size=config.evaluation.batch_size,
         put=make_put(mesh),
@@ -370,17 +371,33 @@ def build_iterator(config: Config, prompts: Prompts):
     )
 
 
+def build_engine(config: Config, graph: nnx.GraphDef, vocabulary: Vocabulary) -> Engine:
+    """What samples from a model: rollouts, held-out answers, fixed data."""
+    generation = config.policy.generation
+    sizes = EngineConfig(
+        max_length=config.policy.max_total_sequence_length,
+        num_slots=generation.num_slots,
+        cache_memory=generation.cache_memory * 1e9,
+        int8=generation.cache_dtype == "int8",
+    )
+    return Engine(
+        graph,
+        sizes,
+        eos_ids=vocabulary.end_ids,
+        pad_id=vocabulary.tokenizer.pad_token_id,
+        vocab_size=vocabulary.size,
+    )
+
+
 def build_backend(
     config: Config, student: Model, vocabulary: Vocabulary, mesh: Mesh, sampler_mesh: Mesh
 ) -> JaxBackend:
     return JaxBackend(
-        student.graph,
-        mesh=sampler_mesh,
-        shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
-        eos_ids=vocabulary.end_ids,
-        pad_id=vocabulary.tokenizer.pad_token_id,
-        vocab_size=vocabulary.size,
+        build_engine(config, student.graph, vocabulary),
         dtype=jnp.dtype(config.policy.precision),
+        shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
+        mesh=sampler_mesh,
+        keep_cache=not config.policy.generation.colocated.enabled,
     )
 
 

@@ -22,8 +22,7 @@ from distill.losses.objective import (
     response_window,
     token_weights,
 )
-from distill.sampling.decode import to_sequences
-from distill.sampling.request import Rollout
+from distill.sampling.request import Rollout, to_sequences
 from distill.sharding import constrain
 
 Params = Any

@@ -13,8 +13,8 @@ from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
 from distill.rollout.base import RolloutBackend
 from distill.rollout.in_process import JaxBackend
-from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import make_generate
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import Rollout, RolloutRequest
 from distill.sharding import (
     make_mesh,
@@ -65,7 +65,8 @@ def backend(dtype=jnp.float32) -> RolloutBackend:
 
 
 def make_backend(dtype=jnp.float32, **placement) -> RolloutBackend:
-    made = JaxBackend(student(dtype=dtype)[0], dtype=dtype, **placement, **OPTIONS)
+    engine = Engine(student(dtype=dtype)[0], EngineConfig(max_length=16), **OPTIONS)
+    made = JaxBackend(engine, dtype=dtype, **placement)
     made.start()
     return made
 
@@ -84,10 +85,8 @@ def test_generates_with_cast_weights_and_request_keys():
     sampler = backend(dtype)
     sampler.refit(params, version=0)
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    simple = make_generate(graphdef, PARAMS, **OPTIONS)
-    prompts_bp = np.array([[4, 5, 6], [4, 5, 6], [7, 8, 0], [7, 8, 0], [9, 0, 0], [9, 0, 0]])
-    keys_b = row_keys(7, 3, [0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1])
-    expected = simple(cast, prompts_bp, np.array([3, 3, 2, 2, 1, 1]), keys_b)
+    request = dataclasses.replace(REQUEST, seed=7, step=3)
+    expected, _ = Engine(graphdef, EngineConfig(max_length=16), **OPTIONS).generate(cast, request)
     assert_equal(generate(sampler, seed=7, step=3), expected)
     assert {x.dtype for x in jax.tree.leaves(sampler._weights)} == {jnp.dtype(dtype)}
 

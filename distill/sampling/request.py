@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -57,3 +58,25 @@ class Rollout:
     log_probs_br: ArrayLike
     sampled_log_probs_br: ArrayLike
     stopped_b: ArrayLike
+
+    def rows(self, index_b: np.ndarray) -> Rollout:
+        """Some rows of the host's arrays."""
+        return jax.tree.map(lambda x: x[index_b], self)
+
+
+def to_sequences(
+    prompts_bp: jax.Array, prompt_lengths_b: jax.Array, rollout: Rollout, pad_id: int
+) -> tuple[jax.Array, jax.Array]:
+    """Joins each prompt and its response into one right-padded row.
+
+    Returns:
+      tokens_bt (t = p + r) and lengths_b; the response starts at the row's prompt length.
+    """
+    prompt_size = prompts_bp.shape[1]
+    joined_bt = jnp.concatenate([prompts_bp, rollout.tokens_br], axis=1)
+    t = jnp.arange(joined_bt.shape[1])
+    prompt_lengths_b1 = prompt_lengths_b[:, None]
+    source_bt = jnp.where(t < prompt_lengths_b1, t, t - prompt_lengths_b1 + prompt_size)
+    lengths_b = prompt_lengths_b + rollout.lengths_b
+    tokens_bt = jnp.take_along_axis(joined_bt, source_bt, axis=1, mode="clip")
+    return jnp.where(t < lengths_b[:, None], tokens_bt, pad_id), lengths_b
