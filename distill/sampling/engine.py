@@ -97,7 +97,8 @@ class Engine:
             static_argnums=(4, 5, 6),
             donate_argnums=1,
         )
-        self._move = jax.jit(caches.move, donate_argnums=0)
+        # A partial, like the others: jit would share what it compiled among engines.
+        self._move = jax.jit(functools.partial(caches.move), donate_argnums=0)
 
     def generate(
         self, weights: nnx.State, request: RolloutRequest
