@@ -111,17 +111,7 @@ def build_mesh(config: Config) -> Mesh:
 def build_sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
     """Where the jax backend samples: on the trainer's `mesh`, or on devices of its own."""
     _, devices = _split_devices(config)
-    if not devices:
-        return mesh
-    sampler_mesh = make_sampler_mesh(mesh, devices)
-    rows, parts = config.policy.train_global_batch_size, batch_parts(sampler_mesh)
-    if rows % parts:
-        raise UserError(
-            f"policy.train_global_batch_size={rows} does not divide over the {parts} device groups "
-            f"of the sampler ({len(devices)} devices): try {-(-rows // parts) * parts}, or "
-            "other policy.generation.colocated.sampler_devices"
-        )
-    return sampler_mesh
+    return make_sampler_mesh(mesh, devices) if devices else mesh
 
 
 def _split_devices(config: Config) -> tuple[list[jax.Device], list[jax.Device]]:

@@ -421,7 +421,7 @@ class _Run:
         return {
             "generation/prefill_seconds": self._prefill_seconds,
             "generation/decode_seconds": self._decode_seconds,
-            "generation/queue_wait_seconds": self._wait_seconds / self._request.num_rows,
+            "generation/queue_wait": self._wait_seconds / self._request.num_rows,
             "generation/slot_occupancy": self._kept_turns / max(self._slot_turns, 1),
         }
 
