@@ -89,8 +89,10 @@ def choose_products(hidden: list, num_sums: int) -> Config:
     return Config(LANES, LANES)
 
 
-def choose_gradient_products(student: Projection, num_tokens: int, num_models: int):
-    """All tokens of a chunk at a time: a Config, or None where fast memory does not hold them.
+def choose_gradient_products(
+    student: Projection, num_tokens: int, num_models: int
+) -> Config | None:
+    """All tokens of a chunk at a time, or None where fast memory does not hold them.
 
     Once: hidden states, their gradient, the gradient by the logits in both dtypes, the two products
     before they are added; twice: blocks of logits, of the head, and of its gradient, which comes in
@@ -151,7 +153,7 @@ class Sweeps(sweeps.Sweeps):
     def logits_memory(
         self, num_tokens: int, student: Projection, teacher: Projection | None
     ) -> list[jax.Array] | None:
-        """Where the gradient is not stored, memory is then the sum of what the loop carries.
+        """None where the gradient is stored; else all memory is what the loop carries, no gaps.
 
         Logits made within the loop are laid out apart from the head's gradient, which it carries:
         with gaps, 0.7 GB of them at 1792 tokens. Besides, the compiler reports as wasted what it
