@@ -88,6 +88,7 @@ class Engine:
         facts = programs.ModelFacts(graphdef, eos_ids, vocab_size, config.int8)
         self._facts = facts
         self._slots, self._cache = 0, None  # slots per part
+        self._make_cache = jax.jit(caches.empty_cache, static_argnums=range(6))
         self._prefill = jax.jit(functools.partial(programs.prefill_prompts, facts))
         self._insert = jax.jit(
             functools.partial(programs.insert_rows, facts), static_argnums=5, donate_argnums=0
@@ -145,8 +146,7 @@ class Engine:
             if slots > self._slots:
                 self._slots, self._cache = slots, None
         if self._cache is None:
-            make = functools.partial(
-                caches.empty_cache,
+            self._cache = self._make_cache(
                 model.config,
                 parts,
                 self._slots,
@@ -154,7 +154,6 @@ class Engine:
                 model.dtype,
                 self.config.int8,
             )
-            self._cache = jax.jit(make)()
 
     def _num_slots(self, model, rows: int, parts: int) -> int:
         if self.config.num_slots:
@@ -187,11 +186,10 @@ class _Run:
         repeats = request.num_generations
         self._keys = np.asarray(
             jax.random.key_data(
-                row_keys(
-                    request.seed,
-                    request.step,
-                    np.repeat(request.prompt_index, repeats),
-                    np.tile(np.arange(repeats), len(request.prompts)),
+                _row_keys(
+                    *(np.asarray(x).astype(np.uint32) for x in (request.seed, request.step)),
+                    np.repeat(request.prompt_index, repeats).astype(np.uint32),
+                    np.tile(np.arange(repeats, dtype=np.uint32), len(request.prompts)),
                 )
             )
         )
@@ -424,6 +422,9 @@ class _Run:
             "generation/queue_wait": self._wait_seconds / self._request.num_rows,
             "generation/slot_occupancy": self._kept_turns / max(self._slot_turns, 1),
         }
+
+
+_row_keys = jax.jit(row_keys)
 
 
 def _prompt_bucket(length: int) -> int:
