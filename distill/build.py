@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from distill import build_vllm
 from distill import optimizer as optimizers
 from distill.config import Config
 from distill.data.base import DatasetInterface, dataset_options, get_dataset
@@ -27,6 +28,7 @@ from distill.models.transformer import Transformer
 from distill.rollout.base import RolloutBackend
 from distill.rollout.batches import BatchSource
 from distill.rollout.in_process import JaxBackend
+from distill.rollout.vllm.teacher import VllmTeacher
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sharding import (
@@ -277,6 +279,13 @@ def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str)
     )
 
 
+def build_teacher(config: Config, folder: Path | None, mesh: Mesh) -> Model | None:
+    """The teacher on the mesh; None for hard labels and for one behind servers."""
+    if folder is None or config.teacher.backend != "local":
+        return None
+    return build_frozen_model(config, folder, mesh, config.teacher.precision)
+
+
 def build_objective(config: Config) -> Objective:
     distillation = config.distillation
     implementation = distillation.loss_implementation
@@ -288,6 +297,7 @@ def build_objective(config: Config) -> Objective:
         temperature=distillation.kl_temperature,
         temperature_squared=distillation.kl_temperature_squared,
         hard_labels=distillation.hard_labels,
+        top_k_teacher=config.teacher.backend == "vllm",
         implementation=None if implementation == "auto" else implementation,
     )
 
@@ -380,8 +390,29 @@ def build_engine(config: Config, graph: nnx.GraphDef, vocabulary: Vocabulary) ->
 
 
 def build_backend(
-    config: Config, student: Model, vocabulary: Vocabulary, mesh: Mesh, sampler_mesh: Mesh
-) -> JaxBackend:
+    config: Config,
+    student: Model,
+    vocabulary: Vocabulary,
+    mesh: Mesh,
+    sampler_mesh: Mesh,
+    *,
+    student_folder: Path,
+    workdir: Path,
+) -> RolloutBackend:
+    """What samples the student's answers.
+
+    Args:
+      student: its graph, and parameters or their shapes on the mesh.
+      mesh: the trainer's.
+      sampler_mesh: where the jax backend samples.
+      student_folder: where the student came from.
+      workdir: the run's.
+    """
+    # With lambda_=0 nothing is sampled: no server is asked for anything.
+    if config.policy.generation.backend == "vllm" and config.distillation.lambda_ > 0:
+        params = build_sampling_params(config)
+        folders = dict(student_folder=student_folder, workdir=workdir)
+        return build_vllm.build_backend(config, student, params, vocabulary, mesh, **folders)
     return JaxBackend(
         build_engine(config, student.graph, vocabulary),
         dtype=jnp.dtype(config.policy.precision),
@@ -392,7 +423,12 @@ def build_backend(
 
 
 def build_batches(
-    config: Config, prompts: Prompts, iterator, backend: RolloutBackend, mesh: Mesh
+    config: Config,
+    prompts: Prompts,
+    iterator,
+    backend: RolloutBackend,
+    mesh: Mesh,
+    remote_teacher: VllmTeacher | None,
 ) -> BatchSource:
     """The source of every step's batch; `iterator` stands where the run begins or goes on."""
     distillation = config.distillation
@@ -403,6 +439,7 @@ def build_batches(
         iterator,
         backend,
         make_put(mesh),
+        score=None if remote_teacher is None else remote_teacher.score,
         params=params,
         num_generations=distillation.generate_strategy.num_generations,
         seed=config.seed,

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
+import urllib.parse
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from distill.errors import UserError
 
-KNOWN_BACKENDS = ("jax",)
+KNOWN_BACKENDS = ("jax", "vllm")
 PRECISIONS = ("bfloat16", "float32")
 
 
@@ -105,6 +107,35 @@ class Colocated:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VllmServers:
+    """vLLM servers and how long they are waited for."""
+
+    urls: tuple[str, ...] = _key((), "servers that are running, such as http://127.0.0.1:8000")
+    api_key_variable: str = _key("", "NAME of the environment variable with the servers' API key")
+    request_timeout: float = _key(600.0, "seconds a server may take for one answer", low=0.1)
+    retry_timeout: float = _key(
+        300.0, "seconds a failing server is tried again, such as one that restarts", low=0
+    )
+    start_timeout: float = _key(600.0, "seconds a server may take until it is up", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VllmSampler(VllmServers):
+    """Servers that sample the student's answers."""
+
+    python: str = _key("", "interpreter with vLLM, to start one server here; '' uses urls")
+    server_args: tuple[str, ...] = _key((), "more arguments for that server")
+    weights_dir: str = _key("", "refits pass through it, servers read it; '': vllm in the workdir")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VllmTeacher(VllmServers):
+    """Servers that score tokens with the teacher."""
+
+    top_k: int = _key(20, "likeliest tokens known per position; others are one bucket", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
     backend: str = _key("jax", "where rollouts are sampled")
     max_log_prob_gap: float = _key(
@@ -122,6 +153,7 @@ class Generation:
         "auto", "keys and values; auto: policy.precision", choices=("auto", "int8")
     )
     colocated: Colocated = _section(Colocated)
+    vllm: VllmSampler = _section(VllmSampler)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +177,8 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
+    backend: str = _key("local", "where the teacher runs", choices=("local", "vllm"))
+    vllm: VllmTeacher = _section(VllmTeacher)
     precision: str = _key("bfloat16", "dtype of weights and compute", choices=PRECISIONS)
     shape: Shape = _section(Shape)
     pretrain: Pretrain = _section(Pretrain)
@@ -227,6 +261,8 @@ RESUMABLE_CHANGES = (
     "distillation.eval_steps",
     "distillation.save_steps",
     "distillation.logging_steps",
+    "policy.generation.vllm.",
+    *(f"teacher.vllm.{field.name}" for field in dataclasses.fields(VllmServers)),
 )
 
 
@@ -426,12 +462,58 @@ def _check_combinations(config: Config) -> None:
             f"{distillation.lambda_}: set distillation.lambda_=0"
         )
     _check_models(config)
+    _check_vllm(config)
+
+
+def _check_vllm(config: Config) -> None:
+    distillation, sampler = config.distillation, config.policy.generation.vllm
+    if config.policy.generation.backend == "vllm":
+        if bool(sampler.urls) == bool(sampler.python):
+            raise UserError(
+                "policy.generation.backend=vllm takes either policy.generation.vllm.urls, servers "
+                "that are running, or policy.generation.vllm.python, to start one here"
+            )
+        _check_servers("policy.generation.vllm", sampler)
+    if config.teacher.backend == "vllm":
+        if not config.teacher.vllm.urls:
+            raise UserError(
+                "teacher.backend=vllm needs teacher.vllm.urls, such as http://host:8000"
+            )
+        _check_servers("teacher.vllm", config.teacher.vllm)
+        for key, needed, reason in (
+            ("kl_temperature", 1.0, "the tail beyond its top_k tokens cannot be tempered"),
+            ("hard_labels", False, "no teacher takes part in them"),
+        ):
+            if getattr(distillation, key) != needed:
+                raise UserError(
+                    f"distillation.{key}={getattr(distillation, key)} does not go with "
+                    f"teacher.backend=vllm: {reason}; set it to {needed}, or teacher.backend=local"
+                )
+
+
+def _check_servers(section: str, servers: VllmServers) -> None:
+    for number, url in enumerate(servers.urls, start=1):
+        parts = urllib.parse.urlsplit(url)
+        plain = not (parts.query or parts.fragment or "@" in parts.netloc)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+            # Not shown: it may hold a password.
+            raise UserError(
+                f"config key '{section}.urls': number {number} is not plainly http://HOST:PORT or "
+                "https://HOST:PORT; an API key belongs into the variable named by api_key_variable"
+            )
+    if len(set(servers.urls)) < len(servers.urls):
+        raise UserError(f"config key '{section}.urls' names a server twice")
+    if not re.fullmatch(r"(?!\d)\w*", servers.api_key_variable):
+        # Not shown: somebody may have put the key itself here.
+        raise UserError(
+            f"config key '{section}.api_key_variable' is not the name of an environment variable"
+        )
 
 
 def _check_models(config: Config) -> None:
     policy, teacher = config.policy, config.teacher
     models = [("policy.model_name", policy.model_name, "policy", policy.shape)]
-    if not config.distillation.hard_labels:
+    if not config.distillation.hard_labels and teacher.backend == "local":
         path = config.distillation.teacher_model_path
         models.append(("distillation.teacher_model_path", path, "teacher", teacher.shape))
     for key, path, section, shape in models:

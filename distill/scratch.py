@@ -52,7 +52,8 @@ def make_missing_models(
         "teacher": (teacher.shape, teacher.pretrain),
     }
     missing = [role for role, path in paths.items() if not path]
-    if distillation.hard_labels and "teacher" in missing:
+    needs_teacher = not distillation.hard_labels and teacher.backend == "local"
+    if not needs_teacher and "teacher" in missing:
         missing.remove("teacher")
     if not missing:
         return config

@@ -17,6 +17,7 @@ from flax import nnx
 
 from distill.losses.objective import (
     Objective,
+    TopKScores,
     gather_positions,
     importance_weights,
     response_window,
@@ -50,6 +51,7 @@ class Batch:
       log_probs_br: the sampler's untruncated log-probabilities of the response tokens.
       on_policy_b: whether the student sampled the response.
       truncated_b: whether the response stopped at the length limit.
+      scores: what is known of a teacher that is not here; None when the teacher is.
     """
 
     tokens_bt: jax.Array
@@ -58,6 +60,7 @@ class Batch:
     log_probs_br: jax.Array
     on_policy_b: jax.Array
     truncated_b: jax.Array
+    scores: TopKScores | None = None
 
 
 def make_batch(
@@ -65,6 +68,7 @@ def make_batch(
     prompt_lengths_b: jax.Array,
     rollout: Rollout,
     on_policy_b: jax.Array,
+    scores: TopKScores | None = None,
     *,
     pad_id: int,
 ) -> Batch:
@@ -77,6 +81,7 @@ def make_batch(
         rollout.log_probs_br,
         on_policy_b,
         on_policy_b & ~rollout.stopped_b,
+        scores,
     )
 
 
@@ -95,7 +100,8 @@ def make_train_step(
 
     Args:
       student: graph of the trained model, whose parameters are `state.params`.
-      teacher: graph of the frozen model, None (with `teacher_params=None`) for hard labels.
+      teacher: graph of the frozen model; None (with `teacher_params=None`) for hard labels, and
+        where batches bring the teacher's scores.
       objective: per-token loss summed with weights.
       optimizer: optax chain.
       num_microbatches: divides the batch size.
@@ -145,6 +151,7 @@ def make_train_step(
             window.targets_br,
             weights_br,
             vocab_size=vocab_size,
+            scores=batch.scores,
         )
         gap_br = jnp.where(sampled_br, jnp.abs(values.log_prob_s - batch.log_probs_br), 0.0)
         return loss, sums | {

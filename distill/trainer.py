@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from distill import build
+from distill.build_vllm import build_remote_teacher
 from distill.checkpoint import Checkpoints, check_same_run
 from distill.config import Config, parse_config, resumable_changes, to_flat_dict
-from distill.errors import UserError
+from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
 from distill.metrics import import_wandb, write_atomically
 from distill.models.hf import export_model, load_model_config
@@ -82,9 +83,7 @@ def run(config: Config, workdir: Path) -> Result:
         )
 
         # ----------------------------------------------------------------------------- models
-        teacher = teacher_folder and build.build_frozen_model(
-            config, teacher_folder, mesh, config.teacher.precision
-        )
+        teacher = build.build_teacher(config, teacher_folder, mesh)
         optimizer, schedule = build.build_optimizer(config)
         graph, state = build.build_state(config, student_folder, optimizer, mesh)
         shapes = jax.tree.map(_shape_on_mesh, state)
@@ -100,7 +99,15 @@ def run(config: Config, workdir: Path) -> Result:
             importance_clip=config.policy.generation.importance_clip,
         )
         student = Model(graph, shapes.params)
-        backend = build.build_backend(config, student, vocabulary, mesh, sampler_mesh)
+        folders = dict(student_folder=student_folder, workdir=workdir)
+        backend = build.build_backend(config, student, vocabulary, mesh, sampler_mesh, **folders)
+        cleanup.callback(backend.stop)
+        remote_teacher = build_remote_teacher(config, vocabulary)
+        if step < config.distillation.max_steps:
+            # Servers that will not do are told before anything takes time.
+            if remote_teacher is not None:
+                remote_teacher.start()
+            backend.start()
 
         # ----------------------------------------------------------------------------- resume
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpointing.keep)
@@ -110,7 +117,7 @@ def run(config: Config, workdir: Path) -> Result:
             state = checkpoints.restore(step, shapes)
             iterator.set_state(record["iterator"])
             results = record["results"]
-        batches = build.build_batches(config, prompts, iterator, backend, mesh)
+        batches = build.build_batches(config, prompts, iterator, backend, mesh, remote_teacher)
         cleanup.callback(batches.close)
         writer = build.build_writer(config, workdir, step, flat_config)
         progress = build.build_progress(config, writer, schedule, step)
@@ -121,21 +128,35 @@ def run(config: Config, workdir: Path) -> Result:
                 results[role] = dataclasses.asdict(evaluator(model, teacher))
                 progress.evaluation(step, role, results[role])
 
+        def save(position: Any) -> None:
+            progress.flush()
+            # A copy of the results: the save goes on beside the loop.
+            record = dict(config=flat_config, iterator=position, results=dict(results))
+            checkpoints.save(step, state, record)
+
         # ------------------------------------------------------------------------------- loop
         if "base" not in results:
             evaluate("base", Model(graph, state.params))
         if teacher and "teacher" not in results:
             evaluate("teacher", teacher)
-        backend.start()
         max_steps, save_steps = config.distillation.max_steps, config.distillation.save_steps
         async_steps = config.policy.generation.async_steps
         while step < max_steps:
             progress.begin_step(step, state)
-            with progress.phase("generate") as finish:
-                batch, measured = finish(batches.next(step, state.params))
-                # Nothing is sampled ahead over a checkpoint: what follows it depends on it alone.
-                if async_steps and not _is_due(step + 1, save_steps, max_steps):
-                    batches.sample_ahead(step + 1, state.params)
+            position = batches.position
+            try:
+                with progress.phase("generate") as finish:
+                    batch, measured = finish(batches.next(step, state.params))
+                    # Nothing is sampled ahead over a checkpoint: what follows depends on it alone.
+                    if async_steps and not _is_due(step + 1, save_steps, max_steps):
+                        batches.sample_ahead(step + 1, state.params)
+            except (RunStopped, UserError) as error:
+                if not step:  # before the first update there is nothing to go on from
+                    raise
+                save(position)  # what was sampled but not trained on is sampled again
+                checkpoints.close()
+                saved = f"step {step} is saved: the same command goes on from it"
+                raise type(error)(f"{error} ({saved})") from error
             with progress.phase("train") as finish:
                 state, metrics = train_step(state, teacher and teacher.params, batch)
                 finish(metrics)
@@ -144,10 +165,7 @@ def run(config: Config, workdir: Path) -> Result:
             if _is_due(step, config.distillation.eval_steps, max_steps):
                 evaluate("student", Model(graph, state.params))
             if _is_due(step, save_steps, max_steps):
-                progress.flush()
-                # A copy of the results: the save goes on beside the loop.
-                record = dict(config=flat_config, iterator=batches.position, results=dict(results))
-                checkpoints.save(step, state, record)
+                save(batches.position)
         backend.stop()
         progress.close()
         checkpoints.close()
@@ -179,9 +197,7 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         student_folder, teacher_folder = find_models(parsed)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
-        teacher = teacher_folder and build.build_frozen_model(
-            parsed, teacher_folder, mesh, parsed.teacher.precision
-        )
+        teacher = build.build_teacher(parsed, teacher_folder, mesh)
         student = build.build_frozen_model(parsed, student_folder, mesh, parsed.policy.precision)
         models = {"student": student, "teacher": teacher} if teacher else {"student": student}
         return {

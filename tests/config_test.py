@@ -49,6 +49,9 @@ def test_defaults_with_field_evidence():
             0.5,
             ["importance_clip=0.5", "0 (off) or at least 1"],
         ),
+        ("policy.generation.backend", "vllm", ["generation.vllm.urls", "generation.vllm.python"]),
+        ("teacher.backend", "vllm", ["teacher.vllm.urls"]),
+        ("teacher.vllm.top_k", 0, ["teacher.vllm.top_k", "at least 1"]),
         ("policy.precision", "float16", ["policy.precision", "bfloat16, float32"]),
         ("policy.train_micro_batch_size", 7, ["64", "7", "try train_micro_batch_size=4"]),
         ("distillation.generate_strategy.num_generations", 3, ["64", "num_generations=3"]),
@@ -88,6 +91,31 @@ def test_model_from_scratch_needs_a_tokenizer_and_fitting_heads():
     config.policy.tokenizer = "bpe:400"
     config.policy.shape.num_heads = 3
     with pytest.raises(UserError, match="multiple"):
+        parse_config(config)
+
+
+def test_vllm_sections_check_addresses_and_show_no_secrets():
+    def message(**values) -> str:
+        config = valid_config()
+        config.teacher.backend = "vllm"
+        config.teacher.vllm.update({"urls": ("http://127.0.0.1:8000",), **values})
+        with pytest.raises(UserError) as error:
+            parse_config(config)
+        return str(error.value)
+
+    assert "http://HOST:PORT" in message(urls=("127.0.0.1:8000",))
+    assert "passw0rd" not in message(urls=("http://me:passw0rd@10.0.0.1:8000",))
+    assert "twice" in message(urls=("http://a:1", "http://a:1"))
+    assert "sk-1234" not in message(api_key_variable="sk-1234")
+
+
+def test_vllm_teacher_refuses_what_a_tail_cannot_do():
+    config = valid_config()
+    config.teacher.backend, config.teacher.vllm.urls = "vllm", ("http://127.0.0.1:8000",)
+    config.distillation.teacher_model_path = ""  # its tokenizer is asked for over HTTP
+    parse_config(config)
+    config.distillation.kl_temperature = 2.0
+    with pytest.raises(UserError, match="kl_temperature=2.0 does not go with teacher.backend=vllm"):
         parse_config(config)
 
 

@@ -15,9 +15,9 @@ LEVELS = [
     {"losses", "models", "data", "optimizer"},
     {"step", "sampling"},
     {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
-    {"build", "scratch"},
+    {"build", "build_vllm", "scratch"},
     {"trainer"},
-    {"main", "generate", "__init__"},
+    {"main", "generate", "export_server", "__init__"},
 ]
 OPTIONAL_PACKAGES = {"torch", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from distill.rollout.in_process import JaxBackend
 from ml_collections import ConfigDict
 from tiny_runs import read_metrics, tiny_config, with_models
 
@@ -81,6 +82,32 @@ def test_killed_run_resumes_to_the_same_bits(models, finished, tmp_path, monkeyp
     weights = "model.safetensors"
     assert (again.student / weights).read_bytes() == (result.student / weights).read_bytes()
     assert again.results == result.results
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+
+
+def test_failed_generation_is_saved_and_resumes_to_the_same_bits(
+    models, finished, tmp_path, monkeypatch
+):
+    """Servers that went away: the batch that was not trained on is served again."""
+    workdir, result = finished
+    last = max(step for step in range(6) if lambda_coin(0, step, 0.5))
+    assert last % 2, "a step that no checkpoint of its own precedes"
+    generate = "distill.rollout.in_process.JaxBackend.generate"
+    original = JaxBackend.generate
+
+    def fails(self, request):
+        if request.step == last:
+            raise RunStopped("http://127.0.0.1:1 stayed away")
+        return original(self, request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, fails)
+        with pytest.raises(RunStopped, match=f"stayed away .step {last} is saved: the same comm"):
+            distill.train(with_models(tiny_config(lambda_=0.5), models), tmp_path)
+    assert (tmp_path / "checkpoints" / str(last)).is_dir()
+    again = distill.train(with_models(tiny_config(lambda_=0.5), models), tmp_path)
+    weights = "model.safetensors"
+    assert (again.student / weights).read_bytes() == (result.student / weights).read_bytes()
     assert read_metrics(tmp_path) == read_metrics(workdir)
 
 

@@ -18,6 +18,7 @@ from distill.kernels.linear_divergence import (
     check_pointwise,
     linear_cross_entropy,
     linear_divergence,
+    linear_divergence_top_k,
     linear_loss,
     resolve_implementation,
 )
@@ -99,6 +100,20 @@ def importance_weights(
     return jnp.where(sampled_br, jnp.minimum(ratios_br, clip), 1.0)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopKScores:
+    """A teacher known by its likeliest tokens at every response position (k: one of them).
+
+    Attributes:
+      ids_brk: int32, distinct at a position; -1 where fewer are known.
+      log_probs_brk: float32, at temperature 1.
+    """
+
+    ids_brk: jax.Array
+    log_probs_brk: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The training objective as a hashable function; build it with `make_objective`."""
@@ -124,6 +139,7 @@ class Objective:
         weights_br: jax.Array,
         *,
         vocab_size: int,
+        scores: TopKScores | None = None,
     ) -> tuple[jax.Array, TokenValues]:
         """Weighted sum of the token losses, differentiable by the student's hidden states and head.
 
@@ -134,6 +150,7 @@ class Objective:
           targets_br: response tokens.
           weights_br: from `token_weights`.
           vocab_size: ids that student and teacher share; further head columns are padding.
+          scores: what is known of the teacher instead of its hidden states and head (None then).
 
         Returns:
           float32 scalar, and TokenValues of shape (b, r) that carry no gradient.
@@ -144,6 +161,18 @@ class Objective:
         if not self.needs_teacher:
             loss, values = linear_cross_entropy(
                 hidden_s_td, head_s, targets_t, weights_t, **options
+            )
+        elif scores is not None:
+            loss, values = linear_divergence_top_k(
+                hidden_s_td,
+                head_s,
+                _flatten_tokens(scores.ids_brk),
+                _flatten_tokens(scores.log_probs_brk),
+                weights_t,
+                divergence=self.divergence,
+                temperature=self.temperature,
+                targets=targets_t,
+                **options,
             )
         else:
             rows = (hidden_s_td, head_s, _flatten_tokens(hidden_t_brd), head_t, weights_t)
@@ -184,6 +213,7 @@ def make_objective(
     temperature: float = 1.0,
     temperature_squared: bool = False,
     hard_labels: bool = False,
+    top_k_teacher: bool = False,
     implementation: str | None = None,
     chunk: int | None = None,
 ) -> Objective:
@@ -196,6 +226,7 @@ def make_objective(
       temperature_squared: multiplies the loss by temperature^2, which keeps the size of the
         gradient (Hinton et al., arXiv:1503.02531).
       hard_labels: cross-entropy with the response tokens instead; no teacher, temperature 1.
+      top_k_teacher: the teacher will be TopKScores, which take a divergence, no other loss.
       implementation, chunk: see kernels/linear_divergence/api.py.
 
     Raises:
@@ -204,8 +235,14 @@ def make_objective(
     if not temperature > 0:
         raise UserError(f"kl_temperature={temperature} is not positive")
     pointwise = is_pointwise(kl_type)
+    if top_k_teacher and not pointwise:
+        raise UserError(
+            f"kl_type={kl_type} is a loss of whole rows, but of a teacher behind a server only the "
+            "likeliest tokens are known: choose a divergence, or teacher.backend=local"
+        )
+    fused = hard_labels or (pointwise and not top_k_teacher)
     try:
-        resolve_implementation(implementation, fused=pointwise or hard_labels)
+        resolve_implementation(implementation, fused=fused)
     except ValueError as error:
         raise UserError(f"loss_implementation: {error}") from None
     parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
@@ -247,5 +284,5 @@ def _coin_key(seed: int, step: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, _COIN_STREAM), step)
 
 
-def _flatten_tokens(hidden_brd: jax.Array) -> jax.Array:
-    return constrain(hidden_brd.reshape(-1, hidden_brd.shape[-1]), "token", None)
+def _flatten_tokens(values_brx: jax.Array) -> jax.Array:
+    return constrain(values_brx.reshape(-1, values_brx.shape[-1]), "token", None)

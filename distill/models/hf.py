@@ -224,6 +224,8 @@ def export_model(
     dtype: jax.typing.DTypeLike,
     generation_config: dict[str, Any] | None = None,
     max_shard_bytes: float = 5e9,
+    untied_rows: int | None = None,
+    transform: Callable[[str, np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """Writes a folder that transformers, vLLM and `load_params` can read.
 
@@ -240,6 +242,8 @@ def export_model(
       generation_config: goes to generation_config.json.
       max_shard_bytes: weights beyond this are spread over several files; also bounds the memory
         used, next to the largest single weight.
+      untied_rows: writes the head of a tied model too, and of it and the embedding this many rows.
+      transform: makes what is written from a tensor's key and value.
 
     Raises:
       UserError: `folder` exists and is not a model.
@@ -252,7 +256,8 @@ def export_model(
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _write_weights(partial, params, config, dtype, max_shard_bytes)
+    exported = list(_exported(params, config, untied_rows))
+    _write_weights(partial, exported, dtype, max_shard_bytes, transform or (lambda _, value: value))
     if jax.process_index() == 0:
         _write_json(partial / CONFIG, _with_dtype(hf_config_dict, dtype))
         if generation_config is not None:
@@ -263,15 +268,15 @@ def export_model(
 
 
 def _write_weights(
-    folder: Path, params: nnx.State, config: ModelConfig, dtype: np.dtype, max_shard_bytes: float
+    folder: Path, exported: list[_Exported], dtype: np.dtype, max_shard_bytes: float, transform
 ) -> None:
-    exported = list(_exported(params, config))
     sizes = [math.prod(each.shape) * dtype.itemsize for each in exported]
     shards = _plan_shards(sizes, max_shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else WEIGHTS
-        tensors = {exported[i].key: _fetch(exported[i], dtype) for i in shard}
+        parts = [exported[i] for i in shard]
+        tensors = {part.key: transform(part.key, _fetch(part, dtype)) for part in parts}
         weight_map.update(dict.fromkeys(tensors, name))
         if jax.process_index() == 0:
             save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -282,23 +287,29 @@ def _write_weights(
 
 
 class _Exported(NamedTuple):
-    """One tensor of the checkpoint: array[index] in our layout."""
+    """One tensor of the checkpoint: array[index] in our layout, then `rows` of it in theirs."""
 
     key: str
     weight: Weight
     array: jax.Array
     index: tuple[int, ...]
+    rows: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape[len(self.index) :]
+        shape = self.weight.hf_shape(self.array.shape[len(self.index) :])
+        return (min(shape[0], self.rows or shape[0]), *shape[1:])
 
 
-def _exported(params: nnx.State, config: ModelConfig) -> Iterator[_Exported]:
+def _exported(params: nnx.State, config: ModelConfig, rows: int | None) -> Iterator[_Exported]:
     arrays = {"/".join(path): param.get_value() for path, param in nnx.to_flat_state(params)}
     for path, weight in key_table(config).items():
         for layer, key in enumerate(weight.keys(config.num_layers)):
-            yield _Exported(key, weight, arrays[path], (layer,) if weight.stacked else ())
+            cut = rows if path in ("embedding", "output_head") else None
+            yield _Exported(key, weight, arrays[path], (layer,) if weight.stacked else (), cut)
+    if rows is not None and config.tied:
+        table = key_table(config)["embedding"]
+        yield _Exported("lm_head.weight", table, arrays["embedding"], (), rows)
 
 
 def _plan_shards(sizes: list[int], limit: float) -> list[list[int]]:
@@ -318,9 +329,8 @@ def _fetch(exported: _Exported, dtype: np.dtype) -> np.ndarray:
     """The tensor in their layout; replicated first, so that a process can read what others hold."""
     old = exported.array.sharding
     sharding = replicated(old.mesh) if isinstance(old, NamedSharding) else None
-    return _to_hf(
-        np.asarray(_slicer(dtype, sharding)(exported.array, *exported.index)), exported.weight
-    )
+    array = np.asarray(_slicer(dtype, sharding)(exported.array, *exported.index))
+    return _to_hf(array, exported.weight)[: exported.rows]
 
 
 @functools.cache

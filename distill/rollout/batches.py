@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from distill.data.pipeline import PromptBatch
-from distill.losses.objective import lambda_coin, sample_coins
+from distill.losses.objective import TopKScores, lambda_coin, sample_coins
 from distill.rollout.base import RolloutBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
@@ -56,6 +56,8 @@ class BatchSource:
       iterator: of PromptBatch, with `get_state`; not to be moved by others any more.
       backend: samples the answers.
       put: places host rows on the trainer's mesh.
+      score: what a teacher that is not on the mesh knows of a rollout, from prompt tokens, prompt
+        lengths and the rollout; None without one. Called where the rollout was sampled.
       params: how answers are sampled.
       num_generations: answers per prompt.
       seed: of coins and sampling.
@@ -73,6 +75,7 @@ class BatchSource:
         backend: RolloutBackend,
         put: Callable[[np.ndarray], jax.Array],
         *,
+        score: Callable[[np.ndarray, np.ndarray, Rollout], TopKScores] | None = None,
         params: SamplingParams,
         num_generations: int,
         seed: int,
@@ -82,6 +85,7 @@ class BatchSource:
         pad_id: int,
     ):
         self._iterator, self._backend, self._put = iterator, backend, put
+        self._score = score
         self._params, self._num_generations, self._seed = params, num_generations, seed
         self._lambda, self._per_sample = lambda_, per_sample
         self._response_width, self._pad_id = response_width, pad_id
@@ -112,13 +116,14 @@ class BatchSource:
         """
         if self._ahead is None:
             draft = self._draw(step, student_params, version=step)
-            rollout, measured = self._answer(draft)
+            rollout, scores, measured = self._answer(draft)
         else:
             (draft, future), self._ahead = self._ahead, None
             if draft.step != step:
                 raise RuntimeError(f"the batch of update {draft.step} is under way, not of {step}")
-            rollout, measured = future.result()
-        arrays = draft.rows.prompt_tokens_bp, draft.rows.prompt_lengths_b, rollout, draft.coins_b
+            rollout, scores, measured = future.result()
+        rows = draft.rows
+        arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout, draft.coins_b, scores
         batch = self._make_batch(*jax.tree.map(self._put, arrays))
         self._position = draft.position
         return batch, measured
@@ -169,8 +174,16 @@ class BatchSource:
         )
         return _Draft(step, rows, coins_b, request, position, measured)
 
-    def _answer(self, draft: _Draft) -> tuple[Rollout, Measured]:
-        """Responses for all rows and what was measured; the part that may run in the thread."""
+    def _answer(self, draft: _Draft) -> tuple[Rollout, TopKScores | None, Measured]:
+        """Responses of all rows, scored if need be; the part that may run in the thread."""
+        rollout, measured = self._respond(draft)
+        if self._score is None:
+            return rollout, None, measured
+        rows, start = draft.rows, time.perf_counter()
+        scores = self._score(rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout)
+        return rollout, scores, {**measured, "teacher/seconds": time.perf_counter() - start}
+
+    def _respond(self, draft: _Draft) -> tuple[Rollout, Measured]:
         if draft.request is None:
             return self._fixed(draft.rows), draft.measured
         start = time.perf_counter()

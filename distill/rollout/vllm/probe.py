@@ -1,0 +1,166 @@
+"""Does a server compute with the weights that the trainer has? Answered by log-probabilities.
+
+A refit is believed only when the server's log-probabilities of fixed tokens are the trainer's. A
+small update may move them by less than the two programs differ in bfloat16, so each refit is held
+to more than closeness:
+
+- Before the first refit it is rehearsed with other weights: all halved, the head negated. A server
+  that keeps any old weight, a tied head above all, is then far off, in any precision.
+- The first true weights must undo the rehearsal as exactly.
+- After that, a server whose answer to the probe is the old one bit for bit, although the trainer's
+  changed, did not take the new weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distill.errors import RunStopped
+from distill.rollout.vllm.client import VllmClient
+from distill.sharding import constrain
+
+_LENGTH, _ROWS = 32, 4
+# Share of the distance between two sets of weights by which a server may miss the new ones.
+_MISS = 0.1
+_FLOAT32_LIMIT = 0.01  # nats; programs in float32 differ by about 1e-5
+REMEDY = (
+    "start the server from a folder of `python -m distill.export_server`, which has an output head "
+    "of its own"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """The trainer's log-probabilities of the probe, float32 (rows, tokens - 1).
+
+    Attributes:
+      new: of the weights that the server should have.
+      kept_head: the same with the head from before the rehearsal; None where there was none.
+    """
+
+    new: np.ndarray
+    kept_head: np.ndarray | None = None
+
+
+class Probe:
+    """Fixed tokens, scored by the trainer's model and by servers.
+
+    Args:
+      graph: of the student; its dtype is computed in.
+      vocab_size: ids in use.
+      max_length: tokens a row may have.
+      row_multiple: parts into which the mesh splits rows.
+      max_gap: mean |nats| by which trainer and server may differ.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        *,
+        vocab_size: int,
+        max_length: int,
+        row_multiple: int,
+        max_gap: float,
+        float32: bool,
+    ):
+        rows = row_multiple * -(-_ROWS // row_multiple)
+        shape = rows, max(2, min(_LENGTH, max_length))
+        self.tokens_bt = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
+        self._vocab_size, self._precision = vocab_size, "float32" if float32 else "bfloat16"
+        self._max_gap = min(max_gap, _FLOAT32_LIMIT) if float32 else max_gap
+
+        def log_probs(body, params, head_sign, tokens_bt):
+            hidden_btd = nnx.merge(graph, body)(tokens_bt)
+            head_dv = nnx.merge(graph, params).head() * head_sign.astype(hidden_btd.dtype)
+            logits_btv = jnp.einsum(
+                "btd,dv->btv", hidden_btd, head_dv, preferred_element_type=jnp.float32
+            )
+            logits_btv = constrain(logits_btv, "batch", "position", "act_vocab")
+            real_v = jnp.arange(logits_btv.shape[-1]) < vocab_size
+            log_probs_btv = jax.nn.log_softmax(jnp.where(real_v, logits_btv, -jnp.inf))
+            chosen_bt1 = jnp.take_along_axis(log_probs_btv[:, :-1], tokens_bt[:, 1:, None], axis=-1)
+            return chosen_bt1[..., 0]
+
+        def rehearsed(params, head_sign, tokens_bt):
+            halved = jax.tree.map(lambda x: x * 0.5, params)
+            return log_probs(halved, params, head_sign, tokens_bt)
+
+        self._true = jax.jit(lambda params, *rest: log_probs(params, params, *rest))
+        self._rehearsed = jax.jit(rehearsed)
+
+    def expected(self, params: nnx.State) -> Expected:
+        return Expected(self._run(self._true, params, 1.0))
+
+    def expected_in_rehearsal(self, params: nnx.State) -> Expected:
+        """See `weights.rehearse`."""
+        return Expected(
+            self._run(self._rehearsed, params, -1.0), self._run(self._rehearsed, params, 1.0)
+        )
+
+    def measure(self, client: VllmClient) -> np.ndarray:
+        """The server's, one row after another: idle otherwise, it computes alike every time."""
+        scores = [client.score(row_t.tolist()) for row_t in self.tokens_bt]
+        return np.array([[log_probs[0] for _, log_probs in row] for row in scores], np.float32)
+
+    def check(
+        self,
+        url: str,
+        measured: np.ndarray,
+        expected: Expected,
+        before: tuple[np.ndarray, np.ndarray] | None,
+        *,
+        far_apart: bool,
+    ) -> float:
+        """Mean |nats| between server and trainer.
+
+        Args:
+          url: for the message.
+          measured: from `measure`, after the refit.
+          expected: of the new weights.
+          before: what was measured and expected before this refit, None if not known.
+          far_apart: whether the weights before were or are the rehearsal's.
+
+        Raises:
+          RunStopped: the server does not compute with the new weights; names the likely cause.
+        """
+        gap = _gap(measured, expected.new)
+        limit = self._max_gap
+        if far_apart and before is not None:
+            limit = min(limit, max(_MISS * _gap(before[1], expected.new), 1e-5))
+        changed = before is not None and np.mean(before[1] != expected.new) > 0.5
+        stale = changed and np.array_equal(measured, before[0])
+        if gap <= limit and not stale:
+            return gap
+        if stale:
+            cause = (
+                "its answer is the old one to the last bit: it answered that it reloaded, and kept "
+                "the old weights; restart it, and see its log"
+            )
+        elif expected.kept_head is not None and _gap(measured, expected.kept_head) < 0.5 * gap:
+            cause = (
+                "it took all new weights except for the output head, as vLLM does with a tied "
+                f"model: {REMEDY}"
+            )
+        else:
+            cause = (
+                "it has another model, or other weights, or does not compute in policy.precision="
+                f"{self._precision} (--dtype {self._precision}), or keeps a tied output head: "
+                f"{REMEDY}, and check that nobody else refits it"
+            )
+        raise RunStopped(
+            f"after a refit, {url} and the trainer differ by {gap:.2g} nats per token (allowed: "
+            f"{limit:.2g}): {cause}"
+        )
+
+    def _run(self, function, params: nnx.State, head_sign: float) -> np.ndarray:
+        return np.asarray(function(params, jnp.float32(head_sign), self.tokens_bt), np.float32)
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean |a - b|; NaN where either has one, which no limit allows."""
+    return float(np.mean(np.abs(a - b)))

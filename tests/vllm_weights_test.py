@@ -1,0 +1,137 @@
+"""What a server loads at a refit is what the trainer's probe computes with."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from distill.models.config import ModelConfig
+from distill.models.hf import export_model, hf_config_dict, load_model_config, load_params
+from distill.models.transformer import Transformer
+from distill.rollout.vllm.probe import Probe
+from distill.rollout.vllm.weights import ServerExport, WeightsFolder
+from distill.sharding import batch_parts, make_mesh, param_shardings
+from distill.tokenizer import character_tokenizer
+
+VOCAB_SIZE, PADDED = 13, 16
+TIED = ModelConfig(
+    family="qwen2",
+    vocab_size=PADDED,
+    num_layers=2,
+    model_width=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=4,
+    ffn_width=24,
+    tied=True,
+    qkv_bias=True,
+    qk_norm=False,
+    rms_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    max_positions=24,
+)
+UNTIED = dataclasses.replace(TIED, family="qwen3", tied=False, qkv_bias=False, qk_norm=True)
+TOKENIZER = character_tokenizer("0123456789+")
+
+
+def random_student(config: ModelConfig, dtype=jnp.float32):
+    options = {"dtype": dtype, "param_dtype": jnp.float32}
+    shapes = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
+    graph, abstract = nnx.split(shapes, nnx.Param)
+    random = np.random.default_rng(0)
+    return graph, jax.tree.map(
+        lambda x: jnp.asarray(random.normal(0, 0.5, x.shape), x.dtype), abstract
+    )
+
+
+@pytest.fixture(params=[TIED, UNTIED], ids=["tied", "untied"])
+def student(request, tmp_path):
+    """(folder it came from, graph, parameters)."""
+    config = request.param
+    graph, params = random_student(config)
+    hf_config = hf_config_dict(config, eos_token_id=1, pad_token_id=0)
+    export_model(tmp_path / "student", params, config, hf_config, TOKENIZER, jnp.float32)
+    return tmp_path / "student", graph, params
+
+
+def make_folder(student, tmp_path) -> WeightsFolder:
+    export = ServerExport(
+        student[0],
+        TOKENIZER,
+        vocab_size=VOCAB_SIZE,
+        end_ids=(1, 5),
+        max_length=33,
+        dtype=jnp.float32,
+    )
+    return WeightsFolder(tmp_path / "vllm", export)
+
+
+def make_probe(graph, mesh=None) -> Probe:
+    return Probe(
+        graph,
+        vocab_size=VOCAB_SIZE,
+        max_length=24,
+        row_multiple=1 if mesh is None else batch_parts(mesh),
+        max_gap=0.1,
+        float32=True,
+    )
+
+
+def as_a_server_computes(folder: Path, tokens_bt) -> np.ndarray:
+    """Log-probabilities of tokens 1.. by whatever the folder says, its padding being none."""
+    config, _ = load_model_config(folder)
+    graph, abstract = random_student(config)
+    params = load_params(folder, config, abstract, None, jnp.float32)
+    model = nnx.merge(graph, params)
+    log_probs_btv = jax.nn.log_softmax(model.logits(model(tokens_bt)))
+    return np.take_along_axis(np.asarray(log_probs_btv)[:, :-1], tokens_bt[:, 1:, None], -1)[..., 0]
+
+
+def test_servers_get_an_untied_head_and_no_padding_rows(student, tmp_path):
+    folder = make_folder(student, tmp_path).write(student[2], 7)
+    config, hf_config = load_model_config(folder)
+    assert (config.tied, config.vocab_size, config.max_positions) == (False, VOCAB_SIZE, 33)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 5]
+    probe = make_probe(student[1])
+    np.testing.assert_allclose(
+        as_a_server_computes(folder, probe.tokens_bt), probe.expected(student[2]).new, atol=2e-5
+    )
+
+
+def test_rehearsal_is_the_same_model_on_both_sides(student, tmp_path):
+    folder = make_folder(student, tmp_path)
+    probe = make_probe(student[1])
+    expected = probe.expected_in_rehearsal(student[2])
+    computed = as_a_server_computes(folder.write_rehearsal(student[2]), probe.tokens_bt)
+    np.testing.assert_allclose(computed, expected.new, atol=2e-5)
+    # It is far from the true weights, and from those with the old head.
+    assert np.abs(expected.new - probe.expected(student[2]).new).mean() > 0.5
+    assert np.abs(expected.new - expected.kept_head).mean() > 0.5
+    folder.drop_rehearsal()
+    assert not (tmp_path / "vllm" / "rehearsal").exists()
+
+
+def test_probe_on_a_mesh(student):
+    _, graph, params = student
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    expected = make_probe(graph).expected(params).new
+    with jax.set_mesh(mesh):
+        probe = make_probe(graph, mesh)
+        sharded = probe.expected(jax.device_put(params, param_shardings(params, mesh))).new
+    np.testing.assert_allclose(sharded, expected, atol=2e-5)
+
+
+def test_two_versions_are_kept(student, tmp_path):
+    folder = make_folder(student, tmp_path)
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "mine").mkdir()
+    for version in (3, 4, 11, 12, 12):
+        assert folder.write(student[2], version).name == f"{version:08d}"
+    left = sorted(path.name for path in (tmp_path / "vllm").iterdir())
+    assert left == ["00000011", "00000012", "mine"]
