@@ -15,7 +15,7 @@ from distill.errors import UserError
 from distill.models.config import ModelConfig
 from distill.models.decoding import UNROLLED_LAYERS
 from distill.models.transformer import Transformer
-from distill.sampling import engine as engines
+from distill.sampling import schedule
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import make_generate
 from distill.sampling.engine import Engine, EngineConfig
@@ -191,7 +191,7 @@ def test_programs_are_few_and_do_not_grow_with_lengths():
         engine.generate(model()[1], asked)
         return engine.num_programs
 
-    prompt_buckets = {engines._prompt_bucket(length) for length in range(1, 151)}
+    prompt_buckets = {schedule.prompt_bucket(length) for length in range(1, 151)}
     widths, cache_buckets = 3, 2  # 16, 8, 4; 128 and 256 tokens
     bound = 2 * len(prompt_buckets) + widths * cache_buckets + 1
     first = answer(0)

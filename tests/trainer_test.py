@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from distill.rollout.in_process import JaxBackend
 from ml_collections import ConfigDict
 from tiny_runs import read_metrics, tiny_config, with_models
 
@@ -20,6 +19,7 @@ from distill.errors import RunStopped, UserError
 from distill.generate import generate
 from distill.losses.objective import lambda_coin
 from distill.models.hf import load_model_config
+from distill.rollout.in_process import JaxBackend
 from distill.tokenizer import character_tokenizer, load_tokenizer
 from distill.trainer import evaluate_checkpoint
 

@@ -39,6 +39,12 @@ class RolloutRequest:
         """Answers in all; row i * num_generations + j is answer j to prompt i."""
         return len(self.prompts) * self.num_generations
 
+    @property
+    def limits(self) -> np.ndarray:
+        """Response tokens of each row at most, int32 (num_rows,)."""
+        most = np.full(self.num_rows, self.params.max_length, np.int32)
+        return most if self.max_lengths is None else np.minimum(self.max_lengths, most)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

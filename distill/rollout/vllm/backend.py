@@ -125,10 +125,12 @@ class VllmBackend:
         self._check_request(request)
         started = time.perf_counter()
         repeats = request.num_generations
+        limits = request.limits
         rows = [
             _Row(
                 request.prompts[i // repeats].tolist(),
                 request_seed(request, i // repeats, i % repeats),
+                int(limits[i]),
             )
             for i in range(request.num_rows)
         ]
@@ -300,7 +302,7 @@ class VllmBackend:
 
     def _ask(self, client: VllmClient, row: _Row, params: SamplingParams) -> _Answer:
         options = {
-            "max_tokens": params.max_length,
+            "max_tokens": row.limit,
             "temperature": 0.0 if params.greedy else params.temperature,
             "seed": row.seed,
             "stop_token_ids": list(self._eos_ids),
@@ -311,7 +313,7 @@ class VllmBackend:
             top_k = params.top_k if params.top_k < self._vocab_size else 0
             options |= {"top_k": top_k, "top_p": params.top_p, "min_p": params.min_p}
         completion = client.complete(row.prompt, **options)
-        self._check_completion(client, completion, params)
+        self._check_completion(client, completion, row.limit)
         log_probs = sampled_log_probs = completion.log_probs
         if scored:
             scores = client.score(row.prompt + completion.token_ids)
@@ -320,18 +322,16 @@ class VllmBackend:
             sampled_log_probs = [0.0] * len(log_probs)
         return _Answer(completion.token_ids, log_probs, sampled_log_probs, restarts)
 
-    def _check_completion(
-        self, client: VllmClient, completion: Completion, params: SamplingParams
-    ) -> None:
+    def _check_completion(self, client: VllmClient, completion: Completion, limit: int) -> None:
         """Raises RunStopped for an answer that does not end where it must."""
         *inner, last = completion.token_ids
         ended = last in self._eos_ids
         if any(token in self._eos_ids for token in inner) or not (
-            ended or len(completion.token_ids) == params.max_length
+            ended or len(completion.token_ids) == limit
         ):
             raise RunStopped(
                 f"{client.url} ended an answer of {len(completion.token_ids)} tokens neither at "
-                f"an end token {self._eos_ids} nor at max_length={params.max_length}: it was "
+                f"an end token {self._eos_ids} nor at max_length={limit}: it was "
                 "started with stop settings or a logits processor of its own"
             )
         if max(completion.token_ids) >= self._vocab_size:
@@ -355,6 +355,7 @@ class _Held:
 class _Row:
     prompt: list[int]
     seed: int
+    limit: int
 
 
 @dataclasses.dataclass(frozen=True)
