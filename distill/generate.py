@@ -48,6 +48,7 @@ def generate(config: ConfigDict, model_path: str, output: str | Path) -> dict[st
     config = config.copy_and_resolve_references()
     config.policy.model_name = model_path
     config.distillation.hard_labels, config.distillation.lambda_ = True, 0.0
+    config.teacher.backend = "local"  # this program is what answers
     repeats = config.distillation.generate_strategy.num_generations
     config.distillation.generate_strategy.num_generations = 1
     parsed = parse_config(config)

@@ -176,7 +176,7 @@ def test_generation_and_training_are_under_way_together(models, tmp_path, monkey
 
 
 @pytest.mark.parametrize("error", [RunStopped("the server is gone"), UserError("prompt too long")])
-def test_error_in_the_thread_comes_out_as_it_is(models, tmp_path, monkeypatch, error):
+def test_error_in_the_thread_comes_out_once_the_step_is_saved(models, tmp_path, monkeypatch, error):
     generate = JaxBackend.generate
 
     def failing(self, request):
@@ -187,7 +187,8 @@ def test_error_in_the_thread_comes_out_as_it_is(models, tmp_path, monkeypatch, e
     monkeypatch.setattr(JaxBackend, "generate", failing)
     with pytest.raises(type(error)) as raised:
         distill.train(with_models(async_config(), models), tmp_path)
-    assert raised.value is error
+    assert raised.value.__cause__ is error
+    assert str(raised.value).startswith(f"{error} (step 3 is saved")
     assert not rollout_threads()
 
 

@@ -10,7 +10,12 @@ import pytest
 from flax import nnx
 
 from distill.errors import UserError
-from distill.losses.objective import make_objective
+from distill.losses.objective import (
+    TopKScores,
+    gather_positions,
+    make_objective,
+    response_window,
+)
 from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
@@ -160,6 +165,73 @@ def test_update_does_not_depend_on_microbatches(student, teacher, num_microbatch
     assert_same(parts.params, whole.params)
     for name in ("loss", "grad_norm", "log_prob_gap", "teacher_log_prob"):
         assert float(metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
+
+
+def with_scores(batch: Batch, teacher, top_k: int) -> Batch:
+    """The batch with the teacher's likeliest tokens, in place of a teacher in the step."""
+
+    @jax.jit
+    def scores(params):
+        module = nnx.merge(teacher[0], params)
+        log_probs_btv = jax.nn.log_softmax(module.logits(module(batch.tokens_bt))[..., :VOCAB_SIZE])
+        window = response_window(batch.tokens_bt, batch.prompt_lengths_b, batch.lengths_b, RESPONSE)
+        log_probs_brk, ids_brk = jax.lax.top_k(
+            gather_positions(log_probs_btv, window.index_br), top_k
+        )
+        # What a server leaves beyond a response.
+        ids_brk = jnp.where(window.mask_br[..., None], ids_brk, -1)
+        return TopKScores(ids_brk, jnp.where(window.mask_br[..., None], log_probs_brk, -100.0))
+
+    return dataclasses.replace(batch, scores=scores(teacher[1]))
+
+
+@pytest.mark.parametrize("kl_type", ["forward", "jsd"])
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_teacher_known_by_all_its_tokens_is_the_teacher(
+    student, teacher, kl_type, num_microbatches
+):
+    options = dict(optimizer=optax.sgd(1.0), kl_type=kl_type)
+    local, local_metrics = run_step(student, teacher, make_rows(), **options)
+    batch = with_scores(make_rows(), teacher, VOCAB_SIZE)
+    remote, metrics = run_step(
+        student, (None, None), batch, num_microbatches=num_microbatches, **options
+    )
+    assert_same(remote.params, local.params)
+    for name in ("loss", "grad_norm", "teacher_log_prob"):
+        assert float(metrics[name]) == pytest.approx(float(local_metrics[name]), rel=1e-4)
+
+
+def test_teacher_known_by_few_tokens_gives_a_lower_bound(student, teacher):
+    losses = [
+        float(run_step(student, (None, None), with_scores(make_rows(), teacher, k))[1]["loss"])
+        for k in (1, 4, 16, VOCAB_SIZE)
+    ]
+    assert 0 < losses[0] < losses[1] < losses[2] < losses[3]
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_scores_on_a_mesh(student, teacher, sizes):
+    batch = with_scores(make_rows(), teacher, 4)
+    single, single_metrics = run_step(student, (None, None), batch, optimizer=optax.sgd(1.0))
+    mesh = make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+
+        def place(state):
+            layout = param_shardings(state.params, mesh)
+            return dataclasses.replace(state, params=jax.device_put(state.params, layout))
+
+        def rows(x):
+            return jax.device_put(x, named_sharding(mesh, "batch", *[None] * (x.ndim - 1)))
+
+        state, metrics = run_step(
+            student,
+            (None, None),
+            jax.tree.map(rows, batch),
+            optimizer=optax.sgd(1.0),
+            place=place,
+        )
+    assert_same(jax.device_get(state.params), jax.device_get(single.params))
+    assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])

@@ -18,7 +18,9 @@ def main() -> int:
     command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: its lock would be held when this process ends.
+        while os.read(0, 4096):
+            pass
         end(command, signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
