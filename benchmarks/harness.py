@@ -152,6 +152,16 @@ def peak_bytes(run: Callable[[], None]) -> int:
     return device.memory_stats()["peak_bytes_in_use"] - before
 
 
+def torch_peak_bytes(run: Callable[[], None]) -> int:
+    """How far PyTorch's memory on a GPU rises during `run`."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _resident_peak_bytes(run: Callable[[], None]) -> int:
     gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
