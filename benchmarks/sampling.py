@@ -388,7 +388,12 @@ def build_vllm(workload: Workload, folder: Path, python: str, arguments: tuple[s
         dtype=workload.dtype,
         max_model_len=LONGEST_PROMPT + MAX_LENGTH,
         api_key="",
-        extra_args=("--no-enable-prefix-caching", *arguments),
+        extra_args=(
+            "--skip-tokenizer-init",
+            "--return-tokens-as-token-ids",
+            "--no-enable-prefix-caching",
+            *arguments,
+        ),
     )
     server.check()
     client = VllmClient(server.launch(folder), server.api_key)
