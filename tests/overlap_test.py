@@ -274,7 +274,6 @@ def expect_refusal(config: ConfigDict, workdir: Path, *words: str) -> None:
         ({"sampler_devices": 3, "tensor": 5}, ["3 devices", "mesh.tensor=5", "multiple of 5"]),
         ({"data": 8}, ["'data': 8", "4 devices", "4 of 8 devices to the sampler, 4 remain"]),
         ({"sampler_devices": 4, "enabled": True}, ["sampler_devices=4", "enabled=False"]),
-        ({"sampler_devices": 7}, ["train_global_batch_size=8", "7 device groups", "try 14"]),
     ],
 )
 def test_devices_that_cannot_be_split_that_way(tmp_path, changes, words):
