@@ -213,7 +213,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    batch_size: int = _key(64, "prompts evaluated at once", low=1)
+    batch_size: int = _key(64, "answers whose divergences are computed at once", low=1)
     max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
     answer_timeout: float = _key(5.0, "seconds per answer for math-verify", low=0.1)
 
