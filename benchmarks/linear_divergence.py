@@ -234,7 +234,7 @@ def _missing_for_liger(platform: str) -> str | None:
 
 def liger_jobs() -> list[harness.Job]:
     return [
-        harness.Job(name, build_liger, (LIGER_PROBLEM, compiled), torch_peak_bytes)
+        harness.Job(name, build_liger, (LIGER_PROBLEM, compiled), harness.torch_peak_bytes)
         for name, compiled in (("liger", False), ("liger compiled", True))
     ]
 
@@ -263,15 +263,6 @@ def build_liger(problem: Problem, compiled: bool):
         hidden_s.grad = head_s.grad = None  # fresh results in every run, as JAX has them
 
     return run
-
-
-def torch_peak_bytes(run) -> int:
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def estimated(chip_name: str, only: str) -> tuple[list[harness.Row], list[str]]:

@@ -26,12 +26,16 @@ from distill.metrics import MetricsWriter, Progress
 from distill.models.hf import load_model_config, load_params
 from distill.models.transformer import Transformer
 from distill.rollout.base import RolloutBackend
-from distill.rollout.colocated import ColocatedBackend
+from distill.rollout.batches import BatchSource
+from distill.rollout.in_process import JaxBackend
+from distill.rollout.vllm.teacher import VllmTeacher
 from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
 from distill.sharding import (
     SAMPLER_RULES,
     batch_parts,
     make_mesh,
+    make_sampler_mesh,
     named_sharding,
     optimizer_shardings,
     param_shardings,
@@ -72,13 +76,22 @@ def import_plugins(config: Config) -> None:
 
 
 def build_mesh(config: Config) -> Mesh:
-    """The device mesh; checks that batches can be split over it."""
+    """The trainer's mesh; checks that batches can be split over it."""
+    devices, sampler_devices = _split_devices(config)
     if jax.process_count() > 1:
         raise UserError(
             f"{jax.process_count()} processes were started: runs of several processes are not "
             "supported yet; start one process per run, with all its devices"
         )
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    except UserError as error:
+        if not sampler_devices:
+            raise
+        raise UserError(
+            f"{error} (policy.generation.colocated gives {len(sampler_devices)} of "
+            f"{len(jax.devices())} devices to the sampler, {len(devices)} remain)"
+        ) from None
     parts = batch_parts(mesh)
     policy = config.policy
     if policy.train_micro_batch_size % parts:
@@ -95,6 +108,38 @@ def build_mesh(config: Config) -> Mesh:
             f"devices (mesh data x fsdp): try {-(-config.evaluation.batch_size // parts) * parts}"
         )
     return mesh
+
+
+def build_sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
+    """Where the jax backend samples: on the trainer's `mesh`, or on devices of its own."""
+    _, devices = _split_devices(config)
+    return make_sampler_mesh(mesh, devices) if devices else mesh
+
+
+def _split_devices(config: Config) -> tuple[list[jax.Device], list[jax.Device]]:
+    """Devices of the trainer, and those of a sampler that has its own."""
+    devices, generation = jax.devices(), config.policy.generation
+    if generation.backend != "jax" or generation.colocated.enabled:
+        return devices, []
+    key = "policy.generation.colocated"
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{key}.enabled=False works within one process, and {jax.process_count()} were "
+            f"started: weights cannot be copied between devices of different processes; use "
+            f"{key}.enabled=True, or one process"
+        )
+    if len(devices) < 2:
+        raise UserError(
+            f"{key}.enabled=False splits the devices between trainer and sampler, and there is "
+            f"only 1: use {key}.enabled=True"
+        )
+    count = generation.colocated.sampler_devices or len(devices) // 2
+    if count >= len(devices):
+        raise UserError(
+            f"{key}.sampler_devices={count} leaves none of {len(devices)} devices to the trainer: "
+            f"choose at most {len(devices) - 1}, or 0 for half of them"
+        )
+    return devices[:-count], devices[-count:]
 
 
 def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
@@ -305,7 +350,7 @@ def build_evaluator(
         build_prompts(config, dataset, vocabulary.tokenizer),
         vocabulary.tokenizer,
         max_length=config.evaluation.max_length or strategy.max_length,
-        eos_ids=vocabulary.end_ids,
+        make_engine=lambda graph: build_engine(config, graph, vocabulary),
         vocab_size=vocabulary.size,
         batch_size=config.evaluation.batch_size,
         put=make_put(mesh),
@@ -326,11 +371,30 @@ def build_iterator(config: Config, prompts: Prompts):
     )
 
 
+def build_engine(config: Config, graph: nnx.GraphDef, vocabulary: Vocabulary) -> Engine:
+    """What samples from a model: rollouts, held-out answers, fixed data."""
+    generation = config.policy.generation
+    sizes = EngineConfig(
+        max_length=config.policy.max_total_sequence_length,
+        num_slots=generation.num_slots,
+        cache_memory=generation.cache_memory * 1e9,
+        int8=generation.cache_dtype == "int8",
+    )
+    return Engine(
+        graph,
+        sizes,
+        eos_ids=vocabulary.end_ids,
+        pad_id=vocabulary.tokenizer.pad_token_id,
+        vocab_size=vocabulary.size,
+    )
+
+
 def build_backend(
     config: Config,
     student: Model,
     vocabulary: Vocabulary,
     mesh: Mesh,
+    sampler_mesh: Mesh,
     *,
     student_folder: Path,
     workdir: Path,
@@ -339,7 +403,9 @@ def build_backend(
 
     Args:
       student: its graph, and parameters or their shapes on the mesh.
-      student_folder: where it came from.
+      mesh: the trainer's.
+      sampler_mesh: where the jax backend samples.
+      student_folder: where the student came from.
       workdir: the run's.
     """
     # With lambda_=0 nothing is sampled: no server is asked for anything.
@@ -347,13 +413,40 @@ def build_backend(
         params = build_sampling_params(config)
         folders = dict(student_folder=student_folder, workdir=workdir)
         return build_vllm.build_backend(config, student, params, vocabulary, mesh, **folders)
-    return ColocatedBackend(
-        student.graph,
-        shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
-        eos_ids=vocabulary.end_ids,
-        pad_id=vocabulary.tokenizer.pad_token_id,
-        vocab_size=vocabulary.size,
+    return JaxBackend(
+        build_engine(config, student.graph, vocabulary),
         dtype=jnp.dtype(config.policy.precision),
+        shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
+        mesh=sampler_mesh,
+        keep_cache=not config.policy.generation.colocated.enabled,
+    )
+
+
+def build_batches(
+    config: Config,
+    prompts: Prompts,
+    iterator,
+    backend: RolloutBackend,
+    mesh: Mesh,
+    remote_teacher: VllmTeacher | None,
+) -> BatchSource:
+    """The source of every step's batch; `iterator` stands where the run begins or goes on."""
+    distillation = config.distillation
+    params = build_sampling_params(config)
+    # Without sampling, rows need no room beyond the longest response.
+    width = params.max_length if distillation.lambda_ > 0 else prompts.response_width
+    return BatchSource(
+        iterator,
+        backend,
+        make_put(mesh),
+        score=None if remote_teacher is None else remote_teacher.score,
+        params=params,
+        num_generations=distillation.generate_strategy.num_generations,
+        seed=config.seed,
+        lambda_=distillation.lambda_,
+        per_sample=distillation.mix == "sample",
+        response_width=width,
+        pad_id=prompts.pad_id,
     )
 
 

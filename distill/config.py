@@ -213,7 +213,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    batch_size: int = _key(64, "prompts evaluated at once", low=1)
+    batch_size: int = _key(64, "answers whose divergences are computed at once", low=1)
     max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
     answer_timeout: float = _key(5.0, "seconds per answer for math-verify", low=0.1)
 
@@ -257,12 +257,21 @@ RESUMABLE_CHANGES = (
     "checkpointing.",
     "logger.",
     "mesh.",
+    "policy.generation.colocated.",
     "distillation.eval_steps",
     "distillation.save_steps",
     "distillation.logging_steps",
     "policy.generation.vllm.",
     *(f"teacher.vllm.{field.name}" for field in dataclasses.fields(VllmServers)),
 )
+
+
+def resumable_changes(config: Config) -> tuple[str, ...]:
+    """Keys, by their beginnings, that may differ between a run and its continuation."""
+    if not config.policy.generation.async_steps:
+        return RESUMABLE_CHANGES
+    # The batch after a checkpoint is sampled with fresh weights, others with stale ones.
+    return tuple(key for key in RESUMABLE_CHANGES if key != "distillation.save_steps")
 
 
 def default_config() -> ConfigDict:
@@ -392,6 +401,24 @@ def _check_combinations(config: Config) -> None:
         raise UserError(
             f"config key 'policy.generation.backend' is {policy.generation.backend!r}: allowed is "
             f"{', '.join(KNOWN_BACKENDS)}{hint if policy.generation.backend == 'megatron' else ''}"
+        )
+    colocated = policy.generation.colocated
+    if 0 < policy.generation.importance_clip < 1:
+        raise UserError(
+            f"policy.generation.importance_clip={policy.generation.importance_clip} is the largest "
+            "weight of a token, and that of a fresh one is 1: use 0 (off) or at least 1"
+        )
+    if policy.generation.async_steps and policy.generation.backend == "jax" and colocated.enabled:
+        raise UserError(
+            f"policy.generation.async_steps={policy.generation.async_steps} samples during "
+            "training, but sampler and trainer share all devices, where one waits for the other: "
+            "set policy.generation.colocated.enabled=False, or async_steps=0"
+        )
+    if colocated.enabled and colocated.sampler_devices:
+        raise UserError(
+            f"policy.generation.colocated.sampler_devices={colocated.sampler_devices} is for a "
+            "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
+            "sampler_devices=0"
         )
     if policy.train_global_batch_size % policy.train_micro_batch_size:
         fitting = max(

@@ -31,9 +31,9 @@ from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
 from distill.losses.objective import gather_positions, response_window
 from distill.metrics import write_atomically
-from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import make_generate, to_sequences
-from distill.sampling.request import Rollout
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine
+from distill.sampling.request import Rollout, RolloutRequest, to_sequences
 from distill.sharding import constrain
 
 ROLES = ("base", "student", "teacher")
@@ -79,9 +79,9 @@ class Evaluator:
       prompts: its tokenized prompts.
       tokenizer: decodes the answers.
       max_length: response tokens at most.
-      eos_ids: ids that end an answer.
+      make_engine: the engine that samples from a model, of its graph.
       vocab_size: ids in use.
-      batch_size: prompts at once.
+      batch_size: answers whose divergences are computed at once.
       put: places a host array with batch rows first on the mesh.
       answer_timeout: seconds allowed to check one answer.
     """
@@ -93,7 +93,7 @@ class Evaluator:
         tokenizer,
         *,
         max_length: int,
-        eos_ids: tuple[int, ...],
+        make_engine: Callable[[nnx.GraphDef], Engine],
         vocab_size: int,
         batch_size: int,
         put: Callable[[np.ndarray], jax.Array],
@@ -102,18 +102,8 @@ class Evaluator:
         self._dataset, self._prompts, self._tokenizer = dataset, prompts, tokenizer
         self._batch_size, self._put, self._timeout = batch_size, put, answer_timeout
 
-        @functools.cache
-        def generate_for(graph: nnx.GraphDef):
-            params = SamplingParams(max_length=max_length, greedy=True)
-            return make_generate(
-                graph,
-                params,
-                eos_ids=eos_ids,
-                pad_id=tokenizer.pad_token_id,
-                vocab_size=vocab_size,
-            )
-
-        self._generate_for = generate_for
+        self._params = SamplingParams(max_length=max_length, greedy=True)
+        self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
         self._divergence_sums = jax.jit(
             functools.partial(
                 _divergence_sums, vocab_size=vocab_size, pad_id=tokenizer.pad_token_id
@@ -122,37 +112,34 @@ class Evaluator:
         )
 
     def __call__(self, model: Model, teacher: Model | None) -> Evaluation:
-        answers: list[str] = []
-        lengths: list[int] = []
-        stopped: list[bool] = []
+        engine = self._engine_for(model.graph)
+        prompts = self._prompts
+        request = RolloutRequest(
+            tuple(prompts.prompt_tokens), np.arange(len(prompts)), self._params
+        )
+        rollout, _ = engine.generate(model.params, request)
+        engine.release()
         sums = np.zeros(2)
-        for batch, valid in eval_batches(self._prompts, self._batch_size):
-            prompts_bp = self._put(batch.prompt_tokens_bp)
-            prompt_lengths_b = self._put(batch.prompt_lengths_b)
-            rows = np.arange(len(valid))
-            # Greedy choice draws nothing; the keys only fill their place.
-            rollout = self._generate_for(model.graph)(
-                model.params,
-                prompts_bp,
-                prompt_lengths_b,
-                row_keys(0, 0, rows, np.zeros_like(rows)),
-            )
-            if teacher is not None:
-                rows_of_both = prompts_bp, prompt_lengths_b, rollout, self._put(valid)
+        if teacher is not None:
+            for batch, valid_b in eval_batches(prompts, self._batch_size):
+                answers = rollout.rows(batch.index_b % len(prompts))
+                arrays = batch.prompt_tokens_bp, batch.prompt_lengths_b, answers, valid_b
                 sums += self._divergence_sums(
-                    model.graph, model.params, teacher.graph, teacher.params, *rows_of_both
+                    model.graph,
+                    model.params,
+                    teacher.graph,
+                    teacher.params,
+                    *jax.tree.map(self._put, arrays),
                 )
-            answers += decode_responses(self._tokenizer, rollout, valid)
-            lengths += np.asarray(rollout.lengths_b)[valid].tolist()
-            stopped += np.asarray(rollout.stopped_b)[valid].tolist()
-        forward_kl, reverse_kl = (None, None) if teacher is None else sums / sum(lengths)
+        answers, lengths = decode_responses(self._tokenizer, rollout), rollout.lengths_b
+        forward_kl, reverse_kl = (None, None) if teacher is None else sums / lengths.sum()
         return Evaluation(
             **self._accuracy(answers),
             examples=len(answers),
             forward_kl=None if forward_kl is None else float(forward_kl),
             reverse_kl=None if reverse_kl is None else float(reverse_kl),
             mean_length=float(np.mean(lengths)),
-            truncated=1.0 - float(np.mean(stopped)),
+            truncated=1.0 - float(np.mean(rollout.stopped_b)),
         )
 
     def _accuracy(self, answers: list[str]) -> dict[str, float | None]:
@@ -165,10 +152,12 @@ class Evaluator:
         return dict(accuracy=right / len(answers), accuracy_low=low, accuracy_high=high)
 
 
-def decode_responses(tokenizer, rollout: Rollout, valid_b: np.ndarray) -> list[str]:
-    """Texts of the valid rows without special tokens."""
-    tokens_br, lengths_b = np.asarray(rollout.tokens_br), np.asarray(rollout.lengths_b)
-    kept = [tokens_br[i, : lengths_b[i]].tolist() for i in np.flatnonzero(valid_b)]
+def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
+    """Texts without special tokens."""
+    kept = [
+        tokens_r[:length].tolist()
+        for tokens_r, length in zip(rollout.tokens_br, rollout.lengths_b, strict=True)
+    ]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 

@@ -24,14 +24,14 @@ from tqdm import tqdm
 from distill import build, cli
 from distill.config import Config, parse_config
 from distill.data.base import Example
-from distill.data.pipeline import PromptBatch, eval_batches
 from distill.data.prompts import wrap_prompt
 from distill.errors import UserError
 from distill.evaluate import decode_responses
 from distill.models.hub import resolve_model
-from distill.sampling.choice import row_keys
-from distill.sampling.decode import make_generate
-from distill.sampling.request import Rollout
+from distill.sampling.request import RolloutRequest
+
+# Many more than there are slots, few enough for the host's memory.
+_PROMPTS_PER_REQUEST = 4096
 
 
 def generate(config: ConfigDict, model_path: str, output: str | Path) -> dict[str, int]:
@@ -64,41 +64,30 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
     dataset = build.build_dataset(config)
     prompts = build.build_prompts(config, dataset, vocabulary.tokenizer)
     model = build.build_frozen_model(config, folder, mesh, config.teacher.precision)
-    sample = make_generate(
-        model.graph,
-        build.build_sampling_params(config),
-        eos_ids=vocabulary.end_ids,
-        pad_id=prompts.pad_id,
-        vocab_size=vocabulary.size,
-    )
-    put = build.make_put(mesh)
+    engine = build.build_engine(config, model.graph, vocabulary)
+    params = build.build_sampling_params(config)
     template = config.data.prompt_template or dataset.get_prompt_template()
     counts = {"written": 0, "truncated": 0}
-    batch_size = config.evaluation.batch_size
-    batches = ((i, *pair) for i in range(repeats) for pair in eval_batches(prompts, batch_size))
-    total = repeats * -(-len(prompts) // batch_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("w") as file:
-        for generation, batch, valid_b in tqdm(batches, total=total, unit="batch"):
-            generations_b = np.full(len(valid_b), generation)
-            keys_b = row_keys(config.seed, 0, batch.index_b.astype(np.uint32), generations_b)
-            prompts_bp, lengths_b = put(batch.prompt_tokens_bp), put(batch.prompt_lengths_b)
-            rollout = sample(model.params, prompts_bp, lengths_b, keys_b)
-            texts = decode_responses(vocabulary.tokenizer, rollout, valid_b)
-            for example, text, stopped in _answers(dataset, batch, valid_b, rollout, texts):
+    with temporary.open("w") as file, tqdm(total=len(prompts), unit="prompt") as bar:
+        for start in range(0, len(prompts), _PROMPTS_PER_REQUEST):
+            tokens = tuple(prompts.prompt_tokens[start : start + _PROMPTS_PER_REQUEST])
+            index = np.arange(start, start + len(tokens))
+            request = RolloutRequest(
+                tokens, index, params, num_generations=repeats, seed=config.seed
+            )
+            rollout, _ = engine.generate(model.params, request)
+            texts = decode_responses(vocabulary.tokenizer, rollout)
+            for row, (text, stopped) in enumerate(zip(texts, rollout.stopped_b, strict=True)):
                 counts["written" if stopped else "truncated"] += 1
                 if stopped:
-                    file.write(json.dumps(_line(example, text, generation, template)) + "\n")
+                    example = dataset[int(prompts.rows[start + row // repeats])]
+                    line = _line(example, text, row % repeats, template)
+                    file.write(json.dumps(line) + "\n")
+            bar.update(len(tokens))
     os.replace(temporary, output)
     return counts
-
-
-def _answers(dataset, batch: PromptBatch, valid_b, rollout: Rollout, texts: list[str]):
-    rows = batch.row_b[valid_b]
-    stopped = np.asarray(rollout.stopped_b)[valid_b]
-    for row, text, is_stopped in zip(rows, texts, stopped, strict=True):
-        yield dataset[int(row)], text, is_stopped
 
 
 def _line(example: Example, response: str, generation: int, template: str) -> dict[str, Any]:

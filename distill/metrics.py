@@ -116,8 +116,8 @@ class Progress:
         self._bar = tqdm(
             total=max_steps, initial=first_step, unit="step", disable=not show_bar, mininterval=1
         )
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._measuring = False
+        self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+        self._measuring, self._begun = False, 0.0
         self._seconds: dict[str, float] = {}
         self._tokens, self._since = 0.0, time.perf_counter()
 
@@ -127,6 +127,7 @@ class Progress:
         if self._measuring:
             self._seconds = {}
             jax.block_until_ready(state)
+            self._begun = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[Any], Any]]:
@@ -136,31 +137,42 @@ class Progress:
         if self._measuring:
             self._seconds[f"seconds/{name}"] = time.perf_counter() - start
 
-    def end_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """After update `step` (from 1) was dispatched; reports the update before, or itself."""
+    def end_step(
+        self, step: int, metrics: dict[str, jax.Array], measured: dict[str, float]
+    ) -> None:
+        """After update `step` (from 1) was dispatched; reports the update before, or itself.
+
+        Args:
+          step: updates made.
+          metrics: of the update, on the device.
+          measured: of its batch, as from `BatchSource.next`.
+        """
         self.flush()
-        self._pending = step, metrics
+        self._pending = step, metrics, measured
         if self._measuring:
+            self._seconds["seconds/step"] = time.perf_counter() - self._begun
             self.flush()
 
     def flush(self) -> None:
         """Reports the pending update.
 
         Raises:
-          RunStopped: sampler and trainer disagree.
+          RunStopped: the loss is not finite, or sampler and trainer disagree; the gap of a batch of
+            staleness above 0 needs only be finite, since the weights differ rightly.
         """
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, measured), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._check(step, values["loss"], values["log_prob_gap"])
+        staleness = measured["generation/staleness"]
+        self._check(step, values["loss"], values["log_prob_gap"], is_fresh=staleness == 0)
         self._tokens += values["tokens"]
         self._bar.set_postfix(
             {"loss": f"{values['loss']:.4f}", "tokens/s": f"{self._rate():.0f}"}, refresh=False
         )
         self._bar.update(step - self._bar.n)
         if step % self._logging_steps == 0:
-            self._write(step, values)
+            self._write(step, values, measured)
 
     def evaluation(self, step: int, role: str, result: dict[str, Any]) -> None:
         self.flush()
@@ -186,23 +198,26 @@ class Progress:
     def _rate(self) -> float:
         return self._tokens / (time.perf_counter() - self._since)
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
         seconds = self._seconds
-        rates = {"tokens_per_second/total": self._rate()}
-        phases = ("generate", "train") if values["on_policy"] > 0 else ("train",)
-        for name in phases:
-            rates[f"tokens_per_second/{name}"] = values["tokens"] / seconds[f"seconds/{name}"]
+        rates = {
+            "tokens_per_second/total": self._rate(),
+            "tokens_per_second/train": values["tokens"] / seconds["seconds/train"],
+        }
+        if "generation/seconds" in measured:
+            share = measured["generation/seconds"] / seconds["seconds/step"]
+            rates["generation/share_of_step"] = share
         learning_rate = {"learning_rate": float(self._schedule(step - 1))}
-        self._writer.write(step, {**values, **learning_rate, **seconds, **rates})
+        self._writer.write(step, {**values, **learning_rate, **measured, **seconds, **rates})
         self._tokens, self._since = 0.0, time.perf_counter()
 
-    def _check(self, step: int, loss: float, gap: float) -> None:
+    def _check(self, step: int, loss: float, gap: float, *, is_fresh: bool) -> None:
         if not math.isfinite(loss):
             raise RunStopped(
                 f"step {step}: the loss is {loss}; the last checkpoint is intact: lower "
                 "policy.optimizer.learning_rate, or use precision float32 to find the cause"
             )
-        if not gap <= self._max_gap:
+        if not math.isfinite(gap) or (is_fresh and gap > self._max_gap):
             raise RunStopped(
                 f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token on the "
                 f"same tokens (policy.generation.max_log_prob_gap={self._max_gap}): the sampler's "

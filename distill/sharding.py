@@ -47,7 +47,7 @@ SAMPLER_RULES = RULES | {"embed": None}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Mesh over all devices; one axis may be -1 and takes what is left.
+    """Mesh over `devices`, by default all; one size may be -1 and takes what is left.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -69,6 +69,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def make_sampler_mesh(trainer_mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
+    """Mesh of a sampler with its own devices: weights are cut as the trainer's, rows over the rest.
+
+    Cut alike, every shard of a refit is a copy from one device to another.
+
+    Raises:
+      UserError: the trainer's tensor axis does not divide the number of devices.
+    """
+    tensor = trainer_mesh.shape["tensor"]
+    if len(devices) % tensor:
+        raise UserError(
+            f"a sampler of {len(devices)} devices cannot split weights {tensor} ways as the "
+            f"trainer does (mesh.tensor={tensor}): give it a multiple of {tensor} devices, or "
+            f"choose a mesh.tensor that divides {len(devices)}"
+        )
+    return make_mesh(len(devices) // tensor, 1, tensor, devices)
+
+
+def copy_to_mesh(arrays, mesh: Mesh):
+    """The arrays on another mesh of this process with the same partition specs."""
+    layout = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), arrays)
+    return jax.device_put(arrays, layout)
+
+
 def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> PartitionSpec:
     """Mesh axes for the dimensions of one array; two of them may not share a mesh axis."""
     spec = [rules[name] if name is not None else None for name in logical_axes]
@@ -88,11 +112,21 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def mesh_axes(logical_axis: str) -> tuple[str, ...]:
-    """Axes of the current mesh (`jax.set_mesh`), longer than 1, that hold a logical axis."""
+    """Axes of the current mesh (`jax.set_mesh`), longer than 1, that hold a logical axis.
+
+    ValueError for a mesh that was made with other axes than `make_mesh`'s.
+    """
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    if missing := [axis for axis in MESH_AXES if axis not in mesh.shape]:
+        raise ValueError(
+            f"the current mesh has the axes {', '.join(mesh.axis_names)} and lacks "
+            f"{', '.join(missing)}: make it with distill.sharding.make_mesh"
+        )
     axes = RULES[logical_axis] or ()
     axes = (axes,) if isinstance(axes, str) else axes
-    return () if mesh.empty else tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def num_shards(logical_axis: str) -> int:

@@ -19,11 +19,11 @@ from distill.losses.objective import (
     Objective,
     TopKScores,
     gather_positions,
+    importance_weights,
     response_window,
     token_weights,
 )
-from distill.sampling.decode import to_sequences
-from distill.sampling.request import Rollout
+from distill.sampling.request import Rollout, to_sequences
 from distill.sharding import constrain
 
 Params = Any
@@ -94,6 +94,7 @@ def make_train_step(
     num_microbatches: int,
     vocab_size: int,
     state_shardings: Any = None,
+    importance_clip: float = 0.0,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
 
@@ -106,9 +107,13 @@ def make_train_step(
       num_microbatches: divides the batch size.
       vocab_size: ids shared by both models; rows of a head beyond it are ignored.
       state_shardings: layout of the new state, None for a single device.
+      importance_clip: weigh sampled tokens by `importance_weights` of at most this; 0: by 1. Costs
+        a forward pass of the student's head.
 
-    Metrics are scalars on the device: loss (nats per token), grad_norm, update_norm, tokens,
-    response_length, truncated, and the gap between sampler's and trainer's log-probabilities.
+    Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
+    tokens, response_length, truncated, the gap between sampler's and trainer's log-probabilities,
+    and with importance_clip the mean weight of sampled tokens (1 without any) and the share of them
+    whose weight is clipped.
     """
 
     def microbatch_loss(params, teacher_params, batch: Batch, total):
@@ -125,22 +130,34 @@ def make_train_step(
 
         hidden_s, head_s = evaluate(student, params)
         hidden_t, head_t = (None, None) if teacher is None else evaluate(teacher, teacher_params)
+        weights_br = token_weights(window.mask_br, total)
+        sampled_br = window.mask_br & batch.on_policy_b[:, None]
+        sums = {}
+        if importance_clip:
+            importance_br = importance_weights(
+                objective.log_probs(hidden_s, head_s, window.targets_br, vocab_size=vocab_size),
+                batch.log_probs_br,
+                sampled_br,
+                importance_clip,
+            )
+            weights_br *= importance_br
+            sums["importance_weight"] = jnp.where(sampled_br, importance_br, 0.0).sum()
+            sums["importance_clipped"] = jnp.sum(sampled_br & (importance_br >= importance_clip))
         loss, values = objective(
             hidden_s,
             head_s,
             jax.lax.stop_gradient(hidden_t),
             jax.lax.stop_gradient(head_t),
             window.targets_br,
-            token_weights(window.mask_br, total),
+            weights_br,
             vocab_size=vocab_size,
             scores=batch.scores,
         )
-        sampled_br = window.mask_br & batch.on_policy_b[:, None]
         gap_br = jnp.where(sampled_br, jnp.abs(values.log_prob_s - batch.log_probs_br), 0.0)
-        return loss, {
+        return loss, sums | {
             "gap_sum": gap_br.sum(),
             "gap_max": gap_br.max(),
-            "gap_tokens": sampled_br.sum().astype(jnp.float32),
+            "sampled_tokens": sampled_br.sum().astype(jnp.float32),
             "student_log_prob": (values.log_prob_s * window.mask_br).sum() / total,
             "teacher_log_prob": (values.log_prob_t * window.mask_br).sum() / total,
         }
@@ -163,6 +180,7 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        sampled_tokens = aux["sampled_tokens"].sum()
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -171,11 +189,16 @@ def make_train_step(
             "response_length": lengths_b.mean(dtype=jnp.float32),
             "truncated": batch.truncated_b.mean(dtype=jnp.float32),
             "on_policy": batch.on_policy_b.mean(dtype=jnp.float32),
-            "log_prob_gap": aux["gap_sum"].sum() / jnp.maximum(aux["gap_tokens"].sum(), 1.0),
+            "log_prob_gap": aux["gap_sum"].sum() / jnp.maximum(sampled_tokens, 1.0),
             "log_prob_gap_max": aux["gap_max"].max(),
             "student_log_prob": aux["student_log_prob"].sum(),
             "teacher_log_prob": aux["teacher_log_prob"].sum(),
         }
+        if importance_clip:
+            mean = aux["importance_weight"].sum() / jnp.maximum(sampled_tokens, 1.0)
+            metrics["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)
+            clipped = aux["importance_clipped"].sum() / jnp.maximum(sampled_tokens, 1.0)
+            metrics["importance_clipped"] = clipped
         return TrainState(state.step + 1, params, opt_state), metrics
 
     out_shardings = None if state_shardings is None else (state_shardings, None)

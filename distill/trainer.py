@@ -7,33 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from distill import build
 from distill.build_vllm import build_remote_teacher
 from distill.checkpoint import Checkpoints, check_same_run
-from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
-from distill.data.pipeline import PromptBatch
-from distill.data.prompts import Prompts
+from distill.config import Config, parse_config, resumable_changes, to_flat_dict
 from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
-from distill.losses.objective import lambda_coin, sample_coins
 from distill.metrics import import_wandb, write_atomically
 from distill.models.hf import export_model, load_model_config
 from distill.models.hub import read_json, resolve_model
-from distill.rollout.base import RolloutBackend
-from distill.rollout.vllm.teacher import VllmTeacher
-from distill.sampling.request import Rollout, RolloutRequest
 from distill.scratch import make_missing_models
-from distill.step import Batch, make_batch, make_train_step
+from distill.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +61,7 @@ def run(config: Config, workdir: Path) -> Result:
     build.import_plugins(config)
     objective = build.build_objective(config)
     mesh = build.build_mesh(config)
+    sampler_mesh = build.build_sampler_mesh(config, mesh)
     step, record = find_progress(config, workdir)
     flat_config = to_flat_dict(config)
     if config.logger.wandb_enabled:
@@ -103,18 +96,13 @@ def run(config: Config, workdir: Path) -> Result:
             // config.policy.train_micro_batch_size,
             vocab_size=vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
+            importance_clip=config.policy.generation.importance_clip,
         )
-        backend = build.build_backend(
-            config,
-            Model(graph, shapes.params),
-            vocabulary,
-            mesh,
-            student_folder=student_folder,
-            workdir=workdir,
-        )
+        student = Model(graph, shapes.params)
+        folders = dict(student_folder=student_folder, workdir=workdir)
+        backend = build.build_backend(config, student, vocabulary, mesh, sampler_mesh, **folders)
         cleanup.callback(backend.stop)
         remote_teacher = build_remote_teacher(config, vocabulary)
-        batches = BatchSource(config, prompts, backend, build.make_put(mesh), remote_teacher)
         if step < config.distillation.max_steps:
             # Servers that will not do are told before anything takes time.
             if remote_teacher is not None:
@@ -129,6 +117,8 @@ def run(config: Config, workdir: Path) -> Result:
             state = checkpoints.restore(step, shapes)
             iterator.set_state(record["iterator"])
             results = record["results"]
+        batches = build.build_batches(config, prompts, iterator, backend, mesh, remote_teacher)
+        cleanup.callback(batches.close)
         writer = build.build_writer(config, workdir, step, flat_config)
         progress = build.build_progress(config, writer, schedule, step)
         progress.say(f"data: {prompts.summary()}")
@@ -138,7 +128,8 @@ def run(config: Config, workdir: Path) -> Result:
                 results[role] = dataclasses.asdict(evaluator(model, teacher))
                 progress.evaluation(step, role, results[role])
 
-        def save(position: dict[str, Any]) -> None:
+        def save(position: Any) -> None:
+            progress.flush()
             # A copy of the results: the save goes on beside the loop.
             record = dict(config=flat_config, iterator=position, results=dict(results))
             checkpoints.save(step, state, record)
@@ -148,30 +139,33 @@ def run(config: Config, workdir: Path) -> Result:
             evaluate("base", Model(graph, state.params))
         if teacher and "teacher" not in results:
             evaluate("teacher", teacher)
-        max_steps = config.distillation.max_steps
+        max_steps, save_steps = config.distillation.max_steps, config.distillation.save_steps
+        async_steps = config.policy.generation.async_steps
         while step < max_steps:
             progress.begin_step(step, state)
-            position = iterator.get_state()
+            position = batches.position
             try:
                 with progress.phase("generate") as finish:
-                    batch, _ = finish(batches.next(iterator, step, state.params))
+                    batch, measured = finish(batches.next(step, state.params))
+                    # Nothing is sampled ahead over a checkpoint: what follows depends on it alone.
+                    if async_steps and not _is_due(step + 1, save_steps, max_steps):
+                        batches.sample_ahead(step + 1, state.params)
             except (RunStopped, UserError) as error:
-                progress.flush()
-                if step:  # before the first update there is nothing to go on from
-                    save(position)
+                if not step:  # before the first update there is nothing to go on from
+                    raise
+                save(position)  # what was sampled but not trained on is sampled again
                 checkpoints.close()
-                saved = f" (step {step} is saved: the same command goes on from it)" if step else ""
-                raise type(error)(f"{error}{saved}") from error
+                saved = f"step {step} is saved: the same command goes on from it"
+                raise type(error)(f"{error} ({saved})") from error
             with progress.phase("train") as finish:
                 state, metrics = train_step(state, teacher and teacher.params, batch)
                 finish(metrics)
             step += 1
-            progress.end_step(step, metrics)
+            progress.end_step(step, metrics, measured)
             if _is_due(step, config.distillation.eval_steps, max_steps):
                 evaluate("student", Model(graph, state.params))
-            if _is_due(step, config.distillation.save_steps, max_steps):
-                progress.flush()
-                save(iterator.get_state())
+            if _is_due(step, save_steps, max_steps):
+                save(batches.position)
         backend.stop()
         progress.close()
         checkpoints.close()
@@ -211,100 +205,6 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         }
 
 
-class BatchSource:
-    """Makes the batch of a step: from the student's own answers or from the fixed data.
-
-    Args:
-      config: lambda_, mix, seed, and how answers are sampled.
-      prompts: their responses are the fixed data.
-      backend: samples the answers.
-      put: places host rows on the mesh.
-      remote_teacher: scores the answers if the teacher is not on the mesh.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        prompts: Prompts,
-        backend: RolloutBackend,
-        put,
-        remote_teacher: VllmTeacher | None = None,
-    ):
-        self._remote_teacher = remote_teacher
-        self._distillation, self._seed = config.distillation, config.seed
-        self._params = build.build_sampling_params(config)
-        self._backend, self._put = backend, put
-        self._pad_id = prompts.pad_id
-        # Without sampling, rows need no room beyond the longest response.
-        self._response_width = (
-            self._params.max_length if config.distillation.lambda_ > 0 else prompts.response_width
-        )
-        self._make_batch = jax.jit(functools.partial(make_batch, pad_id=prompts.pad_id))
-
-    def next(self, iterator, step: int, student_params) -> tuple[Batch, dict[str, float]]:
-        """The batch of update `step` (counted from 0), and what sampling it measured."""
-        prompts = next(iterator)
-        repeats = self._distillation.generate_strategy.num_generations
-        rows = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), prompts)
-        coins_b = self._on_policy(step, rows.index_b)
-        measured: dict[str, float] = {}
-        if not coins_b.any():
-            rollout = self._fixed(rows)
-        else:
-            self._backend.refit(student_params, version=step)
-            request = RolloutRequest(
-                tuple(
-                    tokens_p[:length]
-                    for tokens_p, length in zip(
-                        prompts.prompt_tokens_bp, prompts.prompt_lengths_b, strict=True
-                    )
-                ),
-                prompts.index_b,
-                self._params,
-                num_generations=repeats,
-                seed=self._seed,
-                step=step,
-            )
-            rollout, measured = self._backend.generate(request)
-            if not coins_b.all():
-                rollout = _select_rows(coins_b, rollout, self._fixed(rows))
-        arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout, coins_b
-        if self._remote_teacher is not None:
-            arrays = *arrays, self._remote_teacher.score(*arrays[:3])
-        return self._make_batch(*jax.tree.map(self._put, arrays)), measured
-
-    def _on_policy(self, step: int, index_b: np.ndarray) -> np.ndarray:
-        lambda_ = self._distillation.lambda_
-        if self._distillation.mix == "sample":
-            return np.asarray(sample_coins(self._seed, step, index_b.astype(np.uint32), lambda_))
-        return np.full(len(index_b), lambda_coin(self._seed, step, lambda_))
-
-    def _fixed(self, prompts: PromptBatch) -> Rollout:
-        """The data's own responses in the form of a rollout."""
-        tokens_br = prompts.response_tokens_br
-        missing = self._response_width - tokens_br.shape[1]
-        tokens_br = np.pad(tokens_br, ((0, 0), (0, max(missing, 0))), constant_values=self._pad_id)[
-            :, : self._response_width
-        ]
-        zeros_br = np.zeros(tokens_br.shape, np.float32)
-        return Rollout(
-            tokens_br=tokens_br,
-            lengths_b=prompts.response_lengths_b,
-            log_probs_br=zeros_br,
-            sampled_log_probs_br=zeros_br,
-            stopped_b=np.ones(len(tokens_br), bool),
-        )
-
-
-def _select_rows(coins_b: np.ndarray, sampled: Rollout, fixed: Rollout) -> Rollout:
-    """Row by row the sampled response where the coin says so, else the fixed one."""
-
-    def select(ours, theirs):
-        return np.where(coins_b.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
-
-    return jax.tree.map(select, sampled, fixed)
-
-
 def find_progress(config: Config, workdir: Path) -> tuple[int, dict[str, Any]]:
     """Step and record of the newest checkpoint in `workdir`; (0, {}) for a new run.
 
@@ -319,7 +219,7 @@ def find_progress(config: Config, workdir: Path) -> tuple[int, dict[str, Any]]:
     record = checkpoints.record(step) if step is not None else {}
     checkpoints.close()
     if record:
-        check_same_run(record["config"], to_flat_dict(config), RESUMABLE_CHANGES)
+        check_same_run(record["config"], to_flat_dict(config), resumable_changes(config))
     return step or 0, record
 
 

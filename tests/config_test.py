@@ -44,6 +44,11 @@ def test_defaults_with_field_evidence():
         ("distillation.max_steps", True, ["distillation.max_steps", "int"]),
         ("distillation.mix", "token", ["distillation.mix", "batch, sample"]),
         ("policy.generation.backend", "megatron", ["'megatron'", "allowed is jax"]),
+        (
+            "policy.generation.importance_clip",
+            0.5,
+            ["importance_clip=0.5", "0 (off) or at least 1"],
+        ),
         ("policy.generation.backend", "vllm", ["generation.vllm.urls", "generation.vllm.python"]),
         ("teacher.backend", "vllm", ["teacher.vllm.urls"]),
         ("teacher.vllm.top_k", 0, ["teacher.vllm.top_k", "at least 1"]),

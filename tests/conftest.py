@@ -2,9 +2,26 @@
 
 import os
 
+import pytest
+
 # Another platform only on request, for the tests that need a device: DISTILL_TEST_PLATFORM=cuda.
 os.environ["JAX_PLATFORMS"] = os.environ.get("DISTILL_TEST_PLATFORM", "cpu")
 # Hundreds of tiny programs are compiled and each runs for microseconds: no LLVM optimisation.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Folders of a tiny student and teacher with one tokenizer."""
+    # Imported here: the lines above must run before jax is.
+    from tiny_runs import tiny_config
+
+    import distill
+
+    workdir = tmp_path_factory.mktemp("models")
+    config = tiny_config(max_steps=1)
+    config.data.validation.max_samples = 0
+    distill.train(config, workdir)
+    return {role: str(workdir / "scratch" / role / "initial") for role in ("student", "teacher")}

@@ -12,6 +12,7 @@ from distill.data.prompts import tokenize_prompts
 from distill.evaluate import Evaluator, Model, format_table
 from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
+from distill.sampling.engine import Engine, EngineConfig
 from distill.tokenizer import character_tokenizer, vocabulary_size
 
 MAX_LENGTH = 6
@@ -55,7 +56,13 @@ def make_evaluator(tokenizer, dataset: DatasetInterface, batch_size: int) -> Eva
         tokenize_prompts(dataset, tokenizer, max_prompt_length=10),
         tokenizer,
         max_length=MAX_LENGTH,
-        eos_ids=(tokenizer.eos_token_id,),
+        make_engine=lambda graph: Engine(
+            graph,
+            EngineConfig(max_length=32),
+            eos_ids=(tokenizer.eos_token_id,),
+            pad_id=tokenizer.pad_token_id,
+            vocab_size=vocabulary_size(tokenizer),
+        ),
         vocab_size=vocabulary_size(tokenizer),
         batch_size=batch_size,
         put=jnp.asarray,

@@ -399,6 +399,14 @@ class TestImplementations:
         np.testing.assert_allclose(values_nt, expected_nt, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("axes", [("x",), ("data", "model")])
+def test_a_mesh_of_other_axes_is_refused(axes):
+    mesh = jax.make_mesh((1,) * len(axes), axes, devices=jax.devices()[:1])
+    problem = make_problem(3, 33)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=rf"{axes[0]}.* and lacks .*make_mesh"):
+        all_divergences(problem, ("jsd",), implementation="chunked")
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
@@ -653,7 +661,8 @@ class TestMemoryAndWork:
 
 def largest_collective(hlo):
     """Elements of the largest result of a collective operation in the text of a program."""
-    results = re.findall(r" = (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all)\(", hlo)
+    operation = "(?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    results = re.findall(rf" = (.*?) {operation}\(", hlo)
     shapes = re.findall(r"[fb]f?\d+\[([\d,]+)\]", " ".join(results))
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
@@ -738,8 +747,10 @@ class TestSharded:
 
         self.assert_equals_unsharded(problem, loss)
 
-    def test_heads_and_their_gradient_cross_devices_once_not_per_chunk(self):
-        problem = make_problem(64, 256, padding_s=0, padding_t=0)
+    # With padding, columns change devices too: both heads are cut at the same ones.
+    @pytest.mark.parametrize("padding_s, padding_t", [(0, 0), (8, 12)])
+    def test_heads_and_their_gradient_cross_devices_once_not_per_chunk(self, padding_s, padding_t):
+        problem = make_problem(64, 256, padding_s=padding_s, padding_t=padding_t)
         mesh = make_mesh(2, 2, 2)
         with jax.set_mesh(mesh):
             arrays = [
@@ -748,7 +759,7 @@ class TestSharded:
             ]
             lowered = self.run(problem, self.divergence_loss("jsd")).lower(*arrays)
         loop, entry = lowered.compile().as_text().split("\nENTRY ")
-        local_head = problem.head_t.size // 2  # the larger one; vocabulary over two devices
+        local_head = 12 * 256 // 2  # of the larger one; vocabulary over two devices
         # In the loop, sums over the vocabulary of a chunk's 4 tokens per device: maxima of both
         # models, then eight sums; JSD also needs its two.
         assert 0 < largest_collective(loop) <= 8 * 4

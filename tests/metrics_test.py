@@ -54,13 +54,18 @@ def make_progress(workdir, logging_steps=2) -> Progress:
     )
 
 
-def run_step(progress: Progress, step: int, gap: float = 0.0) -> None:
+def run_step(progress: Progress, step: int, gap: float = 0.0, staleness: float = 0.0) -> None:
     progress.begin_step(step - 1, jnp.zeros(()))
     for name in ("generate", "train"):
         with progress.phase(name) as finish:
             finish(jnp.ones(()))
     values = {"loss": 1.0, "log_prob_gap": gap, "tokens": 8.0, "on_policy": 1.0}
-    progress.end_step(step, {name: jnp.asarray(value) for name, value in values.items()})
+    measured = {
+        "generation/staleness": staleness,
+        "generation/seconds": 1e-3,
+        "generation/slot_occupancy": 0.9,
+    }
+    progress.end_step(step, {name: jnp.asarray(value) for name, value in values.items()}, measured)
 
 
 def test_logged_steps_carry_rates_and_the_rate_of_learning(tmp_path):
@@ -74,7 +79,11 @@ def test_logged_steps_carry_rates_and_the_rate_of_learning(tmp_path):
     assert lines[0]["learning_rate"] == pytest.approx(0.1)
     for line in lines:
         assert line["tokens_per_second/train"] == pytest.approx(8 / line["seconds/train"])
-        assert line["tokens_per_second/generate"] > 0 and line["tokens_per_second/total"] > 0
+        assert line["tokens_per_second/total"] > 0
+        assert line["seconds/step"] >= line["seconds/generate"] + line["seconds/train"]
+        # What a backend measured is passed on, with its share of the step.
+        assert line["generation/slot_occupancy"] == 0.9 and line["generation/staleness"] == 0
+        assert line["generation/share_of_step"] == pytest.approx(1e-3 / line["seconds/step"])
 
 
 def test_metrics_are_reported_one_step_late(tmp_path):
@@ -89,3 +98,13 @@ def test_undefined_gap_stops_too(tmp_path):
     run_step(progress, 1, gap=float("nan"))
     with pytest.raises(RunStopped):
         progress.close()
+
+
+def test_gap_of_a_stale_batch_is_logged_but_stops_only_when_undefined(tmp_path):
+    progress = make_progress(tmp_path, logging_steps=1)
+    run_step(progress, 1, gap=0.2, staleness=1.0)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["log_prob_gap"] == pytest.approx(0.2) and line["generation/staleness"] == 1
+    for step, gap in ((2, float("nan")), (3, float("inf"))):
+        with pytest.raises(RunStopped):
+            run_step(progress, step, gap=gap, staleness=1.0)

@@ -56,21 +56,20 @@ def make_problem(num_tokens, width_s, width_t, num_columns, *, scale=3.0):
     targets_c = rng.integers(0, num_columns, num_tokens).astype(np.int32)
     targets_c[1::3], targets_c[2::3] = -1, 1 << 20
     weights_c = rng.uniform(0.2, 1.0, num_tokens).astype(np.float32)
-    return (logits_s_cv, logits_t_cv, targets_c, np.int32(num_columns)), weights_c
+    logits = sweeps.Logits(logits_s_cv, logits_t_cv, targets_c, np.int32(num_columns))
+    return logits, weights_c
 
 
-def sums_and_gradient(implementation, loss, dtype, arrays, statistics, weights_c):
-    sums = implementation.term_sums(loss, *arrays, statistics)
-    gradient_cv = implementation.gradient(
-        loss, *arrays, statistics, sums[1], weights_c, dtype=dtype
-    )
+def sums_and_gradient(implementation, loss, dtype, logits, statistics, weights_c):
+    sums = implementation.term_sums(loss, logits, statistics)
+    gradient_cv = implementation.gradient(loss, logits, statistics, sums[1], weights_c, dtype=dtype)
     return sums, gradient_cv
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def all_sweeps(implementation, loss, dtype, arrays, weights_c):
-    statistics = implementation.statistics(*arrays, temperature=loss.temperature)
-    rest = sums_and_gradient(implementation, loss, dtype, arrays, statistics, weights_c)
+def all_sweeps(implementation, loss, dtype, logits, weights_c):
+    statistics = implementation.statistics(logits, temperature=loss.temperature)
+    rest = sums_and_gradient(implementation, loss, dtype, logits, statistics, weights_c)
     return statistics, *rest
 
 
@@ -84,7 +83,7 @@ def assert_agree(implementation, loss, problem, dtype):
         assert_close(*values, jnp.float32, name)
     assert actual[2].dtype == dtype
     assert_close(actual[2], expected[2], dtype, "gradient")
-    assert not np.asarray(actual[2][:, int(problem[0][3]) :], np.float32).any()
+    assert not np.asarray(actual[2][:, int(problem[0].num_columns) :], np.float32).any()
 
 
 def assert_close(actual, expected, dtype, name):
@@ -130,9 +129,9 @@ def test_interpreted_agrees_with_definition(config, num_tokens, shape, loss, dty
 
 def test_no_columns():
     """A shard of the vocabulary may be all padding: it adds nothing, and no NaN."""
-    arrays, _ = make_problem(2, 64, 64, 33)
+    logits, _ = make_problem(2, 64, 64, 33)
     statistics = jax.jit(interpreted(ONE_PIECE).statistics, static_argnames="temperature")(
-        *arrays[:3], np.int32(0), temperature=1.0
+        dataclasses.replace(logits, num_columns=np.int32(0)), temperature=1.0
     )
     assert (statistics.max_s <= sweeps.MASKED).all() and (statistics.max_t <= sweeps.MASKED).all()
     for name in ("sum_s", "sum_t", "target_s", "target_t", "cross_forward", "cross_reverse"):
@@ -144,14 +143,14 @@ def array(*shape, dtype=jnp.float32):
 
 
 def lowered_for_h200(function, width_s, width_t, *more) -> str:
-    """The program of jitted function(arrays, *more) at a real size."""
+    """The program of jitted function(logits, *more) at a real size."""
     logits_t = array(1024, width_t) if width_t else None
     integers = array(1024, dtype=jnp.int32), array(dtype=jnp.int32)
-    arrays = array(1024, width_s), logits_t, *integers
+    logits = sweeps.Logits(array(1024, width_s), logits_t, *integers)
     device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(function).trace(arrays, *more)
+        traced = jax.jit(function).trace(logits, *more)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -1,4 +1,4 @@
-"""The colocated backend: weights move only by refit."""
+"""In-process backends: weights move only by refit."""
 
 import dataclasses
 import functools
@@ -12,11 +12,16 @@ from flax import nnx
 from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
 from distill.rollout.base import RolloutBackend
-from distill.rollout.colocated import ColocatedBackend
-from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import make_generate
+from distill.rollout.in_process import JaxBackend
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.sharding import make_mesh, named_sharding, replicated
+from distill.sharding import (
+    make_mesh,
+    make_sampler_mesh,
+    named_sharding,
+    replicated,
+)
 
 CONFIG = ModelConfig(
     family="qwen3",
@@ -59,8 +64,9 @@ def backend(dtype=jnp.float32) -> RolloutBackend:
     return make_backend(dtype)
 
 
-def make_backend(dtype=jnp.float32, shardings=None) -> RolloutBackend:
-    made = ColocatedBackend(student(dtype=dtype)[0], dtype=dtype, shardings=shardings, **OPTIONS)
+def make_backend(dtype=jnp.float32, **placement) -> RolloutBackend:
+    engine = Engine(student(dtype=dtype)[0], EngineConfig(max_length=16), **OPTIONS)
+    made = JaxBackend(engine, dtype=dtype, **placement)
     made.start()
     return made
 
@@ -79,10 +85,8 @@ def test_generates_with_cast_weights_and_request_keys():
     sampler = backend(dtype)
     sampler.refit(params, version=0)
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    simple = make_generate(graphdef, PARAMS, **OPTIONS)
-    prompts_bp = np.array([[4, 5, 6], [4, 5, 6], [7, 8, 0], [7, 8, 0], [9, 0, 0], [9, 0, 0]])
-    keys_b = row_keys(7, 3, [0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1])
-    expected = simple(cast, prompts_bp, np.array([3, 3, 2, 2, 1, 1]), keys_b)
+    request = dataclasses.replace(REQUEST, seed=7, step=3)
+    expected, _ = Engine(graphdef, EngineConfig(max_length=16), **OPTIONS).generate(cast, request)
     assert_equal(generate(sampler, seed=7, step=3), expected)
     assert {x.dtype for x in jax.tree.leaves(sampler._weights)} == {jnp.dtype(dtype)}
 
@@ -134,14 +138,24 @@ def test_generate_before_refit_and_after_stop_is_an_error():
         generate(sampler)
 
 
+def cut_output_head(mesh) -> nnx.State:
+    """Shardings of a student of which only the output head is split, by embed and vocabulary."""
+    shardings = jax.tree.map(lambda _: replicated(mesh), student()[1])
+    shardings["output_head"] = jax.tree.map(
+        lambda _: named_sharding(mesh, "embed", "vocab"), shardings["output_head"]
+    )
+    return shardings
+
+
+def assert_close(rollout: Rollout, expected: Rollout):
+    np.testing.assert_array_equal(rollout.tokens_br, expected.tokens_br)
+    np.testing.assert_allclose(rollout.log_probs_br, expected.log_probs_br, atol=2e-5)
+
+
 def test_refit_reshards_to_the_given_shardings():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     params = student()[1]
-    shardings = jax.tree.map(lambda _: replicated(mesh), params)
-    shardings["output_head"] = jax.tree.map(
-        lambda _: named_sharding(mesh, "embed", "vocab"), params["output_head"]
-    )
-    alone, sharded = backend(), make_backend(shardings=shardings)
+    alone, sharded = backend(), make_backend(shardings=cut_output_head(mesh))
     request = dict(num_generations=4, prompts=PROMPTS[:2], prompt_index=np.arange(2))
     alone.refit(params, version=0)
     expected = generate(alone, **request)
@@ -150,5 +164,26 @@ def test_refit_reshards_to_the_given_shardings():
         rollout = generate(sharded, **request)
     head = jax.tree.leaves(sharded._weights["output_head"])[0]
     assert head.sharding.shard_shape(head.shape) == (8, 16)
-    np.testing.assert_array_equal(rollout.tokens_br, expected.tokens_br)
-    np.testing.assert_allclose(rollout.log_probs_br, expected.log_probs_br, atol=2e-5)
+    assert_close(rollout, expected)
+
+
+def test_sampler_with_its_own_devices_gets_its_weights_there():
+    """Cut like the trainer's; the trainer's buffers may go as soon as refit has returned."""
+    devices = jax.devices()
+    mesh = make_mesh(1, 2, 2, devices[:4])
+    sampler_mesh = make_sampler_mesh(mesh, devices[4:])
+    sampler = make_backend(shardings=cut_output_head(mesh), mesh=sampler_mesh)
+    request = dict(num_generations=4)
+    alone = backend()
+    alone.refit(student()[1], version=0)
+    expected = generate(alone, **request)
+    with jax.set_mesh(mesh):  # as in the trainer: the backend must leave its caller's mesh
+        params = jax.device_put(student()[1], replicated(mesh))
+        sampler.refit(params, version=0)
+        jax.tree.map(lambda x: x.delete(), params)
+        rollout = generate(sampler, **request)
+    for weight in jax.tree.leaves(sampler._weights):
+        assert weight.sharding.device_set == set(devices[4:])
+    head = jax.tree.leaves(sampler._weights["output_head"])[0]
+    assert head.sharding.shard_shape(head.shape) == (16, 16)
+    assert_close(rollout, expected)

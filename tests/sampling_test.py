@@ -12,8 +12,8 @@ from flax import nnx
 from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
 from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import decode, make_generate, to_sequences
-from distill.sampling.request import Rollout
+from distill.sampling.decode import decode, make_generate
+from distill.sampling.request import Rollout, to_sequences
 from distill.sharding import make_mesh, named_sharding
 
 VOCAB = 29  # the head has three more rows

@@ -83,6 +83,7 @@ def run_step(
     state_shardings=None,
     optimizer=None,
     place=lambda state: state,
+    importance_clip=0.0,
 ):
     optimizer = optimizer or optax.adamw(1e-2)
     graph, params = student
@@ -95,6 +96,7 @@ def run_step(
         num_microbatches=num_microbatches,
         vocab_size=VOCAB_SIZE,
         state_shardings=state_shardings,
+        importance_clip=importance_clip,
     )
     # The step donates its state; the caller's parameters must survive.
     state = place(jax.tree.map(jnp.copy, state))
@@ -288,6 +290,109 @@ def test_gap_compares_sampler_and_trainer_on_student_rows_only(student, teacher)
     assert float(metrics["log_prob_gap_max"]) >= float(metrics["log_prob_gap"])
     _, metrics = run_step(student, teacher, make_rows(on_policy=False))
     assert float(metrics["log_prob_gap"]) == 0.0
+
+
+def response_log_probs(model, batch: Batch) -> list[jax.Array]:
+    """log_softmax at the positions that predict a response token, (length, v) for every row."""
+    graph, params = model
+    module = nnx.merge(graph, params)
+    log_probs_btv = jax.nn.log_softmax(module.logits(module(batch.tokens_bt))[..., :VOCAB_SIZE])
+    lengths = zip(batch.prompt_lengths_b.tolist(), batch.lengths_b.tolist(), strict=True)
+    return [log_probs_btv[row, p - 1 : length - 1] for row, (p, length) in enumerate(lengths)]
+
+
+def responses(batch: Batch) -> list[np.ndarray]:
+    lengths = zip(batch.prompt_lengths_b.tolist(), batch.lengths_b.tolist(), strict=True)
+    return [np.asarray(batch.tokens_bt)[row, p:n] for row, (p, n) in enumerate(lengths)]
+
+
+def with_log_probs(batch: Batch, rows: list[np.ndarray]) -> Batch:
+    log_probs_br = np.zeros(batch.log_probs_br.shape, np.float32)
+    for row, values in enumerate(rows):
+        log_probs_br[row, : len(values)] = values
+    return dataclasses.replace(batch, log_probs_br=jnp.asarray(log_probs_br))
+
+
+def test_importance_weights_of_fresh_rollouts_change_nothing(student, teacher):
+    batch = make_rows()
+    log_q = response_log_probs(student, batch)
+    chosen = [q[jnp.arange(len(r)), r] for q, r in zip(log_q, responses(batch), strict=True)]
+    batch = with_log_probs(batch, chosen)
+    options = dict(optimizer=optax.sgd(1.0))
+    plain, plain_metrics = run_step(student, teacher, batch, **options)
+    state, metrics = run_step(student, teacher, batch, importance_clip=2.0, **options)
+    assert_same(state.params, plain.params)
+    assert float(metrics["loss"]) == pytest.approx(float(plain_metrics["loss"]), rel=1e-5)
+    assert float(metrics["importance_weight"]) == pytest.approx(1, rel=1e-5)
+    assert float(metrics["importance_clipped"]) == 0
+    assert "importance_weight" not in plain_metrics
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_importance_weights_of_stale_rollouts_follow_the_formula(
+    student, teacher, num_microbatches
+):
+    """Half of the rows are fixed data: weight 1. Update and metrics against plain autodiff."""
+    clip, rng = 1.5, np.random.default_rng(3)
+    batch = make_rows()
+    on_policy_b = np.arange(ROWS) % 2 == 0
+    stale = [rng.normal(-3, 2, len(row)) for row in responses(batch)]
+    batch = dataclasses.replace(with_log_probs(batch, stale), on_policy_b=jnp.asarray(on_policy_b))
+    log_p = response_log_probs(teacher, batch)
+    log_q = response_log_probs(student, batch)
+    ratios = [
+        np.exp(np.asarray(q)[np.arange(len(row)), row] - then)
+        for q, row, then in zip(log_q, responses(batch), stale, strict=True)
+    ]
+    weights = [
+        np.minimum(row, clip) if sampled else np.ones(len(row))
+        for row, sampled in zip(ratios, on_policy_b, strict=True)
+    ]
+
+    def loss(params):
+        log_q = response_log_probs((student[0], params), batch)
+        terms = zip(weights, log_p, log_q, strict=True)
+        sums = [(w * (jnp.exp(p) * (p - q)).sum(-1)).sum() for w, p, q in terms]
+        return sum(sums) / sum(len(row) for row in weights)
+
+    state, metrics = run_step(
+        student,
+        teacher,
+        batch,
+        importance_clip=clip,
+        num_microbatches=num_microbatches,
+        optimizer=optax.sgd(1.0),
+    )
+    value, gradients = jax.value_and_grad(loss)(student[1])
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert_same(state.params, jax.tree.map(jnp.subtract, student[1], gradients))
+    sampled = np.concatenate([r for r, coin in zip(ratios, on_policy_b, strict=True) if coin])
+    mean = np.minimum(sampled, clip).mean()
+    assert float(metrics["importance_weight"]) == pytest.approx(mean, rel=1e-5)
+    assert 0 < float(metrics["importance_clipped"]) == pytest.approx((sampled > clip).mean())
+
+
+def test_importance_weights_cost_one_product_with_the_head(student, teacher):
+    """Log-probabilities before the loss are a forward pass: no gradient is made for them."""
+
+    def products(clip):
+        optimizer = optax.sgd(1.0)
+        step = make_train_step(
+            student[0], teacher[0], make_objective("forward"), optimizer,
+            num_microbatches=1, vocab_size=VOCAB_SIZE, importance_clip=clip,
+        )  # fmt: skip
+        state = TrainState(jnp.zeros((), jnp.int32), student[1], optimizer.init(student[1]))
+        return str(jax.make_jaxpr(step)(state, teacher[1], make_rows())).count("dot_general")
+
+    assert products(2.0) == products(0.0) + 1
+
+
+def test_importance_weights_without_sampled_rows_are_one(student, teacher):
+    batch = make_rows(on_policy=False)
+    _, plain = run_step(student, teacher, batch)
+    _, metrics = run_step(student, teacher, batch, importance_clip=1.0)
+    assert float(metrics["loss"]) == float(plain["loss"])
+    assert float(metrics["importance_weight"]) == 1 and float(metrics["importance_clipped"]) == 0
 
 
 def test_step_donates_its_state(student, teacher):

@@ -1,5 +1,6 @@
 """The fused loss at real sizes, compiled by the real TPU compiler; no TPU is needed for that."""
 
+import dataclasses
 import importlib.util
 import os
 
@@ -8,7 +9,14 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from distill.kernels.linear_divergence import linear_divergence, per_token_divergences
+from benchmarks import harness
+from benchmarks import linear_divergence as benchmark
+from distill.kernels.linear_divergence import (
+    linear_divergence,
+    pallas_tpu,
+    per_token_divergences,
+)
+from distill.kernels.linear_divergence.sweeps import Projection
 from distill.losses.divergences import get_divergence
 from distill.sharding import make_mesh, named_sharding
 
@@ -37,12 +45,12 @@ def tpu_mesh(topology, *sizes):
     return make_mesh(*sizes, devices=devices[: sizes[0] * sizes[1] * sizes[2]])
 
 
-def shapes(mesh, width_t=WIDTH_T):
+def shapes(mesh, width_s=WIDTH_S, width_t=WIDTH_T):
     """hidden_s, head_s, hidden_t, head_t, weights: bfloat16, tokens and vocabulary sharded."""
     hidden, head = ("token", None), ("embed", "vocab")
     models = [
-        ((NUM_TOKENS, WIDTH_S), hidden),
-        ((WIDTH_S, COLUMNS_S), head),
+        ((NUM_TOKENS, width_s), hidden),
+        ((width_s, COLUMNS_S), head),
         ((NUM_TOKENS, width_t), hidden),
         ((width_t, COLUMNS_T), head),
     ]
@@ -99,6 +107,32 @@ def test_fits_into_fast_memory_with_a_wide_teacher_and_many_blocks(topology):
     function = value_and_gradients("jsd", temperature=2.0, chunk=2048)
     program = compiled_for(tpu_mesh(topology, 1, 1, 1), function, width_t=8192)
     assert num_kernels(program) == 3
+
+
+@pytest.mark.parametrize("divergence", benchmark.DIVERGENCES)
+def test_estimated_time_is_at_most_that_of_all_logits_at_once(divergence):
+    """Where arithmetic is fastest relative to memory, whose traffic is what chunks add to."""
+    mesh = tpu_mesh("v6e:2x2", 1, 1, 1)
+    problem = dataclasses.replace(benchmark.TPU_PROBLEM, divergence=divergence)
+    with jax.set_mesh(mesh):
+        naive, ours = (
+            harness.estimate(benchmark.value_and_gradients(problem, name), *shapes(mesh))
+            for name in ("naive", "pallas")
+        )
+    assert 0.9 < ours.seconds / naive.seconds < 1.0  # far below 1, it would have missed a part
+    assert ours.flops >= problem.product_flops
+
+
+@pytest.mark.parametrize("width_s, chunk", [(3584, 1664), (8192, 1024)])
+def test_chunks_fit_into_fast_memory_with_wide_students(width_s, chunk):
+    """Unless the chunk gets too short: of the widest, the gradient is stored instead."""
+    mesh = tpu_mesh("v6e:2x2", 1, 1, 1)
+    hidden_s, head_s, hidden_t, head_t, _ = shapes(mesh, width_s=width_s)
+    models = Projection(hidden_s, head_s), Projection(hidden_t, head_t)
+    with jax.set_mesh(mesh):
+        assert pallas_tpu.Sweeps().largest_chunk(*models, COLUMNS_S) == chunk
+    program = compiled_for(mesh, value_and_gradients("forward"), width_s=width_s)
+    assert num_kernels(program) == 2
 
 
 def test_forward_kl_needs_two_sweeps_only():

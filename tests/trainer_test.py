@@ -10,73 +10,20 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
 from distill import metrics
-from distill.config import default_config
 from distill.data.arithmetic import CHARACTERS
 from distill.errors import RunStopped, UserError
 from distill.generate import generate
 from distill.losses.objective import lambda_coin
 from distill.models.hf import load_model_config
-from distill.rollout.colocated import ColocatedBackend
+from distill.rollout.in_process import JaxBackend
 from distill.tokenizer import character_tokenizer, load_tokenizer
 from distill.trainer import evaluate_checkpoint
 
 ROOT = Path(__file__).parents[1]
-
-
-def tiny_config(**distillation) -> ConfigDict:
-    """Random models on arithmetic: every part is real, nothing is learned."""
-    config = default_config()
-    config.policy.tokenizer = "characters:arithmetic"
-    for section, width in ((config.policy, 16), (config.teacher, 32)):
-        section.shape.num_layers = 1
-        section.shape.model_width = width
-        section.shape.num_heads = section.shape.num_kv_heads = 2
-        section.shape.ffn_width = 2 * width
-        section.precision = "float32"
-    config.teacher.shape.vocab_size = 24
-    config.policy.max_total_sequence_length = 36
-    config.policy.train_global_batch_size = 8
-    config.policy.train_micro_batch_size = 8
-    config.policy.optimizer.learning_rate = 1e-2
-    config.distillation.generate_strategy.max_length = 12
-    config.distillation.max_steps = 6
-    config.distillation.eval_steps = 0
-    config.distillation.save_steps = 2
-    config.distillation.logging_steps = 1
-    config.data.max_samples = 64
-    config.data.validation.max_samples = 8
-    config.evaluation.batch_size = 8
-    config.logger.progress_bar = False
-    config.distillation.update(distillation)
-    return config
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, str]:
-    """Folders of a tiny student and teacher with one tokenizer."""
-    workdir = tmp_path_factory.mktemp("models")
-    config = tiny_config(max_steps=1)
-    config.data.validation.max_samples = 0
-    distill.train(config, workdir)
-    return {role: str(workdir / "scratch" / role / "initial") for role in ("student", "teacher")}
-
-
-def with_models(config: ConfigDict, models: dict[str, str]) -> ConfigDict:
-    config.policy.model_name = models["student"]
-    config.distillation.teacher_model_path = models["teacher"]
-    return config
-
-
-def read_metrics(workdir: Path) -> list[dict]:
-    """Lines without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if not key.startswith(("seconds", "tokens_per"))}
-        for line in lines
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +68,8 @@ def test_killed_run_resumes_to_the_same_bits(models, finished, tmp_path, monkeyp
     workdir, result = finished
     end_step = metrics.Progress.end_step
 
-    def dies(self, step, values):
-        end_step(self, step, values)
+    def dies(self, step, *values):
+        end_step(self, step, *values)
         if step == 5:
             raise KeyboardInterrupt
 
@@ -145,8 +92,8 @@ def test_failed_generation_is_saved_and_resumes_to_the_same_bits(
     workdir, result = finished
     last = max(step for step in range(6) if lambda_coin(0, step, 0.5))
     assert last % 2, "a step that no checkpoint of its own precedes"
-    generate = "distill.rollout.colocated.ColocatedBackend.generate"
-    original = ColocatedBackend.generate
+    generate = "distill.rollout.in_process.JaxBackend.generate"
+    original = JaxBackend.generate
 
     def fails(self, request):
         if request.step == last:
@@ -185,7 +132,7 @@ def test_lambda_0_never_samples_and_lambda_1_needs_no_responses(models, tmp_path
     def never(*args, **kwargs):
         raise AssertionError("lambda_=0 sampled")
 
-    monkeypatch.setattr("distill.rollout.colocated.ColocatedBackend.generate", never)
+    monkeypatch.setattr("distill.rollout.in_process.JaxBackend.generate", never)
     config = with_models(tiny_config(lambda_=0.0, max_steps=1), models)
     config.data.validation.max_samples = 0
     distill.train(config, tmp_path / "fixed")
@@ -208,7 +155,7 @@ def test_mix_per_sample_tosses_for_every_row(models, tmp_path):
 
 def test_disagreeing_sampler_stops_the_run(models, tmp_path, monkeypatch):
     """Weights that never reach the sampler: the classic silent failure."""
-    refit = "distill.rollout.colocated.ColocatedBackend.refit"
+    refit = "distill.rollout.in_process.JaxBackend.refit"
 
     def stale(self, params, version):
         if self._weights is None:

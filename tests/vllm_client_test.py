@@ -125,7 +125,7 @@ def test_rows_come_back_in_order_with_their_own_seeds(servers):
     np.testing.assert_allclose(rollout.log_probs_br[0], [-0.25, -0.5, -0.75, -1.0])
     np.testing.assert_array_equal(rollout.sampled_log_probs_br, rollout.log_probs_br)
     assert rollout.log_probs_br.dtype == np.float32 and rollout.tokens_br.dtype == np.int32
-    assert measured["generation/retries"] == 0 and measured["generation/tokens_per_second"] > 0
+    assert measured == {"generation/retries": 0, "generation/refit_gap": 0}
 
 
 def test_seed_depends_on_all_parts_and_on_nothing_else():
@@ -175,6 +175,16 @@ def test_scores_of_a_tempered_answer_are_tried_again_too(servers):
     # The double says -0.25 (1 + i) of what it samples, and -0.5 - token of what it scores.
     np.testing.assert_allclose(rollout.sampled_log_probs_br[0], [-0.25, -0.5, -0.75, -1.0])
     np.testing.assert_allclose(rollout.log_probs_br, -0.5 - rollout.tokens_br)
+
+
+def test_rows_may_have_limits_of_their_own(servers):
+    (server,) = servers()
+    limits = np.array([1, 2] * 6, np.int32)
+    request = dataclasses.replace(REQUEST, max_lengths=limits)
+    rollout, _ = refitted([server]).generate(request)
+    assert rollout.lengths_b.tolist() == limits.tolist() and not rollout.stopped_b.any()
+    tokens = np.where(np.arange(doubles.LENGTH) < limits[:, None], expected_tokens(request), 0)
+    np.testing.assert_array_equal(rollout.tokens_br, tokens)
 
 
 def test_greedy_choice_is_certain(servers):

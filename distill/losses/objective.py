@@ -79,6 +79,27 @@ def token_weights(mask_br: jax.Array, num_valid_tokens: jax.Array | int) -> jax.
     return mask_br.astype(jnp.float32) / jnp.maximum(num_valid_tokens, 1)
 
 
+def importance_weights(
+    log_probs_br: jax.Array, sampler_log_probs_br: jax.Array, sampled_br: jax.Array, clip: float
+) -> jax.Array:
+    """min(clip, q_now(token) / q_sampler(token)) for sampled tokens, 1 for others; no gradient.
+
+    Weighs what stale weights sampled as if today's had, token by token. Truncated importance
+    sampling: Ionides, "Truncated Importance Sampling", J. Comput. Graph. Stat. 17 (2008); as the
+    truncated rho of IMPALA (Espeholt et al., arXiv:1802.01561); between a sampler and a trainer of
+    language models: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training" (2025, fengyao.notion.site/off-policy-rl).
+
+    Args:
+      log_probs_br, sampler_log_probs_br: of the response tokens, of the same (untruncated)
+        distribution with the trainer's and the sampler's weights.
+      sampled_br: whether a token counts and the student sampled it.
+      clip: largest weight, above 0.
+    """
+    ratios_br = jnp.exp(jax.lax.stop_gradient(log_probs_br - sampler_log_probs_br))
+    return jnp.where(sampled_br, jnp.minimum(ratios_br, clip), 1.0)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopKScores:
@@ -161,6 +182,26 @@ class Objective:
             else:
                 loss, values = linear_loss(*rows, loss_fn=self.loss_fn, **options)
         return loss, jax.tree.map(lambda value_t: value_t.reshape(targets_br.shape), values)
+
+    def log_probs(
+        self, hidden_brd: jax.Array, head: jax.Array, targets_br: jax.Array, *, vocab_size: int
+    ) -> jax.Array:
+        """log q(target) at temperature 1, float32 (b, r): a forward pass of the head, no gradient.
+
+        Weights must be known before the loss, since that makes its gradients with its values.
+        """
+        hidden_td, head = jax.lax.stop_gradient((_flatten_tokens(hidden_brd), head))
+        targets_t = targets_br.reshape(-1)
+        _, values = linear_cross_entropy(
+            hidden_td,
+            head,
+            targets_t,
+            jnp.ones(targets_t.shape),
+            vocab_size=vocab_size,
+            implementation=self.implementation,
+            chunk=self.chunk,
+        )
+        return values.log_prob_s.reshape(targets_br.shape)
 
 
 def make_objective(

@@ -105,7 +105,7 @@ class Block(nnx.Module):
     def __call__(self, x_btd: jax.Array, rotation: Rotation, mask_bts: jax.Array) -> jax.Array:
         """One layer of the training form."""
         q_btnh, k_btkh, v_btkh = self.query_key_value(x_btd, rotation)
-        return self.finish(x_btd, _attend(q_btnh, k_btkh, v_btkh, mask_bts))
+        return self.finish(x_btd, attend(q_btnh, k_btkh, v_btkh, mask_bts))
 
     def query_key_value(
         self, x_btd: jax.Array, rotation: Rotation
@@ -199,7 +199,7 @@ class Transformer(nnx.Module):
         mask_bts = jnp.tril(jnp.ones((1, length, length), bool))
         if segment_ids_bt is not None:
             mask_bts &= segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
-        rotation = _rotation(self.config, positions_bt)
+        rotation = make_rotation(self.config, positions_bt)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_btd, layer_state):
@@ -208,8 +208,8 @@ class Transformer(nnx.Module):
         if self.remat != "none":
             # Inside scan nothing can be merged across iterations, so no barrier is needed.
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x_btd, _ = jax.lax.scan(layer, self._embed(tokens_bt), stacked)
-        return self._final(x_btd)
+        x_btd, _ = jax.lax.scan(layer, self.embed(tokens_bt), stacked)
+        return self.normalize(x_btd)
 
     def extend(
         self, tokens_bt: jax.Array, new_lengths_b: jax.Array, cache: KVCache
@@ -224,7 +224,7 @@ class Transformer(nnx.Module):
         offsets_t = jnp.arange(tokens_bt.shape[1])
         positions_bt = cache.lengths_b[:, None] + offsets_t
         mask_bts = jnp.arange(cache.k_lbskh.shape[2]) <= positions_bt[:, :, None]
-        rotation = _rotation(self.config, positions_bt)
+        rotation = make_rotation(self.config, positions_bt)
         graphdef, stacked = nnx.split(self.layers)
 
         # The cache is carried, not stacked from per-layer outputs, so that XLA updates it in place.
@@ -235,13 +235,13 @@ class Transformer(nnx.Module):
             q_btnh, k_btkh, v_btkh = block.query_key_value(x_btd, rotation)
             k_lbskh = _write_cache(k_lbskh, index, positions_bt, k_btkh)
             v_lbskh = _write_cache(v_lbskh, index, positions_bt, v_btkh)
-            attended_btnh = _attend(q_btnh, k_lbskh[index], v_lbskh[index], mask_bts)
+            attended_btnh = attend(q_btnh, k_lbskh[index], v_lbskh[index], mask_bts)
             return (block.finish(x_btd, attended_btnh), k_lbskh, v_lbskh), None
 
-        carry = self._embed(tokens_bt), cache.k_lbskh, cache.v_lbskh
+        carry = self.embed(tokens_bt), cache.k_lbskh, cache.v_lbskh
         indices_l = jnp.arange(self.config.num_layers)
         (x_btd, k_lbskh, v_lbskh), _ = jax.lax.scan(layer, carry, (indices_l, stacked))
-        return self._final(x_btd), KVCache(k_lbskh, v_lbskh, cache.lengths_b + new_lengths_b)
+        return self.normalize(x_btd), KVCache(k_lbskh, v_lbskh, cache.lengths_b + new_lengths_b)
 
     def head(self) -> jax.Array:
         """The output head w_dv in `dtype`; the transposed embedding when tied."""
@@ -255,14 +255,16 @@ class Transformer(nnx.Module):
         )
         return constrain(logits_btv, "batch", "position", "act_vocab")
 
-    def _embed(self, tokens_bt: jax.Array) -> jax.Array:
+    def embed(self, tokens_bt: jax.Array) -> jax.Array:
+        """The residual stream before the first layer, x_btd in `dtype`."""
         # Tokens are sharded by what may also shard the table's width, so gather the width first.
         table_vd = constrain(self.embedding[...], "vocab", None)
         tokens_bt = constrain(tokens_bt, "batch", "position")
         # Cast after the lookup: its gradient adds up many tokens, which bfloat16 would lose.
         return _constrain_residual(jnp.take(table_vd, tokens_bt, axis=0).astype(self.dtype))
 
-    def _final(self, x_btd: jax.Array) -> jax.Array:
+    def normalize(self, x_btd: jax.Array) -> jax.Array:
+        """Hidden states from the residual stream after the last layer."""
         return rms_norm(x_btd, self.final_norm[...], self.config.rms_eps)
 
 
@@ -311,14 +313,16 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def _rotation(config: ModelConfig, positions_bt: jax.Array) -> Rotation:
+def make_rotation(config: ModelConfig, positions_bt: jax.Array) -> Rotation:
+    """Rotary angles of the given positions."""
     angles_bth = positions_bt[:, :, None].astype(jnp.float32) * rope_frequencies(config)
     return Rotation(cos_bth=jnp.cos(angles_bth), sin_bth=jnp.sin(angles_bth))
 
 
-def _attend(
+def attend(
     q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array
 ) -> jax.Array:
+    """Attention over the keys and values that the mask lets through, attended_btnh."""
     attended = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
     return constrain(attended, "batch", "position", "act_heads", None)
 

@@ -10,7 +10,11 @@ from distill.sampling.request import Rollout, RolloutRequest
 
 
 class RolloutBackend(Protocol):
-    """Samples responses with the weights of the latest refit."""
+    """Samples responses with the weights of the latest refit.
+
+    `refit` is called in the trainer's thread under the trainer's mesh, `generate` there or in
+    another one beside training; the two never at the same time.
+    """
 
     def start(self) -> None:
         """Acquires what generation needs, such as servers.
@@ -21,6 +25,8 @@ class RolloutBackend(Protocol):
 
     def refit(self, student_params: nnx.State, version: int) -> None:
         """Moves the student's current weights to the sampler; later training leaves them alone.
+
+        The time until it returns is logged as the time of the refit.
 
         Args:
           student_params: on the trainer's mesh.
@@ -35,7 +41,10 @@ class RolloutBackend(Protocol):
 
         Returns:
           The rollout, numpy arrays of `request.num_rows` rows and `params.max_length` columns in
-          the request's order; and what was measured, by metric name ('generation/...').
+          the request's order; and what was measured, by metric name: where there are slots,
+          'generation/slot_occupancy' (share of slots that were decoding), 'generation/queue_wait'
+          (mean seconds that a row waited for one), 'generation/prefill_seconds' and
+          'generation/decode_seconds'. What can be read off any rollout need not be measured.
 
         Raises:
           UserError: the request can never be served, such as a prompt longer than the cache.

@@ -19,6 +19,9 @@ from distill.errors import UserError
 # Below this, float32 logits divided by the temperature come near overflow.
 MIN_TEMPERATURE = 1e-6
 
+# Tokens per block of the two-stage draw: about the root of a large vocabulary.
+_BLOCK = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -101,7 +104,7 @@ def _uint32(x: ArrayLike) -> jax.Array:
 def choose(
     logits_bv: jax.Array, keys_b: jax.Array, params: SamplingParams, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws one token per row by the Gumbel-max trick, each row with its own key.
+    """Draws one token per row, each row with its own key.
 
     Args:
       logits_bv: float32. Ids from `vocab_size` on are padding rows of the output head: they are
@@ -123,7 +126,7 @@ def choose(
         tokens_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
         return tokens_b, _log_prob(logits_bv, tokens_b), jnp.zeros(tokens_b.shape, jnp.float32)
     scores_bv = _truncate(logits_bv / params.temperature, params, vocab_size)
-    tokens_b = jax.vmap(jax.random.categorical)(keys_b, scores_bv).astype(jnp.int32)
+    tokens_b = _draw(scores_bv, keys_b)
     return tokens_b, _log_prob(logits_bv, tokens_b), _log_prob(scores_bv, tokens_b)
 
 
@@ -132,11 +135,35 @@ def _log_prob(scores_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
     return chosen_b - jax.nn.logsumexp(scores_bv, axis=-1)
 
 
+def _draw(scores_bv: jax.Array, keys_b: jax.Array) -> jax.Array:
+    """Inverse-CDF sampling in two stages: a block of the vocabulary, then a token inside it.
+
+    Two random numbers per row instead of one per token of the vocabulary (Gumbel-max), and sums
+    over at most V / _BLOCK and _BLOCK numbers, so that rare tokens keep their probability in
+    float32.
+    """
+    mass_bv = jnp.exp(scores_bv - jnp.max(scores_bv, axis=-1, keepdims=True))
+    padding = -mass_bv.shape[-1] % _BLOCK
+    mass_bnk = jnp.pad(mass_bv, ((0, 0), (0, padding))).reshape(len(mass_bv), -1, _BLOCK)
+    uniform_b2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_b)
+    block_b = _inverse_cdf(mass_bnk.sum(axis=-1), uniform_b2[:, 0])
+    inside_bk = jnp.take_along_axis(mass_bnk, block_b[:, None, None], axis=1)[:, 0]
+    return block_b * _BLOCK + _inverse_cdf(inside_bk, uniform_b2[:, 1])
+
+
+def _inverse_cdf(mass_bn: jax.Array, uniform_b: jax.Array) -> jax.Array:
+    """Index n with probability proportional to its mass, int32; never one without mass."""
+    cumulated_bn = jnp.cumsum(mass_bn, axis=-1)
+    total_b = cumulated_bn[:, -1]
+    # Rounded up to the total, no index would be above the threshold.
+    threshold_b = jnp.minimum(uniform_b * total_b, jnp.nextafter(total_b, 0.0))
+    return jnp.argmax(cumulated_bn > threshold_b[:, None], axis=-1).astype(jnp.int32)
+
+
 def _truncate(scores_bv: jax.Array, params: SamplingParams, vocab_size: int) -> jax.Array:
     """Sets the scores of excluded tokens to -inf; a truncation that is off costs nothing."""
     if 0 < params.top_k < vocab_size:
-        smallest_kept_b1 = jax.lax.top_k(scores_bv, params.top_k)[0][:, -1:]
-        scores_bv = jnp.where(scores_bv >= smallest_kept_b1, scores_bv, -jnp.inf)
+        scores_bv = jnp.where(_in_top_k(scores_bv, params.top_k), scores_bv, -jnp.inf)
     if params.top_p < 1:
         scores_bv = jnp.where(_in_nucleus(scores_bv, params.top_p), scores_bv, -jnp.inf)
     if params.min_p > 0:
@@ -145,14 +172,45 @@ def _truncate(scores_bv: jax.Array, params: SamplingParams, vocab_size: int) -> 
     return scores_bv
 
 
+def _in_top_k(scores_bv: jax.Array, top_k: int) -> jax.Array:
+    """True for the k largest, and for those tied with the last of them."""
+    order_bv = _order(scores_bv)
+    ones_bv = jnp.ones(scores_bv.shape, jnp.float32)
+    return order_bv >= _smallest_kept(order_bv, ones_bv, float(top_k))[:, None]
+
+
 def _in_nucleus(scores_bv: jax.Array, top_p: float) -> jax.Array:
     """True for the smallest set whose probability reaches top_p (Holtzman et al. 2020).
 
     Among tied tokens those of lower id come first. The likeliest token is always inside.
     """
-    order_bv = jnp.argsort(scores_bv, axis=-1, descending=True)
-    probs_bv = jax.nn.softmax(jnp.take_along_axis(scores_bv, order_bv, axis=-1), axis=-1)
-    # a token is needed if the more likely ones fall short of top_p
-    before_bv = jnp.cumsum(probs_bv, axis=-1) - probs_bv
-    needed_bv = (before_bv < top_p).at[:, 0].set(True)
-    return jnp.put_along_axis(jnp.zeros_like(needed_bv), order_bv, needed_bv, -1, inplace=False)
+    probs_bv = jax.nn.softmax(scores_bv, axis=-1)
+    order_bv = _order(scores_bv)
+    smallest_b1 = _smallest_kept(order_bv, probs_bv, top_p)[:, None]
+    above_bv, tied_bv = order_bv > smallest_b1, order_bv == smallest_b1
+    missing_b1 = top_p - jnp.sum(probs_bv, axis=-1, where=above_bv, keepdims=True)
+    before_bv = jnp.cumsum(jnp.where(tied_bv, probs_bv, 0.0), axis=-1) - probs_bv
+    return above_bv | (tied_bv & (before_bv < missing_b1))
+
+
+def _order(scores_bv: jax.Array) -> jax.Array:
+    """int32 in the order of the float32 scores: bit patterns, negative ones mirrored."""
+    # Adding zero makes -0.0 and 0.0 one number.
+    bits_bv = jax.lax.bitcast_convert_type(scores_bv + 0.0, jnp.int32)
+    return jnp.where(bits_bv < 0, jnp.int32(-(2**31)) - bits_bv - 1, bits_bv)
+
+
+def _smallest_kept(order_bv: jax.Array, mass_bv: jax.Array, target: float) -> jax.Array:
+    """The largest order of which the tokens from there up have a mass of at least `target`.
+
+    Found bit by bit: 32 sums over the vocabulary, where sorting it would take many more passes.
+    Where all tokens together miss the target, which rounding can do, the smallest of all int32.
+    """
+
+    def set_bit(i, kept_b):
+        candidate_b = kept_b + jnp.left_shift(jnp.int32(1), 31 - i)  # wraps to 0 at the sign
+        mass_b = jnp.sum(mass_bv, axis=-1, where=order_bv >= candidate_b[:, None])
+        return jnp.where(mass_b >= target, candidate_b, kept_b)
+
+    lowest_b = jnp.full(order_bv.shape[0], -(2**31), jnp.int32)
+    return jax.lax.fori_loop(0, 32, set_bit, lowest_b)

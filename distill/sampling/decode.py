@@ -153,21 +153,3 @@ def _append(
             stopped_b=rollout.stopped_b | jnp.isin(token_b, jnp.asarray(eos_ids, jnp.int32)),
         ),
     )
-
-
-def to_sequences(
-    prompts_bp: jax.Array, prompt_lengths_b: jax.Array, rollout: Rollout, pad_id: int
-) -> tuple[jax.Array, jax.Array]:
-    """Joins each prompt and its response into one right-padded row.
-
-    Returns:
-      tokens_bt (t = p + r) and lengths_b; the response starts at the row's prompt length.
-    """
-    prompt_size = prompts_bp.shape[1]
-    joined_bt = jnp.concatenate([prompts_bp, rollout.tokens_br], axis=1)
-    t = jnp.arange(joined_bt.shape[1])
-    prompt_lengths_b1 = prompt_lengths_b[:, None]
-    source_bt = jnp.where(t < prompt_lengths_b1, t, t - prompt_lengths_b1 + prompt_size)
-    lengths_b = prompt_lengths_b + rollout.lengths_b
-    tokens_bt = jnp.take_along_axis(joined_bt, source_bt, axis=1, mode="clip")
-    return jnp.where(t < lengths_b[:, None], tokens_bt, pad_id), lengths_b

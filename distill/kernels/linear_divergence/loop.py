@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from distill.kernels.linear_divergence import block as blocks
-from distill.kernels.linear_divergence.sweeps import Sweeps
+from distill.kernels.linear_divergence.sweeps import Projection, Sweeps
 from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 from distill.sharding import mesh_axes, num_shards, partition_spec
 
@@ -33,7 +33,7 @@ LANES = 128  # of a TPU: a shard's columns are a multiple, so that none straddle
 class Options:
     """What does not change from chunk to chunk; static.
 
-    `chunk` counts tokens over all devices; None fits `sweeps.budget_bytes` of logits per device.
+    `chunk` counts tokens over all devices; None means as many as `sweeps` has memory for.
     """
 
     sweeps: Sweeps
@@ -64,8 +64,8 @@ def token_values(losses: tuple, options: Options, tokens: Tokens, head_s_dv, hea
             values = blocks.values(losses, options.sweeps, block)
             return carry, dataclasses.replace(values, divergence=values.divergence.T)
 
-        width = _logits_width(losses[0], head_s_dv)
-        return _scan_chunks(chunk_values, None, tokens, options, width)[1]
+        size = _chunk_size(options, losses[0], tokens, head_s_dv, head_t_dv)
+        return _scan_chunks(chunk_values, None, tokens, size)[1]
 
     values = _on_shards(options, local, tokens, head_s_dv, head_t_dv, _token_spec())
     values = _first(values, tokens.targets_t.shape[0])
@@ -86,29 +86,32 @@ def linear_token_loss(
 
 
 def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
-    hidden_dtype = tokens.hidden_s_td.dtype
+    hidden_dtype, sweeps = tokens.hidden_s_td.dtype, options.sweeps
 
     def local(tokens, head_s_dv, head_t_dv):
-        def chunk_step(head_gradient_dv, chunk):
-            block = _block(options, loss.temperature, chunk, head_s_dv, head_t_dv)
+        def chunk_step(carry, chunk):
+            head_gradient_dv, memory = carry
+            block = _block(options, loss.temperature, chunk, head_s_dv, head_t_dv, memory)
             values, head_gradient_dv, hidden_gradient_cd = blocks.values_and_gradients(
                 loss,
-                options.sweeps,
+                sweeps,
                 block,
                 chunk.weights_t,
-                *(chunk.hidden_s_td, head_s_dv, head_gradient_dv),
+                Projection(chunk.hidden_s_td, head_s_dv),
+                head_gradient_dv,
             )
             if not block.vocab_axes:
                 hidden_gradient_cd = hidden_gradient_cd.astype(hidden_dtype)
-            return head_gradient_dv, (values, hidden_gradient_cd)
+            memory = None if memory is None else block.logits.models
+            return (head_gradient_dv, memory), (values, hidden_gradient_cd)
 
-        head_gradient_dv, (values, hidden_gradient_td) = _scan_chunks(
-            chunk_step,
-            jnp.zeros(head_s_dv.shape, jnp.float32),
-            tokens,
-            options,
-            _logits_width(loss, head_s_dv),
-        )
+        size = _chunk_size(options, loss, tokens, head_s_dv, head_t_dv)
+        memory = None  # with one chunk, there is no loop to carry it
+        if size < tokens.targets_t.shape[0]:
+            memory = sweeps.logits_memory(size, *_projections(tokens, head_s_dv, head_t_dv))
+        start = jnp.zeros(head_s_dv.shape, jnp.float32), memory
+        (head_gradient_dv, _), outputs = _scan_chunks(chunk_step, start, tokens, size)
+        values, hidden_gradient_td = outputs
         if vocab_axes := mesh_axes("act_vocab"):
             hidden_gradient_td = jax.lax.psum(hidden_gradient_td, vocab_axes)
         head_gradient_dv = _sum_over_token_shards(head_gradient_dv).astype(head_s_dv.dtype)
@@ -136,37 +139,33 @@ def _backward(loss, options, gradients, cotangents):
 linear_token_loss.defvjp(_forward_with_gradients, _backward)
 
 
-def _block(options: Options, temperature: float, chunk: Tokens, head_s_dv, head_t_dv):
+def _block(options: Options, temperature: float, chunk: Tokens, head_s_dv, head_t_dv, memory=None):
     vocab_axes = mesh_axes("act_vocab")
     width = head_s_dv.shape[1]
     first_column = jax.lax.axis_index(vocab_axes) * width if vocab_axes else 0
     num_columns = jnp.clip(options.vocab_size - first_column, 0, width).astype(jnp.int32)
-    targets_c = chunk.targets_t - first_column
-    has_logits = head_t_dv is not None
-    logits_s_cv, logits_t_cv, statistics = options.sweeps.logits_and_statistics(
-        *(chunk.hidden_s_td, head_s_dv),
-        *((chunk.teacher_t, head_t_dv) if has_logits else (None, None)),
-        targets_c,
+    logits, statistics = options.sweeps.logits_and_statistics(
+        *_projections(chunk, head_s_dv, head_t_dv),
+        chunk.targets_t - first_column,
         num_columns,
+        memory,
         temperature=temperature,
     )
     return blocks.Block(
-        logits_s_cv=logits_s_cv,
-        teacher=logits_t_cv if has_logits else chunk.teacher_t,
+        logits=logits,
+        top_k=chunk.teacher_t if head_t_dv is None else None,
         statistics=blocks.combined(statistics, temperature, vocab_axes),
         temperature=temperature,
-        targets_c=targets_c,
         first_column=first_column,
-        num_columns=num_columns,
         vocab_size=options.vocab_size,
         vocab_axes=vocab_axes,
     )
 
 
-def _logits_width(loss, head_s_dv) -> int:
-    """Columns of logits that a device has of a token: for a loss of whole rows, all of them."""
-    width = head_s_dv.shape[1]
-    return width * num_shards("act_vocab") if isinstance(loss, RowLoss) else width
+def _projections(tokens: Tokens, head_s_dv, head_t_dv) -> tuple[Projection, Projection | None]:
+    """Student and teacher, None for one without logits."""
+    teacher = None if head_t_dv is None else Projection(tokens.teacher_t, head_t_dv)
+    return Projection(tokens.hidden_s_td, head_s_dv), teacher
 
 
 def _weighted_sum(weights_t, losses_t):
@@ -174,13 +173,12 @@ def _weighted_sum(weights_t, losses_t):
     return jnp.sum(jnp.where(weights_t != 0, weights_t * losses_t, 0.0))
 
 
-def _scan_chunks(step: Callable, carry, tokens: Tokens, options: Options, width: int):
-    """lax.scan of `step` over chunks of `tokens`, outputs joined along tokens.
+def _scan_chunks(step: Callable, carry, tokens: Tokens, size: int):
+    """lax.scan of `step` over chunks of `size` tokens, outputs joined along tokens.
 
     A ragged end is filled with zeros (weights of zero among them) and cut off the outputs.
     """
     num_tokens = tokens.targets_t.shape[0]
-    size = _chunk_size(options, num_tokens, width)
     num_chunks = -(-num_tokens // size)
 
     def split(x):
@@ -193,14 +191,17 @@ def _scan_chunks(step: Callable, carry, tokens: Tokens, options: Options, width:
     return carry, jax.tree.map(join, outputs)
 
 
-def _chunk_size(options: Options, num_tokens: int, width: int) -> int:
-    """Tokens per chunk on this device: as asked, or evenly as many as the budget allows."""
-    sweeps = options.sweeps
+def _chunk_size(options: Options, loss, tokens: Tokens, head_s_dv, head_t_dv) -> int:
+    """Tokens per chunk on this device: as asked, or evenly as many as fit."""
+    num_tokens = tokens.targets_t.shape[0]
     if options.chunk is not None:
         return min(num_tokens, -(-options.chunk // num_shards("token")))
-    largest = max(1, sweeps.budget_bytes // (sweeps.bytes_per_logit * width))
-    unit = sweeps.row_multiple if largest >= sweeps.row_multiple else 1
-    largest = largest // unit * unit
+    columns = head_s_dv.shape[1]
+    if isinstance(loss, RowLoss):  # it gathers them
+        columns *= num_shards("act_vocab")
+    models = _projections(tokens, head_s_dv, head_t_dv)
+    largest = options.sweeps.largest_chunk(*models, columns)
+    unit = options.sweeps.row_multiple if largest >= options.sweeps.row_multiple else 1
     num_chunks = -(-num_tokens // largest)
     even = -(-num_tokens // num_chunks)
     return min(num_tokens, -(-even // unit) * unit)

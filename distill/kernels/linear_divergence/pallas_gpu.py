@@ -21,10 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from distill.kernels.linear_divergence import sweeps
 from distill.kernels.linear_divergence.mosaic_gpu_primitives import lowerable
 from distill.kernels.linear_divergence.sweeps import (
     MASKED,
-    SeparateProducts,
+    Logits,
     Statistics,
     relative_to,
     row_operands,
@@ -70,7 +71,7 @@ def choose_config(sweep: str, num_models: int, output_bytes: int) -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweeps(SeparateProducts):
+class Sweeps(sweeps.Sweeps):
     """sweeps.Sweeps for NVIDIA GPUs. `interpret`: None, or Mosaic GPU's InterpretGPUParams.
 
     Logits whose width is not a multiple of ALIGNMENT are copied into arrays where it is.
@@ -82,80 +83,64 @@ class Sweeps(SeparateProducts):
     bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16
     row_multiple: int = 1
 
-    def statistics(
-        self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
-    ) -> Statistics:
+    def statistics(self, logits: Logits, *, temperature: float) -> Statistics:
         """K1: an online softmax of both models."""
-        logits = _present(logits_s_cv, logits_t_cv)
-        names = sum_names(len(logits), temperature)
+        names = sum_names(len(logits.models), temperature)
         table_cn = self._run(
             "statistics",
             functools.partial(_statistics_kernel, names=names, temperature=temperature),
             logits,
-            (targets_c,),
-            num_columns,
-            output=_table(targets_c, len(names)),
+            output=_table(logits, len(names)),
             transcendentals=1 if temperature == 1.0 else 2,
         )
         return statistics_of(table_cn, names)
 
     def term_sums(
-        self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
+        self, loss, logits: Logits, statistics: Statistics
     ) -> tuple[jax.Array, jax.Array]:
         """K2: the pointwise loss and its slope."""
         table_cn = self._run(
             "term_sums",
             functools.partial(_term_sums_kernel, loss=loss),
-            _present(logits_s_cv, logits_t_cv),
-            (targets_c, row_operands(statistics)),
-            num_columns,
-            output=_table(targets_c, 2),
+            logits,
+            row_operands(statistics),
+            output=_table(logits, 2),
             transcendentals=3,
         )
         return table_cn[:, 0], table_cn[:, 1]
 
     def gradient(
-        self,
-        loss,
-        logits_s_cv,
-        logits_t_cv,
-        targets_c,
-        num_columns,
-        statistics,
-        slope_sum_c,
-        weights_c,
-        *,
-        dtype,
+        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
     ) -> jax.Array:
         """K3, written over the student's logits where the dtype allows."""
-        logits = _present(logits_s_cv, logits_t_cv)
-        rows_cn = row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
+        width = logits.student_cv.shape[1]
         gradient_cv = self._run(
             "gradient",
             functools.partial(_gradient_kernel, loss=loss),
             logits,
-            (targets_c, rows_cn),
-            num_columns,
-            output=jax.ShapeDtypeStruct(logits[0].shape, dtype),
+            row_operands(statistics, slope_sum_c, weights_c / loss.temperature),
+            output=jax.ShapeDtypeStruct((len(weights_c), _aligned_width(width)), dtype),
             transcendentals=3,
         )
-        return gradient_cv[:, : logits_s_cv.shape[1]]
+        return gradient_cv[:, :width]
 
-    def _run(self, sweep: str, kernel, logits, rows, num_columns, *, output, transcendentals: int):
-        """kernel(logits, rows, num_columns, output, **scratch), references all, once per token.
+    def _run(self, sweep: str, kernel, logits: Logits, *rows, output, transcendentals: int):
+        """kernel(models' logits, (targets, *rows), num_columns, output, **scratch), references all,
+        once per token.
 
         An `output` as wide as the student's logits is one of columns, else one of sums.
         `transcendentals` are counted per logit.
         """
-        column_dtype = output.dtype if output.shape == logits[0].shape else None
+        models = [_aligned(x_cv) for x_cv in logits.models]
+        column_dtype = output.dtype if output.shape == models[0].shape else None
         output_bytes = column_dtype.itemsize if column_dtype else 0
-        config = self.config or choose_config(sweep, len(logits), output_bytes)
-        in_place = column_dtype == logits[0].dtype
+        config = self.config or choose_config(sweep, len(models), output_bytes)
+        in_place = column_dtype == models[0].dtype
 
         def body(logits_refs, rows_refs, num_columns_ref, output_ref=None):
             output_ref = logits_refs[0] if in_place else output_ref
             operands = logits_refs, rows_refs, num_columns_ref, output_ref
-            scratch = _scratch(config, len(logits), column_dtype)
+            scratch = _scratch(config, len(models), column_dtype)
             pl.run_scoped(functools.partial(kernel, *operands, lanes=config.lanes), **scratch)
 
         # What plgpu.kernel calls, without its detour through custom_vmap: references, which are
@@ -167,16 +152,16 @@ class Sweeps(SeparateProducts):
             compiler_params=plgpu.CompilerParams(
                 lowering_semantics=plgpu.LoweringSemantics.Warpgroup
             ),
-            cost_estimate=_cost(logits, output, transcendentals),
+            cost_estimate=_cost(models, output, transcendentals),
             interpret=self.interpret or False,
             name=sweep,
         )
-        rest = rows, jnp.reshape(num_columns, 1)
+        rest = (logits.targets_c, *rows), jnp.reshape(logits.num_columns, 1)
         if not in_place:
-            return run(logits, *rest)
+            return run(models, *rest)
         # XLA copies the logits first if they are used afterwards.
-        student_ref = jax.new_ref(logits[0], memory_space=plgpu.GMEM)
-        run([student_ref, *logits[1:]], *rest)
+        student_ref = jax.new_ref(models[0], memory_space=plgpu.GMEM)
+        run([student_ref, *models[1:]], *rest)
         return jax.freeze(student_ref)
 
 
@@ -406,18 +391,17 @@ def _store_zeros(output_tiles, output_ref, start: int) -> None:
         _store(output_tiles.at[0], output_ref, first_column, min(size, width - first_column))
 
 
-def _present(logits_s_cv, logits_t_cv) -> list[jax.Array]:
-    present = [logits_s_cv] if logits_t_cv is None else [logits_s_cv, logits_t_cv]
-    return [_aligned(logits_cv) for logits_cv in present]
-
-
 def _aligned(logits_cv) -> jax.Array:
-    missing = -logits_cv.shape[1] % ALIGNMENT
+    missing = _aligned_width(logits_cv.shape[1]) - logits_cv.shape[1]
     return jnp.pad(logits_cv, ((0, 0), (0, missing))) if missing else logits_cv
 
 
-def _table(targets_c, num_sums: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((targets_c.shape[0], num_sums), jnp.float32)
+def _aligned_width(width: int) -> int:
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+def _table(logits: Logits, num_sums: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((logits.student_cv.shape[0], num_sums), jnp.float32)
 
 
 def _scratch(config: Config, num_models: int, output_dtype) -> dict:
@@ -430,8 +414,8 @@ def _scratch(config: Config, num_models: int, output_dtype) -> dict:
     return scratch
 
 
-def _cost(logits: list, output, transcendentals: int) -> pl.CostEstimate:
-    num_logits = len(logits) * logits[0].shape[0] * min(x.shape[1] for x in logits)
+def _cost(models: list, output, transcendentals: int) -> pl.CostEstimate:
+    num_logits = len(models) * models[0].shape[0] * min(x_cv.shape[1] for x_cv in models)
     return pl.CostEstimate(
         flops=15 * num_logits,
         transcendentals=transcendentals * num_logits,

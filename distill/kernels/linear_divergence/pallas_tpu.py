@@ -1,9 +1,7 @@
 """The sweeps as Pallas kernels for TPU: every logit is read from memory once per sweep.
 
-A grid of (token blocks, vocabulary blocks), the latter innermost. Within a block, strips of 16
-tokens are walked one vector register's width of columns (128 lanes) at a time, so that intermediate
-values stay in registers. Sums over the vocabulary are kept lane by lane, and lanes are combined
-once at the end of a row, by the formula that also combines shards (sweeps.relative_to).
+Here is how the kernels are called: blocks, memory, costs. Their bodies are in
+pallas_tpu_kernels.py.
 """
 
 from __future__ import annotations
@@ -17,20 +15,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from distill.kernels.linear_divergence import pallas_tpu_kernels as kernels
+from distill.kernels.linear_divergence import sweeps
+from distill.kernels.linear_divergence.pallas_tpu_kernels import LANES, STRIP
 from distill.kernels.linear_divergence.sweeps import (
-    MASKED,
-    SeparateProducts,
+    Logits,
+    Projection,
     Statistics,
-    relative_to,
     row_operands,
     statistics_of,
     sum_names,
 )
-from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
-
-LANES = 128
-STRIP = 16  # tokens; the rows of one bfloat16 register, two of float32
-VMEM_LIMIT = 60 << 20  # bytes of fast memory for the products: all these chips have 64 MiB or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,493 +50,333 @@ class Config:
     def grid(self, num_tokens: int, width: int) -> tuple[int, int]:
         return pl.cdiv(num_tokens, self.block_tokens), pl.cdiv(width, self.block_columns)
 
+    def logits_blocks(self, columns: int) -> pl.BlockSpec:
+        # One model's array may be wider than the other's, whose last block then stands still.
+        last = pl.cdiv(columns, self.block_columns) - 1
+        block = self.block_tokens, self.block_columns
+        return pl.BlockSpec(block, lambda i, j, _: (i, jnp.minimum(j, last)))
+
+    def row_blocks(self, columns: int) -> pl.BlockSpec:
+        return pl.BlockSpec((self.block_tokens, columns), lambda i, j, _: (i, 0))
+
+    def head_blocks(self, model_width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((model_width, self.block_columns), lambda i, j, _: (0, j))
+
+    def hidden_blocks(self, model_width: int) -> pl.BlockSpec:
+        # The next block is fetched only after all columns of this one: a short wait, half the
+        # memory.
+        block = self.block_tokens, model_width
+        return pl.BlockSpec(block, lambda i, j, _: (i, 0), pipeline_mode=pl.Buffered(1))
+
+    def accumulator(self):
+        return pltpu.VMEM((self.block_tokens, LANES), jnp.float32)
+
 
 def choose_products(hidden: list, num_sums: int) -> Config:
     """As many tokens at a time as fast memory holds: heads are read once for each such block.
 
-    Twice (being computed on, in flight): hidden states, blocks of the heads, blocks of logits; and
-    once the logits before they are stored, and the sums. The compiler's own share is a quarter of
-    the limit, and more than was seen.
+    Once: hidden states, logits before they are stored, the sums; twice (being computed on, in
+    flight): blocks of the heads and of logits.
     """
+    num_cores, limit = _chip()
     num_tokens, columns = hidden[0].shape[0], 256
     row_bytes = sum(x.shape[1] * x.dtype.itemsize for x in hidden)
-    for tokens in (1024, 512, 256):
-        logits_bytes = 4 * tokens * columns * len(hidden)
-        sums_bytes = 4 * tokens * LANES * num_sums
-        needed = 2 * (tokens + columns) * row_bytes + 3 * logits_bytes + sums_bytes
-        if needed < 3 * VMEM_LIMIT // 4 and tokens * _num_cores() <= _round_up(num_tokens, 256):
+    per_token = row_bytes + 12 * columns * len(hidden) + 4 * LANES * num_sums
+    for num_blocks in range(num_cores, num_tokens // LANES + num_cores, num_cores):
+        tokens = _round_up(pl.cdiv(num_tokens, num_blocks), STRIP)
+        if tokens * per_token + 2 * columns * row_bytes < _usable(limit):
             return Config(tokens, columns)
-    return Config(128, LANES)
+    return Config(LANES, LANES)
 
 
-def choose_gradient_products(hidden_s_cd, has_teacher: bool) -> Config | None:
+def choose_gradient_products(
+    student: Projection, num_tokens: int, num_models: int
+) -> Config | None:
     """All tokens of a chunk at a time, or None where fast memory does not hold them.
 
-    Twice: hidden states, their gradient, blocks of logits, of the head, and of its gradient, which
-    comes in and goes out; once the gradient by the logits in both dtypes, and the two products
-    before they are added.
+    Once: hidden states, their gradient, the gradient by the logits in both dtypes, the two products
+    before they are added; twice: blocks of logits, of the head, and of its gradient, which comes in
+    and goes out.
     """
-    num_tokens, model_width = hidden_s_cd.shape
-    columns, item = 256, hidden_s_cd.dtype.itemsize
-    resident = (2 * item + 12) * hidden_s_cd.size
-    per_column = (12 + 8 * has_teacher + item) * num_tokens + (20 + 2 * item) * model_width
-    fits = resident + columns * per_column < 3 * VMEM_LIMIT // 4
+    num_cores, limit = _chip()
+    model_width, item = student.head_dv.shape[0], student.head_dv.dtype.itemsize
+    columns = 256
+    resident = (item + 8) * num_tokens * model_width
+    per_column = (8 * num_models + 4 + item) * num_tokens + (2 * item + 20) * model_width
+    fits = resident + columns * per_column < _usable(limit)
     # Two cores would both add to the hidden states' gradient.
-    possible = num_tokens % STRIP == 0 and _num_cores() == 1
+    possible = num_tokens % STRIP == 0 and num_cores == 1
     return Config(num_tokens, columns) if fits and possible else None
 
 
-def _num_cores() -> int:
-    """Cores that share a chip's work as one device: blocks of tokens are dealt out to them."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "tpu":
-        device = jax.devices()[0]
-    return getattr(device, "num_cores", None) or 1
+def _usable(limit: int) -> int:
+    # The compiler's own share is a quarter of the limit, and more than was seen.
+    return 3 * limit // 4
+
+
+def _chip() -> tuple[int, int]:
+    """(cores that share a chip's work as one device, bytes of fast memory for the products).
+
+    Blocks of tokens are dealt out to the cores. Interpreted kernels get what the smallest has.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform != "tpu":
+        return 1, 60 << 20
+    chip = pltpu.get_tpu_info()  # knows of described chips, too
+    return chip.num_cores, chip.vmem_capacity_bytes // 16 * 15
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweeps(SeparateProducts):
+class Sweeps(sweeps.Sweeps):
     """sweeps.Sweeps for TPU. `interpret`: False, True or pltpu.InterpretParams, as in Pallas."""
 
     config: Config = Config()
     products: Config | None = None  # None: choose_products
     interpret: Any = False
-    # 1024 tokens at V=151936: the head's gradient is read and written once per chunk, which such a
-    # chunk hides behind its product on all chips but v6e.
-    budget_bytes: int = 1600 << 20
-    bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16 where it is stored
+    # 2048 tokens at V=151936: the head's gradient is read and written once per chunk.
+    budget_bytes: int = 2400 << 20
+    # Where the gradient is stored: both models in float32, the gradient in bfloat16, and what the
+    # compiler reports beyond them (see logits_memory): 3.1 GB in all at 1024 tokens.
+    bytes_per_logit: int = 16
     row_multiple: int = 128
+
+    def largest_chunk(self, student: Projection, teacher: Projection | None, columns: int) -> int:
+        """Longer if `gradient_products` is fused, as long as that is possible."""
+        smallest = super().largest_chunk(student, teacher, columns)
+        num_models = 1 if teacher is None else 2
+        largest = self._tokens_within_budget(4 * num_models * columns)
+        for num_tokens in range(largest, smallest, -self.row_multiple):
+            if choose_gradient_products(student, num_tokens, num_models):
+                return num_tokens
+        return smallest
+
+    def logits_memory(
+        self, num_tokens: int, student: Projection, teacher: Projection | None
+    ) -> list[jax.Array] | None:
+        """None where the gradient is stored; else all memory is what the loop carries, no gaps.
+
+        Logits made within the loop are laid out apart from the head's gradient, which it carries:
+        with gaps, 0.7 GB of them at 1792 tokens. Besides, the compiler reports as wasted what it
+        does not find alive within one computation, the loop's body or what is around it.
+        """
+        models = [model for model in (student, teacher) if model is not None]
+        stored = choose_gradient_products(student, num_tokens, len(models)) is None
+        # Pallas' plain interpreter wants blocks to divide arrays that are written in place.
+        if stored or self.interpret is True:
+            return None
+        return [jax.lax.empty((num_tokens, x.head_dv.shape[1]), jnp.float32) for x in models]
 
     def logits_and_statistics(
         self,
-        hidden_s_cd,
-        head_s_dv,
-        hidden_t_cd,
-        head_t_dv,
+        student: Projection,
+        teacher: Projection | None,
         targets_c,
         num_columns,
+        memory: list[jax.Array] | None,
         *,
         temperature: float,
-    ) -> tuple[jax.Array, jax.Array | None, Statistics]:
+    ) -> tuple[Logits, Statistics]:
         """The matrix products with K1 at their end, while a block of logits is still at hand."""
-        hidden, heads = _present(hidden_s_cd, hidden_t_cd), _present(head_s_dv, head_t_dv)
+        models = [student] if teacher is None else [student, teacher]
+        hidden, heads = zip(*models, strict=True)
         num_tokens, width = len(targets_c), min(head_dv.shape[1] for head_dv in heads)
-        names = sum_names(len(heads), temperature)
+        names = sum_names(len(models), temperature)
         config = self.products or choose_products(hidden, len(names))
         config = config.fitted(num_tokens, width)
-        logits_specs = [_logits_spec(config, head_dv.shape[1]) for head_dv in heads]
-        num_products = num_tokens * width * sum(hidden_cd.shape[1] for hidden_cd in hidden)
-        *logits, table = pl.pallas_call(
-            functools.partial(_products_kernel, names=names, temperature=temperature),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=config.grid(num_tokens, width),
-                in_specs=[_row_spec(config, hidden_cd.shape[1]) for hidden_cd in hidden]
-                + [_head_spec(config, head_dv.shape[0]) for head_dv in heads]
-                + [_row_spec(config, 1)],
-                out_specs=[*logits_specs, _row_spec(config, LANES)],
-                scratch_shapes=[_accumulator(config)] * len(names),
-            ),
-            out_shape=[
-                jax.ShapeDtypeStruct((num_tokens, columns), jnp.float32)
-                for columns in (*(head_dv.shape[1] for head_dv in heads), LANES)
-            ],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=2 * num_products,
-                transcendentals=num_tokens * width * len(heads),
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*hidden, *heads))
-                + 4 * num_tokens * width * len(heads),
-            ),
+        grid = config.grid(num_tokens, width)
+        num_logits = num_tokens * width * len(models)
+        inputs = [(x, config.hidden_blocks(x.shape[1])) for x in hidden]
+        inputs += [(x, config.head_blocks(x.shape[0])) for x in heads]
+        inputs += [(targets_c[:, None], config.row_blocks(1))]
+        first = len(inputs)
+        inputs += [(x, pl.BlockSpec(memory_space=pl.ANY)) for x in memory or ()]
+        *logits_cv, table = _call(
+            functools.partial(kernels.products_kernel, names=names, temperature=temperature),
+            grid,
+            num_columns,
+            inputs,
+            [_output(num_tokens, x.shape[1], config.logits_blocks) for x in heads]
+            + [_output(num_tokens, LANES, config.row_blocks)],
+            aliases={first + i: i for i in range(len(memory or ()))},
+            scratch_shapes=[config.accumulator()] * len(names),
+            vmem_limit_bytes=_chip()[1],
+            flops=2 * num_tokens * width * sum(x.shape[1] for x in hidden),
+            transcendentals=num_logits,
+            # Heads once for each block of tokens.
+            bytes_accessed=_bytes(*hidden) + grid[0] * _bytes(*heads) + 4 * num_logits,
             interpret=self.interpret,
-        )(jnp.reshape(num_columns, 1), *hidden, *heads, targets_c[:, None])
-        logits_s_cv, logits_t_cv = logits if len(logits) == 2 else (*logits, None)
-        return logits_s_cv, logits_t_cv, statistics_of(table, names)
+        )
+        logits_s_cv, logits_t_cv = logits_cv if teacher is not None else (*logits_cv, None)
+        logits = Logits(logits_s_cv, logits_t_cv, targets_c, num_columns)
+        return logits, statistics_of(table, names)
 
     def term_sums(
-        self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
+        self, loss, logits: Logits, statistics: Statistics
     ) -> tuple[jax.Array, jax.Array]:
         """K2: the pointwise loss and its slope."""
-        table = self._sums(
-            functools.partial(_term_sums_kernel, loss=loss),
-            _present(logits_s_cv, logits_t_cv),
-            [targets_c[:, None], row_operands(statistics)],
-            num_columns,
-            num_sums=2,
-            transcendentals=3,
+        num_tokens, width = len(logits.targets_c), min(x_cv.shape[1] for x_cv in logits.models)
+        config = self.config.fitted(num_tokens, width)
+        (table,) = self._sweep(
+            functools.partial(kernels.term_sums_kernel, loss=loss),
+            config,
+            width,
+            logits,
+            row_operands(statistics),
+            _output(num_tokens, LANES, config.row_blocks),
+            scratch_shapes=[config.accumulator()] * 2,
         )
         return table[:, 0], table[:, 1]
 
     def gradient(
-        self,
-        loss,
-        logits_s_cv,
-        logits_t_cv,
-        targets_c,
-        num_columns,
-        statistics,
-        slope_sum_c,
-        weights_c,
-        *,
-        dtype,
+        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
     ) -> jax.Array:
         """K3, written over the student's logits where the dtype allows."""
-        logits = _present(logits_s_cv, logits_t_cv)
-        config = self.config.fitted(*logits_s_cv.shape)
-        return self._call(
-            functools.partial(_gradient_kernel, loss=loss),
+        num_tokens, width = logits.student_cv.shape
+        config = self.config.fitted(num_tokens, width)
+        (gradient_cv,) = self._sweep(
+            functools.partial(kernels.gradient_kernel, loss=loss),
+            config,
+            width,
             logits,
-            [
-                targets_c[:, None],
-                row_operands(statistics, slope_sum_c, weights_c / loss.temperature),
-            ],
-            num_columns,
-            config=config,
-            width=logits_s_cv.shape[1],
-            out_shape=jax.ShapeDtypeStruct(logits_s_cv.shape, dtype),
-            out_spec=_logits_spec(config, logits_s_cv.shape[1]),
-            input_output_aliases={1: 0} if self._in_place(dtype) else {},
-            transcendentals=3,
+            row_operands(statistics, slope_sum_c, weights_c / loss.temperature),
+            _output(num_tokens, width, config.logits_blocks, dtype),
+            aliases={0: 0} if self._in_place(dtype) else {},
         )
+        return gradient_cv
 
     def gradient_products(
         self,
         loss,
-        logits_s_cv,
-        logits_t_cv,
-        targets_c,
-        num_columns,
-        statistics,
+        logits: Logits,
+        statistics: Statistics,
         slope_sum_c,
         weights_c,
-        hidden_s_cd,
-        head_s_dv,
+        student: Projection,
         head_gradient_dv,
     ) -> tuple[jax.Array, jax.Array]:
         """K3 with the products that consume its gradient, which then is never stored."""
-        rows = targets_c, num_columns, statistics, slope_sum_c, weights_c
-        model = hidden_s_cd, head_s_dv, head_gradient_dv
-        config = choose_gradient_products(hidden_s_cd, logits_t_cv is not None)
+        rows = logits, statistics, slope_sum_c, weights_c
+        hidden_cd, head_dv = student
+        config = choose_gradient_products(student, len(hidden_cd), len(logits.models))
         if config is None:
-            return super().gradient_products(loss, logits_s_cv, logits_t_cv, *rows, *model)
-        logits = _present(logits_s_cv, logits_t_cv)
-        operands = row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
-        inputs = *logits, targets_c[:, None], operands, hidden_s_cd.T, head_s_dv, head_gradient_dv
-        head_spec = _head_spec(config, head_s_dv.shape[0])
-        num_logits = logits_s_cv.size
-        return pl.pallas_call(
-            functools.partial(_gradient_products_kernel, loss=loss, upcast=bool(self.interpret)),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=config.grid(*logits_s_cv.shape),
-                in_specs=[_logits_spec(config, x.shape[1]) for x in logits]
-                + [_row_spec(config, 1), _row_spec(config, operands.shape[1])]
-                + [_whole(hidden_s_cd.shape[::-1]), head_spec, head_spec],
-                out_specs=[head_spec, _whole(hidden_s_cd.shape)],
-                scratch_shapes=[
-                    pltpu.VMEM((config.block_tokens, config.block_columns), jnp.float32)
-                ],
+            return super().gradient_products(loss, *rows, student, head_gradient_dv)
+        head_blocks = config.head_blocks(head_dv.shape[0])
+        inputs = _sweep_inputs(
+            config, logits, row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
+        )
+        inputs += [
+            (hidden_cd.T, _whole(hidden_cd.shape[::-1])),
+            (head_dv, head_blocks),
+            (head_gradient_dv, head_blocks),
+        ]
+        num_logits = logits.student_cv.size
+        dz_block = pltpu.VMEM((config.block_tokens, config.block_columns), jnp.float32)
+        return _call(
+            functools.partial(
+                kernels.gradient_products_kernel, loss=loss, upcast=bool(self.interpret)
             ),
-            out_shape=[
-                jax.ShapeDtypeStruct(head_s_dv.shape, jnp.float32),
-                jax.ShapeDtypeStruct(hidden_s_cd.shape, jnp.float32),
+            config.grid(*logits.student_cv.shape),
+            logits.num_columns,
+            inputs,
+            [
+                (jax.ShapeDtypeStruct(head_dv.shape, jnp.float32), head_blocks),
+                _output(*hidden_cd.shape, lambda _: _whole(hidden_cd.shape)),
             ],
-            input_output_aliases={len(inputs): 0},  # the head's gradient; number 0 is num_columns
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=4 * num_logits * hidden_s_cd.shape[1],
-                transcendentals=3 * num_logits * len(logits),
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in inputs)
-                + 4 * (head_s_dv.size + hidden_s_cd.size),
-            ),
+            aliases={len(inputs) - 1: 0},
+            scratch_shapes=[dz_block],
+            # Every block adds to the gradient of all hidden states.
+            semantics=("arbitrary", "arbitrary"),
+            vmem_limit_bytes=_chip()[1],
+            flops=4 * num_logits * hidden_cd.shape[1],
+            transcendentals=3 * num_logits * len(logits.models),
+            bytes_accessed=_bytes(*(x for x, _ in inputs)) + 4 * (head_dv.size + hidden_cd.size),
             interpret=self.interpret,
-        )(jnp.reshape(num_columns, 1), *inputs)
+        )
 
     def _in_place(self, dtype) -> bool:
         # InterpretParams reads past the end of an aliased array that blocks do not divide.
         return dtype == jnp.float32 and not isinstance(self.interpret, pltpu.InterpretParams)
 
-    def _sums(self, kernel, logits, rows, num_columns, *, num_sums: int, transcendentals: int):
-        """Sums over the vocabulary, as the first columns of a (tokens, LANES) table."""
-        num_tokens, width = logits[0].shape[0], min(x.shape[1] for x in logits)
-        config = self.config.fitted(num_tokens, width)
-        return self._call(
+    def _sweep(
+        self, kernel, config: Config, width: int, logits: Logits, operands, output, **options
+    ):
+        """kernel(num_columns, *logits, targets, operands, output, *scratch) on every block of
+        tokens and columns up to `width`."""
+        num_tokens = len(logits.targets_c)
+        num_logits = num_tokens * width * len(logits.models)
+        return _call(
             kernel,
-            logits,
-            rows,
-            num_columns,
-            config=config,
-            width=width,
-            out_shape=jax.ShapeDtypeStruct((num_tokens, LANES), jnp.float32),
-            out_spec=_row_spec(config, LANES),
-            scratch_shapes=[_accumulator(config)] * num_sums,
-            transcendentals=transcendentals,
+            config.grid(num_tokens, width),
+            logits.num_columns,
+            _sweep_inputs(config, logits, operands),
+            [output],
+            flops=15 * num_logits,
+            transcendentals=3 * num_logits,
+            bytes_accessed=4 * num_logits + _bytes(output[0]),
+            interpret=self.interpret,
+            **options,
         )
 
-    def _call(
-        self,
+
+def _call(
+    kernel,
+    grid: tuple[int, int],
+    num_columns,
+    inputs: list,
+    outputs: list,
+    *,
+    aliases=None,
+    scratch_shapes=(),
+    semantics=("parallel", "arbitrary"),
+    vmem_limit_bytes: int | None = None,
+    interpret,
+    **cost: int,
+) -> list[jax.Array]:
+    """kernel(num_columns, *inputs, *outputs, *scratch) over the grid.
+
+    Inputs are pairs of an array and its blocks, outputs of a shape and its blocks; `aliases` say
+    which input is written over by which output.
+    """
+    arrays, in_specs = zip(*inputs, strict=True)
+    out_shape, out_specs = zip(*outputs, strict=True)
+    aliases = {1 + i: output for i, output in (aliases or {}).items()}  # number 0 is num_columns
+    return pl.pallas_call(
         kernel,
-        logits,
-        rows,
-        num_columns,
-        *,
-        config: Config,
-        width: int,
-        out_shape,
-        out_spec,
-        scratch_shapes=(),
-        input_output_aliases=None,
-        transcendentals: int,
-    ):
-        """kernel(num_columns, *logits, *rows, output, *scratch) on every block of tokens and
-        columns up to `width`; `transcendentals` are counted per logit."""
-        num_tokens = logits[0].shape[0]
-        num_logits = num_tokens * width * len(logits)
-        return pl.pallas_call(
-            kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=config.grid(num_tokens, width),
-                in_specs=[_logits_spec(config, x.shape[1]) for x in logits]
-                + [_row_spec(config, x.shape[1]) for x in rows],
-                out_specs=out_spec,
-                scratch_shapes=scratch_shapes,
-            ),
-            out_shape=out_shape,
-            input_output_aliases=input_output_aliases or {},
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-            cost_estimate=pl.CostEstimate(
-                flops=15 * num_logits,
-                transcendentals=transcendentals * num_logits,
-                bytes_accessed=4 * num_logits + out_shape.size * out_shape.dtype.itemsize,
-            ),
-            interpret=self.interpret,
-        )(jnp.reshape(num_columns, 1), *logits, *rows)
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch_shapes,
+        ),
+        out_shape=out_shape,
+        input_output_aliases=aliases,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=vmem_limit_bytes
+        ),
+        cost_estimate=pl.CostEstimate(**cost),
+        interpret=interpret,
+    )(jnp.reshape(num_columns, 1), *arrays)
 
 
-def _logits_spec(config: Config, columns: int) -> pl.BlockSpec:
-    # One model's array may be wider than the other's, whose last block then stands still.
-    last = pl.cdiv(columns, config.block_columns) - 1
-    block = config.block_tokens, config.block_columns
-    return pl.BlockSpec(block, lambda i, j, _: (i, jnp.minimum(j, last)))
+def _sweep_inputs(config: Config, logits: Logits, operands) -> list:
+    """What K2 and K3 read: logits of the models, and what they know of each token."""
+    inputs = [(x_cv, config.logits_blocks(x_cv.shape[1])) for x_cv in logits.models]
+    rows = logits.targets_c[:, None], operands
+    return inputs + [(x, config.row_blocks(x.shape[1])) for x in rows]
+
+
+def _output(num_tokens: int, columns: int, blocks_of, dtype=jnp.float32) -> tuple:
+    return jax.ShapeDtypeStruct((num_tokens, columns), dtype), blocks_of(columns)
 
 
 def _whole(shape: tuple[int, int]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda i, j, _: (0, 0))
+    # Never exchanged for another block, so there is no second one to fetch.
+    return pl.BlockSpec(shape, lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
-def _head_spec(config: Config, model_width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((model_width, config.block_columns), lambda i, j, _: (0, j))
-
-
-def _accumulator(config: Config):
-    return pltpu.VMEM((config.block_tokens, LANES), jnp.float32)
-
-
-def _row_spec(config: Config, columns: int) -> pl.BlockSpec:
-    return pl.BlockSpec((config.block_tokens, columns), lambda i, j, _: (i, 0))
-
-
-def _products_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
-    num_models = 2 if "max_t" in names else 1
-    hidden_refs, refs = refs[:num_models], refs[num_models:]
-    head_refs, (targets_ref, *refs) = refs[:num_models], refs[num_models:]
-    logits_refs, refs = refs[:num_models], refs[num_models:]
-    for hidden_ref, head_ref, logits_ref in zip(hidden_refs, head_refs, logits_refs, strict=True):
-        logits_ref[...] = jnp.dot(
-            hidden_ref[...], head_ref[...], preferred_element_type=jnp.float32
-        )
-    operands = *logits_refs, targets_ref, *refs
-    _statistics_kernel(num_columns_ref, *operands, names=names, temperature=temperature)
-
-
-def _statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
-    *logits_refs, targets_ref, table_ref = refs[: -len(names)]
-    block = _block_columns(logits_refs[0])
-    totals = dict(zip(names, refs[-len(names) :], strict=True))
-    models = "st"[: len(logits_refs)]
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        for name, total_ref in totals.items():
-            total_ref[...] = jnp.full_like(total_ref, MASKED if name.startswith("max") else 0.0)
-
-    def update(rows):
-        """Adds the columns of this block to the sums of a strip of tokens, lane by lane."""
-        total = {name: ref[rows, :] for name, ref in totals.items()}
-        columns = list(_columns(block, targets_ref[rows, :]))
-        raw = {
-            model: [ref[rows, lanes] for lanes, *_ in columns]
-            for model, ref in zip(models, logits_refs, strict=True)
-        }
-        exists = [column < num_columns_ref[0] for _, column, _ in columns]
-        scaled = {
-            model: [
-                jnp.where(there, x / temperature, MASKED)
-                for there, x in zip(exists, raw[model], strict=True)
-            ]
-            for model in models
-        }
-        maxima = {
-            model: functools.reduce(jnp.maximum, scaled[model], total[f"max_{model}"])
-            for model in models
-        }
-        total = relative_to(maxima, total, temperature)
-        for k, (_, _, is_target) in enumerate(columns):
-            shifted = {model: scaled[model][k] - total[f"max_{model}"] for model in models}
-            weight = {model: jnp.exp(shifted[model]) for model in models}
-            for model in models:
-                total[f"sum_{model}"] += weight[model]
-                total[f"target_{model}"] += jnp.where(is_target, raw[model][k], 0.0)
-                if temperature != 1.0:
-                    total[f"plain_sum_{model}"] += jnp.exp(temperature * shifted[model])
-            if len(models) == 2:
-                difference = shifted["t"] - shifted["s"]
-                total["cross_forward"] += weight["t"] * difference
-                total["cross_reverse"] -= weight["s"] * difference
-        for name, ref in totals.items():
-            ref[rows, :] = total[name]
-
-    def combine(rows):
-        """The lanes into the first one, then all sums into the table."""
-        total = {name: ref[rows, :] for name, ref in totals.items()}
-        maxima = {model: jnp.max(total[f"max_{model}"], axis=1, keepdims=True) for model in models}
-        total = relative_to(maxima, total, temperature)
-        _write_table(
-            table_ref,
-            rows,
-            [x if name.startswith("max") else _lane_sum(x) for name, x in total.items()],
-        )
-
-    _for_each_strip(table_ref, update)
-    pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
-
-
-def _term_sums_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
-    *logits_refs, targets_ref, rows_ref, table_ref, terms_ref, slopes_ref = refs
-    block = _block_columns(logits_refs[0])
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        terms_ref[...] = jnp.zeros_like(terms_ref)
-        slopes_ref[...] = jnp.zeros_like(slopes_ref)
-
-    def update(rows):
-        terms, slopes = terms_ref[rows, :], slopes_ref[rows, :]
-        for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
-            log_q, log_p = _log_probs(logits_refs, rows_ref[rows, :], rows, lanes, loss.temperature)
-            term, slope = terms_and_slopes(loss, log_p, log_q, is_target)
-            exists = column < num_columns_ref[0]
-            terms += jnp.where(exists, term, 0.0)
-            slopes += jnp.where(exists, slope, 0.0)
-        terms_ref[rows, :], slopes_ref[rows, :] = terms, slopes
-
-    def combine(rows):
-        sums = [_lane_sum(ref[rows, :]) for ref in (terms_ref, slopes_ref)]
-        _write_table(table_ref, rows, sums)
-
-    _for_each_strip(table_ref, update)
-    pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
-
-
-def _gradient_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
-    *logits_refs, targets_ref, rows_ref, gradient_ref = refs
-    block = _block_columns(logits_refs[0])
-
-    def write(rows):
-        operands = rows_ref[rows, :]
-        slope_sum, weight = operands[:, -2:-1], operands[:, -1:]
-        for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
-            log_q, log_p = _log_probs(logits_refs, operands, rows, lanes, loss.temperature)
-            _, slope = terms_and_slopes(loss, log_p, log_q, is_target)
-            gradient = weight * (slope - jnp.exp(log_q) * slope_sum)
-            # A token without weight has no say, whatever its slopes.
-            counts = (column < num_columns_ref[0]) & (weight != 0)
-            gradient = jnp.where(counts, gradient, 0.0)
-            gradient_ref[rows, lanes] = gradient.astype(gradient_ref.dtype)
-
-    _for_each_strip(gradient_ref, write)
-
-
-def _gradient_products_kernel(num_columns_ref, *refs, loss: PointwiseLoss, upcast: bool):
-    *operand_refs, hidden_ref, head_ref, sum_ref, head_gradient_ref, hidden_gradient_ref, dz_ref = (
-        refs
-    )
-    _gradient_kernel(num_columns_ref, *operand_refs, dz_ref, loss=loss)
-    first_column, _ = _block_columns(dz_ref)
-    column = first_column + jax.lax.broadcasted_iota(jnp.int32, head_ref.shape, 1)
-    # Behind the head's end there may be anything, NaN too.
-    head = jnp.where(column < num_columns_ref[0], head_ref[...], 0).astype(head_ref.dtype)
-    operands = dz_ref[...].astype(head_ref.dtype), head, hidden_ref[...]
-    if upcast:  # XLA's CPU backend, where kernels are interpreted, refuses these bfloat16 products
-        operands = [x.astype(jnp.float32) for x in operands]
-    gradient, head, hidden = operands
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        hidden_gradient_ref[...] = jnp.zeros_like(hidden_gradient_ref)
-
-    hidden_gradient_ref[...] += jax.lax.dot_general(
-        gradient, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    head_gradient_ref[...] = sum_ref[...] + jnp.dot(
-        hidden, gradient, preferred_element_type=jnp.float32
-    )
-
-
-def _for_each_strip(block_ref, function) -> None:
-    def step(i, _):
-        function(pl.ds(pl.multiple_of(i * STRIP, STRIP), STRIP))
-
-    jax.lax.fori_loop(0, block_ref.shape[0] // STRIP, step, None)
-
-
-def _block_columns(block_ref) -> tuple[jax.Array, int]:
-    """Number of a block's first column, and of its columns; to be asked outside of any loop."""
-    return pl.program_id(1) * block_ref.shape[1], block_ref.shape[1]
-
-
-def _columns(block, targets_c1):
-    """Per register's width of a block: its lanes, their column numbers, and which are targets."""
-    first_column, num_columns = block
-    lane = jax.lax.broadcasted_iota(jnp.int32, (targets_c1.shape[0], LANES), 1)
-    for start in range(0, num_columns, LANES):
-        column = first_column + start + lane
-        yield pl.ds(start, LANES), column, column == targets_c1
-
-
-def _log_probs(logits_refs, operands, rows, lanes, temperature: float):
-    """(log_q, log_p) of a strip's lanes; log_p is None without a teacher."""
-    log_q, log_p = None, None
-    for i, ref in enumerate(logits_refs):
-        largest, log_sum = operands[:, 2 * i : 2 * i + 1], operands[:, 2 * i + 1 : 2 * i + 2]
-        log_prob = (ref[rows, lanes] / temperature - largest) - log_sum
-        log_q, log_p = (log_prob, None) if i == 0 else (log_q, log_prob)
-    return log_q, log_p
-
-
-def _write_table(table_ref, rows, columns: list) -> None:
-    lane = jax.lax.broadcasted_iota(jnp.int32, (STRIP, LANES), 1)
-    table = jnp.zeros((STRIP, LANES), jnp.float32)
-    for i, column in enumerate(columns):
-        table = jnp.where(lane == i, column, table)
-    table_ref[rows, :] = table
-
-
-def _lane_sum(x):
-    return jnp.sum(x, axis=1, keepdims=True)
-
-
-def _is_last_block():
-    return pl.program_id(1) == pl.num_programs(1) - 1
-
-
-def _present(logits_s_cv, logits_t_cv) -> list[jax.Array]:
-    return [logits_s_cv] if logits_t_cv is None else [logits_s_cv, logits_t_cv]
+def _bytes(*arrays) -> int:
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -7,17 +7,14 @@
 This module is their definition in plain XLA, and the implementation on every platform. The Pallas
 kernels (pallas_tpu.py, pallas_gpu.py) are the same functions with the same signatures, each reading
 every logit once. All arithmetic is float32 in log space.
-
-Arguments, the same in all three: logits_s_cv and logits_t_cv (c, V_s) and (c, V_t) float32 at
-temperature 1, logits_t_cv None without a teacher; targets_c int32, a column, or one out of range
-for none; num_columns an int32 scalar, not necessarily static: the columns that exist, at most
-min(V_s, V_t). What lies in further columns (padding, anything) has no influence.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Protocol
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +24,35 @@ from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_
 # Stands in for logits that do not exist: exp(MASKED - x) is 0 for any real logit x, and unlike -inf
 # it can be subtracted from itself.
 MASKED = -1e30
+
+
+class Projection(NamedTuple):
+    """Hidden states (c, d) and the head (d, V) that makes logits of them, in the compute dtype."""
+
+    hidden_cd: jax.Array
+    head_dv: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """A chunk's logits at temperature 1, float32, and which of their columns count.
+
+    student_cv, teacher_cv: (c, V_s) and (c, V_t), the latter None without a teacher.
+    targets_c: int32, a column, or one out of range for none.
+    num_columns: int32 scalar, not necessarily static: the columns that exist, at most
+      min(V_s, V_t). What lies in further columns (padding, anything) has no influence.
+    """
+
+    student_cv: jax.Array
+    teacher_cv: jax.Array | None
+    targets_c: jax.Array
+    num_columns: jax.Array
+
+    @property
+    def models(self) -> list[jax.Array]:
+        """The student's, and the teacher's if there is one."""
+        return [self.student_cv] if self.teacher_cv is None else [self.student_cv, self.teacher_cv]
 
 
 @jax.tree_util.register_dataclass
@@ -56,112 +82,48 @@ class Statistics:
     cross_reverse: jax.Array | None = None
 
 
-class Sweeps(Protocol):
-    """What XlaSweeps, pallas_tpu.Sweeps and pallas_gpu.Sweeps have in common; hashable.
-
-    A chunk of tokens is as long as `budget_bytes` of memory allow, at `bytes_per_logit` for each of
-    its (token, vocabulary entry) pairs, both models and the gradient included, and preferably a
-    multiple of `row_multiple`.
-    """
-
-    budget_bytes: int
-    bytes_per_logit: int
-    row_multiple: int
-
-    def logits_and_statistics(
-        self,
-        hidden_s_cd,
-        head_s_dv,
-        hidden_t_cd,
-        head_t_dv,
-        targets_c,
-        num_columns,
-        *,
-        temperature: float,
-    ) -> tuple[jax.Array, jax.Array | None, Statistics]: ...
-
-    def term_sums(
-        self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
-    ) -> tuple[jax.Array, jax.Array]: ...
-
-    def gradient_products(
-        self,
-        loss,
-        logits_s_cv,
-        logits_t_cv,
-        targets_c,
-        num_columns,
-        statistics,
-        slope_sum_c,
-        weights_c,
-        hidden_s_cd,
-        head_s_dv,
-        head_gradient_dv,
-    ) -> tuple[jax.Array, jax.Array]: ...
-
-
-def statistics(
-    logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float
-) -> Statistics:
+def statistics(logits: Logits, *, temperature: float) -> Statistics:
     """The first sweep (two passes here: the maxima must be known before the sums)."""
-    scaled_s_cv = _scaled(logits_s_cv, num_columns, temperature)
+    scaled_s_cv = _scaled(logits.student_cv, logits.num_columns, temperature)
     max_s, sum_s, plain_sum_s, shifted_s_cv = _softmax_sums(scaled_s_cv, temperature)
-    student = max_s, sum_s, plain_sum_s, _at_target(logits_s_cv, targets_c)
-    if logits_t_cv is None:
+    student = max_s, sum_s, plain_sum_s, _at_target(logits.student_cv, logits.targets_c)
+    if logits.teacher_cv is None:
         return Statistics(*student)
-    scaled_t_cv = _scaled(logits_t_cv, num_columns, temperature)
+    scaled_t_cv = _scaled(logits.teacher_cv, logits.num_columns, temperature)
     max_t, sum_t, plain_sum_t, shifted_t_cv = _softmax_sums(scaled_t_cv, temperature)
-    width = min(logits_s_cv.shape[1], logits_t_cv.shape[1])
+    width = min(shifted_s_cv.shape[1], shifted_t_cv.shape[1])
     shifted_s_cv, shifted_t_cv = shifted_s_cv[:, :width], shifted_t_cv[:, :width]
     return Statistics(
         *student,
-        *(max_t, sum_t, plain_sum_t, _at_target(logits_t_cv, targets_c)),
+        *(max_t, sum_t, plain_sum_t, _at_target(logits.teacher_cv, logits.targets_c)),
         cross_forward=jnp.sum(jnp.exp(shifted_t_cv) * (shifted_t_cv - shifted_s_cv), axis=-1),
         cross_reverse=jnp.sum(jnp.exp(shifted_s_cv) * (shifted_s_cv - shifted_t_cv), axis=-1),
     )
 
 
 def term_sums(
-    loss: PointwiseLoss,
-    logits_s_cv,
-    logits_t_cv,
-    targets_c,
-    num_columns,
-    statistics: Statistics,
+    loss: PointwiseLoss, logits: Logits, statistics: Statistics
 ) -> tuple[jax.Array, jax.Array]:
     """sum_v f and sum_v df/dlog_q of the loss's pointwise f, float32 (c,) each.
 
     `statistics` are those of all columns, whatever part of them the logits are.
     """
-    terms_cv, slopes_cv = _terms_and_slopes(
-        loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
-    )[:2]
+    terms_cv, slopes_cv, _ = _terms_and_slopes(loss, logits, statistics)
     return jnp.sum(terms_cv, axis=-1), jnp.sum(slopes_cv, axis=-1)
 
 
 def gradient(
-    loss: PointwiseLoss,
-    logits_s_cv,
-    logits_t_cv,
-    targets_c,
-    num_columns,
-    statistics: Statistics,
-    slope_sum_c,
-    weights_c,
-    *,
-    dtype,
+    loss: PointwiseLoss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
 ) -> jax.Array:
     """weights_c (r - q slope_sum_c) / temperature with r = df/dlog_q: (c, V_s) in `dtype`.
 
     slope_sum_c is sum_v r over all columns. Columns from num_columns on are 0, and so are tokens
     without weight, whatever their slopes.
     """
-    _, slopes_cv, log_q_cv = _terms_and_slopes(
-        loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics
-    )
+    _, slopes_cv, log_q_cv = _terms_and_slopes(loss, logits, statistics)
     gradient_cv = slopes_cv - jnp.exp(log_q_cv) * slope_sum_c[:, None]
     gradient_cv = weighted(gradient_cv, weights_c / loss.temperature)
-    padding = logits_s_cv.shape[1] - gradient_cv.shape[1]
+    padding = logits.student_cv.shape[1] - gradient_cv.shape[1]
     return jnp.pad(gradient_cv.astype(dtype), ((0, 0), (0, padding)))
 
 
@@ -170,56 +132,88 @@ def product(subscripts: str, left, right) -> jax.Array:
     return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
 
 
-def gradient_products(gradient_cv, hidden_s_cd, head_s_dv, head_gradient_dv):
+def gradient_products(gradient_cv, student: Projection, head_gradient_dv):
     """From the gradient by the logits: head_gradient_dv with this chunk's part added, and the
     gradient by the hidden states (c, d); both float32."""
-    head_gradient_dv = head_gradient_dv + product("cd,cv->dv", hidden_s_cd, gradient_cv)
-    return head_gradient_dv, product("cv,dv->cd", gradient_cv, head_s_dv)
+    head_gradient_dv = head_gradient_dv + product("cd,cv->dv", student.hidden_cd, gradient_cv)
+    return head_gradient_dv, product("cv,dv->cd", gradient_cv, student.head_dv)
 
 
-class SeparateProducts:
-    """Of sweeps with `statistics` and `gradient` that leave the matrix products to XLA."""
+class Sweeps(abc.ABC):
+    """The sweeps on some hardware, and the matrix products around them; hashable.
+
+    A subclass has the sweeps, which are the functions above. Products before and after them are
+    left to XLA, unless it fuses them: then it needs no `statistics`. A chunk of tokens is as long
+    as `budget_bytes` of memory allow, at `bytes_per_logit` for each of its (token, vocabulary
+    entry) pairs, both models and the gradient included, and preferably a multiple of
+    `row_multiple`.
+    """
+
+    budget_bytes: int
+    bytes_per_logit: int
+    row_multiple: int
+
+    def statistics(self, logits: Logits, *, temperature: float) -> Statistics:
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def term_sums(
+        self, loss, logits: Logits, statistics: Statistics
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+    @abc.abstractmethod
+    def gradient(
+        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
+    ) -> jax.Array: ...
+
+    def largest_chunk(self, student: Projection, teacher: Projection | None, columns: int) -> int:
+        """Tokens, at so many columns of logits each; of the models only the widths matter."""
+        return self._tokens_within_budget(self.bytes_per_logit * columns)
+
+    def _tokens_within_budget(self, bytes_per_token: int) -> int:
+        tokens = max(1, self.budget_bytes // bytes_per_token)
+        return tokens // self.row_multiple * self.row_multiple or tokens
+
+    def logits_memory(
+        self, num_tokens: int, student: Projection, teacher: Projection | None
+    ) -> list[jax.Array] | None:
+        """Arrays for the loop over chunks to carry, into which `logits_and_statistics` then writes
+        the logits of each; None if it makes new ones."""
+        return None
 
     def logits_and_statistics(
         self,
-        hidden_s_cd,
-        head_s_dv,
-        hidden_t_cd,
-        head_t_dv,
+        student: Projection,
+        teacher: Projection | None,
         targets_c,
         num_columns,
+        memory: list[jax.Array] | None,
         *,
         temperature: float,
-    ) -> tuple[jax.Array, jax.Array | None, Statistics]:
-        logits_s_cv, logits_t_cv = (
-            None if head_dv is None else product("cd,dv->cv", hidden_cd, head_dv)
-            for hidden_cd, head_dv in ((hidden_s_cd, head_s_dv), (hidden_t_cd, head_t_dv))
-        )
-        logits = logits_s_cv, logits_t_cv
-        return *logits, self.statistics(*logits, targets_c, num_columns, temperature=temperature)
+    ) -> tuple[Logits, Statistics]:
+        logits_cv = [
+            None if model is None else product("cd,dv->cv", *model) for model in (student, teacher)
+        ]
+        logits = Logits(*logits_cv, targets_c, num_columns)
+        return logits, self.statistics(logits, temperature=temperature)
 
     def gradient_products(
         self,
         loss,
-        logits_s_cv,
-        logits_t_cv,
-        targets_c,
-        num_columns,
-        statistics,
+        logits: Logits,
+        statistics: Statistics,
         slope_sum_c,
         weights_c,
-        hidden_s_cd,
-        head_s_dv,
+        student: Projection,
         head_gradient_dv,
     ) -> tuple[jax.Array, jax.Array]:
-        logits, dtype = (logits_s_cv, logits_t_cv), hidden_s_cd.dtype
-        rows = targets_c, num_columns, statistics, slope_sum_c, weights_c
-        gradient_cv = self.gradient(loss, *logits, *rows, dtype=dtype)
-        return gradient_products(gradient_cv, hidden_s_cd, head_s_dv, head_gradient_dv)
+        dtype = student.hidden_cd.dtype
+        gradient_cv = self.gradient(loss, logits, statistics, slope_sum_c, weights_c, dtype=dtype)
+        return gradient_products(gradient_cv, student, head_gradient_dv)
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaSweeps(SeparateProducts):
+class XlaSweeps(Sweeps):
     """The functions of this module, for any platform.
 
     `strip_logits`, if given, are so many that a few arrays of them fit into a processor's cache: a
@@ -241,47 +235,36 @@ class XlaSweeps(SeparateProducts):
         """
         return cls(budget_bytes=120 << 20, bytes_per_logit=12, row_multiple=8, strip_logits=1 << 20)
 
-    def statistics(self, logits_s_cv, logits_t_cv, targets_c, num_columns, *, temperature: float):
-        def sweep(*rows):
-            return statistics(*rows, num_columns, temperature=temperature)
+    def statistics(self, logits: Logits, *, temperature: float) -> Statistics:
+        return self._in_strips(functools.partial(statistics, temperature=temperature), logits)
 
-        return self._in_strips(sweep, logits_s_cv, logits_t_cv, targets_c)
-
-    def term_sums(self, loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics):
-        def sweep(*rows):
-            return term_sums(loss, *rows[:3], num_columns, rows[3])
-
-        return self._in_strips(sweep, logits_s_cv, logits_t_cv, targets_c, statistics)
+    def term_sums(
+        self, loss, logits: Logits, statistics: Statistics
+    ) -> tuple[jax.Array, jax.Array]:
+        return self._in_strips(functools.partial(term_sums, loss), logits, statistics)
 
     def gradient(
-        self,
-        loss,
-        logits_s_cv,
-        logits_t_cv,
-        targets_c,
-        num_columns,
-        statistics,
-        slope_sum_c,
-        weights_c,
-        *,
-        dtype,
-    ):
-        def sweep(*rows):
-            return gradient(loss, *rows[:3], num_columns, *rows[3:], dtype=dtype)
+        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
+    ) -> jax.Array:
+        sweep = functools.partial(gradient, loss, dtype=dtype)
+        return self._in_strips(sweep, logits, statistics, slope_sum_c, weights_c)
 
-        logits = logits_s_cv, logits_t_cv
-        return self._in_strips(sweep, *logits, targets_c, statistics, slope_sum_c, weights_c)
-
-    def _in_strips(self, sweep, *rows):
-        num_tokens, width = rows[0].shape
+    def _in_strips(self, sweep, logits: Logits, *rows):
+        num_tokens, width = logits.student_cv.shape
         largest = num_tokens
         if self.strip_logits is not None:
             largest = min(num_tokens, max(8, self.strip_logits // width))
         size = next(size for size in range(largest, 0, -1) if num_tokens % size == 0)
         if size == num_tokens:
-            return sweep(*rows)
+            return sweep(logits, *rows)
+        num_columns = logits.num_columns  # the only one that has no row per token
+
+        def strip_sweep(strip):
+            return sweep(dataclasses.replace(strip[0], num_columns=num_columns), *strip[1:])
+
+        rows = dataclasses.replace(logits, num_columns=None), *rows
         strips = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
-        results = jax.lax.map(lambda strip: sweep(*strip), strips)
+        results = jax.lax.map(strip_sweep, strips)
         return jax.tree.map(lambda x: x.reshape(num_tokens, *x.shape[2:]), results)
 
 
@@ -353,19 +336,18 @@ def _at_target(logits_cv, targets_c):
     return jnp.sum(jnp.where(_is_target(logits_cv, targets_c), logits_cv, 0.0), axis=-1)
 
 
-def _terms_and_slopes(
-    loss, logits_s_cv, logits_t_cv, targets_c, num_columns, statistics: Statistics
-):
+def _terms_and_slopes(loss, logits: Logits, statistics: Statistics):
     """(f, df/dlog_q, log_q) of the columns that both models have, masked ones 0, 0 and MASKED."""
-    log_p_cv = None
-    if logits_t_cv is not None:
-        width = min(logits_s_cv.shape[1], logits_t_cv.shape[1])
-        logits_s_cv, logits_t_cv = logits_s_cv[:, :width], logits_t_cv[:, :width]
-        log_p_cv = _log_probs(logits_t_cv, loss.temperature, statistics.max_t, statistics.sum_t)
+    width = min(x_cv.shape[1] for x_cv in logits.models)
+    logits_s_cv = logits.student_cv[:, :width]
     log_q_cv = _log_probs(logits_s_cv, loss.temperature, statistics.max_s, statistics.sum_s)
-    is_target_cv = _is_target(logits_s_cv, targets_c)
+    log_p_cv = None
+    if logits.teacher_cv is not None:
+        logits_t_cv = logits.teacher_cv[:, :width]
+        log_p_cv = _log_probs(logits_t_cv, loss.temperature, statistics.max_t, statistics.sum_t)
+    is_target_cv = _is_target(logits_s_cv, logits.targets_c)
     terms_cv, slopes_cv = terms_and_slopes(loss, log_p_cv, log_q_cv, is_target_cv)
-    exists_cv = _exists(logits_s_cv, num_columns)
+    exists_cv = _exists(logits_s_cv, logits.num_columns)
     masked = (terms_cv, 0.0), (slopes_cv, 0.0), (log_q_cv, MASKED)
     return tuple(jnp.where(exists_cv, x_cv, otherwise) for x_cv, otherwise in masked)
 

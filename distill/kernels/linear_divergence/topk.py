@@ -54,7 +54,7 @@ def gradient(loss, block, weights_c):
     slope_sum_c = jnp.sum(slopes_ck, axis=-1) + slope_tail_c
     # tail_cv is log q there: minus the tail's, the log-share of the tail.
     gradient_cv = slope_tail_c[:, None] * jnp.exp(tail_cv - log_tail_q_c[:, None])
-    gradient_cv -= jnp.exp(_log_q(block.logits_s_cv, block)) * slope_sum_c[:, None]
+    gradient_cv -= jnp.exp(_log_q(block.logits.student_cv, block)) * slope_sum_c[:, None]
     rows_c1 = jnp.arange(slopes_ck.shape[0])[:, None]
     gradient_cv = gradient_cv.at[rows_c1, _columns(block)].add(slopes_ck, mode="drop")
     gradient_cv = jnp.where(_exists(block), gradient_cv, 0.0)
@@ -64,8 +64,8 @@ def gradient(loss, block, weights_c):
 
 def target_log_probs(block) -> jax.Array:
     """The teacher's log-probability of the targets, (c,); the whole tail's where not listed."""
-    teacher = block.teacher
-    targets_c = block.targets_c + block.first_column
+    teacher = block.top_k
+    targets_c = block.logits.targets_c + block.first_column
     is_target_ck = teacher.present_tk & (teacher.ids_tk == targets_c[:, None])
     listed_c = jnp.sum(jnp.where(is_target_ck, teacher.log_probs_tk, 0.0), axis=-1)
     return jnp.where(is_target_ck.any(axis=-1), listed_c, teacher.log_tail_t(block.vocab_size))
@@ -74,14 +74,14 @@ def target_log_probs(block) -> jax.Array:
 def _outcomes(loss, block):
     """Terms and slopes, each of (support (c, k), tail (c,)); log q, MASKED on the support, (c, v);
     the student's log-mass of the tail (c,)."""
-    teacher = block.teacher
+    teacher = block.top_k
     columns_ck = _columns(block)
     logits_ck = jnp.take_along_axis(
-        block.logits_s_cv, columns_ck, axis=1, mode="fill", fill_value=0.0
+        block.logits.student_cv, columns_ck, axis=1, mode="fill", fill_value=0.0
     )
     log_q_ck = _log_q(block.sum(logits_ck), block)
 
-    log_q_cv = _log_q(block.logits_s_cv, block)
+    log_q_cv = _log_q(block.logits.student_cv, block)
     tail_cv = jnp.where(_exists(block), log_q_cv, MASKED)
     rows_c1 = jnp.arange(tail_cv.shape[0])[:, None]
     tail_cv = tail_cv.at[rows_c1, columns_ck].set(MASKED, mode="drop")
@@ -110,11 +110,11 @@ def _log_q(logits, block):
 
 def _columns(block):
     """This shard's columns of the support, (c, k); one past the end for ids that lie elsewhere."""
-    columns_ck = block.teacher.ids_tk - block.first_column
-    here_ck = block.teacher.present_tk & (0 <= columns_ck) & (columns_ck < block.num_columns)
-    return jnp.where(here_ck, columns_ck, block.logits_s_cv.shape[1])
+    columns_ck = block.top_k.ids_tk - block.first_column
+    here_ck = block.top_k.present_tk & (0 <= columns_ck) & (columns_ck < block.logits.num_columns)
+    return jnp.where(here_ck, columns_ck, block.logits.student_cv.shape[1])
 
 
 def _exists(block):
-    columns_cv = jax.lax.broadcasted_iota(jnp.int32, block.logits_s_cv.shape, 1)
-    return columns_cv < block.num_columns
+    columns_cv = jax.lax.broadcasted_iota(jnp.int32, block.logits.student_cv.shape, 1)
+    return columns_cv < block.logits.num_columns

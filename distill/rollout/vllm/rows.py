@@ -18,10 +18,11 @@ _LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to it
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A prompt and the seed of its answer."""
+    """A prompt, the seed of its answer, and how many tokens that may have."""
 
     prompt: list[int]
     seed: int
+    limit: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,11 @@ def make_rows(request: RolloutRequest) -> list[Row]:
     repeats = request.num_generations
     return [
         Row(
-            request.prompts[i // repeats].tolist(), request_seed(request, i // repeats, i % repeats)
+            request.prompts[i // repeats].tolist(),
+            request_seed(request, i // repeats, i % repeats),
+            int(limit),
         )
-        for i in range(request.num_rows)
+        for i, limit in enumerate(request.limits)
     ]
 
 
@@ -85,7 +88,7 @@ def ask_row(client: VllmClient, row: Row, params: SamplingParams, ends: Ends) ->
       ServerFailed, RequestRefused: see `VllmClient`.
     """
     options = {
-        "max_tokens": params.max_length,
+        "max_tokens": row.limit,
         "temperature": 0.0 if params.greedy else params.temperature,
         "seed": row.seed,
         "stop_token_ids": list(ends.eos_ids),
@@ -95,7 +98,7 @@ def ask_row(client: VllmClient, row: Row, params: SamplingParams, ends: Ends) ->
         top_k = params.top_k if params.top_k < ends.vocab_size else 0
         options |= {"top_k": top_k, "top_p": params.top_p, "min_p": params.min_p}
     completion = client.complete(row.prompt, **options)
-    _check(client, completion, params, ends)
+    _check(client, completion, row.limit, ends)
     log_probs = sampled_log_probs = completion.log_probs
     if scored:
         scores = client.score(row.prompt + completion.token_ids)
@@ -105,14 +108,14 @@ def ask_row(client: VllmClient, row: Row, params: SamplingParams, ends: Ends) ->
     return Answer(completion.token_ids, log_probs, sampled_log_probs)
 
 
-def _check(client: VllmClient, completion: Completion, params: SamplingParams, ends: Ends) -> None:
+def _check(client: VllmClient, completion: Completion, limit: int, ends: Ends) -> None:
     *inner, last = completion.token_ids
     length = len(completion.token_ids)
-    whole = last in ends.eos_ids or length == params.max_length
+    whole = last in ends.eos_ids or length == limit
     if any(token in ends.eos_ids for token in inner) or not whole:
         raise RunStopped(
             f"{client.url} ended an answer of {length} tokens neither at its first end token "
-            f"(one of {ends.eos_ids}) nor at max_length={params.max_length}: it was started with "
+            f"(one of {ends.eos_ids}) nor at its limit of {limit}: it was started with "
             "stop settings or a logits processor of its own"
         )
     if max(completion.token_ids) >= ends.vocab_size:

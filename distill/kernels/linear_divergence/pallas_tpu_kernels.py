@@ -1,0 +1,217 @@
+"""Bodies of the kernels in pallas_tpu.py: one block of tokens and columns, sums carried across.
+
+A grid of (token blocks, vocabulary blocks), the latter innermost. Within a block, strips of 16
+tokens are walked one vector register's width of columns (128 lanes) at a time, so that intermediate
+values stay in registers. Sums over the vocabulary are kept lane by lane, and lanes are combined
+once at the end of a row, by the formula that also combines shards (sweeps.relative_to).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from distill.kernels.linear_divergence.sweeps import MASKED, relative_to
+from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
+
+LANES = 128
+STRIP = 16  # tokens; the rows of one bfloat16 register, two of float32
+
+
+def products_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
+    num_models = 2 if "max_t" in names else 1
+    hidden_refs, head_refs = refs[:num_models], refs[num_models : 2 * num_models]
+    targets_ref = refs[2 * num_models]
+    # Logits, table, sums. Inputs before them may be the memory that the logits are written into.
+    outputs = refs[-(num_models + 1 + len(names)) :]
+    logits_refs = outputs[:num_models]
+    for hidden_ref, head_ref, logits_ref in zip(hidden_refs, head_refs, logits_refs, strict=True):
+        logits_ref[...] = jnp.dot(
+            hidden_ref[...], head_ref[...], preferred_element_type=jnp.float32
+        )
+    operands = *logits_refs, targets_ref, *outputs[num_models:]
+    statistics_kernel(num_columns_ref, *operands, names=names, temperature=temperature)
+
+
+def statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
+    *logits_refs, targets_ref, table_ref = refs[: -len(names)]
+    block = _block_columns(logits_refs[0])
+    totals = dict(zip(names, refs[-len(names) :], strict=True))
+    models = "st"[: len(logits_refs)]
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        for name, total_ref in totals.items():
+            total_ref[...] = jnp.full_like(total_ref, MASKED if name.startswith("max") else 0.0)
+
+    def update(rows):
+        """Adds the columns of this block to the sums of a strip of tokens, lane by lane."""
+        total = {name: ref[rows, :] for name, ref in totals.items()}
+        columns = list(_columns(block, targets_ref[rows, :]))
+        raw = {
+            model: [ref[rows, lanes] for lanes, *_ in columns]
+            for model, ref in zip(models, logits_refs, strict=True)
+        }
+        exists = [column < num_columns_ref[0] for _, column, _ in columns]
+        scaled = {
+            model: [
+                jnp.where(there, x / temperature, MASKED)
+                for there, x in zip(exists, raw[model], strict=True)
+            ]
+            for model in models
+        }
+        maxima = {
+            model: functools.reduce(jnp.maximum, scaled[model], total[f"max_{model}"])
+            for model in models
+        }
+        total = relative_to(maxima, total, temperature)
+        for k, (_, _, is_target) in enumerate(columns):
+            shifted = {model: scaled[model][k] - total[f"max_{model}"] for model in models}
+            weight = {model: jnp.exp(shifted[model]) for model in models}
+            for model in models:
+                total[f"sum_{model}"] += weight[model]
+                total[f"target_{model}"] += jnp.where(is_target, raw[model][k], 0.0)
+                if temperature != 1.0:
+                    total[f"plain_sum_{model}"] += jnp.exp(temperature * shifted[model])
+            if len(models) == 2:
+                difference = shifted["t"] - shifted["s"]
+                total["cross_forward"] += weight["t"] * difference
+                total["cross_reverse"] -= weight["s"] * difference
+        for name, ref in totals.items():
+            ref[rows, :] = total[name]
+
+    def combine(rows):
+        """The lanes into the first one, then all sums into the table."""
+        total = {name: ref[rows, :] for name, ref in totals.items()}
+        maxima = {model: jnp.max(total[f"max_{model}"], axis=1, keepdims=True) for model in models}
+        total = relative_to(maxima, total, temperature)
+        _write_table(
+            table_ref,
+            rows,
+            [x if name.startswith("max") else _lane_sum(x) for name, x in total.items()],
+        )
+
+    _for_each_strip(table_ref, update)
+    pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
+
+
+def term_sums_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
+    *logits_refs, targets_ref, rows_ref, table_ref, terms_ref, slopes_ref = refs
+    block = _block_columns(logits_refs[0])
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        terms_ref[...] = jnp.zeros_like(terms_ref)
+        slopes_ref[...] = jnp.zeros_like(slopes_ref)
+
+    def update(rows):
+        terms, slopes = terms_ref[rows, :], slopes_ref[rows, :]
+        for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
+            log_q, log_p = _log_probs(logits_refs, rows_ref[rows, :], rows, lanes, loss.temperature)
+            term, slope = terms_and_slopes(loss, log_p, log_q, is_target)
+            exists = column < num_columns_ref[0]
+            terms += jnp.where(exists, term, 0.0)
+            slopes += jnp.where(exists, slope, 0.0)
+        terms_ref[rows, :], slopes_ref[rows, :] = terms, slopes
+
+    def combine(rows):
+        sums = [_lane_sum(ref[rows, :]) for ref in (terms_ref, slopes_ref)]
+        _write_table(table_ref, rows, sums)
+
+    _for_each_strip(table_ref, update)
+    pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
+
+
+def gradient_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
+    *logits_refs, targets_ref, rows_ref, gradient_ref = refs
+    block = _block_columns(logits_refs[0])
+
+    def write(rows):
+        operands = rows_ref[rows, :]
+        slope_sum, weight = operands[:, -2:-1], operands[:, -1:]
+        for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
+            log_q, log_p = _log_probs(logits_refs, operands, rows, lanes, loss.temperature)
+            _, slope = terms_and_slopes(loss, log_p, log_q, is_target)
+            gradient = weight * (slope - jnp.exp(log_q) * slope_sum)
+            # A token without weight has no say, whatever its slopes.
+            counts = (column < num_columns_ref[0]) & (weight != 0)
+            gradient = jnp.where(counts, gradient, 0.0)
+            gradient_ref[rows, lanes] = gradient.astype(gradient_ref.dtype)
+
+    _for_each_strip(gradient_ref, write)
+
+
+def gradient_products_kernel(num_columns_ref, *refs, loss: PointwiseLoss, upcast: bool):
+    *operand_refs, hidden_ref, head_ref, sum_ref, head_gradient_ref, hidden_gradient_ref, dz_ref = (
+        refs
+    )
+    gradient_kernel(num_columns_ref, *operand_refs, dz_ref, loss=loss)
+    first_column, _ = _block_columns(dz_ref)
+    column = first_column + jax.lax.broadcasted_iota(jnp.int32, head_ref.shape, 1)
+    # Behind the head's end there may be anything, NaN too.
+    head = jnp.where(column < num_columns_ref[0], head_ref[...], 0).astype(head_ref.dtype)
+    operands = dz_ref[...].astype(head_ref.dtype), head, hidden_ref[...]
+    if upcast:  # XLA's CPU backend, where kernels are interpreted, refuses these bfloat16 products
+        operands = [x.astype(jnp.float32) for x in operands]
+    gradient, head, hidden = operands
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        hidden_gradient_ref[...] = jnp.zeros_like(hidden_gradient_ref)
+
+    hidden_gradient_ref[...] += jax.lax.dot_general(
+        gradient, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    head_gradient_ref[...] = sum_ref[...] + jnp.dot(
+        hidden, gradient, preferred_element_type=jnp.float32
+    )
+
+
+def _for_each_strip(block_ref, function) -> None:
+    def step(i, _):
+        function(pl.ds(pl.multiple_of(i * STRIP, STRIP), STRIP))
+
+    jax.lax.fori_loop(0, block_ref.shape[0] // STRIP, step, None)
+
+
+def _block_columns(block_ref) -> tuple[jax.Array, int]:
+    """Number of a block's first column, and of its columns; to be asked outside of any loop."""
+    return pl.program_id(1) * block_ref.shape[1], block_ref.shape[1]
+
+
+def _columns(block, targets_c1):
+    """Per register's width of a block: its lanes, their column numbers, and which are targets."""
+    first_column, num_columns = block
+    lane = jax.lax.broadcasted_iota(jnp.int32, (targets_c1.shape[0], LANES), 1)
+    for start in range(0, num_columns, LANES):
+        column = first_column + start + lane
+        yield pl.ds(start, LANES), column, column == targets_c1
+
+
+def _log_probs(logits_refs, operands, rows, lanes, temperature: float):
+    """(log_q, log_p) of a strip's lanes; log_p is None without a teacher."""
+    log_q, log_p = None, None
+    for i, ref in enumerate(logits_refs):
+        largest, log_sum = operands[:, 2 * i : 2 * i + 1], operands[:, 2 * i + 1 : 2 * i + 2]
+        log_prob = (ref[rows, lanes] / temperature - largest) - log_sum
+        log_q, log_p = (log_prob, None) if i == 0 else (log_q, log_prob)
+    return log_q, log_p
+
+
+def _write_table(table_ref, rows, columns: list) -> None:
+    lane = jax.lax.broadcasted_iota(jnp.int32, (STRIP, LANES), 1)
+    table = jnp.zeros((STRIP, LANES), jnp.float32)
+    for i, column in enumerate(columns):
+        table = jnp.where(lane == i, column, table)
+    table_ref[rows, :] = table
+
+
+def _lane_sum(x):
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _is_last_block():
+    return pl.program_id(1) == pl.num_programs(1) - 1

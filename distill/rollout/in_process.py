@@ -1,0 +1,77 @@
+"""The in-process backend: the sampler shares the trainer's devices or has its own."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from distill.sampling.engine import Engine
+from distill.sampling.request import Rollout, RolloutRequest
+from distill.sharding import copy_to_mesh
+
+
+class JaxBackend:
+    """Samples with an engine, on its own copy of the student's weights.
+
+    Args:
+      engine: of the student.
+      dtype: of the held weights.
+      shardings: of the held weights, a pytree like the student's parameters, on the trainer's mesh;
+        default: as they come.
+      mesh: samples; on devices other than the trainer's, `refit` copies the weights there, laid out
+        in the same way. Default: the current one of whoever calls.
+      keep_cache: hold the engine's memory between requests; else the trainer has it meanwhile.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        dtype: jax.typing.DTypeLike,
+        shardings: Any = None,
+        mesh: Mesh | None = None,
+        keep_cache: bool = False,
+    ):
+        self._engine, self._mesh, self._keep_cache = engine, mesh, keep_cache
+
+        def copy(student_params):
+            # a true copy even if nothing is cast: the trainer donates its buffers to the next step
+            return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), student_params)
+
+        self._copy = jax.jit(copy, out_shardings=shardings)
+        self._weights: nnx.State | None = None
+
+    def start(self) -> None:
+        """Nothing to do: the devices are this process's."""
+
+    def refit(self, student_params: nnx.State, version: int) -> None:
+        """One jitted cast and reshard, copied to the sampler's devices if it has its own.
+
+        The old weights are freed first to save memory. Returns when the new ones have arrived.
+        """
+        self._weights = None
+        weights = self._copy(student_params)
+        if self._mesh is not None:
+            weights = copy_to_mesh(weights, self._mesh)
+        self._weights = jax.block_until_ready(weights)
+
+    def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
+        """See `RolloutBackend.generate`."""
+        if self._weights is None:
+            raise RuntimeError("generate before refit: the sampler holds no weights")
+        # The current mesh is a property of the thread, and the caller's may be the trainer's.
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            answers = self._engine.generate(self._weights, request)
+        if not self._keep_cache:
+            self._engine.release()
+        return answers
+
+    def stop(self) -> None:
+        """Frees the held weights and the cache."""
+        self._weights = None
+        self._engine.release()

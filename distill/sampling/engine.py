@@ -1,0 +1,204 @@
+"""Continuous batching: a fixed number of slots, refilled from a queue as answers end.
+
+The host schedules (schedule.py) and the device computes, a few tens of tokens per call. Prompts are
+read in length buckets, one reading for all answers to a prompt; a free slot takes the next answer;
+when the queue is empty, the answers still running move together and the batch gets narrower.
+Attention reads the cache up to the bucket of the longest running answer. The compiled programs are
+those of (prompt bucket) and of (width, cache bucket): few, and fixed once the slots are.
+
+What an answer is depends on its request only, through its key: neither the slots nor the order nor
+the other answers matter, but for the rounding of products of another shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from distill.errors import UserError
+from distill.sampling import cache as caches
+from distill.sampling import programs
+from distill.sampling.choice import SamplingParams
+from distill.sampling.request import Rollout, RolloutRequest
+from distill.sampling.schedule import Run
+from distill.sharding import num_shards
+
+MAX_AUTO_SLOTS = 256  # per part; more rows gain little once products are efficient
+TURNS_PER_CALL = 32
+CACHE_BUCKETS = 4  # each twice as long as the one before
+CACHE_MULTIPLE = 32
+SMALLEST_CACHE_BUCKET = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+      max_length: prompt and response tokens of a row at most.
+      num_slots: answers decoded at once, on all devices; 0: what the memory holds and the first
+        request needs.
+      cache_memory: bytes per device that the cache may take; with num_slots given, not looked at.
+      int8: keep keys and values as 8-bit integers.
+    """
+
+    max_length: int
+    num_slots: int = 0
+    cache_memory: float = 4e9
+    int8: bool = False
+
+    @property
+    def cache_size(self) -> int:
+        """Positions of a slot: a call's turns must fit behind the longest row."""
+        return _round_up(self.max_length + TURNS_PER_CALL, CACHE_MULTIPLE)
+
+    @property
+    def cache_buckets(self) -> list[int]:
+        """Positions that a call of the decode loop may read."""
+        halves = (
+            _round_up(self.cache_size >> i, CACHE_MULTIPLE) for i in reversed(range(CACHE_BUCKETS))
+        )
+        return [half for half in halves if half >= SMALLEST_CACHE_BUCKET] or [self.cache_size]
+
+
+class Engine:
+    """Answers requests with a model's weights.
+
+    Call it under the mesh (`jax.set_mesh`) that holds the weights, always the same.
+
+    Args:
+      graphdef: of the model, from `nnx.split(model, nnx.Param)`.
+      config: sizes.
+      eos_ids: any of these ends an answer.
+      pad_id: fills answers after their end.
+      vocab_size: number of real tokens; ids from there on are never chosen.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        config: EngineConfig,
+        *,
+        eos_ids: tuple[int, ...],
+        pad_id: int,
+        vocab_size: int,
+    ):
+        self.config, self.pad_id, self.eos_ids = config, pad_id, eos_ids
+        facts = programs.ModelFacts(graphdef, eos_ids, vocab_size, config.int8)
+        self._facts = facts
+        self.num_slots, self._cache = 0, None  # slots per part
+        self._make_cache = jax.jit(caches.empty_cache, static_argnums=range(6))
+        self._prefill = jax.jit(functools.partial(programs.prefill_prompts, facts))
+        self._insert = jax.jit(
+            functools.partial(programs.insert_rows, facts), static_argnums=5, donate_argnums=0
+        )
+        self._decode = jax.jit(
+            functools.partial(programs.decode_rows, facts),
+            static_argnums=(4, 5, 6),
+            donate_argnums=1,
+        )
+        # A partial, like the others: jit would share what it compiled among engines.
+        self._move = jax.jit(functools.partial(caches.move), donate_argnums=0)
+
+    def generate(
+        self, weights: nnx.State, request: RolloutRequest
+    ) -> tuple[Rollout, dict[str, float]]:
+        """Answers every row of the request; see `RolloutBackend.generate`.
+
+        Raises:
+          UserError: a prompt leaves no room for an answer, or the memory holds no slot.
+        """
+        self._check(request)
+        self._allocate(weights, request.num_rows)
+        try:
+            return Run(self, weights, request).finish()
+        except BaseException:
+            self.release()  # a donated cache may be gone
+            raise
+
+    def read(
+        self, weights: nnx.State, tokens_pgs: np.ndarray, lengths_pg: np.ndarray
+    ) -> programs.Prefilled:
+        """Prefills right-padded prompts; returns at once."""
+        return self._prefill(weights, tokens_pgs, lengths_pg)
+
+    def insert(self, reading: programs.Prefilled, *rows: Any) -> programs.Chosen:
+        """See `programs.insert_rows`."""
+        self._cache, chosen = self._insert(self._cache, reading, *rows)
+        return jax.device_get(chosen)
+
+    def decode(
+        self, weights: nnx.State, rows: programs.Rows, stop_at: np.ndarray, params: SamplingParams
+    ) -> tuple[programs.Chosen, int]:
+        """The rows' next tokens (t, p, w) and the number of turns; see `programs.decode_rows`."""
+        size = next(size for size in self.config.cache_buckets if size >= rows.lengths_pw.max())
+        self._cache, chosen, turns = self._decode(
+            weights, self._cache, rows, stop_at, params, size, TURNS_PER_CALL
+        )
+        return jax.device_get((chosen, turns))
+
+    def move(self, source_mp: np.ndarray, target_mp: np.ndarray, count: int) -> None:
+        """Copies `count` slots of each part onto others."""
+        self._cache = self._move(self._cache, source_mp, target_mp, np.int32(count))
+
+    def release(self) -> None:
+        """Frees the cache until the next request."""
+        self._cache = None
+
+    @property
+    def num_programs(self) -> int:
+        """Programs compiled so far."""
+        return sum(f._cache_size() for f in (self._prefill, self._insert, self._decode, self._move))
+
+    def _check(self, request: RolloutRequest) -> None:
+        for index, prompt in zip(request.prompt_index, request.prompts, strict=True):
+            if not len(prompt):
+                raise UserError(f"prompt {index} has no tokens: there is nothing to answer")
+            if len(prompt) + request.params.max_length > self.config.max_length:
+                raise UserError(
+                    f"prompt {index} has {len(prompt)} tokens, which with an answer of up to "
+                    f"{request.params.max_length} exceed the cache's {self.config.max_length}: "
+                    "raise policy.max_total_sequence_length or lower the answer's max_length"
+                )
+
+    def _allocate(self, weights: nnx.State, num_rows: int) -> None:
+        """Makes the cache, once; again only for a request that more slots would serve faster."""
+        parts = num_shards("batch")
+        model = self._facts.merge(weights)
+        if not self.num_slots or (not self.config.num_slots and self.num_slots < MAX_AUTO_SLOTS):
+            slots = self._num_slots(model, -(-num_rows // parts), parts)
+            if slots > self.num_slots:
+                self.num_slots, self._cache = slots, None
+        if self._cache is None:
+            self._cache = self._make_cache(
+                model.config,
+                parts,
+                self.num_slots,
+                self.config.cache_size,
+                model.dtype,
+                self.config.int8,
+            )
+
+    def _num_slots(self, model, rows: int, parts: int) -> int:
+        if self.config.num_slots:
+            return -(-self.config.num_slots // parts)
+        token = caches.bytes_per_token(model.config, model.dtype, self.config.int8)
+        slot = token * self.config.cache_size / num_shards("act_kv_heads")
+        held = int(self.config.cache_memory // slot)
+        if held < 1:
+            raise UserError(
+                f"policy.generation.cache_memory={self.config.cache_memory / 1e9:g} GB holds no "
+                f"slot of {self.config.cache_size} tokens, which takes {slot / 1e9:.3g} GB per "
+                "device: raise it, or lower policy.max_total_sequence_length"
+            )
+        # A power of two: requests of about the same size find the programs compiled.
+        return min(held, MAX_AUTO_SLOTS, 1 << (rows - 1).bit_length())
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

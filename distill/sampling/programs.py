@@ -1,0 +1,195 @@
+"""The engine's device programs: prefill, insert, decode, move. Pure functions of their arguments.
+
+Only the cache lives on the device between calls; what else a slot is (its newest token, its length,
+its key) is a few numbers that the host holds and passes in. p: part, c or w: slot, m: inserted row,
+g: prefilled prompt, t: turn of the decode loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distill.models.decoding import decode_turn, empty_tail, make_walk, prefill, stack_tail
+from distill.models.transformer import Transformer
+from distill.sampling import cache as caches
+from distill.sampling.cache import SlotCache
+from distill.sampling.choice import SamplingParams, choose
+from distill.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What the programs are compiled for.
+
+    Attributes:
+      graphdef: one half of `nnx.split(model, nnx.Param)`; the weights are the other.
+      eos_ids: any of these ends a response.
+      vocab_size: number of real tokens.
+      int8: whether the cache holds 8-bit integers.
+    """
+
+    graphdef: nnx.GraphDef
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    int8: bool
+
+    def merge(self, weights: nnx.State) -> Transformer:
+        return nnx.merge(self.graphdef, weights)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefilled:
+    """Prompts that have been read: their keys and values, and the scores of what follows."""
+
+    cache: SlotCache
+    logits_pgv: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The answers in each part's first w slots.
+
+    Attributes:
+      token_pw: newest token, not in the cache yet.
+      lengths_pw: tokens in the cache.
+      made_pw: tokens of the answer so far.
+      limit_pw: tokens that the answer may have.
+      key_pw2: data of the row's random key.
+      running_pw: False for idle slots.
+    """
+
+    token_pw: jax.Array
+    lengths_pw: jax.Array
+    made_pw: jax.Array
+    limit_pw: jax.Array
+    key_pw2: jax.Array
+    running_pw: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Tokens of some turns, with their log-probabilities as `choose` gives them."""
+
+    token: jax.Array
+    log_prob: jax.Array
+    sampled_log_prob: jax.Array
+
+
+def prefill_prompts(
+    facts: ModelFacts, weights: nnx.State, tokens_pgs: jax.Array, lengths_pg: jax.Array
+) -> Prefilled:
+    """Reads right-padded prompts."""
+    model = facts.merge(weights)
+    parts, prompts, size = tokens_pgs.shape
+    tokens_bs = constrain(tokens_pgs.reshape(-1, size), "batch", "position")
+    hidden_bsd, k_lbkhs, v_lbksh = prefill(model, tokens_bs)
+    # the head sees one position per prompt
+    last_b11 = (lengths_pg.reshape(-1) - 1)[:, None, None]
+    logits_bv = model.logits(jnp.take_along_axis(hidden_bsd, last_b11, axis=1))[:, 0]
+    split = [x.reshape(len(x), parts, prompts, *x.shape[2:]) for x in (k_lbkhs, v_lbksh)]
+    return Prefilled(
+        caches.encode(*split, facts.int8), logits_bv.reshape(parts, prompts, logits_bv.shape[-1])
+    )
+
+
+def insert_rows(
+    facts: ModelFacts,
+    cache: SlotCache,
+    prefilled: Prefilled,
+    source_pm: jax.Array,
+    slot_pm: jax.Array,
+    key_pm2: jax.Array,
+    params: SamplingParams,
+) -> tuple[SlotCache, Chosen]:
+    """Gives prompts source_pm of each part slots slot_pm, and chooses the answers' first tokens."""
+    cache = caches.insert(cache, prefilled.cache, source_pm, slot_pm)
+    logits_pmv = jnp.take_along_axis(prefilled.logits_pgv, source_pm[:, :, None], axis=1)
+    chosen = _choose(
+        facts, logits_pmv.reshape(-1, logits_pmv.shape[-1]), key_pm2, jnp.int32(0), params
+    )
+    return cache, jax.tree.map(lambda x: x.reshape(source_pm.shape), chosen)
+
+
+def decode_rows(
+    facts: ModelFacts,
+    weights: nnx.State,
+    cache: SlotCache,
+    rows: Rows,
+    stop_at: jax.Array,
+    params: SamplingParams,
+    size: int,
+    turns: int,
+) -> tuple[SlotCache, Chosen, jax.Array]:
+    """Up to `turns` further tokens for every running row.
+
+    Args:
+      facts: static.
+      weights: the model's.
+      cache: donated; its slots have room for `turns` tokens behind their lengths.
+      rows: what is in the first w slots.
+      stop_at: (2,): return early once at most this many rows run in all, or in every part.
+      params: static.
+      size: static, positions of the cache that are read; no running row is longer.
+      turns: static.
+
+    Returns:
+      The cache, tokens (turns, p, w), and the number of turns made; a row's tokens after its end
+      mean nothing.
+    """
+    model = facts.merge(weights)
+    parts, width = rows.token_pw.shape
+
+    def merged(x):
+        return constrain(x.reshape(-1, *x.shape[2:]), "batch", *[None] * (x.ndim - 2))
+
+    lengths_b, made_b, limit_b, key_b2 = map(
+        merged, (rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2)
+    )
+    walk = make_walk(model, lambda layer: caches.read(cache, layer, width, size, model.dtype))
+    eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
+
+    def goes_on(state):
+        turn, running_b, *_ = state
+        in_part_p = running_b.reshape(parts, width).sum(axis=1)
+        return (turn < turns) & (in_part_p.sum() > stop_at[0]) & (in_part_p.max() > stop_at[1])
+
+    def take_turn(state):
+        turn, running_b, token_b, tail, chosen_tb = state
+        hidden_bd, tail = decode_turn(model, walk, token_b, lengths_b, turn, tail)
+        logits_bv = model.logits(hidden_bd[:, None])[:, 0]
+        chosen_b = _choose(facts, logits_bv, key_b2, made_b + turn, params)
+        chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[turn].set(x_b), chosen_tb, chosen_b)
+        ended_b = jnp.isin(chosen_b.token, eos_ids) | (made_b + turn + 1 >= limit_b)
+        return turn + 1, running_b & ~ended_b, chosen_b.token, tail, chosen_tb
+
+    state = (
+        jnp.int32(0),
+        merged(rows.running_pw),
+        merged(rows.token_pw),
+        empty_tail(model, parts * width, turns),
+        _no_tokens(turns, parts * width),
+    )
+    turn, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, take_turn, state)
+    k_lbkht, v_lbkth = stack_tail(tail)
+    split = [x.reshape(len(x), parts, width, *x.shape[2:]) for x in (k_lbkht, v_lbkth)]
+    cache = caches.append(cache, caches.encode(*split, facts.int8), rows.lengths_pw)
+    return cache, jax.tree.map(lambda x: x.reshape(turns, parts, width), chosen_tb), turn
+
+
+def _no_tokens(turns: int, batch: int) -> Chosen:
+    zeros = jnp.zeros((turns, batch), jnp.float32)
+    return Chosen(zeros.astype(jnp.int32), zeros, zeros)
+
+
+def _choose(facts: ModelFacts, logits_bv, key_2, position, params: SamplingParams) -> Chosen:
+    keys_b = jax.random.wrap_key_data(key_2.reshape(-1, key_2.shape[-1]))
+    positions_b = jnp.broadcast_to(position, keys_b.shape)
+    keys_b = jax.vmap(jax.random.fold_in)(keys_b, positions_b)
+    return Chosen(*choose(logits_bv, keys_b, params, facts.vocab_size))

@@ -1,0 +1,264 @@
+"""The host's side of the engine: which answer has which slot, and what is computed next."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from flax import nnx
+
+from distill.sampling import programs
+from distill.sampling.choice import row_keys
+from distill.sampling.request import Rollout, RolloutRequest
+from distill.sharding import num_shards
+
+if TYPE_CHECKING:
+    from distill.sampling.engine import Engine
+
+INSERTED_PER_CALL = 16  # rows, per part
+PREFILL_TOKENS = 4096  # of a reading, per part
+SMALLEST_PROMPT_BUCKET = 16
+WIDTHS = 5  # each half as wide as the one before
+
+
+class Run:
+    """One request on its way through an engine: the host's side of every slot."""
+
+    def __init__(self, engine: Engine, weights: nnx.State, request: RolloutRequest):
+        self._engine, self._weights, self._request = engine, weights, request
+        self._params = dataclasses.replace(request.params, max_length=1)  # limits are per row
+        rows, length = request.num_rows, request.params.max_length
+        self._limits = request.limits
+        repeats = request.num_generations
+        self._keys = np.asarray(
+            jax.random.key_data(
+                _row_keys(
+                    *(np.asarray(x).astype(np.uint32) for x in (request.seed, request.step)),
+                    np.repeat(request.prompt_index, repeats).astype(np.uint32),
+                    np.tile(np.arange(repeats, dtype=np.uint32), len(request.prompts)),
+                )
+            )
+        )
+        self._rollout = Rollout(
+            tokens_br=np.full((rows, length), engine.pad_id, np.int32),
+            lengths_b=np.zeros(rows, np.int32),
+            log_probs_br=np.zeros((rows, length), np.float32),
+            sampled_log_probs_br=np.zeros((rows, length), np.float32),
+            stopped_b=np.zeros(rows, bool),
+        )
+        self._parts = num_shards("batch")
+        slots = engine.num_slots
+        self._row = np.full((self._parts, slots), -1)  # -1: idle
+        self._token = np.zeros((self._parts, slots), np.int32)
+        # Longest prompts first: readings then have little padding.
+        order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
+        self._queue = collections.deque(order)
+        # Rows of each part that have been read and wait for a slot: (reading, prompt in it, row).
+        self._waiting = [collections.deque() for _ in range(self._parts)]
+        self._widths = [max(1, slots >> i) for i in range(WIDTHS) if i == 0 or slots >> i >= 4]
+        self._started = time.perf_counter()
+        self._prefill_seconds = self._decode_seconds = self._wait_seconds = 0.0
+        self._slot_turns = self._kept_turns = 0
+
+    def finish(self) -> tuple[Rollout, dict[str, float]]:
+        while self._queue or any(self._waiting) or self._running.any():
+            self._refill()
+            if self._running.any():
+                self._decode()
+        return self._rollout, self._measured()
+
+    # ----------------------------------------------------------------------------- filling slots
+
+    @property
+    def _running(self) -> np.ndarray:
+        return self._row >= 0
+
+    @property
+    def _refill_size(self) -> int:
+        """Slots of a part that are worth the interruption once they are free."""
+        return max(1, self._engine.num_slots // 8)
+
+    def _refill(self) -> None:
+        start = time.perf_counter()
+        self._insert_waiting()
+        repeats = self._request.num_generations
+        while self._queue:
+            free = (~self._running).sum(axis=1) - [len(rows) for rows in self._waiting]
+            wanted = min(self._refill_size, len(self._queue) * repeats)
+            if self._running.any() and free.max() < wanted or free.max() <= 0:
+                break
+            self._read(free)
+            self._insert_waiting()
+        self._prefill_seconds += time.perf_counter() - start
+
+    def _read(self, free: np.ndarray) -> None:
+        """Prefills the next prompts, as many as a reading takes and free slots can use."""
+        prompts, repeats = self._request.prompts, self._request.num_generations
+        size = prompt_bucket(len(prompts[self._queue[0]]))
+        most = max(1, min(self._refill_size, PREFILL_TOKENS // size))
+        taken: list[list[int]] = [[] for _ in range(self._parts)]
+        free = free.copy()
+        while self._queue:
+            room = [
+                part for part in range(self._parts) if len(taken[part]) < most and free[part] > 0
+            ]
+            if not room:
+                break
+            part = max(room, key=lambda part: free[part])
+            taken[part].append(self._queue.popleft())
+            free[part] -= repeats
+        tokens_pgs = np.full((self._parts, most, size), self._engine.pad_id, np.int32)
+        lengths_pg = np.ones((self._parts, most), np.int32)
+        for part, indices in enumerate(taken):
+            for g, index in enumerate(indices):
+                lengths_pg[part, g] = len(prompts[index])
+                tokens_pgs[part, g, : len(prompts[index])] = prompts[index]
+        reading = self._engine.read(self._weights, tokens_pgs, lengths_pg)
+        for part, indices in enumerate(taken):
+            for g, index in enumerate(indices):
+                rows = range(index * repeats, (index + 1) * repeats)
+                self._waiting[part].extend((reading, g, row) for row in rows)
+
+    def _insert_waiting(self) -> None:
+        """Gives waiting rows the free slots, a call per reading and INSERTED_PER_CALL rows."""
+        while True:
+            fronts = [
+                rows[0][0]
+                for rows, free in zip(self._waiting, (~self._running).any(axis=1), strict=True)
+                if rows and free
+            ]
+            if not fronts:
+                return
+            self._insert(fronts[0])
+
+    def _insert(self, reading: programs.Prefilled) -> None:
+        slots = self._engine.num_slots
+        most = min(INSERTED_PER_CALL, slots)
+        source = np.zeros((self._parts, most), np.int32)
+        slot = np.full((self._parts, most), slots, np.int32)  # a slot that does not exist
+        rows = np.full((self._parts, most), -1)
+        for part, waiting in enumerate(self._waiting):
+            free = np.flatnonzero(self._row[part] < 0)
+            for i, free_slot in enumerate(free[:most]):
+                if not waiting or waiting[0][0] is not reading:
+                    break
+                _, source[part, i], rows[part, i] = waiting.popleft()
+                slot[part, i] = free_slot
+        keys = np.where((rows >= 0)[:, :, None], self._keys[rows], 0)
+        chosen = self._engine.insert(reading, source, slot, keys, self._params)
+        now = time.perf_counter() - self._started
+        for part, i in zip(*np.nonzero(rows >= 0), strict=True):
+            row = rows[part, i]
+            self._wait_seconds += now
+            self._row[part, slot[part, i]] = row
+            self._token[part, slot[part, i]] = chosen.token[part, i]
+            self._keep(row, jax.tree.map(lambda x: x[part, i : i + 1], chosen))  # noqa: B023
+        self._free_ended()
+
+    # ----------------------------------------------------------------------------------- decoding
+
+    def _decode(self) -> None:
+        start = time.perf_counter()
+        width = self._narrow()
+        row_pw = self._row[:, :width]
+        running_pw, rows_b = row_pw >= 0, row_pw[row_pw >= 0]
+        prompt_lengths = np.array([len(prompt) for prompt in self._request.prompts])
+
+        def of_rows(values):
+            full = np.zeros((*row_pw.shape, *values.shape[1:]), values.dtype)
+            full[running_pw] = values[rows_b]
+            return full
+
+        made = self._rollout.lengths_b
+        lengths = np.repeat(prompt_lengths, self._request.num_generations) + made - 1
+        rows = programs.Rows(
+            token_pw=self._token[:, :width],
+            lengths_pw=of_rows(lengths.astype(np.int32)),
+            made_pw=of_rows(made),
+            limit_pw=of_rows(self._limits),
+            key_pw2=of_rows(self._keys),
+            running_pw=running_pw,
+        )
+        stop_at = np.array(self._stop_at(width), np.int32)
+        chosen, turns = self._engine.decode(self._weights, rows, stop_at, self._params)
+        kept_before = made.sum()
+        for part, slot in zip(*np.nonzero(running_pw), strict=True):
+            self._keep(
+                self._row[part, slot],
+                jax.tree.map(lambda x: x[:turns, part, slot], chosen),  # noqa: B023
+            )
+        self._token[:, :width] = chosen.token[turns - 1]
+        self._free_ended()
+        self._kept_turns += int(made.sum() - kept_before)
+        self._slot_turns += int(turns) * self._parts * width
+        self._decode_seconds += time.perf_counter() - start
+
+    def _stop_at(self, width: int) -> tuple[int, int]:
+        """Rows running, in all and in every part, at which the host can do something useful."""
+        if self._queue or any(self._waiting):
+            return int(self._running.sum()) - self._refill_size, 0
+        narrower = [other for other in self._widths if other < width]
+        return 0, narrower[0] if narrower else 0
+
+    def _narrow(self) -> int:
+        """The smallest width that holds every part's rows, which are moved into it."""
+        if self._queue or any(self._waiting):
+            return self._widths[0]
+        most = int(self._running.sum(axis=1).max())
+        width = min(width for width in self._widths if width >= most)
+        outside = [np.flatnonzero(part[width:] >= 0) + width for part in self._row]
+        count = max(map(len, outside))
+        if count:
+            # A part with fewer rows to move copies a slot onto itself.
+            source = np.zeros((self._engine.num_slots, self._parts), np.int32)
+            target = np.zeros_like(source)
+            for part, sources in enumerate(outside):
+                targets = np.flatnonzero(self._row[part, :width] < 0)[: len(sources)]
+                source[: len(sources), part], target[: len(sources), part] = sources, targets
+                self._row[part, targets] = self._row[part, sources]
+                self._token[part, targets] = self._token[part, sources]
+                self._row[part, sources] = -1
+            self._engine.move(source, target, count)
+        return width
+
+    # ------------------------------------------------------------------------------------ results
+
+    def _keep(self, row: int, chosen: programs.Chosen) -> None:
+        """Adds a row's tokens up to its end."""
+        rollout, made = self._rollout, self._rollout.lengths_b[row]
+        count = min(len(chosen.token), self._limits[row] - made)
+        ends = np.flatnonzero(np.isin(chosen.token[:count], self._engine.eos_ids))
+        if len(ends):
+            count = ends[0] + 1
+            rollout.stopped_b[row] = True
+        to = slice(made, made + count)
+        rollout.tokens_br[row, to] = chosen.token[:count]
+        rollout.log_probs_br[row, to] = chosen.log_prob[:count]
+        rollout.sampled_log_probs_br[row, to] = chosen.sampled_log_prob[:count]
+        rollout.lengths_b[row] += count
+
+    def _free_ended(self) -> None:
+        ended = self._rollout.stopped_b | (self._rollout.lengths_b >= self._limits)
+        self._row[self._running & ended[self._row]] = -1
+
+    def _measured(self) -> dict[str, float]:
+        """What `RolloutBackend.generate` reports."""
+        return {
+            "generation/prefill_seconds": self._prefill_seconds,
+            "generation/decode_seconds": self._decode_seconds,
+            "generation/queue_wait": self._wait_seconds / self._request.num_rows,
+            "generation/slot_occupancy": self._kept_turns / max(self._slot_turns, 1),
+        }
+
+
+_row_keys = jax.jit(row_keys)
+
+
+def prompt_bucket(length: int) -> int:
+    """The next of 16, 32, 64, 96, 128, 192, 256, 384, ..."""
+    power = max(SMALLEST_PROMPT_BUCKET, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > 64 and length <= power * 3 // 4 else power
