@@ -180,7 +180,7 @@ class VllmBackend:
                 self._tied.add(client.url)
             return room
 
-        room = keep_trying(check, self._limits.retry)
+        room = self._trying(check)
         self._room = min(room, self._room or room)
 
     def _launch(self, folder: Path) -> None:
