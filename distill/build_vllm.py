@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from distill.config import Config, VllmServers
 from distill.evaluate import Model
-from distill.rollout.vllm.backend import SECTION, Limits, VllmBackend, needs_scores
+from distill.rollout.vllm.backend import SECTION, Limits, VllmBackend
 from distill.rollout.vllm.client import VllmClient, read_api_key
 from distill.rollout.vllm.probe import Probe
+from distill.rollout.vllm.rows import needs_scores
 from distill.rollout.vllm.server import OwnServer
 from distill.rollout.vllm.teacher import VllmTeacher
 from distill.rollout.vllm.weights import ServerExport, WeightsFolder

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from distill.errors import RunStopped
 from distill.models.config import ModelConfig
 from distill.models.hf import export_model, hf_config_dict, load_model_config, load_params
 from distill.models.transformer import Transformer
@@ -72,15 +73,10 @@ def make_folder(student, tmp_path) -> WeightsFolder:
     return WeightsFolder(tmp_path / "vllm", export)
 
 
-def make_probe(graph, mesh=None) -> Probe:
-    return Probe(
-        graph,
-        vocab_size=VOCAB_SIZE,
-        max_length=24,
-        row_multiple=1 if mesh is None else batch_parts(mesh),
-        max_gap=0.1,
-        float32=True,
-    )
+def make_probe(graph, mesh=None, **options) -> Probe:
+    options = {"max_gap": 0.1, "float32": True, **options}
+    parts = 1 if mesh is None else batch_parts(mesh)
+    return Probe(graph, vocab_size=VOCAB_SIZE, max_length=24, row_multiple=parts, **options)
 
 
 def as_a_server_computes(folder: Path, tokens_bt) -> np.ndarray:
@@ -115,6 +111,24 @@ def test_rehearsal_is_the_same_model_on_both_sides(student, tmp_path):
     assert np.abs(expected.new - expected.kept_head).mean() > 0.5
     folder.drop_rehearsal()
     assert not (tmp_path / "vllm" / "rehearsal").exists()
+
+
+def test_rehearsal_tells_a_kept_head_from_bfloat16(student, tmp_path):
+    """A server that computes more precisely than the trainer passes; one with the old head not."""
+    dtype = jnp.bfloat16
+    graph, params = random_student(load_model_config(student[0])[0], dtype)
+    export = ServerExport(
+        student[0], TOKENIZER, vocab_size=VOCAB_SIZE, end_ids=(1,), max_length=33, dtype=dtype
+    )
+    folder = WeightsFolder(tmp_path / "vllm", export)
+    probe = make_probe(graph, float32=False, max_gap=9.0)
+    expected = probe.expected_in_rehearsal(params)
+    measured = as_a_server_computes(folder.write_rehearsal(params), probe.tokens_bt)
+    before = measured + 1.0, probe.expected(params).new
+    gap = probe.check("http://s", measured, expected, before, far_apart=True)
+    assert 1e-4 < gap < 0.1
+    with pytest.raises(RunStopped, match="output head"):
+        probe.check("http://s", expected.kept_head, expected, before, far_apart=True)
 
 
 def test_probe_on_a_mesh(student):

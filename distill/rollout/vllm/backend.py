@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import secrets
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +15,19 @@ from flax import nnx
 
 from distill.errors import RunStopped, UserError
 from distill.rollout.vllm import checks
-from distill.rollout.vllm.client import Completion, RequestRefused, ServerFailed, VllmClient
+from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
 from distill.rollout.vllm.dispatch import answer_all, keep_trying
 from distill.rollout.vllm.probe import REMEDY, Expected, Probe
+from distill.rollout.vllm.rows import (
+    Answer,
+    Ends,
+    Row,
+    ask_row,
+    check_temperature,
+    make_rows,
+    needs_scores,
+    to_rollout,
+)
 from distill.rollout.vllm.server import OwnServer
 from distill.rollout.vllm.weights import WeightsFolder
 from distill.sampling.choice import SamplingParams
@@ -27,7 +35,7 @@ from distill.sampling.request import Rollout, RolloutRequest
 
 SECTION = "policy.generation.vllm"
 _FRESH = "default"  # what a server calls its weights until somebody names them
-_LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to it
+_MOST_RESTARTS = 5  # of a server within one batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,7 @@ class VllmBackend:
       own: a server to start at the first refit, from the weights of that refit.
       weights: where refits are written.
       probe: compares the servers with the trainer.
+      student_config: what a server's model must look like.
       tokenizer: the student's.
       params: how tokens will be chosen; decides what is asked of the servers at the start.
       eos_ids: any of these ends a response.
@@ -79,18 +88,19 @@ class VllmBackend:
         self._clients, self._own, self._limits = list(clients), own, limits
         self._weights, self._probe = weights, probe
         self._student_config, self._tokenizer, self._params = student_config, tokenizer, params
-        self._eos_ids, self._pad_id, self._vocab_size = eos_ids, pad_id, vocab_size
+        self._ends, self._pad_id, self._vocab_size = Ends(eos_ids, vocab_size), pad_id, vocab_size
         self._max_length, self._room = max_length, 0
         self._run = secrets.token_hex(4)  # tells this run's refits from those of others
         self._held: _Held | None = None
+        self._tied: set[str] = set()  # URLs of servers whose model is known to be tied
         self._believed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._restarts: Counter[str] = Counter()  # by URL, as far as they were noticed and mended
-        self._measured: dict[str, float] = {}
+        self._refit_gap = 0.0
 
     def start(self) -> None:
         """Checks the servers, or that one can be started; see `RolloutBackend.start`."""
         if needs_scores(self._params, self._vocab_size):
-            _check_temperature(self._params)
+            check_temperature(self._params)
         if self._own is not None:
             self._own.check()
             return
@@ -102,7 +112,6 @@ class VllmBackend:
 
         The first refit starts the own server, and is rehearsed with other weights (probe.py).
         """
-        started = time.perf_counter()
         folder = self._weights.write(student_params, version)
         expected = self._probe.expected(student_params)
         if self._own is not None and not self._clients:
@@ -113,33 +122,21 @@ class VllmBackend:
         self._held = _Held(f"distill-{self._run}-{version}", folder, expected, far_apart=first)
         gaps = self._each(lambda client: self._trying(lambda: self._load(client)))
         self._held = dataclasses.replace(self._held, far_apart=False)
-        self._measured = {
-            "generation/refit_seconds": time.perf_counter() - started,
-            "generation/refit_gap": max(gaps),
-        }
+        self._refit_gap = max(gaps)
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
-        """See `RolloutBackend.generate`."""
+        """See `RolloutBackend.generate`.
+
+        Measures refit_gap (mean |nats| between servers and trainer at the probe) and retries (rows
+        asked again).
+        """
         if self._held is None:
             raise RuntimeError("generate before refit: the servers hold no weights of this run")
         self._check_request(request)
-        started = time.perf_counter()
-        repeats = request.num_generations
-        limits = request.limits
-        rows = [
-            _Row(
-                request.prompts[i // repeats].tolist(),
-                request_seed(request, i // repeats, i % repeats),
-                int(limits[i]),
-            )
-            for i in range(request.num_rows)
-        ]
-        answers, retries = self._answers(rows, request.params)
-        rollout = _to_rollout(answers, request.params, self._eos_ids, self._pad_id)
-        seconds = time.perf_counter() - started
+        answers, retries = self._answers(make_rows(request), request.params)
+        rollout = to_rollout(answers, request.params, self._ends.eos_ids, self._pad_id)
         measured = {
-            **self._measured,
-            "generation/tokens_per_second": float(rollout.lengths_b.sum()) / seconds,
+            "generation/refit_gap": self._refit_gap,
             "generation/retries": float(retries),
         }
         return rollout, measured
@@ -179,9 +176,11 @@ class VllmBackend:
             client.post("/resume")  # a trainer that died during a refit left it paused
             checks.check_same_model(client, settings, self._student_config, self._vocab_size)
             checks.check_same_tokenizer(client, self._tokenizer, self._vocab_size)
+            if checks.is_tied(settings):
+                self._tied.add(client.url)
             return room
 
-        room = keep_trying(check, self._limits.retry)
+        room = self._trying(check)
         self._room = min(room, self._room or room)
 
     def _launch(self, folder: Path) -> None:
@@ -231,6 +230,7 @@ class VllmBackend:
             held.expected,
             self._believed.get(client.url),
             far_apart=held.far_apart,
+            tied=client.url in self._tied,
         )
         self._believed[client.url] = measured, held.expected.new
         return gap
@@ -261,7 +261,7 @@ class VllmBackend:
     # ---- rows ----
 
     def _check_request(self, request: RolloutRequest) -> None:
-        _check_temperature(request.params)
+        check_temperature(request.params)
         if needs_scores(request.params, self._vocab_size) > needs_scores(
             self._params, self._vocab_size
         ):
@@ -278,14 +278,15 @@ class VllmBackend:
                 f"--max-model-len {needed}, or lower policy.max_total_sequence_length"
             )
 
-    def _answers(self, rows: list[_Row], params: SamplingParams) -> tuple[list[_Answer], int]:
+    def _answers(self, rows: list[Row], params: SamplingParams) -> tuple[list[Answer], int]:
         """Every row's answer by the held weights, and the number of failed tries."""
 
-        def ask(client: VllmClient, row: _Row) -> _Answer:
-            return self._ask(client, row, params)
+        def ask(client: VllmClient, row: Row) -> tuple[Answer, int]:
+            restarts = self._restarts[client.url]
+            return ask_row(client, row, params, self._ends), restarts
 
-        answers: list[_Answer | None] = [None] * len(rows)
-        left, retries = list(range(len(rows))), 0
+        answers: list[Answer | None] = [None] * len(rows)
+        left, retries, restarts = list(range(len(rows))), 0, Counter(self._restarts)
         while left:
             got, given_by, failed = answer_all(
                 self._clients, [rows[i] for i in left], ask, self._recover, self._limits.retry
@@ -293,52 +294,15 @@ class VllmBackend:
             for client in self._clients:
                 # One that restarted between two requests failed none.
                 self._trying(lambda client=client: self._recover(client))
-            for i, answer, client in zip(left, got, given_by, strict=True):
+            for i, (answer, count), client in zip(left, got, given_by, strict=True):
                 # The count says that the held weights were in place before and until now.
-                answers[i] = answer if answer.restarts == self._restarts[client.url] else None
+                answers[i] = answer if count == self._restarts[client.url] else None
             left = [i for i in left if answers[i] is None]
             retries += failed + len(left)
+            for url, count in (self._restarts - restarts).items():
+                if count > _MOST_RESTARTS:
+                    raise RunStopped(f"{url} restarted {count} times in one batch: see its log")
         return answers, retries
-
-    def _ask(self, client: VllmClient, row: _Row, params: SamplingParams) -> _Answer:
-        options = {
-            "max_tokens": row.limit,
-            "temperature": 0.0 if params.greedy else params.temperature,
-            "seed": row.seed,
-            "stop_token_ids": list(self._eos_ids),
-        }
-        restarts = self._restarts[client.url]
-        scored = needs_scores(params, self._vocab_size)
-        if scored:
-            top_k = params.top_k if params.top_k < self._vocab_size else 0
-            options |= {"top_k": top_k, "top_p": params.top_p, "min_p": params.min_p}
-        completion = client.complete(row.prompt, **options)
-        self._check_completion(client, completion, row.limit)
-        log_probs = sampled_log_probs = completion.log_probs
-        if scored:
-            scores = client.score(row.prompt + completion.token_ids)
-            log_probs = [log_probs[0] for _, log_probs in scores[len(row.prompt) - 1 :]]
-        elif params.greedy:
-            sampled_log_probs = [0.0] * len(log_probs)
-        return _Answer(completion.token_ids, log_probs, sampled_log_probs, restarts)
-
-    def _check_completion(self, client: VllmClient, completion: Completion, limit: int) -> None:
-        """Raises RunStopped for an answer that does not end where it must."""
-        *inner, last = completion.token_ids
-        ended = last in self._eos_ids
-        if any(token in self._eos_ids for token in inner) or not (
-            ended or len(completion.token_ids) == limit
-        ):
-            raise RunStopped(
-                f"{client.url} ended an answer of {len(completion.token_ids)} tokens neither at "
-                f"an end token {self._eos_ids} nor at max_length={limit}: it was "
-                "started with stop settings or a logits processor of its own"
-            )
-        if max(completion.token_ids) >= self._vocab_size:
-            raise RunStopped(
-                f"{client.url} sampled id {max(completion.token_ids)}, but only "
-                f"{self._vocab_size} are in use: {REMEDY}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,62 +313,3 @@ class _Held:
     folder: Path
     expected: Expected
     far_apart: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    prompt: list[int]
-    seed: int
-    limit: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    token_ids: list[int]
-    log_probs: list[float]
-    sampled_log_probs: list[float]
-    restarts: int
-
-
-def request_seed(request: RolloutRequest, prompt: int, generation: int) -> int:
-    """The row's seed for vLLM, 63 bits of a hash of all that its randomness may depend on."""
-    parts = request.seed, request.step, int(request.prompt_index[prompt]), generation
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def needs_scores(params: SamplingParams, vocab_size: int) -> bool:
-    """Whether tokens are drawn from another distribution than the model's own.
-
-    Then the server reports their log-probabilities under the former (logprobs mode
-    processed_logprobs), and scores the finished answer for the latter.
-    """
-    truncated = 0 < params.top_k < vocab_size or params.top_p < 1 or params.min_p > 0
-    return not params.greedy and (params.temperature != 1 or truncated)
-
-
-def _check_temperature(params: SamplingParams) -> None:
-    if not params.greedy and params.temperature < _LOWEST_TEMPERATURE:
-        raise UserError(
-            f"sampling temperature={params.temperature}: vLLM takes {_LOWEST_TEMPERATURE} for "
-            "anything lower; choose that, or decoding_method=greedy"
-        )
-
-
-def _to_rollout(
-    answers: list[_Answer], params: SamplingParams, eos_ids: tuple[int, ...], pad_id: int
-) -> Rollout:
-    shape = len(answers), params.max_length
-    rollout = Rollout(
-        tokens_br=np.full(shape, pad_id, np.int32),
-        lengths_b=np.array([len(answer.token_ids) for answer in answers], np.int32),
-        log_probs_br=np.zeros(shape, np.float32),
-        sampled_log_probs_br=np.zeros(shape, np.float32),
-        stopped_b=np.array([answer.token_ids[-1] in eos_ids for answer in answers]),
-    )
-    for i, answer in enumerate(answers):
-        length = len(answer.token_ids)
-        rollout.tokens_br[i, :length] = answer.token_ids
-        rollout.log_probs_br[i, :length] = answer.log_probs
-        rollout.sampled_log_probs_br[i, :length] = answer.sampled_log_probs
-    return rollout

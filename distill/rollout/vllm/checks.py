@@ -91,6 +91,18 @@ def check_log_probs_mode(client: VllmClient, settings: dict[str, Any]) -> None:
         )
 
 
+def visible_folder(settings: dict[str, Any]) -> Path | None:
+    """The folder that the server was started from, if it can be seen from here."""
+    folder = Path(str(settings.get("model", "")))
+    return folder if (folder / "config.json").is_file() else None
+
+
+def is_tied(settings: dict[str, Any]) -> bool:
+    """Whether the server's model is known to tie its output head to the embedding."""
+    folder = visible_folder(settings)
+    return folder is not None and load_model_config(folder)[0].tied
+
+
 def check_same_model(
     client: VllmClient, settings: dict[str, Any], student: ModelConfig, vocab_size: int
 ) -> None:
@@ -99,8 +111,8 @@ def check_same_model(
     The server's config.json is read where it is visible from here. Its vocabulary is asked for: ids
     are allowed or not.
     """
-    folder = Path(str(settings.get("model", "")))
-    if (folder / "config.json").is_file():
+    folder = visible_folder(settings)
+    if folder is not None:
         theirs, ours = architecture(load_model_config(folder)[0]), architecture(student)
         for name, value in ours.items():
             if theirs[name] != value:

@@ -115,6 +115,7 @@ class Probe:
         before: tuple[np.ndarray, np.ndarray] | None,
         *,
         far_apart: bool,
+        tied: bool = False,
     ) -> float:
         """Mean |nats| between server and trainer.
 
@@ -124,6 +125,7 @@ class Probe:
           expected: of the new weights.
           before: what was measured and expected before this refit, None if not known.
           far_apart: whether the weights before were or are the rehearsal's.
+          tied: whether the server's model is known to tie its output head to the embedding.
 
         Raises:
           RunStopped: the server does not compute with the new weights; names the likely cause.
@@ -141,10 +143,12 @@ class Probe:
                 "its answer is the old one to the last bit: it answered that it reloaded, and kept "
                 "the old weights; restart it, and see its log"
             )
-        elif expected.kept_head is not None and _gap(measured, expected.kept_head) < 0.5 * gap:
+        elif tied or (
+            expected.kept_head is not None and _gap(measured, expected.kept_head) < 0.5 * gap
+        ):
             cause = (
-                "it took all new weights except for the output head, as vLLM does with a tied "
-                f"model: {REMEDY}"
+                "it did not take the new output head, as vLLM does not if the model ties it to the "
+                f"embedding: {REMEDY}"
             )
         else:
             cause = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -105,8 +106,8 @@ class OwnServer:
     def check_running(self) -> None:
         """Raises RunStopped, with the end of the server's log, if it has ended by itself."""
         if self._process is not None and self._process.poll() is not None:
-            lines = self._log.read_text(errors="replace").split("\n")
-            errors = [line.strip() for line in lines if "Error" in line] or [""]
+            log = self._log.read_text(errors="replace")
+            errors = re.findall(r"\w+Error: .*", log) or ["no error in its log"]
             raise RunStopped(
                 f"the vLLM server that was started here ended with status "
                 f"{self._process.returncode}: {errors[-1][-200:]} (see {self._log})"
