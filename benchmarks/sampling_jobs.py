@@ -1,0 +1,274 @@
+"""What benchmarks/sampling.py measures: the workload, and a builder for each implementation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import statistics
+import tempfile
+import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distill.errors import RunStopped
+from distill.models.config import ModelConfig
+from distill.models.hf import export_model, hf_config_dict, load_params
+from distill.models.transformer import Transformer
+from distill.sampling.choice import SamplingParams, row_keys
+from distill.sampling.decode import make_generate
+from distill.sampling.engine import Engine, EngineConfig
+from distill.sampling.request import RolloutRequest
+
+MEAN_LENGTH, MAX_LENGTH, LOG_SPREAD = 128, 512, 0.8
+SHORTEST_PROMPT, LONGEST_PROMPT = 16, 128
+SERVER_START_SECONDS = 600  # it compiles, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model and what is asked of it."""
+
+    title: str
+    config: ModelConfig
+    dtype: str
+    num_prompts: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.title} {self.dtype}, {self.num_prompts} prompts"
+
+    @property
+    def prompts(self) -> tuple[np.ndarray, ...]:
+        random = np.random.default_rng(0)
+        sizes = random.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, self.num_prompts)
+        return tuple(random.integers(0, self.config.vocab_size, n).astype(np.int32) for n in sizes)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Quantiles of the cut distribution, in random order: the same spread for any number."""
+        levels = (np.arange(self.num_prompts) + 0.5) / self.num_prompts
+        normal = np.array([statistics.NormalDist().inv_cdf(level) for level in levels])
+        spread = np.exp(LOG_SPREAD * normal)
+        scale = MEAN_LENGTH
+        for _ in range(20):  # cutting takes from the mean
+            lengths = np.clip(np.rint(scale * spread), 1, MAX_LENGTH).astype(np.int32)
+            scale *= MEAN_LENGTH / lengths.mean()
+        return np.random.default_rng(1).permutation(lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+SMALL_CONFIG = ModelConfig(
+    family="qwen2",
+    vocab_size=12288,
+    num_layers=8,
+    model_width=384,
+    num_heads=6,
+    num_kv_heads=2,
+    head_width=64,
+    ffn_width=1280,
+    tied=True,
+    qkv_bias=True,
+    qk_norm=False,
+    rms_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    max_positions=32768,
+)
+QWEN_CONFIG = dataclasses.replace(  # Qwen2.5-1.5B
+    SMALL_CONFIG,
+    vocab_size=151936,
+    num_layers=28,
+    model_width=1536,
+    num_heads=12,
+    num_kv_heads=2,
+    head_width=128,
+    ffn_width=8960,
+)
+CPU_WORKLOAD = Workload("Qwen2 20M", SMALL_CONFIG, "float32", 64)
+GPU_WORKLOAD = Workload("Qwen2.5 1.5B", QWEN_CONFIG, "bfloat16", 256)
+
+# ------------------------------------------------------------------------------------- weights
+
+
+@contextlib.contextmanager
+def weights_folder(workload: Workload) -> Iterator[Path]:
+    """Random weights as everyone reads them, for as long as they are needed."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
+        folder = Path(parent) / "model"
+        # In a process of its own: this one must not hold the device.
+        process = multiprocessing.get_context("spawn").Process(
+            target=_export, args=(workload, folder)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RunStopped(f"writing the weights to {folder} failed: see above")
+        yield folder
+
+
+def _export(workload: Workload, folder: Path) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    config, dtype = workload.config, jnp.dtype(workload.dtype)
+    model = Transformer(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    no_tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: None)
+    hf_config = hf_config_dict(config, eos_token_id=None, pad_token_id=None)
+    export_model(folder, nnx.state(model, nnx.Param), config, hf_config, no_tokenizer, dtype)
+
+
+def _load(workload: Workload, folder: Path) -> tuple[nnx.GraphDef, nnx.State]:
+    dtype = jnp.dtype(workload.dtype)
+    shapes = nnx.eval_shape(
+        lambda: Transformer(workload.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    graphdef, abstract_params = nnx.split(shapes, nnx.Param)
+    return graphdef, load_params(folder, workload.config, abstract_params, None, dtype)
+
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+def build_engine(workload: Workload, folder: Path, slots: int):
+    graphdef, params = _load(workload, folder)
+    config = EngineConfig(max_length=LONGEST_PROMPT + MAX_LENGTH, num_slots=slots)
+    facts = dict(eos_ids=(), pad_id=0, vocab_size=workload.config.vocab_size)
+    engine = Engine(graphdef, config, **facts)
+    request = RolloutRequest(
+        workload.prompts,
+        np.arange(workload.num_prompts),
+        SamplingParams(max_length=MAX_LENGTH),
+        max_lengths=workload.lengths,
+    )
+
+    def run():
+        rollout, _ = engine.generate(params, request)  # on the host
+        _check_lengths(rollout.lengths_b, workload)
+
+    return run
+
+
+def build_static(workload: Workload, folder: Path):
+    graphdef, params = _load(workload, folder)
+    prompts_bp, prompt_lengths_b = _padded(workload, left=False)
+    generate = make_generate(
+        graphdef,
+        SamplingParams(max_length=MAX_LENGTH),
+        eos_ids=(),
+        pad_id=0,
+        vocab_size=workload.config.vocab_size,
+    )
+    keys_b = row_keys(0, 0, np.arange(workload.num_prompts), np.zeros(workload.num_prompts, int))
+
+    def run():
+        jax.device_get(generate(params, prompts_bp, prompt_lengths_b, keys_b))
+
+    return run
+
+
+def _padded(workload: Workload, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts in one array, and their lengths."""
+    prompts_bp = np.zeros((workload.num_prompts, LONGEST_PROMPT), np.int32)
+    for row, prompt in zip(prompts_bp, workload.prompts, strict=True):
+        row[slice(-len(prompt), None) if left else slice(len(prompt))] = prompt
+    return prompts_bp, np.array([len(prompt) for prompt in workload.prompts], np.int32)
+
+
+def _check_lengths(lengths, workload: Workload) -> None:
+    if list(lengths) != list(workload.lengths):
+        raise RuntimeError("answers have other lengths than were asked for")
+
+
+# The cache of transformers: how it is asked for, and whether the decode step is compiled.
+TRANSFORMERS_CACHES = {
+    "dynamic": {"cache_implementation": "dynamic"},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "static compiled": {"cache_implementation": "static"},
+}
+
+
+def build_transformers(workload: Workload, folder: Path, cache: str):
+    import torch
+    from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, workload.dtype))
+    model = model.to(device).eval()
+    prompts_bp, prompt_lengths_b = _padded(workload, left=True)
+    given_bp = np.arange(LONGEST_PROMPT) >= LONGEST_PROMPT - prompt_lengths_b[:, None]
+    inputs = {
+        "input_ids": torch.from_numpy(prompts_bp.astype(np.int64)).to(device),
+        "attention_mask": torch.from_numpy(given_bp.astype(np.int64)).to(device),
+    }
+    options = dict(TRANSFORMERS_CACHES[cache])
+    if "compiled" in cache:
+        options["compile_config"] = CompileConfig()
+        options["compile_config"]._compile_all_devices = True  # by itself, not on a CPU
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=MAX_LENGTH,
+        pad_token_id=0,
+        **options,
+    )
+
+    def run():
+        tokens_bt = model.generate(**inputs, generation_config=settings).cpu()
+        if tokens_bt.shape != (workload.num_prompts, LONGEST_PROMPT + MAX_LENGTH):
+            raise RuntimeError(f"transformers returned an array of shape {tokens_bt.shape}")
+
+    return run
+
+
+# Further arguments of the server.
+VLLM_MODES = {"compiled": (), "eager": ("--enforce-eager",)}
+
+
+def build_vllm(workload: Workload, folder: Path, python: str, arguments: tuple[str, ...]):
+    from distill.rollout.vllm.client import VllmClient
+    from distill.rollout.vllm.server import OwnServer
+
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    server = OwnServer(
+        python,
+        folder.with_name(f"vllm-{os.getpid()}.log"),
+        dtype=workload.dtype,
+        max_model_len=LONGEST_PROMPT + MAX_LENGTH,
+        api_key="",
+        extra_args=(
+            "--skip-tokenizer-init",
+            "--return-tokens-as-token-ids",
+            "--no-enable-prefix-caching",
+            *arguments,
+        ),
+    )
+    server.check()
+    client = VllmClient(server.launch(folder), server.api_key)
+    server.await_up(client, SERVER_START_SECONDS)
+    pool = ThreadPoolExecutor(workload.num_prompts)
+    prompts = [prompt.tolist() for prompt in workload.prompts]
+    lengths = workload.lengths.tolist()
+
+    def answer(prompt: list[int], length: int):
+        return client.complete(prompt, max_tokens=length)
+
+    def run():
+        answers = list(pool.map(answer, prompts, lengths))
+        _check_lengths([len(each.log_probs) for each in answers], workload)
+        server.check_running()  # also holds on to it: it ends with this process
+
+    return run
