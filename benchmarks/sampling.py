@@ -1,6 +1,6 @@
 """Time to sample one batch of rollouts: our engine, our static batch, transformers, vLLM.
 
-    python -m benchmarks.sampling [--json=PATH] [--repeats=N] [--only=TEXT] [--vllm_python=PATH]
+    python -m benchmarks.sampling [--json=PATH] [--repeats=N] [--only=TEXT,...] [--vllm_python=PATH]
 
 How to read it. Everyone has the same random weights, prompts and forced response lengths; nothing
 ends an answer early, temperature is 1, nothing is truncated. Lengths are spread like those of real
@@ -54,7 +54,7 @@ CPUS = 2
 GPU_SLOTS = (64, 128, 256)
 COPIED_BYTES = 1 << 30
 
-_ONLY = flags.DEFINE_string("only", "", "Only implementations whose name contains this.")
+_ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each implementation.", lower_bound=1)
 _VLLM_PYTHON = flags.DEFINE_string("vllm_python", None, "Python interpreter that has vLLM.")
 
@@ -103,7 +103,8 @@ def _entries(workload: Workload, folder: Path, platform: str) -> tuple[list[Entr
     wanted = [
         entry
         for entry in ours + peers
-        if entry.job.implementation in always or _ONLY.value in entry.job.implementation
+        if entry.job.implementation in always
+        or any(text in entry.job.implementation for text in _ONLY.value)
     ]
     return wanted, notes
 
