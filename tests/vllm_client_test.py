@@ -377,7 +377,7 @@ def test_server_without_dev_mode_small_context_or_of_another_kind(servers):
         checks.check_context(client, 65)
     server.dev_mode = False
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
-        checks.model_settings(client)
+        checks.check_dev_mode(client)
     server.faults.append(("/v1/models", lambda handler: doubles.reply(handler, {"data": []})))
     with pytest.raises(UserError, match="not as a vLLM server"):
         checks.max_model_len(client)
@@ -387,7 +387,7 @@ def test_raw_log_probs_will_not_do_for_tempered_sampling(servers):
     (server,) = servers(logprobs_mode="raw_logprobs")
     client = VllmClient(server.url)
     with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
-        checks.check_log_probs_mode(client, checks.model_settings(client))
+        checks.check_log_probs_mode(client)
 
 
 class Letters:

@@ -5,6 +5,7 @@ Servers take half a minute of two cores to start, so four are started at once an
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -196,7 +197,7 @@ def servers(folders, tmp_path_factory):
 def make_backend(server: Server, folder: Path, weights: Path, params: SamplingParams):
     config, _ = load_model_config(folder)
     return VllmBackend(
-        [VllmClient(server.url, API_KEY, 60.0)],
+        [VllmClient(server.url, API_KEY, 120.0)],
         own=None,
         weights=WeightsFolder(weights, make_export(folder)),
         probe=Probe(
@@ -214,7 +215,7 @@ def make_backend(server: Server, folder: Path, weights: Path, params: SamplingPa
         pad_id=0,
         vocab_size=VOCAB_SIZE,
         max_length=MAX_TOTAL,
-        limits=Limits(request=60.0, retry=20.0, start=5.0),
+        limits=Limits(request=120.0, retry=20.0, start=5.0),
     )
 
 
@@ -239,14 +240,24 @@ def jax_rollout(config: ModelConfig, params, request: RolloutRequest) -> Rollout
     return jax.device_get(generate(params, prompts_bp, lengths_b, keys_b))
 
 
+@functools.cache
+def scorer(config: ModelConfig):
+    graph = random_student(config, 0)[0]
+
+    def log_probs(params, tokens_1t):
+        model = nnx.merge(graph, params)
+        return jax.nn.log_softmax(model.logits(model(tokens_1t)))[0]
+
+    return jax.jit(log_probs)
+
+
 def score(config: ModelConfig, params, request: RolloutRequest, rollout: Rollout, row: int):
     """Log-probabilities of all tokens before each token of a response, (response, v)."""
-    length = rollout.lengths_b[row]
-    prompt = request.prompts[row]
-    tokens = np.concatenate([prompt, rollout.tokens_br[row, :length]])[None]
-    model = nnx.merge(random_student(config, 0)[0], params)
-    log_probs_btv = np.asarray(jax.nn.log_softmax(model.logits(model(tokens))))
-    return log_probs_btv[0, len(prompt) - 1 : -1]
+    prompt, length = request.prompts[row], rollout.lengths_b[row]
+    tokens = np.concatenate([prompt, rollout.tokens_br[row, :length]])
+    # Causal: what follows the row's end does not matter, and one shape is compiled once.
+    padded = np.pad(tokens, (0, MAX_TOTAL - len(tokens)))[None]
+    return np.asarray(scorer(config)(params, padded))[len(prompt) - 1 : len(tokens) - 1]
 
 
 @pytest.mark.parametrize("name", ["student", "qwen3"])
@@ -351,7 +362,7 @@ def on_servers(config: ConfigDict, server: Server, monkeypatch) -> ConfigDict:
     config.policy.generation.backend = "vllm"
     vllm = config.policy.generation.vllm
     vllm.urls, vllm.api_key_variable = (server.url,), "TEST_SERVER_KEY"
-    vllm.request_timeout, vllm.retry_timeout, vllm.start_timeout = 60.0, 120.0, 180.0
+    vllm.request_timeout, vllm.retry_timeout, vllm.start_timeout = 120.0, 120.0, 180.0
     return config
 
 

@@ -170,13 +170,13 @@ class VllmBackend:
     def _check_server(self, client: VllmClient) -> None:
         def check():
             room = checks.check_context(client, self._needed())
-            settings = checks.model_settings(client)
+            checks.check_dev_mode(client)
             if needs_scores(self._params, self._vocab_size):
-                checks.check_log_probs_mode(client, settings)
+                checks.check_log_probs_mode(client)
             client.post("/resume")  # a trainer that died during a refit left it paused
-            checks.check_same_model(client, settings, self._student_config, self._vocab_size)
+            checks.check_same_model(client, self._student_config, self._vocab_size)
             checks.check_same_tokenizer(client, self._tokenizer, self._vocab_size)
-            if checks.is_tied(settings):
+            if checks.is_tied(client):
                 self._tied.add(client.url)
             return room
 

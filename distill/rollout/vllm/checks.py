@@ -64,25 +64,25 @@ def check_context(client: VllmClient, needed: int) -> int:
     return room
 
 
-def model_settings(client: VllmClient) -> dict[str, Any]:
-    """The server's own account of its model.
-
-    Raises:
-      UserError: it does not give one, since it lacks the routes that change weights.
-    """
+def check_dev_mode(client: VllmClient) -> None:
+    """Raises UserError if the server lacks the routes that change weights."""
     try:
-        answer = client.get("/server_info", config_format="json")
-        return dict(answer["vllm_config"]["model_config"])
-    except (RequestRefused, KeyError, TypeError, ValueError):
+        client.get("/weight_info")
+    except RequestRefused:
         raise UserError(
             f"{client.url} has no routes that reload weights: start it with VLLM_SERVER_DEV_MODE=1 "
             "in its environment, in a network where nobody else reaches it"
         ) from None
 
 
-def check_log_probs_mode(client: VllmClient, settings: dict[str, Any]) -> None:
+def check_log_probs_mode(client: VllmClient) -> None:
     """Raises UserError unless the server reports probabilities after temperature and truncation."""
-    mode = settings.get("logprobs_mode")
+    # Not for what other routes tell too: this one looks through the whole machine first.
+    answer = client.get("/server_info", config_format="json")
+    try:
+        mode = answer["vllm_config"]["model_config"]["logprobs_mode"]
+    except (KeyError, TypeError):
+        mode = "no logprobs_mode"
     if mode != "processed_logprobs":
         raise UserError(
             f"{client.url} reports {mode}, which do not tell the probabilities that tokens are "
@@ -91,27 +91,25 @@ def check_log_probs_mode(client: VllmClient, settings: dict[str, Any]) -> None:
         )
 
 
-def visible_folder(settings: dict[str, Any]) -> Path | None:
+def visible_folder(client: VllmClient) -> Path | None:
     """The folder that the server was started from, if it can be seen from here."""
-    folder = Path(str(settings.get("model", "")))
+    folder = Path(str(client.get("/v1/models")["data"][0].get("root", "")))
     return folder if (folder / "config.json").is_file() else None
 
 
-def is_tied(settings: dict[str, Any]) -> bool:
+def is_tied(client: VllmClient) -> bool:
     """Whether the server's model is known to tie its output head to the embedding."""
-    folder = visible_folder(settings)
+    folder = visible_folder(client)
     return folder is not None and load_model_config(folder)[0].tied
 
 
-def check_same_model(
-    client: VllmClient, settings: dict[str, Any], student: ModelConfig, vocab_size: int
-) -> None:
+def check_same_model(client: VllmClient, student: ModelConfig, vocab_size: int) -> None:
     """Raises UserError if the student's weights would not fit into the server's model.
 
     The server's config.json is read where it is visible from here. Its vocabulary is asked for: ids
     are allowed or not.
     """
-    folder = visible_folder(settings)
+    folder = visible_folder(client)
     if folder is not None:
         theirs, ours = architecture(load_model_config(folder)[0]), architecture(student)
         for name, value in ours.items():
