@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
+from tiny_models import model_config, random_model
 
 from distill.errors import UserError
-from distill.models.config import ModelConfig
 from distill.models.decoding import UNROLLED_LAYERS
-from distill.models.transformer import Transformer
 from distill.sampling import schedule
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import make_generate
@@ -26,36 +25,12 @@ VOCAB, EOS, PAD = 29, 3, 0  # the head has three more rows
 ROWS, MAX_LENGTH = 64, 40
 LOG_PROB_TOLERANCE = 2e-5  # float32: products of another shape reduce in another order
 
-CONFIG = ModelConfig(
-    family="qwen3",
-    vocab_size=32,
-    num_layers=2,
-    model_width=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=8,
-    ffn_width=24,
-    tied=True,
-    qkv_bias=False,
-    qk_norm=True,
-    rms_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=256,
-)
+CONFIG = model_config("qwen3", max_positions=256)
 
 
 @functools.cache
 def model(num_layers: int = CONFIG.num_layers):
-    """A random model whose logits vary by about 1 and depend on the whole context."""
-    config = dataclasses.replace(CONFIG, num_layers=num_layers)
-    options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-    shapes = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
-    graphdef, params = nnx.split(shapes, nnx.Param)
-    random = np.random.default_rng(0)  # numpy compiles nothing
-    return graphdef, jax.tree.map(
-        lambda x: jnp.asarray(random.normal(0, 0.6, x.shape), x.dtype), params
-    )
+    return random_model(dataclasses.replace(CONFIG, num_layers=num_layers))
 
 
 def make_engine(num_layers=CONFIG.num_layers, eos_ids=(EOS,), **sizes) -> Engine:

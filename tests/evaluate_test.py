@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_models import model_config
 
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
 from distill.data.prompts import tokenize_prompts
 from distill.evaluate import Evaluator, Model, format_table
-from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
 from distill.sampling.engine import Engine, EngineConfig
 from distill.tokenizer import character_tokenizer, vocabulary_size
@@ -40,11 +40,7 @@ def tokenizer():
 
 
 def make_model(seed: int, vocab_size: int) -> Model:
-    config = ModelConfig(
-        family="qwen2", vocab_size=vocab_size, num_layers=1, model_width=16, num_heads=2,
-        num_kv_heads=2, head_width=8, ffn_width=32, tied=True, qkv_bias=True, qk_norm=False,
-        rms_eps=1e-6, rope_theta=1e4, rope_scaling=None, max_positions=64,
-    )  # fmt: skip
+    config = model_config(vocab_size=vocab_size, num_layers=1, num_heads=2, ffn_width=32)
     model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model, nnx.Param)
     return Model(graph, jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params))

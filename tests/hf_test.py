@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
+from tiny_models import model_config
 
 from distill.errors import UserError
 from distill.models import hf, hub
@@ -21,22 +22,12 @@ from distill.models.transformer import Transformer
 from distill.sharding import make_mesh, param_shardings
 from distill.tokenizer import character_tokenizer
 
-CONFIG = ModelConfig(
-    family="qwen2",
+CONFIG = model_config(
     vocab_size=16,
-    num_layers=2,
     model_width=8,
-    num_heads=4,
-    num_kv_heads=2,
     head_width=2,
     ffn_width=12,
-    tied=True,
-    qkv_bias=True,
-    qk_norm=False,
-    rms_eps=1e-6,
-    rope_theta=10000.0,
     rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
-    max_positions=64,
 )
 HF_CONFIG = hf_config_dict(CONFIG, eos_token_id=1, pad_token_id=0)
 Q_KEY = "model.layers.1.self_attn.q_proj.weight"

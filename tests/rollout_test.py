@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_models import model_config, random_model
 
-from distill.models.config import ModelConfig
-from distill.models.transformer import Transformer
 from distill.rollout.base import RolloutBackend
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
@@ -23,23 +22,7 @@ from distill.sharding import (
     replicated,
 )
 
-CONFIG = ModelConfig(
-    family="qwen3",
-    vocab_size=32,
-    num_layers=2,
-    model_width=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_width=8,
-    ffn_width=24,
-    tied=False,
-    qkv_bias=False,
-    qk_norm=True,
-    rms_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-)
+CONFIG = model_config("qwen3", num_heads=2, num_kv_heads=1, tied=False)
 PARAMS = SamplingParams(max_length=6)
 OPTIONS = {"eos_ids": (3,), "pad_id": 0, "vocab_size": 32}
 PROMPTS = tuple(np.array(prompt, np.int32) for prompt in ([4, 5, 6], [7, 8], [9]))
@@ -48,14 +31,7 @@ REQUEST = RolloutRequest(PROMPTS, np.array([0, 1, 2]), PARAMS, num_generations=2
 
 @functools.cache
 def student(seed=0, dtype=jnp.float32):
-    """A random model; float32 parameters, computing in `dtype`."""
-    options = {"dtype": dtype, "param_dtype": jnp.float32}
-    shapes = nnx.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), **options))
-    graphdef, params = nnx.split(shapes, nnx.Param)
-    random = np.random.default_rng(seed)  # numpy compiles nothing
-    return graphdef, jax.tree.map(
-        lambda x: jnp.asarray(random.normal(0, 0.6, x.shape), x.dtype), params
-    )
+    return random_model(CONFIG, seed=seed, dtype=dtype)
 
 
 @functools.cache

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tiny_models import model_config, random_model
 
-from distill.models.config import ModelConfig
-from distill.models.transformer import Transformer
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import decode, make_generate
 from distill.sampling.request import Rollout, to_sequences
@@ -21,35 +20,12 @@ PAD = 0
 PROMPT_SIZE, MAX_LENGTH, BATCH = 7, 12, 8
 LOG_PROB_TOLERANCE = 2e-5  # float32: products of another shape reduce in another order
 
-CONFIG = ModelConfig(
-    family="qwen2",
-    vocab_size=32,
-    num_layers=2,
-    model_width=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=8,
-    ffn_width=24,
-    tied=True,
-    qkv_bias=True,
-    qk_norm=False,
-    rms_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
-)
+CONFIG = model_config()
 
 
 @functools.cache
 def tiny_model():
-    """A random model whose logits vary by about 1 and depend on the whole context."""
-    options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-    shapes = nnx.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), **options))
-    graphdef, params = nnx.split(shapes, nnx.Param)
-    random = np.random.default_rng(0)  # numpy compiles nothing
-    return graphdef, jax.tree.map(
-        lambda x: jnp.asarray(random.normal(0, 0.6, x.shape), x.dtype), params
-    )
+    return random_model(CONFIG)
 
 
 @jax.jit

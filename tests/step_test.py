@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiny_models import model_config
 
 from distill.errors import UserError
 from distill.losses.objective import (
@@ -16,7 +17,6 @@ from distill.losses.objective import (
     make_objective,
     response_window,
 )
-from distill.models.config import ModelConfig
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
 from distill.sharding import (
@@ -35,22 +35,8 @@ PAD = 0
 
 
 def make_model(width: int, layers: int, vocab_size: int, seed: int, tied: bool = True):
-    config = ModelConfig(
-        family="qwen2",
-        vocab_size=vocab_size,
-        num_layers=layers,
-        model_width=width,
-        num_heads=4,
-        num_kv_heads=2,
-        head_width=8,
-        ffn_width=2 * width,
-        tied=tied,
-        qkv_bias=True,
-        qk_norm=False,
-        rms_eps=1e-6,
-        rope_theta=10_000.0,
-        rope_scaling=None,
-        max_positions=64,
+    config = model_config(
+        vocab_size=vocab_size, num_layers=layers, model_width=width, ffn_width=2 * width, tied=tied
     )
     model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model, nnx.Param)

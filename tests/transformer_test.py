@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_models import model_config
 
-from distill.models.config import ModelConfig, RopeScaling
+from distill.models.config import RopeScaling
 from distill.models.transformer import (
     REMAT_POLICIES,
     Transformer,
@@ -18,21 +19,13 @@ from distill.models.transformer import (
 from distill.sharding import make_mesh, param_shardings
 
 VOCABULARY = 64
-CONFIG = ModelConfig(
-    family="qwen3",
+CONFIG = model_config(
+    "qwen3",
     vocab_size=VOCABULARY,
-    num_layers=2,
     model_width=32,
-    num_heads=4,
-    num_kv_heads=2,
     head_width=16,
     ffn_width=48,
     tied=False,
-    qkv_bias=False,
-    qk_norm=True,
-    rms_eps=1e-6,
-    rope_theta=10000.0,
-    rope_scaling=None,
     max_positions=128,
 )
 

@@ -1,6 +1,6 @@
 """Real vLLM servers on this machine: `make test-vllm` installs vLLM and runs these.
 
-Servers take half a minute of two cores to start, so four are started at once and shared.
+Servers take half a minute of two cores to start, so five are started at once and shared.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
+from tiny_models import model_config
 
 import distill
 from distill.config import default_config
@@ -59,22 +61,13 @@ API_KEY = "only-for-this-test"
 MAX_LENGTH, MAX_TOTAL = 12, 36
 VOCAB_SIZE = 17
 END_IDS = (1, 4, 9)  # of the tests without a trainer: random models seldom say 1
-STUDENT = ModelConfig(
-    family="qwen2",
+STUDENT = model_config(
     vocab_size=VOCAB_SIZE,
-    num_layers=2,
     model_width=64,
     num_heads=2,
     num_kv_heads=1,
     head_width=32,
     ffn_width=128,
-    tied=True,
-    qkv_bias=True,
-    qk_norm=False,
-    rms_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=64,
 )
 QWEN3 = dataclasses.replace(STUDENT, family="qwen3", qkv_bias=False, qk_norm=True)
 
@@ -183,6 +176,7 @@ def servers(folders, tmp_path_factory):
         made = {}
         for name, folder, *arguments in (
             ("student", folders["student-served"], "--api-key", API_KEY, *processed),
+            ("second", folders["student-served"], "--api-key", API_KEY, *processed),
             ("qwen3", folders["qwen3-served"]),
             ("tied", folders["student"], *processed),
             ("teacher", ASSETS / "arithmetic-teacher"),
@@ -357,11 +351,12 @@ def run_config(**distillation) -> ConfigDict:
     return config
 
 
-def on_servers(config: ConfigDict, server: Server, monkeypatch) -> ConfigDict:
+def on_servers(config: ConfigDict, *servers: Server, monkeypatch) -> ConfigDict:
     monkeypatch.setenv("TEST_SERVER_KEY", API_KEY)
     config.policy.generation.backend = "vllm"
     vllm = config.policy.generation.vllm
-    vllm.urls, vllm.api_key_variable = (server.url,), "TEST_SERVER_KEY"
+    vllm.urls = tuple(server.url for server in servers)
+    vllm.api_key_variable = "TEST_SERVER_KEY"
     vllm.request_timeout, vllm.retry_timeout, vllm.start_timeout = 120.0, 120.0, 180.0
     return config
 
@@ -387,13 +382,41 @@ def jax_losses(folders, tmp_path_factory) -> dict[str, np.ndarray]:
 
 def test_greedy_run_is_the_same_as_in_process(servers, folders, jax_losses, tmp_path, monkeypatch):
     """Greedy answers need no chance: the losses are the same, update by update."""
-    config = on_servers(run_config(), servers["student"], monkeypatch)
+    config = on_servers(run_config(), servers["student"], monkeypatch=monkeypatch)
     config.policy.model_name = str(folders["student"])
     config.distillation.generate_strategy.decoding_method = "greedy"
     distill.train(config, tmp_path)
     np.testing.assert_allclose(losses(tmp_path), jax_losses["greedy"], rtol=1e-2)
     assert losses(tmp_path)[-3:].mean() < 0.8 * losses(tmp_path)[0]
     assert not any(API_KEY in path.read_text() for path in tmp_path.glob("*.json*"))
+
+
+def test_two_servers_sample_ahead_as_devices_of_this_process_do(
+    servers, folders, tmp_path, monkeypatch
+):
+    """Stale by one update on both sides: greedy answers of the same weights, the same losses."""
+    ours, theirs = run_config(), run_config()
+    for config in (ours, theirs):
+        config.policy.model_name = str(folders["student"])
+        config.distillation.generate_strategy.decoding_method = "greedy"
+        config.policy.generation.async_steps = 1
+    theirs.policy.generation.colocated.enabled = False
+    distill.train(theirs, tmp_path / "in_process")
+    pair = servers["student"], servers["second"]
+    answered = [requests_answered(server) for server in pair]
+    distill.train(on_servers(ours, *pair, monkeypatch=monkeypatch), tmp_path / "servers")
+    np.testing.assert_allclose(
+        losses(tmp_path / "servers"), losses(tmp_path / "in_process"), rtol=1e-2
+    )
+    # Ten batches of 32 rows, and a few probes.
+    for server, before in zip(pair, answered, strict=True):
+        assert requests_answered(server) - before > 100, "both take a good part of the rows"
+
+
+def requests_answered(server: Server) -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as page:
+        lines = page.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if "request_success_total{" in line)
 
 
 def test_own_server_and_remote_teacher_distil_alike(
@@ -444,7 +467,7 @@ def test_killed_server_stops_the_run_which_resumes_and_survives_a_restart(
 ):
     """Killed in the batch of update 3 for good, and in that of update 6 for a restart's time."""
     server = servers["student"]
-    config = on_servers(run_config(max_steps=6), server, monkeypatch)
+    config = on_servers(run_config(max_steps=6), server, monkeypatch=monkeypatch)
     config.policy.model_name = str(folders["student"])
     config.distillation.generate_strategy.decoding_method = "greedy"
     config.policy.generation.vllm.retry_timeout = 3.0
@@ -482,7 +505,7 @@ def expect_error(config: ConfigDict, workdir: Path, *words: str) -> None:
 
 def test_wrong_servers_are_one_line_each(servers, folders, tmp_path, monkeypatch):
     def config(name: str) -> ConfigDict:
-        made = on_servers(run_config(), servers[name], monkeypatch)
+        made = on_servers(run_config(), servers[name], monkeypatch=monkeypatch)
         made.policy.model_name = str(folders["student"])
         return made
 

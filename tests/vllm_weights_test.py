@@ -9,46 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_models import model_config, random_model
 
 from distill.errors import RunStopped
 from distill.models.config import ModelConfig
 from distill.models.hf import export_model, hf_config_dict, load_model_config, load_params
-from distill.models.transformer import Transformer
 from distill.rollout.vllm.probe import Probe
 from distill.rollout.vllm.weights import ServerExport, WeightsFolder
 from distill.sharding import batch_parts, make_mesh, param_shardings
 from distill.tokenizer import character_tokenizer
 
 VOCAB_SIZE, PADDED = 13, 16
-TIED = ModelConfig(
-    family="qwen2",
-    vocab_size=PADDED,
-    num_layers=2,
-    model_width=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=4,
-    ffn_width=24,
-    tied=True,
-    qkv_bias=True,
-    qk_norm=False,
-    rms_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_positions=24,
-)
+TIED = model_config(vocab_size=PADDED, head_width=4, max_positions=24)
 UNTIED = dataclasses.replace(TIED, family="qwen3", tied=False, qkv_bias=False, qk_norm=True)
 TOKENIZER = character_tokenizer("0123456789+")
 
 
 def random_student(config: ModelConfig, dtype=jnp.float32):
-    options = {"dtype": dtype, "param_dtype": jnp.float32}
-    shapes = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
-    graph, abstract = nnx.split(shapes, nnx.Param)
-    random = np.random.default_rng(0)
-    return graph, jax.tree.map(
-        lambda x: jnp.asarray(random.normal(0, 0.5, x.shape), x.dtype), abstract
-    )
+    return random_model(config, std=0.5, dtype=dtype)
 
 
 @pytest.fixture(params=[TIED, UNTIED], ids=["tied", "untied"])
