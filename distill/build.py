@@ -24,6 +24,7 @@ from distill.evaluate import Evaluator, Model
 from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, Progress
 from distill.models.hf import load_model_config, load_params
+from distill.models.hub import resolve_model
 from distill.models.transformer import Transformer
 from distill.rollout.base import RolloutBackend
 from distill.rollout.batches import BatchSource
@@ -151,6 +152,14 @@ def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
         return jax.make_array_from_process_local_data(sharding, rows)
 
     return put
+
+
+def find_models(config: Config) -> tuple[Path, Path | None]:
+    """Local folders of student and teacher; no teacher for hard labels."""
+    student = resolve_model(config.policy.model_name)
+    if config.distillation.hard_labels or not config.distillation.teacher_model_path:
+        return student, None
+    return student, resolve_model(config.distillation.teacher_model_path)
 
 
 def build_vocabulary(student_folder: Path, teacher_folder: Path | None) -> Vocabulary:

@@ -242,6 +242,7 @@ class Logger:
 class Config:
     seed: int = _key(0, "seed of everything random", low=0)
     plugins: tuple[str, ...] = _key((), "modules imported first: own datasets and divergences")
+    preflight: bool = _key(True, "check before the first step that everything agrees")
     distillation: Distillation = _section(Distillation)
     policy: Policy = _section(Policy)
     teacher: Teacher = _section(Teacher)
@@ -254,6 +255,7 @@ class Config:
 
 # Keys that may change between a run and its continuation: they do not alter what is computed.
 RESUMABLE_CHANGES = (
+    "preflight",
     "checkpointing.",
     "logger.",
     "mesh.",

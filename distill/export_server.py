@@ -18,7 +18,6 @@ from distill import build, cli
 from distill.build_vllm import build_export
 from distill.config import parse_config
 from distill.errors import UserError
-from distill.trainer import find_models
 
 
 def export_server(config: ConfigDict, output: str | Path, model: str | None = None) -> Path:
@@ -45,7 +44,7 @@ def export_server(config: ConfigDict, output: str | Path, model: str | None = No
     mesh = build.build_mesh(parsed)
     output = Path(output).expanduser().absolute()
     with jax.set_mesh(mesh):
-        student_folder, teacher_folder = find_models(parsed)
+        student_folder, teacher_folder = build.find_models(parsed)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         precision = parsed.policy.precision
         student = build.build_frozen_model(parsed, student_folder, mesh, precision)

@@ -170,6 +170,7 @@ def _supervised(config: Config, initial: Path, pretrain: Pretrain) -> Config:
     distillation, policy, data = config.distillation, config.policy, config.data
     return dataclasses.replace(
         config,
+        preflight=False,  # the run itself is checked
         distillation=dataclasses.replace(
             distillation,
             teacher_model_path="",

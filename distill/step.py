@@ -85,38 +85,21 @@ def make_batch(
     )
 
 
-def make_train_step(
+def make_loss(
     student: nnx.GraphDef,
     teacher: nnx.GraphDef | None,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
     *,
-    num_microbatches: int,
     vocab_size: int,
-    state_shardings: Any = None,
     importance_clip: float = 0.0,
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
+) -> Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns `loss_fn(params, teacher_params, batch, total) -> (loss, sums)` of a microbatch.
 
-    Args:
-      student: graph of the trained model, whose parameters are `state.params`.
-      teacher: graph of the frozen model; None (with `teacher_params=None`) for hard labels, and
-        where batches bring the teacher's scores.
-      objective: per-token loss summed with weights.
-      optimizer: optax chain.
-      num_microbatches: divides the batch size.
-      vocab_size: ids shared by both models; rows of a head beyond it are ignored.
-      state_shardings: layout of the new state, None for a single device.
-      importance_clip: weigh sampled tokens by `importance_weights` of at most this; 0: by 1. Costs
-        a forward pass of the student's head.
-
-    Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
-    tokens, response_length, truncated, the gap between sampler's and trainer's log-probabilities,
-    and with importance_clip the mean weight of sampled tokens (1 without any) and the share of them
-    whose weight is clipped.
+    The arguments are those of `make_train_step`; `total` is the number of response tokens of the
+    whole batch, by which the loss is divided. Differentiable by `params`.
     """
 
-    def microbatch_loss(params, teacher_params, batch: Batch, total):
+    def loss_fn(params, teacher_params, batch: Batch, total):
         response_size = batch.log_probs_br.shape[1]
         window = response_window(
             batch.tokens_bt, batch.prompt_lengths_b, batch.lengths_b, response_size
@@ -162,10 +145,48 @@ def make_train_step(
             "teacher_log_prob": (values.log_prob_t * window.mask_br).sum() / total,
         }
 
+    return loss_fn
+
+
+def make_train_step(
+    student: nnx.GraphDef,
+    teacher: nnx.GraphDef | None,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int,
+    vocab_size: int,
+    state_shardings: Any = None,
+    importance_clip: float = 0.0,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
+
+    Args:
+      student: graph of the trained model, whose parameters are `state.params`.
+      teacher: graph of the frozen model; None (with `teacher_params=None`) for hard labels, and
+        where batches bring the teacher's scores.
+      objective: per-token loss summed with weights.
+      optimizer: optax chain.
+      num_microbatches: divides the batch size.
+      vocab_size: ids shared by both models; rows of a head beyond it are ignored.
+      state_shardings: layout of the new state, None for a single device.
+      importance_clip: weigh sampled tokens by `importance_weights` of at most this; 0: by 1. Costs
+        a forward pass of the student's head.
+
+    Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
+    tokens, response_length, truncated, the gap between sampler's and trainer's log-probabilities,
+    and with importance_clip the mean weight of sampled tokens (1 without any) and the share of them
+    whose weight is clipped.
+    """
+
+    loss_fn = make_loss(
+        student, teacher, objective, vocab_size=vocab_size, importance_clip=importance_clip
+    )
+
     def train_step(state: TrainState, teacher_params, batch: Batch):
         lengths_b = batch.lengths_b - batch.prompt_lengths_b
         total = jnp.maximum(lengths_b.sum(), 1).astype(jnp.float32)
-        value_and_grad = jax.value_and_grad(microbatch_loss, has_aux=True)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
         def accumulate(carry, microbatch):
             loss, grads = carry

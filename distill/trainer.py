@@ -23,7 +23,8 @@ from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
 from distill.metrics import import_wandb, write_atomically
 from distill.models.hf import export_model, load_model_config
-from distill.models.hub import read_json, resolve_model
+from distill.models.hub import read_json
+from distill.preflight import Subject, preflight
 from distill.scratch import make_missing_models
 from distill.step import make_train_step
 
@@ -70,7 +71,7 @@ def run(config: Config, workdir: Path) -> Result:
         # ------------------------------------------------------------------------------- data
         dataset, validation = build.build_dataset(config), build.build_validation(config)
         config = make_missing_models(config, workdir, supervise=run)
-        student_folder, teacher_folder = find_models(config)
+        student_folder, teacher_folder = build.find_models(config)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         prompts = build.build_prompts(
             config, dataset, vocabulary.tokenizer, needs_responses=config.distillation.lambda_ < 1
@@ -117,6 +118,22 @@ def run(config: Config, workdir: Path) -> Result:
             state = checkpoints.restore(step, shapes)
             iterator.set_state(record["iterator"])
             results = record["results"]
+        if config.preflight and step < config.distillation.max_steps:
+            subject = Subject(
+                config=config,
+                mesh=mesh,
+                dataset=dataset,
+                prompts=prompts,
+                vocabulary=vocabulary,
+                teacher_folder=teacher_folder,
+                graph=graph,
+                state=state,
+                teacher=teacher,
+                objective=objective,
+                backend=backend,
+                step=step,
+            )
+            preflight(subject, print)
         batches = build.build_batches(config, prompts, iterator, backend, mesh, remote_teacher)
         cleanup.callback(batches.close)
         writer = build.build_writer(config, workdir, step, flat_config)
@@ -194,7 +211,7 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         validation = build.build_validation(parsed)
         if validation is None:
             raise UserError("data.validation.max_samples=0 leaves nothing to evaluate: raise it")
-        student_folder, teacher_folder = find_models(parsed)
+        student_folder, teacher_folder = build.find_models(parsed)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
         teacher = build.build_teacher(parsed, teacher_folder, mesh)
@@ -221,14 +238,6 @@ def find_progress(config: Config, workdir: Path) -> tuple[int, dict[str, Any]]:
     if record:
         check_same_run(record["config"], to_flat_dict(config), resumable_changes(config))
     return step or 0, record
-
-
-def find_models(config: Config) -> tuple[Path, Path | None]:
-    """Local folders of student and teacher; no teacher for hard labels."""
-    student = resolve_model(config.policy.model_name)
-    if config.distillation.hard_labels or not config.distillation.teacher_model_path:
-        return student, None
-    return student, resolve_model(config.distillation.teacher_model_path)
 
 
 def export_student(

@@ -15,7 +15,7 @@ LEVELS = [
     {"losses", "models", "data", "optimizer"},
     {"step", "sampling"},
     {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
-    {"build", "build_vllm", "scratch"},
+    {"build", "build_vllm", "scratch", "preflight"},
     {"trainer"},
     {"main", "generate", "export_server", "__init__"},
 ]

@@ -184,11 +184,19 @@ class Engine:
                 self.config.int8,
             )
 
+    def cache_bytes(self, weights: nnx.State, num_rows: int) -> float:
+        """Bytes per device of the cache that a request of `num_rows` rows calls for."""
+        parts, model = num_shards("batch"), self._facts.merge(weights)
+        return self._num_slots(model, -(-num_rows // parts), parts) * self._slot_bytes(model)
+
+    def _slot_bytes(self, model) -> float:
+        token = caches.bytes_per_token(model.config, model.dtype, self.config.int8)
+        return token * self.config.cache_size / num_shards("act_kv_heads")
+
     def _num_slots(self, model, rows: int, parts: int) -> int:
         if self.config.num_slots:
             return -(-self.config.num_slots // parts)
-        token = caches.bytes_per_token(model.config, model.dtype, self.config.int8)
-        slot = token * self.config.cache_size / num_shards("act_kv_heads")
+        slot = self._slot_bytes(model)
         held = int(self.config.cache_memory // slot)
         if held < 1:
             raise UserError(

@@ -34,6 +34,7 @@ class Run:
         rows, length = request.num_rows, request.params.max_length
         self._limits = request.limits
         repeats = request.num_generations
+        self._prompt_lengths = np.repeat([len(prompt) for prompt in request.prompts], repeats)
         self._keys = np.asarray(
             jax.random.key_data(
                 _row_keys(
@@ -166,7 +167,6 @@ class Run:
         width = self._narrow()
         row_pw = self._row[:, :width]
         running_pw, rows_b = row_pw >= 0, row_pw[row_pw >= 0]
-        prompt_lengths = np.array([len(prompt) for prompt in self._request.prompts])
 
         def of_rows(values):
             full = np.zeros((*row_pw.shape, *values.shape[1:]), values.dtype)
@@ -174,7 +174,7 @@ class Run:
             return full
 
         made = self._rollout.lengths_b
-        lengths = np.repeat(prompt_lengths, self._request.num_generations) + made - 1
+        lengths = self._prompt_lengths + made - 1
         rows = programs.Rows(
             token_pw=self._token[:, :width],
             lengths_pw=of_rows(lengths.astype(np.int32)),
