@@ -1,0 +1,51 @@
+"""Three thousand updates: memory, threads and files do not grow, nothing compiles or slows down.
+
+python -m pytest tests/soak_test.py -s    # prints what it measured
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+STEPS, WARM = 3000, 500
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc: Linux only")
+def test_long_run_stays_as_it_is(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
+    environment.pop("XLA_FLAGS", None)
+    result = subprocess.run(
+        [sys.executable, str(TESTS / "soak_run.py"), str(tmp_path), str(STEPS)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    after = {key: np.array([line[key] for line in lines[WARM:]]) for key in lines[0]}
+    quarter = len(after["step"]) // 4
+    slope = np.polyfit(after["step"], after["resident_bytes"], 1)[0] * 1000 / 1e6
+    # The tenth percentile, which other work on the machine moves least.
+    first, last = (
+        np.percentile(x, 10) for x in np.split(after["seconds"], [quarter, -quarter])[::2]
+    )
+    drift = last / first - 1
+    grown = {key: int(after[key][-1] - after[key][0]) for key in ("threads", "files", "programs")}
+    print(
+        f"\n{STEPS} updates: resident memory {after['resident_bytes'][-1] / 1e6:.0f} MB, slope "
+        f"{slope:+.2f} MB per 1000 updates; step {last * 1e3:.1f} ms, drift {drift:+.1%}; "
+        f"growth {grown}"
+    )
+    assert slope < 2
+    assert grown["programs"] == 0
+    assert grown["threads"] <= 0 and grown["files"] <= 0
+    assert drift < 0.05
