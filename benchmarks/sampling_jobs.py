@@ -106,40 +106,48 @@ def weights_folder(workload: Workload) -> Iterator[Path]:
     """Random weights as everyone reads them, for as long as they are needed."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
         folder = Path(parent) / "model"
-        # In a process of its own: this one must not hold the device.
-        process = multiprocessing.get_context("spawn").Process(
-            target=_export, args=(workload, folder)
-        )
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise RunStopped(f"writing the weights to {folder} failed: see above")
+        export_weights(workload.config, workload.dtype, folder)
         yield folder
 
 
-def _export(workload: Workload, folder: Path) -> None:
+def export_weights(config: ModelConfig, dtype: str, folder: Path) -> None:
+    """Writes random weights as a Hugging Face folder."""
+    # In a process of its own: this one must not hold the device.
+    process = multiprocessing.get_context("spawn").Process(
+        target=_export, args=(config, dtype, folder)
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RunStopped(f"writing the weights to {folder} failed: see above")
+
+
+def _export(config: ModelConfig, dtype: str, folder: Path) -> None:
     jax.config.update("jax_platforms", "cpu")
-    config, dtype = workload.config, jnp.dtype(workload.dtype)
-    model = Transformer(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    options = dict(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    model = Transformer(config, rngs=nnx.Rngs(0), **options)
     no_tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: None)
     hf_config = hf_config_dict(config, eos_token_id=None, pad_token_id=None)
-    export_model(folder, nnx.state(model, nnx.Param), config, hf_config, no_tokenizer, dtype)
+    params = nnx.state(model, nnx.Param)
+    export_model(folder, params, config, hf_config, no_tokenizer, jnp.dtype(dtype))
 
 
-def _load(workload: Workload, folder: Path) -> tuple[nnx.GraphDef, nnx.State]:
-    dtype = jnp.dtype(workload.dtype)
-    shapes = nnx.eval_shape(
-        lambda: Transformer(workload.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    )
+def load_weights(
+    config: ModelConfig, dtype: str, folder: Path, param_dtype: str | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Graph and parameters of a folder, stored as they compute if nothing else is said."""
+    stored = jnp.dtype(param_dtype or dtype)
+    options = dict(dtype=jnp.dtype(dtype), param_dtype=stored)
+    shapes = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
     graphdef, abstract_params = nnx.split(shapes, nnx.Param)
-    return graphdef, load_params(folder, workload.config, abstract_params, None, dtype)
+    return graphdef, load_params(folder, config, abstract_params, None, stored)
 
 
 # ------------------------------------------------------------------------------------- the runs
 
 
 def build_engine(workload: Workload, folder: Path, slots: int):
-    graphdef, params = _load(workload, folder)
+    graphdef, params = load_weights(workload.config, workload.dtype, folder)
     config = EngineConfig(max_length=LONGEST_PROMPT + MAX_LENGTH, num_slots=slots)
     facts = dict(eos_ids=(), pad_id=0, vocab_size=workload.config.vocab_size)
     engine = Engine(graphdef, config, **facts)
@@ -158,7 +166,7 @@ def build_engine(workload: Workload, folder: Path, slots: int):
 
 
 def build_static(workload: Workload, folder: Path):
-    graphdef, params = _load(workload, folder)
+    graphdef, params = load_weights(workload.config, workload.dtype, folder)
     prompts_bp, prompt_lengths_b = _padded(workload, left=False)
     generate = make_generate(
         graphdef,

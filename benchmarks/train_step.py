@@ -1,0 +1,280 @@
+"""Time of one update: teacher forward, student forward and backward, AdamW.
+
+    python -m benchmarks.train_step [--json=PATH] [--repeats=N] [--only=TEXT,...]
+
+How to read it. The same random weights and the same batch for everyone: prompts and responses of
+mixed lengths in padded rows, forward KL on the response tokens. `torch` is what one writes without
+a framework: two `transformers` models, the logits of every position, log_softmax, AdamW, eager or
+with both models compiled. Before anything is timed, every implementation's first loss is compared
+with ours. `ratio` is the part of eager torch's time: below 1 is better. `seconds` is a median of
+interleaved repeats; `peak_bytes` is what a step adds to weights and moments. `of peak` is the
+arithmetic that the models need (twice the weights per token forward, four times backward, heads on
+response tokens only, attention, no recomputation) over the rate of a large matrix product measured
+in the same run.
+
+On a CPU: a student of 20M and a teacher of 75M parameters in float32, 16 rows of up to 256 tokens,
+the first two CPUs for everyone. On a GPU: the shapes of Qwen2.5-1.5B and 7B, weights of the teacher
+and arithmetic in bfloat16, 8 rows of up to 2048 tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks import harness
+from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, export_weights, load_weights
+from distill import cli
+from distill.losses.objective import make_objective
+from distill.models.config import ModelConfig
+from distill.optimizer import make_optimizer, make_schedule
+from distill.sampling.request import Rollout
+from distill.step import Batch, TrainState, make_batch, make_train_step
+
+CPUS = 2
+BASELINE, MATRIX = "torch, eager", "matrix product"
+LEARNING_RATE = 1e-4
+
+_ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each implementation.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Two models and a batch."""
+
+    title: str
+    student: ModelConfig
+    teacher: ModelConfig
+    dtype: str
+    rows: int
+    prompt: int
+    response: int
+    microbatches: int
+    matrix: int  # size of the product that measures the device's rate
+
+    def batch(self) -> Batch:
+        random = np.random.default_rng(0)
+        prompt_lengths_b = random.integers(self.prompt // 4, self.prompt + 1, self.rows)
+        lengths_b = random.integers(self.response // 4, self.response + 1, self.rows)
+        shape = self.rows, self.response
+        rollout = Rollout(
+            tokens_br=random.integers(1, self.student.vocab_size, shape).astype(np.int32),
+            lengths_b=lengths_b.astype(np.int32),
+            log_probs_br=np.zeros(shape, np.float32),
+            sampled_log_probs_br=np.zeros(shape, np.float32),
+            stopped_b=np.ones(self.rows, bool),
+        )
+        prompts_bp = random.integers(1, self.student.vocab_size, (self.rows, self.prompt))
+        arrays = prompts_bp.astype(np.int32), prompt_lengths_b.astype(np.int32)
+        return make_batch(*arrays, rollout, np.zeros(self.rows, bool), pad_id=0)
+
+    def flops(self) -> float:
+        """Of the real tokens: padding counts for nobody."""
+        batch = jax.device_get(self.batch())
+        lengths = batch.lengths_b.astype(float)
+        responses = (batch.lengths_b - batch.prompt_lengths_b).sum()
+        total = 0.0
+        for config, passes in ((self.student, 3), (self.teacher, 1)):
+            heads = config.num_heads * config.head_width
+            kv_heads = config.num_kv_heads * config.head_width
+            layer = config.model_width * (2 * heads + 2 * kv_heads + 3 * config.ffn_width)
+            body = 2 * config.num_layers * layer * lengths.sum()
+            # Scores and sums over the earlier half of all pairs, causally.
+            attention = 2 * config.num_layers * heads * (lengths**2).sum()
+            head = 2 * config.model_width * config.vocab_size * responses
+            total += passes * (body + attention + head)
+        return total
+
+
+CPU_WORKLOAD = Workload(
+    "20M from 75M",
+    SMALL_CONFIG,
+    dataclasses.replace(SMALL_CONFIG, num_layers=12, model_width=768, num_heads=12, ffn_width=2048),
+    "float32",
+    rows=16,
+    prompt=64,
+    response=192,
+    microbatches=4,
+    matrix=2048,
+)
+GPU_WORKLOAD = Workload(
+    "1.5B from 7B",
+    QWEN_CONFIG,
+    dataclasses.replace(
+        QWEN_CONFIG,
+        vocab_size=152064,
+        num_layers=28,
+        model_width=3584,
+        num_heads=28,
+        num_kv_heads=4,
+        ffn_width=18944,
+        tied=False,
+    ),
+    "bfloat16",
+    rows=8,
+    prompt=256,
+    response=1792,
+    microbatches=4,
+    matrix=8192,
+)
+
+
+def main() -> None:
+    harness.check_json_path()
+    platform = harness.select_platform()
+    workload = CPU_WORKLOAD if platform == "cpu" else GPU_WORKLOAD
+    if platform == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])  # the workers inherit it
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        for role in ("student", "teacher"):
+            export_weights(getattr(workload, role), workload.dtype, Path(folder) / role)
+        jobs, notes = _jobs(workload, Path(folder), platform)
+        measurements = harness.measure(jobs, _REPEATS.value)
+    rows = _rows(workload, measurements)
+    notes += harness.failures(workload.title, measurements)
+    harness.print_rows(rows)
+    print(*notes, sep="\n")
+    harness.write_json(rows)
+
+
+def _jobs(workload: Workload, folder: Path, platform: str) -> tuple[list[harness.Job], list[str]]:
+    jobs = [
+        harness.Job(MATRIX, harness.build_matrix_product, (workload.matrix, workload.dtype)),
+        harness.Job("distill", build_ours, (workload, folder)),
+    ]
+    notes = []
+    if importlib.util.find_spec("torch"):
+        peak_bytes = harness.torch_peak_bytes if platform == "gpu" else None
+        jobs += [
+            harness.Job(name, build_torch, (workload, folder, compiled), peak_bytes)
+            for name, compiled in ((BASELINE, False), ("torch, compiled", True))
+        ]
+    else:
+        notes.append("torch is left out: pip install torch")
+    always = (MATRIX, BASELINE)
+    wanted = [
+        job
+        for job in jobs
+        if job.implementation in always or any(text in job.implementation for text in _ONLY.value)
+    ]
+    return wanted, notes
+
+
+def _rows(workload: Workload, measurements: dict[str, harness.Measurement]) -> list[harness.Row]:
+    measurements = dict(measurements)
+    matrix = measurements.pop(MATRIX)
+    rate = None if matrix.seconds is None else 2 * workload.matrix**3 / matrix.seconds
+    baseline = BASELINE if BASELINE in measurements else "distill"
+    rows = harness.compare(f"{workload.title} {workload.dtype}", measurements, baseline)
+    for row in rows:
+        known = row["seconds"] is not None and rate is not None
+        row["of_peak"] = workload.flops() / row["seconds"] / rate if known else None
+    return rows
+
+
+def build_ours(workload: Workload, folder: Path):
+    student, params = load_weights(workload.student, workload.dtype, folder / "student", "float32")
+    teacher, teacher_params = load_weights(workload.teacher, workload.dtype, folder / "teacher")
+    optimizer = make_optimizer(
+        make_schedule(LEARNING_RATE, "constant", 0, 1),
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+    )
+    step = make_train_step(
+        student,
+        teacher,
+        make_objective("forward"),
+        optimizer,
+        num_microbatches=workload.microbatches,
+        vocab_size=workload.student.vocab_size,
+    )
+    batch = jax.device_put(workload.batch())
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    state, metrics = step(state, teacher_params, batch)
+    (folder / "loss.txt").write_text(str(float(metrics["loss"])))
+    held = [state]
+
+    def run():
+        held[0], metrics = step(held[0], teacher_params, batch)
+        jax.block_until_ready((held[0], metrics))
+
+    return run
+
+
+def build_torch(workload: Workload, folder: Path, compiled: bool):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, workload.dtype)
+
+    def load(role: str, dtype):
+        model = AutoModelForCausalLM.from_pretrained(folder / role, dtype=dtype).to(device)
+        return model.train() if role == "student" else model.eval()
+
+    student, teacher = load("student", torch.float32), load("teacher", dtype)
+    forward_s, forward_t = (torch.compile(m) if compiled else m for m in (student, teacher))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    parts = [_torch_rows(part, device) for part in _microbatches(workload)]
+    total = sum(int(mask.sum()) for _, _, mask in parts)
+
+    def logits(model, tokens, given):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            return model(input_ids=tokens, attention_mask=given).logits
+
+    def step() -> float:
+        loss_sum = 0.0
+        for tokens, given, mask in parts:
+            with torch.no_grad():
+                scores_t = logits(forward_t, tokens, given)[mask]
+                log_p = scores_t[:, : workload.student.vocab_size].float().log_softmax(-1)
+            log_q = logits(forward_s, tokens, given)[mask].float().log_softmax(-1)
+            loss = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            (loss / total).backward()
+            loss_sum += loss.detach() / total
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss_sum)  # waits for the device
+
+    ours, theirs = float((folder / "loss.txt").read_text()), step()
+    if not np.isclose(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 2e-2):
+        raise RuntimeError(f"torch's loss is {theirs}, ours {ours}: not the same work")
+    return step
+
+
+def _microbatches(workload: Workload) -> list[Batch]:
+    batch = jax.device_get(workload.batch())
+    size = workload.rows // workload.microbatches
+    return [
+        jax.tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, workload.rows, size)
+    ]
+
+
+def _torch_rows(batch: Batch, device: str):
+    """Tokens, which are given, and at which positions a response token is predicted."""
+    import torch
+
+    position = np.arange(batch.tokens_bt.shape[1])
+    ends_b1, begins_b1 = batch.lengths_b[:, None], batch.prompt_lengths_b[:, None]
+    given_bt = position < ends_b1
+    mask_bt = (position >= begins_b1 - 1) & (position < ends_b1 - 1)
+    arrays = batch.tokens_bt.astype(np.int64), given_bt.astype(np.int64), mask_bt
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+if __name__ == "__main__":
+    cli.run(main)
