@@ -22,8 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
 
-# Pallas' documentation puts a step at about 0.35 microseconds beside its transfers; those of 512 KiB
-# take 0.3 (v6e) to 0.6 (v5e). Of larger blocks, more is read in vain: half a block per row.
+# Pallas' documentation puts a step at about 0.35 microseconds beside its transfers, and those of
+# 512 KiB take 0.3 (v6e) to 0.6 (v5e). Of larger blocks, more is read in vain: half a one per row.
 BLOCK_BYTES = 512 << 10
 MAX_BLOCK = 512
 
