@@ -22,10 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
 
-# Pallas' documentation puts a step at about 0.35 microseconds beside its transfers, and those of
-# 512 KiB take 0.3 (v6e) to 0.6 (v5e). Of larger blocks, more is read in vain: half a one per row.
-BLOCK_BYTES = 512 << 10
-MAX_BLOCK = 512
+# What a step takes beside its transfers, by Pallas' documentation. A block smaller than what is
+# transferred in that time would save nothing, and of a larger one more is read in vain.
+STEP_SECONDS = 0.35e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Kernel:
     """How the kernel runs.
 
     Attributes:
-      block: positions read at a time, a multiple of 128; None: `BLOCK_BYTES` of keys and values.
+      block: positions read at a time, a multiple of 128; None: what a chip reads in `STEP_SECONDS`.
       interpret: False, True or pltpu.InterpretParams, as in Pallas.
     """
 
@@ -47,14 +46,23 @@ class Kernel:
           lengths_w: positions of each row.
           heads, width, size, dtype: of a device's k_lpckhs.
         """
-        fitting = BLOCK_BYTES // (2 * heads * width * dtype.itemsize) // LANES * LANES
-        block = min(size, self.block or max(LANES, min(fitting, MAX_BLOCK)))
+        block = self.block
+        if block is None:
+            step_bytes = int(STEP_SECONDS * pltpu.get_tpu_info().mem_bw_bytes_per_second)
+            fitting = step_bytes // (2 * self.heads_of_core(heads) * width * dtype.itemsize)
+            block = max(fitting // LANES, 1) * LANES
+        block = min(block, size)
         # A row without positions takes a step, too, that writes its zeros.
         blocks_w = jnp.maximum(pl.cdiv(lengths_w, block), 1)
         first_w = jnp.cumsum(blocks_w) - blocks_w
         most = len(lengths_w) * pl.cdiv(size, block)
         slot_i = jnp.repeat(jnp.arange(len(lengths_w)), blocks_w, total_repeat_length=most)
         return Steps(slot_i, jnp.arange(most) - first_w[slot_i], jnp.sum(blocks_w), block)
+
+    def heads_of_core(self, heads: int) -> int:
+        """Two cores that are one device share the heads."""
+        cores = 1 if self.interpret else pltpu.get_tpu_info().num_cores
+        return heads // cores if heads % cores == 0 else heads
 
 
 def can_tile(head_width: int) -> bool:
@@ -96,9 +104,7 @@ def attend_cache(
     """
     (rows, heads, group, width), block = q_wkgh.shape, steps.block
     num_cached = rows * heads * width * k_lpckhs.shape[-1]  # keys of the layer
-    # Two cores that are one device share the heads.
-    cores = 1 if kernel.interpret else pltpu.get_tpu_info().num_cores
-    heads_of_core = heads // cores if heads % cores == 0 else heads
+    heads_of_core = kernel.heads_of_core(heads)
     padded = pl.cdiv(group, SUBLANES) * SUBLANES
     q_wkgh = jnp.pad(q_wkgh, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
 
