@@ -20,12 +20,10 @@ from distill.kernels.linear_divergence.sweeps import Projection
 from distill.losses.divergences import get_divergence
 from distill.sharding import make_mesh, named_sharding
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is missing"
-    ),
-]
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is missing"
+)
+pytestmark = [pytest.mark.slow, needs_tpu_compiler]
 
 # libtpu would ask the machine, slowly and in vain, what it is.
 os.environ |= {

@@ -4,12 +4,13 @@ Keys and values are in two parts. The prefix is what a row had seen when the dec
 entered, and is only read in it. The tail takes the tokens of the loop: turn t of every row lies at
 position t, so a turn writes one slice in place, whatever the rows' lengths. Keys are stored with
 their positions last (h, s): products of few queries with many keys then need no transposed copy.
+Attention to the two parts is computed apart and merged: how the prefix is read is the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,23 @@ from distill.sharding import constrain
 UNROLLED_LAYERS = 12
 
 KeysAndValues = tuple[jax.Array, jax.Array]
-# Reads a layer's prefix, (k_bkhs, v_bksh); the layer may be traced.
-ReadPrefix = Callable[[Any], KeysAndValues]
-# One turn through all layers: (x_b1d, rotation, lengths, turn, tail) -> (x_b1d, tail).
-Walk = Callable[[jax.Array, Rotation, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class Attended(NamedTuple):
+    """Attention to some of a row's positions, in float32.
+
+    Each key-value head serves a group (g) of query heads. The log of the sum of exponentiated
+    scores is what it takes to merge two of them.
+    """
+
+    values_bkgh: jax.Array
+    log_sum_bkg: jax.Array
+
+
+# Attention of q_bkgh to a layer's prefix.
+AttendPrefix = Callable[[jax.Array], Attended]
+# One turn through all layers: (x_b1d, rotation, turn, tail) -> (x_b1d, tail).
+Walk = Callable[[jax.Array, Rotation, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -71,8 +85,13 @@ def stack_tail(tail: list[KeysAndValues] | KeysAndValues) -> KeysAndValues:
     return jax.tree.map(lambda *x: jnp.stack(x), *tail) if isinstance(tail, list) else tail
 
 
-def make_walk(model: Transformer, read_prefix: ReadPrefix) -> Walk:
-    """The layers of a decode loop; call it outside of the loop, for what is read once only."""
+def make_walk(model: Transformer, prefix_of: Callable[[Any], AttendPrefix]) -> Walk:
+    """The layers of a decode loop; call it outside of the loop, for what is read once only.
+
+    Args:
+      model: has the layers.
+      prefix_of: of a layer's number, which may be traced.
+    """
     graphdef, stacked = nnx.split(model.layers)
     num_layers = model.config.num_layers
 
@@ -80,14 +99,14 @@ def make_walk(model: Transformer, read_prefix: ReadPrefix) -> Walk:
         return nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], stacked))
 
     if num_layers <= UNROLLED_LAYERS:
-        layers = [(at(layer), read_prefix(layer)) for layer in range(num_layers)]
+        layers = [(at(layer), prefix_of(layer)) for layer in range(num_layers)]
         return lambda x_b1d, *step: _walk_unrolled(layers, x_b1d, *step)
 
-    def walk(x_b1d, rotation, lengths_b, turn, tail):
+    def walk(x_b1d, rotation, turn, tail):
         def layer(x_b1d, scanned):
             index, layer_state, layer_tail = scanned
-            block, prefix = nnx.merge(graphdef, layer_state), read_prefix(index)
-            return _decode_layer(block, prefix, x_b1d, rotation, lengths_b, turn, layer_tail)
+            block, attend_prefix = nnx.merge(graphdef, layer_state), prefix_of(index)
+            return _decode_layer(block, attend_prefix, x_b1d, rotation, turn, layer_tail)
 
         return jax.lax.scan(layer, x_b1d, (jnp.arange(num_layers), stacked, tail))
 
@@ -108,21 +127,50 @@ def decode_turn(
       tail: keys and values of the turns before.
     """
     rotation = make_rotation(model.config, (lengths_b + turn)[:, None])
-    x_b1d, tail = walk(model.embed(token_b[:, None]), rotation, lengths_b, turn, tail)
+    x_b1d, tail = walk(model.embed(token_b[:, None]), rotation, turn, tail)
     return model.normalize(x_b1d)[:, 0], tail
 
 
-def _walk_unrolled(layers: Iterable, x_b1d, rotation, lengths_b, turn, tail):
+def attend_part(
+    q_bkgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, valid_bs: jax.Array
+) -> Attended:
+    """Attention to the valid positions; to zeros, of sum 0, where there are none."""
+    scores_bkgs = jnp.einsum("bkgh,bkhs->bkgs", q_bkgh, k_bkhs, preferred_element_type=jnp.float32)
+    scores_bkgs = scores_bkgs * q_bkgh.shape[-1] ** -0.5
+    scores_bkgs = jnp.where(valid_bs[:, None, None], scores_bkgs, -jnp.inf)
+    # Finite even where nothing is valid; elsewhere, the sum is at least 1.
+    highest_bkg = jnp.maximum(jnp.max(scores_bkgs, axis=-1), jnp.finfo(jnp.float32).min)
+    weights_bkgs = jnp.exp(scores_bkgs - highest_bkg[..., None])
+    sum_bkg = jnp.sum(weights_bkgs, axis=-1)
+    values_bkgh = jnp.einsum(
+        "bkgs,bksh->bkgh",
+        weights_bkgs.astype(v_bksh.dtype),
+        v_bksh,
+        preferred_element_type=jnp.float32,
+    )
+    values_bkgh = values_bkgh / jnp.maximum(sum_bkg, 1.0)[..., None]
+    return Attended(values_bkgh, highest_bkg + jnp.log(sum_bkg))
+
+
+def merge(one: Attended, other: Attended) -> Attended:
+    """Attention to the positions of both, of which at least one has any."""
+    log_sum_bkg = jnp.logaddexp(one.log_sum_bkg, other.log_sum_bkg)
+    values_bkgh = sum(
+        part.values_bkgh * jnp.exp(part.log_sum_bkg - log_sum_bkg)[..., None]
+        for part in (one, other)
+    )
+    return Attended(values_bkgh, log_sum_bkg)
+
+
+def _walk_unrolled(layers: Iterable, x_b1d, rotation, turn, tail):
     new_tail = []
-    for (block, prefix), layer_tail in zip(layers, tail, strict=True):
-        x_b1d, layer_tail = _decode_layer(
-            block, prefix, x_b1d, rotation, lengths_b, turn, layer_tail
-        )
+    for (block, attend_prefix), layer_tail in zip(layers, tail, strict=True):
+        x_b1d, layer_tail = _decode_layer(block, attend_prefix, x_b1d, rotation, turn, layer_tail)
         new_tail.append(layer_tail)
     return x_b1d, new_tail
 
 
-def _decode_layer(block: Block, prefix: KeysAndValues, x_b1d, rotation, lengths_b, turn, tail):
+def _decode_layer(block: Block, attend_prefix: AttendPrefix, x_b1d, rotation, turn, tail):
     q_b1nh, k_b1kh, v_b1kh = block.query_key_value(x_b1d, rotation)
     tail_k_bkht, tail_v_bkth = tail
     tail_k_bkht = jax.lax.dynamic_update_slice_in_dim(
@@ -132,35 +180,10 @@ def _decode_layer(block: Block, prefix: KeysAndValues, x_b1d, rotation, lengths_
         tail_v_bkth, v_b1kh.transpose(0, 2, 1, 3), turn, axis=2
     )
     tail = tail_k_bkht, tail_v_bkth
-    return block.finish(x_b1d, _attend_in_parts(q_b1nh, prefix, tail, lengths_b, turn)), tail
-
-
-def _attend_in_parts(q_b1nh, prefix: KeysAndValues, tail: KeysAndValues, lengths_b, turn):
-    """Attention of one query per row over both parts at once, softmax in float32."""
-    batch, _, num_heads, head_width = q_b1nh.shape
-    num_kv_heads, size = prefix[0].shape[1], prefix[0].shape[3]
-    # Each key-value head serves a group (g) of query heads.
-    q_bkgh = q_b1nh.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_width)
-
-    def scores(k_bkhs, valid_bs):
-        scores_bkgs = jnp.einsum(
-            "bkgh,bkhs->bkgs", q_bkgh, k_bkhs, preferred_element_type=jnp.float32
-        )
-        return jnp.where(valid_bs[:, None, None], scores_bkgs * head_width**-0.5, -jnp.inf)
-
-    tail_size = tail[0].shape[3]
-    in_prefix_bs = jnp.arange(size) < lengths_b[:, None]
-    in_tail_bt = jnp.broadcast_to(jnp.arange(tail_size) <= turn, (batch, tail_size))
-    scores_bkgs = jnp.concatenate(
-        [scores(prefix[0], in_prefix_bs), scores(tail[0], in_tail_bt)], axis=-1
-    )
-    probs_bkgs = jax.nn.softmax(scores_bkgs, axis=-1).astype(q_b1nh.dtype)
-    attended_bkgh = sum(
-        jnp.einsum("bkgs,bksh->bkgh", probs, values)
-        for probs, values in (
-            (probs_bkgs[..., :size], prefix[1]),
-            (probs_bkgs[..., size:], tail[1]),
-        )
-    )
-    attended_b1nh = attended_bkgh.reshape(batch, 1, num_heads, head_width)
-    return constrain(attended_b1nh, "batch", "position", "act_heads", None)
+    batch, num_kv_heads, width, size = tail_k_bkht.shape
+    q_bkgh = q_b1nh.reshape(batch, num_kv_heads, -1, width)
+    in_tail_bt = jnp.broadcast_to(jnp.arange(size) <= turn, (batch, size))
+    attended = merge(attend_prefix(q_bkgh), attend_part(q_bkgh, *tail, in_tail_bt))
+    attended_b1nh = attended.values_bkgh.astype(q_b1nh.dtype).reshape(q_b1nh.shape)
+    attended_b1nh = constrain(attended_b1nh, "batch", "position", "act_heads", None)
+    return block.finish(x_b1d, attended_b1nh), tail

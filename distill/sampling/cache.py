@@ -15,7 +15,7 @@ import numpy as np
 
 from distill.models.config import ModelConfig
 from distill.models.decoding import KeysAndValues
-from distill.sharding import constrain
+from distill.sharding import constrain, partition_spec
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +64,11 @@ def empty_cache(
     k_lpckhs = jnp.zeros((layers, parts, slots, heads, width, size), dtype)
     v_lpcksh = jnp.zeros((layers, parts, slots, heads, size, width), dtype)
     return _constrain(encode(k_lpckhs, v_lpcksh, int8))
+
+
+def partition_specs(cache: SlotCache) -> SlotCache:
+    """Mesh axes that hold the cache."""
+    return cache.map(lambda array, _: partition_spec(_logical_axes(array)))
 
 
 def encode(k_lpckhs: jax.Array, v_lpcksh: jax.Array, int8: bool) -> SlotCache:
@@ -172,7 +177,8 @@ def _to_int8(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _constrain(cache: SlotCache) -> SlotCache:
-    def pin(array, _):
-        return constrain(array, "layers", "batch", None, "act_kv_heads", *[None] * (array.ndim - 4))
+    return cache.map(lambda array, _: constrain(array, *_logical_axes(array)))
 
-    return cache.map(pin)
+
+def _logical_axes(array: jax.Array) -> tuple[str | None, ...]:
+    return "layers", "batch", None, "act_kv_heads", *[None] * (array.ndim - 4)

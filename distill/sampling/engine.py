@@ -3,8 +3,9 @@
 The host schedules (schedule.py) and the device computes, a few tens of tokens per call. Prompts are
 read in length buckets, one reading for all answers to a prompt; a free slot takes the next answer;
 when the queue is empty, the answers still running move together and the batch gets narrower.
-Attention reads the cache up to the bucket of the longest running answer. The compiled programs are
-those of (prompt bucket) and of (width, cache bucket): few, and fixed once the slots are.
+Attention reads every row of the cache to its own end (on TPUs), or all rows up to the bucket of the
+longest running answer. The compiled programs are those of (prompt bucket) and of (width), or of
+(width, cache bucket): few, and fixed once the slots are.
 
 What an answer is depends on its request only, through its key: neither the slots nor the order nor
 the other answers matter, but for the rounding of products of another shape.
@@ -23,6 +24,7 @@ from flax import nnx
 from distill.errors import UserError
 from distill.sampling import cache as caches
 from distill.sampling import programs
+from distill.sampling.attention import Kernel, resolve_attention
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
 from distill.sampling.schedule import Run
@@ -32,6 +34,7 @@ MAX_AUTO_SLOTS = 256  # per part; more rows gain little once products are effici
 TURNS_PER_CALL = 32
 CACHE_BUCKETS = 4  # each twice as long as the one before
 CACHE_MULTIPLE = 32
+LONG_CACHE_MULTIPLE = 128  # lanes of a TPU, which otherwise would keep keys with positions first
 SMALLEST_CACHE_BUCKET = 128
 
 
@@ -45,17 +48,21 @@ class EngineConfig:
         request needs.
       cache_memory: bytes per device that the cache may take; with num_slots given, not looked at.
       int8: keep keys and values as 8-bit integers.
+      attention: how the cache is read; see attention.py.
     """
 
     max_length: int
     num_slots: int = 0
     cache_memory: float = 4e9
     int8: bool = False
+    attention: str | Kernel | None = None
 
     @property
     def cache_size(self) -> int:
         """Positions of a slot: a call's turns must fit behind the longest row."""
-        return _round_up(self.max_length + TURNS_PER_CALL, CACHE_MULTIPLE)
+        size = self.max_length + TURNS_PER_CALL
+        long = size > LONG_CACHE_MULTIPLE
+        return _round_up(size, LONG_CACHE_MULTIPLE if long else CACHE_MULTIPLE)
 
     @property
     def cache_buckets(self) -> list[int]:
@@ -89,7 +96,7 @@ class Engine:
         vocab_size: int,
     ):
         self.config, self.pad_id, self.eos_ids = config, pad_id, eos_ids
-        facts = programs.ModelFacts(graphdef, eos_ids, vocab_size, config.int8)
+        facts = programs.ModelFacts(graphdef, eos_ids, vocab_size, config.int8, config.attention)
         self._facts = facts
         self.num_slots, self._cache = 0, None  # slots per part
         self._make_cache = jax.jit(caches.empty_cache, static_argnums=range(6))
@@ -136,7 +143,7 @@ class Engine:
         self, weights: nnx.State, rows: programs.Rows, stop_at: np.ndarray, params: SamplingParams
     ) -> tuple[programs.Chosen, int]:
         """The rows' next tokens (t, p, w) and the number of turns; see `programs.decode_rows`."""
-        size = next(size for size in self.config.cache_buckets if size >= rows.lengths_pw.max())
+        size = self._positions_read(rows.lengths_pw.max())
         self._cache, chosen, turns = self._decode(
             weights, self._cache, rows, stop_at, params, size, TURNS_PER_CALL
         )
@@ -154,6 +161,13 @@ class Engine:
     def num_programs(self) -> int:
         """Programs compiled so far."""
         return sum(f._cache_size() for f in (self._prefill, self._insert, self._decode, self._move))
+
+    def _positions_read(self, longest: int) -> int:
+        """At most, of a row: a call of the decode loop is compiled for it."""
+        head_width = self._cache.v_lpcksh.shape[-1]
+        if resolve_attention(self.config.attention, head_width) != "xla":
+            return self.config.cache_size  # every row is read to its own end
+        return next(size for size in self.config.cache_buckets if size >= longest)
 
     def _check(self, request: RolloutRequest) -> None:
         for index, prompt in zip(request.prompt_index, request.prompts, strict=True):

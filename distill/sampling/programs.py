@@ -16,6 +16,7 @@ from flax import nnx
 from distill.models.decoding import decode_turn, empty_tail, make_walk, prefill, stack_tail
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
+from distill.sampling.attention import Kernel, prefix_attention
 from distill.sampling.cache import SlotCache
 from distill.sampling.choice import SamplingParams, choose
 from distill.sharding import constrain
@@ -30,12 +31,14 @@ class ModelFacts:
       eos_ids: any of these ends a response.
       vocab_size: number of real tokens.
       int8: whether the cache holds 8-bit integers.
+      attention: see attention.py.
     """
 
     graphdef: nnx.GraphDef
     eos_ids: tuple[int, ...]
     vocab_size: int
     int8: bool
+    attention: str | Kernel | None = None
 
     def merge(self, weights: nnx.State) -> Transformer:
         return nnx.merge(self.graphdef, weights)
@@ -136,7 +139,7 @@ def decode_rows(
       rows: what is in the first w slots.
       stop_at: (2,): return early once at most this many rows run in all, or in every part.
       params: static.
-      size: static, positions of the cache that are read; no running row is longer.
+      size: static, positions of the cache that may be read; no running row is longer.
       turns: static.
 
     Returns:
@@ -152,7 +155,8 @@ def decode_rows(
     lengths_b, made_b, limit_b, key_b2 = map(
         merged, (rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2)
     )
-    walk = make_walk(model, lambda layer: caches.read(cache, layer, width, size, model.dtype))
+    prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype)
+    walk = make_walk(model, prefix_of)
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
 
     def goes_on(state):

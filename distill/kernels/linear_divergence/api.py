@@ -30,6 +30,7 @@ from distill.kernels.linear_divergence.token_losses import (
     check_pointwise,
 )
 from distill.kernels.linear_divergence.topk import TopK
+from distill.kernels.platform import device_kind, is_old_tpu, platform
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas")
 
@@ -166,7 +167,7 @@ def resolve_implementation(
     """
     if implementation is None:
         # On a GPU, `chunked` until the kernels have been measured there.
-        return "pallas" if fused and _platform() == "tpu" and not _is_too_old() else "chunked"
+        return "pallas" if fused and platform() == "tpu" and not _is_too_old() else "chunked"
     if not isinstance(implementation, str):
         return implementation
     if implementation not in IMPLEMENTATIONS:
@@ -182,30 +183,18 @@ def resolve_implementation(
 def _check_pallas_runs(fused: bool) -> None:
     if not fused:
         reason = "runs neither losses of whole rows nor a top-k teacher"
-    elif _platform() not in ("tpu", "gpu"):
-        reason = f"cannot run on {_platform()}: it needs a TPU from v5e, or a GPU from Hopper on"
+    elif platform() not in ("tpu", "gpu"):
+        reason = f"cannot run on {platform()}: it needs a TPU from v5e, or a GPU from Hopper on"
     elif _is_too_old():
-        reason = f"cannot run on {_device_kind()}: it needs a TPU from v5e, or a GPU from Hopper on"
+        reason = f"cannot run on {device_kind()}: it needs a TPU from v5e, or a GPU from Hopper on"
     else:
         return
     raise ValueError(f"implementation='pallas' {reason}; use 'chunked', or None")
 
 
-def _platform() -> str:
-    """Of the current mesh, which may be described rather than present (ahead-of-time compiling)."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "gpu" if platform == "cuda" else platform
-
-
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device or jax.devices()[0]).device_kind
-
-
 def _is_too_old() -> bool:
-    if _platform() == "tpu":  # too little fast memory
-        return any(generation in _device_kind() for generation in ("v2", "v3", "v4"))
+    if platform() == "tpu":
+        return is_old_tpu()
     if jax.default_backend() != "gpu":
         return False  # compiling for a GPU that is described
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
@@ -238,9 +227,9 @@ def _sweeps(implementation: str | Sweeps) -> Sweeps:
     if not isinstance(implementation, str):
         return implementation
     if implementation == "chunked":
-        return XlaSweeps.for_cpu() if _platform() == "cpu" else XlaSweeps()
+        return XlaSweeps.for_cpu() if platform() == "cpu" else XlaSweeps()
     # Imported here: Pallas is slow to import, and its GPU part is missing from some builds.
-    if _platform() == "tpu":
+    if platform() == "tpu":
         from distill.kernels.linear_divergence import pallas_tpu as kernels
     else:
         from distill.kernels.linear_divergence import pallas_gpu as kernels

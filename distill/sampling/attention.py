@@ -1,0 +1,105 @@
+"""How the decode loop attends to what the cache held when it was entered.
+
+`attention` is `xla` (plain, any platform: reads the first `size` positions of every row), `pallas`
+(a kernel for TPUs from v5e: reads every row to its own end), a `Kernel` (with another block size,
+or interpreted), or None for the best that runs here. An explicit request that cannot run is an
+error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill.kernels import decode_attention
+from distill.kernels.decode_attention import Kernel
+from distill.kernels.platform import device_kind, is_old_tpu, platform
+from distill.models.decoding import Attended, AttendPrefix, attend_part
+from distill.sampling import cache as caches
+from distill.sampling.cache import SlotCache
+from distill.sharding import num_shards, partition_spec
+
+IMPLEMENTATIONS = ("xla", "pallas")
+
+
+def resolve_attention(attention: str | Kernel | None, head_width: int) -> str | Kernel:
+    """'xla' or the kernel that will run; ValueError when the one asked for cannot."""
+    if attention is None:
+        return "xla" if _obstacle(head_width) else Kernel()
+    if attention not in IMPLEMENTATIONS and not isinstance(attention, Kernel):
+        raise ValueError(
+            f"attention={attention!r} is unknown: "
+            f"choose one of {', '.join(IMPLEMENTATIONS)}, a Kernel, or None"
+        )
+    if attention != "pallas":
+        return attention
+    if obstacle := _obstacle(head_width):
+        raise ValueError(f"attention='pallas' {obstacle}; use 'xla', or None")
+    return Kernel()
+
+
+def prefix_attention(
+    attention: str | Kernel | None, cache: SlotCache, lengths_pw: jax.Array, size: int, dtype
+) -> Callable[[Any], AttendPrefix]:
+    """Attention of one query per row to the row's first lengths_pw positions, by layer.
+
+    Args:
+      attention: see above.
+      cache: rows are the first w slots of each part.
+      lengths_pw: at most `size`.
+      size: static.
+      dtype: of queries.
+    """
+    attention = resolve_attention(attention, cache.v_lpcksh.shape[-1])
+    if attention == "xla":
+        return _xla(cache, lengths_pw, size, dtype)
+    return _kernel(attention, cache, lengths_pw)
+
+
+def _obstacle(head_width: int) -> str | None:
+    """Why the kernel cannot run here."""
+    if platform() != "tpu" or is_old_tpu():
+        kind = device_kind() if is_old_tpu() else platform()
+        return f"cannot run on {kind}: it needs a TPU from v5e on"
+    if not decode_attention.can_tile(head_width):
+        return f"cannot run with heads of width {head_width}: it needs a multiple of 16"
+    return None
+
+
+def _xla(cache: SlotCache, lengths_pw, size: int, dtype) -> Callable[[Any], AttendPrefix]:
+    valid_bs = jnp.arange(size) < lengths_pw.reshape(-1, 1)
+
+    def prefix_of(layer):
+        k_bkhs, v_bksh = caches.read(cache, layer, lengths_pw.shape[1], size, dtype)
+        return lambda q_bkgh: attend_part(q_bkgh, k_bkhs, v_bksh, valid_bs)
+
+    return prefix_of
+
+
+def _kernel(kernel: Kernel, cache: SlotCache, lengths_pw) -> Callable[[Any], AttendPrefix]:
+    if lengths_pw.shape[0] != num_shards("batch"):
+        raise ValueError(f"{lengths_pw.shape[0]} parts on {num_shards('batch')} groups of devices")
+    *_, heads, width, size = cache.k_lpckhs.shape
+    sizes = heads // num_shards("act_kv_heads"), width, size, cache.k_lpckhs.dtype
+    steps = jax.vmap(lambda lengths_w: kernel.plan(lengths_w, *sizes))(lengths_pw)
+
+    def local(q_wkgh, cache, layer, lengths_pw, steps):
+        (lengths_w,), steps = lengths_pw, jax.tree.map(lambda x: x[0], steps)
+        scales = None if cache.k_scale_lpcks is None else (cache.k_scale_lpcks, cache.v_scale_lpcks)
+        arrays = cache.k_lpckhs, cache.v_lpcksh, scales
+        return decode_attention.attend_cache(kernel, q_wkgh, *arrays, layer, lengths_w, steps)
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads, part = partition_spec(("batch", "act_kv_heads")), partition_spec(("batch",))
+        local = jax.shard_map(
+            local,
+            in_specs=(heads, caches.partition_specs(cache), partition_spec(()), part, part),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return lambda layer: (
+        lambda q_bkgh: Attended(*local(q_bkgh, cache, jnp.asarray(layer), lengths_pw, steps))
+    )
