@@ -14,7 +14,7 @@ from tpu_compile_test import needs_tpu_compiler, num_kernels, temporary_bytes, t
 
 from distill.kernels.decode_attention import Kernel
 from distill.models.config import ModelConfig
-from distill.models.decoding import UNROLLED_LAYERS
+from distill.models.decoding import UNROLLED_LAYERS, unstack_layers
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling import programs
@@ -218,8 +218,14 @@ def compile_decoding(mesh, attention, config=QWEN, int8=False):
         )
         facts = programs.ModelFacts(graphdef, (151645,), 151665, int8, attention)
         decode = jax.jit(
-            lambda *arrays: programs.decode_rows(
-                facts, *arrays, SamplingParams(max_length=1024), sizes.cache_size, TURNS
+            lambda weights, *arrays: programs.decode_rows(
+                facts,
+                weights,
+                unstack_layers(facts.merge(weights)),
+                *arrays,
+                SamplingParams(max_length=1024),
+                sizes.cache_size,
+                TURNS,
             ),
             donate_argnums=1,
         )

@@ -19,9 +19,9 @@ from flax import nnx
 from distill.models.transformer import Block, Rotation, Transformer, attend, make_rotation
 from distill.sharding import constrain
 
-# Up to this depth the decode loop's layers are unrolled: their weights are then copied out of the
-# stack once per loop and not once per turn (XLA for CPUs multiplies no slice without copying it).
-# Beyond, they are scanned over: the time to compile does not grow.
+# Up to this depth the decode loop's layers are unrolled, with weights that were taken out of the
+# stack before: XLA for CPUs multiplies no slice without copying it. Beyond, they are scanned over:
+# the time to compile does not grow.
 UNROLLED_LAYERS = 12
 
 KeysAndValues = tuple[jax.Array, jax.Array]
@@ -85,21 +85,32 @@ def stack_tail(tail: list[KeysAndValues] | KeysAndValues) -> KeysAndValues:
     return jax.tree.map(lambda *x: jnp.stack(x), *tail) if isinstance(tail, list) else tail
 
 
-def make_walk(model: Transformer, prefix_of: Callable[[Any], AttendPrefix]) -> Walk:
+def unstack_layers(model: Transformer) -> list[nnx.State]:
+    """Every layer's weights by themselves, where `make_walk` unrolls; else none."""
+    num_layers = model.config.num_layers
+    stacked = nnx.state(model.layers)
+    if num_layers > UNROLLED_LAYERS:
+        return []
+    return [jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers)]  # noqa: B023
+
+
+def make_walk(
+    model: Transformer, layer_states: list[nnx.State], prefix_of: Callable[[Any], AttendPrefix]
+) -> Walk:
     """The layers of a decode loop; call it outside of the loop, for what is read once only.
 
     Args:
       model: has the layers.
+      layer_states: from `unstack_layers`.
       prefix_of: of a layer's number, which may be traced.
     """
     graphdef, stacked = nnx.split(model.layers)
     num_layers = model.config.num_layers
-
-    def at(layer: Any) -> Block:
-        return nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], stacked))
-
     if num_layers <= UNROLLED_LAYERS:
-        layers = [(at(layer), prefix_of(layer)) for layer in range(num_layers)]
+        layers = [
+            (nnx.merge(graphdef, state), prefix_of(layer))
+            for layer, state in enumerate(layer_states)
+        ]
         return lambda x_b1d, *step: _walk_unrolled(layers, x_b1d, *step)
 
     def walk(x_b1d, rotation, turn, tail):

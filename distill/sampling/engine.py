@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from distill.errors import UserError
+from distill.models.decoding import unstack_layers
 from distill.sampling import cache as caches
 from distill.sampling import programs
 from distill.sampling.attention import Kernel, resolve_attention
@@ -101,13 +102,14 @@ class Engine:
         self.num_slots, self._cache = 0, None  # slots per part
         self._make_cache = jax.jit(caches.empty_cache, static_argnums=range(6))
         self._prefill = jax.jit(functools.partial(programs.prefill_prompts, facts))
+        self._unstack = jax.jit(lambda weights: unstack_layers(facts.merge(weights)))
         self._insert = jax.jit(
             functools.partial(programs.insert_rows, facts), static_argnums=5, donate_argnums=0
         )
         self._decode = jax.jit(
             functools.partial(programs.decode_rows, facts),
-            static_argnums=(4, 5, 6),
-            donate_argnums=1,
+            static_argnums=(5, 6, 7),
+            donate_argnums=2,
         )
         # A partial, like the others: jit would share what it compiled among engines.
         self._move = jax.jit(functools.partial(caches.move), donate_argnums=0)
@@ -128,6 +130,10 @@ class Engine:
             self.release()  # a donated cache may be gone
             raise
 
+    def unstack(self, weights: nnx.State) -> list[nnx.State]:
+        """What `decode` takes beside the weights; once per request."""
+        return self._unstack(weights)
+
     def read(
         self, weights: nnx.State, tokens_pgs: np.ndarray, lengths_pg: np.ndarray
     ) -> programs.Prefilled:
@@ -140,12 +146,17 @@ class Engine:
         return jax.device_get(chosen)
 
     def decode(
-        self, weights: nnx.State, rows: programs.Rows, stop_at: np.ndarray, params: SamplingParams
+        self,
+        weights: nnx.State,
+        layers: list[nnx.State],
+        rows: programs.Rows,
+        stop_at: np.ndarray,
+        params: SamplingParams,
     ) -> tuple[programs.Chosen, int]:
         """The rows' next tokens (t, p, w) and the number of turns; see `programs.decode_rows`."""
         size = self._positions_read(rows.lengths_pw.max())
         self._cache, chosen, turns = self._decode(
-            weights, self._cache, rows, stop_at, params, size, TURNS_PER_CALL
+            weights, layers, self._cache, rows, stop_at, params, size, TURNS_PER_CALL
         )
         return jax.device_get((chosen, turns))
 
@@ -160,7 +171,8 @@ class Engine:
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""
-        return sum(f._cache_size() for f in (self._prefill, self._insert, self._decode, self._move))
+        programs = self._unstack, self._prefill, self._insert, self._decode, self._move
+        return sum(program._cache_size() for program in programs)
 
     def _positions_read(self, longest: int) -> int:
         """At most, of a row: a call of the decode loop is compiled for it."""

@@ -123,6 +123,7 @@ def insert_rows(
 def decode_rows(
     facts: ModelFacts,
     weights: nnx.State,
+    layers: list[nnx.State],
     cache: SlotCache,
     rows: Rows,
     stop_at: jax.Array,
@@ -135,6 +136,7 @@ def decode_rows(
     Args:
       facts: static.
       weights: the model's.
+      layers: from `decoding.unstack_layers`.
       cache: donated; its slots have room for `turns` tokens behind their lengths.
       rows: what is in the first w slots.
       stop_at: (2,): return early once at most this many rows run in all, or in every part.
@@ -156,7 +158,7 @@ def decode_rows(
         merged, (rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2)
     )
     prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype)
-    walk = make_walk(model, prefix_of)
+    walk = make_walk(model, layers, prefix_of)
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
 
     def goes_on(state):

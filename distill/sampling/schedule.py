@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 INSERTED_PER_CALL = 16  # rows, per part
 PREFILL_TOKENS = 4096  # of a reading, per part
 SMALLEST_PROMPT_BUCKET = 16
-WIDTHS = 5  # each half as wide as the one before
+WIDTHS = 5  # each half as wide as the one before, down to 4; and 1
 
 
 class Run:
@@ -30,6 +30,7 @@ class Run:
 
     def __init__(self, engine: Engine, weights: nnx.State, request: RolloutRequest):
         self._engine, self._weights, self._request = engine, weights, request
+        self._layers = engine.unstack(weights)
         self._params = dataclasses.replace(request.params, max_length=1)  # limits are per row
         rows, length = request.num_rows, request.params.max_length
         self._limits = request.limits
@@ -60,7 +61,9 @@ class Run:
         self._queue = collections.deque(order)
         # Rows of each part that have been read and wait for a slot: (reading, prompt in it, row).
         self._waiting = [collections.deque() for _ in range(self._parts)]
-        self._widths = [max(1, slots >> i) for i in range(WIDTHS) if i == 0 or slots >> i >= 4]
+        halves = [slots >> i for i in range(WIDTHS) if i == 0 or slots >> i >= 4]
+        # The longest answer often ends alone: without company, a CPU need not repack the weights.
+        self._widths = halves if slots == 1 else [*halves, 1]
         self._started = time.perf_counter()
         self._prefill_seconds = self._decode_seconds = self._wait_seconds = 0.0
         self._slot_turns = self._kept_turns = 0
@@ -184,7 +187,9 @@ class Run:
             running_pw=running_pw,
         )
         stop_at = np.array(self._stop_at(width), np.int32)
-        chosen, turns = self._engine.decode(self._weights, rows, stop_at, self._params)
+        chosen, turns = self._engine.decode(
+            self._weights, self._layers, rows, stop_at, self._params
+        )
         kept_before = made.sum()
         for part, slot in zip(*np.nonzero(running_pw), strict=True):
             self._keep(
