@@ -21,6 +21,10 @@ from distill.errors import UserError
 
 KNOWN_BACKENDS = ("jax", "vllm")
 PRECISIONS = ("bfloat16", "float32")
+# A password or a token in a URL: no value may have one, since values are logged and stored.
+CREDENTIALS = re.compile(
+    r"(?<=://)[^/\s]*(?=@)|(?<=[?&])[\w-]*(?:token|key|secret|password|signature)=[^&\s]*", re.I
+)
 
 
 def _key(default: Any, help: str, *, choices=None, low=None, high=None) -> Any:
@@ -202,6 +206,9 @@ class Data:
     holdout_fraction: float = _key(
         0.02, "unique prompts held out as split 'validation'", low=0, high=0.5
     )
+    max_bad_rows: float = _key(
+        0.01, "share of rows that are skipped if unusable; more are an error", low=0, high=1
+    )
     subset: str = _key("", "configuration of a hub dataset, for hf")
     prompt_column: str = _key("prompt", "for hf, jsonl, parquet and tfds")
     response_column: str = _key("response", "for hf, jsonl, parquet and tfds")
@@ -376,6 +383,7 @@ def _parse_value(key: str, value: Any, kind: Any, limits: typing.Mapping[str, An
         value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         if not all(isinstance(item, str) for item in value):
             raise UserError(f"config key '{key}' is {value!r}: it takes text values")
+        _check_no_credentials(key, *value)
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -383,6 +391,8 @@ def _parse_value(key: str, value: Any, kind: Any, limits: typing.Mapping[str, An
         raise UserError(
             f"config key '{key}' is {value!r}: it takes a value of type {kind.__name__}"
         )
+    if kind is str:
+        _check_no_credentials(key, value)
     low, high, choices = limits["low"], limits["high"], limits["choices"]
     if choices is not None and value not in choices:
         raise UserError(f"config key '{key}' is {value!r}: allowed are {', '.join(choices)}")
@@ -391,6 +401,16 @@ def _parse_value(key: str, value: Any, kind: Any, limits: typing.Mapping[str, An
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"config key '{key}' is {value!r}: it must be {bounds}")
     return value
+
+
+def _check_no_credentials(key: str, *values: str) -> None:
+    if any(CREDENTIALS.search(value) for value in values):
+        # Not shown, for the same reason.
+        raise UserError(
+            f"config key '{key}' holds a URL with a password or token, which would be stored with "
+            "every checkpoint: leave it out, and give it by an environment variable such as "
+            "HF_TOKEN, or the one that an api_key_variable names"
+        )
 
 
 def _check_combinations(config: Config) -> None:
@@ -474,6 +494,12 @@ def _check_vllm(config: Config) -> None:
                 "that are running, or policy.generation.vllm.python, to start one here"
             )
         _check_servers("policy.generation.vllm", sampler)
+        if any(re.match("--(api-key|hf-token)", argument) for argument in sampler.server_args):
+            raise UserError(
+                "config key 'policy.generation.vllm.server_args' holds a secret, which everybody "
+                "on the machine could read: name an environment variable in api_key_variable "
+                "instead, or leave it out, and a key is made up"
+            )
     if config.teacher.backend == "vllm":
         if not config.teacher.vllm.urls:
             raise UserError(
