@@ -74,7 +74,7 @@ def _check_override_names(argv: Sequence[str]) -> None:
     """ml_collections names only a part of an unknown key; this names all of it and the nearest."""
     for argument in argv[1:]:
         name, dot, key = argument.partition("=")[0].lstrip("-").partition(".")
-        if name == "config" and dot and key not in known_keys():
+        if name in ("config", "noconfig") and dot and key not in known_keys():
             raise unknown_key(key)
 
 
