@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from distill.config import parse_config
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import Dropped, Example, get_dataset
 from distill.data.gsm8k import final_number
@@ -19,6 +21,7 @@ from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.table import InMemoryDataset
 from distill.errors import UserError
 from distill.sampling.request import Rollout, to_sequences
+from distill.scratch import _make_tokenizer
 from distill.step import make_batch
 from distill.tokenizer import character_tokenizer, train_bpe_tokenizer
 
@@ -150,6 +153,17 @@ def test_ten_megabytes_are_dropped_in_a_moment(tmp_path, text):
     assert time.monotonic() - start < 10
     kind = "prompt is not Unicode text" if text == "\ud800" else "prompts longer than 1024 tokens"
     assert len(prompts) == 1 and prompts.dropped[kind].count == 1
+
+
+def test_tokenizer_learns_in_time_from_a_word_without_end(tmp_path):
+    config = tiny_config()
+    config.policy.tokenizer = "bpe:320"
+    config.data.name, config.data.max_bad_rows = "jsonl", 0.5
+    giant = json.dumps({"prompt": "x" * 10 * 2**20}).encode()
+    config.data.path = write_lines(tmp_path / "d.jsonl", [GOOD] * 50 + [giant])
+    start = time.monotonic()
+    assert len(_make_tokenizer(parse_config(config)).get_vocab()) > 258
+    assert time.monotonic() - start < 10
 
 
 def test_ten_megabytes_of_response_are_dropped_unread():

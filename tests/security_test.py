@@ -218,7 +218,8 @@ def test_no_secret_is_left_by_a_run(open_run):
     assert size > 100_000
     for path, content in contents.items():
         assert MARK.encode() not in content, path
-    assert "data: 64 prompts" in printed and MARK not in printed
+    assert "\ndata: 64 prompts" in printed and "validation data: 8 prompts" in printed
+    assert MARK not in printed
 
 
 def test_nobody_else_may_write_even_where_the_umask_would_let_them(open_run):
