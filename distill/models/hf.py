@@ -111,9 +111,10 @@ def _open_tensors(folder: Path) -> dict[str, _Tensor]:
         try:
             file = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
+            is_pickle = isinstance(error, SafetensorError) and _is_pickle(path)
             raise UserError(
                 f"{path} is not a readable safetensors file ({first_line(error)}): "
-                f"{_CONVERT if _is_pickle(path) else 'copy or download it again'}"
+                f"{_CONVERT if is_pickle else 'copy or download it again'}"
             ) from None
         for key in file.keys():
             if key in tensors:
