@@ -218,7 +218,7 @@ def test_no_secret_is_left_by_a_run(open_run):
     assert size > 100_000
     for path, content in contents.items():
         assert MARK.encode() not in content, path
-    assert "\ndata: 64 prompts" in printed and "validation data: 8 prompts" in printed
+    assert "data: 64 prompts (55 distinct)" in printed and "validation data: 8 prompts" in printed
     assert MARK not in printed
 
 
