@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-vllm lint functional clean
+.PHONY: quickstart test test-vllm lint functional audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
@@ -25,6 +26,16 @@ functional: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/distillation.sh
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/gsm8k.sh
 
+# Known weaknesses of the installed packages, as pypi.org lists them. Strict, because an index that
+# lists none would otherwise be reported as "none known".
+audit: $(VENV)/.installed-test
+	test -x $(AUDIT_VENV)/bin/pip-audit || $(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet "pip-audit>=2.10,<3"
+	@$(AUDIT_VENV)/bin/pip-audit --strict --progress-spinner off --path \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || \
+	  { echo "error: a package has a known weakness, or could not be looked up (offline?): see above"; \
+	    exit 1; }
+
 # A stamp per requirements file: installing again only when it changes.
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -44,4 +55,4 @@ $(VLLM_VENV)/.installed: requirements-vllm.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) runs

@@ -46,7 +46,14 @@ from distill.step import TrainState
 from distill.tokenizer import check_same_vocabulary, end_ids, load_tokenizer, vocabulary_size
 
 # Keys of the config's data section that a source may take.
-_DATA_KEYS = {"holdout_fraction", "subset", "prompt_column", "response_column", "answer_column"}
+_DATA_KEYS = {
+    "holdout_fraction",
+    "max_bad_rows",
+    "subset",
+    "prompt_column",
+    "response_column",
+    "answer_column",
+}
 
 
 @dataclasses.dataclass(frozen=True)

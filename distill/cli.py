@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,10 +12,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from distill.config import known_keys, unknown_key
-from distill.errors import RunStopped, UserError
+from distill.config import CREDENTIALS, known_keys, unknown_key
+from distill.errors import RunStopped, UserError, printable
 
 USAGE_ERROR = 2
+_LONGEST_ERROR = 2000  # characters
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -28,6 +31,8 @@ def define_config_flag() -> flags.FlagHolder:
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`; never returns."""
+    # The user's own choice, but for one thing: nobody else may write to what a run leaves.
+    os.umask(os.umask(0o077) | 0o002)
     app.run(lambda _: _call(main), flags_parser=_parse_flags)
 
 
@@ -69,10 +74,23 @@ def _check_override_names(argv: Sequence[str]) -> None:
     """ml_collections names only a part of an unknown key; this names all of it and the nearest."""
     for argument in argv[1:]:
         name, dot, key = argument.partition("=")[0].lstrip("-").partition(".")
-        if name == "config" and dot and key not in known_keys():
+        if name in ("config", "noconfig") and dot and key not in known_keys():
             raise unknown_key(key)
 
 
 def _fail(message: str, status: int = USAGE_ERROR) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = printable(_without_secrets(message))
+    shown = line if len(line) <= _LONGEST_ERROR else f"{line[:_LONGEST_ERROR]} ..."
+    print(f"error: {shown}", file=sys.stderr)
     sys.exit(status)
+
+
+def _without_secrets(message: str) -> str:
+    """Without passwords in URLs, and without values of variables that are named like secrets.
+
+    Messages quote what other libraries and servers say.
+    """
+    for name, value in os.environ.items():
+        if re.search("TOKEN|KEY|SECRET|PASSWORD", name) and len(value) >= 8:
+            message = message.replace(value, f"${name}")
+    return CREDENTIALS.sub("...", message)

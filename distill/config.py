@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -21,6 +22,11 @@ from distill.errors import UserError
 
 KNOWN_BACKENDS = ("jax", "vllm")
 PRECISIONS = ("bfloat16", "float32")
+_INTEGER_LIMIT = 2**31  # devices count in 32 bits
+# A password or a token in a URL: no value may have one, since values are logged and stored.
+CREDENTIALS = re.compile(
+    r"(?<=://)[^/\s]*(?=@)|(?<=[?&])[\w-]*(?:token|key|secret|password|signature)=[^&\s]*", re.I
+)
 
 
 def _key(default: Any, help: str, *, choices=None, low=None, high=None) -> Any:
@@ -202,6 +208,9 @@ class Data:
     holdout_fraction: float = _key(
         0.02, "unique prompts held out as split 'validation'", low=0, high=0.5
     )
+    max_bad_rows: float = _key(
+        0.01, "share of rows that are skipped if unusable; more are an error", low=0, high=1
+    )
     subset: str = _key("", "configuration of a hub dataset, for hf")
     prompt_column: str = _key("prompt", "for hf, jsonl, parquet and tfds")
     response_column: str = _key("response", "for hf, jsonl, parquet and tfds")
@@ -377,22 +386,43 @@ def _parse_value(key: str, value: Any, kind: Any, limits: typing.Mapping[str, An
     if typing.get_origin(kind) is tuple:
         value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         if not all(isinstance(item, str) for item in value):
-            raise UserError(f"config key '{key}' is {value!r}: it takes text values")
+            raise UserError(f"config key '{key}' is {_shown(value)}: it takes text values")
+        _check_no_credentials(key, *value)
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(
-            f"config key '{key}' is {value!r}: it takes a value of type {kind.__name__}"
+            f"config key '{key}' is {_shown(value)}: it takes a value of type {kind.__name__}"
         )
+    if kind is str:
+        _check_no_credentials(key, value)
     low, high, choices = limits["low"], limits["high"], limits["choices"]
     if choices is not None and value not in choices:
-        raise UserError(f"config key '{key}' is {value!r}: allowed are {', '.join(choices)}")
+        raise UserError(f"config key '{key}' is {_shown(value)}: allowed are {', '.join(choices)}")
     # Written so that NaN fails too.
     if not ((low is None or value >= low) and (high is None or value <= high)):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UserError(f"config key '{key}' is {value!r}: it must be {bounds}")
+        raise UserError(f"config key '{key}' is {_shown(value)}: it must be {bounds}")
+    if value == math.inf or (kind is int and value >= _INTEGER_LIMIT):
+        raise UserError(f"config key '{key}' is {_shown(value)}: that is too large")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A wrong value on one line: sections have several, and a text can be of any length."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _check_no_credentials(key: str, *values: str) -> None:
+    if any(CREDENTIALS.search(value) for value in values):
+        # Not shown, for the same reason.
+        raise UserError(
+            f"config key '{key}' holds a URL with a password or token, which would be stored with "
+            "every checkpoint: leave it out, and give it by an environment variable such as "
+            "HF_TOKEN, or the one that an api_key_variable names"
+        )
 
 
 def _check_combinations(config: Config) -> None:
@@ -423,11 +453,8 @@ def _check_combinations(config: Config) -> None:
             "sampler_devices=0"
         )
     if policy.train_global_batch_size % policy.train_micro_batch_size:
-        fitting = max(
-            size
-            for size in range(1, policy.train_micro_batch_size + 1)
-            if policy.train_global_batch_size % size == 0
-        )
+        divisors = _divisors(policy.train_global_batch_size)
+        fitting = max(size for size in divisors if size <= policy.train_micro_batch_size)
         raise UserError(
             f"policy.train_global_batch_size={policy.train_global_batch_size} is not divisible by "
             f"policy.train_micro_batch_size={policy.train_micro_batch_size}: "
@@ -467,6 +494,11 @@ def _check_combinations(config: Config) -> None:
     _check_vllm(config)
 
 
+def _divisors(number: int) -> set[int]:
+    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    return {*small, *(number // i for i in small)}
+
+
 def _check_vllm(config: Config) -> None:
     distillation, sampler = config.distillation, config.policy.generation.vllm
     if config.policy.generation.backend == "vllm":
@@ -476,6 +508,12 @@ def _check_vllm(config: Config) -> None:
                 "that are running, or policy.generation.vllm.python, to start one here"
             )
         _check_servers("policy.generation.vllm", sampler)
+        if any(re.match("--(api-key|hf-token)", argument) for argument in sampler.server_args):
+            raise UserError(
+                "config key 'policy.generation.vllm.server_args' holds a secret, which everybody "
+                "on the machine could read: name an environment variable in api_key_variable "
+                "instead, or leave it out, and a key is made up"
+            )
     if config.teacher.backend == "vllm":
         if not config.teacher.vllm.urls:
             raise UserError(

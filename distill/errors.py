@@ -10,3 +10,12 @@ class UserError(Exception):
 
 class RunStopped(Exception):
     """The run cannot go on soundly; the message is one line with what to try. Exit status 1."""
+
+
+def printable(text: str) -> str:
+    """Text on one line that a terminal only shows: control and direction marks are spelt out.
+
+    What came from files, servers and models may hold escape sequences that would drive a terminal.
+    """
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

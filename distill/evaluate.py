@@ -99,7 +99,8 @@ class Evaluator:
         put: Callable[[np.ndarray], jax.Array],
         answer_timeout: float,
     ):
-        self._dataset, self._prompts, self._tokenizer = dataset, prompts, tokenizer
+        self.prompts = prompts
+        self._dataset, self._tokenizer = dataset, tokenizer
         self._batch_size, self._put, self._timeout = batch_size, put, answer_timeout
 
         self._params = SamplingParams(max_length=max_length, greedy=True)
@@ -113,7 +114,7 @@ class Evaluator:
 
     def __call__(self, model: Model, teacher: Model | None) -> Evaluation:
         engine = self._engine_for(model.graph)
-        prompts = self._prompts
+        prompts = self.prompts
         request = RolloutRequest(
             tuple(prompts.prompt_tokens), np.arange(len(prompts)), self._params
         )
@@ -143,7 +144,7 @@ class Evaluator:
         )
 
     def _accuracy(self, answers: list[str]) -> dict[str, float | None]:
-        examples = [self._dataset[int(row)] for row in self._prompts.rows]
+        examples = [self._dataset[int(row)] for row in self.prompts.rows]
         if any(example.answer is None for example in examples):
             return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
         with Grader(time_limit=self._timeout) as grader:

@@ -71,6 +71,7 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     with temporary.open("w") as file, tqdm(total=len(prompts), unit="prompt") as bar:
+        bar.write(f"data: {prompts.summary()}")
         for start in range(0, len(prompts), _PROMPTS_PER_REQUEST):
             tokens = tuple(prompts.prompt_tokens[start : start + _PROMPTS_PER_REQUEST])
             index = np.arange(start, start + len(tokens))

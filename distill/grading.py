@@ -28,8 +28,9 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 class Grader:
     """Checks answers in worker processes: `with Grader() as grader: grader.grade(...)`.
 
-    An answer that takes longer than `time_limit` seconds, or kills its worker, counts as wrong;
-    the worker is replaced and the others go on.
+    An answer that takes longer than `time_limit` seconds, kills its worker or cannot be compared
+    counts as wrong; a lost worker is replaced and the others go on. Workers end with this process,
+    on Linux even if it is killed.
 
     Attributes:
         timeouts: answers stopped by the time limit so far.

@@ -31,6 +31,8 @@ from distill.tokenizer import (
     vocabulary_size,
 )
 
+_LONGEST_TEXT = 10_000  # characters of an example that a tokenizer learns from
+
 
 def make_missing_models(
     config: Config, workdir: Path, supervise: Callable[[Config, Path], object]
@@ -84,7 +86,8 @@ def _make_tokenizer(config: Config):
         dataset = build_dataset(config)
         examples = (dataset[i] for i in range(len(dataset)))
         texts = (f"{example.prompt}\n{example.response or ''}" for example in examples)
-        return train_bpe_tokenizer(texts, int(argument))
+        # A word without end would take hours: their number of steps is quadratic in its length.
+        return train_bpe_tokenizer((text[:_LONGEST_TEXT] for text in texts), int(argument))
     return load_tokenizer(resolve_model(config.policy.tokenizer))
 
 

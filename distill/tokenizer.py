@@ -28,7 +28,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
       UserError: the folder holds no loadable tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Left open, transformers would ask on the terminal whether to run a model's own code.
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

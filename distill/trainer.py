@@ -139,6 +139,8 @@ def run(config: Config, workdir: Path) -> Result:
         writer = build.build_writer(config, workdir, step, flat_config)
         progress = build.build_progress(config, writer, schedule, step)
         progress.say(f"data: {prompts.summary()}")
+        if evaluator is not None:
+            progress.say(f"validation data: {evaluator.prompts.summary()}")
 
         def evaluate(role: str, model: Model) -> None:
             if evaluator is not None:
@@ -214,6 +216,7 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         student_folder, teacher_folder = build.find_models(parsed)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
+        print(f"validation data: {evaluator.prompts.summary()}")
         teacher = build.build_teacher(parsed, teacher_folder, mesh)
         student = build.build_frozen_model(parsed, student_folder, mesh, parsed.policy.precision)
         models = {"student": student, "teacher": teacher} if teacher else {"student": student}

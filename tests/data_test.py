@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.data.base import (
     DatasetInterface,
+    Dropped,
     Example,
     dataset_options,
     get_dataset,
@@ -314,11 +315,11 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("line", "complaint"),
         [
-            ('{"prompt": "b"', ":3 is not valid JSON"),
-            ('["b"]', ":3 must be a JSON object, not list"),
-            ('{"prompt": {"text": "b"}}', ":3: column 'prompt' must be text, not dict"),
-            ('{"prompt": null}', ":3: column 'prompt' is empty"),
-            ('{"question": "b"}', ":3 has no column prompt"),
+            ('{"prompt": "b"', ":3: not valid JSON"),
+            ('["b"]', ":3: not a JSON object (list)"),
+            ('{"prompt": {"text": "b"}}', ":3: prompt is not text (dict)"),
+            ('{"prompt": null}', ":3: prompt is empty"),
+            ('{"question": "b"}', ":3: no column prompt"),
         ],
     )
     def test_bad_line_is_named(self, tmp_path, line, complaint):
@@ -333,7 +334,7 @@ class TestFiles:
         path.write_bytes(b'{"prompt": "a"}\n\n{"prompt": "caf\xe9"}\n')
         with pytest.raises(UserError) as error:
             get_dataset("jsonl", "all", path=str(path))
-        assert "d.jsonl:3 is not UTF-8 text" in one_line(error)
+        assert "d.jsonl:3: not UTF-8 text" in one_line(error)
 
     @pytest.mark.parametrize("split", ["train", "validation", "all"])
     def test_file_without_rows(self, tmp_path, split):
@@ -371,7 +372,7 @@ class TestFiles:
         path.write_text("not parquet")
         with pytest.raises(UserError) as error:
             get_dataset("parquet", "train", path=str(path))
-        assert "is not a Parquet file" in one_line(error)
+        assert "is not a whole Parquet file" in one_line(error)
 
     def test_single_file_is_split_without_leaks(self, tmp_path):
         path = write_jsonl(tmp_path / "d.jsonl", [*self.ROWS, *self.ROWS])
@@ -566,13 +567,14 @@ class TestPrompts:
         responses = [tokens.tolist() for tokens in prompts.response_tokens]
         assert responses == [ids("b b <eos>"), ids("c <eos>")]
         assert prompts.dropped == {
-            "prompts longer than 4 tokens": 1,
-            "rows without a response": 3,
-            "responses longer than 3 tokens with the end token": 1,
+            "prompts longer than 4 tokens": Dropped(1, "1"),
+            "rows without a response": Dropped(3, "2"),
+            "responses longer than 3 tokens with the end token": Dropped(1, "5"),
         }
         assert prompts.summary() == (
-            "2 prompts of 2 to 2 tokens; dropped: 1 prompts longer than 4 tokens, 3 rows without "
-            "a response, 1 responses longer than 3 tokens with the end token"
+            "2 prompts of 2 to 2 tokens; dropped: 1 prompts longer than 4 tokens (first 1), 3 rows "
+            "without a response (first 2), 1 responses longer than 3 tokens with the end token "
+            "(first 5)"
         )
 
     def test_lengths_at_the_limit_are_kept(self):
@@ -606,6 +608,7 @@ class TestPrompts:
         class Counting:
             chat_template, pad_token_id, eos_token_id = None, None, 2
             __call__ = staticmethod(encode)
+            get_vocab = staticmethod(tokenizer.get_vocab)
 
         rows = [("a", None), ("b", None)] * 20
         prompts = tokenize_prompts(dataset_of(*rows), Counting(), max_prompt_length=9)

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distill.errors import UserError
@@ -40,6 +40,23 @@ class Example:
     id: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """Rows left out for one reason: how many, and where the first of them is."""
+
+    count: int
+    first: str
+
+
+def count_drops(drops: Iterable[tuple[str, str]]) -> dict[str, Dropped]:
+    """Groups pairs of a reason and a place, in the order in which reasons first occur."""
+    counted: dict[str, Dropped] = {}
+    for reason, place in drops:
+        known = counted.get(reason, Dropped(0, place))
+        counted[reason] = Dropped(known.count + 1, known.first)
+    return counted
+
+
 class DatasetInterface(abc.ABC):
     """A finite, ordered, random-access collection of examples."""
 
@@ -52,6 +69,11 @@ class DatasetInterface(abc.ABC):
     def get_prompt_template(self) -> str:
         """Returns the text that wraps a prompt, with one '{problem}' where the prompt goes."""
         return "{problem}"
+
+    @property
+    def bad_rows(self) -> Mapping[str, Dropped]:
+        """Rows of the source that could not be made examples, by what is wrong with them."""
+        return {}
 
     def is_correct(self, example: Example, response: str) -> bool | None:
         """Says whether `response` answers `example`; None leaves it to math-verify."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
+    BadRow,
     Columns,
     InMemoryDataset,
     Tables,
@@ -32,17 +33,25 @@ def make(
     response_column: str = "response",
     answer_column: str = "answer",
     holdout_fraction: float = 0.02,
+    max_bad_rows: float = 0.01,
 ) -> InMemoryDataset:
     """Reads a file, or a folder with files such as train.jsonl or train-00000-of-00002.parquet.
 
-    A prompt is a text or a list of chat messages. See `choose_split` for the splits and
-    `chosen_columns` for the columns.
+    A prompt is a text or a list of chat messages. See `choose_split` for the splits and bad rows,
+    and `chosen_columns` for the columns.
     """
     if not path:
         raise UserError("data.path is not set: pass the file or folder to read, data.path=LOCAL")
     tables = file_tables(path, chosen_columns(prompt_column, response_column, answer_column))
-    examples = choose_split(tables, split, seed=seed, holdout_fraction=holdout_fraction, where=path)
-    return InMemoryDataset(examples[:max_samples])
+    examples, bad_rows = choose_split(
+        tables,
+        split,
+        seed=seed,
+        holdout_fraction=holdout_fraction,
+        max_bad_rows=max_bad_rows,
+        where=path,
+    )
+    return InMemoryDataset(examples[:max_samples], bad_rows)
 
 
 def file_tables(path: str, columns: Columns) -> Tables:
@@ -81,38 +90,47 @@ def _split_of(file: Path) -> str | None:
     return next(names, None)
 
 
-def _read_files(files: list[Path], columns: Columns) -> list[Example]:
+def _read_files(files: list[Path], columns: Columns) -> list[Example | BadRow]:
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    return [example for file in files for example in readers[file.suffix](file, columns)]
+    return [row for file in files for row in readers[file.suffix](file, columns)]
 
 
-def _read_jsonl(file: Path, columns: Columns) -> list[Example]:
-    examples = []
-    with file.open("rb") as lines:  # decoded one by one, so that an error knows its line
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} is not UTF-8 text: {error.reason}") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not valid JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where} must be a JSON object, not {type(row).__name__}")
-            columns.present(list(row), where)
-            examples.append(make_example(row, columns, where, id=f"{file.name}/{number}"))
-    return examples
+def _read_jsonl(file: Path, columns: Columns) -> list[Example | BadRow]:
+    with file.open("rb") as lines:  # decoded one by one, so that a bad line spoils no other
+        return [
+            _read_line(line, columns, f"{file}:{number}", id=f"{file.name}/{number}")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
 
 
-def _read_parquet(file: Path, columns: Columns) -> list[Example]:
+def _read_line(line: bytes, columns: Columns, where: str, id: str) -> Example | BadRow:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        return BadRow(where, "not UTF-8 text", error.reason)
+    # Besides wrong syntax: numbers of more digits than Python reads, and nesting beyond its stack.
+    except (ValueError, RecursionError) as error:
+        return BadRow(where, "not valid JSON", getattr(error, "msg", str(error)))
+    if not isinstance(row, dict):
+        return BadRow(where, "not a JSON object", type(row).__name__)
+    return make_example(row, columns, where, id)
+
+
+def _read_parquet(file: Path, columns: Columns) -> list[Example | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         names = columns.present(pyarrow.parquet.read_schema(file).names, str(file))
         table = pyarrow.parquet.read_table(file, columns=names)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from None
-    return examples_from_columns(table.to_pydict(), columns, str(file), file.name)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} is not a whole Parquet file: {reason}") from None
+    # As bytes, which are decoded one by one like the lines of a text file.
+    as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    values = {
+        name: column.cast(as_bytes.get(column.type, column.type)).to_pylist()
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+    return examples_from_columns(values, columns, str(file), file.name)

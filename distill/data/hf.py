@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
+    BadRow,
     Columns,
     InMemoryDataset,
     Tables,
@@ -32,10 +33,11 @@ def make(
     response_column: str = "response",
     answer_column: str = "answer",
     holdout_fraction: float = 0.02,
+    max_bad_rows: float = 0.01,
 ) -> InMemoryDataset:
     """Reads a hub dataset (`path` is its id, `subset` its configuration) or a saved folder.
 
-    See `choose_split` for the splits and `chosen_columns` for the columns.
+    See `choose_split` for the splits and bad rows, `chosen_columns` for the columns.
     """
     if not path:
         raise UserError("data.path is not set: pass a hub id or data.path=LOCAL, a saved folder")
@@ -44,8 +46,15 @@ def make(
         tables = _saved_tables(path, columns)
     else:
         tables = hub_tables(path, columns, subset=subset)
-    examples = choose_split(tables, split, seed=seed, holdout_fraction=holdout_fraction, where=path)
-    return InMemoryDataset(examples[:max_samples])
+    examples, bad_rows = choose_split(
+        tables,
+        split,
+        seed=seed,
+        holdout_fraction=holdout_fraction,
+        max_bad_rows=max_bad_rows,
+        where=path,
+    )
+    return InMemoryDataset(examples[:max_samples], bad_rows)
 
 
 def hub_tables(
@@ -99,9 +108,15 @@ def _tables(splits: dict, columns: Columns, where: str) -> Tables:
     }
 
 
-def _read(table: "datasets.Dataset", columns: Columns, where: str, split: str) -> list[Example]:
+def _read(
+    table: "datasets.Dataset", columns: Columns, where: str, split: str
+) -> list[Example | BadRow]:
     names = columns.present(table.column_names, where)
-    return examples_from_columns(table.select_columns(names)[:], columns, where, split)
+    try:
+        values = table.select_columns(names)[:]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} holds text that is not UTF-8: {error.reason}") from None
+    return examples_from_columns(values, columns, where, split)
 
 
 def _hub_answers(hub_id: str) -> bool:

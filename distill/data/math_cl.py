@@ -4,7 +4,7 @@ The curriculum concatenates shuffled copies (MATH level 3-5 twice, DeepScaleR ea
 and hard 20 times), so its order is kept and a hold-out goes by problem, never by row.
 """
 
-from distill.data.base import register_dataset
+from distill.data.base import Example, register_dataset
 from distill.data.files import file_tables
 from distill.data.hf import hub_tables
 from distill.data.table import Columns, InMemoryDataset, Tables, choose_split
@@ -28,6 +28,7 @@ class MathCLDataset(InMemoryDataset):
             which MATH-500 is math500.* or test.*. Where it holds the curriculum alone, 'math500'
             is still the hub's.
         holdout_fraction: share of the unique problems that is held out.
+        max_bad_rows: share of the rows that may be bad, and is skipped.
 
     Raises:
         UserError: the hub or the path has no such data.
@@ -40,6 +41,7 @@ class MathCLDataset(InMemoryDataset):
         max_samples: int | None = None,
         path: str | None = None,
         holdout_fraction: float = 0.02,
+        max_bad_rows: float = 0.01,
     ):
         if split == "math500":
             if path and _holds_only_the_curriculum(path):
@@ -51,10 +53,15 @@ class MathCLDataset(InMemoryDataset):
         else:
             tables = file_tables(path, _CURRICULUM) if path else hub_tables(HUB_ID, _CURRICULUM)
             where = path or HUB_ID
-        examples = choose_split(
-            tables, split, seed=seed, holdout_fraction=holdout_fraction, where=where
+        examples, bad_rows = choose_split(
+            tables,
+            split,
+            seed=seed,
+            holdout_fraction=holdout_fraction,
+            max_bad_rows=max_bad_rows,
+            where=where,
         )
-        super().__init__(examples[:max_samples])
+        super().__init__(examples[:max_samples], bad_rows)
 
     def get_prompt_template(self) -> str:
         return "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -78,7 +85,7 @@ def _holds_only_the_curriculum(path: str) -> bool:
 
 def _is_readable(tables: Tables) -> bool:
     try:
-        tables["train"]()
+        rows = tables["train"]()
     except UserError:
         return False
-    return True
+    return any(isinstance(row, Example) for row in rows)

@@ -63,7 +63,12 @@ def make_train_iterator(
     batches = (
         positions.repeat()
         .map_with_index(lambda index, position: (index, position))
-        .batch(batch_size, batch_fn=lambda pairs: _collate(prompts, pairs[mine]))
+        # The stream has no end; grain rounds its length up beyond what Python can count to.
+        .batch(
+            batch_size,
+            drop_remainder=True,
+            batch_fn=lambda pairs: _collate(prompts, pairs[mine]),
+        )
     )
     # All data is in memory: reading threads would only compete with the trainer.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

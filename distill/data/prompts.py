@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
-from distill.data.base import DatasetInterface, Example
-from distill.errors import UserError
+from distill.data.base import DatasetInterface, Dropped, Example, count_drops
+from distill.errors import UserError, printable
 
 _WIDTH_MULTIPLE = 8
 
@@ -23,14 +24,15 @@ class Prompts:
         prompt_tokens: token ids of each kept row; equal prompts share one array.
         response_tokens: token ids of the reference responses, EOS included; None when not asked
             for.
-        dropped: number of rows left out, by reason; reasons that never applied are absent.
+        dropped: rows left out, by reason, bad rows of the source among them; reasons that never
+            applied are absent.
         pad_id: fills up to the widths.
     """
 
     rows: np.ndarray
     prompt_tokens: list[np.ndarray]
     response_tokens: list[np.ndarray] | None
-    dropped: dict[str, int]
+    dropped: dict[str, Dropped]
     pad_id: int
 
     def __len__(self) -> int:
@@ -49,10 +51,12 @@ class Prompts:
     def summary(self) -> str:
         """One line for the log."""
         lengths = [len(tokens) for tokens in self.prompt_tokens]
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        return (
-            f"{len(self)} prompts of {min(lengths)} to {max(lengths)} tokens; "
-            f"dropped: {dropped or 'none'}"
+        distinct = len({tokens.tobytes() for tokens in self.prompt_tokens})
+        # Repeats are what curricula are made of, and what a broken export looks like.
+        repeats = f" ({distinct} distinct)" if distinct < len(self) else ""
+        return printable(
+            f"{len(self)} prompts{repeats} of {min(lengths)} to {max(lengths)} tokens; "
+            f"dropped: {_describe(self.dropped) or 'none'}"
         )
 
 
@@ -67,6 +71,8 @@ def tokenize_prompts(
     prompt_template: str = "",
 ) -> Prompts:
     """Tokenises a dataset; rows that do not fit are dropped and counted, never truncated.
+
+    Texts that cannot fit by their number of characters are dropped before they are tokenised.
 
     A tokenizer with a chat template renders the prompt as a user's message (a list of messages as
     it is) followed by the opening of the answer. Without one the prompt is plain text.
@@ -91,23 +97,19 @@ def tokenize_prompts(
             "prompt goes"
         )
     examples = [dataset[i] for i in range(len(dataset))]
-    prompts = _encode_prompts(examples, tokenizer, template, system_prompt)
-    responses = _encode_responses(examples, tokenizer) if needs_responses else None
+    limits = _Limits(max_prompt_length, max_response_length, _longest_piece(tokenizer))
+    prompts = _encode_prompts(examples, tokenizer, template, system_prompt, limits)
+    responses = _encode_responses(examples, tokenizer, limits) if needs_responses else None
 
     def reason_to_drop(i: int) -> str | None:
-        if len(prompts[i]) == 0:
-            return "prompts without a token"
-        if len(prompts[i]) > max_prompt_length:
-            return f"prompts longer than {max_prompt_length} tokens"
-        if responses is None:
-            return None
-        if responses[i] is None:
-            return "rows without a response"
-        if len(responses[i]) > max_response_length:
-            return f"responses longer than {max_response_length} tokens with the end token"
-        return None
+        found = [prompts[i]] if responses is None else [prompts[i], responses[i]]
+        return next((tokens for tokens in found if isinstance(tokens, str)), None)
 
-    kept, dropped = _partition(len(examples), reason_to_drop)
+    reasons = [reason_to_drop(i) for i in range(len(examples))]
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    pairs = zip(reasons, examples, strict=True)
+    misfits = count_drops((reason, example.id) for reason, example in pairs if reason)
+    dropped = {**dataset.bad_rows, **misfits}
     if not kept:
         raise UserError(_nothing_left(len(examples), dropped))
     return Prompts(
@@ -119,23 +121,97 @@ def tokenize_prompts(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """Tokens of prompts and of responses at most, and characters of the longest token."""
+
+    prompt: int
+    response: int
+    longest_piece: int
+
+
+def _longest_piece(tokenizer) -> int:
+    # Holds wherever no token stands for more characters than its own: not for tokenizers that
+    # make one unknown token of a long word, whose prompt would say nothing either.
+    return max(map(len, tokenizer.get_vocab()))
+
+
+# Token ids, or the reason why a text has none that could be used.
+_Encoded = np.ndarray | str
+
+
 def _encode_prompts(
-    examples: Sequence[Example], tokenizer, template: str, system_prompt: str
-) -> list[np.ndarray]:
+    examples: Sequence[Example], tokenizer, template: str, system_prompt: str, limits: _Limits
+) -> list[_Encoded]:
+    too_long = f"prompts longer than {limits.prompt} tokens"
+    most_characters = limits.prompt * limits.longest_piece
+
+    def render(prompt: str | list[dict[str, str]]) -> str:
+        turns = _messages(prompt, template, system_prompt)
+        if not tokenizer.chat_template:
+            return _plain_text(turns)
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
     # A curriculum repeats its problems: each distinct prompt is rendered and encoded once.
     keys = [json.dumps(example.prompt) for example in examples]
-    unique = {key: example.prompt for key, example in zip(keys, examples, strict=True)}
-    messages = [_messages(prompt, template, system_prompt) for prompt in unique.values()]
-    if not messages:
-        return []
-    if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-    else:
-        ids = tokenizer([_plain_text(turns) for turns in messages])["input_ids"]
-    encoded = {key: np.array(i, np.int32) for key, i in zip(unique, ids, strict=True)}
+    encoded: dict[str, _Encoded] = {}
+    texts: dict[str, str] = {}
+    for key, example in zip(keys, examples, strict=True):
+        if key in encoded or key in texts:
+            continue
+        try:
+            text = render(example.prompt)
+        except jinja2.TemplateError as error:
+            encoded[key] = f"prompts that the chat template refuses: {error}"
+            continue
+        if len(text) > most_characters:
+            encoded[key] = too_long
+        elif not _is_unicode(text):
+            encoded[key] = "prompts that are not Unicode text"
+        else:
+            texts[key] = text
+    # The template has put the special tokens where they belong.
+    special = {"add_special_tokens": False} if tokenizer.chat_template else {}
+    ids = tokenizer(list(texts.values()), **special)["input_ids"] if texts else []
+    for key, tokens in zip(texts, ids, strict=True):
+        if not tokens:
+            encoded[key] = "prompts without a token"
+        else:
+            fits = len(tokens) <= limits.prompt
+            encoded[key] = np.array(tokens, np.int32) if fits else too_long
     return [encoded[key] for key in keys]
+
+
+def _encode_responses(examples: Sequence[Example], tokenizer, limits: _Limits) -> list[_Encoded]:
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos_token, so responses could never end; set one")
+    too_long = f"responses longer than {limits.response} tokens with the end token"
+    encoded: dict[int, _Encoded] = {}
+    texts: dict[int, str] = {}
+    for i, example in enumerate(examples):
+        response = example.response or ""
+        if not response.strip():
+            encoded[i] = "rows without a response"
+        elif len(response) > limits.response * limits.longest_piece:
+            encoded[i] = too_long
+        elif not _is_unicode(response):
+            encoded[i] = "responses that are not Unicode text"
+        else:
+            texts[i] = response
+    ids = tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"] if texts else []
+    for i, tokens in zip(texts, ids, strict=True):
+        fits = len(tokens) < limits.response
+        encoded[i] = np.array([*tokens, tokenizer.eos_token_id], np.int32) if fits else too_long
+    return [encoded[i] for i in range(len(examples))]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogates, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _messages(prompt: str | list[dict[str, str]], template: str, system_prompt: str) -> list[dict]:
@@ -163,33 +239,14 @@ def _plain_text(turns: list[dict[str, str]]) -> str:
     return "\n\n".join(turn["content"] for turn in [*system, user])
 
 
-def _encode_responses(examples: Sequence[Example], tokenizer) -> list[np.ndarray | None]:
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos_token, so responses could never end; set one")
-    present = {i: e.response for i, e in enumerate(examples) if e.response and e.response.strip()}
-    responses: list[np.ndarray | None] = [None] * len(examples)
-    if present:
-        ids = tokenizer(list(present.values()), add_special_tokens=False)["input_ids"]
-        for i, tokens in zip(present, ids, strict=True):
-            responses[i] = np.array([*tokens, tokenizer.eos_token_id], np.int32)
-    return responses
+def _describe(dropped: Mapping[str, Dropped]) -> str:
+    return ", ".join(
+        f"{drops.count} {reason} (first {drops.first})" for reason, drops in dropped.items()
+    )
 
 
-def _partition(
-    count: int, reason_to_drop: Callable[[int], str | None]
-) -> tuple[list[int], dict[str, int]]:
-    kept, dropped = [], {}
-    for i in range(count):
-        reason = reason_to_drop(i)
-        if reason is None:
-            kept.append(i)
-        else:
-            dropped[reason] = dropped.get(reason, 0) + 1
-    return kept, dropped
-
-
-def _nothing_left(total: int, dropped: dict[str, int]) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+def _nothing_left(total: int, dropped: Mapping[str, Dropped]) -> str:
+    reasons = _describe(dropped)
     remedies = {
         "prompts longer": "raise policy.max_total_sequence_length",
         "responses longer": "raise distillation.generate_strategy.max_length",

@@ -3,22 +3,49 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from distill.data.base import DatasetInterface, Example
+from distill.data.base import DatasetInterface, Dropped, Example, count_drops
 from distill.errors import UserError
 
 Prompt = str | list[dict[str, str]]
+_NAMED_BAD_ROWS = 5  # in an error
+_DETAIL_LENGTH = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, in the place of its example.
+
+    Attributes:
+        where: file and line, or the like.
+        kind: what is wrong, in words that other rows share.
+        detail: what is wrong with this one; may be ''.
+    """
+
+    where: str
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        detail = f" ({self.detail[:_DETAIL_LENGTH]})" if self.detail else ""
+        return f"{self.where}: {self.kind}{detail}"
+
+
 # Each of the source's own splits, read when it is called.
-Tables = Mapping[str, Callable[[], list[Example]]]
+Tables = Mapping[str, Callable[[], list[Example | BadRow]]]
 
 
 class InMemoryDataset(DatasetInterface):
-    """A list of examples."""
+    """A list of examples, and what was wrong with the rows that are not among them."""
 
-    def __init__(self, examples: Sequence[Example]):
-        self._examples = examples
+    def __init__(self, examples: Sequence[Example], bad_rows: Mapping[str, Dropped] | None = None):
+        self._examples, self._bad_rows = examples, bad_rows or {}
+
+    @property
+    def bad_rows(self) -> Mapping[str, Dropped]:
+        return self._bad_rows
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -46,13 +73,21 @@ class Columns:
 
     def present(self, available: Sequence[str], where: str) -> list[str]:
         """Returns the columns to read; a UserError shows those wanted and those there are."""
-        missing = [name for name in self.named if name not in {*available, *self.optional}]
+        missing = self.missing(available)
         if missing:
             raise UserError(
-                f"{where} has no column {', '.join(missing)}: wanted {', '.join(self.named)}; "
-                f"it has {', '.join(available) or 'none'}; {self.advice}"
+                f"{where} has no column {', '.join(missing)}: {self.describe(available)}"
             )
         return [name for name in self.named if name in available]
+
+    def missing(self, available: Collection[str]) -> list[str]:
+        return [name for name in self.named if name not in {*available, *self.optional}]
+
+    def describe(self, available: Iterable[str]) -> str:
+        return (
+            f"wanted {', '.join(self.named)}; it has {', '.join(available) or 'none'}; "
+            f"{self.advice}"
+        )
 
 
 def chosen_columns(prompt_column: str, response_column: str, answer_column: str) -> Columns:
@@ -66,31 +101,55 @@ def chosen_columns(prompt_column: str, response_column: str, answer_column: str)
     )
 
 
-def make_example(row: Mapping[str, Any], columns: Columns, where: str, id: str) -> Example:
-    """Builds the example of one row; raises UserError for a value that is not text."""
+def make_example(row: Mapping[str, Any], columns: Columns, where: str, id: str) -> Example | BadRow:
+    """Builds the example of one row, which need not have all columns."""
+    missing = columns.missing(row)
+    if missing:
+        return BadRow(where, f"no column {', '.join(missing)}", columns.describe(row))
+    try:
+        prompt = _read_prompt(row[columns.prompt], columns.prompt)
+        response, answer = (
+            _read_text(row.get(name), name) if name else None
+            for name in (columns.response, columns.answer)
+        )
+    except _Unusable as error:
+        return BadRow(where, *error.args)
+    return Example(prompt, response, answer, id)
 
-    def text(name: str) -> str | None:
-        value = row.get(name)
+
+class _Unusable(Exception):
+    """A value that is no text: its kind and, perhaps, a detail, as in `BadRow`."""
+
+
+def _read_prompt(value: Any, name: str) -> Prompt:
+    is_chat = _is_chat(value)
+    texts = [turn["content"] for turn in value] if is_chat else [value]
+    texts = [_read_text(text, name) for text in texts]
+    # What is asked comes last; before it may stand an empty system message.
+    if not (texts[-1] or "").strip():
+        raise _Unusable(f"{name} is empty")
+    return value if is_chat else texts[0]
+
+
+def _read_text(value: Any, name: str) -> str | None:
+    try:
         if isinstance(value, bytes):
             return value.decode()
-        if value is None or isinstance(value, str):
+        if isinstance(value, str):
+            value.encode()
             return value
-        # Plain numbers are common as answers; anything nested has no one spelling.
-        if isinstance(value, int | float):
-            return str(value)
-        raise UserError(f"{where}: column {name!r} must be text, not {type(value).__name__}")
-
-    prompt = row[columns.prompt]
-    if not _is_chat(prompt):
-        prompt = text(columns.prompt)
-    if prompt is None:
-        raise UserError(f"{where}: column {columns.prompt!r} is empty")
-    return Example(prompt, text(columns.response), text(columns.answer), id)
+    except UnicodeError as error:
+        # JSON can spell lone surrogates, which no tokenizer reads.
+        raise _Unusable(f"{name} is not Unicode text", error.reason) from None
+    # Plain numbers are common as answers; anything nested has no one spelling.
+    if value is None or isinstance(value, int | float):
+        return value if value is None else str(value)
+    raise _Unusable(f"{name} is not text", type(value).__name__)
 
 
 def examples_from_columns(
     values: Mapping[str, Sequence[Any]], columns: Columns, where: str, id_prefix: str
-) -> list[Example]:
+) -> list[Example | BadRow]:
     """Examples of a table given as equally long columns, in its order."""
     names = columns.present(list(values), where)
     rows = zip(*(values[name] for name in names), strict=True)
@@ -103,32 +162,57 @@ def examples_from_columns(
 
 
 def choose_split(
-    tables: Tables, split: str, *, seed: int, holdout_fraction: float, where: str
-) -> list[Example]:
+    tables: Tables,
+    split: str,
+    *,
+    seed: int,
+    holdout_fraction: float,
+    max_bad_rows: float,
+    where: str,
+) -> tuple[list[Example], dict[str, Dropped]]:
     """Reads one split so that 'train' and 'validation' share no prompt.
 
     The source's own split is taken where there is one (rows of its 'validation' whose prompt also
     occurs in its 'train' are left out). Else 'train' and 'validation' are parts of its 'train',
     and 'all' is the whole of it.
 
+    Returns:
+        The examples; and the bad rows of the table they are from, which are skipped as long as
+        they are no larger a share of it than `max_bad_rows`.
+
     Raises:
-        UserError: there is no such split, or nothing would be in it.
+        UserError: there is no such split, nothing would be in it, or too many rows are bad.
     """
     carved = {"train", "validation"} if "train" in tables and "validation" not in tables else set()
     known = {*tables, *carved, *(["all"] if "train" in tables else [])}
     if split not in known:
         raise UserError(f"{where} has no split {split!r}; it has: {', '.join(sorted(known))}")
     source = split if split in tables else "train"
-    examples = tables[source]()
+    examples, bad_rows = _usable_rows(tables[source](), max_bad_rows, where)
     if not examples:
         raise UserError(f"{where} has no rows: its split {source!r} is empty")
     if split in carved:
         texts = [prompt_key(example.prompt) for example in examples]
-        return [examples[i] for i in holdout_split(texts, split, seed, holdout_fraction)]
-    if split == "validation" and "train" in tables:
-        trained = {prompt_key(example.prompt) for example in tables["train"]()}
+        examples = [examples[i] for i in holdout_split(texts, split, seed, holdout_fraction)]
+    elif split == "validation" and "train" in tables:
+        trained = {prompt_key(e.prompt) for e in tables["train"]() if isinstance(e, Example)}
         examples = [e for e in examples if prompt_key(e.prompt) not in trained]
-    return examples
+    return examples, bad_rows
+
+
+def _usable_rows(
+    rows: Sequence[Example | BadRow], max_bad_rows: float, where: str
+) -> tuple[list[Example], dict[str, Dropped]]:
+    examples = [row for row in rows if isinstance(row, Example)]
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    if len(bad) > max_bad_rows * len(rows):
+        more = len(bad) - _NAMED_BAD_ROWS
+        named = [*map(str, bad[:_NAMED_BAD_ROWS]), *([f"and {more} more"] if more > 0 else [])]
+        raise UserError(
+            f"{len(bad)} of {len(rows)} rows of {where} are bad, a larger share than "
+            f"data.max_bad_rows={max_bad_rows} lets pass: {'; '.join(named)}"
+        )
+    return examples, count_drops((row.kind, row.where) for row in bad)
 
 
 def holdout_split(texts: Sequence[str], split: str, seed: int, fraction: float) -> list[int]:
@@ -163,5 +247,10 @@ def _is_chat(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+        and all(
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in value
+        )
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
+    BadRow,
     Columns,
     InMemoryDataset,
     choose_split,
@@ -25,11 +26,12 @@ def make(
     response_column: str = "response",
     answer_column: str = "answer",
     holdout_fraction: float = 0.02,
+    max_bad_rows: float = 0.01,
 ) -> InMemoryDataset:
     """Reads `path`: a prepared folder such as ~/data/NAME/1.0.0, or a name in the TFDS catalogue.
 
     Only the array_record format can be read without TensorFlow. See `choose_split` for the splits
-    and `chosen_columns` for the columns.
+    and bad rows, `chosen_columns` for the columns.
     """
     if not path:
         raise UserError("data.path is not set: pass a TFDS name or data.path=LOCAL, its folder")
@@ -39,8 +41,15 @@ def make(
         name: functools.partial(_read, source, columns, f"{path} split {name}", name)
         for name, source in sources.items()
     }
-    examples = choose_split(tables, split, seed=seed, holdout_fraction=holdout_fraction, where=path)
-    return InMemoryDataset(examples[:max_samples])
+    examples, bad_rows = choose_split(
+        tables,
+        split,
+        seed=seed,
+        holdout_fraction=holdout_fraction,
+        max_bad_rows=max_bad_rows,
+        where=path,
+    )
+    return InMemoryDataset(examples[:max_samples], bad_rows)
 
 
 def _data_sources(path: str) -> dict:
@@ -64,7 +73,7 @@ def _data_sources(path: str) -> dict:
         ) from None
 
 
-def _read(source, columns: Columns, where: str, split: str) -> list[Example]:
+def _read(source, columns: Columns, where: str, split: str) -> list[Example | BadRow]:
     available = list(source.dataset_info.features)
     columns.present(available, where)
     return [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ from distill.models.hub import CONFIG, first_line, read_json, resolve_model
 from distill.sharding import replicated
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_CONVERT = (
+    "only safetensors are read, since a pickle can run any code when it is opened; where you trust "
+    "the model, load it with transformers and save it again with save_pretrained"
+)
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop on each axis
 
@@ -105,9 +111,10 @@ def _open_tensors(folder: Path) -> dict[str, _Tensor]:
         try:
             file = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
+            is_pickle = isinstance(error, SafetensorError) and _is_pickle(path)
             raise UserError(
                 f"{path} is not a readable safetensors file ({first_line(error)}): "
-                "copy or download it again"
+                f"{_CONVERT if is_pickle else 'copy or download it again'}"
             ) from None
         for key in file.keys():
             if key in tensors:
@@ -120,14 +127,22 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise UserError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors are read, save the "
-            "model again with save_pretrained"
-        )
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        found = f" but {pickles[0]}" if pickles else ""
+        raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}{found}: {_CONVERT}")
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{folder / INDEX} has no weight_map of keys to file names")
+    for name in sorted(set(names.values())):
+        if not re.fullmatch(r"[^/\\]+\.safetensors", name):
+            raise UserError(f"{folder / INDEX} names {name!r}, no file beside it: {_CONVERT}")
     return [folder / name for name in sorted(set(names.values()))]
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch.save writes it: a zip archive, or before 1.6 a pickle."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05"))
 
 
 def _check_keys(
@@ -280,7 +295,8 @@ def _write_weights(
         weight_map.update(dict.fromkeys(tensors, name))
         if jax.process_index() == 0:
             save_file(tensors, folder / name, metadata={"format": "pt"})
-            (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
+            # safetensors leaves it to its owner alone, whatever the umask that made the folder.
+            (folder / name).chmod(folder.stat().st_mode & 0o666)
     if shards[1:] and jax.process_index() == 0:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         _write_json(folder / INDEX, index)

@@ -82,6 +82,7 @@ class VllmClient:
         self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self._host, self._port = parts.hostname, parts.port or (443 if secure else 80)
         self._prefix, self._timeout = parts.path.rstrip("/"), timeout
+        self._api_key = api_key
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._open: set[http.client.HTTPConnection] = set()
         self._lock = threading.Lock()
@@ -185,10 +186,14 @@ class VllmClient:
                 raise self._failed(f"an answer to {path} that is not JSON") from None
         if status < 400:
             return answer
-        message = f"status {status} at {path}: {_message(answer)}"
+        message = f"status {status} at {path}: {self._without_key(_message(answer))}"
         if status >= 500 or status in _TRY_AGAIN:
             raise self._failed(message, status)
         raise RequestRefused(f"{self.url}: {message}", status)
+
+    def _without_key(self, message: str) -> str:
+        """Servers and proxies may repeat what they were sent."""
+        return message.replace(self._api_key, "...") if self._api_key else message
 
     def _failed(self, message: str, status: int | None = None) -> ServerFailed:
         return ServerFailed(f"{self.url}: {message}", status)
