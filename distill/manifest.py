@@ -37,7 +37,7 @@ def find_damage(folder: Path) -> str:
         return f"{surplus[0]} is not in {NAME}"
     for name, digest in digests.items():
         if _digest(folder / name) != digest:
-            return f"{name} is not as it was written"
+            return f"{name} does not match {NAME}"
     return ""
 
 
