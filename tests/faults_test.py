@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny_runs import read_metrics
 
+from distill.workdir import claim_workdir
+
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "student/model.safetensors"
 pytestmark = pytest.mark.slow
@@ -101,3 +103,68 @@ def test_killed_25_times_and_none_the_worse(runs, tmp_path):
     done = runs.start(tmp_path)
     assert done.returncode == 0, done.stderr
     runs.assert_same(tmp_path)
+
+
+# ---------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["generate-prefilled:3:SIGTERM", "train:4:SIGINT", "evaluate-sampled:3:SIGTERM"],
+)
+def test_signal_finishes_saves_and_says_how_to_go_on(runs, tmp_path, fault):
+    done = runs.start(tmp_path, fault)
+    assert done.returncode == 0, done.stderr
+    assert "a second signal ends the run at once" in done.stderr
+    assert "is saved: the same command goes on from it" in done.stdout
+    assert not (tmp_path / "student").exists() and not (tmp_path / ".lock").exists()
+    assert runs.start(tmp_path).returncode == 0
+    runs.assert_same(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fault", ["evaluate:1:SIGTERM", "generate:1:SIGINT", "export-weights:1:SIGTERM"]
+)
+def test_signal_ends_a_run_at_once_where_nothing_would_be_lost(runs, tmp_path, fault):
+    """Before the end of the first step, and while the saved student is exported."""
+    done = runs.start(tmp_path, fault)
+    assert done.returncode == 0, done.stderr
+    assert "nothing was lost, the same command goes on" in done.stderr
+    assert not (tmp_path / "student").exists()
+    if fault.startswith("export"):
+        assert runs.start(tmp_path).returncode == 0
+        runs.assert_same(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_second_signal_ends_the_run_at_once(runs, tmp_path, name):
+    done = runs.start(tmp_path, f"evaluate:4:{name},evaluate-sampled:4:{name}")
+    assert done.returncode == 128 + getattr(signal, name), done.stderr
+    assert "the last save is intact" in done.stderr
+    assert runs.start(tmp_path).returncode == 0
+    runs.assert_same(tmp_path)
+
+
+# --------------------------------------------------------------------------------- full disk
+
+
+@pytest.mark.parametrize("point", ["save:3", "save-started:3"])
+def test_full_disk_stops_the_run_and_leaves_the_older_checkpoint(runs, tmp_path, point):
+    done = runs.start(tmp_path, f"{point}:full")
+    assert done.returncode == 1, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "could not be saved" in line and "is intact" in line, line
+    assert runs.start(tmp_path).returncode == 0
+    runs.assert_same(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- lock
+
+
+def test_second_run_in_one_workdir_is_refused(runs, tmp_path):
+    with claim_workdir(tmp_path):
+        done = runs.start(tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert f"another run (process {os.getpid()} on" in line and str(tmp_path) in line
+    assert list(tmp_path.iterdir()) == []

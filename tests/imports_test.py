@@ -17,7 +17,7 @@ LEVELS = [
     {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
     {"build", "build_vllm", "scratch"},
     {"trainer"},
-    {"main", "generate", "export_server", "__init__"},
+    {"main", "generate", "export", "export_server", "__init__"},
 ]
 OPTIONAL_PACKAGES = {"torch", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
 
