@@ -110,7 +110,7 @@ def test_killed_25_times_and_none_the_worse(runs, tmp_path):
 
 @pytest.mark.parametrize(
     "fault",
-    ["generate-prefilled:3:SIGTERM", "train:4:SIGINT", "evaluate-sampled:3:SIGTERM"],
+    ["generate-prefilled:6:SIGTERM", "train:4:SIGINT", "evaluate-sampled:3:SIGTERM"],
 )
 def test_signal_finishes_saves_and_says_how_to_go_on(runs, tmp_path, fault):
     done = runs.start(tmp_path, fault)
