@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 
 from distill import build_vllm
 from distill import optimizer as optimizers
-from distill.config import Config
+from distill.checkpoint import Checkpoints, SaveSchedule
+from distill.config import Config, to_flat_dict
 from distill.data.base import DatasetInterface, dataset_options, get_dataset
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.errors import UserError
 from distill.evaluate import Evaluator, Model
+from distill.health import Health
 from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, Progress
 from distill.models.hf import load_model_config, load_params
@@ -466,20 +468,45 @@ def build_batches(
     )
 
 
-def build_writer(
-    config: Config, workdir: Path, step: int, flat_config: dict[str, object]
-) -> MetricsWriter:
-    project = config.logger.wandb_project if config.logger.wandb_enabled else None
-    return MetricsWriter(workdir, resume_step=step, wandb_project=project, config=flat_config)
+def build_checkpoints(config: Config, workdir: Path) -> Checkpoints:
+    checkpointing = config.checkpointing
+    return Checkpoints(
+        workdir / "checkpoints", keep=checkpointing.keep, best_metric=checkpointing.best_metric
+    )
 
 
-def build_progress(config: Config, writer: MetricsWriter, schedule, step: int) -> Progress:
-    return Progress(
+def build_save_schedule(config: Config) -> SaveSchedule:
+    return SaveSchedule(
+        every_steps=config.distillation.save_steps,
+        every_minutes=config.checkpointing.save_minutes,
+        max_steps=config.distillation.max_steps,
+    )
+
+
+def build_progress(
+    config: Config, workdir: Path, dataset: DatasetInterface, schedule, step: int, record: dict
+) -> Progress:
+    """The run's log, from `step` on; `record` is that of its checkpoint, {} at the start."""
+    logger, distillation = config.logger, config.distillation
+    writer = MetricsWriter(
+        workdir,
+        resume_step=step,
+        resume_size=record.get("log_size", 0),
+        wandb_project=logger.wandb_project if logger.wandb_enabled else None,
+        config=to_flat_dict(config),
+    )
+    progress = Progress(
         writer,
         schedule,
         first_step=step,
-        max_steps=config.distillation.max_steps,
-        logging_steps=config.distillation.logging_steps,
+        max_steps=distillation.max_steps,
+        logging_steps=distillation.logging_steps,
         max_log_prob_gap=config.policy.generation.max_log_prob_gap,
-        show_bar=config.logger.progress_bar,
+        max_skipped_steps=distillation.max_skipped_steps,
+        health=Health(logger.warn, quiet_steps=logger.warn.every * distillation.logging_steps),
+        names=lambda rows: [dataset[int(row)].id for row in dict.fromkeys(rows.tolist())],
+        show_bar=logger.progress_bar,
     )
+    if record:
+        progress.restore(record["progress"])
+    return progress

@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from distill.config import CREDENTIALS, known_keys, unknown_key
-from distill.errors import RunStopped, UserError, printable
+from distill.errors import RunInterrupted, RunStopped, UserError, printable
 
 USAGE_ERROR = 2
 _LONGEST_ERROR = 2000  # characters
@@ -55,6 +55,8 @@ def _call(main: Callable[[], None]) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         main()
+    except RunInterrupted as stop:
+        print(stop, flush=True)
     except UserError as error:
         _fail(str(error))
     except RunStopped as error:

@@ -27,6 +27,12 @@ _INTEGER_LIMIT = 2**31  # devices count in 32 bits
 CREDENTIALS = re.compile(
     r"(?<=://)[^/\s]*(?=@)|(?<=[?&])[\w-]*(?:token|key|secret|password|signature)=[^&\s]*", re.I
 )
+# What checkpoints are compared by, and whether more is better.
+BEST_METRICS = {
+    "eval/student/accuracy": True,
+    "eval/student/forward_kl": False,
+    "eval/student/reverse_kl": False,
+}
 
 
 def _key(default: Any, help: str, *, choices=None, low=None, high=None) -> Any:
@@ -71,6 +77,9 @@ class Distillation:
     eval_steps: int = _key(100, "updates between evaluations; 0: only first and last", low=0)
     save_steps: int = _key(100, "updates between checkpoints; 0: only the last", low=0)
     logging_steps: int = _key(10, "updates between log lines", low=1)
+    max_skipped_steps: int = _key(
+        10, "steps in a row whose loss or gradient may be NaN or infinite, and skipped", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,8 +245,35 @@ class MeshSizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    keep: int = _key(2, "checkpoints kept", low=1)
+    keep: int = _key(2, "newest checkpoints kept", low=1)
+    save_minutes: float = _key(
+        0.0, "a checkpoint is also due this long after the last; 0: off", low=0
+    )
+    best_metric: str = _key(
+        "", "evaluation whose best checkpoint is kept too; '': none", choices=("", *BEST_METRICS)
+    )
+    on_torn: str = _key(
+        "stop",
+        "newest checkpoint is damaged: stop, or set it aside for the previous",
+        choices=("stop", "previous"),
+    )
     export_dtype: str = _key("bfloat16", "dtype of the exported student", choices=PRECISIONS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Warn:
+    """When a step is worth a line on the console; 0 switches a warning off."""
+
+    loss_spike: float = _key(5.0, "loss, in medians of the last 50 steps", low=0)
+    length_spike: float = _key(
+        2.0, "mean length of sampled answers, in medians of the last 50 steps", low=0
+    )
+    truncated: float = _key(0.5, "share of sampled answers cut at the limit", low=0, high=1)
+    repetition: float = _key(0.5, "share of 4-grams that repeat within an answer", low=0, high=1)
+    low_entropy: float = _key(
+        0.0, "estimated entropy per sampled token, nats, warned of when below", low=0
+    )
+    every: int = _key(50, "log lines between two warnings of one kind", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,6 +281,7 @@ class Logger:
     wandb_enabled: bool = _key(False, "log to Weights & Biases too")
     wandb_project: str = _key("distill", "Weights & Biases project")
     progress_bar: bool = _key(True, "show a progress bar")
+    warn: Warn = _section(Warn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,17 +309,10 @@ RESUMABLE_CHANGES = (
     "distillation.eval_steps",
     "distillation.save_steps",
     "distillation.logging_steps",
+    "distillation.max_skipped_steps",
     "policy.generation.vllm.",
     *(f"teacher.vllm.{field.name}" for field in dataclasses.fields(VllmServers)),
 )
-
-
-def resumable_changes(config: Config) -> tuple[str, ...]:
-    """Keys, by their beginnings, that may differ between a run and its continuation."""
-    if not config.policy.generation.async_steps:
-        return RESUMABLE_CHANGES
-    # The batch after a checkpoint is sampled with fresh weights, others with stale ones.
-    return tuple(key for key in RESUMABLE_CHANGES if key != "distillation.save_steps")
 
 
 def default_config() -> ConfigDict:

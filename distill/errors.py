@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The ways in which a run ends other than by success or by a bug."""
 
 
 class UserError(Exception):
@@ -10,6 +10,10 @@ class UserError(Exception):
 
 class RunStopped(Exception):
     """The run cannot go on soundly; the message is one line with what to try. Exit status 1."""
+
+
+class RunInterrupted(Exception):
+    """The run was asked to stop and is saved; the message says how to go on. Exit status 0."""
 
 
 def printable(text: str) -> str:

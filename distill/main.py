@@ -6,6 +6,7 @@ python -m distill.main --config=configs/math_cl.py --workdir=runs/math_cl
 from absl import flags
 
 from distill import cli
+from distill.interrupts import Interrupts
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; an existing run is continued.")
@@ -15,10 +16,11 @@ def main() -> None:
     config = cli.required_config(_CONFIG)
     if not _WORKDIR.value:
         raise cli.UserError("pass --workdir=FOLDER, where checkpoints and results go")
-    # Imported late: a wrong flag should not wait for JAX.
-    from distill.trainer import train
+    with Interrupts() as interrupts:
+        # Imported late: a wrong flag should not wait for JAX.
+        from distill.trainer import train
 
-    train(config, _WORKDIR.value)
+        train(config, _WORKDIR.value, interrupts)
 
 
 if __name__ == "__main__":

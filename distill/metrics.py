@@ -9,30 +9,42 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from distill.errors import RunStopped, UserError
+from distill.health import Health
 
 
 class MetricsWriter:
-    """Appends scalars of a step to `metrics.jsonl`, TensorBoard and, when asked, wandb."""
+    """Appends scalars of a step to `metrics.jsonl`, TensorBoard and, when asked, wandb.
+
+    Args:
+      workdir: where they are.
+      resume_step: steps made before.
+      resume_size: bytes of metrics.jsonl to keep, as `size` was when the run was saved: what a
+        killed run has logged beyond will be logged again.
+      wandb_project: None without wandb.
+      config: shown there.
+    """
 
     def __init__(
         self,
         workdir: Path,
         *,
         resume_step: int,
+        resume_size: int,
         wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
     ):
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
-        _drop_lines_after(path, resume_step)
         self._file = path.open("a")
+        self._file.truncate(min(resume_size, path.stat().st_size))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
         self._wandb = None
         if wandb_project:
@@ -41,31 +53,28 @@ class MetricsWriter:
             )
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        # JSON has no NaN: a reader that is strict would refuse the file.
+        self.note(step, {k: v if math.isfinite(v) else None for k, v in scalars.items()})
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(scalars, step=step)
+
+    def note(self, step: int, fields: dict[str, Any]) -> None:
+        """A line of `metrics.jsonl` alone."""
+        self._file.write(json.dumps({"step": step, **fields}) + "\n")
+        self._file.flush()
+
+    def size(self) -> int:
+        """Bytes of `metrics.jsonl`, which are on the disk on return."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
         if self._wandb:
             self._wandb.finish()
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Forgets what a killed run logged beyond its last checkpoint: it will be logged again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        # Without a checkpoint nothing is continued. A line without its end was being written when
-        # the run died.
-        if step and line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    write_atomically(path, "".join(kept))
 
 
 def import_wandb():
@@ -84,6 +93,15 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+class _Step(NamedTuple):
+    """An update that was dispatched and not yet reported; see `Progress.end_step`."""
+
+    number: int
+    metrics: dict[str, jax.Array]
+    measured: dict[str, float]
+    rows: np.ndarray
+
+
 class Progress:
     """Follows the run: one step late on the console bar, every `logging_steps` in the writer.
 
@@ -97,6 +115,9 @@ class Progress:
       max_steps: updates in all.
       logging_steps: updates between log lines.
       max_log_prob_gap: mean |nats| by which sampler and trainer may disagree.
+      max_skipped_steps: steps in a row that may be skipped.
+      health: looks at every step.
+      names: of the examples in a batch, from their rows in the dataset.
       show_bar: whether to draw the bar.
     """
 
@@ -109,14 +130,19 @@ class Progress:
         max_steps: int,
         logging_steps: int,
         max_log_prob_gap: float,
+        max_skipped_steps: int,
+        health: Health,
+        names: Callable[[np.ndarray], list[str]],
         show_bar: bool,
     ):
         self._writer, self._schedule = writer, schedule
         self._logging_steps, self._max_gap = logging_steps, max_log_prob_gap
+        self._max_skipped, self._health, self._names = max_skipped_steps, health, names
+        self._skipped, self._skipped_in_a_row = 0, 0
         self._bar = tqdm(
             total=max_steps, initial=first_step, unit="step", disable=not show_bar, mininterval=1
         )
-        self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+        self._pending: _Step | None = None
         self._measuring, self._begun = False, 0.0
         self._seconds: dict[str, float] = {}
         self._tokens, self._since = 0.0, time.perf_counter()
@@ -138,7 +164,11 @@ class Progress:
             self._seconds[f"seconds/{name}"] = time.perf_counter() - start
 
     def end_step(
-        self, step: int, metrics: dict[str, jax.Array], measured: dict[str, float]
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        measured: dict[str, float],
+        rows: np.ndarray,
     ) -> None:
         """After update `step` (from 1) was dispatched; reports the update before, or itself.
 
@@ -146,9 +176,10 @@ class Progress:
           step: updates made.
           metrics: of the update, on the device.
           measured: of its batch, as from `BatchSource.next`.
+          rows: of the dataset, in its batch.
         """
         self.flush()
-        self._pending = step, metrics, measured
+        self._pending = _Step(step, metrics, measured, rows)
         if self._measuring:
             self._seconds["seconds/step"] = time.perf_counter() - self._begun
             self.flush()
@@ -157,15 +188,21 @@ class Progress:
         """Reports the pending update.
 
         Raises:
-          RunStopped: the loss is not finite, or sampler and trainer disagree; the gap of a batch of
-            staleness above 0 needs only be finite, since the weights differ rightly.
+          RunStopped: sampler and trainer disagree; the gap of a batch of staleness above 0 needs
+            only be finite, since the weights differ rightly.
         """
         if self._pending is None:
             return
-        (step, metrics, measured), self._pending = self._pending, None
+        (step, metrics, measured, rows), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        staleness = measured["generation/staleness"]
-        self._check(step, values["loss"], values["log_prob_gap"], is_fresh=staleness == 0)
+        if values["skipped"]:
+            self._skip(step, values, rows)
+        else:
+            self._skipped_in_a_row = 0
+            fresh = measured["generation/staleness"] == 0
+            self._check(step, values["log_prob_gap"], is_fresh=fresh)
+            for line in self._health.check(step, {**values, **measured}):
+                self.say(line)
         self._tokens += values["tokens"]
         self._bar.set_postfix(
             {"loss": f"{values['loss']:.4f}", "tokens/s": f"{self._rate():.0f}"}, refresh=False
@@ -173,6 +210,36 @@ class Progress:
         self._bar.update(step - self._bar.n)
         if step % self._logging_steps == 0:
             self._write(step, values, measured)
+
+    @property
+    def too_many_skipped(self) -> str:
+        """Why the run should stop, '' if it may go on."""
+        count = self._skipped_in_a_row
+        if count <= self._max_skipped:
+            return ""
+        return (
+            f"{count} steps in a row had a loss or gradient that is not finite and were skipped "
+            f"(distillation.max_skipped_steps={self._max_skipped}): their examples stand in "
+            "metrics.jsonl; try a new workdir with a lower policy.optimizer.learning_rate or "
+            "policy.precision=float32"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What has been counted so far, as JSON, for `restore`."""
+        return {
+            "skipped": self._skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "health": self._health.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self._health.restore(state["health"])
+
+    def log_size(self) -> int:
+        """Bytes of metrics.jsonl with everything reported."""
+        self.flush()
+        return self._writer.size()
 
     def evaluation(self, step: int, role: str, result: dict[str, Any]) -> None:
         self.flush()
@@ -207,16 +274,28 @@ class Progress:
         if "generation/seconds" in measured:
             share = measured["generation/seconds"] / seconds["seconds/step"]
             rates["generation/share_of_step"] = share
-        learning_rate = {"learning_rate": float(self._schedule(step - 1))}
-        self._writer.write(step, {**values, **learning_rate, **measured, **seconds, **rates})
+        skipped_before = self._skipped - int(values["skipped"])
+        counts = {
+            # The optimizer has not seen what was skipped.
+            "learning_rate": float(self._schedule(step - 1 - skipped_before)),
+            "skipped": self._skipped,
+            "warnings": self._health.take_count(),
+        }
+        self._writer.write(step, {**values, **measured, **seconds, **rates, **counts})
         self._tokens, self._since = 0.0, time.perf_counter()
 
-    def _check(self, step: int, loss: float, gap: float, *, is_fresh: bool) -> None:
-        if not math.isfinite(loss):
-            raise RunStopped(
-                f"step {step}: the loss is {loss}; the last checkpoint is intact: lower "
-                "policy.optimizer.learning_rate, or use precision float32 to find the cause"
-            )
+    def _skip(self, step: int, values: dict[str, float], rows: np.ndarray) -> None:
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        names = self._names(rows)
+        self._writer.note(step, {"skipped_examples": names})
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+        self.say(
+            f"WARNING: step {step} is skipped: loss {values['loss']:.4g}, gradient norm "
+            f"{values['grad_norm']:.4g}; examples {shown}"
+        )
+
+    def _check(self, step: int, gap: float, *, is_fresh: bool) -> None:
         if not math.isfinite(gap) or (is_fresh and gap > self._max_gap):
             raise RunStopped(
                 f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token on the "

@@ -32,7 +32,10 @@ Params = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update changes: float32 master weights, optimizer state, update count."""
+    """What a step changes: float32 master weights, optimizer state, number of steps.
+
+    `step` counts batches, skipped ones included; the optimizer counts its own updates.
+    """
 
     step: jax.Array
     params: Params
@@ -175,10 +178,10 @@ def make_train_step(
 
     Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
     tokens, response_length, truncated, the gap between sampler's and trainer's log-probabilities,
-    and with importance_clip the mean weight of sampled tokens (1 without any) and the share of them
-    whose weight is clipped.
+    skipped, and with importance_clip the mean weight of sampled tokens (1 without any) and the
+    share of them whose weight is clipped. A step whose loss or gradient norm is not finite is
+    skipped (1, else 0): of the state, only `step` changes.
     """
-
     loss_fn = make_loss(
         student, teacher, objective, vocab_size=vocab_size, importance_clip=importance_clip
     )
@@ -201,11 +204,20 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # Part of the loop that writes the new values, which has read the old ones anyway: free.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
         sampled_tokens = aux["sampled_tokens"].sum()
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            "grad_norm": grad_norm,
+            "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+            "skipped": 1.0 - finite,
             "tokens": total,
             "response_length": lengths_b.mean(dtype=jnp.float32),
             "truncated": batch.truncated_b.mean(dtype=jnp.float32),

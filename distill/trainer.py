@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,19 @@ from ml_collections import ConfigDict
 
 from distill import build
 from distill.build_vllm import build_remote_teacher
-from distill.checkpoint import Checkpoints, check_same_run
-from distill.config import Config, parse_config, resumable_changes, to_flat_dict
+from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
+from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
 from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
-from distill.metrics import import_wandb, write_atomically
+from distill.interrupts import Interrupts
+from distill.metrics import Progress, import_wandb, write_atomically
 from distill.models.hf import export_model, load_model_config
 from distill.models.hub import read_json
 from distill.preflight import Subject, preflight
+from distill.rollout.batches import BatchSource
 from distill.scratch import make_missing_models
-from distill.step import make_train_step
+from distill.step import TrainState, make_train_step
+from distill.workdir import claim_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,33 +48,44 @@ class Result:
     steps: int
 
 
-def train(config: ConfigDict, workdir: str | Path) -> Result:
+def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None = None) -> Result:
     """Distils as `config` says, continuing the run in `workdir` if there is one.
 
     Args:
       config: from `distill.config.default_config()`, edited.
       workdir: checkpoints, metrics.jsonl, tensorboard, results.json and the exported student.
+      interrupts: handles signals; without it nobody does, and KeyboardInterrupt ends the run with
+        what its last checkpoint has.
 
     Raises:
       UserError: whatever the user can fix, in one line.
+      RunStopped: the run cannot go on soundly, in one line.
+      RunInterrupted: `interrupts` was signalled, and everything is saved.
     """
-    return run(parse_config(config), Path(workdir).expanduser().resolve())
+    parsed = parse_config(config)
+    return run(parsed, Path(workdir).expanduser().resolve(), interrupts or Interrupts())
 
 
-def run(config: Config, workdir: Path) -> Result:
+def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
     """`train` for a parsed config."""
     build.import_plugins(config)
     objective = build.build_objective(config)
     mesh = build.build_mesh(config)
     sampler_mesh = build.build_sampler_mesh(config, mesh)
-    step, record = find_progress(config, workdir)
     flat_config = to_flat_dict(config)
     if config.logger.wandb_enabled:
         import_wandb()
-    with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(claim_workdir(workdir))
+        cleanup.enter_context(jax.set_mesh(mesh))
+        checkpoints = build.build_checkpoints(config, workdir)
+        cleanup.callback(checkpoints.close)
+        step, record = find_progress(config, checkpoints)
+
         # ------------------------------------------------------------------------------- data
         dataset, validation = build.build_dataset(config), build.build_validation(config)
-        config = make_missing_models(config, workdir, supervise=run)
+        supervise = functools.partial(run, interrupts=interrupts)
+        config = make_missing_models(config, workdir, supervise)
         student_folder, teacher_folder = build.find_models(config)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         prompts = build.build_prompts(
@@ -87,7 +102,7 @@ def run(config: Config, workdir: Path) -> Result:
         teacher = build.build_teacher(config, teacher_folder, mesh)
         optimizer, schedule = build.build_optimizer(config)
         graph, state = build.build_state(config, student_folder, optimizer, mesh)
-        shapes = jax.tree.map(_shape_on_mesh, state)
+        shapes = shapes_on_mesh(state)
         train_step = make_train_step(
             graph,
             teacher.graph if teacher else None,
@@ -111,13 +126,10 @@ def run(config: Config, workdir: Path) -> Result:
             backend.start()
 
         # ----------------------------------------------------------------------------- resume
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpointing.keep)
-        results: dict[str, dict[str, Any]] = {}
         if step:
             state = None  # makes room for the restored one
             state = checkpoints.restore(step, shapes)
             iterator.set_state(record["iterator"])
-            results = record["results"]
         if config.preflight and step < config.distillation.max_steps:
             subject = Subject(
                 config=config,
@@ -136,66 +148,127 @@ def run(config: Config, workdir: Path) -> Result:
             preflight(subject, print)
         batches = build.build_batches(config, prompts, iterator, backend, mesh, remote_teacher)
         cleanup.callback(batches.close)
-        writer = build.build_writer(config, workdir, step, flat_config)
-        progress = build.build_progress(config, writer, schedule, step)
+        if step and (ahead := checkpoints.arrays(step)):
+            batches.take_up(step, ahead, record["measured_ahead"])
+        progress = build.build_progress(config, workdir, dataset, schedule, step, record)
         progress.say(f"data: {prompts.summary()}")
         if evaluator is not None:
             progress.say(f"validation data: {evaluator.prompts.summary()}")
+        saves = build.build_save_schedule(config)
+        saver = Saver(checkpoints, batches, progress, interrupts, flat_config)
+        saver.evaluated = record.get("evaluated", 0)
+        results = saver.results = record.get("results", {})
 
         def evaluate(role: str, model: Model) -> None:
             if evaluator is not None:
                 results[role] = dataclasses.asdict(evaluator(model, teacher))
                 progress.evaluation(step, role, results[role])
 
-        def save(position: Any) -> None:
-            progress.flush()
-            # A copy of the results: the save goes on beside the loop.
-            record = dict(config=flat_config, iterator=position, results=dict(results))
-            checkpoints.save(step, state, record)
-
         # ------------------------------------------------------------------------------- loop
         if "base" not in results:
             evaluate("base", Model(graph, state.params))
         if teacher and "teacher" not in results:
             evaluate("teacher", teacher)
-        max_steps, save_steps = config.distillation.max_steps, config.distillation.save_steps
-        async_steps = config.policy.generation.async_steps
-        while step < max_steps:
+        max_steps, eval_steps = config.distillation.max_steps, config.distillation.eval_steps
+        while True:
+            evaluating = step == max_steps or (eval_steps > 0 and step % eval_steps == 0)
+            # One that a signal prevented is made up for when the run goes on.
+            if evaluating and saver.evaluated < step and not interrupts.requested:
+                evaluate("student", Model(graph, state.params))
+                saver.evaluated = step
+            if interrupts.requested or (step and (saves.is_due(step) or saver.is_best(step))):
+                saver.save(step, state, batches.position)
+                saves.restart_clock()
+            if interrupts.requested or step == max_steps:
+                break
             progress.begin_step(step, state)
             position = batches.position
             try:
                 with progress.phase("generate") as finish:
                     batch, measured = finish(batches.next(step, state.params))
-                    # Nothing is sampled ahead over a checkpoint: what follows depends on it alone.
-                    if async_steps and not _is_due(step + 1, save_steps, max_steps):
+                    if config.policy.generation.async_steps and step + 1 < max_steps:
                         batches.sample_ahead(step + 1, state.params)
             except (RunStopped, UserError) as error:
                 if not step:  # before the first update there is nothing to go on from
                     raise
-                save(position)  # what was sampled but not trained on is sampled again
-                checkpoints.close()
-                saved = f"step {step} is saved: the same command goes on from it"
-                raise type(error)(f"{error} ({saved})") from error
+                # What was sampled but not trained on is sampled again.
+                saver.save_and_stop(step, state, position, error)
             with progress.phase("train") as finish:
                 state, metrics = train_step(state, teacher and teacher.params, batch)
                 finish(metrics)
             step += 1
-            progress.end_step(step, metrics, measured)
-            if _is_due(step, config.distillation.eval_steps, max_steps):
-                evaluate("student", Model(graph, state.params))
-            if _is_due(step, save_steps, max_steps):
-                save(batches.position)
-        backend.stop()
+            interrupts.hold()
+            progress.end_step(step, metrics, measured, batches.rows)
+            checkpoints.check()
+            if reason := progress.too_many_skipped:
+                saver.save_and_stop(step, state, batches.position, RunStopped(reason))
         progress.close()
         checkpoints.close()
+        interrupts.release()
+        if interrupts.requested:
+            raise interrupts.stop(_how_to_go_on(step))
+        backend.stop()
 
         # ----------------------------------------------------------------------------- export
-        folder = export_student(config, workdir, student_folder, state.params, vocabulary)
+        folder = workdir / "student"
+        export_student(config, folder, student_folder, state.params, vocabulary)
         if results:
             write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
             print(format_table(results))
         print(f"student: {folder}", flush=True)
         return Result(results, folder, step)
+
+
+@dataclasses.dataclass
+class Saver:
+    """Saves a run with all that it needs to go on.
+
+    Attributes:
+      results: evaluations so far, by role.
+      evaluated: the last step whose student was evaluated.
+    """
+
+    checkpoints: Checkpoints
+    batches: BatchSource
+    progress: Progress
+    interrupts: Interrupts
+    flat_config: dict[str, Any]
+    results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    evaluated: int = 0
+
+    def scores(self, step: int) -> dict[str, float | None]:
+        """What the checkpoint of `step` may be the best by, if it was evaluated."""
+        if self.evaluated != step:
+            return {}
+        return {f"eval/student/{k}": v for k, v in self.results.get("student", {}).items()}
+
+    def is_best(self, step: int) -> bool:
+        return self.checkpoints.is_best(self.scores(step))
+
+    def save(self, step: int, state: TrainState, position: Any) -> None:
+        """Starts saving; `position` is where the data go on."""
+        arrays, measured = self.batches.answers_ahead()
+        record = dict(
+            config=self.flat_config,
+            iterator=position,
+            measured_ahead=measured,
+            results=self.results,
+            evaluated=self.evaluated,
+            scores=self.scores(step),
+            log_size=self.progress.log_size(),
+            progress=self.progress.state(),
+        )
+        self.checkpoints.save(step, state, record, arrays)
+
+    def save_and_stop(
+        self, step: int, state: TrainState, position: Any, reason: UserError | RunStopped
+    ) -> NoReturn:
+        """Ends the run for a reason, but loses nothing."""
+        self.save(step, state, position)
+        self.checkpoints.close()
+        if self.interrupts.requested:  # the reason may be that servers were signalled too
+            raise self.interrupts.stop(_how_to_go_on(step)) from reason
+        raise type(reason)(f"{reason} ({_how_to_go_on(step)})") from reason
 
 
 def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[str, Any]]:
@@ -225,32 +298,28 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         }
 
 
-def find_progress(config: Config, workdir: Path) -> tuple[int, dict[str, Any]]:
-    """Step and record of the newest checkpoint in `workdir`; (0, {}) for a new run.
+def find_progress(config: Config, checkpoints: Checkpoints) -> tuple[int, dict[str, Any]]:
+    """Step and record of the checkpoint to go on from; (0, {}) for a new run.
 
     Raises:
-      UserError: the checkpoint belongs to a run with another config.
+      UserError: it is damaged, or belongs to a run with another config.
     """
-    folder = workdir / "checkpoints"
-    if not folder.exists():
+    checkpoints.sweep()
+    step = checkpoints.latest_intact(config.checkpointing.on_torn)
+    if step is None:
         return 0, {}
-    checkpoints = Checkpoints(folder, keep=config.checkpointing.keep)
-    step = checkpoints.latest()
-    record = checkpoints.record(step) if step is not None else {}
-    checkpoints.close()
-    if record:
-        check_same_run(record["config"], to_flat_dict(config), resumable_changes(config))
-    return step or 0, record
+    record = checkpoints.record(step)
+    check_same_run(record["config"], to_flat_dict(config), RESUMABLE_CHANGES)
+    return step, record
 
 
 def export_student(
-    config: Config, workdir: Path, student_folder: Path, params, vocabulary: build.Vocabulary
-) -> Path:
+    config: Config, folder: Path, student_folder: Path, params, vocabulary: build.Vocabulary
+) -> None:
     """Writes the student as a Hugging Face folder."""
     model_config, hf_config = load_model_config(student_folder)
     path = student_folder / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
-    folder = workdir / "student"
     export_model(
         folder,
         params,
@@ -260,12 +329,7 @@ def export_student(
         jnp.dtype(config.checkpointing.export_dtype),
         {**generation_config, "eos_token_id": list(vocabulary.end_ids)},
     )
-    return folder
 
 
-def _shape_on_mesh(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _is_due(step: int, every: int, max_steps: int) -> bool:
-    return step == max_steps or (every > 0 and step % every == 0)
+def _how_to_go_on(step: int) -> str:
+    return f"step {step} is saved: the same command goes on from it"

@@ -1,10 +1,11 @@
 """The batch of a step, with a sampler that is none: what is drawn when, and what is handed out."""
 
+import jax
 import numpy as np
 import pytest
 
 from distill.data.pipeline import PromptBatch
-from distill.rollout.batches import BatchSource
+from distill.rollout.batches import BatchSource, repetition
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout
 
@@ -14,8 +15,8 @@ ROWS, WIDTH = 4, 3
 class Counter:
     """Batches that say which they are; its state is the number of the next."""
 
-    def __init__(self):
-        self.number = 0
+    def __init__(self, number: int = 0):
+        self.number = number
 
     def get_state(self):
         return {"next": self.number}
@@ -66,7 +67,8 @@ def make_source(sampler, **options) -> BatchSource:
         params=SamplingParams(max_length=WIDTH), num_generations=1, seed=0, lambda_=1.0,
         per_sample=False, response_width=WIDTH, pad_id=0,
     )  # fmt: skip
-    return BatchSource(Counter(), sampler, np.asarray, **(defaults | options))
+    iterator = options.pop("iterator", Counter())
+    return BatchSource(iterator, sampler, np.asarray, **(defaults | options))
 
 
 def first_prompt(batch) -> int:
@@ -126,3 +128,33 @@ def test_fixed_data_measures_nothing_but_its_staleness(sampler):
     assert sampler.version is None and not batch.on_policy_b.any()
     np.testing.assert_array_equal(batch.tokens_bt[:, 1], np.arange(ROWS) + 200)
     source.close()
+
+
+def test_answers_sampled_ahead_are_taken_up_by_another_source(source, sampler):
+    """What a checkpoint does; the other sampler is never asked."""
+    source.next(0, None)
+    assert source.answers_ahead() == ({}, {})
+    source.sample_ahead(1, None)
+    arrays, measured = source.answers_ahead()
+    other = make_source(None, iterator=Counter(source.position["next"]))
+    other.take_up(1, arrays, measured)
+    (ours, ours_measured), (theirs, theirs_measured) = source.next(1, None), other.next(1, None)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert ours_measured == theirs_measured and ours_measured["generation/staleness"] == 1
+    assert first_prompt(theirs) == 4 and source.position == other.position
+    np.testing.assert_array_equal(other.rows, np.arange(4, 8))
+    sampler.error = ValueError("lost")
+    source.sample_ahead(2, None)
+    assert source.answers_ahead() == ({}, {}), "next says it"
+    other.close()
+
+
+def test_repetition_counts_what_came_earlier_in_the_same_answer():
+    looping = [1, 2, 1, 2, 1, 2, 1, 2, 9, 9, 9, 9]
+    varied = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    # 8 tokens have 5 4-grams, of which 1212 and 2121 are new; what lies behind the end is not seen.
+    assert repetition(np.array([looping]), np.array([8])) == pytest.approx(3 / 5)
+    assert repetition(np.array([looping, varied]), np.array([8, 12])) == pytest.approx(3 / 14)
+    assert repetition(np.array([varied, varied]), np.array([12, 12])) == 0
+    assert repetition(np.array([looping]), np.array([3])) == 0
+    assert repetition(np.zeros((2, 3), np.int32), np.array([3, 3])) == 0

@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import its own level and those below.
 LEVELS = [
-    {"errors", "config"},
+    {"errors", "config", "interrupts", "workdir", "manifest", "health"},
     {"sharding", "tokenizer", "kernels"},
     {"losses", "models", "data", "optimizer"},
     {"step", "sampling"},
     {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
     {"build", "build_vllm", "scratch", "preflight"},
     {"trainer"},
-    {"main", "generate", "export_server", "__init__"},
+    {"main", "generate", "export", "export_server", "__init__"},
 ]
 OPTIONAL_PACKAGES = {"torch", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
 

@@ -381,6 +381,22 @@ def test_importance_weights_without_sampled_rows_are_one(student, teacher):
     assert float(metrics["importance_weight"]) == 1 and float(metrics["importance_clipped"]) == 0
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_step_without_a_finite_gradient_changes_only_its_number(student, teacher, bad):
+    """One bad weight of the teacher, in one of two microbatches' rows."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(bad), teacher[1])
+    options = dict(optimizer=optimizer, num_microbatches=2)
+    state, metrics = run_step(student, (teacher[0], broken), make_rows(), **options)
+    assert float(metrics["skipped"]) == 1 and float(metrics["update_norm"]) == 0
+    assert not np.isfinite(float(metrics["loss"]))
+    before = TrainState(jnp.ones((), jnp.int32), student[1], optimizer.init(student[1]))
+    jax.tree.map(np.testing.assert_array_equal, state, before)
+    state, metrics = run_step(student, teacher, make_rows(), **options)
+    assert float(metrics["skipped"]) == 0 and float(metrics["update_norm"]) > 0
+    assert int(optax.tree.get(state.opt_state, "count")) == 1
+
+
 def test_step_donates_its_state(student, teacher):
     graph, params = student
     optimizer = optax.adamw(1e-2)

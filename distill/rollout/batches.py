@@ -92,7 +92,12 @@ class BatchSource:
         self._make_batch = jax.jit(functools.partial(make_batch, pad_id=pad_id))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._ahead: tuple[_Draft, Future] | None = None
-        self._position = iterator.get_state()
+        self._position, self._rows = iterator.get_state(), np.zeros(0, np.int64)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the dataset in the batch last handed out."""
+        return self._rows
 
     @property
     def position(self) -> Any:
@@ -125,7 +130,7 @@ class BatchSource:
         rows = draft.rows
         arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout, draft.coins_b, scores
         batch = self._make_batch(*jax.tree.map(self._put, arrays))
-        self._position = draft.position
+        self._position, self._rows = draft.position, rows.row_b
         return batch, measured
 
     def sample_ahead(self, step: int, student_params) -> None:
@@ -139,6 +144,28 @@ class BatchSource:
         draft = self._draw(step, student_params, version=step - 1)
         self._ahead = draft, self._thread.submit(self._answer, draft)
 
+    def answers_ahead(self) -> tuple[dict[str, np.ndarray], Measured]:
+        """The answers that are being sampled ahead, once they are there, for `take_up`.
+
+        They cannot be sampled again: their weights are gone. Empty if nothing is under way, or if
+        its sampling failed, which `next` will say.
+        """
+        if self._ahead is None or self._ahead[1].exception() is not None:
+            return {}, {}
+        rollout, scores, measured = self._ahead[1].result()
+        return {**vars(rollout), **(vars(scores) if scores is not None else {})}, measured
+
+    def take_up(self, step: int, arrays: dict[str, np.ndarray], measured: Measured) -> None:
+        """Goes on with saved `answers_ahead` to the prompts of update `step`."""
+        _, rows, coins_b, position = self._draw_rows(step)
+        draft = _Draft(step, rows, coins_b, None, position, measured)
+        fields = {field.name for field in dataclasses.fields(Rollout)}
+        rollout = Rollout(**{name: array for name, array in arrays.items() if name in fields})
+        scores = {name: array for name, array in arrays.items() if name not in fields}
+        future: Future = Future()
+        future.set_result((rollout, TopKScores(**scores) if scores else None, measured))
+        self._ahead = draft, future
+
     def close(self) -> None:
         """Waits for a generation under way, whose answers are dropped; its thread ends."""
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -146,10 +173,7 @@ class BatchSource:
 
     def _draw(self, step: int, student_params, version: int) -> _Draft:
         """Takes the prompts of `step`, tosses its coins and, if it samples, refits the sampler."""
-        prompts = next(self._iterator)
-        position = self._iterator.get_state()
-        rows = jax.tree.map(lambda x: np.repeat(x, self._num_generations, axis=0), prompts)
-        coins_b = self._toss(step, rows.index_b)
+        prompts, rows, coins_b, position = self._draw_rows(step)
         if not coins_b.any():
             return _Draft(step, rows, coins_b, None, position, {"generation/staleness": 0.0})
         # The last update must have ended before the refit can begin: not part of its time.
@@ -173,6 +197,12 @@ class BatchSource:
             step=step,
         )
         return _Draft(step, rows, coins_b, request, position, measured)
+
+    def _draw_rows(self, step: int) -> tuple[PromptBatch, PromptBatch, np.ndarray, Any]:
+        """The prompts of `step`, as often as each is answered, their coins, and what comes next."""
+        prompts = next(self._iterator)
+        rows = jax.tree.map(lambda x: np.repeat(x, self._num_generations, axis=0), prompts)
+        return prompts, rows, self._toss(step, rows.index_b), self._iterator.get_state()
 
     def _answer(self, draft: _Draft) -> tuple[Rollout, TopKScores | None, Measured]:
         """Responses of all rows, scored if need be; the part that may run in the thread."""
@@ -219,13 +249,39 @@ class BatchSource:
 
 def _describe(rollout: Rollout, seconds: float) -> Measured:
     """What any rollout tells, whichever backend made it."""
+    tokens = rollout.lengths_b.sum()
     return {
         "generation/seconds": seconds,
-        "generation/tokens_per_second": float(rollout.lengths_b.sum() / seconds),
+        "generation/tokens_per_second": float(tokens / seconds),
         "generation/mean_length": float(rollout.lengths_b.mean()),
         "generation/max_length": float(rollout.lengths_b.max()),
         "generation/truncated": float(1.0 - rollout.stopped_b.mean()),
+        "generation/repetition": repetition(rollout.tokens_br, rollout.lengths_b),
+        # E[-log q] over samples of q; what temperature and truncation sample differs from q.
+        "generation/entropy_estimate": float(-_masked_sum(rollout) / tokens),
     }
+
+
+def _masked_sum(rollout: Rollout) -> float:
+    mask_br = np.arange(rollout.log_probs_br.shape[1]) < rollout.lengths_b[:, None]
+    return np.where(mask_br, rollout.log_probs_br, 0.0).sum(dtype=np.float64)
+
+
+def repetition(tokens_br: np.ndarray, lengths_b: np.ndarray, n: int = 4) -> float:
+    """Share of the n-grams of all answers that came earlier in the same answer."""
+    windows = tokens_br.shape[1] - n + 1
+    if windows < 1:
+        return 0.0
+    hashes = np.zeros((len(tokens_br), windows), np.uint64)
+    for i in range(n):
+        tokens = tokens_br[:, i : i + windows].astype(np.uint64)
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens + np.uint64(1)
+    counts_b = np.maximum(lengths_b - n + 1, 0)
+    # n-grams that reach beyond the end get the largest number and are sorted behind the others.
+    valid = np.arange(windows) < counts_b[:, None]
+    hashes = np.sort(np.where(valid, hashes >> np.uint64(1), np.uint64(2**64 - 1)), axis=1)
+    repeats = (hashes[:, 1:] == hashes[:, :-1]) & valid[:, 1:]
+    return float(repeats.sum() / max(counts_b.sum(), 1))
 
 
 def _select_rows(coins_b: np.ndarray, sampled: Rollout, fixed: Rollout) -> Rollout:

@@ -84,6 +84,8 @@ class OwnServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                # Ctrl-C is for the trainer alone, which needs the server to finish its step.
+                start_new_session=True,
             )
         return f"http://127.0.0.1:{port}"
 

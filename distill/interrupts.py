@@ -1,0 +1,87 @@
+"""SIGTERM and SIGINT: what is under way is finished and saved; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+from distill.errors import RunInterrupted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+    """Whether the run was asked to stop.
+
+    Used as a context manager, in the main thread, it handles the signals; otherwise nothing is
+    installed and nothing is ever requested, as in a notebook.
+
+    The first signal sets `requested` between `hold` and `release`; elsewhere nothing would be lost,
+    so it ends the process at once with status 0. A second one always ends it at once, with status
+    128 + its number. That is done by a thread which the C handler wakes: the main one may be inside
+    a compilation for minutes.
+
+    Attributes:
+      requested: name of the signal, '' before.
+    """
+
+    def __init__(self):
+        self.requested = ""
+        self._held = False
+
+    def hold(self) -> None:
+        """From here on there is something to save."""
+        self._held = True
+
+    def release(self) -> None:
+        """Everything is saved."""
+        self._held = False
+
+    def stop(self, what_is_saved: str) -> RunInterrupted:
+        """The exception that ends the run."""
+        return RunInterrupted(f"stopped by {self.requested}: {what_is_saved}")
+
+    def __enter__(self) -> Interrupts:
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        # The handler itself has nothing to do; the default one would end the process.
+        self._old_handlers = {number: signal.signal(number, _do_nothing) for number in _SIGNALS}
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_writer)
+        os.close(self._writer)  # the thread reads the end
+
+    def _watch(self, reader: int) -> None:
+        with os.fdopen(reader, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] in _SIGNALS:
+                    self._receive(signal.Signals(number[0]))
+
+    def _receive(self, number: signal.Signals) -> None:
+        if self.requested:
+            _end(f"stopped at once by {number.name}: the last save is intact", 128 + number)
+        if not self._held:
+            _end(f"stopped by {number.name}: nothing was lost, the same command goes on", 0)
+        self.requested = number.name
+        _say(f"{number.name}: finishing the step and saving; a second signal ends the run at once")
+
+
+def _do_nothing(number: int, frame: object) -> None:
+    pass
+
+
+def _say(line: str) -> None:
+    os.write(2, f"\n{line}\n".encode())
+
+
+def _end(line: str, status: int) -> None:
+    sys.stdout.flush()
+    _say(line)
+    os._exit(status)
