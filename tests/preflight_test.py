@@ -43,7 +43,9 @@ def with_template(folder: Path, template: str) -> str:
 
 @pytest.fixture
 def config(models):
-    return with_models(tiny_config(), models)
+    config = with_models(tiny_config(), models)
+    config.preflight = True
+    return config
 
 
 @pytest.mark.parametrize("lambda_", [1.0, 0.0])

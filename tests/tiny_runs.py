@@ -11,6 +11,7 @@ from distill.config import default_config
 def tiny_config(**distillation) -> ConfigDict:
     """Random models on arithmetic: every part is real, nothing is learned."""
     config = default_config()
+    config.preflight = False  # preflight_test.py has it; elsewhere it would only take time
     config.policy.tokenizer = "characters:arithmetic"
     for section, width in ((config.policy, 16), (config.teacher, 32)):
         section.shape.num_layers = 1

@@ -332,6 +332,7 @@ def test_tied_head_is_found_out_before_the_first_token(servers, folders, tmp_pat
 
 def run_config(**distillation) -> ConfigDict:
     config = default_config()
+    config.preflight = False
     config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
     config.distillation.generate_strategy.max_length = MAX_LENGTH
     config.policy.max_total_sequence_length = MAX_TOTAL
@@ -426,6 +427,7 @@ def test_own_server_and_remote_teacher_distil_alike(
     for name in ("VLLM_CPU_KVCACHE_SPACE", "TORCHDYNAMO_DISABLE", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     config = run_config(teacher_model_path="")
+    config.preflight = True
     config.policy.model_name = str(folders["student"])
     config.policy.generation.backend = "vllm"
     config.policy.generation.vllm.python = PYTHON
