@@ -1,6 +1,7 @@
 """Eight CPU devices for every test; set before jax is first imported."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -10,6 +11,11 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("DISTILL_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+# And each of them once: most runs at toy size compile what another test has compiled before.
+_programs = tempfile.TemporaryDirectory(prefix="distill-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,8 @@ TESTS = Path(__file__).parent
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc: Linux only")
 def test_long_run_stays_as_it_is(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
-    environment.pop("XLA_FLAGS", None)
+    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):  # every compilation is to be seen
+        environment.pop(name, None)
     result = subprocess.run(
         [sys.executable, str(TESTS / "soak_run.py"), str(tmp_path), str(STEPS)],
         env=environment,
@@ -39,13 +40,16 @@ def test_long_run_stays_as_it_is(tmp_path):
         np.percentile(x, 10) for x in np.split(after["seconds"], [quarter, -quarter])[::2]
     )
     drift = last / first - 1
-    grown = {key: int(after[key][-1] - after[key][0]) for key in ("threads", "files", "programs")}
+    # The most of a quarter: a save or an evaluation under way has threads and files of its own.
+    grown = {
+        key: int(after[key][-quarter:].max() - after[key][:quarter].max())
+        for key in ("threads", "files", "programs")
+    }
     print(
         f"\n{STEPS} updates: resident memory {after['resident_bytes'][-1] / 1e6:.0f} MB, slope "
         f"{slope:+.2f} MB per 1000 updates; step {last * 1e3:.1f} ms, drift {drift:+.1%}; "
         f"growth {grown}"
     )
     assert slope < 2
-    assert grown["programs"] == 0
-    assert grown["threads"] <= 0 and grown["files"] <= 0
+    assert max(grown.values()) <= 0
     assert drift < 0.05
