@@ -26,7 +26,8 @@ from distill.interrupts import Interrupts
 from distill.metrics import Progress, import_wandb, write_atomically
 from distill.models.hf import export_model, load_model_config
 from distill.models.hub import read_json
-from distill.preflight import Subject, preflight
+from distill.preflight import preflight
+from distill.preflight_checks import Subject
 from distill.rollout.batches import BatchSource
 from distill.scratch import make_missing_models
 from distill.step import TrainState, make_train_step

@@ -14,7 +14,7 @@ from tiny_runs import tiny_config, with_models
 from tokenizers import Regex, normalizers
 
 import distill
-from distill import build, preflight, step
+from distill import build, preflight_checks, step
 from distill.errors import UserError
 from distill.evaluate import Model
 from distill.losses import divergences
@@ -52,13 +52,13 @@ def config(models):
 def test_healthy_run_passes_every_check(config, lambda_):
     config.distillation.lambda_ = lambda_
     findings = preflight_alone(config)
-    assert [finding.check for finding in findings] == list(preflight.CHECKS)
+    assert [finding.check for finding in findings] == list(preflight_checks.CHECKS)
     assert all(finding.problem is None and finding.detail for finding in findings)
 
 
 @pytest.mark.parametrize("data, fsdp", [(2, 4), (1, 8)])
 def test_healthy_sharded_run_passes(config, data, fsdp, monkeypatch):
-    monkeypatch.setattr(preflight, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(preflight_checks, "LARGE_BYTES", 1000)
     config.mesh.update(data=data, fsdp=fsdp)
     assert "are split" in next(
         finding.detail for finding in preflight_alone(config) if finding.check == "layout"
@@ -163,7 +163,7 @@ def test_tokenizer_of_the_same_words_that_cuts_otherwise(config, monkeypatch):
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[0-9]"), "7")
         return tokenizer
 
-    monkeypatch.setattr(preflight, "load_tokenizer", other)  # the teacher's
+    monkeypatch.setattr(preflight_checks, "load_tokenizer", other)  # the teacher's
     assert "into other tokens" in problem_of(config)
 
 
@@ -194,7 +194,7 @@ def test_unsharded_copy(config, monkeypatch):
         layout = shardings(params, mesh)
         return jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.P()), layout)
 
-    monkeypatch.setattr(preflight, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(preflight_checks, "LARGE_BYTES", 1000)
     monkeypatch.setattr(build, "param_shardings", whole)
     config.mesh.update(data=2, fsdp=4, tensor=1)
     problem = problem_of(config)
@@ -202,12 +202,12 @@ def test_unsharded_copy(config, monkeypatch):
 
 
 def test_too_little_memory(config, monkeypatch):
-    monkeypatch.setattr(preflight, "_device_memory", lambda: 10_000)
+    monkeypatch.setattr(preflight_checks, "_device_memory", lambda: 10_000)
     assert "a step needs at least" in problem_of(config)
 
 
 def test_runs_begin_with_it_unless_told_not_to(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "_device_memory", lambda: 10_000)
+    monkeypatch.setattr(preflight_checks, "_device_memory", lambda: 10_000)
     config.distillation.max_steps = 1
     with pytest.raises(UserError, match="--config.preflight=False"):
         distill.train(config, tmp_path / "checked")
@@ -219,4 +219,4 @@ def test_command_line(models):
     command = [sys.executable, "-m", "distill.preflight", "--config=configs/arithmetic.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert f"preflight: {len(preflight.CHECKS)} checks passed" in result.stdout
+    assert f"preflight: {len(preflight_checks.CHECKS)} checks passed" in result.stdout
