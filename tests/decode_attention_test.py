@@ -14,7 +14,7 @@ from tpu_compile_test import needs_tpu_compiler, num_kernels, temporary_bytes, t
 
 from distill.kernels.decode_attention import Kernel
 from distill.models.config import ModelConfig
-from distill.models.decoding import UNROLLED_LAYERS, unstack_layers
+from distill.models.decoding import UNROLLED_LAYERS, Part, attend_part, unstack_layers
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling import programs
@@ -53,7 +53,11 @@ def random_queries(heads, group, width, dtype, lengths=LENGTHS):
 
 def attend(attention, q_bkgh, cache, lengths_pw):
     prefix_of = prefix_attention(attention, cache, jnp.asarray(lengths_pw), SIZE, q_bkgh.dtype)
-    return jax.jit(lambda layer: prefix_of(layer)(q_bkgh))(LAYER)
+    return jax.jit(lambda layer: attended(q_bkgh, prefix_of(layer)))(LAYER)
+
+
+def attended(q_bkgh, prefix):
+    return attend_part(q_bkgh, prefix) if isinstance(prefix, Part) else prefix(q_bkgh)
 
 
 def assert_same(actual, expected, dtype):
@@ -112,7 +116,7 @@ def test_kernel_is_free_of_races_and_reads_nothing_uninitialised(int8):
     kernel = Kernel(block=BLOCK, interpret=interpret)
     prefix_of = prefix_attention(kernel, cache, jnp.array([lengths]), 2 * BLOCK, dtype)
     reference_of = prefix_attention("xla", cache, jnp.array([lengths]), 2 * BLOCK, dtype)
-    assert_same(prefix_of(LAYER)(q_bkgh), reference_of(LAYER)(q_bkgh), dtype)
+    assert_same(prefix_of(LAYER)(q_bkgh), attended(q_bkgh, reference_of(LAYER)), dtype)
     assert interpret_pallas_call.races is not None  # that is, the detector ran
     assert not interpret_pallas_call.races.races_found
 
@@ -248,7 +252,8 @@ class TestCompiledForTpu:
         mesh, size = tpu_mesh(topology, 1, 1, 1), EngineConfig(max_length=2048).cache_size
 
         def attend(q_bkgh, cache, layer, lengths_pw):
-            return prefix_attention(None, cache, lengths_pw, size, q_bkgh.dtype)(layer)(q_bkgh)
+            prefix_of = prefix_attention(None, cache, lengths_pw, size, q_bkgh.dtype)
+            return prefix_of(layer)(q_bkgh)
 
         cache = jax.eval_shape(
             lambda: caches.encode(

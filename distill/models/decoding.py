@@ -4,7 +4,8 @@ Keys and values are in two parts. The prefix is what a row had seen when the dec
 entered, and is only read in it. The tail takes the tokens of the loop: turn t of every row lies at
 position t, so a turn writes one slice in place, whatever the rows' lengths. Keys are stored with
 their positions last (h, s): products of few queries with many keys then need no transposed copy.
-Attention to the two parts is computed apart and merged: how the prefix is read is the caller's.
+How the prefix is attended to is the caller's: in plain arrays, together with the tail, or by a
+kernel of its own, whose result is merged with the tail's.
 """
 
 from __future__ import annotations
@@ -38,8 +39,16 @@ class Attended(NamedTuple):
     log_sum_bkg: jax.Array
 
 
-# Attention of q_bkgh to a layer's prefix.
-AttendPrefix = Callable[[jax.Array], Attended]
+class Part(NamedTuple):
+    """Some of a row's positions, of which the valid ones are attended to."""
+
+    k_bkhs: jax.Array
+    v_bksh: jax.Array
+    valid_bs: jax.Array
+
+
+# A layer's prefix: in plain arrays, or as attention of q_bkgh to it.
+Prefix = Part | Callable[[jax.Array], Attended]
 # One turn through all layers: (x_b1d, rotation, turn, tail) -> (x_b1d, tail).
 Walk = Callable[[jax.Array, Rotation, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -95,7 +104,7 @@ def unstack_layers(model: Transformer) -> list[nnx.State]:
 
 
 def make_walk(
-    model: Transformer, layer_states: list[nnx.State], prefix_of: Callable[[Any], AttendPrefix]
+    model: Transformer, layer_states: list[nnx.State], prefix_of: Callable[[Any], Prefix]
 ) -> Walk:
     """The layers of a decode loop; call it outside of the loop, for what is read once only.
 
@@ -116,8 +125,8 @@ def make_walk(
     def walk(x_b1d, rotation, turn, tail):
         def layer(x_b1d, scanned):
             index, layer_state, layer_tail = scanned
-            block, attend_prefix = nnx.merge(graphdef, layer_state), prefix_of(index)
-            return _decode_layer(block, attend_prefix, x_b1d, rotation, turn, layer_tail)
+            block, prefix = nnx.merge(graphdef, layer_state), prefix_of(index)
+            return _decode_layer(block, prefix, x_b1d, rotation, turn, layer_tail)
 
         return jax.lax.scan(layer, x_b1d, (jnp.arange(num_layers), stacked, tail))
 
@@ -142,46 +151,60 @@ def decode_turn(
     return model.normalize(x_b1d)[:, 0], tail
 
 
-def attend_part(
-    q_bkgh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, valid_bs: jax.Array
-) -> Attended:
-    """Attention to the valid positions; to zeros, of sum 0, where there are none."""
-    scores_bkgs = jnp.einsum("bkgh,bkhs->bkgs", q_bkgh, k_bkhs, preferred_element_type=jnp.float32)
-    scores_bkgs = scores_bkgs * q_bkgh.shape[-1] ** -0.5
-    scores_bkgs = jnp.where(valid_bs[:, None, None], scores_bkgs, -jnp.inf)
+def attend_part(q_bkgh: jax.Array, part: Part) -> Attended:
+    """Attention to one part; to zeros, of sum 0, where nothing in it is valid."""
+    scores_bkgs = _scores(q_bkgh, part)
     # Finite even where nothing is valid; elsewhere, the sum is at least 1.
     highest_bkg = jnp.maximum(jnp.max(scores_bkgs, axis=-1), jnp.finfo(jnp.float32).min)
     weights_bkgs = jnp.exp(scores_bkgs - highest_bkg[..., None])
     sum_bkg = jnp.sum(weights_bkgs, axis=-1)
-    values_bkgh = jnp.einsum(
-        "bkgs,bksh->bkgh",
-        weights_bkgs.astype(v_bksh.dtype),
-        v_bksh,
-        preferred_element_type=jnp.float32,
-    )
-    values_bkgh = values_bkgh / jnp.maximum(sum_bkg, 1.0)[..., None]
+    values_bkgh = _weighted_sum(weights_bkgs, part) / jnp.maximum(sum_bkg, 1.0)[..., None]
     return Attended(values_bkgh, highest_bkg + jnp.log(sum_bkg))
 
 
-def merge(one: Attended, other: Attended) -> Attended:
-    """Attention to the positions of both, of which at least one has any."""
+def _attend_together(q_bkgh: jax.Array, one: Part, other: Part) -> jax.Array:
+    """values_bkgh of both parts under one softmax, in float32."""
+    scores_bkgs = jnp.concatenate([_scores(q_bkgh, one), _scores(q_bkgh, other)], axis=-1)
+    probs_bkgs = jax.nn.softmax(scores_bkgs, axis=-1)
+    size = one.valid_bs.shape[1]
+    return _weighted_sum(probs_bkgs[..., :size], one) + _weighted_sum(probs_bkgs[..., size:], other)
+
+
+def _merge(one: Attended, other: Attended) -> jax.Array:
+    """values_bkgh of the positions of both, of which at least one has any."""
     log_sum_bkg = jnp.logaddexp(one.log_sum_bkg, other.log_sum_bkg)
-    values_bkgh = sum(
+    return sum(
         part.values_bkgh * jnp.exp(part.log_sum_bkg - log_sum_bkg)[..., None]
         for part in (one, other)
     )
-    return Attended(values_bkgh, log_sum_bkg)
+
+
+def _scores(q_bkgh: jax.Array, part: Part) -> jax.Array:
+    scores_bkgs = jnp.einsum(
+        "bkgh,bkhs->bkgs", q_bkgh, part.k_bkhs, preferred_element_type=jnp.float32
+    )
+    scores_bkgs = scores_bkgs * q_bkgh.shape[-1] ** -0.5
+    return jnp.where(part.valid_bs[:, None, None], scores_bkgs, -jnp.inf)
+
+
+def _weighted_sum(weights_bkgs: jax.Array, part: Part) -> jax.Array:
+    return jnp.einsum(
+        "bkgs,bksh->bkgh",
+        weights_bkgs.astype(part.v_bksh.dtype),
+        part.v_bksh,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _walk_unrolled(layers: Iterable, x_b1d, rotation, turn, tail):
     new_tail = []
-    for (block, attend_prefix), layer_tail in zip(layers, tail, strict=True):
-        x_b1d, layer_tail = _decode_layer(block, attend_prefix, x_b1d, rotation, turn, layer_tail)
+    for (block, prefix), layer_tail in zip(layers, tail, strict=True):
+        x_b1d, layer_tail = _decode_layer(block, prefix, x_b1d, rotation, turn, layer_tail)
         new_tail.append(layer_tail)
     return x_b1d, new_tail
 
 
-def _decode_layer(block: Block, attend_prefix: AttendPrefix, x_b1d, rotation, turn, tail):
+def _decode_layer(block: Block, prefix: Prefix, x_b1d, rotation, turn, tail):
     q_b1nh, k_b1kh, v_b1kh = block.query_key_value(x_b1d, rotation)
     tail_k_bkht, tail_v_bkth = tail
     tail_k_bkht = jax.lax.dynamic_update_slice_in_dim(
@@ -193,8 +216,11 @@ def _decode_layer(block: Block, attend_prefix: AttendPrefix, x_b1d, rotation, tu
     tail = tail_k_bkht, tail_v_bkth
     batch, num_kv_heads, width, size = tail_k_bkht.shape
     q_bkgh = q_b1nh.reshape(batch, num_kv_heads, -1, width)
-    in_tail_bt = jnp.broadcast_to(jnp.arange(size) <= turn, (batch, size))
-    attended = merge(attend_prefix(q_bkgh), attend_part(q_bkgh, *tail, in_tail_bt))
-    attended_b1nh = attended.values_bkgh.astype(q_b1nh.dtype).reshape(q_b1nh.shape)
+    tail_part = Part(*tail, jnp.broadcast_to(jnp.arange(size) <= turn, (batch, size)))
+    if isinstance(prefix, Part):
+        attended_bkgh = _attend_together(q_bkgh, prefix, tail_part)
+    else:
+        attended_bkgh = _merge(prefix(q_bkgh), attend_part(q_bkgh, tail_part))
+    attended_b1nh = attended_bkgh.astype(q_b1nh.dtype).reshape(q_b1nh.shape)
     attended_b1nh = constrain(attended_b1nh, "batch", "position", "act_heads", None)
     return block.finish(x_b1d, attended_b1nh), tail

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from distill.kernels import decode_attention
 from distill.kernels.decode_attention import Kernel
 from distill.kernels.platform import device_kind, is_old_tpu, platform
-from distill.models.decoding import Attended, AttendPrefix, attend_part
+from distill.models.decoding import Attended, Part, Prefix
 from distill.sampling import cache as caches
 from distill.sampling.cache import SlotCache
 from distill.sharding import num_shards, partition_spec
@@ -43,7 +43,7 @@ def resolve_attention(attention: str | Kernel | None, head_width: int) -> str | 
 
 def prefix_attention(
     attention: str | Kernel | None, cache: SlotCache, lengths_pw: jax.Array, size: int, dtype
-) -> Callable[[Any], AttendPrefix]:
+) -> Callable[[Any], Prefix]:
     """Attention of one query per row to the row's first lengths_pw positions, by layer.
 
     Args:
@@ -69,17 +69,17 @@ def _obstacle(head_width: int) -> str | None:
     return None
 
 
-def _xla(cache: SlotCache, lengths_pw, size: int, dtype) -> Callable[[Any], AttendPrefix]:
+def _xla(cache: SlotCache, lengths_pw, size: int, dtype) -> Callable[[Any], Prefix]:
     valid_bs = jnp.arange(size) < lengths_pw.reshape(-1, 1)
 
     def prefix_of(layer):
         k_bkhs, v_bksh = caches.read(cache, layer, lengths_pw.shape[1], size, dtype)
-        return lambda q_bkgh: attend_part(q_bkgh, k_bkhs, v_bksh, valid_bs)
+        return Part(k_bkhs, v_bksh, valid_bs)
 
     return prefix_of
 
 
-def _kernel(kernel: Kernel, cache: SlotCache, lengths_pw) -> Callable[[Any], AttendPrefix]:
+def _kernel(kernel: Kernel, cache: SlotCache, lengths_pw) -> Callable[[Any], Prefix]:
     if lengths_pw.shape[0] != num_shards("batch"):
         raise ValueError(f"{lengths_pw.shape[0]} parts on {num_shards('batch')} groups of devices")
     *_, heads, width, size = cache.k_lpckhs.shape
