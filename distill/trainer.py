@@ -161,9 +161,13 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         results = saver.results = record.get("results", {})
 
         def evaluate(role: str, model: Model) -> None:
-            if evaluator is not None:
-                results[role] = dataclasses.asdict(evaluator(model, teacher))
-                progress.evaluation(step, role, results[role])
+            if evaluator is None:
+                return
+            evaluation = dataclasses.asdict(evaluator(model, teacher))
+            if interrupts.requested:  # of all processes, perhaps: graders that died make it wrong
+                return
+            results[role], saver.evaluated = evaluation, step
+            progress.evaluation(step, role, evaluation)
 
         # ------------------------------------------------------------------------------- loop
         if "base" not in results:
@@ -173,10 +177,9 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         max_steps, eval_steps = config.distillation.max_steps, config.distillation.eval_steps
         while True:
             evaluating = step == max_steps or (eval_steps > 0 and step % eval_steps == 0)
-            # One that a signal prevented is made up for when the run goes on.
+            # One that a signal prevented or spoilt is made up for when the run goes on.
             if evaluating and saver.evaluated < step and not interrupts.requested:
                 evaluate("student", Model(graph, state.params))
-                saver.evaluated = step
             if interrupts.requested or (step and (saves.is_due(step) or saver.is_best(step))):
                 saver.save(step, state, batches.position)
                 saves.restart_clock()

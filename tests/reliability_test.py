@@ -1,5 +1,6 @@
 """Runs that go wrong and are none the worse: bad batches, other meshes, torn checkpoints."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tiny_runs import read_metrics, tiny_config, with_models
 import distill
 from distill import metrics, trainer
 from distill.errors import RunInterrupted, RunStopped, UserError
+from distill.evaluate import Evaluator
 from distill.export import export_checkpoint
 from distill.interrupts import Interrupts
 from distill.rollout.in_process import JaxBackend
@@ -181,19 +183,30 @@ def test_clock_makes_checkpoints_due_too(models, tmp_path):
 # ---------------------------------------------------------------------------------- signals
 
 
-def test_stopped_run_skips_the_evaluation_and_makes_up_for_it(models, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_signal_at_an_evaluation_leaves_it_to_the_next_start(models, tmp_path, monkeypatch, when):
+    """During one, grading processes may have been signalled too: its numbers may be wrong."""
     config = with_models(tiny_config(lambda_=0.5, eval_steps=3), models)
     whole = distill.train(config, tmp_path / "whole")
-    interrupts, end_step = Interrupts(), metrics.Progress.end_step
-    stop, stops = JaxBackend.stop, []
+    interrupts, evaluate, end_step = Interrupts(), Evaluator.__call__, metrics.Progress.end_step
+    stop, stops, steps = JaxBackend.stop, [], []
 
-    def signalled(self, step, *values):
+    def counting(self, step, *values):
         end_step(self, step, *values)
-        if step == 3:
+        steps.append(step)
+        if when == "before" and step == 3:
             interrupts.requested = "SIGTERM"
 
+    def spoilt(self, model, teacher):
+        evaluation = evaluate(self, model, teacher)
+        if not steps:
+            return evaluation
+        interrupts.requested = "SIGTERM"
+        return dataclasses.replace(evaluation, accuracy=-1.0)
+
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.Progress, "end_step", signalled)
+        patch.setattr(metrics.Progress, "end_step", counting)
+        patch.setattr(Evaluator, "__call__", spoilt)
         patch.setattr(JaxBackend, "stop", lambda self: stops.append(stop(self)))
         with pytest.raises(RunInterrupted, match="SIGTERM: step 3 is saved: the same command"):
             distill.train(config, tmp_path / "run", interrupts)
