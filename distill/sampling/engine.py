@@ -33,7 +33,7 @@ from distill.sharding import num_shards
 
 MAX_AUTO_SLOTS = 256  # per part; more rows gain little once products are efficient
 TURNS_PER_CALL = 32
-CACHE_BUCKETS = 4  # each twice as long as the one before
+CACHE_BUCKETS = 4  # each twice as long as the one before; and three quarters of each
 CACHE_MULTIPLE = 32
 LONG_CACHE_MULTIPLE = 128  # lanes of a TPU, which otherwise would keep keys with positions first
 SMALLEST_CACHE_BUCKET = 128
@@ -68,10 +68,12 @@ class EngineConfig:
     @property
     def cache_buckets(self) -> list[int]:
         """Positions that a call of the decode loop may read."""
-        halves = (
-            _round_up(self.cache_size >> i, CACHE_MULTIPLE) for i in reversed(range(CACHE_BUCKETS))
-        )
-        return [half for half in halves if half >= SMALLEST_CACHE_BUCKET] or [self.cache_size]
+        sizes = {
+            _round_up(self.cache_size * quarters >> (i + 2), CACHE_MULTIPLE)
+            for i in range(CACHE_BUCKETS)
+            for quarters in (3, 4)
+        }
+        return sorted(s for s in sizes if s >= SMALLEST_CACHE_BUCKET) or [self.cache_size]
 
 
 class Engine:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 INSERTED_PER_CALL = 16  # rows, per part
 PREFILL_TOKENS = 4096  # of a reading, per part
 SMALLEST_PROMPT_BUCKET = 16
-WIDTHS = 5  # each half as wide as the one before, down to 4; and 1
+WIDTHS = 5  # each half as wide as the one before, down to 4; and three quarters of all, and 1
 
 
 class Run:
@@ -61,9 +61,11 @@ class Run:
         self._queue = collections.deque(order)
         # Rows of each part that have been read and wait for a slot: (reading, prompt in it, row).
         self._waiting = [collections.deque() for _ in range(self._parts)]
-        halves = [slots >> i for i in range(WIDTHS) if i == 0 or slots >> i >= 4]
-        # The longest answer often ends alone: without company, a CPU need not repack the weights.
-        self._widths = halves if slots == 1 else [*halves, 1]
+        halves = [slots >> i for i in range(1, WIDTHS) if slots >> i >= 4]
+        # The widest turns take longest. The longest answer often ends alone, and without company a
+        # CPU need not repack the weights.
+        wide = [slots * 3 // 4] if halves else []
+        self._widths = list(dict.fromkeys([slots, *wide, *halves, 1]))
         self._started = time.perf_counter()
         self._prefill_seconds = self._decode_seconds = self._wait_seconds = 0.0
         self._slot_turns = self._kept_turns = 0
