@@ -26,7 +26,7 @@ functional: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/distillation.sh
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/gsm8k.sh
 
-# Known weaknesses of the installed packages, as pypi.org lists them. Strict, because an index that
+# Known weaknesses of the installed packages. Strict, because an index that
 # lists none would otherwise be reported as "none known".
 audit: $(VENV)/.installed-test
 	test -x $(AUDIT_VENV)/bin/pip-audit || $(PYTHON) -m venv $(AUDIT_VENV)
