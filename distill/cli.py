@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from distill.errors import RunInterrupted, RunStopped, UserError, printable
 
 USAGE_ERROR = 2
 _LONGEST_ERROR = 2000  # characters
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -61,6 +63,11 @@ def _call(main: Callable[[], None]) -> None:
         _fail(str(error))
     except RunStopped as error:
         _fail(str(error), status=1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        _fail(f"the disk has no room left{where}: make room, and give the same command", status=1)
 
 
 def required_config(holder: flags.FlagHolder) -> ConfigDict:

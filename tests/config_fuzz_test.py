@@ -143,9 +143,9 @@ def test_real_commands_end_the_same_way(seed, tmp_path):
     arguments = random_argument(rng)
     while any("\0" in argument or "\ud800" in argument for argument in arguments):
         arguments = random_argument(rng)  # the system passes no such arguments
-    # A last value that is out of range, so that no run begins.
-    last = "--config.distillation.max_steps=0"
-    command = ["-m", "distill.main", f"--config={EXPERIMENT}", *arguments, last]
+    # A value that is out of range, so that no run begins; an argument may take the last for its own.
+    bad = "--config.distillation.max_steps=0"
+    command = ["-m", "distill.main", f"--config={EXPERIMENT}", bad, *arguments, bad]
     done = subprocess.run(
         [sys.executable, *command, f"--workdir={tmp_path / 'run'}"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
