@@ -143,7 +143,7 @@ def test_real_commands_end_the_same_way(seed, tmp_path):
     arguments = random_argument(rng)
     while any("\0" in argument or "\ud800" in argument for argument in arguments):
         arguments = random_argument(rng)  # the system passes no such arguments
-    # A value that is out of range, so that no run begins; an argument may take the last for its own.
+    # A value that is out of range, so that no run begins. An argument may take the last as its own.
     bad = "--config.distillation.max_steps=0"
     command = ["-m", "distill.main", f"--config={EXPERIMENT}", bad, *arguments, bad]
     done = subprocess.run(
