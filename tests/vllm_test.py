@@ -409,9 +409,9 @@ def test_two_servers_sample_ahead_as_devices_of_this_process_do(
     np.testing.assert_allclose(
         losses(tmp_path / "servers"), losses(tmp_path / "in_process"), rtol=1e-2
     )
-    # Ten batches of 32 rows, and a few probes.
+    # Ten batches of 32 rows, and a few probes; who is quicker gets more of them.
     for server, before in zip(pair, answered, strict=True):
-        assert requests_answered(server) - before > 100, "both take a good part of the rows"
+        assert requests_answered(server) - before > 32, "both answer"
 
 
 def requests_answered(server: Server) -> float:
