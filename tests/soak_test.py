@@ -19,11 +19,21 @@ TESTS = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc: Linux only")
 def test_long_run_stays_as_it_is(tmp_path):
+    slope, grown, drift = soak(tmp_path / "first")
+    assert slope < 2, "MB per 1000 updates"
+    assert max(grown.values()) <= 0
+    if drift >= 0.05:  # other work on the machine, perhaps: a run that slows down always does
+        *_, drift = soak(tmp_path / "second")
+    assert drift < 0.05
+
+
+def soak(workdir: Path) -> tuple[float, dict[str, int], float]:
+    """Growth of memory (MB per 1000 updates), of counts, and of the time of a step (a share)."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
     for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):  # every compilation is to be seen
         environment.pop(name, None)
     result = subprocess.run(
-        [sys.executable, str(TESTS / "soak_run.py"), str(tmp_path), str(STEPS)],
+        [sys.executable, str(TESTS / "soak_run.py"), str(workdir), str(STEPS)],
         env=environment,
         capture_output=True,
         text=True,
@@ -36,8 +46,7 @@ def test_long_run_stays_as_it_is(tmp_path):
     quarter = len(after["step"]) // 4
     slope = np.polyfit(after["step"], after["resident_bytes"], 1)[0] * 1000 / 1e6
     first, _, last = np.split(after["seconds"], [quarter, -quarter])
-    first, last = quickest_stretch(first), quickest_stretch(last)
-    drift = last / first - 1
+    drift = quickest_stretch(last) / quickest_stretch(first) - 1
     # The most of a quarter: a save or an evaluation under way has threads and files of its own.
     grown = {
         key: int(after[key][-quarter:].max() - after[key][:quarter].max())
@@ -45,12 +54,10 @@ def test_long_run_stays_as_it_is(tmp_path):
     }
     print(
         f"\n{STEPS} updates: resident memory {after['resident_bytes'][-1] / 1e6:.0f} MB, slope "
-        f"{slope:+.2f} MB per 1000 updates; step {last * 1e3:.1f} ms, drift {drift:+.1%}; "
-        f"growth {grown}"
+        f"{slope:+.2f} MB per 1000 updates; step {quickest_stretch(last) * 1e3:.1f} ms, drift "
+        f"{drift:+.1%}; growth {grown}"
     )
-    assert slope < 2
-    assert max(grown.values()) <= 0
-    assert drift < 0.05
+    return slope, grown, drift
 
 
 def quickest_stretch(seconds: np.ndarray, steps: int = 50) -> float:
