@@ -20,10 +20,12 @@ TESTS = Path(__file__).parent
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc: Linux only")
 def test_long_run_stays_as_it_is(tmp_path):
     slope, grown, drift = soak(tmp_path / "first")
+    if drift >= 0.05 or max(grown.values()) > 0:
+        # Other work on the machine slows a run down, and pools start a thread late: once. A run
+        # that slows down or leaks always does.
+        slope, grown, drift = soak(tmp_path / "second")
     assert slope < 2, "MB per 1000 updates"
     assert max(grown.values()) <= 0
-    if drift >= 0.05:  # other work on the machine, perhaps: a run that slows down always does
-        *_, drift = soak(tmp_path / "second")
     assert drift < 0.05
 
 
@@ -47,9 +49,9 @@ def soak(workdir: Path) -> tuple[float, dict[str, int], float]:
     slope = np.polyfit(after["step"], after["resident_bytes"], 1)[0] * 1000 / 1e6
     first, _, last = np.split(after["seconds"], [quarter, -quarter])
     drift = quickest_stretch(last) / quickest_stretch(first) - 1
-    # The most of a quarter: a save or an evaluation under way has threads and files of its own.
+    # The most at any time: a save or an evaluation under way has threads and files of its own.
     grown = {
-        key: int(after[key][-quarter:].max() - after[key][:quarter].max())
+        key: int(after[key][-quarter:].max() - after[key][:-quarter].max())
         for key in ("threads", "files", "programs")
     }
     print(
