@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from distill import build
 from distill.config import Config
 from distill.data.base import DatasetInterface
+from distill.data.pipeline import PromptBatch, eval_batches
 from distill.data.prompts import Prompts
 from distill.evaluate import Model
 from distill.losses.objective import Objective, make_objective
@@ -82,9 +83,9 @@ def check_tokenizers(subject: Subject) -> str:
     if subject.teacher_folder is None:
         return "no teacher's tokenizer to compare with"
     texts = _texts(subject)
+    tokenizers = subject.vocabulary.tokenizer, load_tokenizer(subject.teacher_folder)
     ours, theirs = (
-        tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for tokenizer in (subject.vocabulary.tokenizer, load_tokenizer(subject.teacher_folder))
+        tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers
     )
     for text, mine, other in zip(texts, ours, theirs, strict=True):
         if mine != other:
@@ -95,15 +96,14 @@ def check_tokenizers(subject: Subject) -> str:
             )
     if not subject.vocabulary.tokenizer.chat_template:
         return f"{len(texts)} texts are the same tokens for both"
-    return f"{len(texts)} texts are the same tokens for both{_compare_templates(subject)}"
-
-
-def _compare_templates(subject: Subject) -> str:
-    """A warning where the teacher knows prompts in another form: it may be wanted."""
-    teacher = load_tokenizer(subject.teacher_folder)
-    ours, theirs = (
-        _rendered(subject, tokenizer) for tokenizer in (subject.vocabulary.tokenizer, teacher)
+    return (
+        f"{len(texts)} texts are the same tokens for both{_compare_templates(subject, tokenizers)}"
     )
+
+
+def _compare_templates(subject: Subject, tokenizers) -> str:
+    """A warning where the teacher knows prompts in another form: it may be wanted."""
+    ours, theirs = (_rendered(subject, tokenizer) for tokenizer in tokenizers)
     if ours == theirs:
         return ", with the same chat template"
     return (
@@ -175,7 +175,7 @@ def _closing_token(tokenizer) -> int | None:
 
 def check_layout(subject: Subject) -> str:
     """No large array is whole on every device of a mesh that should split it."""
-    parts = subject.mesh.size // subject.mesh.shape["data"]
+    parts = num_shards("embed") * num_shards("ffn")
     if parts == 1:
         return "weights are whole on every device: the mesh splits batches only"
     teacher = subject.teacher and subject.teacher.params
@@ -195,8 +195,8 @@ def check_layout(subject: Subject) -> str:
 def check_memory(subject: Subject) -> str:
     """What every step will hold at least fits the device's memory.
 
-    Exact for weights, moments, gradients, the sampler's copy and its cache. Activations and logits
-    come on top: this is a lower bound.
+    Weights, moments, gradients, the sampler's copy and its cache. Activations and logits come on
+    top: this is a lower bound.
     """
     held = _bytes_per_device(subject.state)
     teacher = 0 if subject.teacher is None else _bytes_per_device(subject.teacher.params)
@@ -287,51 +287,43 @@ def _sampled_batch(subject: Subject) -> Batch:
 
     The sampler is asked for a whole batch, so that it compiles what the run will need anyway.
     """
-    config, prompts = subject.config, subject.prompts
+    config, pad_id = subject.config, subject.prompts.pad_id
     policy, repeats = config.policy, config.distillation.generate_strategy.num_generations
-    count = policy.train_global_batch_size // repeats
-    rows = np.arange(count) % len(prompts)
+    prompts, _ = next(eval_batches(subject.prompts, policy.train_global_batch_size // repeats))
+    rows = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), prompts)
     params = build.build_sampling_params(config)
     length = min(ANSWER_TOKENS, params.max_length)
     if _samples(subject):
         subject.backend.refit(subject.state.params, version=subject.step)
+        lengths = zip(prompts.prompt_tokens_bp, prompts.prompt_lengths_b, strict=True)
         request = RolloutRequest(
-            tuple(prompts.prompt_tokens[row] for row in rows),
-            np.arange(count),
+            tuple(tokens_p[:size] for tokens_p, size in lengths),
+            prompts.index_b,
             params,
             num_generations=repeats,
             seed=config.seed,
             step=subject.step,
-            max_lengths=np.full(count * repeats, length, np.int32),
+            max_lengths=np.full(len(rows.index_b), length, np.int32),
         )
         rollout, _ = subject.backend.generate(request)
     else:
-        rollout = _fixed_answers(prompts, rows, length)
-    used = slice(policy.train_micro_batch_size)
-    rollout = jax.tree.map(lambda x: x[used, :length] if x.ndim == 2 else x[used], rollout)
-    lengths_b = np.minimum(rollout.lengths_b, length)
-    rollout = dataclasses.replace(rollout, lengths_b=lengths_b)
-    picked = np.repeat(rows, repeats)[used]
-    tokens = [prompts.prompt_tokens[row] for row in picked]
-    tokens_bp = np.full((len(tokens), prompts.prompt_width), prompts.pad_id, np.int32)
-    for target_p, row in zip(tokens_bp, tokens, strict=True):
-        target_p[: len(row)] = row
-    prompt_lengths_b = np.array([len(row) for row in tokens], np.int32)
-    on_policy_b = np.full(len(tokens), _samples(subject))
-    arrays = tokens_bp, prompt_lengths_b, rollout, on_policy_b
-    placed = jax.tree.map(build.make_put(subject.mesh), arrays)
-    return jax.jit(make_batch, static_argnames="pad_id")(*placed, pad_id=prompts.pad_id)
+        rollout = _fixed_answers(rows)
+    cut = jax.tree.map(lambda x: x[:, :length] if x.ndim == 2 else x, rollout)
+    cut = dataclasses.replace(cut, lengths_b=np.minimum(rollout.lengths_b, length))
+    on_policy_b = np.full(len(rows.index_b), _samples(subject))
+    arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, cut, on_policy_b
+    placed = jax.tree.map(
+        lambda x: build.make_put(subject.mesh)(x[: policy.train_micro_batch_size]), arrays
+    )
+    return jax.jit(make_batch, static_argnames="pad_id")(*placed, pad_id=pad_id)
 
 
-def _fixed_answers(prompts: Prompts, rows: np.ndarray, length: int) -> Rollout:
-    """The data's own responses, cut to `length` tokens."""
-    tokens_br = np.full((len(rows), length), prompts.pad_id, np.int32)
-    lengths_b = np.zeros(len(rows), np.int32)
-    for i, row in enumerate(rows):
-        response = prompts.response_tokens[row][:length]
-        tokens_br[i, : len(response)], lengths_b[i] = response, len(response)
-    zeros_br = np.zeros(tokens_br.shape, np.float32)
-    return Rollout(tokens_br, lengths_b, zeros_br, zeros_br, np.ones(len(rows), bool))
+def _fixed_answers(rows: PromptBatch) -> Rollout:
+    """The data's own responses."""
+    zeros_br = np.zeros(rows.response_tokens_br.shape, np.float32)
+    stopped_b = np.ones(len(zeros_br), bool)
+    lengths_b = rows.response_lengths_b
+    return Rollout(rows.response_tokens_br, lengths_b, zeros_br, zeros_br, stopped_b)
 
 
 def _stirred(batch: Batch) -> Batch:
