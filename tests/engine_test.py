@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from tiny_models import model_config, random_model
 
 from distill.errors import UserError
@@ -248,8 +249,18 @@ def test_what_can_not_be_served_is_said_in_one_line():
         make_engine(cache_memory=1e3).generate(model()[1], request())
 
 
+@pytest.fixture
+def nothing_compiled_before():
+    """Without the tests' common store of compiled programs."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.slow
-def test_time_to_compile_does_not_grow_with_depth():
+def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
     """All programs of a request, from nothing, 2 and 28 layers; processor time, the better of 2."""
 
     def compile_seconds(num_layers: int) -> float:
