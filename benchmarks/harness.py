@@ -117,12 +117,17 @@ class _Worker:
 
 
 def _serve(connection, job: Job) -> None:
-    """The worker's side: the peak, then the seconds of one run per request; a text on failure."""
+    """The worker's side: the peak, then the seconds of one run per request; a text on failure.
+
+    Each timed run follows an untimed one: while the others ran, caches went cold and the kernel may
+    have reclaimed pages, of some workers more than of others.
+    """
     try:
         run = job.build(*job.arguments)
         run()  # compiles, where `build` has not
         connection.send((job.peak_bytes or peak_bytes)(run))
         while connection.recv():
+            run()
             start = time.perf_counter()
             run()
             connection.send(time.perf_counter() - start)
