@@ -32,11 +32,13 @@ from absl import flags
 from benchmarks import harness
 from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, export_weights, load_weights
 from distill import cli
+from distill.data.packing import Layout, Shape
 from distill.losses.objective import make_objective
+from distill.microbatch import Microbatch, make_batch
 from distill.models.config import ModelConfig
 from distill.optimizer import make_optimizer, make_schedule
 from distill.sampling.request import Rollout
-from distill.step import Batch, TrainState, make_batch, make_train_step
+from distill.step import TrainState, make_train_step
 
 CPUS = 2
 BASELINE, MATRIX = "torch, eager", "matrix product"
@@ -60,7 +62,8 @@ class Workload:
     microbatches: int
     matrix: int  # size of the product that measures the device's rate
 
-    def batch(self) -> Batch:
+    def arrays(self) -> tuple:
+        """Arguments of `make_batch`."""
         random = np.random.default_rng(0)
         prompt_lengths_b = random.integers(self.prompt // 4, self.prompt + 1, self.rows)
         lengths_b = random.integers(self.response // 4, self.response + 1, self.rows)
@@ -74,13 +77,18 @@ class Workload:
         )
         prompts_bp = random.integers(1, self.student.vocab_size, (self.rows, self.prompt))
         arrays = prompts_bp.astype(np.int32), prompt_lengths_b.astype(np.int32)
-        return make_batch(*arrays, rollout, np.zeros(self.rows, bool), pad_id=0)
+        return *arrays, rollout, np.zeros(self.rows, bool)
+
+    def batch(self) -> Microbatch:
+        """Microbatches of padded rows, stacked."""
+        shape = Shape(self.rows // self.microbatches, self.prompt + self.response)
+        return make_batch(*self.arrays(), layout=Layout((shape,)), pad_id=0)[0]
 
     def flops(self) -> float:
         """Of the real tokens: padding counts for nobody."""
-        batch = jax.device_get(self.batch())
-        lengths = batch.lengths_b.astype(float)
-        responses = (batch.lengths_b - batch.prompt_lengths_b).sum()
+        _, prompt_lengths_b, rollout, _ = self.arrays()
+        lengths = (prompt_lengths_b + rollout.lengths_b).astype(float)
+        responses = rollout.lengths_b.sum()
         total = 0.0
         for config, passes in ((self.student, 3), (self.teacher, 1)):
             heads = config.num_heads * config.head_width
@@ -198,10 +206,9 @@ def build_ours(workload: Workload, folder: Path):
         teacher,
         make_objective("forward"),
         optimizer,
-        num_microbatches=workload.microbatches,
         vocab_size=workload.student.vocab_size,
     )
-    batch = jax.device_put(workload.batch())
+    batch = (jax.device_put(workload.batch()),)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     state, metrics = step(state, teacher_params, batch)
     (folder / "loss.txt").write_text(str(float(metrics["loss"])))
@@ -229,7 +236,11 @@ def build_torch(workload: Workload, folder: Path, compiled: bool):
     student, teacher = load("student", torch.float32), load("teacher", dtype)
     forward_s, forward_t = (torch.compile(m) if compiled else m for m in (student, teacher))
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    parts = [_torch_rows(part, device) for part in _microbatches(workload)]
+    batch = workload.batch()
+    parts = [
+        _torch_rows(jax.tree.map(lambda x, i=i: x[i], batch), device)
+        for i in range(workload.microbatches)
+    ]
     total = sum(int(mask.sum()) for _, _, mask in parts)
 
     def logits(model, tokens, given):
@@ -257,23 +268,12 @@ def build_torch(workload: Workload, folder: Path, compiled: bool):
     return step
 
 
-def _microbatches(workload: Workload) -> list[Batch]:
-    batch = jax.device_get(workload.batch())
-    size = workload.rows // workload.microbatches
-    return [
-        jax.tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, workload.rows, size)
-    ]
-
-
-def _torch_rows(batch: Batch, device: str):
+def _torch_rows(rows: Microbatch, device: str):
     """Tokens, which are given, and at which positions a response token is predicted."""
     import torch
 
-    position = np.arange(batch.tokens_bt.shape[1])
-    ends_b1, begins_b1 = batch.lengths_b[:, None], batch.prompt_lengths_b[:, None]
-    given_bt = position < ends_b1
-    mask_bt = (position >= begins_b1 - 1) & (position < ends_b1 - 1)
-    arrays = batch.tokens_bt.astype(np.int64), given_bt.astype(np.int64), mask_bt
+    given_bt = np.arange(rows.tokens_bt.shape[1]) < rows.lengths_b[:, None]
+    arrays = rows.tokens_bt.astype(np.int64), given_bt.astype(np.int64), rows.targets_bt >= 0
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 

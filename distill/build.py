@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from jax.sharding import Mesh
 from distill import build_vllm
 from distill import optimizer as optimizers
 from distill.checkpoint import Checkpoints, SaveSchedule
-from distill.config import Config, to_flat_dict
+from distill.config import Config, to_flat_dict, tokens_per_microbatch
 from distill.data.base import DatasetInterface, dataset_options, get_dataset
+from distill.data.packing import Layout, Shape
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.errors import UserError
@@ -25,6 +27,7 @@ from distill.evaluate import Evaluator, Model
 from distill.health import Health
 from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, Progress
+from distill.microbatch import Batch
 from distill.models.hf import load_model_config, load_params
 from distill.models.hub import resolve_model
 from distill.models.transformer import Transformer
@@ -104,7 +107,8 @@ def build_mesh(config: Config) -> Mesh:
         ) from None
     parts = batch_parts(mesh)
     policy = config.policy
-    if policy.train_micro_batch_size % parts:
+    by_tokens = policy.sequence_packing.enabled or policy.dynamic_batching.enabled
+    if policy.train_micro_batch_size % parts and not by_tokens:
         micro = -(-policy.train_micro_batch_size // parts) * parts
         count = -(-policy.train_global_batch_size // micro)
         raise UserError(
@@ -161,6 +165,16 @@ def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
         return jax.make_array_from_process_local_data(sharding, rows)
 
     return put
+
+
+def put_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """Places a batch that every process holds: the rows of each microbatch over the mesh."""
+
+    def put(stacked: np.ndarray) -> jax.Array:
+        sharding = named_sharding(mesh, None, "batch", *[None] * (stacked.ndim - 2))
+        return jax.make_array_from_callback(stacked.shape, sharding, lambda index: stacked[index])
+
+    return jax.tree.map(put, batch)
 
 
 def find_models(config: Config) -> tuple[Path, Path | None]:
@@ -456,7 +470,7 @@ def build_batches(
     return BatchSource(
         iterator,
         backend,
-        make_put(mesh),
+        functools.partial(put_batch, mesh),
         score=None if remote_teacher is None else remote_teacher.score,
         params=params,
         num_generations=distillation.generate_strategy.num_generations,
@@ -464,8 +478,34 @@ def build_batches(
         lambda_=distillation.lambda_,
         per_sample=distillation.mix == "sample",
         response_width=width,
+        layout=build_layout(config, prompts.prompt_width + width, mesh),
         pad_id=prompts.pad_id,
     )
+
+
+def build_layout(config: Config, longest: int, mesh: Mesh) -> Layout:
+    """The microbatches of a batch; `longest` is the most tokens that a sequence can have."""
+    policy, parts = config.policy, batch_parts(mesh)
+    budget = tokens_per_microbatch(policy)
+    if policy.sequence_packing.enabled:
+        length = policy.max_total_sequence_length
+        return Layout((Shape(_rows(budget, length, parts), length),), packed=True)
+    if not policy.dynamic_batching.enabled:
+        return Layout((Shape(policy.train_micro_batch_size, longest),))
+    unit = policy.dynamic_batching.sequence_length_round
+    lengths = sorted({-(-longest // (2**halvings * unit)) * unit for halvings in range(3)})
+    return Layout(tuple(Shape(_rows(budget, length, parts), length) for length in lengths))
+
+
+def _rows(budget: int, length: int, parts: int) -> int:
+    """Rows of `length` tokens within the budget, as many on every part of the mesh."""
+    rows = budget // length // parts * parts
+    if not rows:
+        raise UserError(
+            f"microbatches of {budget} tokens hold no row of {length} tokens on each of {parts} "
+            f"devices (mesh data x fsdp): set train_mb_tokens to at least {parts * length}"
+        )
+    return rows
 
 
 def build_checkpoints(config: Config, workdir: Path) -> Checkpoints:

@@ -172,6 +172,27 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SequencePacking:
+    """Several sequences in one row of max_total_sequence_length."""
+
+    enabled: bool = _key(False, "fill rows with sequences behind each other")
+    train_mb_tokens: int = _key(
+        0, "tokens at once over the whole mesh; 0: train_micro_batch_size full rows", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicBatching:
+    """One sequence in a row, but rows of three lengths: short ones many at a time."""
+
+    enabled: bool = _key(False, "cut batches by tokens instead of rows")
+    train_mb_tokens: int = _key(
+        0, "tokens at once over the whole mesh; 0: train_micro_batch_size full rows", low=0
+    )
+    sequence_length_round: int = _key(64, "rows have a multiple of this many tokens", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     model_name: str = _key("", "folder, hub id or embedded:NAME; '' builds policy.shape")
     tokenizer: str = _key(
@@ -183,6 +204,8 @@ class Policy:
     precision: str = _key("bfloat16", "compute dtype; master weights: float32", choices=PRECISIONS)
     train_global_batch_size: int = _key(64, "sequences per update, all hosts", low=1)
     train_micro_batch_size: int = _key(8, "sequences at once over the whole mesh", low=1)
+    sequence_packing: SequencePacking = _section(SequencePacking)
+    dynamic_batching: DynamicBatching = _section(DynamicBatching)
     activation_checkpointing: str = _key(
         "none", "what the backward pass recomputes", choices=("none", "dots", "full")
     )
@@ -482,7 +505,13 @@ def _check_combinations(config: Config) -> None:
             "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
             "sampler_devices=0"
         )
-    if policy.train_global_batch_size % policy.train_micro_batch_size:
+    if policy.sequence_packing.enabled and policy.dynamic_batching.enabled:
+        raise UserError(
+            "policy.sequence_packing.enabled and policy.dynamic_batching.enabled both cut batches "
+            "by tokens: packing leaves less padding, so switch the other off"
+        )
+    by_tokens = policy.sequence_packing.enabled or policy.dynamic_batching.enabled
+    if not by_tokens and policy.train_global_batch_size % policy.train_micro_batch_size:
         divisors = _divisors(policy.train_global_batch_size)
         fitting = max(size for size in divisors if size <= policy.train_micro_batch_size)
         raise UserError(
@@ -522,6 +551,13 @@ def _check_combinations(config: Config) -> None:
         )
     _check_models(config)
     _check_vllm(config)
+
+
+def tokens_per_microbatch(policy: Policy) -> int:
+    """Where batches are cut by tokens: how many are computed at once, over the whole mesh."""
+    keys = policy.sequence_packing if policy.sequence_packing.enabled else policy.dynamic_batching
+    rows = policy.train_micro_batch_size * policy.max_total_sequence_length
+    return keys.train_mb_tokens or rows
 
 
 def _divisors(number: int) -> set[int]:

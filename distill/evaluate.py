@@ -29,7 +29,6 @@ from distill.errors import UserError
 from distill.grading import Grader, wilson_interval
 from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
-from distill.losses.objective import gather_positions, response_window
 from distill.metrics import write_atomically
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine
@@ -177,14 +176,15 @@ def _divergence_sums(
 ) -> jax.Array:
     """Forward and reverse KL summed over the response tokens of valid rows, shape (2,)."""
     tokens_bt, lengths_b = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
-    window = response_window(tokens_bt, prompt_lengths_b, lengths_b, rollout.tokens_br.shape[1])
-    segment_ids_bt = (jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]).astype(jnp.int32)
+    t = jnp.arange(tokens_bt.shape[1])
+    # A position predicts the next: those from a prompt's last token to an answer's last but one.
+    predicts_bt = (t >= prompt_lengths_b[:, None] - 1) & (t < lengths_b[:, None] - 1)
+    weights_bt = (predicts_bt & valid_b[:, None]).astype(jnp.float32)
 
     def evaluate(graph, params):
         model = nnx.merge(graph, params)
-        hidden_btd = model(tokens_bt, segment_ids_bt=segment_ids_bt)
-        hidden_brd = gather_positions(hidden_btd, window.index_br)
-        hidden_td = hidden_brd.reshape(-1, hidden_brd.shape[-1])
+        hidden_btd = model(tokens_bt)
+        hidden_td = hidden_btd.reshape(-1, hidden_btd.shape[-1])
         return constrain(hidden_td, "token", "act_embed"), model.head()
 
     hidden_s, head_s = evaluate(graph, params)
@@ -197,9 +197,9 @@ def _divergence_sums(
         divergences=(get_divergence("forward"), get_divergence("reverse")),
         temperature=1.0,
         vocab_size=vocab_size,
+        weights=weights_bt.reshape(-1),
     )
-    mask_t = (window.mask_br & valid_b[:, None]).reshape(-1)
-    return jnp.where(mask_t, values_nt, 0.0).sum(axis=1)
+    return values_nt.sum(axis=1)
 
 
 def format_table(results: dict[str, dict[str, Any]]) -> str:

@@ -21,14 +21,16 @@ from jax.sharding import Mesh
 from distill import build
 from distill.config import Config
 from distill.data.base import DatasetInterface
+from distill.data.packing import Layout
 from distill.data.pipeline import PromptBatch, eval_batches
 from distill.data.prompts import Prompts
 from distill.evaluate import Model
 from distill.losses.objective import Objective, make_objective
+from distill.microbatch import NO_TARGET, Microbatch, make_batch
 from distill.rollout.base import RolloutBackend
 from distill.sampling.request import Rollout, RolloutRequest
 from distill.sharding import num_shards
-from distill.step import Batch, TrainState, make_batch, make_loss
+from distill.step import TrainState, make_loss
 from distill.tokenizer import load_tokenizer
 
 ANSWER_TOKENS = 16
@@ -254,40 +256,44 @@ def check_numbers(subject: Subject) -> str:
     """The train step's own loss on answers that the sampler has just given.
 
     With the student as its own teacher, loss and gradient are zero; the log-probabilities that the
-    step computes are the sampler's; and what stands behind a row's end changes nothing.
+    step computes are the sampler's; what stands behind a row's end changes nothing, and neither
+    does packing.
     """
-    batch = _sampled_batch(subject)
+    arrays = _sampled_answers(subject)
+    padded = _laid_out(subject, arrays, packed=False)
     own_teacher = subject.objective.divergence is not None
-    evaluate = jax.jit(
-        jax.value_and_grad(
-            make_loss(
-                subject.graph,
-                subject.graph if own_teacher else None,
-                subject.objective if own_teacher else make_objective("forward", hard_labels=True),
-                vocab_size=subject.vocabulary.size,
-            ),
-            has_aux=True,
-        )
+    loss_fn = make_loss(
+        subject.graph,
+        subject.graph if own_teacher else None,
+        subject.objective if own_teacher else make_objective("forward", hard_labels=True),
+        vocab_size=subject.vocabulary.size,
     )
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     params = subject.state.params
-    total = jnp.maximum((batch.lengths_b - batch.prompt_lengths_b).sum(), 1).astype(jnp.float32)
-    (loss, sums), grads = evaluate(params, params if own_teacher else None, batch, total)
+    total = jnp.maximum((padded.targets_bt != NO_TARGET).sum(), 1).astype(jnp.float32)
+
+    def evaluate(microbatch: Microbatch):
+        return value_and_grad(params, params if own_teacher else None, microbatch, total)
+
+    (loss, sums), grads = evaluate(padded)
     details = []
     if own_teacher:
         details.append(_check_zero(float(loss), float(optax.tree.norm(grads))))
     if _samples(subject):
         details.append(_check_gap(subject, sums))
-    (_, other_sums), _ = evaluate(params, params if own_teacher else None, _stirred(batch), total)
-    details.append(_check_padding(sums, other_sums))
+    details.append(_check_padding(sums, evaluate(_stirred(padded))[0][1]))
+    if subject.config.policy.sequence_packing.enabled:
+        packed = _laid_out(subject, arrays, packed=True)
+        details.append(_check_packing(subject, sums, evaluate(packed)[0][1]))
     return "; ".join(details)
 
 
-def _sampled_batch(subject: Subject) -> Batch:
-    """A microbatch of the first prompts with short answers, by the sampler where there is one.
+def _sampled_answers(subject: Subject) -> tuple:
+    """Arguments of `make_batch`: the first prompts with short answers, sampled where there are any.
 
     The sampler is asked for a whole batch, so that it compiles what the run will need anyway.
     """
-    config, pad_id = subject.config, subject.prompts.pad_id
+    config = subject.config
     policy, repeats = config.policy, config.distillation.generate_strategy.num_generations
     prompts, _ = next(eval_batches(subject.prompts, policy.train_global_batch_size // repeats))
     rows = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), prompts)
@@ -311,11 +317,22 @@ def _sampled_batch(subject: Subject) -> Batch:
     cut = jax.tree.map(lambda x: x[:, :length] if x.ndim == 2 else x, rollout)
     cut = dataclasses.replace(cut, lengths_b=np.minimum(rollout.lengths_b, length))
     on_policy_b = np.full(len(rows.index_b), _samples(subject))
-    arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, cut, on_policy_b
-    placed = jax.tree.map(
-        lambda x: build.make_put(subject.mesh)(x[: policy.train_micro_batch_size]), arrays
+    return rows.prompt_tokens_bp, rows.prompt_lengths_b, cut, on_policy_b
+
+
+def _laid_out(subject: Subject, arrays: tuple, *, packed: bool) -> Microbatch:
+    """As many answers as a microbatch surely holds, in one microbatch on the mesh."""
+    prompts_bp, _, rollout, _ = arrays
+    longest = prompts_bp.shape[1] + rollout.tokens_br.shape[1]
+    shape = build.build_layout(subject.config, longest, subject.mesh).shapes[-1]
+    if not packed:
+        shape = dataclasses.replace(shape, length=longest)
+    batch = make_batch(
+        *jax.tree.map(lambda x: x[: shape.rows], arrays),
+        layout=Layout((shape,), packed),
+        pad_id=subject.prompts.pad_id,
     )
-    return jax.jit(make_batch, static_argnames="pad_id")(*placed, pad_id=pad_id)
+    return jax.tree.map(lambda x: x[0], build.put_batch(subject.mesh, batch)[0])
 
 
 def _fixed_answers(rows: PromptBatch) -> Rollout:
@@ -326,12 +343,12 @@ def _fixed_answers(rows: PromptBatch) -> Rollout:
     return Rollout(rows.response_tokens_br, lengths_b, zeros_br, zeros_br, stopped_b)
 
 
-def _stirred(batch: Batch) -> Batch:
-    """The batch with other tokens behind every row's end."""
-    t = jnp.arange(batch.tokens_bt.shape[1])
-    behind_bt = t >= batch.lengths_b[:, None]
+def _stirred(rows: Microbatch) -> Microbatch:
+    """The rows with other tokens behind their ends."""
+    t = jnp.arange(rows.tokens_bt.shape[1])
+    behind_bt = t >= rows.lengths_b[:, None]
     return dataclasses.replace(
-        batch, tokens_bt=jnp.where(behind_bt, batch.tokens_bt[:, :1], batch.tokens_bt)
+        rows, tokens_bt=jnp.where(behind_bt, rows.tokens_bt[:, :1], rows.tokens_bt)
     )
 
 
@@ -372,6 +389,19 @@ def _check_padding(sums: dict[str, jax.Array], other: dict[str, jax.Array]) -> s
             f"{theirs:.6f}: padding is attended to or trained on"
         )
     return "padding has no influence"
+
+
+def _check_packing(
+    subject: Subject, sums: dict[str, jax.Array], packed: dict[str, jax.Array]
+) -> str:
+    ours, theirs = float(sums["student_log_prob"]), float(packed["student_log_prob"])
+    exact = subject.config.policy.precision == "float32"
+    if not math.isclose(ours, theirs, rel_tol=1e-4 if exact else 1e-2, abs_tol=1e-5):
+        raise Problem(
+            f"packed rows have a mean log-probability of {theirs:.6f}, padded ones of {ours:.6f}: "
+            "sequences that share a row see each other; set policy.sequence_packing.enabled=False"
+        )
+    return "packed rows are as padded ones"
 
 
 # ----------------------------------------------------------------------------------------- helpers

@@ -1,12 +1,13 @@
 """One optimizer update: student and teacher together in one jitted, sharded function.
 
-The batch is split into microbatches walked by `lax.scan`; gradients are summed in float32 and
-normalised by the global number of response tokens, so the update does not depend on the split.
+The batch comes in microbatches, walked by a loop; gradients are summed in float32 and normalised by
+the global number of response tokens, so the update does not depend on how the batch was cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from distill.losses.objective import (
-    Objective,
-    TopKScores,
-    gather_positions,
-    importance_weights,
-    response_window,
-    token_weights,
-)
-from distill.sampling.request import Rollout, to_sequences
-from distill.sharding import constrain
+from distill.losses.objective import Objective, importance_weights, token_weights
+from distill.microbatch import NO_TARGET, Batch, Microbatch, num_filled
 
 Params = Any
 
@@ -42,52 +35,6 @@ class TrainState:
     opt_state: optax.OptState
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Sequences to learn from.
-
-    Attributes:
-      tokens_bt: prompt and response contiguous, right-padded.
-      prompt_lengths_b: prompt tokens per row.
-      lengths_b: prompt and response tokens per row.
-      log_probs_br: the sampler's untruncated log-probabilities of the response tokens.
-      on_policy_b: whether the student sampled the response.
-      truncated_b: whether the response stopped at the length limit.
-      scores: what is known of a teacher that is not here; None when the teacher is.
-    """
-
-    tokens_bt: jax.Array
-    prompt_lengths_b: jax.Array
-    lengths_b: jax.Array
-    log_probs_br: jax.Array
-    on_policy_b: jax.Array
-    truncated_b: jax.Array
-    scores: TopKScores | None = None
-
-
-def make_batch(
-    prompts_bp: jax.Array,
-    prompt_lengths_b: jax.Array,
-    rollout: Rollout,
-    on_policy_b: jax.Array,
-    scores: TopKScores | None = None,
-    *,
-    pad_id: int,
-) -> Batch:
-    """Joins prompts and responses into rows of length P + R; jittable."""
-    tokens_bt, lengths_b = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
-    return Batch(
-        tokens_bt,
-        prompt_lengths_b,
-        lengths_b,
-        rollout.log_probs_br,
-        on_policy_b,
-        on_policy_b & ~rollout.stopped_b,
-        scores,
-    )
-
-
 def make_loss(
     student: nnx.GraphDef,
     teacher: nnx.GraphDef | None,
@@ -95,57 +42,59 @@ def make_loss(
     *,
     vocab_size: int,
     importance_clip: float = 0.0,
-) -> Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns `loss_fn(params, teacher_params, batch, total) -> (loss, sums)` of a microbatch.
+) -> Callable[[Params, Params, Microbatch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns `loss_fn(params, teacher_params, microbatch, total) -> (loss, sums)`.
 
     The arguments are those of `make_train_step`; `total` is the number of response tokens of the
-    whole batch, by which the loss is divided. Differentiable by `params`.
+    whole batch, by which the loss is divided. Differentiable by `params`. The sums of microbatches
+    add up, but for `gap_max`, a maximum.
     """
 
-    def loss_fn(params, teacher_params, batch: Batch, total):
-        response_size = batch.log_probs_br.shape[1]
-        window = response_window(
-            batch.tokens_bt, batch.prompt_lengths_b, batch.lengths_b, response_size
-        )
+    def loss_fn(params, teacher_params, microbatch: Microbatch, total):
+        mask_bt = microbatch.targets_bt != NO_TARGET
 
         def evaluate(graph, params):
             model = nnx.merge(graph, params)
-            valid_bt = jnp.arange(batch.tokens_bt.shape[1]) < batch.lengths_b[:, None]
-            hidden_btd = model(batch.tokens_bt, segment_ids_bt=valid_bt.astype(jnp.int32))
-            return gather_positions(hidden_btd, window.index_br), model.head()
+            hidden_btd = model(
+                microbatch.tokens_bt, microbatch.positions_bt, microbatch.segment_ids_bt
+            )
+            return hidden_btd, model.head()
 
         hidden_s, head_s = evaluate(student, params)
         hidden_t, head_t = (None, None) if teacher is None else evaluate(teacher, teacher_params)
-        weights_br = token_weights(window.mask_br, total)
-        sampled_br = window.mask_br & batch.on_policy_b[:, None]
+        weights_bt = token_weights(mask_bt, total)
+        sampled_bt = mask_bt & microbatch.on_policy_bt
         sums = {}
         if importance_clip:
-            importance_br = importance_weights(
-                objective.log_probs(hidden_s, head_s, window.targets_br, vocab_size=vocab_size),
-                batch.log_probs_br,
-                sampled_br,
+            importance_bt = importance_weights(
+                objective.log_probs(
+                    hidden_s, head_s, microbatch.targets_bt, weights_bt, vocab_size=vocab_size
+                ),
+                microbatch.log_probs_bt,
+                sampled_bt,
                 importance_clip,
             )
-            weights_br *= importance_br
-            sums["importance_weight"] = jnp.where(sampled_br, importance_br, 0.0).sum()
-            sums["importance_clipped"] = jnp.sum(sampled_br & (importance_br >= importance_clip))
+            weights_bt *= importance_bt
+            sums["importance_weight"] = jnp.where(sampled_bt, importance_bt, 0.0).sum()
+            sums["importance_clipped"] = jnp.sum(sampled_bt & (importance_bt >= importance_clip))
         loss, values = objective(
             hidden_s,
             head_s,
             jax.lax.stop_gradient(hidden_t),
             jax.lax.stop_gradient(head_t),
-            window.targets_br,
-            weights_br,
+            microbatch.targets_bt,
+            weights_bt,
             vocab_size=vocab_size,
-            scores=batch.scores,
+            scores=microbatch.scores,
         )
-        gap_br = jnp.where(sampled_br, jnp.abs(values.log_prob_s - batch.log_probs_br), 0.0)
+        gap_bt = jnp.abs(values.log_prob_s - microbatch.log_probs_bt)
+        gap_bt = jnp.where(sampled_bt, gap_bt, 0.0)
         return loss, sums | {
-            "gap_sum": gap_br.sum(),
-            "gap_max": gap_br.max(),
-            "sampled_tokens": sampled_br.sum().astype(jnp.float32),
-            "student_log_prob": (values.log_prob_s * window.mask_br).sum() / total,
-            "teacher_log_prob": (values.log_prob_t * window.mask_br).sum() / total,
+            "gap_sum": gap_bt.sum(),
+            "gap_max": gap_bt.max(),
+            "sampled_tokens": sampled_bt.sum().astype(jnp.float32),
+            "student_log_prob": (values.log_prob_s * mask_bt).sum() / total,
+            "teacher_log_prob": (values.log_prob_t * mask_bt).sum() / total,
         }
 
     return loss_fn
@@ -157,7 +106,6 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    num_microbatches: int,
     vocab_size: int,
     state_shardings: Any = None,
     importance_clip: float = 0.0,
@@ -170,38 +118,31 @@ def make_train_step(
         where batches bring the teacher's scores.
       objective: per-token loss summed with weights.
       optimizer: optax chain.
-      num_microbatches: divides the batch size.
       vocab_size: ids shared by both models; rows of a head beyond it are ignored.
       state_shardings: layout of the new state, None for a single device.
       importance_clip: weigh sampled tokens by `importance_weights` of at most this; 0: by 1. Costs
         a forward pass of the student's head.
 
     Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
-    tokens, response_length, truncated, the gap between sampler's and trainer's log-probabilities,
-    skipped, and with importance_clip the mean weight of sampled tokens (1 without any) and the
-    share of them whose weight is clipped. A step whose loss or gradient norm is not finite is
-    skipped (1, else 0): of the state, only `step` changes.
+    tokens, response_length, truncated, on_policy, padding (share of the computed tokens), the gap
+    between sampler's and trainer's log-probabilities, skipped, and with importance_clip the mean
+    weight of sampled tokens (1 without any) and the share of them whose weight is clipped. A step
+    whose loss or gradient norm is not finite is skipped (1, else 0): of the state, only `step`
+    changes.
     """
     loss_fn = make_loss(
         student, teacher, objective, vocab_size=vocab_size, importance_clip=importance_clip
     )
 
     def train_step(state: TrainState, teacher_params, batch: Batch):
-        lengths_b = batch.lengths_b - batch.prompt_lengths_b
-        total = jnp.maximum(lengths_b.sum(), 1).astype(jnp.float32)
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        total = sum(jnp.sum(part.targets_bt != NO_TARGET) for part in batch)
+        total = jnp.maximum(total, 1).astype(jnp.float32)
 
-        def accumulate(carry, microbatch):
-            loss, grads = carry
-            (more_loss, aux), more_grads = value_and_grad(
-                state.params, teacher_params, microbatch, total
-            )
-            return (loss + more_loss, jax.tree.map(jnp.add, grads, more_grads)), aux
+        def evaluate(microbatch):
+            value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+            return value_and_grad(state.params, teacher_params, microbatch, total)
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (loss, grads), aux = jax.lax.scan(
-            accumulate, (jnp.zeros(()), zeros), _split(batch, num_microbatches)
-        )
+        (loss, sums), grads = _sum_over_microbatches(evaluate, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
@@ -212,25 +153,23 @@ def make_train_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        sampled_tokens = aux["sampled_tokens"].sum()
+        sampled_tokens = sums["sampled_tokens"]
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
             "skipped": 1.0 - finite,
             "tokens": total,
-            "response_length": lengths_b.mean(dtype=jnp.float32),
-            "truncated": batch.truncated_b.mean(dtype=jnp.float32),
-            "on_policy": batch.on_policy_b.mean(dtype=jnp.float32),
-            "log_prob_gap": aux["gap_sum"].sum() / jnp.maximum(sampled_tokens, 1.0),
-            "log_prob_gap_max": aux["gap_max"].max(),
-            "student_log_prob": aux["student_log_prob"].sum(),
-            "teacher_log_prob": aux["teacher_log_prob"].sum(),
+            **_describe(batch, total),
+            "log_prob_gap": sums["gap_sum"] / jnp.maximum(sampled_tokens, 1.0),
+            "log_prob_gap_max": sums["gap_max"],
+            "student_log_prob": sums["student_log_prob"],
+            "teacher_log_prob": sums["teacher_log_prob"],
         }
         if importance_clip:
-            mean = aux["importance_weight"].sum() / jnp.maximum(sampled_tokens, 1.0)
+            mean = sums["importance_weight"] / jnp.maximum(sampled_tokens, 1.0)
             metrics["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)
-            clipped = aux["importance_clipped"].sum() / jnp.maximum(sampled_tokens, 1.0)
+            clipped = sums["importance_clipped"] / jnp.maximum(sampled_tokens, 1.0)
             metrics["importance_clipped"] = clipped
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -238,12 +177,44 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def _split(batch: Batch, parts: int) -> Batch:
-    """Rows b -> (parts, b / parts), such that every part lies on all devices."""
+def _sum_over_microbatches(evaluate: Callable, batch: Batch):
+    """The sum of `evaluate(microbatch)`, ((loss, sums), grads), over those that are filled.
 
-    def split(x):
-        # A device holds contiguous rows: taking every parts-th row moves nothing between devices.
-        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+    Their number is known when the step runs, not when it is compiled: one program for all batches.
+    """
 
-    return jax.tree.map(split, batch)
+    def add(carry, more):
+        (loss, sums), grads = carry
+        (more_loss, more_sums), more_grads = more
+        highest = jnp.maximum(sums["gap_max"], more_sums["gap_max"])
+        sums = jax.tree.map(jnp.add, sums, more_sums) | {"gap_max": highest}
+        return (loss + more_loss, sums), jax.tree.map(jnp.add, grads, more_grads)
+
+    def one(microbatches: Microbatch, number) -> Microbatch:
+        return jax.tree.map(lambda x: x[number], microbatches)
+
+    if len(batch) == 1 and len(batch[0].tokens_bt) == 1:
+        return evaluate(one(batch[0], 0))  # nothing to add up, and no room for the sum
+    shapes = jax.eval_shape(evaluate, one(batch[0], 0))
+    carry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    for part in batch:
+        carry = jax.lax.fori_loop(
+            0,
+            num_filled(part),
+            lambda i, carry, part=part: add(carry, evaluate(one(part, i))),
+            carry,
+        )
+    return carry
+
+
+def _describe(batch: Batch, total: jax.Array) -> dict[str, jax.Array]:
+    """Means over the sequences, and the padded share of what was computed."""
+    sequences = jnp.maximum(sum(part.sequences_b.sum() for part in batch), 1)
+    computed = sum(num_filled(part) * math.prod(part.tokens_bt.shape[1:]) for part in batch)
+    tokens = sum(part.lengths_b.sum() for part in batch)
+    return {
+        "response_length": total / sequences,
+        "truncated": sum(part.truncated_b.sum() for part in batch) / sequences,
+        "on_policy": sum(part.sampled_b.sum() for part in batch) / sequences,
+        "padding": 1 - tokens / jnp.maximum(computed, 1),
+    }

@@ -109,8 +109,6 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             teacher.graph if teacher else None,
             objective,
             optimizer,
-            num_microbatches=config.policy.train_global_batch_size
-            // config.policy.train_micro_batch_size,
             vocab_size=vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
             importance_clip=config.policy.generation.importance_clip,

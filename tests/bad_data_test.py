@@ -16,13 +16,14 @@ from distill.config import parse_config
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import Dropped, Example, get_dataset
 from distill.data.gsm8k import final_number
+from distill.data.packing import Layout, Shape
 from distill.data.pipeline import eval_batches, make_train_iterator
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.table import InMemoryDataset
 from distill.errors import UserError
+from distill.microbatch import make_batch
 from distill.sampling.request import Rollout, to_sequences
 from distill.scratch import _make_tokenizer
-from distill.step import make_batch
 from distill.tokenizer import character_tokenizer, train_bpe_tokenizer
 
 GOOD = b'{"prompt": "3+4", "response": "7"}'
@@ -355,9 +356,9 @@ def test_joined_sequences_hold_every_token_once(rows, pad_id):
     assert unpadded(tokens_bt, total_b) == [prompt + response for prompt, response in rows]
     outside_bt = np.arange(22) >= np.asarray(total_b)[:, None]
     assert (np.asarray(tokens_bt)[outside_bt] == pad_id).all()
-    batch = BATCH(prompts_bp, prompt_lengths_b, rollout, np.ones(4, bool), None, pad_id=pad_id)
-    assert unpadded(batch.tokens_bt, batch.lengths_b) == [p + r for p, r in rows]
+    arrays = prompts_bp, prompt_lengths_b, rollout, np.ones(4, bool)
+    (batch,) = make_batch(*arrays, layout=Layout((Shape(4, 22),)), pad_id=pad_id)
+    assert unpadded(batch.tokens_bt[0], batch.lengths_b[0]) == [p + r for p, r in rows]
 
 
 JOIN = jax.jit(to_sequences)
-BATCH = jax.jit(make_batch)

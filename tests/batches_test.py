@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from distill.data.packing import Layout, Shape
 from distill.data.pipeline import PromptBatch
 from distill.rollout.batches import BatchSource, repetition
 from distill.sampling.choice import SamplingParams
@@ -65,18 +66,18 @@ def source(sampler):
 def make_source(sampler, **options) -> BatchSource:
     defaults = dict(
         params=SamplingParams(max_length=WIDTH), num_generations=1, seed=0, lambda_=1.0,
-        per_sample=False, response_width=WIDTH, pad_id=0,
+        per_sample=False, response_width=WIDTH, layout=Layout((Shape(ROWS, 1 + WIDTH),)), pad_id=0,
     )  # fmt: skip
     iterator = options.pop("iterator", Counter())
-    return BatchSource(iterator, sampler, np.asarray, **(defaults | options))
+    return BatchSource(iterator, sampler, lambda batch: batch, **(defaults | options))
 
 
 def first_prompt(batch) -> int:
-    return int(batch.tokens_bt[0, 0]) - 100
+    return int(batch[0].tokens_bt[0, 0, 0]) - 100
 
 
 def sampled_with(batch) -> int:
-    return int(batch.tokens_bt[0, 1])
+    return int(batch[0].tokens_bt[0, 0, 1])
 
 
 def test_batch_sampled_ahead_is_handed_out_with_its_staleness(source):
@@ -125,8 +126,8 @@ def test_fixed_data_measures_nothing_but_its_staleness(sampler):
     source = make_source(sampler, lambda_=0.0)
     batch, measured = source.next(0, None)
     assert measured == {"generation/staleness": 0.0}
-    assert sampler.version is None and not batch.on_policy_b.any()
-    np.testing.assert_array_equal(batch.tokens_bt[:, 1], np.arange(ROWS) + 200)
+    assert sampler.version is None and not batch[0].on_policy_bt.any()
+    np.testing.assert_array_equal(batch[0].tokens_bt[0, :, 1], np.arange(ROWS) + 200)
     source.close()
 
 

@@ -16,10 +16,8 @@ from distill.losses.divergences import (
     register_loss,
 )
 from distill.losses.objective import (
-    gather_positions,
     lambda_coin,
     make_objective,
-    response_window,
     sample_coins,
     token_weights,
 )
@@ -208,65 +206,6 @@ class TestRegistry:
                 return log_p - log_q
 
         assert get_divergence("again") is again
-
-
-EOS = 9
-
-
-def selected(values_br, mask_br):
-    rows = zip(np.asarray(values_br), np.asarray(mask_br), strict=True)
-    return [values_r[mask_r].tolist() for values_r, mask_r in rows]
-
-
-class TestResponseWindow:
-    """Rows of prompt, response, padding; the pad id is the EOS id."""
-
-    tokens_bt = jnp.array(
-        [
-            [1, 2, 3, 4, 5, EOS, EOS, EOS],  # prompt 3, response 4 5 EOS
-            [1, EOS, EOS, EOS, EOS, EOS, EOS, EOS],  # prompt 1, response EOS
-            [1, EOS, 6, EOS, 7, 8, 2, 3],  # EOS within the prompt of 2; cut at the end of the row
-            [EOS, EOS, EOS, EOS, EOS, EOS, EOS, EOS],  # an empty row that fills up the batch
-        ]
-    )
-    prompt_lengths_b = jnp.array([3, 1, 2, 0])
-    lengths_b = jnp.array([6, 2, 8, 0])
-
-    def window(self, size=6):
-        return response_window(self.tokens_bt, self.prompt_lengths_b, self.lengths_b, size)
-
-    def test_loss_on_the_response_and_nothing_else(self):
-        window = self.window()
-        assert selected(window.targets_br, window.mask_br) == [
-            [4, 5, EOS],
-            [EOS],
-            [6, EOS, 7, 8, 2, 3],
-            [],
-        ]
-
-    def test_hidden_states_precede_their_targets_by_one(self):
-        window = self.window()
-        predictors = selected(window.index_br, window.mask_br)
-        assert predictors == [[2, 3, 4], [0], [1, 2, 3, 4, 5, 6], []]
-
-    def test_a_row_without_prompt_has_no_prediction_of_its_first_token(self):
-        window = response_window(self.tokens_bt[:1], jnp.array([0]), jnp.array([2]), 3)
-        assert window.mask_br.tolist() == [[False, True, False]]
-
-    def test_indices_stay_inside_the_row(self):
-        window = self.window(size=20)
-        assert 0 <= int(window.index_br.min()) and int(window.index_br.max()) < 8
-        assert window.mask_br.sum(1).tolist() == [3, 1, 6, 0]
-
-    def test_a_smaller_window_keeps_the_beginning(self):
-        assert self.window(size=2).targets_br[0].tolist() == [4, 5]
-
-    def test_gather_positions(self):
-        hidden_btd = jnp.arange(4 * 8 * 2).reshape(4, 8, 2)
-        gathered_brd = gather_positions(hidden_btd, self.window().index_br)
-        assert gathered_brd.shape == (4, 6, 2)
-        np.testing.assert_array_equal(gathered_brd[0, 1], hidden_btd[0, 3])
-        np.testing.assert_array_equal(gathered_brd[2, 5], hidden_btd[2, 6])
 
 
 def objective_inputs():

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from tiny_runs import tiny_config, with_models
 from tokenizers import Regex, normalizers
 
 import distill
-from distill import build, preflight_checks, step
+from distill import build, microbatch, preflight_checks
 from distill.errors import UserError
 from distill.evaluate import Model
 from distill.losses import divergences
@@ -96,25 +97,51 @@ def test_sampler_in_bfloat16_beside_a_trainer_in_float32(config, monkeypatch):
     assert "another precision" in problem_of(config)
 
 
+def filled_differently(monkeypatch, change):
+    """Rows of a microbatch as `change(rows)` leaves them."""
+    fill = microbatch._fill
+
+    def differently(rows, *arguments):
+        fill(rows, *arguments)
+        change(rows)
+
+    monkeypatch.setattr(microbatch, "_fill", differently)
+
+
 def test_shifted_mask(config, monkeypatch):
-    window = step.response_window
+    def shift(rows):
+        rows.targets_bt[:] = np.roll(rows.targets_bt, 1, axis=1)
 
-    def shifted(tokens_bt, prompt_lengths_b, lengths_b, size):
-        return window(tokens_bt, prompt_lengths_b + 1, lengths_b, size)
-
-    monkeypatch.setattr(step, "response_window", shifted)
+    filled_differently(monkeypatch, shift)
     assert "looks at other positions" in problem_of(config)
 
 
 def test_padding_that_is_trained_on(config, monkeypatch):
-    window = step.response_window
+    def unmask(rows):
+        for targets, tokens, length in zip(
+            rows.targets_bt, rows.tokens_bt, rows.lengths_b, strict=True
+        ):
+            targets[length - 1 : length + 1] = tokens[length : length + 2]
 
-    def unmasked(tokens_bt, prompt_lengths_b, lengths_b, size):
-        return window(tokens_bt, prompt_lengths_b, lengths_b + 2, size)
-
-    monkeypatch.setattr(step, "response_window", unmasked)
+    filled_differently(monkeypatch, unmask)
     config.distillation.lambda_ = 0.0
     assert "padding is attended to or trained on" in problem_of(config)
+
+
+def test_packed_sequences_that_see_each_other(config, monkeypatch):
+    config.policy.sequence_packing.enabled = True
+
+    def join(rows):
+        if rows.segment_ids_bt is not None:
+            rows.segment_ids_bt[:] = 1
+
+    filled_differently(monkeypatch, join)
+    assert "share a row see each other" in problem_of(config)
+
+
+def test_healthy_packed_run_passes(config):
+    config.policy.sequence_packing.enabled = True
+    assert any("as padded ones" in finding.detail for finding in preflight_alone(config))
 
 
 def test_loss_that_moves_a_perfect_student(config, monkeypatch):

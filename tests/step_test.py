@@ -10,13 +10,10 @@ import pytest
 from flax import nnx
 from tiny_models import model_config
 
+from distill.data.packing import Layout, Shape
 from distill.errors import UserError
-from distill.losses.objective import (
-    TopKScores,
-    gather_positions,
-    make_objective,
-    response_window,
-)
+from distill.losses.objective import TopKScores, make_objective
+from distill.microbatch import make_batch
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
 from distill.sharding import (
@@ -27,7 +24,7 @@ from distill.sharding import (
     param_shardings,
     partition_spec,
 )
-from distill.step import Batch, TrainState, make_batch, make_train_step
+from distill.step import TrainState, make_train_step
 
 VOCAB_SIZE = 29
 ROWS, PROMPT, RESPONSE = 8, 5, 7
@@ -44,31 +41,65 @@ def make_model(width: int, layers: int, vocab_size: int, seed: int, tied: bool =
     return graph, jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
 
 
-def make_rows(on_policy: bool = True) -> Batch:
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Arguments of `make_batch`."""
+
+    prompts_bp: np.ndarray
+    prompt_lengths_b: np.ndarray
+    rollout: Rollout
+    on_policy_b: np.ndarray
+    scores: TopKScores | None = None
+
+    @property
+    def lengths_b(self) -> np.ndarray:
+        return self.prompt_lengths_b + self.rollout.lengths_b
+
+    @property
+    def tokens_bt(self) -> np.ndarray:
+        return self.batch(padded(1))[0].tokens_bt[0]
+
+    def batch(self, layout: Layout):
+        return make_batch(*(getattr(self, f.name) for f in dataclasses.fields(self)),
+                          layout=layout, pad_id=PAD)  # fmt: skip
+
+
+def padded(num_microbatches: int) -> Layout:
+    return Layout((Shape(ROWS // num_microbatches, PROMPT + RESPONSE),))
+
+
+def make_rows(on_policy: bool = True) -> Rows:
     rng = np.random.default_rng(0)
     rollout = Rollout(
-        tokens_br=jnp.asarray(rng.integers(1, VOCAB_SIZE, (ROWS, RESPONSE)), jnp.int32),
-        lengths_b=jnp.asarray(rng.integers(1, RESPONSE + 1, ROWS), jnp.int32),
-        log_probs_br=jnp.zeros((ROWS, RESPONSE)),
-        sampled_log_probs_br=jnp.zeros((ROWS, RESPONSE)),
-        stopped_b=jnp.asarray(rng.integers(0, 2, ROWS), bool),
+        tokens_br=rng.integers(1, VOCAB_SIZE, (ROWS, RESPONSE)).astype(np.int32),
+        lengths_b=rng.integers(1, RESPONSE + 1, ROWS).astype(np.int32),
+        log_probs_br=np.zeros((ROWS, RESPONSE), np.float32),
+        sampled_log_probs_br=np.zeros((ROWS, RESPONSE), np.float32),
+        stopped_b=rng.integers(0, 2, ROWS).astype(bool),
     )
-    prompts_bp = jnp.asarray(rng.integers(1, VOCAB_SIZE, (ROWS, PROMPT)), jnp.int32)
-    lengths_b = jnp.asarray(rng.integers(1, PROMPT + 1, ROWS), jnp.int32)
-    return make_batch(prompts_bp, lengths_b, rollout, jnp.full(ROWS, on_policy), pad_id=PAD)
+    prompts_bp = rng.integers(1, VOCAB_SIZE, (ROWS, PROMPT)).astype(np.int32)
+    lengths_b = rng.integers(1, PROMPT + 1, ROWS).astype(np.int32)
+    return Rows(prompts_bp, lengths_b, rollout, np.full(ROWS, on_policy))
+
+
+def on_mesh(mesh, batch):
+    def put(x):
+        return jax.device_put(x, named_sharding(mesh, None, "batch", *[None] * (x.ndim - 2)))
+
+    return jax.tree.map(put, batch)
 
 
 def run_step(
     student,
     teacher,
-    batch,
+    rows,
     *,
     kl_type="forward",
     hard_labels=False,
     num_microbatches=1,
-    state_shardings=None,
+    layout=None,
     optimizer=None,
-    place=lambda state: state,
+    mesh=None,
     importance_clip=0.0,
 ):
     optimizer = optimizer or optax.adamw(1e-2)
@@ -79,14 +110,24 @@ def run_step(
         None if hard_labels else teacher[0],
         make_objective(kl_type, hard_labels=hard_labels),
         optimizer,
-        num_microbatches=num_microbatches,
         vocab_size=VOCAB_SIZE,
-        state_shardings=state_shardings,
         importance_clip=importance_clip,
     )
     # The step donates its state; the caller's parameters must survive.
-    state = place(jax.tree.map(jnp.copy, state))
-    return step(state, None if hard_labels else teacher[1], batch)
+    state = jax.tree.map(jnp.copy, state)
+    teacher_params = None if hard_labels else teacher[1]
+    batch = rows.batch(layout or padded(num_microbatches))
+    if mesh is None:
+        return step(state, teacher_params, batch)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(state.params, param_shardings(state.params, mesh))
+        abstract = jax.eval_shape(optimizer.init, params)
+        moments = optimizer_shardings(optimizer, abstract, params, mesh)
+        state = TrainState(state.step, params, jax.device_put(state.opt_state, moments))
+        if teacher_params is not None:
+            layout = param_shardings(teacher_params, mesh)
+            teacher_params = jax.device_put(teacher_params, layout)
+        return step(state, teacher_params, on_mesh(mesh, batch))
 
 
 @pytest.fixture(scope="module")
@@ -153,22 +194,27 @@ def test_update_does_not_depend_on_microbatches(student, teacher, num_microbatch
         assert float(metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
 
 
-def with_scores(batch: Batch, teacher, top_k: int) -> Batch:
-    """The batch with the teacher's likeliest tokens, in place of a teacher in the step."""
+def with_scores(rows: Rows, teacher, top_k: int) -> Rows:
+    """The rows with the teacher's likeliest tokens, in place of a teacher in the step."""
 
     @jax.jit
-    def scores(params):
+    def log_probs(params, tokens_bt):
         module = nnx.merge(teacher[0], params)
-        log_probs_btv = jax.nn.log_softmax(module.logits(module(batch.tokens_bt))[..., :VOCAB_SIZE])
-        window = response_window(batch.tokens_bt, batch.prompt_lengths_b, batch.lengths_b, RESPONSE)
-        log_probs_brk, ids_brk = jax.lax.top_k(
-            gather_positions(log_probs_btv, window.index_br), top_k
-        )
-        # What a server leaves beyond a response.
-        ids_brk = jnp.where(window.mask_br[..., None], ids_brk, -1)
-        return TopKScores(ids_brk, jnp.where(window.mask_br[..., None], log_probs_brk, -100.0))
+        return jax.nn.log_softmax(module.logits(module(tokens_bt))[..., :VOCAB_SIZE])
 
-    return dataclasses.replace(batch, scores=scores(teacher[1]))
+    log_probs_btv = log_probs(teacher[1], rows.tokens_bt)
+    position_br = rows.prompt_lengths_b[:, None] - 1 + np.arange(RESPONSE)
+    log_probs_brv = np.take_along_axis(
+        np.asarray(log_probs_btv), np.minimum(position_br, PROMPT + RESPONSE - 1)[..., None], axis=1
+    )
+    log_probs_brk, ids_brk = jax.lax.top_k(log_probs_brv, top_k)
+    # What a server leaves beyond a response.
+    known_br1 = (np.arange(RESPONSE) < rows.rollout.lengths_b[:, None])[..., None]
+    scores = TopKScores(
+        np.where(known_br1, ids_brk, -1).astype(np.int32),
+        np.where(known_br1, log_probs_brk, -100.0).astype(np.float32),
+    )
+    return dataclasses.replace(rows, scores=scores)
 
 
 @pytest.mark.parametrize("kl_type", ["forward", "jsd"])
@@ -197,56 +243,75 @@ def test_teacher_known_by_few_tokens_gives_a_lower_bound(student, teacher):
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_scores_on_a_mesh(student, teacher, sizes):
-    batch = with_scores(make_rows(), teacher, 4)
-    single, single_metrics = run_step(student, (None, None), batch, optimizer=optax.sgd(1.0))
-    mesh = make_mesh(*sizes)
-    with jax.set_mesh(mesh):
-
-        def place(state):
-            layout = param_shardings(state.params, mesh)
-            return dataclasses.replace(state, params=jax.device_put(state.params, layout))
-
-        def rows(x):
-            return jax.device_put(x, named_sharding(mesh, "batch", *[None] * (x.ndim - 1)))
-
-        state, metrics = run_step(
-            student,
-            (None, None),
-            jax.tree.map(rows, batch),
-            optimizer=optax.sgd(1.0),
-            place=place,
-        )
+    rows = with_scores(make_rows(), teacher, 4)
+    options = dict(optimizer=optax.sgd(1.0))
+    single, single_metrics = run_step(student, (None, None), rows, **options)
+    state, metrics = run_step(student, (None, None), rows, mesh=make_mesh(*sizes), **options)
     assert_same(jax.device_get(state.params), jax.device_get(single.params))
     assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_update_does_not_depend_on_mesh(student, teacher, sizes):
-    optimizer = optax.sgd(1.0, momentum=0.9)
-    single, single_metrics = run_step(
-        student, teacher, make_rows(), num_microbatches=1, optimizer=optimizer
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_update_does_not_depend_on_mesh(student, teacher, sizes, packed):
+    options = dict(optimizer=optax.sgd(1.0, momentum=0.9))
+    single, single_metrics = run_step(student, teacher, make_rows(), **options)
+    layout = PACKED if packed else padded(1)
+    state, metrics = run_step(
+        student, teacher, make_rows(), layout=layout, mesh=make_mesh(*sizes), **options
     )
-    mesh = make_mesh(*sizes)
-    with jax.set_mesh(mesh):
-
-        def place(state):
-            params = jax.device_put(state.params, param_shardings(state.params, mesh))
-            abstract = jax.eval_shape(optimizer.init, params)
-            layout = optimizer_shardings(optimizer, abstract, params, mesh)
-            return TrainState(state.step, params, jax.device_put(state.opt_state, layout))
-
-        def rows(x):
-            return jax.device_put(x, named_sharding(mesh, "batch", *[None] * (x.ndim - 1)))
-
-        graph, params = teacher
-        sharded_teacher = graph, jax.device_put(params, param_shardings(params, mesh))
-        batch = jax.tree.map(rows, make_rows())
-        state, metrics = run_step(student, sharded_teacher, batch, optimizer=optimizer, place=place)
     assert_same(jax.device_get(state.params), jax.device_get(single.params))
     assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
     if sizes[1] > 1:
         shard = state.params["embedding"].get_value().addressable_shards[0].data
         assert shard.size < state.params["embedding"].get_value().size
+
+
+# Eight sequences of up to 12 tokens, several to a row; rows of three lengths, some never filled.
+PACKED = Layout((Shape(ROWS, 20),), packed=True)
+LAYOUTS = {
+    "packed": PACKED,
+    "packed into microbatches": Layout((Shape(2, 15),), packed=True),
+    "rows of three lengths": Layout((Shape(4, 4), Shape(2, 8), Shape(1, 12))),
+    "rows that nothing fills": Layout((Shape(2, 12), Shape(2, 20))),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("objective", ["forward", "jsd", "hard labels", "importance", "scores"])
+def test_update_does_not_depend_on_layout(student, teacher, name, objective):
+    """Loss, gradient and every metric but the padding are those of padded rows."""
+    rows = make_rows()
+    options = dict(optimizer=optax.sgd(1.0))
+    if objective == "scores":
+        rows, teacher = with_scores(rows, teacher, 4), (None, None)
+    elif objective == "importance":
+        options["importance_clip"] = 1.5
+    elif objective == "hard labels":
+        options["hard_labels"] = True
+    else:
+        options["kl_type"] = objective
+    whole, whole_metrics = run_step(student, teacher, rows, **options)
+    state, metrics = run_step(student, teacher, rows, layout=LAYOUTS[name], **options)
+    assert_same(state.params, whole.params)
+    for metric in whole_metrics.keys() - {"padding"}:
+        expected = pytest.approx(float(whole_metrics[metric]), rel=1e-5, abs=1e-7)
+        assert float(metrics[metric]) == expected, metric
+
+
+def test_packing_leaves_less_padding(student, teacher):
+    rows, layout = make_rows(), LAYOUTS["packed into microbatches"]
+    _, metrics = run_step(student, teacher, rows)
+    tokens = rows.lengths_b.sum()
+    assert float(metrics["padding"]) == pytest.approx(1 - tokens / (ROWS * (PROMPT + RESPONSE)))
+    _, packed = run_step(student, teacher, rows, layout=layout)
+    # An empty microbatch is not computed: whole ones of 30 tokens each.
+    microbatches = tokens / 30 / (1 - float(packed["padding"]))
+    assert microbatches == pytest.approx(round(microbatches), abs=1e-4)
+    assert float(packed["padding"]) < float(metrics["padding"])
 
 
 @pytest.mark.parametrize(
@@ -278,7 +343,7 @@ def test_gap_compares_sampler_and_trainer_on_student_rows_only(student, teacher)
     assert float(metrics["log_prob_gap"]) == 0.0
 
 
-def response_log_probs(model, batch: Batch) -> list[jax.Array]:
+def response_log_probs(model, batch: Rows) -> list[jax.Array]:
     """log_softmax at the positions that predict a response token, (length, v) for every row."""
     graph, params = model
     module = nnx.merge(graph, params)
@@ -287,16 +352,17 @@ def response_log_probs(model, batch: Batch) -> list[jax.Array]:
     return [log_probs_btv[row, p - 1 : length - 1] for row, (p, length) in enumerate(lengths)]
 
 
-def responses(batch: Batch) -> list[np.ndarray]:
+def responses(batch: Rows) -> list[np.ndarray]:
     lengths = zip(batch.prompt_lengths_b.tolist(), batch.lengths_b.tolist(), strict=True)
     return [np.asarray(batch.tokens_bt)[row, p:n] for row, (p, n) in enumerate(lengths)]
 
 
-def with_log_probs(batch: Batch, rows: list[np.ndarray]) -> Batch:
-    log_probs_br = np.zeros(batch.log_probs_br.shape, np.float32)
+def with_log_probs(batch: Rows, rows: list[np.ndarray]) -> Rows:
+    log_probs_br = np.zeros((ROWS, RESPONSE), np.float32)
     for row, values in enumerate(rows):
         log_probs_br[row, : len(values)] = values
-    return dataclasses.replace(batch, log_probs_br=jnp.asarray(log_probs_br))
+    rollout = dataclasses.replace(batch.rollout, log_probs_br=log_probs_br)
+    return dataclasses.replace(batch, rollout=rollout)
 
 
 def test_importance_weights_of_fresh_rollouts_change_nothing(student, teacher):
@@ -323,7 +389,7 @@ def test_importance_weights_of_stale_rollouts_follow_the_formula(
     batch = make_rows()
     on_policy_b = np.arange(ROWS) % 2 == 0
     stale = [rng.normal(-3, 2, len(row)) for row in responses(batch)]
-    batch = dataclasses.replace(with_log_probs(batch, stale), on_policy_b=jnp.asarray(on_policy_b))
+    batch = dataclasses.replace(with_log_probs(batch, stale), on_policy_b=on_policy_b)
     log_p = response_log_probs(teacher, batch)
     log_q = response_log_probs(student, batch)
     ratios = [
@@ -365,10 +431,12 @@ def test_importance_weights_cost_one_product_with_the_head(student, teacher):
         optimizer = optax.sgd(1.0)
         step = make_train_step(
             student[0], teacher[0], make_objective("forward"), optimizer,
-            num_microbatches=1, vocab_size=VOCAB_SIZE, importance_clip=clip,
+            vocab_size=VOCAB_SIZE, importance_clip=clip,
         )  # fmt: skip
         state = TrainState(jnp.zeros((), jnp.int32), student[1], optimizer.init(student[1]))
-        return str(jax.make_jaxpr(step)(state, teacher[1], make_rows())).count("dot_general")
+        return str(jax.make_jaxpr(step)(state, teacher[1], make_rows().batch(padded(1)))).count(
+            "dot_general"
+        )
 
     assert products(2.0) == products(0.0) + 1
 
@@ -405,9 +473,9 @@ def test_step_donates_its_state(student, teacher):
     )
     step = make_train_step(
         graph, teacher[0], make_objective("forward"), optimizer,
-        num_microbatches=1, vocab_size=VOCAB_SIZE,
+        vocab_size=VOCAB_SIZE,
     )  # fmt: skip
-    step(state, teacher[1], make_rows())
+    step(state, teacher[1], make_rows().batch(padded(1)))
     assert jax.tree.leaves(state.params)[0].is_deleted()
     assert not jax.tree.leaves(teacher[1])[0].is_deleted()
 

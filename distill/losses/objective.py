@@ -35,52 +35,13 @@ from distill.sharding import constrain
 _COIN_STREAM = 0x636F696E
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ResponseWindow:
-    """The response positions of a batch, compacted to r columns; r counts response tokens.
-
-    Column j of row i is the prediction of response token j: it is made at sequence position
-    `index_br[i, j]`, should be `targets_br[i, j]`, and counts where `mask_br[i, j]`.
-    """
-
-    index_br: jax.Array
-    targets_br: jax.Array
-    mask_br: jax.Array
-
-
-def response_window(
-    tokens_bt: jax.Array, prompt_lengths_b: jax.Array, lengths_b: jax.Array, size: int
-) -> ResponseWindow:
-    """The first `size` response tokens of every row, EOS included, prompt and padding excluded.
-
-    Rows are prompt, response, padding, with lengths_b = prompt + response. Validity comes from the
-    lengths and never from token ids, because pad may equal EOS. Responses longer than `size` lose
-    their end: choose a size that holds them. Without a prompt nothing predicts the first response
-    token, which then does not count.
-    """
-    num_positions = tokens_bt.shape[1]
-    index_br = prompt_lengths_b[:, None] - 1 + jnp.arange(size)
-    # The state at a position predicts the next token: the target's position must be valid.
-    mask_br = (index_br >= 0) & (index_br + 1 < jnp.minimum(lengths_b, num_positions)[:, None])
-    index_br = jnp.clip(index_br, 0, num_positions - 1)
-    targets_br = gather_positions(tokens_bt, jnp.minimum(index_br + 1, num_positions - 1))
-    return ResponseWindow(index_br=index_br, targets_br=targets_br, mask_br=mask_br)
-
-
-def gather_positions(values_bt: jax.Array, index_br: jax.Array) -> jax.Array:
-    """values (b, t, ...) at the positions of index_br, (b, r, ...)."""
-    index = index_br.reshape(index_br.shape + (1,) * (values_bt.ndim - 2))
-    return jnp.take_along_axis(values_bt, index, axis=1)
-
-
-def token_weights(mask_br: jax.Array, num_valid_tokens: jax.Array | int) -> jax.Array:
-    """mask / number of valid tokens over all hosts and microbatches, float32 (b, r)."""
-    return mask_br.astype(jnp.float32) / jnp.maximum(num_valid_tokens, 1)
+def token_weights(mask_bt: jax.Array, num_valid_tokens: jax.Array | int) -> jax.Array:
+    """mask / number of valid tokens over all hosts and microbatches, float32 (b, t)."""
+    return mask_bt.astype(jnp.float32) / jnp.maximum(num_valid_tokens, 1)
 
 
 def importance_weights(
-    log_probs_br: jax.Array, sampler_log_probs_br: jax.Array, sampled_br: jax.Array, clip: float
+    log_probs_bt: jax.Array, sampler_log_probs_bt: jax.Array, sampled_bt: jax.Array, clip: float
 ) -> jax.Array:
     """min(clip, q_now(token) / q_sampler(token)) for sampled tokens, 1 for others; no gradient.
 
@@ -91,19 +52,21 @@ def importance_weights(
     Training" (2025, fengyao.notion.site/off-policy-rl).
 
     Args:
-      log_probs_br, sampler_log_probs_br: of the response tokens, of the same (untruncated)
+      log_probs_bt, sampler_log_probs_bt: of the response tokens, of the same (untruncated)
         distribution with the trainer's and the sampler's weights.
-      sampled_br: whether a token counts and the student sampled it.
+      sampled_bt: whether a token counts and the student sampled it.
       clip: largest weight, above 0.
     """
-    ratios_br = jnp.exp(jax.lax.stop_gradient(log_probs_br - sampler_log_probs_br))
-    return jnp.where(sampled_br, jnp.minimum(ratios_br, clip), 1.0)
+    ratios_bt = jnp.exp(jax.lax.stop_gradient(log_probs_bt - sampler_log_probs_bt))
+    return jnp.where(sampled_bt, jnp.minimum(ratios_bt, clip), 1.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopKScores:
-    """A teacher known by its likeliest tokens at every response position (k: one of them).
+    """A teacher known by its likeliest tokens (k: one of them) at every position of a response.
+
+    In a microbatch, at every position of a row.
 
     Attributes:
       ids_brk: int32, distinct at a position; -1 where fewer are known.
@@ -131,12 +94,12 @@ class Objective:
 
     def __call__(
         self,
-        hidden_s_brd: jax.Array,
+        hidden_s_btd: jax.Array,
         head_s: jax.Array,
-        hidden_t_brd: jax.Array | None,
+        hidden_t_btd: jax.Array | None,
         head_t: jax.Array | None,
-        targets_br: jax.Array,
-        weights_br: jax.Array,
+        targets_bt: jax.Array,
+        weights_bt: jax.Array,
         *,
         vocab_size: int,
         scores: TopKScores | None = None,
@@ -144,20 +107,20 @@ class Objective:
         """Weighted sum of the token losses, differentiable by the student's hidden states and head.
 
         Args:
-          hidden_s_brd, hidden_t_brd: final hidden states at the response window; the teacher's and
+          hidden_s_btd, hidden_t_btd: final hidden states; the teacher's and
             its head are not read (None) for hard labels.
           head_s, head_t: output heads (d, v) in the compute dtype.
-          targets_br: response tokens.
-          weights_br: from `token_weights`.
+          targets_bt: the tokens that positions predict; anything where their weight is 0.
+          weights_bt: from `token_weights`.
           vocab_size: ids that student and teacher share; further head columns are padding.
           scores: what is known of the teacher instead of its hidden states and head (None then).
 
         Returns:
-          float32 scalar, and TokenValues of shape (b, r) that carry no gradient.
+          float32 scalar, and TokenValues of shape (b, t) that carry no gradient.
         """
         options = dict(vocab_size=vocab_size, implementation=self.implementation, chunk=self.chunk)
-        targets_t, weights_t = targets_br.reshape(-1), self.scale * weights_br.reshape(-1)
-        hidden_s_td = _flatten_tokens(hidden_s_brd)
+        targets_t, weights_t = targets_bt.reshape(-1), self.scale * weights_bt.reshape(-1)
+        hidden_s_td = _flatten_tokens(hidden_s_btd)
         if not self.needs_teacher:
             loss, values = linear_cross_entropy(
                 hidden_s_td, head_s, targets_t, weights_t, **options
@@ -175,33 +138,40 @@ class Objective:
                 **options,
             )
         else:
-            rows = (hidden_s_td, head_s, _flatten_tokens(hidden_t_brd), head_t, weights_t)
+            rows = (hidden_s_td, head_s, _flatten_tokens(hidden_t_btd), head_t, weights_t)
             options |= dict(targets=targets_t, temperature=self.temperature)
             if self.divergence is not None:
                 loss, values = linear_divergence(*rows, divergence=self.divergence, **options)
             else:
                 loss, values = linear_loss(*rows, loss_fn=self.loss_fn, **options)
-        return loss, jax.tree.map(lambda value_t: value_t.reshape(targets_br.shape), values)
+        return loss, jax.tree.map(lambda value_t: value_t.reshape(targets_bt.shape), values)
 
     def log_probs(
-        self, hidden_brd: jax.Array, head: jax.Array, targets_br: jax.Array, *, vocab_size: int
+        self,
+        hidden_btd: jax.Array,
+        head: jax.Array,
+        targets_bt: jax.Array,
+        weights_bt: jax.Array,
+        *,
+        vocab_size: int,
     ) -> jax.Array:
-        """log q(target) at temperature 1, float32 (b, r): a forward pass of the head, no gradient.
+        """log q(target) at temperature 1, float32 (b, t): a forward pass of the head, no gradient.
 
+        0 where there is no weight.
         Weights must be known before the loss, since that makes its gradients with its values.
         """
-        hidden_td, head = jax.lax.stop_gradient((_flatten_tokens(hidden_brd), head))
-        targets_t = targets_br.reshape(-1)
+        hidden_td, head = jax.lax.stop_gradient((_flatten_tokens(hidden_btd), head))
+        targets_t = targets_bt.reshape(-1)
         _, values = linear_cross_entropy(
             hidden_td,
             head,
             targets_t,
-            jnp.ones(targets_t.shape),
+            weights_bt.reshape(-1),
             vocab_size=vocab_size,
             implementation=self.implementation,
             chunk=self.chunk,
         )
-        return values.log_prob_s.reshape(targets_br.shape)
+        return values.log_prob_s.reshape(targets_bt.shape)
 
 
 def make_objective(
@@ -284,5 +254,5 @@ def _coin_key(seed: int, step: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, _COIN_STREAM), step)
 
 
-def _flatten_tokens(values_brx: jax.Array) -> jax.Array:
-    return constrain(values_brx.reshape(-1, values_brx.shape[-1]), "token", None)
+def _flatten_tokens(values_btx: jax.Array) -> jax.Array:
+    return constrain(values_btx.reshape(-1, values_btx.shape[-1]), "token", None)

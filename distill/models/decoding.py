@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill.models.transformer import Block, Rotation, Transformer, attend, make_rotation
+from distill.kernels.attention import attention
+from distill.models.transformer import Block, Rotation, Transformer, make_rotation
 from distill.sharding import constrain
 
 # Up to this depth the decode loop's layers are unrolled, with weights that were taken out of the
@@ -61,13 +62,12 @@ def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, jax.Ar
     """
     batch, length = tokens_gp.shape
     rotation = make_rotation(model.config, jnp.broadcast_to(jnp.arange(length), (batch, length)))
-    mask_1ts = jnp.tril(jnp.ones((1, length, length), bool))
     graphdef, stacked = nnx.split(model.layers)
 
     def layer(x_gpd, layer_state):
         block = nnx.merge(graphdef, layer_state)
         q_gpnh, k_gpkh, v_gpkh = block.query_key_value(x_gpd, rotation)
-        x_gpd = block.finish(x_gpd, attend(q_gpnh, k_gpkh, v_gpkh, mask_1ts))
+        x_gpd = block.finish(x_gpd, attention(q_gpnh, k_gpkh, v_gpkh))
         return x_gpd, (k_gpkh.transpose(0, 2, 3, 1), v_gpkh.transpose(0, 2, 1, 3))
 
     x_gpd, (k_lgkhp, v_lgkph) = jax.lax.scan(layer, model.embed(tokens_gp), stacked)

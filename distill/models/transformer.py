@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distill.kernels.attention import attention
 from distill.models.config import ModelConfig
 from distill.sharding import constrain
 
@@ -102,10 +103,12 @@ class Block(nnx.Module):
         self.up_proj = normal(_INIT_STD, embed=d, ffn=f)
         self.down_proj = normal(residual_std, ffn=f, embed=d)
 
-    def __call__(self, x_btd: jax.Array, rotation: Rotation, mask_bts: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_btd: jax.Array, rotation: Rotation, segment_ids_bt: jax.Array | None
+    ) -> jax.Array:
         """One layer of the training form."""
-        q_btnh, k_btkh, v_btkh = self.query_key_value(x_btd, rotation)
-        return self.finish(x_btd, attend(q_btnh, k_btkh, v_btkh, mask_bts))
+        heads = self.query_key_value(x_btd, rotation)
+        return self.finish(x_btd, attention(*heads, segment_ids_bt))
 
     def query_key_value(
         self, x_btd: jax.Array, rotation: Rotation
@@ -190,20 +193,17 @@ class Transformer(nnx.Module):
         Args:
           tokens_bt: token ids.
           positions_bt: rotary positions; default 0, 1, 2, ... in every row.
-          segment_ids_bt: a token attends to tokens of its own segment at its own index or before;
-            0 marks padding, whose outputs mean nothing. Default: every row is one segment.
+          segment_ids_bt: a token attends to tokens of its own segment at its own index or before.
+            Default: every row is one segment; padding behind its end then changes nothing before.
         """
         batch, length = tokens_bt.shape
         if positions_bt is None:
             positions_bt = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        mask_bts = jnp.tril(jnp.ones((1, length, length), bool))
-        if segment_ids_bt is not None:
-            mask_bts &= segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
         rotation = make_rotation(self.config, positions_bt)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_btd, layer_state):
-            return nnx.merge(graphdef, layer_state)(x_btd, rotation, mask_bts), None
+            return nnx.merge(graphdef, layer_state)(x_btd, rotation, segment_ids_bt), None
 
         if self.remat != "none":
             # Inside scan nothing can be merged across iterations, so no barrier is needed.

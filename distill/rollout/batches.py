@@ -18,12 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from distill.data.packing import Layout
 from distill.data.pipeline import PromptBatch
 from distill.losses.objective import TopKScores, lambda_coin, sample_coins
+from distill.microbatch import Batch, make_batch
 from distill.rollout.base import RolloutBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.step import Batch, make_batch
 
 Measured = dict[str, float]
 
@@ -55,7 +56,7 @@ class BatchSource:
     Args:
       iterator: of PromptBatch, with `get_state`; not to be moved by others any more.
       backend: samples the answers.
-      put: places host rows on the trainer's mesh.
+      put: places a host's batch on the trainer's mesh.
       score: what a teacher that is not on the mesh knows of a rollout, from prompt tokens, prompt
         lengths and the rollout; None without one. Called where the rollout was sampled.
       params: how answers are sampled.
@@ -64,6 +65,7 @@ class BatchSource:
       lambda_: probability that the student answers.
       per_sample: toss `lambda_` for every row instead of once per batch.
       response_width: columns of the responses.
+      layout: of the microbatches.
       pad_id: fills rows after their end.
 
     Call `close` when done, whatever has happened.
@@ -73,7 +75,7 @@ class BatchSource:
         self,
         iterator,
         backend: RolloutBackend,
-        put: Callable[[np.ndarray], jax.Array],
+        put: Callable[[Batch], Batch],
         *,
         score: Callable[[np.ndarray, np.ndarray, Rollout], TopKScores] | None = None,
         params: SamplingParams,
@@ -82,6 +84,7 @@ class BatchSource:
         lambda_: float,
         per_sample: bool,
         response_width: int,
+        layout: Layout,
         pad_id: int,
     ):
         self._iterator, self._backend, self._put = iterator, backend, put
@@ -89,7 +92,7 @@ class BatchSource:
         self._params, self._num_generations, self._seed = params, num_generations, seed
         self._lambda, self._per_sample = lambda_, per_sample
         self._response_width, self._pad_id = response_width, pad_id
-        self._make_batch = jax.jit(functools.partial(make_batch, pad_id=pad_id))
+        self._make_batch = functools.partial(make_batch, layout=layout, pad_id=pad_id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._ahead: tuple[_Draft, Future] | None = None
         self._position, self._rows = iterator.get_state(), np.zeros(0, np.int64)
@@ -129,7 +132,7 @@ class BatchSource:
             rollout, scores, measured = future.result()
         rows = draft.rows
         arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout, draft.coins_b, scores
-        batch = self._make_batch(*jax.tree.map(self._put, arrays))
+        batch = self._put(self._make_batch(*arrays))
         self._position, self._rows = draft.position, rows.row_b
         return batch, measured
 

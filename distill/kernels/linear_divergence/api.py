@@ -2,10 +2,10 @@
 
 Shapes: hidden (T, D) and head (D, V) in the compute dtype, student and teacher each with its own D
 and V; `vocab_size` is the shared vocabulary, at most either V (further columns are padding: finite,
-and ignored); weights (T,), a token of weight 0 having no influence at all; targets int (T,), those
-outside of the vocabulary being no target. Gradients reach hidden_s and head_s only; the values per
-token carry none. Products accumulate in float32; their operands are rounded as JAX's default
-precision says.
+and ignored); weights (T,), where a token of weight 0 has no influence at all, costs little, and has
+values of 0; targets int (T,), those outside of the vocabulary being no target. Gradients reach
+hidden_s and head_s only; the values per token carry none. Products accumulate in float32; their
+operands are rounded as JAX's default precision says.
 
 `implementation`: `reference` (all logits, automatic differentiation), `chunked` (plain XLA, any
 platform), `pallas` (kernels for TPUs from v5e and GPUs from Hopper on), a `Sweeps` (kernels with
@@ -141,14 +141,18 @@ def per_token_divergences(
     divergences: tuple,
     temperature: float = 1.0,
     vocab_size: int,
+    weights: jax.Array | None = None,
     implementation: str | Sweeps | None = None,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Several divergences of the same logits, float32 (len(divergences), T); for evaluation."""
+    """Several divergences of the same logits, float32 (len(divergences), T); for evaluation.
+
+    Not multiplied by `weights`, but 0 where those are.
+    """
     if not divergences:
         raise ValueError("divergences=(): give at least one")
     losses = tuple(_divergence_loss(divergence, temperature) for divergence in divergences)
-    tokens = _tokens(hidden_s, head_s, hidden_t, head_t, None, None, vocab_size)
+    tokens = _tokens(hidden_s, head_s, hidden_t, head_t, None, weights, vocab_size)
     tokens, head_s, head_t = jax.lax.stop_gradient((tokens, head_s, head_t))
     implementation = resolve_implementation(implementation)
     if implementation == "reference":

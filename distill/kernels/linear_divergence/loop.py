@@ -27,6 +27,9 @@ from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 from distill.sharding import mesh_axes, num_shards, partition_spec
 
 LANES = 128  # of a TPU: a shard's columns are a multiple, so that none straddles a tile
+# Tokens with weight come in whole chunks, so more chunks compute fewer others; below the smallest,
+# the heads are read more often than the products take.
+MOST_EVEN_CHUNKS, SMALLEST_EVEN_CHUNK = 8, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ def token_values(losses: tuple, options: Options, tokens: Tokens, head_s_dv, hea
             return carry, dataclasses.replace(values, divergence=values.divergence.T)
 
         size = _chunk_size(options, losses[0], tokens, head_s_dv, head_t_dv)
-        return _scan_chunks(chunk_values, None, tokens, size)[1]
+        return _walk_chunks(chunk_values, None, tokens, size)[1]
 
     values = _on_shards(options, local, tokens, head_s_dv, head_t_dv, _token_spec())
     values = _first(values, tokens.targets_t.shape[0])
@@ -110,7 +113,7 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
         if size < tokens.targets_t.shape[0]:
             memory = sweeps.logits_memory(size, *_projections(tokens, head_s_dv, head_t_dv))
         start = jnp.zeros(head_s_dv.shape, jnp.float32), memory
-        (head_gradient_dv, _), outputs = _scan_chunks(chunk_step, start, tokens, size)
+        (head_gradient_dv, _), outputs = _walk_chunks(chunk_step, start, tokens, size)
         values, hidden_gradient_td = outputs
         if vocab_axes := mesh_axes("act_vocab"):
             hidden_gradient_td = jax.lax.psum(hidden_gradient_td, vocab_axes)
@@ -173,26 +176,41 @@ def _weighted_sum(weights_t, losses_t):
     return jnp.sum(jnp.where(weights_t != 0, weights_t * losses_t, 0.0))
 
 
-def _scan_chunks(step: Callable, carry, tokens: Tokens, size: int):
-    """lax.scan of `step` over chunks of `size` tokens, outputs joined along tokens.
+def _walk_chunks(step: Callable, carry, tokens: Tokens, size: int):
+    """`step(carry, chunk) -> (carry, outputs)` over the tokens that have weight, `size` at a time.
 
-    A ragged end is filled with zeros (weights of zero among them) and cut off the outputs.
+    They come first, in a stable order, and the walk ends behind the last of them: prompts and
+    padding cost nothing. The outputs of tokens without weight are 0.
     """
     num_tokens = tokens.targets_t.shape[0]
     num_chunks = -(-num_tokens // size)
+    order_t = jnp.argsort(tokens.weights_t == 0, stable=True)
+    # Beyond the tokens, indices that are nowhere: a ragged end is filled with zeros.
+    order_t = jnp.pad(order_t, (0, size * num_chunks - num_tokens), constant_values=num_tokens)
+    count = jnp.sum(tokens.weights_t != 0)
+    if token_axes := mesh_axes("token"):
+        count = jax.lax.pmax(count, token_axes)  # all devices make the same steps
 
-    def split(x):
-        return _padded(x, size * num_chunks).reshape(num_chunks, size, *x.shape[1:])
+    def take(start):
+        index_c = jax.lax.dynamic_slice_in_dim(order_t, start, size)
+        return jax.tree.map(lambda x: x.at[index_c].get(mode="fill", fill_value=0), tokens)
 
-    def join(x):
-        return x.reshape(size * num_chunks, *x.shape[2:])[:num_tokens]
+    def walk(number, state):
+        carry, outputs = state
+        start = number * size
+        carry, chunk_outputs = step(carry, take(start))
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return carry, jax.tree.map(write, outputs, chunk_outputs)
 
-    carry, outputs = jax.lax.scan(step, carry, jax.tree.map(split, tokens))
-    return carry, jax.tree.map(join, outputs)
+    shapes = jax.eval_shape(lambda carry: step(carry, take(0))[1], carry)
+    outputs = jax.tree.map(lambda x: jnp.zeros((size * num_chunks, *x.shape[1:]), x.dtype), shapes)
+    carry, outputs = jax.lax.fori_loop(0, -(-count // size), walk, (carry, outputs))
+    place_t = jnp.argsort(order_t[:num_tokens])
+    return carry, jax.tree.map(lambda x: x[place_t], outputs)
 
 
 def _chunk_size(options: Options, loss, tokens: Tokens, head_s_dv, head_t_dv) -> int:
-    """Tokens per chunk on this device: as asked, or evenly as many as fit."""
+    """Tokens per chunk on this device: as asked, or evenly as many as fit and pay."""
     num_tokens = tokens.targets_t.shape[0]
     if options.chunk is not None:
         return min(num_tokens, -(-options.chunk // num_shards("token")))
@@ -200,7 +218,10 @@ def _chunk_size(options: Options, loss, tokens: Tokens, head_s_dv, head_t_dv) ->
     if isinstance(loss, RowLoss):  # it gathers them
         columns *= num_shards("act_vocab")
     models = _projections(tokens, head_s_dv, head_t_dv)
-    largest = options.sweeps.largest_chunk(*models, columns)
+    largest = min(
+        options.sweeps.largest_chunk(*models, columns),
+        max(SMALLEST_EVEN_CHUNK, -(-num_tokens // MOST_EVEN_CHUNKS)),
+    )
     unit = options.sweeps.row_multiple if largest >= options.sweeps.row_multiple else 1
     num_chunks = -(-num_tokens // largest)
     even = -(-num_tokens // num_chunks)

@@ -16,15 +16,12 @@ def linear_token_loss(
 ) -> tuple[jax.Array, TokenValues]:
     """sum_t weights_t * loss_t and the values per token; differentiable by the student's two."""
     values = token_values(loss, tokens, head_s_dv, head_t_dv, vocab_size)
-    weights_t = jax.lax.stop_gradient(tokens.weights_t)
-    # Where a token has no weight, its gradient must not even be infinite times 0.
-    losses_t = jnp.where(weights_t != 0, values.divergence, 0.0)
-    scalar = jnp.sum(weights_t * losses_t)
+    scalar = jnp.sum(jax.lax.stop_gradient(tokens.weights_t) * values.divergence)
     return scalar, jax.lax.stop_gradient(values)
 
 
 def token_values(loss, tokens: Tokens, head_s_dv, head_t_dv, vocab_size: int) -> TokenValues:
-    """The values per token, (T,) each."""
+    """The values per token, (T,) each, 0 where there is no weight."""
     logits_s_tv = _logits(tokens.hidden_s_td, head_s_dv, vocab_size)
     teacher_t, head_t_dv = jax.lax.stop_gradient((tokens.teacher_t, head_t_dv))
     targets_t = tokens.targets_t
@@ -36,7 +33,9 @@ def token_values(loss, tokens: Tokens, head_s_dv, head_t_dv, vocab_size: int) ->
         log_prob_t = jnp.zeros_like(losses_t)
         if logits_t_tv is not None:
             log_prob_t = _at(jax.nn.log_softmax(logits_t_tv), targets_t)
-    return TokenValues(losses_t, _at(jax.nn.log_softmax(logits_s_tv), targets_t), log_prob_t)
+    values = TokenValues(losses_t, _at(jax.nn.log_softmax(logits_s_tv), targets_t), log_prob_t)
+    # Where a token has no weight, its gradient must not even be infinite times 0.
+    return jax.tree.map(lambda x_t: jnp.where(tokens.weights_t != 0, x_t, 0.0), values)
 
 
 def _losses(loss, logits_s_tv, logits_t_tv, targets_t):

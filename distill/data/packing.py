@@ -1,0 +1,84 @@
+"""Which row and position every sequence of a batch gets.
+
+Rows come in microbatches, whose shapes are few and fixed: the train step is compiled once. How many
+microbatches a batch fills depends on its lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a microbatch: `rows` over the whole mesh, of `length` tokens each."""
+
+    rows: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What microbatches a batch is cut into.
+
+    Attributes:
+      shapes: from the shortest rows to the longest, which hold any sequence.
+      packed: several sequences may share a row.
+    """
+
+    shapes: tuple[Shape, ...]
+    packed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the sequences of one shape stand.
+
+    Attributes:
+      sequence_i: their numbers in the batch.
+      row_i: rows, counted through all microbatches.
+      start_i: positions of their first tokens.
+    """
+
+    sequence_i: np.ndarray
+    row_i: np.ndarray
+    start_i: np.ndarray
+
+
+def place(lengths_b: np.ndarray, layout: Layout) -> list[Placement]:
+    """One placement for each of the layout's shapes; a function of the lengths alone."""
+    if layout.packed:
+        (shape,) = layout.shapes
+        return [_pack(lengths_b, shape.length)]
+    # The longest first: what does not fill a microbatch of long rows is filled up with shorter.
+    waiting = np.argsort(-lengths_b, kind="stable")
+    placements = []
+    for i in reversed(range(len(layout.shapes))):
+        rows = layout.shapes[i].rows
+        too_long = int((lengths_b[waiting] > layout.shapes[i - 1].length).sum()) if i else None
+        taken = len(waiting) if too_long is None else -(-too_long // rows) * rows
+        placements.append(_in_rows_of_their_own(waiting[:taken]))
+        waiting = waiting[taken:]
+    return placements[::-1]
+
+
+def _in_rows_of_their_own(sequence_i: np.ndarray) -> Placement:
+    sequence_i = np.sort(sequence_i)  # as the data are ordered
+    return Placement(sequence_i, np.arange(len(sequence_i)), np.zeros(len(sequence_i), np.int64))
+
+
+def _pack(lengths_b: np.ndarray, capacity: int) -> Placement:
+    """Each sequence, from the longest on, into the first row that has room for it.
+
+    First-fit decreasing: at most 11/9 of the fewest possible rows, and one (Dosa, "The tight bound
+    of first fit decreasing bin-packing algorithm", 2007).
+    """
+    free_r = np.full(len(lengths_b), capacity)
+    row_b, start_b = np.zeros((2, len(lengths_b)), np.int64)
+    for i in np.argsort(-lengths_b, kind="stable"):
+        row_b[i] = np.argmax(free_r >= lengths_b[i])
+        start_b[i] = capacity - free_r[row_b[i]]
+        free_r[row_b[i]] -= lengths_b[i]
+    return Placement(np.arange(len(lengths_b)), row_b, start_b)

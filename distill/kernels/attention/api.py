@@ -1,0 +1,160 @@
+"""Causal self-attention of packed rows, forward and backward in memory linear in their length.
+
+Shapes: queries q_btnh, keys and values k_btkh and v_btkh, n a multiple of k, all in one dtype;
+segment_ids_bt int. A token attends to itself and to tokens of its own row and segment before it, at
+most `window` tokens in all where that is given. Scores and sums are in float32.
+
+`implementation`: `reference` (all scores, the definition), `blockwise` (plain XLA, any platform),
+`splash` (JAX's Pallas kernel for TPUs), `cudnn` (NVIDIA's library; 16-bit floats, one segment per
+row), or None for the best that runs here. ValueError for one that cannot run.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill.kernels.attention.blockwise import blockwise_attention
+from distill.kernels.platform import is_old_tpu, platform
+from distill.sharding import partition_spec
+
+IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn")
+LANES = 128  # of a TPU: the kernel takes whole tiles of positions
+
+
+def attention(
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segment_ids_bt: jax.Array | None = None,
+    *,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """attended_btnh; rows are cut over the devices of the current mesh, and so are heads.
+
+    `segment_ids_bt=None` makes every row one segment. Padding behind a row's end needs no segment
+    of its own: nothing before it can attend to it.
+    """
+    packed = segment_ids_bt is not None
+    name = resolve_implementation(implementation, packed=packed, dtype=q_btnh.dtype)
+    local = functools.partial(_LOCAL[name], window=window)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(q_btnh, k_btkh, v_btkh, segment_ids_bt)
+    q_spec = partition_spec(("batch", "position", "act_heads", None))
+    kv_spec = partition_spec(("batch", "position", "act_kv_heads", None))
+    ids_spec = partition_spec(("batch", "position"))
+    return jax.shard_map(
+        local, in_specs=(q_spec, kv_spec, kv_spec, ids_spec), out_specs=q_spec, check_vma=False
+    )(q_btnh, k_btkh, v_btkh, segment_ids_bt)
+
+
+def resolve_implementation(implementation: str | None, *, packed: bool, dtype) -> str:
+    """The implementation that will run; ValueError when the one asked for cannot."""
+    tpu = platform() == "tpu" and not is_old_tpu()
+    cudnn = platform() == "gpu" and not packed and jnp.dtype(dtype).itemsize == 2
+    if implementation is None:
+        return "splash" if tpu else "cudnn" if cudnn else "blockwise"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention {implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}, "
+            "or None"
+        )
+    if (implementation == "splash" and not tpu) or (implementation == "cudnn" and not cudnn):
+        raise ValueError(
+            f"attention {implementation!r} cannot run on {platform()} with {jnp.dtype(dtype)}"
+            f"{' and packed rows' if packed else ''}: use 'blockwise', or None"
+        )
+    return implementation
+
+
+def attention_mask(
+    length: int, segment_ids_bt: jax.Array | None = None, window: int | None = None
+) -> jax.Array:
+    """mask_bts, True where t attends to s; b is 1 without segments."""
+    offset_ts = jnp.arange(length)[:, None] - jnp.arange(length)
+    mask_bts = ((offset_ts >= 0) & (offset_ts < (window or length)))[None]
+    if segment_ids_bt is not None:
+        mask_bts &= segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
+    return mask_bts
+
+
+def _reference(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
+    mask_bts = attention_mask(q_btnh.shape[1], segment_ids_bt, window)
+    return jax.nn.dot_product_attention(q_btnh, k_btkh, v_btkh, mask=mask_bts[:, None])
+
+
+def _cudnn(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
+    del segment_ids_bt  # None
+    return jax.nn.dot_product_attention(
+        q_btnh,
+        k_btkh,
+        v_btkh,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def splash(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None, interpret: bool = False):
+    """JAX's kernel; `interpret` runs it without a TPU, for tests."""
+    batch, length = q_btnh.shape[:2]
+    size = -(-length // LANES) * LANES
+    if segment_ids_bt is None:
+        segment_ids_bt = jnp.zeros((batch, length), jnp.int32)
+    ids_bt = jnp.pad(segment_ids_bt, ((0, 0), (0, size - length)), constant_values=-1)
+
+    def heads_first(x_btnh):
+        x_btnh = jnp.pad(x_btnh, ((0, 0), (0, size - length), (0, 0), (0, 0)))
+        return x_btnh.swapaxes(1, 2)
+
+    kernel = _splash_kernel(q_btnh.shape[2], size, window, interpret)
+    scaled_btnh = q_btnh * jnp.asarray(q_btnh.shape[-1] ** -0.5, q_btnh.dtype)
+    attended_bnth = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _splash_ids(ids)))(
+        *map(heads_first, (scaled_btnh, k_btkh, v_btkh)), ids_bt
+    )
+    return attended_bnth.swapaxes(1, 2)[:, :length]
+
+
+def _splash_ids(ids_t: jax.Array):
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    return SegmentIds(ids_t, ids_t)
+
+
+def _splash_kernel(num_heads: int, size: int, window: int | None, interpret: bool):
+    # Imported here: Pallas is slow to import, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    shape = size, size
+    if window is None:
+        mask = splash_attention.CausalMask(shape)
+    else:
+        mask = splash_attention.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    block = int(np.gcd(size, 512))
+    return splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * num_heads),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+
+_LOCAL = {
+    "reference": _reference,
+    "blockwise": blockwise_attention,
+    "splash": splash,
+    "cudnn": _cudnn,
+}
