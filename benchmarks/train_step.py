@@ -191,6 +191,21 @@ def _rows(workload: Workload, measurements: dict[str, harness.Measurement]) -> l
 
 
 def build_ours(workload: Workload, folder: Path):
+    state, step = make_state_and_step(workload, folder)
+    batch = (jax.device_put(workload.batch()),)
+    state, metrics = step(state, batch)
+    (folder / "loss.txt").write_text(str(float(metrics["loss"])))
+    held = [state]
+
+    def run():
+        held[0], metrics = step(held[0], batch)
+        jax.block_until_ready((held[0], metrics))
+
+    return run
+
+
+def make_state_and_step(workload: Workload, folder: Path):
+    """The first train state, and `step(state, batch) -> (state, metrics)`."""
     student, params = load_weights(workload.student, workload.dtype, folder / "student", "float32")
     teacher, teacher_params = load_weights(workload.teacher, workload.dtype, folder / "teacher")
     optimizer = make_optimizer(
@@ -208,17 +223,8 @@ def build_ours(workload: Workload, folder: Path):
         optimizer,
         vocab_size=workload.student.vocab_size,
     )
-    batch = (jax.device_put(workload.batch()),)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    state, metrics = step(state, teacher_params, batch)
-    (folder / "loss.txt").write_text(str(float(metrics["loss"])))
-    held = [state]
-
-    def run():
-        held[0], metrics = step(held[0], teacher_params, batch)
-        jax.block_until_ready((held[0], metrics))
-
-    return run
+    return state, lambda state, batch: step(state, teacher_params, batch)
 
 
 def build_torch(workload: Workload, folder: Path, compiled: bool):

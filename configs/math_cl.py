@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.policy.max_total_sequence_length = 3072
     config.policy.train_global_batch_size = 64
     config.policy.train_micro_batch_size = 32
+    config.policy.sequence_packing.enabled = True
     config.policy.activation_checkpointing = "full"
     config.data.name = "math_cl"
     config.data.validation.split = "math500"

@@ -1,15 +1,19 @@
 """Every implementation of attention against the definition: values, gradients, meshes, memory."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
+from benchmarks.harness import described_tpu
 from distill.kernels.attention import attention
 from distill.kernels.attention.api import splash
-from distill.kernels.attention.blockwise import blockwise_attention
+from distill.kernels.attention.blockwise import BLOCK, _bounds, blockwise_attention
+from distill.sharding import make_mesh, named_sharding
 
 # By dtype: of values and gradients that are of the order of one.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 4e-2}
@@ -57,12 +61,81 @@ def test_values_and_gradients(name, window, packed, dtype):
     # 150 positions are no multiple of any block; three query heads share a key-value head.
     *inputs, cotangent = arrays(2, 150, 6, 2, 16, dtype)
     ids_bt = segments(2, 150, 60) if packed else None
-    options = inputs, cotangent, ids_bt, window
-    expected = value_and_gradients(
-        functools.partial(attention, implementation="reference"), *inputs, *options[1:]
-    )
-    ours = value_and_gradients(IMPLEMENTATIONS[name], *inputs, *options[1:])
-    for ours_one, expected_one in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(
-            ours_one, expected_one, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype]
-        )
+    reference = functools.partial(attention, implementation="reference")
+    expected = value_and_gradients(reference, *inputs, cotangent, ids_bt, window)
+    actual = value_and_gradients(IMPLEMENTATIONS[name], *inputs, cotangent, ids_bt, window)
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 2, 2)])
+def test_on_a_mesh(sizes):
+    """Rows and heads cut over devices; the bounds of the loops are each device's own."""
+    *inputs, cotangent = arrays(8, 600, 4, 2, 8)
+    ids_bt = segments(8, 600, 300)
+    expected = value_and_gradients(attention, *inputs, cotangent, ids_bt, None)
+    with jax.set_mesh(make_mesh(*sizes)):
+        actual = value_and_gradients(attention, *inputs, cotangent, ids_bt, None)
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def compiled_gradients(length, mesh=None, dtype="float32"):
+    """Of q, k, v of four rows on the mesh, of eight heads of width 128."""
+
+    def loss(q, k, v, ids_bt):
+        return attention(q, k, v, ids_bt).astype(jnp.float32).sum()
+
+    def shape(heads, *axes):
+        sharding = None if mesh is None else named_sharding(mesh, "batch", None, *axes)
+        sizes = (4, length, heads, 128) if axes else (4, length)
+        return jax.ShapeDtypeStruct(sizes, dtype if axes else "int32", sharding=sharding)
+
+    inputs = shape(8, "act_heads", None), *[shape(4, "act_kv_heads", None)] * 2, shape(0)
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs).compile()
+
+
+def test_memory_is_linear_in_the_length():
+    bytes_of = {n: compiled_gradients(n).memory_analysis().temp_size_in_bytes for n in (1024, 4096)}
+    assert bytes_of[4096] < 4.5 * bytes_of[1024], bytes_of
+    assert bytes_of[4096] < 4 * 8 * 4096**2  # a byte for each of the scores
+
+
+def test_blocks_of_other_segments_are_not_computed():
+    """Sixteen segments of a block each: the blocks on the diagonal are all there is to enter."""
+    ids_bt = jnp.repeat(jnp.arange(16), BLOCK)[None]
+    first_i, last_j = _bounds(ids_bt, None, BLOCK)
+    assert first_i.tolist() == last_j.tolist() == list(range(16))
+    first_i, last_j = _bounds(jnp.zeros_like(ids_bt), 2 * BLOCK, BLOCK)
+    assert first_i.tolist() == [max(i - 2, 0) for i in range(16)]
+    assert last_j.tolist() == [min(j + 2, 15) for j in range(16)]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flash", "'flash' is unknown: .* blockwise, splash"),
+        ("splash", "'splash' cannot run on cpu"),
+        ("cudnn", "'cudnn' cannot run on cpu with float32 and packed rows"),
+    ],
+)
+def test_an_implementation_that_cannot_run_is_an_error(name, message):
+    *inputs, _ = arrays(1, 8, 2, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        attention(*inputs, segments(1, 8, 4), implementation=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is missing"
+)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_tpu_compiler_takes_the_kernel(topology):
+    described_tpu(topology)  # tells libtpu what it would ask the machine
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(1, 2, 2, devices)
+    with jax.set_mesh(mesh):
+        compiled = compiled_gradients(4096, mesh, "bfloat16")
+    assert "tpu_custom_call" in compiled.as_text()
+    # Two rows and four heads on a device: the float32 scores would be 512 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 100e6

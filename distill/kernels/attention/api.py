@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.kernels.attention.blockwise import blockwise_attention
+from distill.kernels.attention.blockwise import BLOCK, blockwise_attention
 from distill.kernels.platform import is_old_tpu, platform
 from distill.sharding import partition_spec
 
@@ -40,7 +40,9 @@ def attention(
     of its own: nothing before it can attend to it.
     """
     packed = segment_ids_bt is not None
-    name = resolve_implementation(implementation, packed=packed, dtype=q_btnh.dtype)
+    name = resolve_implementation(
+        implementation, packed=packed, length=q_btnh.shape[1], dtype=q_btnh.dtype
+    )
     local = functools.partial(_LOCAL[name], window=window)
     if jax.sharding.get_abstract_mesh().empty:
         return local(q_btnh, k_btkh, v_btkh, segment_ids_bt)
@@ -52,12 +54,13 @@ def attention(
     )(q_btnh, k_btkh, v_btkh, segment_ids_bt)
 
 
-def resolve_implementation(implementation: str | None, *, packed: bool, dtype) -> str:
+def resolve_implementation(implementation: str | None, *, packed: bool, length: int, dtype) -> str:
     """The implementation that will run; ValueError when the one asked for cannot."""
     tpu = platform() == "tpu" and not is_old_tpu()
     cudnn = platform() == "gpu" and not packed and jnp.dtype(dtype).itemsize == 2
     if implementation is None:
-        return "splash" if tpu else "cudnn" if cudnn else "blockwise"
+        in_one_block = "reference" if length <= BLOCK else "blockwise"
+        return "splash" if tpu else "cudnn" if cudnn else in_one_block
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention {implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}, "

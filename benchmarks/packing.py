@@ -1,0 +1,128 @@
+"""Time of one update on answers of unequal length: padded, by token budget, packed.
+
+    python -m benchmarks.packing [--json=PATH] [--repeats=N]
+
+How to read it. The same student, teacher and batch for everyone: prompts of 16 to 64 tokens and
+answers whose lengths are lognormal (mean 128, at most 512), forward KL, AdamW. `padded rows` have
+room for the longest possible sequence; `dynamic batching` has rows of three lengths; `packing` puts
+sequences behind each other into rows as long as the padded ones. All compute at most as many tokens
+at once. `ratio` is the part of the padded rows' time, `padding` the share of the computed tokens
+that are none. `seconds` is a median of interleaved repeats. Before anything is timed, losses are
+compared: they must agree.
+
+On a CPU: a student of 20M and a teacher of 75M parameters in float32, 32 sequences, microbatches of
+4 full rows, the first two CPUs for everyone. On a GPU: the shapes of Qwen2.5-1.5B and 7B in
+bfloat16, and everything four times as long.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from benchmarks import harness
+from benchmarks.sampling_jobs import export_weights
+from benchmarks.train_step import CPU_WORKLOAD, CPUS, GPU_WORKLOAD, Workload, make_state_and_step
+from distill import cli
+from distill.data.packing import Layout, Shape
+from distill.microbatch import make_batch
+from distill.sampling.request import Rollout
+
+SEQUENCES, ROWS = 32, 4
+BASELINE = "padded rows"
+
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each implementation.", lower_bound=1)
+
+
+def main() -> None:
+    harness.check_json_path()
+    platform = harness.select_platform()
+    workload, scale = (CPU_WORKLOAD, 1) if platform == "cpu" else (GPU_WORKLOAD, 4)
+    if platform == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])  # the workers inherit it
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        for role in ("student", "teacher"):
+            export_weights(getattr(workload, role), workload.dtype, Path(folder) / role)
+        jobs = [
+            harness.Job(name, build_step, (workload, scale, layout, Path(folder)))
+            for name, layout in layouts(scale).items()
+        ]
+        measurements = harness.measure(jobs, _REPEATS.value)
+        padding = {
+            name: float(path.read_text())
+            for name, layout in layouts(scale).items()
+            if (path := _padding_file(Path(folder), layout)).exists()
+        }
+    rows = harness.compare(f"{SEQUENCES} sequences, {workload.title}", measurements, BASELINE)
+    for row in rows:
+        row["padding"] = padding.get(row["implementation"])
+    harness.print_rows(rows)
+    print(*harness.failures("packing", measurements), sep="\n")
+    harness.write_json(rows)
+
+
+def layouts(scale: int) -> dict[str, Layout]:
+    longest = 576 * scale
+    budget = ROWS * longest
+    lengths = [longest // 4, longest // 2, longest]
+    return {
+        BASELINE: Layout((Shape(ROWS, longest),)),
+        "dynamic batching": Layout(tuple(Shape(budget // n, n) for n in lengths)),
+        "packing": Layout((Shape(ROWS, longest),), packed=True),
+    }
+
+
+def arrays(vocab_size: int, scale: int) -> tuple:
+    """Arguments of `make_batch`."""
+    random = np.random.default_rng(0)
+    prompt, response = 64 * scale, 512 * scale
+    lengths_b = np.clip(random.lognormal(np.log(128 * scale) - 0.32, 0.8, SEQUENCES), 1, response)
+    shape = SEQUENCES, response
+    rollout = Rollout(
+        tokens_br=random.integers(1, vocab_size, shape).astype(np.int32),
+        lengths_b=lengths_b.astype(np.int32),
+        log_probs_br=np.zeros(shape, np.float32),
+        sampled_log_probs_br=np.zeros(shape, np.float32),
+        stopped_b=np.ones(SEQUENCES, bool),
+    )
+    prompts_bp = random.integers(1, vocab_size, (SEQUENCES, prompt)).astype(np.int32)
+    prompt_lengths_b = random.integers(prompt // 4, prompt + 1, SEQUENCES).astype(np.int32)
+    return prompts_bp, prompt_lengths_b, rollout, np.zeros(SEQUENCES, bool)
+
+
+def build_step(workload: Workload, scale: int, layout: Layout, folder: Path):
+    state, step = make_state_and_step(workload, folder)
+    batch = make_batch(*arrays(workload.student.vocab_size, scale), layout=layout, pad_id=0)
+    batch = jax.device_put(batch)
+    state, metrics = step(state, batch)
+    _check_same_loss(folder / "loss.txt", float(metrics["loss"]), workload.dtype)
+    _padding_file(folder, layout).write_text(str(float(metrics["padding"])))
+    held = [state]
+
+    def run():
+        held[0], metrics = step(held[0], batch)
+        jax.block_until_ready((held[0], metrics))
+
+    return run
+
+
+def _check_same_loss(path: Path, loss: float, dtype: str) -> None:
+    """The first one to come writes, the others compare."""
+    if not path.exists():
+        path.write_text(str(loss))
+    first = float(path.read_text())
+    if not np.isclose(loss, first, rtol=1e-4 if dtype == "float32" else 2e-2):
+        raise RuntimeError(f"a loss of {loss} instead of {first}: not the same work")
+
+
+def _padding_file(folder: Path, layout: Layout) -> Path:
+    return folder / f"padding-{len(layout.shapes)}-{layout.packed}.txt"
+
+
+if __name__ == "__main__":
+    cli.run(main)
