@@ -193,7 +193,9 @@ def _walk_chunks(step: Callable, carry, tokens: Tokens, size: int):
 
     def take(start):
         index_c = jax.lax.dynamic_slice_in_dim(order_t, start, size)
-        return jax.tree.map(lambda x: x.at[index_c].get(mode="fill", fill_value=0), tokens)
+        return jax.tree.map(
+            lambda x: jnp.take(x, index_c, axis=0, mode="fill", fill_value=0), tokens
+        )
 
     def walk(number, state):
         carry, outputs = state
