@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 
+from distill import processes
 from distill.errors import RunInterrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -21,15 +22,15 @@ class Interrupts:
     The first signal sets `requested` between `hold` and `release`; elsewhere nothing would be lost,
     so it ends the process at once with status 0. A second one always ends it at once, with status
     128 + its number. That is done by a thread which the C handler wakes: the main one may be inside
-    a compilation for minutes.
+    a compilation for minutes. Of several processes, all end as the one that is signalled does.
 
     Attributes:
-      requested: name of the signal, '' before.
+      requested: name of the signal, '' before; of one sent to another process, from `agree` on.
     """
 
     def __init__(self):
         self.requested = ""
-        self._held = False
+        self._held = self._received = False
 
     def hold(self) -> None:
         """From here on there is something to save."""
@@ -38,6 +39,11 @@ class Interrupts:
     def release(self) -> None:
         """Everything is saved."""
         self._held = False
+
+    def agree(self) -> str:
+        """Exchanges `requested` with the other processes, all of which call this at one point."""
+        self.requested = next(filter(None, processes.gather(self.requested)), "")
+        return self.requested
 
     def stop(self, what_is_saved: str) -> RunInterrupted:
         """The exception that ends the run."""
@@ -65,11 +71,12 @@ class Interrupts:
                     self._receive(signal.Signals(number[0]))
 
     def _receive(self, number: signal.Signals) -> None:
-        if self.requested:
+        # A scheduler signals all processes: that another's came first makes this no second one.
+        if self._received:
             _end(f"stopped at once by {number.name}: the last save is intact", 128 + number)
         if not self._held:
             _end(f"stopped by {number.name}: nothing was lost, the same command goes on", 0)
-        self.requested = number.name
+        self._received, self.requested = True, number.name
         _say(f"{number.name}: finishing the step and saving; a second signal ends the run at once")
 
 
@@ -84,4 +91,4 @@ def _say(line: str) -> None:
 def _end(line: str, status: int) -> None:
     sys.stdout.flush()
     _say(line)
-    os._exit(status)
+    processes.leave(line, status)
