@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -157,12 +156,13 @@ def test_signal_to_one_saves_in_both_and_one_process_goes_on(two, alone, togethe
 
 
 @pytest.mark.slow
-def test_death_of_one_ends_the_other_and_two_go_on(two, alone, together, tmp_path):
+def test_error_in_one_ends_both_and_two_go_on(two, alone, together, tmp_path):
+    """The other one is told, and does not wait until a heartbeat is missed."""
     shutil.copytree(together[0] / "scratch", tmp_path / "scratch")
-    started = time.monotonic()
-    done = two.start(tmp_path, fault="train:5:SIGKILL")
-    assert done[1].returncode == -9 and done[0].returncode not in (0, -9), done
-    assert time.monotonic() - started < 100, "only heartbeats told"
+    first, second = two.start(tmp_path, fault="train:5:error")
+    assert statuses([first, second]) == [1, 1], (first, second)
+    assert errors(first) == ["process 1: error: RuntimeError: a fault"]
+    assert "Traceback" in second.stderr and "error: RuntimeError: a fault" in second.stderr
     assert statuses(two.start(tmp_path)) == [0, 0]
     assert_same_run(tmp_path, alone)
 
