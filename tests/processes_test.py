@@ -144,26 +144,20 @@ def test_two_processes_make_the_run_of_one(alone, together):
 
 
 @pytest.mark.slow
-def test_signal_to_one_saves_in_both_and_one_process_goes_on(two, alone, together, tmp_path):
-    shutil.copytree(together[0] / "scratch", tmp_path / "scratch")
-    done = two.start(tmp_path, fault="train:4:SIGTERM")
-    assert statuses(done) == [0, 0], done
-    assert "step 4 is saved: the same command goes on from it" in done[0].stdout
-    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 4
-    assert not (tmp_path / "student").exists() and not (tmp_path / ".lock").exists()
-    distill.train(get_config(), tmp_path)
-    assert_same_run(tmp_path, alone)
-
-
-@pytest.mark.slow
-def test_error_in_one_ends_both_and_two_go_on(two, alone, together, tmp_path):
-    """The other one is told, and does not wait until a heartbeat is missed."""
+def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, together, tmp_path):
+    """Told of the error, process 0 ends at once: it does not wait until a heartbeat is missed."""
     shutil.copytree(together[0] / "scratch", tmp_path / "scratch")
     first, second = two.start(tmp_path, fault="train:5:error")
     assert statuses([first, second]) == [1, 1], (first, second)
     assert errors(first) == ["process 1: error: RuntimeError: a fault"]
     assert "Traceback" in second.stderr and "error: RuntimeError: a fault" in second.stderr
-    assert statuses(two.start(tmp_path)) == [0, 0]
+    # From step 3 on, so that this is step 4.
+    done = two.start(tmp_path, fault="train:1:SIGTERM")
+    assert statuses(done) == [0, 0], done
+    assert "step 4 is saved: the same command goes on from it" in done[0].stdout
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 4
+    assert not (tmp_path / "student").exists() and not (tmp_path / ".lock").exists()
+    distill.train(get_config(), tmp_path)
     assert_same_run(tmp_path, alone)
 
 
