@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from distill.errors import UserError
@@ -84,17 +84,20 @@ def join(
     given = dict(
         coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
     )
-    surrounded = _is_one_of_several()
-    _check_arguments(given, surrounded)
-    if num_processes == 1 or not (surrounded or any(x is not None for x in given.values())):
+    starter = _starter()
+    _check_arguments(given, starter)
+    if num_processes == 1:
         return
-    _initialize(given, timeout)
+    if None not in given.values():
+        _connect(*given.values(), None, timeout)
+    elif starter or any(given.values()) or _is_tpu_vm():
+        _find_and_connect(given, starter, timeout)
 
 
-def _check_arguments(given: dict[str, Any], surrounded: bool) -> None:
+def _check_arguments(given: dict[str, Any], starter: str) -> None:
     address, count, number = given.values()
     missing = [f"--{name}" for name, value in given.items() if value is None]
-    if 0 < len(missing) < 3 and not surrounded and count != 1:
+    if 0 < len(missing) < 3 and not starter and count != 1:
         there = ", ".join(f"--{name}={x}" for name, x in given.items() if x is not None)
         raise UserError(
             f"{there} came without {' and '.join(missing)}: pass all three, or none where Slurm, "
@@ -112,22 +115,20 @@ def _check_arguments(given: dict[str, Any], surrounded: bool) -> None:
         )
 
 
-def _is_one_of_several() -> bool:
-    """Whether the environment may speak of further processes."""
+def _starter() -> str:
+    """Who has started further processes beside this one, as the environment says; '' if nobody."""
     variables = os.environ
 
-    def number(name: str) -> int:
-        return int(variables.get(name) or 1)
+    def are_several(name: str) -> bool:
+        return variables.get(name, "1") not in ("", "0", "1")
 
+    # Without a step's list of nodes, this is a shell or a batch script, started once.
+    if "SLURM_STEP_NODELIST" in variables and are_several("SLURM_NTASKS"):
+        return "Slurm"
+    if are_several("OMPI_COMM_WORLD_SIZE"):
+        return "Open MPI"
     hosts = variables.get("TPU_PROCESS_ADDRESSES", variables.get("TPU_WORKER_HOSTNAMES", ""))
-    return (
-        # Without a step's list of nodes it is a shell or a batch script, started once.
-        ("SLURM_STEP_NODELIST" in variables and number("SLURM_NTASKS") > 1)
-        or number("OMPI_COMM_WORLD_SIZE") > 1
-        or number("MEGASCALE_NUM_SLICES") > 1
-        or "," in hosts
-        or _is_tpu_vm()
-    )
+    return "a TPU pod" if "," in hosts or are_several("MEGASCALE_NUM_SLICES") else ""
 
 
 def _is_tpu_vm() -> bool:
@@ -136,22 +137,43 @@ def _is_tpu_vm() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _initialize(given: dict[str, Any], timeout: int) -> None:
-    import jax
-    from jax._src import distributed
+def _find_and_connect(given: dict[str, Any], starter: str, timeout: int) -> None:
+    """Connects with what JAX finds for what is not given; where nobody is found, this is alone."""
     from jax._src.clusters import ClusterEnv
 
+    try:
+        # JAX's own search, as in jax.distributed.initialize: the roll is called with its result.
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            *given.values(), None, None, timeout
+        )
+        reason = "it does not know this kind of start"
+    except Exception as error:  # whatever its requests to servers of a cloud raise
+        found, reason = (None,) * 4, f"{type(error).__name__}: {error}"
+    if None not in found[:3]:
+        if found[1] > 1:
+            _connect(*found, timeout)
+    elif starter or any(given.values()):
+        raise UserError(
+            f"{starter or 'the flags'} speaks of several processes, but JAX does not find out "
+            f"about the others ({reason}): pass --coordinator_address, --num_processes and "
+            "--process_id"
+        )
+
+
+def _connect(
+    address: str, count: int, number: int, devices: Sequence[int] | None, timeout: int
+) -> None:
+    """Connects this process, which has these local devices or all, to the others."""
+    import jax
+    from jax._src import distributed
+
     global _run
-    # JAX's own search comes first: the roll is called with what it finds.
-    address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        *given.values(), None, None, timeout
-    )
-    if None in (address, count, number) or count == 1:
-        return
     call_the_roll(address, count, number, timeout)
     # JAX would take SIGTERM from `Interrupts`.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(address, count, number, devices, initialization_timeout=timeout)
+    jax.distributed.initialize(
+        address, count, number, devices, "deactivate", initialization_timeout=timeout
+    )
     _run = _Run(distributed.global_state.client, number, count)
     threading.Thread(target=_listen, args=(_run,), daemon=True).start()
     atexit.register(_run.ended.set)

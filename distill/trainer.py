@@ -277,7 +277,7 @@ class Saver:
         """Ends the run for a reason, but loses nothing."""
         self.save(step, state, position)
         self.checkpoints.close()
-        if self.interrupts.requested:  # the reason may be that servers were signalled too
+        if self.interrupts.agree():  # the reason may be that servers were signalled too
             raise self.interrupts.stop(_how_to_go_on(step)) from reason
         raise type(reason)(f"{reason} ({_how_to_go_on(step)})") from reason
 

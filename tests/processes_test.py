@@ -239,22 +239,40 @@ def test_a_plain_process_joins_nothing(arguments):
 @pytest.mark.parametrize(
     "environment, expected",
     [
-        ({}, False),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # a batch script
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-2]"}, True),
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"}, None),
+        (
+            {
+                "SLURM_JOB_ID": "4097", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-2],m3",
+                "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+            },
+            ("n1:61441", 4, 3, [1], 9),
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1,10.1.0.1:34911",
+            },
+            ("10.0.0.1:61441", 2, 1, [0], 9),
+        ),
     ],
-)
-def test_surroundings_that_speak_of_others(monkeypatch, environment, expected):
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+)  # fmt: skip
+def test_environment_says_what_is_not_given(monkeypatch, environment, expected):
+    calls = []
+    monkeypatch.setattr(processes, "_connect", lambda *values: calls.append(values))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes._is_one_of_several() is expected
+    processes.join(timeout=9)
+    assert calls == ([] if expected is None else [expected])
+
+
+def test_environment_that_jax_cannot_read_is_named(monkeypatch):
+    """Newer versions of Open MPI, and a pod without the cloud that answers."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="Open MPI speaks of several .*pass --coordinator_address"):
+        processes.join()
 
 
 def test_what_several_cannot_do_is_refused(tmp_path, monkeypatch):
