@@ -122,9 +122,9 @@ def _check_override_names(argv: Sequence[str]) -> None:
 def _fail(message: str, status: int = USAGE_ERROR) -> None:
     line = printable(_without_secrets(message))
     shown = line if len(line) <= _LONGEST_ERROR else f"{line[:_LONGEST_ERROR]} ..."
-    print(f"error: {shown}", file=sys.stderr)
     if processes.several():
         processes.leave(f"error: {shown}", status)
+    print(f"error: {shown}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
 from distill import processes
@@ -73,22 +72,16 @@ class Interrupts:
     def _receive(self, number: signal.Signals) -> None:
         # A scheduler signals all processes: that another's came first makes this no second one.
         if self._received:
-            _end(f"stopped at once by {number.name}: the last save is intact", 128 + number)
+            line = f"stopped at once by {number.name}: the last save is intact"
+            processes.leave(line, 128 + number)
         if not self._held:
-            _end(f"stopped by {number.name}: nothing was lost, the same command goes on", 0)
+            processes.leave(
+                f"stopped by {number.name}: nothing was lost, the same command goes on", 0
+            )
         self._received, self.requested = True, number.name
-        _say(f"{number.name}: finishing the step and saving; a second signal ends the run at once")
+        line = f"{number.name}: finishing the step and saving; a second signal ends the run at once"
+        os.write(2, f"\n{line}\n".encode())
 
 
 def _do_nothing(number: int, frame: object) -> None:
     pass
-
-
-def _say(line: str) -> None:
-    os.write(2, f"\n{line}\n".encode())
-
-
-def _end(line: str, status: int) -> None:
-    sys.stdout.flush()
-    _say(line)
-    processes.leave(line, status)

@@ -175,8 +175,9 @@ def _connect(
         address, count, number, devices, "deactivate", initialization_timeout=timeout
     )
     _run = _Run(distributed.global_state.client, number, count)
-    threading.Thread(target=_listen, args=(_run,), daemon=True).start()
-    atexit.register(_run.ended.set)
+    listener = threading.Thread(target=_listen, args=(_run,), daemon=True)
+    listener.start()
+    atexit.register(_hang_up, _run, listener)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
 
@@ -257,15 +258,11 @@ def _meet(name: str, seconds: int = _LONGEST_WAIT) -> None:
 
 
 def leave(line: str, status: int) -> NoReturn:
-    """Ends this process at once, and all others of the run, which show `line`."""
-    if _run is not None:
-        _run.leaving.acquire()  # a thread that comes second waits here for the end
-        # Whatever has become of the others, this one ends.
-        with contextlib.suppress(Exception):
-            said = json.dumps([_run.process, line, status])
-            _run.client.key_value_set(f"{_LEFT}{_run.process}", said)
-            _part()
-    _exit(status)
+    """Ends this process at once, and all others of the run; all of them show `line`."""
+    if _run is None:
+        _exit(line, status)
+    said = json.dumps([_run.process, line, status])
+    _part(line, status, lambda: _run.client.key_value_set(f"{_LEFT}{_run.process}", said))
 
 
 def _listen(run: _Run) -> None:
@@ -277,20 +274,27 @@ def _listen(run: _Run) -> None:
             return
         if said:
             number, line, status = json.loads(said[0][1])
-            run.leaving.acquire()
-            os.write(2, f"\nprocess {number}: {line}\n".encode())
-            with contextlib.suppress(Exception):
-                _part()
-            _exit(status)
+            _part(f"process {number}: {line}", status)
 
 
-def _part() -> None:
-    """Waits a little for all to know that the run has ended."""
-    _meet("distill/parting", _PARTING)
-    if _run.process == 0:  # the others are still being told, by this one
-        time.sleep(2 * _HEARING)
+def _part(line: str, status: int, tell: Callable[[], None] = lambda: None) -> NoReturn:
+    """Ends this process, but waits a little for all to know that the run has ended."""
+    _run.leaving.acquire()  # a thread that comes second waits here for the end
+    with contextlib.suppress(Exception):  # whatever has become of the others
+        tell()
+        _meet("distill/parting", _PARTING)
+        if _run.process == 0:  # the others are still being told, by this one
+            time.sleep(2 * _HEARING)
+    _exit(line, status)
 
 
-def _exit(status: int) -> NoReturn:
+def _exit(line: str, status: int) -> NoReturn:
     sys.stdout.flush()
+    os.write(2, f"\n{line}\n".encode())
     os._exit(status)
+
+
+def _hang_up(run: _Run, listener: threading.Thread) -> None:
+    """Before JAX closes the line on which the thread listens."""
+    run.ended.set()
+    listener.join()
