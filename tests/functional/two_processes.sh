@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A whole job in two processes, then the same one's student evaluated, exported and asked by two.
+# A whole job in two processes; then its student is exported, evaluated and asked by two.
 # Usage: bash tests/functional/two_processes.sh   (PYTHON=... to choose the interpreter)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 workdir=$(mktemp -d)
 trap 'rm -rf "$workdir"' EXIT
-export XLA_FLAGS="--xla_force_host_platform_device_count=2"
+export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=2"
 export JAX_COMPILATION_CACHE_DIR="$workdir/programs"
 
 # Starts a command of the package in two processes; fails if either does.
@@ -18,18 +18,18 @@ both() {
   "$python" -m "$@" --coordinator_address="127.0.0.1:$port" --num_processes=2 --process_id=1
   wait "$first"
 }
-config=(--config=configs/arithmetic.py:short --config.distillation.max_steps=60
-  --config.distillation.save_steps=30 --config.distillation.logging_steps=5
-  --config.mesh.data=2 --config.mesh.fsdp=2)
+config=(--config=configs/arithmetic.py:short --config.distillation.max_steps=30
+  --config.distillation.save_steps=15 --config.distillation.logging_steps=5
+  --config.policy.optimizer.learning_rate=5e-4 --config.data.validation.max_samples=64
+  --config.evaluation.batch_size=64 --config.mesh.data=2 --config.mesh.fsdp=2)
 
 both distill.main "${config[@]}" --workdir="$workdir/run"
-# The same command again finds the finished run and trains nothing; so does one process.
+# The same command again finds the finished run and trains nothing.
 cp "$workdir/run/metrics.jsonl" "$workdir/before.jsonl"
 both distill.main "${config[@]}" --workdir="$workdir/run"
 cmp "$workdir/before.jsonl" "$workdir/run/metrics.jsonl"
 
-both distill.preflight "${config[@]}"
-both distill.export "${config[@]}" --workdir="$workdir/run" --output="$workdir/again" --checkpoint=60
+both distill.export "${config[@]}" --workdir="$workdir/run" --output="$workdir/again" --checkpoint=30
 cmp "$workdir/again/model.safetensors" "$workdir/run/student/model.safetensors"
 both distill.evaluate "${config[@]}" --model="$workdir/run/student" \
   --output="$workdir/evaluation.json"
@@ -47,7 +47,7 @@ results = json.loads((workdir / "run/results.json").read_text())
 lines = [json.loads(line) for line in (workdir / "run/metrics.jsonl").read_text().splitlines()]
 losses = [line["loss"] for line in lines if "loss" in line]
 base, student, teacher = results["base"], results["student"], results["teacher"]
-assert losses[-1] < 0.9 * losses[0], f"loss went from {losses[0]} to {losses[-1]}"
+assert len(losses) == 6 and losses[-1] < losses[0], losses
 assert student["reverse_kl"] < base["reverse_kl"], results
 assert abs(teacher["forward_kl"]) < 1e-5, results
 again = json.loads((workdir / "evaluation.json").read_text())["student"]
