@@ -25,6 +25,7 @@ lint: $(VENV)/.installed-test
 functional: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/distillation.sh
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/gsm8k.sh
+	PYTHON=$(abspath $(BIN))/python bash tests/functional/two_processes.sh
 
 # Known weaknesses of the installed packages. Strict, because an index that
 # lists none would otherwise be reported as "none known".

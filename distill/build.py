@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from distill import build_vllm
+from distill import build_vllm, processes
 from distill import optimizer as optimizers
 from distill.checkpoint import Checkpoints, SaveSchedule
 from distill.config import Config, to_flat_dict, tokens_per_microbatch
@@ -26,7 +26,7 @@ from distill.errors import UserError
 from distill.evaluate import Evaluator, Model
 from distill.health import Health
 from distill.losses.objective import Objective, make_objective
-from distill.metrics import MetricsWriter, Progress
+from distill.metrics import MetricsWriter, NoWriter, Progress
 from distill.microbatch import Batch
 from distill.models.hf import load_model_config, load_params
 from distill.models.hub import resolve_model
@@ -91,11 +91,7 @@ def import_plugins(config: Config) -> None:
 def build_mesh(config: Config) -> Mesh:
     """The trainer's mesh; checks that batches can be split over it."""
     devices, sampler_devices = _split_devices(config)
-    if jax.process_count() > 1:
-        raise UserError(
-            f"{jax.process_count()} processes were started: runs of several processes are not "
-            "supported yet; start one process per run, with all its devices"
-        )
+    _check_processes(config)
     try:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     except UserError as error:
@@ -122,6 +118,24 @@ def build_mesh(config: Config) -> Mesh:
             f"devices (mesh data x fsdp): try {-(-config.evaluation.batch_size // parts) * parts}"
         )
     return mesh
+
+
+def _check_processes(config: Config) -> None:
+    """Refuses what several processes cannot do."""
+    if jax.process_count() == 1:
+        return
+    if not processes.several():
+        raise UserError(
+            f"{jax.process_count()} processes see each other's devices, but cannot speak to each "
+            "other: pass --coordinator_address, --num_processes and --process_id"
+        )
+    generation, teacher = config.policy.generation, config.teacher
+    for key, backend in (("policy.generation", generation.backend), ("teacher", teacher.backend)):
+        if backend == "vllm":
+            raise UserError(
+                f"{key}.backend=vllm works within one process, and {jax.process_count()} were "
+                "started: use the devices themselves, or one process"
+            )
 
 
 def build_sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
@@ -157,12 +171,13 @@ def _split_devices(config: Config) -> tuple[list[jax.Device], list[jax.Device]]:
 
 
 def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
-    """Function that places this host's rows of a batch on the mesh."""
+    """Function that places a batch, which every process has whole, on the mesh."""
 
     def put(rows: np.ndarray) -> jax.Array:
         rows = np.asarray(rows)
         sharding = named_sharding(mesh, "batch", *[None] * (rows.ndim - 1))
-        return jax.make_array_from_process_local_data(sharding, rows)
+        # Of what its own devices hold, a process cuts its shards.
+        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
     return put
 
@@ -249,6 +264,12 @@ def build_prompts(
         system_prompt=config.data.system_prompt,
         prompt_template=config.data.prompt_template,
     )
+
+
+def check_same_data(prompts: Prompts) -> None:
+    """Raises UserError unless all processes have read the same prompts: each holds all of them."""
+    if processes.several():
+        processes.check_same("data", {"digest of the prompts": prompts.digest()})
 
 
 def build_model(
@@ -391,15 +412,13 @@ def build_evaluator(
 
 
 def build_iterator(config: Config, prompts: Prompts):
-    """Endless iterator over this host's prompts of every step."""
+    """Endless iterator over the prompts of every step, the same in all processes."""
     policy, strategy = config.policy, config.distillation.generate_strategy
     return make_train_iterator(
         prompts,
         batch_size=policy.train_global_batch_size // strategy.num_generations,
         seed=config.seed,
         shuffle=config.data.shuffle,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
 
 
@@ -528,12 +547,16 @@ def build_progress(
 ) -> Progress:
     """The run's log, from `step` on; `record` is that of its checkpoint, {} at the start."""
     logger, distillation = config.logger, config.distillation
-    writer = MetricsWriter(
-        workdir,
-        resume_step=step,
-        resume_size=record.get("log_size", 0),
-        wandb_project=logger.wandb_project if logger.wandb_enabled else None,
-        config=to_flat_dict(config),
+    writer = (
+        MetricsWriter(
+            workdir,
+            resume_step=step,
+            resume_size=record.get("log_size", 0),
+            wandb_project=logger.wandb_project if logger.wandb_enabled else None,
+            config=to_flat_dict(config),
+        )
+        if processes.is_first()
+        else NoWriter()
     )
     progress = Progress(
         writer,
@@ -545,7 +568,7 @@ def build_progress(
         max_skipped_steps=distillation.max_skipped_steps,
         health=Health(logger.warn, quiet_steps=logger.warn.every * distillation.logging_steps),
         names=lambda rows: [dataset[int(row)].id for row in dict.fromkeys(rows.tolist())],
-        show_bar=logger.progress_bar,
+        show_bar=logger.progress_bar and processes.is_first(),
     )
     if record:
         progress.restore(record["progress"])

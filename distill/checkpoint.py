@@ -9,6 +9,9 @@ A checkpoint is a folder named after its step:
 
 It is written as STEP.partial and renamed when it is whole, checksums included: whenever a run is
 killed, a folder named after a step was finished. Older ones are removed only after that.
+
+Several processes write into one folder, each its shards of the state; the first does the rest, and
+tells the others what it sees there.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from distill import processes
 from distill.config import BEST_METRICS
 from distill.errors import RunStopped, UserError
 from distill.manifest import find_damage, write_manifest
@@ -37,6 +41,9 @@ PARTIAL, REMOVED, TORN = ".partial", ".removed", ".torn"
 
 class Checkpoints:
     """The checkpoints of a run; one save at a time goes on beside the loop.
+
+    Of several processes, all call `save`, `restore` and `close`; `sweep`, `latest_intact`, `best`
+    and `is_best` look into the folder and are for the first (`processes.from_first`).
 
     Args:
       folder: holds them; made by the first save.
@@ -112,14 +119,16 @@ class Checkpoints:
           RunStopped: the save before has failed.
         """
         self._wait()
-        if self.path(step).exists():
+        if processes.from_first(self.path(step).exists):
             return
         partial = self._folder / f"{step}{PARTIAL}"
         try:
-            partial.mkdir(parents=True)
-            (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-            if arrays:
-                np.savez(partial / ARRAYS, **arrays)
+            if processes.is_first():
+                partial.mkdir(parents=True)
+                (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+                if arrays:
+                    np.savez(partial / ARRAYS, **arrays)
+            processes.sync(f"saving {partial}")
             self._orbax.save(partial / STATE, state)
         except Exception as error:
             raise self._failed(step, error) from error
@@ -178,6 +187,13 @@ class Checkpoints:
     def _finish(self, partial: Path) -> None:
         """The part of a save that runs in the thread."""
         self._orbax.wait_until_finished()
+        if processes.is_first():
+            self._publish(partial)
+        # Nobody takes for saved what the first has not finished.
+        processes.sync(f"saved {partial}")
+
+    def _publish(self, partial: Path) -> None:
+        """Gives a whole checkpoint its name, and removes older ones."""
         write_manifest(partial)
         os.rename(partial, partial.with_suffix(""))
         _sync(self._folder)
@@ -200,7 +216,8 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> RunStopped:
         # What is there of it may fill the disk that is full.
-        shutil.rmtree(self._folder / f"{step}{PARTIAL}", ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(self._folder / f"{step}{PARTIAL}", ignore_errors=True)
         steps = self.steps()
         there = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier one"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -211,7 +228,10 @@ class Checkpoints:
 
 
 class SaveSchedule:
-    """Which steps are saved; saving alters nothing that is computed, so this may follow a clock."""
+    """Which steps are saved; saving alters nothing that is computed, so this may follow a clock.
+
+    Of several processes, the first one's decides for all (`processes.from_first`).
+    """
 
     def __init__(self, *, every_steps: int, every_minutes: float, max_steps: int):
         self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
@@ -219,7 +239,6 @@ class SaveSchedule:
 
     def is_due(self, step: int) -> bool:
         due = step == self._max_steps or (self._every_steps > 0 and step % self._every_steps == 0)
-        # With several hosts, the first one's clock would have to decide for all of them.
         waited = time.monotonic() - self._saved
         return due or 0 < self._every_seconds <= waited
 

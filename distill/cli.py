@@ -7,12 +7,14 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from distill import processes
 from distill.config import CREDENTIALS, known_keys, unknown_key
 from distill.errors import RunInterrupted, RunStopped, UserError, printable
 
@@ -31,8 +33,34 @@ def define_config_flag() -> flags.FlagHolder:
     )
 
 
+def _define_process_flags() -> None:
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT where process 0 of several listens. Slurm, Open MPI and TPU pods say this and "
+        "the next two themselves.",
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
+    flags.DEFINE_integer(
+        "initialization_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
+    )
+
+
+def join_processes() -> None:
+    """Joins the other processes of the run, if flags or the environment speak of any."""
+    values = flags.FLAGS
+    processes.join(
+        values.coordinator_address,
+        values.num_processes,
+        values.process_id,
+        timeout=values.initialization_timeout,
+    )
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`; never returns."""
+    _define_process_flags()
     # The user's own choice, but for one thing: nobody else may write to what a run leaves.
     os.umask(os.umask(0o077) | 0o002)
     app.run(lambda _: _call(main), flags_parser=_parse_flags)
@@ -63,11 +91,15 @@ def _call(main: Callable[[], None]) -> None:
         _fail(str(error))
     except RunStopped as error:
         _fail(str(error), status=1)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        where = f" for {error.filename}" if error.filename else ""
-        _fail(f"the disk has no room left{where}: make room, and give the same command", status=1)
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            where = f" for {error.filename}" if error.filename else ""
+            line = f"the disk has no room left{where}: make room, and give the same command"
+            _fail(line, status=1)
+        if processes.several():  # the others would wait for this one
+            traceback.print_exc()
+            _fail(f"{type(error).__name__}: {error}", status=1)
+        raise
 
 
 def required_config(holder: flags.FlagHolder) -> ConfigDict:
@@ -90,6 +122,8 @@ def _check_override_names(argv: Sequence[str]) -> None:
 def _fail(message: str, status: int = USAGE_ERROR) -> None:
     line = printable(_without_secrets(message))
     shown = line if len(line) <= _LONGEST_ERROR else f"{line[:_LONGEST_ERROR]} ..."
+    if processes.several():
+        processes.leave(f"error: {shown}", status)
     print(f"error: {shown}", file=sys.stderr)
     sys.exit(status)
 

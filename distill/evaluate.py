@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from distill import cli
+from distill import cli, processes
 from distill.data.base import DatasetInterface
 from distill.data.pipeline import eval_batches
 from distill.data.prompts import Prompts
@@ -33,7 +33,7 @@ from distill.metrics import write_atomically
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine
 from distill.sampling.request import Rollout, RolloutRequest, to_sequences
-from distill.sharding import constrain
+from distill.sharding import constrain, constrain_whole
 
 ROLES = ("base", "student", "teacher")
 
@@ -146,8 +146,10 @@ class Evaluator:
         examples = [self._dataset[int(row)] for row in self.prompts.rows]
         if any(example.answer is None for example in examples):
             return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
+        mine = processes.share(len(answers))
         with Grader(time_limit=self._timeout) as grader:
-            right = sum(grader.grade(self._dataset, examples, answers))
+            verdicts = grader.grade(self._dataset, examples[mine], answers[mine])
+        right = sum(processes.gather(sum(verdicts)))
         low, high = wilson_interval(right, len(answers))
         return dict(accuracy=right / len(answers), accuracy_low=low, accuracy_high=high)
 
@@ -199,7 +201,7 @@ def _divergence_sums(
         vocab_size=vocab_size,
         weights=weights_bt.reshape(-1),
     )
-    return values_nt.sum(axis=1)
+    return constrain_whole(values_nt.sum(axis=1))
 
 
 def format_table(results: dict[str, dict[str, Any]]) -> str:
@@ -231,11 +233,12 @@ def main() -> None:
     config = cli.required_config(config_flag)
     if not model_flag.value:
         raise UserError("pass --model=PATH, the Hugging Face checkpoint to evaluate")
+    cli.join_processes()
     from distill.trainer import evaluate_checkpoint
 
     results = evaluate_checkpoint(config, model_flag.value)
     print(format_table(results))
-    if output_flag.value:
+    if output_flag.value and processes.is_first():
         write_atomically(Path(output_flag.value), json.dumps(results, indent=2) + "\n")
 
 

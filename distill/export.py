@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill import build, cli
+from distill import build, cli, processes
 from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
 from distill.config import RESUMABLE_CHANGES, parse_config, to_flat_dict
 from distill.errors import UserError
@@ -41,9 +41,14 @@ def export_checkpoint(
     build.import_plugins(parsed)
     workdir, output = (Path(path).expanduser().absolute() for path in (workdir, output))
     checkpoints = build.build_checkpoints(parsed, workdir)
-    step = _find_step(checkpoints, checkpoint, parsed.checkpointing.best_metric)
-    if damage := find_damage(checkpoints.path(step)):
-        raise UserError(f"the checkpoint {checkpoints.path(step)} is damaged ({damage})")
+
+    def find() -> int:
+        step = _find_step(checkpoints, checkpoint, parsed.checkpointing.best_metric)
+        if damage := find_damage(checkpoints.path(step)):
+            raise UserError(f"the checkpoint {checkpoints.path(step)} is damaged ({damage})")
+        return step
+
+    step = processes.from_first(find)
     saved = checkpoints.record(step)["config"]
     check_same_run(saved, to_flat_dict(parsed), RESUMABLE_CHANGES)
     mesh = build.build_mesh(parsed)
@@ -81,6 +86,7 @@ def main() -> None:
     config = cli.required_config(config_flag)
     if not workdir_flag.value or not output_flag.value:
         raise UserError("pass --workdir=FOLDER of the run and --output=FOLDER to write")
+    cli.join_processes()
     step = export_checkpoint(config, workdir_flag.value, output_flag.value, checkpoint_flag.value)
     print(f"student of step {step}: {output_flag.value}")
 

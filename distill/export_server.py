@@ -56,6 +56,7 @@ def main() -> None:
     config = cli.required_config(config_flag)
     if not output_flag.value:
         raise UserError("pass --output=FOLDER, which the server will be started from")
+    cli.join_processes()
     folder = export_server(config, output_flag.value, model_flag.value)
     print(f"start vLLM with: --model {folder}")
 

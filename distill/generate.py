@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from distill import build, cli
+from distill import build, cli, processes
 from distill.config import Config, parse_config
 from distill.data.base import Example
 from distill.data.prompts import wrap_prompt
@@ -70,7 +70,11 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
     counts = {"written": 0, "truncated": 0}
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("w") as file, tqdm(total=len(prompts), unit="prompt") as bar:
+    writes = processes.is_first()
+    with (
+        open(temporary if writes else os.devnull, "w") as file,
+        tqdm(total=len(prompts), unit="prompt", disable=not writes) as bar,
+    ):
         bar.write(f"data: {prompts.summary()}")
         for start in range(0, len(prompts), _PROMPTS_PER_REQUEST):
             tokens = tuple(prompts.prompt_tokens[start : start + _PROMPTS_PER_REQUEST])
@@ -87,7 +91,8 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
                     line = _line(example, text, row % repeats, template)
                     file.write(json.dumps(line) + "\n")
             bar.update(len(tokens))
-    os.replace(temporary, output)
+    if writes:
+        os.replace(temporary, output)
     return counts
 
 
@@ -105,6 +110,7 @@ def main() -> None:
         raise UserError("pass --model=PATH: the config names no distillation.teacher_model_path")
     if not output_flag.value:
         raise UserError("pass --output=FILE.jsonl")
+    cli.join_processes()
     counts = generate(config, model_path, output_flag.value)
     print(f"{output_flag.value}: {counts['written']} answers, {counts['truncated']} cut off")
 

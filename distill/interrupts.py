@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
+from distill import processes
 from distill.errors import RunInterrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -21,15 +21,15 @@ class Interrupts:
     The first signal sets `requested` between `hold` and `release`; elsewhere nothing would be lost,
     so it ends the process at once with status 0. A second one always ends it at once, with status
     128 + its number. That is done by a thread which the C handler wakes: the main one may be inside
-    a compilation for minutes.
+    a compilation for minutes. Of several processes, all end as the one that is signalled does.
 
     Attributes:
-      requested: name of the signal, '' before.
+      requested: name of the signal, '' before; of one sent to another process, from `agree` on.
     """
 
     def __init__(self):
         self.requested = ""
-        self._held = False
+        self._held = self._received = False
 
     def hold(self) -> None:
         """From here on there is something to save."""
@@ -38,6 +38,11 @@ class Interrupts:
     def release(self) -> None:
         """Everything is saved."""
         self._held = False
+
+    def agree(self) -> str:
+        """Exchanges `requested` with the other processes, all of which call this at one point."""
+        self.requested = next(filter(None, processes.gather(self.requested)), "")
+        return self.requested
 
     def stop(self, what_is_saved: str) -> RunInterrupted:
         """The exception that ends the run."""
@@ -65,23 +70,18 @@ class Interrupts:
                     self._receive(signal.Signals(number[0]))
 
     def _receive(self, number: signal.Signals) -> None:
-        if self.requested:
-            _end(f"stopped at once by {number.name}: the last save is intact", 128 + number)
+        # A scheduler signals all processes: that another's came first makes this no second one.
+        if self._received:
+            line = f"stopped at once by {number.name}: the last save is intact"
+            processes.leave(line, 128 + number)
         if not self._held:
-            _end(f"stopped by {number.name}: nothing was lost, the same command goes on", 0)
-        self.requested = number.name
-        _say(f"{number.name}: finishing the step and saving; a second signal ends the run at once")
+            processes.leave(
+                f"stopped by {number.name}: nothing was lost, the same command goes on", 0
+            )
+        self._received, self.requested = True, number.name
+        line = f"{number.name}: finishing the step and saving; a second signal ends the run at once"
+        os.write(2, f"\n{line}\n".encode())
 
 
 def _do_nothing(number: int, frame: object) -> None:
     pass
-
-
-def _say(line: str) -> None:
-    os.write(2, f"\n{line}\n".encode())
-
-
-def _end(line: str, status: int) -> None:
-    sys.stdout.flush()
-    _say(line)
-    os._exit(status)

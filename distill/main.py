@@ -17,6 +17,7 @@ def main() -> None:
     if not _WORKDIR.value:
         raise cli.UserError("pass --workdir=FOLDER, where checkpoints and results go")
     with Interrupts() as interrupts:
+        cli.join_processes()
         # Imported late: a wrong flag should not wait for JAX.
         from distill.trainer import train
 

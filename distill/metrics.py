@@ -77,6 +77,22 @@ class MetricsWriter:
             self._wandb.finish()
 
 
+class NoWriter:
+    """In the place of `MetricsWriter` in all processes but the first, which alone writes."""
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        pass
+
+    def note(self, step: int, fields: dict[str, Any]) -> None:
+        pass
+
+    def size(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 def import_wandb():
     try:
         import wandb
@@ -123,7 +139,7 @@ class Progress:
 
     def __init__(
         self,
-        writer: MetricsWriter,
+        writer: MetricsWriter | NoWriter,
         schedule: Callable[[int], Any],
         *,
         first_step: int,

@@ -19,12 +19,12 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from distill import build, cli
+from distill import build, cli, processes
 from distill.config import Config, parse_config
 from distill.errors import UserError
 from distill.evaluate import Model
 from distill.preflight_checks import CHECKS, Problem, Subject
-from distill.scratch import make_missing_models
+from distill.scratch import make_missing_models, missing_models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,11 @@ def preflight_alone(config: ConfigDict) -> list[Finding]:
       UserError: the first problem, of the checks or of the config.
     """
     parsed = _without_pretraining(parse_config(config))
+    if processes.several() and (missing := missing_models(parsed)):
+        raise UserError(
+            f"the {missing[0]} would be made from scratch in a temporary folder, which several "
+            "processes do not share: name a folder of the model, or check with one process"
+        )
     build.import_plugins(parsed)
     objective, mesh = build.build_objective(parsed), build.build_mesh(parsed)
     sampler_mesh = build.build_sampler_mesh(parsed, mesh)
@@ -121,7 +126,9 @@ def _without_pretraining(config: Config) -> Config:
 
 
 def main() -> None:
-    preflight_alone(cli.required_config(config_flag))
+    config = cli.required_config(config_flag)
+    cli.join_processes()
+    preflight_alone(config)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
+from distill import processes
 from distill.build import build_dataset
 from distill.checkpoint import check_same_run
 from distill.config import RESUMABLE_CHANGES, Config, Pretrain, Shape, to_flat_dict
@@ -53,10 +54,7 @@ def make_missing_models(
         "student": (policy.shape, policy.pretrain),
         "teacher": (teacher.shape, teacher.pretrain),
     }
-    missing = [role for role, path in paths.items() if not path]
-    needs_teacher = not distillation.hard_labels and teacher.backend == "local"
-    if not needs_teacher and "teacher" in missing:
-        missing.remove("teacher")
+    missing = missing_models(config)
     if not missing:
         return config
     tokenizer = _make_tokenizer(config)
@@ -71,6 +69,14 @@ def make_missing_models(
         distillation=dataclasses.replace(distillation, teacher_model_path=paths["teacher"]),
         policy=dataclasses.replace(policy, model_name=paths["student"]),
     )
+
+
+def missing_models(config: Config) -> list[str]:
+    """Which of student and teacher the config names no path for, though the run needs one."""
+    distillation = config.distillation
+    needs_teacher = not distillation.hard_labels and config.teacher.backend == "local"
+    missing = [] if config.policy.model_name else ["student"]
+    return missing + ["teacher"] * (needs_teacher and not distillation.teacher_model_path)
 
 
 def _make_tokenizer(config: Config):
@@ -111,12 +117,12 @@ def _make_model(
 ) -> str:
     initial = folder / "initial"
     # An export appears whole or not at all, so a folder that is there is complete.
-    if not initial.exists():
+    if not processes.from_first(initial.exists):
         _export_random_model(initial, shape, tokenizer, config, seed_offset=role == "teacher")
     if pretrain.steps == 0:
         return str(initial)
     trained = folder / "pretrain" / "student"
-    if not trained.exists():
+    if not processes.from_first(trained.exists):
         supervise(_supervised(config, initial, pretrain), folder / "pretrain")
     return str(trained)
 
@@ -126,7 +132,7 @@ def _check_same_models(config: Config, path: Path) -> None:
     current = to_flat_dict(config)
     if path.exists():
         check_same_run(read_json(path), current, (*RESUMABLE_CHANGES, "distillation."))
-    else:
+    elif processes.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(current, indent=2) + "\n")
 

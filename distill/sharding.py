@@ -111,6 +111,11 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def constrain_whole(arrays):
+    """Pins a jitted function's results to every device: any process can read them then."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), arrays)
+
+
 def mesh_axes(logical_axis: str) -> tuple[str, ...]:
     """Axes of the current mesh (`jax.set_mesh`), longer than 1, that hold a logical axis.
 

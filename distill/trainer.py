@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from distill import build
+from distill import build, processes
 from distill.build_vllm import build_remote_teacher
 from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
 from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
@@ -64,6 +64,7 @@ def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None
       RunInterrupted: `interrupts` was signalled, and everything is saved.
     """
     parsed = parse_config(config)
+    processes.check_same("config", to_flat_dict(parsed))
     return run(parsed, Path(workdir).expanduser().resolve(), interrupts or Interrupts())
 
 
@@ -92,6 +93,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         prompts = build.build_prompts(
             config, dataset, vocabulary.tokenizer, needs_responses=config.distillation.lambda_ < 1
         )
+        build.check_same_data(prompts)
         iterator = build.build_iterator(config, prompts)
         evaluator = (
             None
@@ -162,10 +164,13 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             if evaluator is None:
                 return
             evaluation = dataclasses.asdict(evaluator(model, teacher))
-            if interrupts.requested:  # of all processes, perhaps: graders that died make it wrong
+            if interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
                 return
             results[role], saver.evaluated = evaluation, step
             progress.evaluation(step, role, evaluation)
+
+        def save_is_due() -> bool:
+            return saves.is_due(step) or saver.is_best(step)
 
         # ------------------------------------------------------------------------------- loop
         if "base" not in results:
@@ -176,12 +181,13 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         while True:
             evaluating = step == max_steps or (eval_steps > 0 and step % eval_steps == 0)
             # One that a signal prevented or spoilt is made up for when the run goes on.
-            if evaluating and saver.evaluated < step and not interrupts.requested:
+            if evaluating and saver.evaluated < step and not interrupts.agree():
                 evaluate("student", Model(graph, state.params))
-            if interrupts.requested or (step and (saves.is_due(step) or saver.is_best(step))):
+            stopping = interrupts.agree()
+            if stopping or (step and processes.from_first(save_is_due)):
                 saver.save(step, state, batches.position)
                 saves.restart_clock()
-            if interrupts.requested or step == max_steps:
+            if stopping or step == max_steps:
                 break
             progress.begin_step(step, state)
             position = batches.position
@@ -207,7 +213,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         progress.close()
         checkpoints.close()
         interrupts.release()
-        if interrupts.requested:
+        if stopping:
             raise interrupts.stop(_how_to_go_on(step))
         backend.stop()
 
@@ -215,7 +221,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         folder = workdir / "student"
         export_student(config, folder, student_folder, state.params, vocabulary)
         if results:
-            write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+            if processes.is_first():
+                write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
             print(format_table(results))
         print(f"student: {folder}", flush=True)
         return Result(results, folder, step)
@@ -268,7 +275,7 @@ class Saver:
         """Ends the run for a reason, but loses nothing."""
         self.save(step, state, position)
         self.checkpoints.close()
-        if self.interrupts.requested:  # the reason may be that servers were signalled too
+        if self.interrupts.agree():  # the reason may be that servers were signalled too
             raise self.interrupts.stop(_how_to_go_on(step)) from reason
         raise type(reason)(f"{reason} ({_how_to_go_on(step)})") from reason
 
@@ -306,8 +313,12 @@ def find_progress(config: Config, checkpoints: Checkpoints) -> tuple[int, dict[s
     Raises:
       UserError: it is damaged, or belongs to a run with another config.
     """
-    checkpoints.sweep()
-    step = checkpoints.latest_intact(config.checkpointing.on_torn)
+
+    def find() -> int | None:
+        checkpoints.sweep()
+        return checkpoints.latest_intact(config.checkpointing.on_torn)
+
+    step = processes.from_first(find)
     if step is None:
         return 0, {}
     record = checkpoints.record(step)

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run at a time."""
+"""A run's folder belongs to one run at a time, and is seen by all of its processes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill import processes
 from distill.errors import UserError
 
 LOCK = ".lock"
@@ -19,11 +20,26 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 def claim_workdir(workdir: Path) -> Iterator[None]:
     """Holds the folder for this run; the kernel lets go when the process dies, in whatever way.
 
-    The folder is made if need be, and removed again if nothing came into it.
+    The folder is made if need be, and removed again if nothing came into it. Of several processes,
+    the first does all that, and the others make sure that they see it.
 
     Raises:
-      UserError: another run has it, or it cannot be written to.
+      UserError: another run has it, it cannot be written to, or not all processes see it.
     """
+    with contextlib.ExitStack() as held:
+        if processes.is_first():
+            held.enter_context(_claim(workdir))
+        processes.sync(f"claimed {workdir}")
+        if not (workdir / LOCK).exists():
+            raise UserError(
+                f"the workdir {workdir} of process 0 is not to be seen here: all processes need "
+                "one folder, on a file system that they share"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _claim(workdir: Path) -> Iterator[None]:
     lock, made = workdir / LOCK, not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)

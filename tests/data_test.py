@@ -708,38 +708,8 @@ class TestPipeline:
         iterator.set_state(state)
         assert_same(take(iterator, 6), expected)
 
-    @pytest.mark.parametrize("hosts", [2, 4])
-    def test_hosts_partition_the_global_batch(self, hosts):
-        options = dict(batch_size=8, seed=1, shuffle=True)
-        whole = take(make_train_iterator(make_prompts(11, True), **options), 4)
-        parts = [
-            make_train_iterator(
-                make_prompts(11, True), **options, process_index=host, process_count=hosts
-            )
-            for host in range(hosts)
-        ]
-        for batch in whole:
-            slices = [next(part) for part in parts]
-            for name, value in vars(batch).items():
-                joined = np.concatenate([getattr(part, name) for part in slices])
-                np.testing.assert_array_equal(joined, value, err_msg=name)
-        assert len({str(part.get_state()) for part in parts}) == 1
-
-    def test_batch_must_divide_by_hosts(self):
-        with pytest.raises(ValueError, match="multiple"):
-            make_train_iterator(
-                make_prompts(4), batch_size=3, seed=0, shuffle=False, process_count=2
-            )
-
     def test_eval_batches(self):
         batches = list(eval_batches(make_prompts(5), 3))
         assert [batch.row_b.tolist() for batch, _ in batches] == [[0, 10, 20], [30, 40, 0]]
         assert [valid.tolist() for _, valid in batches] == [[True] * 3, [True, True, False]]
         assert batches[1][0].prompt_tokens_bp.shape == (3, 8)
-
-    def test_eval_batches_on_two_hosts(self):
-        parts = [
-            list(eval_batches(make_prompts(5), 4, process_index=h, process_count=2)) for h in (0, 1)
-        ]
-        rows = [batch.row_b[valid].tolist() for part in parts for batch, valid in part]
-        assert rows == [[0, 10], [40], [20, 30], []]

@@ -13,7 +13,7 @@ from distill.data.prompts import Prompts
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """One host's rows of a batch (b rows, p prompt positions, r response positions).
+    """Rows of a batch (b rows, p prompt positions, r response positions).
 
     Attributes:
         index_b: position in the endless stream, int64: another one for every row of every epoch,
@@ -39,27 +39,22 @@ def make_train_iterator(
     batch_size: int,
     seed: int,
     shuffle: bool,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless iterator over this host's slices of the global batches.
+    """Endless iterator over the batches of all steps, the same in every process.
 
-    Step n's global batch depends on nothing but `prompts`, `batch_size`, `seed` and `shuffle`, so
-    `get_state` and `set_state` (a dict with one integer, the same on all hosts) continue exactly,
-    on any number of hosts. A batch may span two epochs; no row is skipped.
+    Step n's batch depends on nothing but `prompts`, `batch_size`, `seed` and `shuffle`, so
+    `get_state` and `set_state` (a dict with one integer) continue exactly, in any number of
+    processes. A batch may span two epochs; no row is skipped.
 
     Args:
         prompts: the rows to serve.
-        batch_size: prompts per step over all hosts; a multiple of `process_count`.
+        batch_size: prompts per step.
         seed: of the shuffle.
         shuffle: draw a new order every epoch; False keeps the dataset's order, its curriculum.
-        process_index: this host.
-        process_count: number of hosts.
     """
     positions = grain.MapDataset.range(len(prompts))
     if shuffle:
         positions = positions.shuffle(seed=seed % 2**32)
-    mine = _host_slice(batch_size, process_index, process_count)
     batches = (
         positions.repeat()
         .map_with_index(lambda index, position: (index, position))
@@ -67,32 +62,22 @@ def make_train_iterator(
         .batch(
             batch_size,
             drop_remainder=True,
-            batch_fn=lambda pairs: _collate(prompts, pairs[mine]),
+            batch_fn=lambda pairs: _collate(prompts, pairs),
         )
     )
     # All data is in memory: reading threads would only compete with the trainer.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def eval_batches(
-    prompts: Prompts, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[tuple[PromptBatch, np.ndarray]]:
+def eval_batches(prompts: Prompts, batch_size: int) -> Iterator[tuple[PromptBatch, np.ndarray]]:
     """Yields (batch, valid_b) so that every row is valid exactly once, in order.
 
     The last batch is filled up with repeated rows, for which valid_b is False.
     """
-    mine = _host_slice(batch_size, process_index, process_count)
     for start in range(0, len(prompts), batch_size):
-        indices = range(start, start + batch_size)[mine]
+        indices = range(start, start + batch_size)
         pairs = [(index, index % len(prompts)) for index in indices]
         yield _collate(prompts, pairs), np.array(indices) < len(prompts)
-
-
-def _host_slice(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size % process_count:
-        raise ValueError(f"{batch_size=} must be a multiple of {process_count=}")
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
 
 
 def _collate(prompts: Prompts, pairs: Sequence[tuple[int, int]]) -> PromptBatch:

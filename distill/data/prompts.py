@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,6 +48,14 @@ class Prompts:
     def response_width(self) -> int:
         """Longest kept response, rounded up to a multiple of 8; 0 when there are none."""
         return _width(self.response_tokens or [])
+
+    def digest(self) -> str:
+        """The same for the same rows and tokens only."""
+        digest = hashlib.sha256(self.rows.tobytes())
+        for tokens in [*self.prompt_tokens, *(self.response_tokens or [])]:
+            digest.update(len(tokens).to_bytes(8, "little"))
+            digest.update(tokens.tobytes())
+        return digest.hexdigest()
 
     def summary(self) -> str:
         """One line for the log."""

@@ -19,7 +19,7 @@ from distill.sampling import cache as caches
 from distill.sampling.attention import Kernel, prefix_attention
 from distill.sampling.cache import SlotCache
 from distill.sampling.choice import SamplingParams, choose
-from distill.sharding import constrain
+from distill.sharding import constrain, constrain_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def insert_rows(
     chosen = _choose(
         facts, logits_pmv.reshape(-1, logits_pmv.shape[-1]), key_pm2, jnp.int32(0), params
     )
-    return cache, jax.tree.map(lambda x: x.reshape(source_pm.shape), chosen)
+    return cache, constrain_whole(jax.tree.map(lambda x: x.reshape(source_pm.shape), chosen))
 
 
 def decode_rows(
@@ -186,7 +186,8 @@ def decode_rows(
     k_lbkht, v_lbkth = stack_tail(tail)
     split = [x.reshape(len(x), parts, width, *x.shape[2:]) for x in (k_lbkht, v_lbkth)]
     cache = caches.append(cache, caches.encode(*split, facts.int8), rows.lengths_pw)
-    return cache, jax.tree.map(lambda x: x.reshape(turns, parts, width), chosen_tb), turn
+    chosen = jax.tree.map(lambda x: x.reshape(turns, parts, width), chosen_tb)
+    return cache, *constrain_whole((chosen, turn))
 
 
 def _no_tokens(turns: int, batch: int) -> Chosen:

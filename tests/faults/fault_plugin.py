@@ -2,7 +2,8 @@
 
 The moments are calls of the product's functions: CALL=2 is the second one in this process. Every
 fault that happens adds a line to the file named by FAULT_LOG, so that tests know which have.
-SIGNAL may also be `full`: from then on no file may grow beyond 4 kB, as on a disk that is full.
+SIGNAL may also be `full`: from then on no file may grow beyond 4 kB, as on a disk that is full; or
+`error`, an exception that nobody expects.
 """
 
 import functools
@@ -52,6 +53,8 @@ def strike(name: str, action: str) -> None:
     if action == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         return
+    if action == "error":
+        raise RuntimeError("a fault")
     os.kill(os.getpid(), getattr(signal, action))
     time.sleep(0.5)  # a signal that is handled is handled by another thread
 

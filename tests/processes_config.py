@@ -1,0 +1,17 @@
+"""A tiny run for several processes: models from scratch, cut over them as the batches are."""
+
+from ml_collections import ConfigDict
+from tiny_runs import tiny_config
+
+
+def get_config() -> ConfigDict:
+    config = tiny_config(lambda_=0.7, eval_steps=3, save_steps=3)
+    config.plugins = ("processes_plugin",)
+    config.data.name = "chance"
+    config.data.validation.max_samples = 9  # not as many for each
+    # Of eight devices, the first four have half of fsdp and all of tensor.
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 4, 2
+    config.policy.shape.vocab_size = 24  # the tokenizer's 17 ids could not be cut
+    config.teacher.pretrain.steps = 1
+    config.checkpointing.export_dtype = "float32"
+    return config
