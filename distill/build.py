@@ -35,7 +35,9 @@ from distill.rollout.vllm.teacher import VllmTeacher
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sharding import (
+    RULES,
     SAMPLER_RULES,
+    SPREAD_RULES,
     batch_parts,
     make_mesh,
     make_sampler_mesh,
@@ -238,7 +240,14 @@ def build_prompts(
 
 
 def build_model(
-    folder: Path, mesh: Mesh, *, dtype: str, param_dtype: str, remat: str, max_length: int
+    folder: Path,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: str,
+    max_length: int,
+    rules=RULES,
 ) -> Model:
     """Reads a Hugging Face folder, each weight straight to its shards.
 
@@ -249,6 +258,7 @@ def build_model(
       param_dtype: of the stored weights.
       remat: what the backward pass recomputes.
       max_length: positions that will be used.
+      rules: which mesh axes split the parameters.
     """
     config, _ = load_model_config(folder)
     if max_length > config.max_positions:
@@ -268,7 +278,7 @@ def build_model(
 
     graph, abstract = nnx.split(nnx.eval_shape(construct), nnx.Param)
     params = load_params(
-        folder, config, abstract, param_shardings(abstract, mesh), jnp.dtype(param_dtype)
+        folder, config, abstract, param_shardings(abstract, mesh, rules), jnp.dtype(param_dtype)
     )
     return Model(graph, params)
 
@@ -285,7 +295,9 @@ def build_student(config: Config, folder: Path, mesh: Mesh) -> Model:
     )
 
 
-def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str) -> Model:
+def build_frozen_model(
+    config: Config, folder: Path, mesh: Mesh, precision: str, rules=RULES
+) -> Model:
     """A model that is not trained: stored as it computes."""
     return build_model(
         folder,
@@ -294,6 +306,7 @@ def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str)
         param_dtype=precision,
         remat="none",
         max_length=config.policy.max_total_sequence_length,
+        rules=rules,
     )
 
 
@@ -301,7 +314,8 @@ def build_teacher(config: Config, folder: Path | None, mesh: Mesh) -> Model | No
     """The teacher on the mesh; None for hard labels and for one behind servers."""
     if folder is None or config.teacher.backend != "local":
         return None
-    return build_frozen_model(config, folder, mesh, config.teacher.precision)
+    rules = SPREAD_RULES if config.teacher.split_over_data else RULES
+    return build_frozen_model(config, folder, mesh, config.teacher.precision, rules)
 
 
 def build_objective(config: Config) -> Objective:

@@ -195,6 +195,7 @@ class Teacher:
     backend: str = _key("local", "where the teacher runs", choices=("local", "vllm"))
     vllm: VllmTeacher = _section(VllmTeacher)
     precision: str = _key("bfloat16", "dtype of weights and compute", choices=PRECISIONS)
+    split_over_data: bool = _key(False, "split weights over mesh.data too, not only mesh.fsdp")
     shape: Shape = _section(Shape)
     pretrain: Pretrain = _section(Pretrain)
 
@@ -258,6 +259,7 @@ class Checkpointing:
         choices=("stop", "previous"),
     )
     export_dtype: str = _key("bfloat16", "dtype of the exported student", choices=PRECISIONS)
+    export_shard_size: float = _key(5.0, "GB per file of the exported student", low=1e-6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
 from distill.interrupts import Interrupts
 from distill.metrics import Progress, import_wandb, write_atomically
-from distill.models.hf import export_model, load_model_config
+from distill.models.hf import load_model_config
+from distill.models.hf_export import export_model
 from distill.models.hub import read_json
 from distill.preflight import preflight
 from distill.preflight_checks import Subject
@@ -332,6 +333,7 @@ def export_student(
         vocabulary.tokenizer,
         jnp.dtype(config.checkpointing.export_dtype),
         {**generation_config, "eos_token_id": list(vocabulary.end_ids)},
+        max_shard_bytes=config.checkpointing.export_shard_size * 1e9,
     )
 
 
