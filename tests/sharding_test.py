@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from step_test import make_rows
-from tiny_runs import tiny_config, with_models
+from tiny_runs import tiny_config
 
 from distill import build
 from distill.config import parse_config
 from distill.evaluate import Model
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import RolloutRequest
+from distill.scratch import make_missing_models
 from distill.step import make_train_step
 
 LARGE = 100  # elements; norms and biases of the toy models have up to 32
@@ -48,11 +49,13 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["as student", "spread"])
-def run(models, request) -> Run:
-    config = with_models(tiny_config(), models)
+def run(tmp_path_factory, request) -> Run:
+    config = tiny_config()
+    config.policy.shape.vocab_size = 24  # as many rows as the teacher has, which 2 divides
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
     config.teacher.split_over_data = request.param
-    config = parse_config(config)
+    workdir = tmp_path_factory.mktemp("sharding")
+    config = make_missing_models(parse_config(config), workdir, supervise=None)
     mesh = build.build_mesh(config)
     with jax.set_mesh(mesh):
         folder, teacher_folder = build.find_models(config)
