@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from distill.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+HOST_MEMORY = "pinned_host"
 
 # logical axis -> mesh axes that shard it (None: replicated)
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -164,6 +165,52 @@ def layer_sharding(stacked: Sharding) -> Sharding:
     )
 
 
+def in_host_memory(array: jax.Array) -> jax.Array:
+    """The array in the pinned memory of the hosts whose devices held it; cut in the same way."""
+    return jax.device_put(array, array.sharding.with_memory_kind(HOST_MEMORY))
+
+
+def on_device_memory(arrays):
+    """Layouts of the arrays, or of their copies in the devices' memory."""
+    return jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), arrays)
+
+
+def in_device_memory(tree):
+    """Copies what is in host memory to the devices, within a jitted function."""
+
+    def fetch(x):
+        in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if in_host else x
+
+    return jax.tree.map(fetch, tree)
+
+
+def is_in_host_memory(tree) -> bool:
+    """Whether any array is in host memory, within a jitted function."""
+    return any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves(tree))
+
+
+def in_memory_of(tree, places):
+    """Puts arrays into the memories in which those of `places` are, within a jitted function."""
+
+    def put(x, place):
+        space = jax.typeof(place).memory_space
+        return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+
+    return jax.tree.map(put, tree, places)
+
+
+def check_host_memory(mesh: Mesh, key: str) -> None:
+    """Raises UserError, naming the config's `key`, unless arrays can be kept in host memory."""
+    device = next(x for x in mesh.devices.flat if x.process_index == jax.process_index())
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"{key} keeps arrays in {HOST_MEMORY} memory, and {device.platform} devices have only "
+            f"{', '.join(kinds)}: set {key}=none"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -206,9 +253,9 @@ def _check_divisible(params, mesh: Mesh, rules) -> None:
             )
 
 
-def optimizer_shardings(optimizer, abstract_state, params, mesh: Mesh):
-    """Layout of an optax state: moments like their parameters, counters replicated."""
-    layout = jax.tree.map(lambda param: param.sharding, params)
+def optimizer_shardings(optimizer, abstract_state, params, mesh: Mesh, memory: str = "device"):
+    """Layout of an optax state: moments like their parameters, in `memory`; counters replicated."""
+    layout = jax.tree.map(lambda param: param.sharding.with_memory_kind(memory), params)
     return optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,

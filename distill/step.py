@@ -24,7 +24,7 @@ from distill.losses.objective import (
     token_weights,
 )
 from distill.sampling.request import Rollout, to_sequences
-from distill.sharding import constrain
+from distill.sharding import constrain, in_device_memory, in_memory_of, is_in_host_memory
 
 Params = Any
 
@@ -202,21 +202,15 @@ def make_train_step(
         (loss, grads), aux = jax.lax.scan(
             accumulate, (jnp.zeros(()), zeros), _split(batch, num_microbatches)
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        # Part of the loop that writes the new values, which has read the old ones anyway: free.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        update = _update_from_host if is_in_host_memory(state.opt_state) else _update
+        params, opt_state, update_norm = update(optimizer, grads, state, finite)
         sampled_tokens = aux["sampled_tokens"].sum()
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+            "update_norm": update_norm,
             "skipped": 1.0 - finite,
             "tokens": total,
             "response_length": lengths_b.mean(dtype=jnp.float32),
@@ -247,3 +241,34 @@ def _split(batch: Batch, parts: int) -> Batch:
         return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     return jax.tree.map(split, batch)
+
+
+def _update(optimizer, grads, state: TrainState, finite: jax.Array):
+    """Parameters, optimizer state, norm of the update; the old ones if the gradient is no good."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Part of the loop that writes the new values, which has read the old ones anyway: free.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    return params, opt_state, jnp.where(finite, optax.tree.norm(updates), 0.0)
+
+
+def _update_from_host(optimizer, grads, state: TrainState, finite: jax.Array):
+    """`_update` with an optimizer state that comes from host memory and returns there.
+
+    In a branch: XLA would otherwise copy the state to the devices at the start of the step, and
+    hold it there together with the activations.
+    """
+
+    def update(grads, params, held_state):
+        updates, opt_state = optimizer.update(grads, in_device_memory(held_state), params)
+        new_params = optax.apply_updates(params, updates)
+        return new_params, in_memory_of(opt_state, held_state), optax.tree.norm(updates)
+
+    def skip(grads, params, held_state):
+        return params, held_state, jnp.zeros(())
+
+    return jax.lax.cond(finite, update, skip, grads, state.params, state.opt_state)

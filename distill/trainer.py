@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from distill import build
+from distill.build_teacher import build_teacher
 from distill.build_vllm import build_remote_teacher
 from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
 from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
@@ -101,7 +102,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         )
 
         # ----------------------------------------------------------------------------- models
-        teacher = build.build_teacher(config, teacher_folder, mesh)
+        teacher = build_teacher(config, teacher_folder, mesh, prompts, vocabulary.size)
         optimizer, schedule = build.build_optimizer(config)
         graph, state = build.build_state(config, student_folder, optimizer, mesh)
         shapes = shapes_on_mesh(state)
@@ -154,6 +155,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             batches.take_up(step, ahead, record["measured_ahead"])
         progress = build.build_progress(config, workdir, dataset, schedule, step, record)
         progress.say(f"data: {prompts.summary()}")
+        if teacher and teacher.quantization_kl is not None:
+            progress.quantization(step, teacher.quantization_kl)
         if evaluator is not None:
             progress.say(f"validation data: {evaluator.prompts.summary()}")
         saves = build.build_save_schedule(config)
@@ -199,7 +202,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
                 # What was sampled but not trained on is sampled again.
                 saver.save_and_stop(step, state, position, error)
             with progress.phase("train") as finish:
-                state, metrics = train_step(state, teacher and teacher.params, batch)
+                state, metrics = train_step(state, teacher and teacher.fetch(), batch)
                 finish(metrics)
             step += 1
             interrupts.hold()
@@ -295,7 +298,7 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
         print(f"validation data: {evaluator.prompts.summary()}")
-        teacher = build.build_teacher(parsed, teacher_folder, mesh)
+        teacher = build_teacher(parsed, teacher_folder, mesh)
         student = build.build_frozen_model(parsed, student_folder, mesh, parsed.policy.precision)
         models = {"student": student, "teacher": teacher} if teacher else {"student": student}
         return {

@@ -10,6 +10,7 @@ from step_test import make_rows
 from tiny_runs import tiny_config
 
 from distill import build
+from distill.build_teacher import build_teacher
 from distill.config import parse_config
 from distill.evaluate import Model
 from distill.sampling.choice import SamplingParams
@@ -62,7 +63,7 @@ def run(tmp_path_factory, request) -> Run:
         vocabulary = build.build_vocabulary(folder, teacher_folder)
         optimizer, _ = build.build_optimizer(config)
         graph, state = build.build_state(config, folder, optimizer, mesh)
-        teacher = build.build_teacher(config, teacher_folder, mesh)
+        teacher = build_teacher(config, teacher_folder, mesh)
         step = make_train_step(
             graph,
             teacher.graph,

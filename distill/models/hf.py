@@ -56,7 +56,7 @@ def load_params(
     abstract_params: nnx.State,
     shardings: nnx.State | None,
     dtype: jax.typing.DTypeLike,
-    finish: Callable[[tuple, nnx.Variable], nnx.Variable] | None = None,
+    finish: Callable[[str, nnx.Variable], nnx.Variable] | None = None,
 ) -> nnx.State:
     """Reads a checkpoint, each weight straight to its shards.
 
@@ -69,8 +69,8 @@ def load_params(
       abstract_params: the nnx.Param state of a `Transformer`, holding shapes.
       shardings: the same tree holding jax shardings; None puts all on the default device.
       dtype: of the returned parameters, whatever the files hold.
-      finish: makes what is kept of a parameter, from its path in the tree and the loaded parameter;
-        called before the next one is read.
+      finish: makes what is kept of a parameter, from its name in the key table and the loaded
+        parameter; called before the next one is read.
 
     Raises:
       UserError: keys are missing or unknown, shapes differ, or a file is damaged; the message
@@ -83,7 +83,7 @@ def load_params(
     _check_tensors(tensors, abstract_params, table)
 
     def load(path, param: nnx.Variable, sharding: nnx.Variable | None = None) -> nnx.Variable:
-        weight = table[jax.tree_util.keystr(path, simple=True, separator="/")]
+        weight = table[name := jax.tree_util.keystr(path, simple=True, separator="/")]
         place = (
             sharding.get_value() if sharding is not None else SingleDeviceSharding(jax.devices()[0])
         )
@@ -93,7 +93,7 @@ def load_params(
             loaded = param.replace(_read_stack(layers, *target))
         else:
             loaded = param.replace(_read_tensor(tensors[weight.key], *target))
-        return loaded if finish is None else finish(path, loaded)
+        return loaded if finish is None else finish(name, loaded)
 
     trees = (abstract_params,) if shardings is None else (abstract_params, shardings)
     return jax.tree_util.tree_map_with_path(
