@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -71,12 +72,13 @@ def build_teacher(
     if teacher.precision == "int8" and prompts is not None:
         # The one in bfloat16 may be larger than the devices: it is streamed from host memory.
         full = load(finish=_offload_layers)
-        model = _quantize_and_compare(full, keep, mesh, config, prompts, vocab_size)
-    else:
-        model = load(finish=keep)
-    if teacher.offload != "host":
-        return model
-    return Model(model.graph, model.params, on_device_memory(model.params), model.quantization_kl)
+        return _quantize_and_compare(full, keep, mesh, config, prompts, vocab_size)
+    model = load(finish=keep)
+    return _placed(model.graph, model.params, teacher.offload)
+
+
+def _placed(graph: nnx.GraphDef, params: nnx.State, offload: str) -> Model:
+    return Model(graph, params, on_device_memory(params) if offload == "host" else None)
 
 
 def _keep(precision: str, offload: str, model_config: ModelConfig) -> Keep:
@@ -117,9 +119,9 @@ def _quantize_and_compare(
         value = param.get_value()
         param = param.replace(jax.device_put(value, on_device_memory(value)))
         quantized.append((path, keep("/".join(path), param)))
-    params = nnx.from_flat_state(quantized)
-    kl = _mean_divergence(graph, params, before_btd, tokens_bt, lengths_b, vocab_size)
-    return Model(graph, params, quantization_kl=float(kl))
+    model = _placed(graph, nnx.from_flat_state(quantized), config.teacher.offload)
+    kl = _mean_divergence(graph, model.fetch(), before_btd, tokens_bt, lengths_b, vocab_size)
+    return dataclasses.replace(model, quantization_kl=float(kl))
 
 
 @functools.partial(jax.jit, static_argnums=0)
