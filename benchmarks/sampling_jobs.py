@@ -20,7 +20,8 @@ from flax import nnx
 
 from distill.errors import RunStopped
 from distill.models.config import ModelConfig
-from distill.models.hf import export_model, hf_config_dict, load_params
+from distill.models.hf import load_params
+from distill.models.hf_export import export_model, hf_config_dict
 from distill.models.transformer import Transformer
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import make_generate

@@ -38,8 +38,11 @@ from distill.rollout.vllm.teacher import VllmTeacher
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sharding import (
+    HOST_MEMORY,
+    RULES,
     SAMPLER_RULES,
     batch_parts,
+    check_host_memory,
     make_mesh,
     make_sampler_mesh,
     named_sharding,
@@ -273,7 +276,15 @@ def check_same_data(prompts: Prompts) -> None:
 
 
 def build_model(
-    folder: Path, mesh: Mesh, *, dtype: str, param_dtype: str, remat: str, max_length: int
+    folder: Path,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: str,
+    max_length: int,
+    rules=RULES,
+    finish: Callable[[str, nnx.Variable], nnx.Variable] | None = None,
 ) -> Model:
     """Reads a Hugging Face folder, each weight straight to its shards.
 
@@ -284,6 +295,8 @@ def build_model(
       param_dtype: of the stored weights.
       remat: what the backward pass recomputes.
       max_length: positions that will be used.
+      rules: which mesh axes split the parameters.
+      finish: see `load_params`.
     """
     config, _ = load_model_config(folder)
     if max_length > config.max_positions:
@@ -302,9 +315,8 @@ def build_model(
         )
 
     graph, abstract = nnx.split(nnx.eval_shape(construct), nnx.Param)
-    params = load_params(
-        folder, config, abstract, param_shardings(abstract, mesh), jnp.dtype(param_dtype)
-    )
+    layout = param_shardings(abstract, mesh, rules)
+    params = load_params(folder, config, abstract, layout, jnp.dtype(param_dtype), finish)
     return Model(graph, params)
 
 
@@ -332,11 +344,9 @@ def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str)
     )
 
 
-def build_teacher(config: Config, folder: Path | None, mesh: Mesh) -> Model | None:
-    """The teacher on the mesh; None for hard labels and for one behind servers."""
-    if folder is None or config.teacher.backend != "local":
-        return None
-    return build_frozen_model(config, folder, mesh, config.teacher.precision)
+def teacher_dtype(config: Config) -> str:
+    """What the teacher computes in."""
+    return "bfloat16" if config.teacher.precision == "int8" else config.teacher.precision
 
 
 def build_objective(config: Config) -> Objective:
@@ -359,7 +369,11 @@ def build_state(config: Config, folder: Path, optimizer, mesh: Mesh):
     """(graph, first train state) of the student, moments laid out like the parameters."""
     student = build_student(config, folder, mesh)
     abstract = jax.eval_shape(optimizer.init, student.params)
-    layout = optimizer_shardings(optimizer, abstract, student.params, mesh)
+    memory = "device"
+    if config.policy.optimizer.offload == "host":
+        check_host_memory(mesh, "policy.optimizer.offload")
+        memory = HOST_MEMORY
+    layout = optimizer_shardings(optimizer, abstract, student.params, mesh, memory)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(student.params)
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
     return student.graph, TrainState(step, student.params, opt_state)

@@ -113,6 +113,7 @@ class Optimizer:
     eps: float = _key(1e-8, "Adam's epsilon", low=0)
     weight_decay: float = _key(0.01, "decoupled decay of matrices (not norms or biases)", low=0)
     max_grad_norm: float = _key(1.0, "clip the global gradient norm; 0 is off", low=0)
+    offload: str = _key("none", "where moments are between updates", choices=("none", "host"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +218,17 @@ class Policy:
 class Teacher:
     backend: str = _key("local", "where the teacher runs", choices=("local", "vllm"))
     vllm: VllmTeacher = _section(VllmTeacher)
-    precision: str = _key("bfloat16", "dtype of weights and compute", choices=PRECISIONS)
+    precision: str = _key(
+        "bfloat16",
+        "dtype of weights and compute; int8: weights in 8 bits, compute in bfloat16",
+        choices=(*PRECISIONS, "int8"),
+    )
+    offload: str = _key(
+        "none",
+        "weights in host memory: host: between uses; layers: streamed layer by layer when used",
+        choices=("none", "host", "layers"),
+    )
+    split_over_data: bool = _key(False, "split weights over mesh.data too, not only mesh.fsdp")
     shape: Shape = _section(Shape)
     pretrain: Pretrain = _section(Pretrain)
 
@@ -281,6 +292,7 @@ class Checkpointing:
         choices=("stop", "previous"),
     )
     export_dtype: str = _key("bfloat16", "dtype of the exported student", choices=PRECISIONS)
+    export_shard_size: float = _key(5.0, "GB per file of the exported student", low=1e-6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,6 +341,9 @@ RESUMABLE_CHANGES = (
     "logger.",
     "mesh.",
     "policy.generation.colocated.",
+    "policy.optimizer.offload",
+    "teacher.offload",
+    "teacher.split_over_data",
     "distillation.eval_steps",
     "distillation.save_steps",
     "distillation.logging_steps",

@@ -40,10 +40,26 @@ ROLES = ("base", "student", "teacher")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network and its weights: `nnx.merge(graph, params)` is the module."""
+    """A network and its weights: `nnx.merge(graph, params)` is the module.
+
+    Attributes:
+      graph: the network.
+      params: its weights.
+      on_devices: their layouts while they are used, where `params` are in host memory in between;
+        None: they are used where they are.
+      quantization_kl: KL(full precision || these weights), nats per token; None if not measured.
+    """
 
     graph: nnx.GraphDef
     params: Any
+    on_devices: Any = None
+    quantization_kl: float | None = None
+
+    def fetch(self) -> Any:
+        """The weights where they can be used; a copy lives as long as the caller holds it."""
+        if self.on_devices is None:
+            return self.params
+        return jax.device_put(self.params, self.on_devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +133,20 @@ class Evaluator:
         request = RolloutRequest(
             tuple(prompts.prompt_tokens), np.arange(len(prompts)), self._params
         )
-        rollout, _ = engine.generate(model.params, request)
+        params = model.fetch()
+        rollout, _ = engine.generate(params, request)
         engine.release()
         sums = np.zeros(2)
         if teacher is not None:
+            teacher_params = params if teacher is model else teacher.fetch()
             for batch, valid_b in eval_batches(prompts, self._batch_size):
                 answers = rollout.rows(batch.index_b % len(prompts))
                 arrays = batch.prompt_tokens_bp, batch.prompt_lengths_b, answers, valid_b
                 sums += self._divergence_sums(
                     model.graph,
-                    model.params,
+                    params,
                     teacher.graph,
-                    teacher.params,
+                    teacher_params,
                     *jax.tree.map(self._put, arrays),
                 )
         answers, lengths = decode_responses(self._tokenizer, rollout), rollout.lengths_b

@@ -63,7 +63,7 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
     vocabulary = build.build_vocabulary(folder, None)
     dataset = build.build_dataset(config)
     prompts = build.build_prompts(config, dataset, vocabulary.tokenizer)
-    model = build.build_frozen_model(config, folder, mesh, config.teacher.precision)
+    model = build.build_frozen_model(config, folder, mesh, build.teacher_dtype(config))
     engine = build.build_engine(config, model.graph, vocabulary)
     params = build.build_sampling_params(config)
     template = config.data.prompt_template or dataset.get_prompt_template()

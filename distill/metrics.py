@@ -270,6 +270,11 @@ class Progress:
         # Time spent evaluating is not training time.
         self._tokens, self._since = 0.0, time.perf_counter()
 
+    def quantization(self, step: int, kl: float) -> None:
+        """What storing the teacher in 8 bits costs."""
+        self._writer.write(step, {"teacher/quantization_kl": kl})
+        self.say(f"teacher: in 8 bits, KL to itself in bfloat16 is {kl:.2e} nats per token")
+
     def say(self, line: str) -> None:
         self._bar.write(line)
 

@@ -20,6 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from distill import build, cli, processes
+from distill.build_teacher import build_teacher
 from distill.config import Config, parse_config
 from distill.errors import UserError
 from distill.evaluate import Model
@@ -95,7 +96,7 @@ def preflight_alone(config: ConfigDict) -> list[Finding]:
             needs_responses=parsed.distillation.lambda_ < 1,
         )
         optimizer, _ = build.build_optimizer(parsed)
-        teacher = build.build_teacher(parsed, teacher_folder, mesh)
+        teacher = build_teacher(parsed, teacher_folder, mesh)
         graph, state = build.build_state(parsed, student_folder, optimizer, mesh)
         folders = dict(student_folder=student_folder, workdir=workdir)
         student = Model(graph, state.params)

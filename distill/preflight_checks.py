@@ -29,7 +29,7 @@ from distill.losses.objective import Objective, make_objective
 from distill.microbatch import NO_TARGET, Microbatch, make_batch
 from distill.rollout.base import RolloutBackend
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.sharding import num_shards
+from distill.sharding import HOST_MEMORY, num_shards
 from distill.step import TrainState, make_loss
 from distill.tokenizer import load_tokenizer
 
@@ -227,8 +227,11 @@ def check_memory(subject: Subject) -> str:
 
 
 def _bytes_per_device(tree: Any) -> int:
+    """What a device holds; arrays in host memory are not there."""
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind != HOST_MEMORY
     )
 
 

@@ -22,7 +22,7 @@ from distill.data.arithmetic import CHARACTERS
 from distill.errors import UserError
 from distill.metrics import write_atomically
 from distill.models.config import ModelConfig
-from distill.models.hf import export_model, hf_config_dict
+from distill.models.hf_export import export_model, hf_config_dict
 from distill.models.hub import read_json, resolve_model
 from distill.models.transformer import Transformer
 from distill.tokenizer import (

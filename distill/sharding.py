@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from distill.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+HOST_MEMORY = "pinned_host"
 
 # logical axis -> mesh axes that shard it (None: replicated)
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -40,6 +41,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_vocab": "tensor",
 }
 
+
+# A teacher that is split over all devices: nothing of it is updated, so that copies only cost.
+SPREAD_RULES = RULES | {"embed": ("data", "fsdp")}
 
 # The sampler's copy of the student: every turn reads all weights, so they are gathered over fsdp
 # once per refit instead of once per token.
@@ -96,12 +100,22 @@ def copy_to_mesh(arrays, mesh: Mesh):
 def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> PartitionSpec:
     """Mesh axes for the dimensions of one array; two of them may not share a mesh axis."""
     spec = [rules[name] if name is not None else None for name in logical_axes]
-    used = [
-        axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)
-    ]
-    if len(used) != len(set(used)):
-        raise ValueError(f"logical axes {tuple(logical_axes)} put two dimensions on one mesh axis")
+    holder: dict[str, str] = {}
+    for name, entry in zip(logical_axes, spec, strict=True):
+        for axis in _axes(entry):
+            if axis in holder:
+                raise ValueError(
+                    f"logical axes {holder[axis]!r} and {name!r} of one array are both on the one "
+                    f"mesh axis {axis!r}: change the table in distill/sharding.py, or name another "
+                    f"logical axis in {tuple(logical_axes)}"
+                )
+            holder[axis] = name
     return PartitionSpec(*spec)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a table or a partition spec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -129,9 +143,7 @@ def mesh_axes(logical_axis: str) -> tuple[str, ...]:
             f"the current mesh has the axes {', '.join(mesh.axis_names)} and lacks "
             f"{', '.join(missing)}: make it with distill.sharding.make_mesh"
         )
-    axes = RULES[logical_axis] or ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return tuple(axis for axis in _axes(RULES[logical_axis]) if mesh.shape[axis] > 1)
 
 
 def num_shards(logical_axis: str) -> int:
@@ -149,6 +161,61 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def layer_sharding(stacked: Sharding) -> Sharding:
+    """Layout of one layer of an array with a leading axis of layers."""
+    if not isinstance(stacked, NamedSharding):
+        return stacked
+    return NamedSharding(
+        stacked.mesh, PartitionSpec(*stacked.spec[1:]), memory_kind=stacked.memory_kind
+    )
+
+
+def in_host_memory(array: jax.Array) -> jax.Array:
+    """The array in the pinned memory of the hosts whose devices held it; cut in the same way."""
+    return jax.device_put(array, array.sharding.with_memory_kind(HOST_MEMORY))
+
+
+def on_device_memory(arrays):
+    """Layouts of the arrays, or of their copies in the devices' memory."""
+    return jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), arrays)
+
+
+def in_device_memory(tree):
+    """Copies what is in host memory to the devices, within a jitted function."""
+
+    def fetch(x):
+        in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if in_host else x
+
+    return jax.tree.map(fetch, tree)
+
+
+def is_in_host_memory(tree) -> bool:
+    """Whether any array is in host memory, within a jitted function."""
+    return any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves(tree))
+
+
+def in_memory_of(tree, places):
+    """Puts arrays into the memories in which those of `places` are, within a jitted function."""
+
+    def put(x, place):
+        space = jax.typeof(place).memory_space
+        return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+
+    return jax.tree.map(put, tree, places)
+
+
+def check_host_memory(mesh: Mesh, key: str) -> None:
+    """Raises UserError, naming the config's `key`, unless arrays can be kept in host memory."""
+    device = next(x for x in mesh.devices.flat if x.process_index == jax.process_index())
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"{key} keeps arrays in {HOST_MEMORY} memory, and {device.platform} devices have only "
+            f"{', '.join(kinds)}: set {key}=none"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -157,31 +224,43 @@ def param_shardings(params, mesh: Mesh, rules=RULES):
     """Layout of every parameter, from the `logical_axes` of its nnx.Param; same tree as `params`.
 
     Raises:
-      UserError: a dimension is not divisible by the mesh axes that shard it.
+      UserError: a dimension is not divisible by the mesh axes that shard it; says which sizes are.
     """
+    _check_divisible(params, mesh, rules)
 
-    def sharding(path, param: nnx.Variable):
+    def sharding(param: nnx.Variable):
         spec = partition_spec(param.get_metadata()["logical_axes"], rules)
-        for size, axes in zip(param.get_value().shape, spec, strict=True):
-            parts = math.prod(
-                mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())
-            )
-            if size % parts:
-                name = "/".join(str(getattr(key, "key", key)) for key in path)
-                raise UserError(
-                    f"parameter {name} has a dimension of {size}, which mesh axis {axes} of size "
-                    f"{parts} does not divide: choose a divisor of {size}"
-                )
         return param.replace(NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(
-        sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )
+    return jax.tree.map(sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def optimizer_shardings(optimizer, abstract_state, params, mesh: Mesh):
-    """Layout of an optax state: moments like their parameters, counters replicated."""
-    layout = jax.tree.map(lambda param: param.sharding, params)
+def _check_divisible(params, mesh: Mesh, rules) -> None:
+    cut = [
+        (path, name, size, _axes(rules[name]))
+        for path, param in nnx.to_flat_state(params)
+        for name, size in zip(
+            param.get_metadata()["logical_axes"], param.get_value().shape, strict=True
+        )
+        if name is not None
+    ]
+    for path, name, size, axes in cut:
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            all_sizes = [other for _, _, other, its_axes in cut if its_axes == axes]
+            common = math.gcd(mesh.size, *all_sizes)
+            fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+            key = " x ".join(f"mesh.{axis}" for axis in axes)
+            raise UserError(
+                f"{'/'.join(path)} has a dimension {name!r} of {size}, which {key}={parts} does "
+                f"not divide: on {mesh.size} devices, {key} of this model may be "
+                f"{' or '.join(fitting)}"
+            )
+
+
+def optimizer_shardings(optimizer, abstract_state, params, mesh: Mesh, memory: str = "device"):
+    """Layout of an optax state: moments like their parameters, in `memory`; counters replicated."""
+    layout = jax.tree.map(lambda param: param.sharding.with_memory_kind(memory), params)
     return optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,

@@ -18,6 +18,7 @@ from flax import nnx
 
 from distill.losses.objective import Objective, importance_weights, token_weights
 from distill.microbatch import NO_TARGET, Batch, Microbatch, num_filled
+from distill.sharding import in_device_memory, in_memory_of, is_in_host_memory
 
 Params = Any
 
@@ -143,21 +144,15 @@ def make_train_step(
             return value_and_grad(state.params, teacher_params, microbatch, total)
 
         (loss, sums), grads = _sum_over_microbatches(evaluate, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        # Part of the loop that writes the new values, which has read the old ones anyway: free.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        update = _update_from_host if is_in_host_memory(state.opt_state) else _update
+        params, opt_state, update_norm = update(optimizer, grads, state, finite)
         sampled_tokens = sums["sampled_tokens"]
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+            "update_norm": update_norm,
             "skipped": 1.0 - finite,
             "tokens": total,
             **_describe(batch, total),
@@ -218,3 +213,34 @@ def _describe(batch: Batch, total: jax.Array) -> dict[str, jax.Array]:
         "on_policy": sum(part.sampled_b.sum() for part in batch) / sequences,
         "padding": 1 - tokens / jnp.maximum(computed, 1),
     }
+
+
+def _update(optimizer, grads, state: TrainState, finite: jax.Array):
+    """Parameters, optimizer state, norm of the update; the old ones if the gradient is no good."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Part of the loop that writes the new values, which has read the old ones anyway: free.
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    return params, opt_state, jnp.where(finite, optax.tree.norm(updates), 0.0)
+
+
+def _update_from_host(optimizer, grads, state: TrainState, finite: jax.Array):
+    """`_update` with an optimizer state that comes from host memory and returns there.
+
+    In a branch: XLA would otherwise copy the state to the devices at the start of the step, and
+    hold it there together with the activations.
+    """
+
+    def update(grads, params, held_state):
+        updates, opt_state = optimizer.update(grads, in_device_memory(held_state), params)
+        new_params = optax.apply_updates(params, updates)
+        return new_params, in_memory_of(opt_state, held_state), optax.tree.norm(updates)
+
+    def skip(grads, params, held_state):
+        return params, held_state, jnp.zeros(())
+
+    return jax.lax.cond(finite, update, skip, grads, state.params, state.opt_state)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from distill import build, processes
+from distill.build_teacher import build_teacher
 from distill.build_vllm import build_remote_teacher
 from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
 from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
@@ -24,7 +25,8 @@ from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
 from distill.interrupts import Interrupts
 from distill.metrics import Progress, import_wandb, write_atomically
-from distill.models.hf import export_model, load_model_config
+from distill.models.hf import load_model_config
+from distill.models.hf_export import export_model
 from distill.models.hub import read_json
 from distill.preflight import preflight
 from distill.preflight_checks import Subject
@@ -102,7 +104,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         )
 
         # ----------------------------------------------------------------------------- models
-        teacher = build.build_teacher(config, teacher_folder, mesh)
+        teacher = build_teacher(config, teacher_folder, mesh, prompts, vocabulary.size)
         optimizer, schedule = build.build_optimizer(config)
         graph, state = build.build_state(config, student_folder, optimizer, mesh)
         shapes = shapes_on_mesh(state)
@@ -153,6 +155,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             batches.take_up(step, ahead, record["measured_ahead"])
         progress = build.build_progress(config, workdir, dataset, schedule, step, record)
         progress.say(f"data: {prompts.summary()}")
+        if teacher and teacher.quantization_kl is not None:
+            progress.quantization(step, teacher.quantization_kl)
         if evaluator is not None:
             progress.say(f"validation data: {evaluator.prompts.summary()}")
         saves = build.build_save_schedule(config)
@@ -202,7 +206,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
                 # What was sampled but not trained on is sampled again.
                 saver.save_and_stop(step, state, position, error)
             with progress.phase("train") as finish:
-                state, metrics = train_step(state, teacher and teacher.params, batch)
+                state, metrics = train_step(state, teacher and teacher.fetch(), batch)
                 finish(metrics)
             step += 1
             interrupts.hold()
@@ -299,7 +303,7 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
         print(f"validation data: {evaluator.prompts.summary()}")
-        teacher = build.build_teacher(parsed, teacher_folder, mesh)
+        teacher = build_teacher(parsed, teacher_folder, mesh)
         student = build.build_frozen_model(parsed, student_folder, mesh, parsed.policy.precision)
         models = {"student": student, "teacher": teacher} if teacher else {"student": student}
         return {
@@ -341,6 +345,7 @@ def export_student(
         vocabulary.tokenizer,
         jnp.dtype(config.checkpointing.export_dtype),
         {**generation_config, "eos_token_id": list(vocabulary.end_ids)},
+        max_shard_bytes=config.checkpointing.export_shard_size * 1e9,
     )
 
 

@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import model_config
 
 from distill.errors import UserError
-from distill.models import hf, hub
+from distill.models import hf, hf_export, hub
 from distill.models.config import ModelConfig, RopeScaling
-from distill.models.hf import export_model, hf_config_dict, load_model_config, load_params
+from distill.models.hf import load_model_config, load_params
+from distill.models.hf_export import export_model, hf_config_dict
 from distill.models.hf_keys import key_table
 from distill.models.hub import resolve_model
 from distill.models.transformer import Transformer
@@ -125,29 +126,14 @@ def test_stored_dtypes_are_converted(tmp_path, params, stored):
 
 def test_each_shard_is_read_once_and_nothing_else(folder, params, monkeypatch):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    read = []
+    read, read_slice = [], hf._Tensor.read
 
-    class Slices:
-        def __init__(self, slices):
-            self.slices = slices
+    def count(tensor, index):
+        part = read_slice(tensor, index)
+        read.append(part.size)
+        return part
 
-        def __getattr__(self, name):
-            return getattr(self.slices, name)
-
-        def __getitem__(self, index):
-            part = self.slices[index]
-            read.append(part.size)
-            return part
-
-    open_tensors = hf._open_tensors
-    monkeypatch.setattr(
-        hf,
-        "_open_tensors",
-        lambda folder: {
-            key: tensor._replace(slices=Slices(tensor.slices))
-            for key, tensor in open_tensors(folder).items()
-        },
-    )
+    monkeypatch.setattr(hf._Tensor, "read", count)
     loaded = load(folder, mesh=mesh)
     assert_same(loaded, params)
     assert loaded["layers"]["gate_proj"][...].addressable_shards[0].data.shape == (2, 4, 6)
@@ -359,7 +345,7 @@ def test_killed_export_leaves_the_earlier_one(folder, params, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "save_file", die)
+        patch.setattr(hf_export, "save_file", die)
         for target in (folder, folder.with_name("other")):
             with pytest.raises(Killed):
                 export(target, jax.tree.map(jnp.zeros_like, params))

@@ -15,7 +15,7 @@ LEVELS = [
     {"losses", "models", "data", "optimizer"},
     {"step", "sampling"},
     {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
-    {"build", "build_vllm", "scratch", "preflight", "preflight_checks"},
+    {"build", "build_teacher", "build_vllm", "scratch", "preflight", "preflight_checks"},
     {"trainer"},
     {"main", "generate", "export", "export_server", "__init__"},
 ]

@@ -11,7 +11,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from distill.models.config import ModelConfig
-from distill.models.hf import export_model, hf_config_dict, load_model_config, load_params
+from distill.models.hf import load_model_config, load_params
+from distill.models.hf_export import export_model, hf_config_dict
 from distill.models.transformer import Transformer, init_cache
 from distill.sharding import make_mesh, param_shardings
 from distill.tokenizer import character_tokenizer

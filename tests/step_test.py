@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny_models import model_config
+from tiny_models import model_config, random_model
 
 from distill.data.packing import Layout, Shape
 from distill.errors import UserError
@@ -17,6 +17,8 @@ from distill.microbatch import make_batch
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
 from distill.sharding import (
+    RULES,
+    SPREAD_RULES,
     batch_parts,
     make_mesh,
     named_sharding,
@@ -31,10 +33,9 @@ ROWS, PROMPT, RESPONSE = 8, 5, 7
 PAD = 0
 
 
-def make_model(width: int, layers: int, vocab_size: int, seed: int, tied: bool = True):
-    config = model_config(
-        vocab_size=vocab_size, num_layers=layers, model_width=width, ffn_width=2 * width, tied=tied
-    )
+def make_model(width: int, layers: int, vocab_size: int, seed: int, tied: bool = True, **changes):
+    sizes = dict(vocab_size=vocab_size, num_layers=layers, model_width=width, ffn_width=2 * width)
+    config = model_config(**sizes, tied=tied, **changes)
     model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model, nnx.Param)
     # Larger than at initialisation, so that the distributions are far from uniform.
@@ -100,6 +101,7 @@ def run_step(
     layout=None,
     optimizer=None,
     mesh=None,
+    teacher_rules=RULES,
     importance_clip=0.0,
 ):
     optimizer = optimizer or optax.adamw(1e-2)
@@ -125,7 +127,7 @@ def run_step(
         moments = optimizer_shardings(optimizer, abstract, params, mesh)
         state = TrainState(state.step, params, jax.device_put(state.opt_state, moments))
         if teacher_params is not None:
-            layout = param_shardings(teacher_params, mesh)
+            layout = param_shardings(teacher_params, mesh, teacher_rules)
             teacher_params = jax.device_put(teacher_params, layout)
         return step(state, teacher_params, on_mesh(mesh, batch))
 
@@ -251,18 +253,18 @@ def test_scores_on_a_mesh(student, teacher, sizes):
     assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
 
 
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
-
-
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("packed", [False, True])
-def test_update_does_not_depend_on_mesh(student, teacher, sizes, packed):
+@pytest.mark.parametrize(
+    "teacher_rules, packed", [(RULES, False), (SPREAD_RULES, True)], ids=["padded", "spread"]
+)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
+def test_update_does_not_depend_on_mesh(sizes, teacher_rules, packed):
+    student = make_model(32, 2, 32, seed=1, num_kv_heads=4)
+    teacher = make_model(64, 2, 40, seed=2, tied=False, num_kv_heads=4)
     options = dict(optimizer=optax.sgd(1.0, momentum=0.9))
     single, single_metrics = run_step(student, teacher, make_rows(), **options)
-    layout = PACKED if packed else padded(1)
-    state, metrics = run_step(
-        student, teacher, make_rows(), layout=layout, mesh=make_mesh(*sizes), **options
-    )
+    options |= dict(mesh=make_mesh(*sizes), teacher_rules=teacher_rules)
+    options |= dict(layout=PACKED if packed else padded(1))
+    state, metrics = run_step(student, teacher, make_rows(), **options)
     assert_same(jax.device_get(state.params), jax.device_get(single.params))
     assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
     if sizes[1] > 1:
@@ -490,11 +492,29 @@ def test_mesh_errors_name_what_works():
 
 
 def test_two_dimensions_may_not_share_a_mesh_axis():
-    with pytest.raises(ValueError, match="one mesh axis"):
+    with pytest.raises(
+        ValueError, match="'heads' and 'ffn' of one array .* one mesh axis 'tensor'"
+    ):
         partition_spec(("heads", "ffn"))
+    with pytest.raises(ValueError, match="'batch' and 'embed' .* one mesh axis 'fsdp'"):
+        partition_spec(("batch", None, "embed"))
 
 
 def test_indivisible_parameter_is_named():
     _, params = make_model(32, 1, 31, seed=0)
     with pytest.raises(UserError, match="embedding.*31"):
         param_shardings(params, make_mesh(1, 1, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "expected"),
+    [
+        ({}, (1, 1, 8), "layers/k_bias .* 'kv_heads' of 2, which mesh.tensor=8 .* be 1 or 2$"),
+        ({"num_kv_heads": 4}, (1, 1, 8), "'kv_heads' of 4, which mesh.tensor=8 .* be 1 or 2 or 4$"),
+        ({"vocab_size": 30}, (2, 1, 4), "'vocab' of 30, which mesh.tensor=4 .* be 1 or 2$"),
+        ({"model_width": 12}, (1, 8, 1), "'embed' of 12, which mesh.fsdp=8 .* be 1 or 2 or 4$"),
+    ],
+)
+def test_error_says_which_sizes_work(changes, sizes, expected):
+    with pytest.raises(UserError, match=expected):
+        param_shardings(random_model(model_config(**changes))[1], make_mesh(*sizes))

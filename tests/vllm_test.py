@@ -31,7 +31,8 @@ from distill.data.arithmetic import CHARACTERS
 from distill.errors import RunStopped, UserError
 from distill.export_server import export_server
 from distill.models.config import ModelConfig
-from distill.models.hf import export_model, hf_config_dict, load_model_config
+from distill.models.hf import load_model_config
+from distill.models.hf_export import export_model, hf_config_dict
 from distill.models.hub import ASSETS
 from distill.models.transformer import Transformer
 from distill.rollout.vllm import guard

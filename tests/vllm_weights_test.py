@@ -13,7 +13,8 @@ from tiny_models import model_config, random_model
 
 from distill.errors import RunStopped
 from distill.models.config import ModelConfig
-from distill.models.hf import export_model, hf_config_dict, load_model_config, load_params
+from distill.models.hf import load_model_config, load_params
+from distill.models.hf_export import export_model, hf_config_dict
 from distill.rollout.vllm.probe import Probe
 from distill.rollout.vllm.weights import ServerExport, WeightsFolder
 from distill.sharding import batch_parts, make_mesh, param_shardings

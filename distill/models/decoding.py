@@ -19,7 +19,7 @@ from flax import nnx
 
 from distill.kernels.attention import attention
 from distill.models.transformer import Block, Rotation, Transformer, make_rotation
-from distill.sharding import constrain
+from distill.sharding import constrain, in_device_memory
 
 # Up to this depth the decode loop's layers are unrolled, with weights that were taken out of the
 # stack before: XLA for CPUs multiplies no slice without copying it. Beyond, they are scanned over:
@@ -100,7 +100,8 @@ def unstack_layers(model: Transformer) -> list[nnx.State]:
     stacked = nnx.state(model.layers)
     if num_layers > UNROLLED_LAYERS:
         return []
-    return [jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers)]  # noqa: B023
+    layers = [jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers)]  # noqa: B023
+    return in_device_memory(layers)
 
 
 def make_walk(

@@ -22,7 +22,8 @@ from flax import nnx
 
 from distill.kernels.attention import attention
 from distill.models.config import ModelConfig
-from distill.sharding import constrain
+from distill.models.quantization import dequantize
+from distill.sharding import constrain, in_device_memory
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
@@ -143,7 +144,7 @@ class Block(nnx.Module):
         return _constrain_residual(x_btd)
 
     def _cast(self, param: nnx.Param) -> jax.Array:
-        return param[...].astype(self.dtype)
+        return dequantize(in_device_memory(param.get_value()), self.dtype)
 
 
 class Transformer(nnx.Module):

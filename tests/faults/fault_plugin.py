@@ -16,7 +16,7 @@ import time
 import jax
 
 from distill import checkpoint, evaluate, manifest, metrics, trainer
-from distill.models import hf
+from distill.models import hf_export
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.engine import Engine
 
@@ -40,8 +40,8 @@ POINTS = {
     "restore": (checkpoint.Checkpoints, "restore", False),
     "restored": (checkpoint.Checkpoints, "restore", True),
     "export": (trainer, "export_student", False),
-    "export-weights": (hf, "_write_weights", True),
-    "export-rename": (hf, "_replace", False),
+    "export-weights": (hf_export, "_write_weights", True),
+    "export-rename": (hf_export, "_replace", False),
     "exported": (trainer, "export_student", True),
     "results": (metrics.os, "replace", False),
 }

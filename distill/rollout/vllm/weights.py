@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from distill.models.config import ModelConfig
-from distill.models.hf import export_model, load_model_config
+from distill.models.hf import load_model_config
+from distill.models.hf_export import export_model
 
 _VERSION = re.compile(r"\d{8}")
 _KEPT = 2  # versions: a server may be reading the last while the next is written

@@ -1,0 +1,48 @@
+"""8-bit weights for a model that is not trained: the matrices of its layers, by qwix.
+
+Every output channel of every layer has its own float32 scale. Only storage is in 8 bits: a layer's
+matrix is made in the computation's dtype where it is used. Embedding, output head, norms and biases
+stay as they are, since they are few and what they round away reaches every logit.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import qwix
+from flax import nnx
+from jax.sharding import Sharding
+
+from distill.models.config import ModelConfig
+from distill.models.hf_keys import key_table
+
+
+def quantize(config: ModelConfig, name: str, param: nnx.Variable) -> nnx.Variable:
+    """A parameter whose value is a qwix.QArray if it is a matrix of the layers; else unchanged.
+
+    Args:
+      config: of the model.
+      name: path of the parameter, as in the key table.
+      param: in the devices' memory.
+    """
+    weight = key_table(config)[name]
+    if not weight.stacked or len(weight.theirs) < 2:
+        return param
+    # The last axis of theirs is what a product sums over.
+    channels = [i for i, axis in enumerate(weight.ours, 1) if axis not in weight.theirs[-1]]
+    value = param.get_value()
+    return param.replace(_quantize(value, (0, *channels), value.sharding))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(value: jax.Array, channels: tuple[int, ...], place: Sharding) -> qwix.QArray:
+    quantized = qwix.quantize(value.astype(jnp.float32), jnp.int8, channelwise_axes=channels)
+    steps = jax.lax.with_sharding_constraint(quantized.qvalue, place)
+    return qwix.QArray(steps, quantized.scale)
+
+
+def dequantize(value: jax.Array | qwix.QArray, dtype: jnp.dtype) -> jax.Array:
+    """The weights to compute with."""
+    return (qwix.dequantize(value) if isinstance(value, qwix.QArray) else value).astype(dtype)
