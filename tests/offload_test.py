@@ -78,7 +78,7 @@ def test_teacher_is_where_the_config_says(models, offload):
 
 
 def test_moments_are_in_host_memory_before_and_after_a_step(models):
-    from step_test import make_rows
+    from step_test import make_rows, padded
 
     from distill.step import make_train_step
 
@@ -93,7 +93,7 @@ def test_moments_are_in_host_memory_before_and_after_a_step(models):
         teacher = build_teacher(config, teacher_folder, mesh)
         step = make_train_step(
             graph, teacher.graph, build.build_objective(config), optimizer,
-            num_microbatches=1, vocab_size=17,
+            vocab_size=17,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_moments_are_in_host_memory_before_and_after_a_step(models):
             return [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
 
         assert memory_kinds(large(state)) == {HOST_MEMORY}
-        batch = jax.tree.map(build.make_put(mesh), jax.device_get(make_rows()))
+        batch = build.put_batch(mesh, make_rows().batch(padded(1)))
         batch = dataclasses.replace(batch, tokens_bt=batch.tokens_bt % 17)
         before = jax.device_get(large(state))
         state, metrics = step(state, teacher.params, batch)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_test import make_rows
+from step_test import make_rows, padded
 from tiny_runs import tiny_config
 
 from distill import build
@@ -69,11 +69,10 @@ def run(tmp_path_factory, request) -> Run:
             teacher.graph,
             build.build_objective(config),
             optimizer,
-            num_microbatches=1,
             vocab_size=vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        batch = jax.tree.map(build.make_put(mesh), jax.device_get(make_rows()))
+        batch = build.put_batch(mesh, make_rows().batch(padded(1)))
         compiled = step.lower(state, teacher.params, batch).compile()
         student = Model(graph, state.params)
         folders = dict(student_folder=folder, workdir=None)
