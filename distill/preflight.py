@@ -20,11 +20,11 @@ import jax
 from ml_collections import ConfigDict
 
 from distill import build, cli
-from distill.config import Config, parse_config
+from distill.config import parse_config
 from distill.errors import UserError
 from distill.evaluate import Model
 from distill.preflight_checks import CHECKS, Problem, Subject
-from distill.scratch import make_missing_models
+from distill.scratch import make_missing_models, without_pretraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def preflight_alone(config: ConfigDict) -> list[Finding]:
     Raises:
       UserError: the first problem, of the checks or of the config.
     """
-    parsed = _without_pretraining(parse_config(config))
+    parsed = without_pretraining(parse_config(config))
     build.import_plugins(parsed)
     objective, mesh = build.build_objective(parsed), build.build_mesh(parsed)
     sampler_mesh = build.build_sampler_mesh(parsed, mesh)
@@ -111,13 +111,6 @@ def preflight_alone(config: ConfigDict) -> list[Finding]:
             backend=backend,
         )
         return preflight(subject, print)
-
-
-def _without_pretraining(config: Config) -> Config:
-    def random(section):
-        return dataclasses.replace(section, pretrain=dataclasses.replace(section.pretrain, steps=0))
-
-    return dataclasses.replace(config, policy=random(config.policy), teacher=random(config.teacher))
 
 
 def main() -> None:

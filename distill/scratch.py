@@ -73,6 +73,15 @@ def make_missing_models(
     )
 
 
+def without_pretraining(config: Config) -> Config:
+    """The config whose models from scratch keep their random weights."""
+
+    def random(section):
+        return dataclasses.replace(section, pretrain=dataclasses.replace(section.pretrain, steps=0))
+
+    return dataclasses.replace(config, policy=random(config.policy), teacher=random(config.teacher))
+
+
 def _make_tokenizer(config: Config):
     kind, _, argument = config.policy.tokenizer.partition(":")
     if (kind, argument) == ("characters", "arithmetic"):
