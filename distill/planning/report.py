@@ -53,12 +53,13 @@ def _memory(outlook: Outlook) -> Iterator[str]:
         "  of them gradients, float32": memory.gradients,
         f"temporaries of the decode loop, {source}": memory.generation,
     }
-    yield "memory per device                            GB"
-    yield from (f"{name:42}{size / _GB:9.3f}" for name, size in rows.items() if size)
-    for phase, peak in memory.peaks.items():
-        yield f"{'at once in the ' + phase:42}{peak / _GB:9.3f}"
+    unit, size_of_unit = ("GB", _GB) if memory.peak >= _GB else ("MB", 1e6)
+    rows = {name: size for name, size in rows.items() if size}
+    rows |= {f"at once in the {phase}": peak for phase, peak in memory.peaks.items()}
+    yield f"{'memory per device':45}{unit:>6}"
+    yield from (f"{name:42}{size / size_of_unit:9.3f}" for name, size in rows.items())
     verdict = "fits" if outlook.fits else "does not fit"
-    yield f"{'the device has':42}{chip.memory / _GB:9.3f}  ({chip.source}): {verdict}"
+    yield f"{'the device has':42}{chip.memory / size_of_unit:9.3f}  ({chip.source}): {verdict}"
     for phase, program in outlook.compiled.items():
         if program.failure:
             yield f"the compiler refuses the {phase}: {program.failure}"
@@ -94,9 +95,12 @@ def _programs(outlook: Outlook) -> Iterator[str]:
         program = outlook.compiled.get(phase.name)
         by_kind = ""
         if program and program.sent:
-            kinds = (f"{kind} {size / _GB:.4g}" for kind, size in program.sent.items())
+            kinds = (
+                f"{kind} {size / _GB:.4g}" for kind, size in program.sent.items() if size > 1e6
+            )
             what = "" if phase.name == "update" else f" per {TURNS_PER_CALL} turns"
-            by_kind = f" ({', '.join(kinds)}{what})"
+            if listed := ", ".join(kinds):
+                by_kind = f" ({listed}{what})"
         yield f"sent per device and {phase.name}: {phase.sent / _GB:.4g} GB{by_kind}"
     if outlook.compiled:
         each = (f"{phase} {each.seconds:.1f} s" for phase, each in outlook.compiled.items())
