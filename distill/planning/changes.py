@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,8 +36,8 @@ class Change:
 def find_remedies(outlook: Outlook) -> list[Change]:
     """The smallest change of each kind that alone makes it fit; else, all kinds together.
 
-    Temporaries are estimates, corrected by how far the estimate is off for what was compiled; the
-    first change is compiled, too, where that is possible.
+    Temporaries are estimates, corrected by how far the estimate is off for what was compiled. Where
+    it is possible, changes are compiled, too, until one is confirmed.
     """
     correction = outlook.memory.update / costs.estimated_temporaries(outlook.subject)
     remedies = []
@@ -57,12 +56,14 @@ def _fits(outlook: Outlook, correction: float) -> bool:
 
 
 def _confirmed(remedies: list[Change]) -> list[Change]:
-    """The first replaced by what compiling says of it, and dropped if that is no."""
-    if not remedies or remedies[0].outlook.topology.platform == "gpu":
-        return remedies
-    first, *rest = remedies
-    outlook = compile_programs(first.outlook.subject, first.outlook.topology)
-    return [dataclasses.replace(first, outlook=outlook), *rest] if outlook.fits else rest
+    """Without those that compiling refutes, up to the first that it confirms."""
+    for number, change in enumerate(remedies):
+        if change.outlook.topology.platform == "gpu":
+            return remedies[number:]
+        outlook = compile_programs(change.outlook.subject, change.outlook.topology)
+        if outlook.fits:
+            return [dataclasses.replace(change, outlook=outlook), *remedies[number + 1 :]]
+    return []
 
 
 def _changed(outlook: Outlook, values: Values, topology: Topology | None = None) -> Change | None:
@@ -98,23 +99,22 @@ def _more_checkpointing(outlook: Outlook) -> Iterator[Change]:
 
 def _smaller_microbatches(outlook: Outlook) -> Iterator[Change]:
     now = outlook.subject.config.policy.train_micro_batch_size
-    sizes = (size for size in _microbatches(outlook.subject, outlook.subject.sizes) if size < now)
+    sizes = (
+        size for size in _microbatches(outlook.subject, outlook.subject.sizes.parts) if size < now
+    )
     key = "policy.train_micro_batch_size"
     return _each(outlook, ({key: size} for size in sizes))
 
 
 def _smaller_cache(outlook: Outlook) -> Iterator[Change]:
     now, key = outlook.subject.config.policy.generation.cache_memory, "cache_memory"
-    smaller = (f"policy.generation.{key}" for _ in range(4))
-    if not outlook.subject.samples:
-        return iter(())
-    return _each(outlook, ({name: now / 2 ** (i + 1)} for i, name in enumerate(smaller)))
+    smaller = (now / part for part in (2, 4, 8, 16))
+    return _each(outlook, ({f"policy.generation.{key}": size} for size in smaller))
 
 
 def _half_precision_teacher(outlook: Outlook) -> Iterator[Change]:
-    if outlook.subject.teacher is None or outlook.subject.config.teacher.precision != "float32":
-        return iter(())
-    return _each(outlook, iter([{"teacher.precision": "bfloat16"}]))
+    is_full = outlook.subject.teacher and outlook.subject.config.teacher.precision == "float32"
+    return _each(outlook, iter([{"teacher.precision": "bfloat16"}] if is_full else []))
 
 
 def _other_meshes(outlook: Outlook) -> Iterator[Change]:
@@ -163,10 +163,11 @@ _KINDS: tuple[Callable[[Outlook], Iterator[Change]], ...] = (
 def _all_together(outlook: Outlook, correction: float) -> list[Change]:
     """One kind of change after the other, each the one that saves most, until it fits."""
     values: Values = {}
+    outlook = estimate(outlook.subject, outlook.topology)
     for kind in _KINDS[:-1]:
         changes = list(kind(outlook))
-        if changes:
-            best = min(changes, key=lambda change: change.outlook.memory.peak)
+        best = min(changes, key=lambda change: change.outlook.memory.peak, default=None)
+        if best and best.outlook.memory.peak < outlook.memory.peak:
             values, outlook = values | best.values, best.outlook
         if _fits(outlook, correction):
             return [Change(values, outlook)]
@@ -182,15 +183,12 @@ def sweep(subject: Subject, topology: Topology) -> tuple[list[Outlook], int]:
     Those that fit come first, the fastest step before the others.
     """
     base = estimate(subject, topology)
-    tried = []
-    for mesh in _meshes(subject, subject.sizes.count):
-        parts = mesh["mesh.data"] * mesh["mesh.fsdp"]
-        rows = subject.config.policy.train_global_batch_size
-        for size in _divisors(rows):
-            if size % parts == 0:
-                values = mesh | {"policy.train_micro_batch_size": size}
-                tried.append(_changed(base, values))
-    outlooks = sorted((change.outlook for change in tried if change), key=_rank)
+    choices = (
+        mesh | {"policy.train_micro_batch_size": size}
+        for mesh in _meshes(subject, subject.sizes.count)
+        for size in _microbatches(subject, mesh["mesh.data"] * mesh["mesh.fsdp"])
+    )
+    outlooks = sorted((change.outlook for change in _each(base, choices)), key=_rank)
     best = outlooks[:COMPILED]
     if topology.platform != "gpu":
         best = sorted((compile_programs(each.subject, topology) for each in best), key=_rank)
@@ -213,12 +211,7 @@ def _meshes(subject: Subject, count: int) -> list[Values]:
     return meshes
 
 
-def _microbatches(subject: Subject, sizes) -> list[int]:
-    """Rows that divide the batch and can be split, the most first."""
+def _microbatches(subject: Subject, parts: int) -> list[int]:
+    """Numbers of rows that divide the batch and can be split `parts` ways, the most first."""
     rows = subject.config.policy.train_global_batch_size
-    return [size for size in reversed(_divisors(rows)) if size % sizes.parts == 0]
-
-
-def _divisors(number: int) -> list[int]:
-    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
-    return sorted({*small, *(number // i for i in small)})
+    return [size for size in range(rows, 0, -1) if rows % size == 0 and size % parts == 0]

@@ -170,9 +170,7 @@ def _decode_temporaries(subject: Subject, arrays: Arrays, programs: dict[str, Pr
     decode = programs.get("generation")
     if decode is None:
         return costs.estimated_decode_temporaries(subject, _slots(arrays))
-    # What it is given beside weights and cache are the layers that were taken out of the stack.
-    given = bytes_per_device((arrays.sampler, arrays.cache))
-    return decode.temporaries + max(decode.arguments - given, 0)
+    return decode.temporaries + bytes_per_device(arrays.layers)
 
 
 def _sent(subject: Subject, programs: dict[str, Program]) -> float:

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from distill import build
 from distill.config import Config
 from distill.evaluate import Model
 from distill.losses.objective import TopKScores
+from distill.models.decoding import abstract_layers
 from distill.planning.collectives import sent_bytes
 from distill.planning.subject import Subject
 from distill.sampling.cache import SlotCache
@@ -31,7 +33,8 @@ class Arrays:
 
     Attributes:
       student: its graph; the parameters are the state's.
-      teacher, sampler, cache: None where the run has none here.
+      teacher, sampler, layers, cache: None where the run has none here; `layers` are the weights
+        of the sampler's layers by themselves, if it takes them out of the stack.
     """
 
     student: Model
@@ -40,6 +43,7 @@ class Arrays:
     batch: Batch
     engine: Engine | None
     sampler: Any
+    layers: Any
     cache: SlotCache | None
 
 
@@ -49,14 +53,12 @@ class Program:
 
     Attributes:
       seconds: of tracing and compiling.
-      arguments: bytes that it is given.
       temporaries: bytes that it needs beside its arguments, results that replace none included.
       sent: bytes sent in one run, by kind of collective; None where it does not fit the chip.
       failure: the compiler's words then.
     """
 
     seconds: float
-    arguments: float
     temporaries: float
     sent: dict[str, float] | None
     failure: str = ""
@@ -73,7 +75,7 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
     if subject.teacher is not None:
         options = build.frozen_options(config, config.teacher.precision)
         teacher = build.abstract_model(subject.teacher, "the teacher", mesh, **options)
-    engine = sampler = cache = None
+    engine = sampler = layers = cache = None
     if subject.samples:
         engine = Engine(
             student.graph,
@@ -83,11 +85,12 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
             vocab_size=subject.vocab_size,
         )
         sampler = _sampler_copy(config, student, sampler_mesh)
+        layers = abstract_layers(nnx.merge(student.graph, sampler))
         with _current(sampler_mesh):
             cache = engine.abstract_cache(sampler, config.policy.train_global_batch_size)
     state = build.abstract_state(student, optimizer, mesh)
     batch = abstract_batch(config, mesh)
-    return Arrays(student, state, teacher, batch, engine, sampler, cache)
+    return Arrays(student, state, teacher, batch, engine, sampler, layers, cache)
 
 
 def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
@@ -141,7 +144,7 @@ def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
     with jax.set_mesh(mesh):
         return _compile(
             lambda: arrays.engine.lower_decode(arrays.sampler, rows, params),
-            (arrays.sampler, arrays.cache),
+            (arrays.sampler, arrays.layers, arrays.cache),
             mesh,
             TURNS_PER_CALL,
         )
@@ -157,13 +160,12 @@ def _compile(lower, arguments: Any, mesh: Mesh, unknown_trips: int) -> Program:
         if used is None:
             raise
         failure = " ".join(str(error).split())[:200]
-        return Program(seconds, held, max(used - held, 0), None, failure)
+        return Program(seconds, max(used - held, 0), None, failure)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Program(
         seconds,
-        memory.argument_size_in_bytes,
         memory.temp_size_in_bytes + new_results,
         sent_bytes(compiled.as_text(), mesh.size, unknown_trips),
     )

@@ -114,7 +114,7 @@ def remedy_lines(remedies: list[Change]) -> Iterator[str]:
     if not remedies:
         yield "no change of checkpointing, microbatches, cache, mesh or number of devices suffices"
         return
-    yield "what would make it fit, each alone:"
+    yield "one of these would make it fit:"
     for change in remedies:
         outlook = change.outlook
         how = "by the compiler" if outlook.compiled else "estimated"
