@@ -450,6 +450,26 @@ def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
     assert deep < 1.3 * shallow, (deep, shallow)
 
 
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_flagship_on_a_slice_of_tpus(capsys):
+    """32B and 1.5B weights on 64 chips, by the real compiler; docs/scaling.md has others."""
+    outlook = plan(flagship(), "v5p:4x4x4")
+    memory, (update, generation) = outlook.memory, outlook.phases
+    assert outlook.fits and not any(each.failure for each in outlook.compiled.values())
+    assert memory.teacher == pytest.approx(2 * 32.76e9 / 64, rel=0.01)
+    assert memory.student == pytest.approx(4 * 1.544e9 / 64, rel=0.01)
+    assert memory.optimizer == pytest.approx(2 * memory.student, rel=0.01)
+    assert memory.sampler == pytest.approx(2 * 1.544e9, rel=0.01)  # whole: every turn reads it
+    # The score matrices of a layer and the gathered heads among them.
+    assert 1e9 < memory.update < 12e9 and 0 < memory.generation < 1e9
+    # Weights are gathered layer by layer, in loops: each turn must have been counted.
+    assert update.sent == pytest.approx(costs.estimated_sent(outlook.subject), rel=0.25)
+    assert 0 < generation.sent < update.sent
+    printed = capsys.readouterr().out
+    assert "planned with 64" in printed and ": fits" in printed
+
+
 @needs_tpu_compiler
 def test_slices_that_do_not_exist_are_refused():
     with pytest.raises(UserError, match="there is no TPU slice v5e:3x5.*such as v5e:4x4"):
