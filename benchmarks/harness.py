@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -26,7 +25,6 @@ from unittest import mock
 
 import jax
 from absl import flags
-from jax.experimental import topologies
 
 from distill.errors import UserError
 
@@ -212,20 +210,6 @@ class Estimate(Measurement):
     """The compiler's estimate: `peak_bytes` are the program's temporaries. See `estimate`."""
 
     flops: float | None = None
-
-
-def described_tpu(topology: str) -> jax.Device:
-    """A device of a TPU topology that need not be present, such as 'v6e:2x2'."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("the TPU compiler is missing: pip install libtpu")
-    # libtpu asks the machine what it is, slowly and with warnings, unless it is told; and it takes
-    # a lock on the chips, which are not used here.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    jax.config.update("jax_platforms", "cpu")
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
 
 
 def estimate(function: Callable, *arguments: jax.ShapeDtypeStruct) -> Estimate:

@@ -37,6 +37,7 @@ from distill.errors import UserError
 from distill.kernels.linear_divergence import linear_divergence
 from distill.losses.divergences import get_divergence
 from distill.sharding import make_mesh
+from distill.topology import CHIPS, Chip, described_tpu
 
 PRODUCT = "matrix product"
 DIVERGENCES = {"forward KL": "forward", "JSD(0.5)": "jsd"}
@@ -83,24 +84,12 @@ LIGER_PROBLEM = Problem(8192, 2048, 4096, 128256, 128256, 128256, "bfloat16", "J
 TPU_PROBLEM = Problem(16384, 1536, 5120, 151936, 152064, 151665, "bfloat16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """`flops` per second in bfloat16, from the "Peak compute per chip" of Google's page."""
-
-    topology: str
-    flops: float
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 197e12),  # cloud.google.com/tpu/docs/v5e
-    "v5p": Chip("v5p:2x2x1", 459e12),  # cloud.google.com/tpu/docs/v5p
-    "v6e": Chip("v6e:2x2", 918e12),  # cloud.google.com/tpu/docs/v6e
-}
+ONE_OF = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # a slice that has the chip
 
 _ONLY = flags.DEFINE_string("only", "", "Only cases whose name contains this, e.g. T=8192.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each implementation.", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_enum(
-    "topology", None, list(CHIPS), "Estimate for one chip of this TPU instead of measuring here."
+    "topology", None, list(ONE_OF), "Estimate for one chip of this TPU instead of measuring here."
 )
 
 
@@ -268,7 +257,7 @@ def build_liger(problem: Problem, compiled: bool):
 def estimated(chip_name: str, only: str) -> tuple[list[harness.Row], list[str]]:
     """Rows of the compiler's estimates for one chip, and what to say below them."""
     chip = CHIPS[chip_name]
-    mesh = make_mesh(devices=[harness.described_tpu(chip.topology)])
+    mesh = make_mesh(devices=described_tpu(ONE_OF[chip_name])[:1])
     rows, notes = [], [f"{chip_name}: the compiler's estimates, nothing was measured"]
     for problem in with_divergences([TPU_PROBLEM]):
         if only in problem.name:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from distill.health import Health
 from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, NoWriter, Progress
 from distill.microbatch import Batch
+from distill.models.config import ModelConfig
 from distill.models.hf import load_model_config, load_params
 from distill.models.hub import resolve_model
 from distill.models.transformer import Transformer
@@ -91,9 +93,9 @@ def import_plugins(config: Config) -> None:
             ) from None
 
 
-def build_mesh(config: Config) -> Mesh:
-    """The trainer's mesh; checks that batches can be split over it."""
-    devices, sampler_devices = _split_devices(config)
+def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The trainer's mesh of all `devices`, by default JAX's; batches must be split over it."""
+    devices, sampler_devices = split_devices(config, devices)
     _check_processes(config)
     try:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
@@ -102,7 +104,7 @@ def build_mesh(config: Config) -> Mesh:
             raise
         raise UserError(
             f"{error} (policy.generation.colocated gives {len(sampler_devices)} of "
-            f"{len(jax.devices())} devices to the sampler, {len(devices)} remain)"
+            f"{len(devices) + len(sampler_devices)} devices to the sampler, {len(devices)} remain)"
         ) from None
     parts = batch_parts(mesh)
     policy = config.policy
@@ -141,15 +143,19 @@ def _check_processes(config: Config) -> None:
             )
 
 
-def build_sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
-    """Where the jax backend samples: on the trainer's `mesh`, or on devices of its own."""
-    _, devices = _split_devices(config)
+def build_sampler_mesh(
+    config: Config, mesh: Mesh, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Where the jax backend samples: on the trainer's `mesh`, or on others of all `devices`."""
+    _, devices = split_devices(config, devices)
     return make_sampler_mesh(mesh, devices) if devices else mesh
 
 
-def _split_devices(config: Config) -> tuple[list[jax.Device], list[jax.Device]]:
+def split_devices(
+    config: Config, devices: Sequence[jax.Device] | None
+) -> tuple[list[jax.Device], list[jax.Device]]:
     """Devices of the trainer, and those of a sampler that has its own."""
-    devices, generation = jax.devices(), config.policy.generation
+    devices, generation = list(devices or jax.devices()), config.policy.generation
     if generation.backend != "jax" or generation.colocated.enabled:
         return devices, []
     key = "policy.generation.colocated"
@@ -275,8 +281,9 @@ def check_same_data(prompts: Prompts) -> None:
         processes.check_same("data", {"digest of the prompts": prompts.digest()})
 
 
-def build_model(
-    folder: Path,
+def abstract_model(
+    config: ModelConfig,
+    source: str | Path,
     mesh: Mesh,
     *,
     dtype: str,
@@ -284,25 +291,23 @@ def build_model(
     remat: str,
     max_length: int,
     rules=RULES,
-    finish: Callable[[str, nnx.Variable], nnx.Variable] | None = None,
 ) -> Model:
-    """Reads a Hugging Face folder, each weight straight to its shards.
+    """A model's graph, and the shapes of its parameters on the mesh: nothing is loaded.
 
     Args:
-      folder: config.json and safetensors.
+      config: sizes and variants.
+      source: where they come from, for errors.
       mesh: where the parameters go.
       dtype: of the computation.
       param_dtype: of the stored weights.
       remat: what the backward pass recomputes.
       max_length: positions that will be used.
       rules: which mesh axes split the parameters.
-      finish: see `load_params`.
     """
-    config, _ = load_model_config(folder)
     if max_length > config.max_positions:
         raise UserError(
             f"policy.max_total_sequence_length={max_length} exceeds the {config.max_positions} "
-            f"positions of the model in {folder}: lower it"
+            f"positions of the model in {source}: lower it"
         )
 
     def construct():
@@ -314,17 +319,44 @@ def build_model(
             rngs=nnx.Rngs(0),
         )
 
-    graph, abstract = nnx.split(nnx.eval_shape(construct), nnx.Param)
-    layout = param_shardings(abstract, mesh, rules)
-    params = load_params(folder, config, abstract, layout, jnp.dtype(param_dtype), finish)
-    return Model(graph, params)
+    graph, shapes = nnx.split(nnx.eval_shape(construct), nnx.Param)
+    return Model(graph, on_mesh(shapes, param_shardings(shapes, mesh, rules)))
 
 
-def build_student(config: Config, folder: Path, mesh: Mesh) -> Model:
+def on_mesh(shapes, shardings):
+    """The tree of shapes, each with its layout."""
+    return jax.tree.map(
+        lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes, shardings
+    )
+
+
+def build_model(
+    folder: Path,
+    mesh: Mesh,
+    *,
+    finish: Callable[[str, nnx.Variable], nnx.Variable] | None = None,
+    **options,
+) -> Model:
+    """Reads a Hugging Face folder, each weight straight to its shards.
+
+    Args:
+      folder: config.json and safetensors.
+      mesh: where the parameters go.
+      finish: see `load_params`.
+      **options: those of `abstract_model`.
+    """
+    config, _ = load_model_config(folder)
+    model = abstract_model(config, folder, mesh, **options)
+    shardings = jax.tree.map(lambda x: x.sharding, model.params)
+    dtype = jnp.dtype(options["param_dtype"])
+    params = load_params(folder, config, model.params, shardings, dtype, finish)
+    return Model(model.graph, params)
+
+
+def student_options(config: Config) -> dict[str, Any]:
+    """Of `abstract_model`, for the model that is trained: float32 master weights."""
     policy = config.policy
-    return build_model(
-        folder,
-        mesh,
+    return dict(
         dtype=policy.precision,
         param_dtype="float32",
         remat=policy.activation_checkpointing,
@@ -332,16 +364,22 @@ def build_student(config: Config, folder: Path, mesh: Mesh) -> Model:
     )
 
 
-def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str) -> Model:
-    """A model that is not trained: stored as it computes."""
-    return build_model(
-        folder,
-        mesh,
+def frozen_options(config: Config, precision: str) -> dict[str, Any]:
+    """Of `abstract_model`, for a model that is not trained: stored as it computes."""
+    return dict(
         dtype=precision,
         param_dtype=precision,
         remat="none",
         max_length=config.policy.max_total_sequence_length,
     )
+
+
+def build_student(config: Config, folder: Path, mesh: Mesh) -> Model:
+    return build_model(folder, mesh, **student_options(config))
+
+
+def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str) -> Model:
+    return build_model(folder, mesh, **frozen_options(config, precision))
 
 
 def teacher_dtype(config: Config) -> str:
@@ -365,17 +403,24 @@ def build_objective(config: Config) -> Objective:
     )
 
 
+def abstract_state(config: Config, student: Model, optimizer, mesh: Mesh) -> TrainState:
+    """Shapes of the train state on the mesh, moments laid out like the student's parameters."""
+    opt_state = jax.eval_shape(optimizer.init, student.params)
+    memory = HOST_MEMORY if config.policy.optimizer.offload == "host" else "device"
+    layout = optimizer_shardings(optimizer, opt_state, student.params, mesh, memory)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step, student.params, on_mesh(opt_state, layout))
+
+
 def build_state(config: Config, folder: Path, optimizer, mesh: Mesh):
-    """(graph, first train state) of the student, moments laid out like the parameters."""
-    student = build_student(config, folder, mesh)
-    abstract = jax.eval_shape(optimizer.init, student.params)
-    memory = "device"
+    """(graph, first train state) of the student."""
     if config.policy.optimizer.offload == "host":
         check_host_memory(mesh, "policy.optimizer.offload")
-        memory = HOST_MEMORY
-    layout = optimizer_shardings(optimizer, abstract, student.params, mesh, memory)
-    opt_state = jax.jit(optimizer.init, out_shardings=layout)(student.params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    student = build_student(config, folder, mesh)
+    abstract = abstract_state(config, student, optimizer, mesh)
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(student.params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), layout.step)
     return student.graph, TrainState(step, student.params, opt_state)
 
 
@@ -436,18 +481,21 @@ def build_iterator(config: Config, prompts: Prompts):
     )
 
 
-def build_engine(config: Config, graph: nnx.GraphDef, vocabulary: Vocabulary) -> Engine:
-    """What samples from a model: rollouts, held-out answers, fixed data."""
+def engine_sizes(config: Config) -> EngineConfig:
     generation = config.policy.generation
-    sizes = EngineConfig(
+    return EngineConfig(
         max_length=config.policy.max_total_sequence_length,
         num_slots=generation.num_slots,
         cache_memory=generation.cache_memory * 1e9,
         int8=generation.cache_dtype == "int8",
     )
+
+
+def build_engine(config: Config, graph: nnx.GraphDef, vocabulary: Vocabulary) -> Engine:
+    """What samples from a model: rollouts, held-out answers, fixed data."""
     return Engine(
         graph,
-        sizes,
+        engine_sizes(config),
         eos_ids=vocabulary.end_ids,
         pad_id=vocabulary.tokenizer.pad_token_id,
         vocab_size=vocabulary.size,

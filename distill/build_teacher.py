@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from distill.build import build_model, make_put, teacher_dtype
+from distill.build import abstract_model, build_model, frozen_options, make_put, teacher_dtype
 from distill.config import Config
 from distill.data.pipeline import eval_batches
 from distill.data.prompts import Prompts
@@ -21,8 +22,9 @@ from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
 from distill.models.config import ModelConfig
 from distill.models.hf import load_model_config
-from distill.models.quantization import quantize
+from distill.models.quantization import abstract_quantized, quantize
 from distill.sharding import (
+    HOST_MEMORY,
     RULES,
     SPREAD_RULES,
     check_host_memory,
@@ -58,16 +60,7 @@ def build_teacher(
     teacher = config.teacher
     if teacher.offload != "none":
         check_host_memory(mesh, "teacher.offload")
-    load = functools.partial(
-        build_model,
-        folder,
-        mesh,
-        dtype=teacher_dtype(config),
-        param_dtype=teacher_dtype(config),
-        remat="none",
-        max_length=config.policy.max_total_sequence_length,
-        rules=SPREAD_RULES if teacher.split_over_data else RULES,
-    )
+    load = functools.partial(build_model, folder, mesh, **teacher_options(config))
     keep = _keep(teacher.precision, teacher.offload, load_model_config(folder)[0])
     if teacher.precision == "int8" and prompts is not None:
         # The one in bfloat16 may be larger than the devices: it is streamed from host memory.
@@ -75,6 +68,32 @@ def build_teacher(
         return _quantize_and_compare(full, keep, mesh, config, prompts, vocab_size)
     model = load(finish=keep)
     return _placed(model.graph, model.params, teacher.offload)
+
+
+def teacher_options(config: Config) -> dict[str, Any]:
+    """Of `abstract_model`."""
+    rules = SPREAD_RULES if config.teacher.split_over_data else RULES
+    return frozen_options(config, teacher_dtype(config)) | dict(rules=rules)
+
+
+def abstract_teacher(config: Config, model_config: ModelConfig, mesh) -> Model:
+    """Shapes of a teacher on the mesh, where the train step takes it from."""
+    model = abstract_model(model_config, "the teacher", mesh, **teacher_options(config))
+    streamed = config.teacher.offload == "layers"  # one offloaded as a whole is fetched before
+
+    def keep(path: tuple, param: nnx.Variable) -> nnx.Variable:
+        name = "/".join(map(str, path))
+        layout = param.get_value().sharding
+        if config.teacher.precision == "int8":
+            param = abstract_quantized(model_config, name, param)
+        if streamed and _is_streamed(name, param):
+            in_host = layout.with_memory_kind(HOST_MEMORY)
+            shapes = jax.tree.map(lambda x: x.update(sharding=in_host), param.get_value())
+            return param.replace(shapes)
+        return param
+
+    flat = [(path, keep(path, param)) for path, param in nnx.to_flat_state(model.params)]
+    return dataclasses.replace(model, params=nnx.from_flat_state(flat))
 
 
 def _placed(graph: nnx.GraphDef, params: nnx.State, offload: str) -> Model:
@@ -96,10 +115,13 @@ def _keep(precision: str, offload: str, model_config: ModelConfig) -> Keep:
 
 def _offload_layers(name: str, param: nnx.Variable) -> nnx.Variable:
     """The layers' weights to host memory; norms are small, and the rest is used as a whole."""
-    value = param.get_value()
-    if not name.startswith("layers/") or value.ndim < 3:
+    if not _is_streamed(name, param):
         return param
-    return param.replace(jax.tree.map(in_host_memory, value))
+    return param.replace(jax.tree.map(in_host_memory, param.get_value()))
+
+
+def _is_streamed(name: str, param: nnx.Variable) -> bool:
+    return name.startswith("layers/") and param.get_value().ndim > 2
 
 
 def _quantize_and_compare(
@@ -107,8 +129,7 @@ def _quantize_and_compare(
 ) -> Model:
     """The model in 8 bits, and its divergence from itself on a batch of prompts."""
     put = make_put(mesh)
-    processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    batch, _ = next(eval_batches(prompts, config.evaluation.batch_size, **processes))
+    batch, _ = next(eval_batches(prompts, config.evaluation.batch_size))
     tokens_bt, lengths_b = put(batch.prompt_tokens_bp), put(batch.prompt_lengths_b)
     before_btd = _hidden(full.graph, full.params, tokens_bt)
     flat, graph = dict(nnx.to_flat_state(full.params)), full.graph

@@ -575,6 +575,13 @@ def tokens_per_microbatch(policy: Policy) -> int:
     return keys.train_mb_tokens or rows
 
 
+def rows_per_microbatch(policy: Policy) -> int:
+    """Rows of full length that are computed at once, over the whole mesh."""
+    if not (policy.sequence_packing.enabled or policy.dynamic_batching.enabled):
+        return policy.train_micro_batch_size
+    return max(tokens_per_microbatch(policy) // policy.max_total_sequence_length, 1)
+
+
 def _divisors(number: int) -> set[int]:
     small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
     return {*small, *(number // i for i in small)}

@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 
 from distill import build, cli, processes
 from distill.build_teacher import build_teacher
-from distill.config import Config, parse_config
+from distill.config import parse_config
 from distill.errors import UserError
 from distill.evaluate import Model
 from distill.preflight_checks import CHECKS, Problem, Subject
-from distill.scratch import make_missing_models, missing_models
+from distill.scratch import make_missing_models, missing_models, without_pretraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def preflight_alone(config: ConfigDict) -> list[Finding]:
     Raises:
       UserError: the first problem, of the checks or of the config.
     """
-    parsed = _without_pretraining(parse_config(config))
+    parsed = without_pretraining(parse_config(config))
     if processes.several() and (missing := missing_models(parsed)):
         raise UserError(
             f"the {missing[0]} would be made from scratch in a temporary folder, which several "
@@ -117,13 +117,6 @@ def preflight_alone(config: ConfigDict) -> list[Finding]:
             backend=backend,
         )
         return preflight(subject, print)
-
-
-def _without_pretraining(config: Config) -> Config:
-    def random(section):
-        return dataclasses.replace(section, pretrain=dataclasses.replace(section.pretrain, steps=0))
-
-    return dataclasses.replace(config, policy=random(config.policy), teacher=random(config.teacher))
 
 
 def main() -> None:

@@ -79,6 +79,15 @@ def missing_models(config: Config) -> list[str]:
     return missing + ["teacher"] * (needs_teacher and not distillation.teacher_model_path)
 
 
+def without_pretraining(config: Config) -> Config:
+    """The config whose models from scratch keep their random weights."""
+
+    def random(section):
+        return dataclasses.replace(section, pretrain=dataclasses.replace(section.pretrain, steps=0))
+
+    return dataclasses.replace(config, policy=random(config.policy), teacher=random(config.teacher))
+
+
 def _make_tokenizer(config: Config):
     kind, _, argument = config.policy.tokenizer.partition(":")
     if (kind, argument) == ("characters", "arithmetic"):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from distill.errors import UserError
 
@@ -50,45 +50,61 @@ SPREAD_RULES = RULES | {"embed": ("data", "fsdp")}
 SAMPLER_RULES = RULES | {"embed": None}
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Mesh over `devices`, by default all; one size may be -1 and takes what is left.
+def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
+    """The sizes of a mesh over `count` devices; one may be -1 and takes what is left.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1 (takes the rest)")
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
+    if free and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if math.prod(sizes.values()) != count:
         raise UserError(
-            f"mesh {sizes} does not match {len(devices)} devices: "
-            f"data x fsdp x tensor must be {len(devices)}, e.g. data={len(devices)} fsdp=1 tensor=1"
+            f"mesh {sizes} does not match {count} devices: "
+            f"data x fsdp x tensor must be {count}, e.g. data={count} fsdp=1 tensor=1"
         )
-    shape = tuple(sizes.values())
+    return tuple(sizes.values())
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """Mesh over `devices`, by default all; see `mesh_sizes`."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_sizes(data, fsdp, tensor, len(devices))
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def make_sampler_mesh(trainer_mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh of a sampler with its own devices: weights are cut as the trainer's, rows over the rest.
+def make_abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """A mesh without devices, for the shapes of shards."""
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def sampler_mesh_sizes(tensor: int, count: int) -> tuple[int, int, int]:
+    """Sizes of the mesh of a sampler with `count` devices: weights are cut as the trainer's, rows
+    over the rest.
 
     Cut alike, every shard of a refit is a copy from one device to another.
 
     Raises:
       UserError: the trainer's tensor axis does not divide the number of devices.
     """
-    tensor = trainer_mesh.shape["tensor"]
-    if len(devices) % tensor:
+    if count % tensor:
         raise UserError(
-            f"a sampler of {len(devices)} devices cannot split weights {tensor} ways as the "
+            f"a sampler of {count} devices cannot split weights {tensor} ways as the "
             f"trainer does (mesh.tensor={tensor}): give it a multiple of {tensor} devices, or "
-            f"choose a mesh.tensor that divides {len(devices)}"
+            f"choose a mesh.tensor that divides {count}"
         )
-    return make_mesh(len(devices) // tensor, 1, tensor, devices)
+    return count // tensor, 1, tensor
+
+
+def make_sampler_mesh(trainer_mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
+    """Mesh of a sampler with its own devices; see `sampler_mesh_sizes`."""
+    sizes = sampler_mesh_sizes(trainer_mesh.shape["tensor"], len(devices))
+    return make_mesh(*sizes, devices)
 
 
 def copy_to_mesh(arrays, mesh: Mesh):

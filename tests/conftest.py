@@ -31,3 +31,16 @@ def models(tmp_path_factory) -> dict[str, str]:
     config.data.validation.max_samples = 0
     distill.train(config, workdir)
     return {role: str(workdir / "scratch" / role / "initial") for role in ("student", "teacher")}
+
+
+@pytest.fixture
+def nothing_compiled_before():
+    """Without the tests' common store of compiled programs."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_models import model_config, random_model
 
 from distill.errors import UserError
@@ -247,16 +246,6 @@ def test_what_can_not_be_served_is_said_in_one_line():
         engine.generate(model()[1], empty)
     with pytest.raises(UserError, match="cache_memory=1e-06 GB holds no slot of 96 tokens"):
         make_engine(cache_memory=1e3).generate(model()[1], request())
-
-
-@pytest.fixture
-def nothing_compiled_before():
-    """Without the tests' common store of compiled programs."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.slow

@@ -11,13 +11,21 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import its own level and those below.
 LEVELS = [
     {"errors", "config", "roll_call", "processes", "interrupts", "workdir", "manifest", "health"},
-    {"sharding", "tokenizer", "kernels"},
+    {"sharding", "topology", "tokenizer", "kernels"},
     {"losses", "models", "data", "optimizer"},
-    {"step", "sampling"},
+    {"step", "microbatch", "sampling"},
     {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
-    {"build", "build_teacher", "build_vllm", "scratch", "preflight", "preflight_checks"},
+    {
+        "build",
+        "build_teacher",
+        "build_vllm",
+        "scratch",
+        "preflight",
+        "preflight_checks",
+        "planning",
+    },
     {"trainer"},
-    {"main", "generate", "export", "export_server", "__init__"},
+    {"main", "plan", "generate", "export", "export_server", "__init__"},
 ]
 OPTIONAL_PACKAGES = {"torch", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
 

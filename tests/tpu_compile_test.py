@@ -2,12 +2,10 @@
 
 import dataclasses
 import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
 from benchmarks import harness
 from benchmarks import linear_divergence as benchmark
@@ -19,19 +17,12 @@ from distill.kernels.linear_divergence import (
 from distill.kernels.linear_divergence.sweeps import Projection
 from distill.losses.divergences import get_divergence
 from distill.sharding import make_mesh, named_sharding
+from distill.topology import described_tpu
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is missing"
 )
 pytestmark = [pytest.mark.slow, needs_tpu_compiler]
-
-# libtpu would ask the machine, slowly and in vain, what it is.
-os.environ |= {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 NUM_TOKENS, WIDTH_S, WIDTH_T, COLUMNS_S, COLUMNS_T = 16384, 1536, 5120, 151936, 152064
 VOCAB_SIZE = 151665  # of Qwen2.5
@@ -39,8 +30,8 @@ GB = 1e9
 
 
 def tpu_mesh(topology, *sizes):
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return make_mesh(*sizes, devices=devices[: sizes[0] * sizes[1] * sizes[2]])
+    devices = described_tpu(topology)[: sizes[0] * sizes[1] * sizes[2]]
+    return make_mesh(*sizes, devices=devices)
 
 
 def shapes(mesh, width_s=WIDTH_S, width_t=WIDTH_T):

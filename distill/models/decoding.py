@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distill.kernels.attention import attention
 from distill.models.transformer import Block, Rotation, Transformer, make_rotation
@@ -102,6 +103,18 @@ def unstack_layers(model: Transformer) -> list[nnx.State]:
         return []
     layers = [jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers)]  # noqa: B023
     return in_device_memory(layers)
+
+
+def abstract_layers(model: Transformer) -> list[nnx.State]:
+    """Shapes and layouts of `unstack_layers`, of a model that holds shapes on a mesh."""
+    if model.config.num_layers > UNROLLED_LAYERS:
+        return []
+
+    def first(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        layout = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=layout)
+
+    return [jax.tree.map(first, nnx.state(model.layers))] * model.config.num_layers
 
 
 def make_walk(

@@ -24,6 +24,21 @@ def resolve_model(path_or_id: str | Path) -> Path:
     Raises:
       UserError: nothing is there, or the hub cannot be reached or has no such model.
     """
+    return _folder(path_or_id) or _download(str(path_or_id))
+
+
+def find_config(path_or_id: str | Path) -> Path | None:
+    """config.json as `resolve_model` finds it; None for a hub id that was never downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if folder := _folder(path_or_id):
+        return folder / CONFIG
+    cached = try_to_load_from_cache(str(path_or_id), CONFIG)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _folder(path_or_id: str | Path) -> Path | None:
+    """The folder on this machine, None for a hub id."""
     name = str(path_or_id)
     if name.startswith(EMBEDDED):
         return _embedded_folder(name)
@@ -39,7 +54,7 @@ def resolve_model(path_or_id: str | Path) -> Path:
             f"there is no folder {name!r}: pass a folder with {CONFIG} and *.safetensors, "
             "or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"
         )
-    return _download(name)
+    return None
 
 
 def _embedded_folder(name: str) -> Path:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import qwix
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from distill.models.config import ModelConfig
 from distill.models.hf_keys import key_table
@@ -27,20 +27,42 @@ def quantize(config: ModelConfig, name: str, param: nnx.Variable) -> nnx.Variabl
       name: path of the parameter, as in the key table.
       param: in the devices' memory.
     """
+    if not (channels := _channels(config, name)):
+        return param
+    value = param.get_value()
+    return param.replace(_quantize(value, channels, value.sharding))
+
+
+def abstract_quantized(config: ModelConfig, name: str, param: nnx.Variable) -> nnx.Variable:
+    """`quantize` of the shape of a parameter, with its layout."""
+    if not (channels := _channels(config, name)):
+        return param
+    value = param.get_value()
+    quantized = jax.eval_shape(lambda x: _qwix_quantize(x, channels), value)
+    scale = NamedSharding(value.sharding.mesh, PartitionSpec())  # small: counted as whole
+    layout = qwix.QArray(value.sharding, scale)
+    shapes = jax.tree.map(lambda x, place: x.update(sharding=place), quantized, layout)
+    return param.replace(shapes)
+
+
+def _channels(config: ModelConfig, name: str) -> tuple[int, ...]:
+    """Axes of a stacked matrix that have a scale for each of their entries; () for the others."""
     weight = key_table(config)[name]
     if not weight.stacked or len(weight.theirs) < 2:
-        return param
+        return ()
     # The last axis of theirs is what a product sums over.
-    channels = [i for i, axis in enumerate(weight.ours, 1) if axis not in weight.theirs[-1]]
-    value = param.get_value()
-    return param.replace(_quantize(value, (0, *channels), value.sharding))
+    return 0, *(i for i, axis in enumerate(weight.ours, 1) if axis not in weight.theirs[-1])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(value: jax.Array, channels: tuple[int, ...], place: Sharding) -> qwix.QArray:
-    quantized = qwix.quantize(value.astype(jnp.float32), jnp.int8, channelwise_axes=channels)
+    quantized = _qwix_quantize(value, channels)
     steps = jax.lax.with_sharding_constraint(quantized.qvalue, place)
     return qwix.QArray(steps, quantized.scale)
+
+
+def _qwix_quantize(value: jax.Array, channels: tuple[int, ...]) -> qwix.QArray:
+    return qwix.quantize(value.astype(jnp.float32), jnp.int8, channelwise_axes=channels)
 
 
 def dequantize(value: jax.Array | qwix.QArray, dtype: jnp.dtype) -> jax.Array:

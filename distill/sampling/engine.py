@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from distill.errors import UserError
-from distill.models.decoding import unstack_layers
+from distill.models.decoding import abstract_layers, unstack_layers
 from distill.sampling import cache as caches
 from distill.sampling import programs
 from distill.sampling.attention import Kernel, resolve_attention
@@ -216,6 +217,41 @@ class Engine:
         """Bytes per device of the cache that a request of `num_rows` rows calls for."""
         parts, model = num_shards("batch"), self._facts.merge(weights)
         return self._num_slots(model, -(-num_rows // parts), parts) * self._slot_bytes(model)
+
+    def abstract_cache(self, weights: nnx.State, num_rows: int) -> caches.SlotCache:
+        """Shapes of that cache, where `weights` are (shapes, too) on the current mesh."""
+        parts, model = num_shards("batch"), self._facts.merge(weights)
+        slots, config = self._num_slots(model, -(-num_rows // parts), parts), self.config
+        sizes = parts, slots, config.cache_size, model.dtype, config.int8
+        cache = jax.eval_shape(functools.partial(caches.empty_cache, model.config, *sizes))
+        mesh = jax.tree.leaves(weights)[0].sharding.mesh
+
+        def placed(x, spec):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, cache, caches.partition_specs(cache))
+
+    def lower_decode(
+        self, weights: nnx.State, num_rows: int, params: SamplingParams
+    ) -> jax.stages.Lowered:
+        """The decode loop at its widest and longest, lowered for shapes of weights on the mesh."""
+        model, cache = self._facts.merge(weights), self.abstract_cache(weights, num_rows)
+        _, parts, slots, *_ = cache.k_lpckhs.shape
+
+        def of_rows(*more: int, dtype=np.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((parts, slots, *more), dtype)
+
+        rows = programs.Rows(
+            token_pw=of_rows(),
+            lengths_pw=of_rows(),
+            made_pw=of_rows(),
+            limit_pw=of_rows(),
+            key_pw2=of_rows(2, dtype=np.uint32),
+            running_pw=of_rows(dtype=bool),
+        )
+        stop_at = jax.ShapeDtypeStruct((2,), np.int32)
+        sizes = dataclasses.replace(params, max_length=1), self.config.cache_size, TURNS_PER_CALL
+        return self._decode.lower(weights, abstract_layers(model), cache, rows, stop_at, *sizes)
 
     def _slot_bytes(self, model) -> float:
         token = caches.bytes_per_token(model.config, model.dtype, self.config.int8)

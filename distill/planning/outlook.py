@@ -1,0 +1,187 @@
+"""Does it fit, and how long does a step take at least: from shapes alone, or from programs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from distill import build
+from distill.planning import costs
+from distill.planning.programs import (
+    Arrays,
+    Program,
+    bytes_per_device,
+    compile_decode,
+    compile_train_step,
+    make_arrays,
+)
+from distill.planning.subject import Subject
+from distill.sampling.engine import TURNS_PER_CALL
+from distill.sharding import make_abstract_mesh
+from distill.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes per device, of the largest device; what is not there is 0.
+
+    Attributes:
+      student: float32 master weights.
+      optimizer: moments.
+      gradients: float32, a part of the update's temporaries.
+      teacher: weights.
+      batch: of the update.
+      sampler: the sampler's copy of the student, which stays while the update runs.
+      cache: keys and values, given back before the update.
+      update: temporaries of the train step, gradients included.
+      generation: temporaries of the decode loop, with layers that are taken out of the stack.
+      apart: whether sampler and cache are on other devices.
+    """
+
+    student: float
+    optimizer: float
+    gradients: float
+    teacher: float
+    batch: float
+    sampler: float
+    cache: float
+    update: float
+    generation: float
+    apart: bool
+
+    @property
+    def held(self) -> float:
+        """By the trainer, always."""
+        return self.student + self.optimizer + self.teacher
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """What is needed at once, by phase."""
+        update = self.held + self.batch + self.update
+        generation = self.sampler + self.cache + self.generation
+        if self.apart:
+            return {"update": update, "generation": generation}
+        peaks = {"update": update + self.sampler}
+        return peaks | ({"generation": self.held + generation} if self.sampler else {})
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlook:
+    """Of one config on one mesh.
+
+    Attributes:
+      phases: in turn, or at once with devices apart and answers sampled ahead.
+      compiled: the programs by phase; empty where nothing was compiled and temporaries and network
+        traffic are estimates.
+    """
+
+    subject: Subject
+    topology: Topology
+    memory: Memory
+    phases: tuple[costs.Phase, ...]
+    compiled: dict[str, Program]
+
+    @property
+    def fits(self) -> bool:
+        failed = any(program.failure for program in self.compiled.values())
+        return self.memory.peak <= self.topology.chip.memory and not failed
+
+    @property
+    def bounds(self) -> dict[str, tuple[str, float]]:
+        """What limits each phase, and its seconds then."""
+        bounds = {}
+        for phase in self.phases:
+            seconds = phase.seconds(self.topology.chip, self.topology.network)
+            limit = max(seconds, key=seconds.get)
+            bounds[phase.name] = limit, seconds[limit]
+        return bounds
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, at least."""
+        times = [seconds for _, seconds in self.bounds.values()]
+        ahead = self.subject.config.policy.generation.async_steps
+        return max(times) if ahead else sum(times)
+
+    @property
+    def limit(self) -> str:
+        """What limits most of the step."""
+        phase, (limit, _) = max(self.bounds.items(), key=lambda bound: bound[1][1])
+        return f"{limit}, in the {phase}"
+
+
+def estimate(subject: Subject, topology: Topology) -> Outlook:
+    """From shapes alone: nothing is compiled. The subject fits the topology's devices."""
+    meshes = (make_abstract_mesh(*sizes) for sizes in (subject.sizes, subject.sampler))
+    return _outlook(subject, topology, make_arrays(subject, *meshes), {})
+
+
+def compile_programs(subject: Subject, topology: Topology) -> Outlook:
+    """From the run's programs, compiled for the topology, whose devices the subject fits."""
+    devices = topology.devices()
+    mesh = build.build_mesh(subject.config, devices)
+    sampler_mesh = build.build_sampler_mesh(subject.config, mesh, devices)
+    arrays = make_arrays(subject, mesh, sampler_mesh)
+    programs = {"update": compile_train_step(subject, arrays, mesh)}
+    if subject.samples:
+        programs["generation"] = compile_decode(subject, arrays, sampler_mesh)
+    return _outlook(subject, topology, arrays, programs)
+
+
+def _outlook(
+    subject: Subject, topology: Topology, arrays: Arrays, programs: dict[str, Program]
+) -> Outlook:
+    memory = _memory(subject, arrays, programs)
+    phases = [costs.update_phase(subject, _sent(subject, programs))]
+    if subject.samples:
+        slots = _slots(arrays)
+        phases.append(costs.generation_phase(subject, slots, _turn_sent(subject, slots, programs)))
+    return Outlook(subject, topology, memory, tuple(phases), programs)
+
+
+def _slots(arrays: Arrays) -> int:
+    """Of every part."""
+    return arrays.cache.k_lpckhs.shape[2]
+
+
+def _memory(subject: Subject, arrays: Arrays, programs: dict[str, Program]) -> Memory:
+    student = bytes_per_device(arrays.state.params)
+    update = programs.get("update")
+    return Memory(
+        student=student,
+        optimizer=bytes_per_device(arrays.state.opt_state),
+        gradients=student,
+        teacher=bytes_per_device(arrays.teacher and arrays.teacher.params),
+        batch=bytes_per_device(arrays.batch),
+        sampler=bytes_per_device(arrays.sampler),
+        cache=bytes_per_device(arrays.cache),
+        update=update.temporaries if update else costs.estimated_temporaries(subject),
+        generation=_decode_temporaries(subject, arrays, programs),
+        apart=subject.samples_apart,
+    )
+
+
+def _decode_temporaries(subject: Subject, arrays: Arrays, programs: dict[str, Program]) -> float:
+    if not subject.samples:
+        return 0.0
+    decode = programs.get("generation")
+    if decode is None:
+        return costs.estimated_decode_temporaries(subject, _slots(arrays))
+    return decode.temporaries + bytes_per_device(arrays.layers)
+
+
+def _sent(subject: Subject, programs: dict[str, Program]) -> float:
+    update = programs.get("update")
+    if update is None or update.sent is None:
+        return costs.estimated_sent(subject)
+    return sum(update.sent.values())
+
+
+def _turn_sent(subject: Subject, slots: int, programs: dict[str, Program]) -> float:
+    decode = programs.get("generation")
+    if decode is None or decode.sent is None:
+        return costs.estimated_turn_sent(subject, slots)
+    return sum(decode.sent.values()) / TURNS_PER_CALL

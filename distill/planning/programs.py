@@ -1,0 +1,219 @@
+"""The arrays that a run holds, as shapes on a mesh, and its programs, compiled ahead of time."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from distill import build
+from distill.build_teacher import abstract_teacher
+from distill.config import Config
+from distill.evaluate import Model
+from distill.losses.objective import TopKScores
+from distill.microbatch import Batch, make_batch
+from distill.models.decoding import abstract_layers
+from distill.planning import costs
+from distill.planning.collectives import sent_bytes
+from distill.planning.subject import Subject
+from distill.sampling.cache import SlotCache
+from distill.sampling.engine import TURNS_PER_CALL, Engine
+from distill.sampling.request import Rollout
+from distill.sharding import HOST_MEMORY, SAMPLER_RULES, named_sharding, param_shardings
+from distill.step import TrainState, make_train_step
+
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Shapes and layouts of what a run holds.
+
+    Attributes:
+      student: its graph; the parameters are the state's.
+      teacher, sampler, layers, cache: None where the run has none here; `layers` are the weights
+        of the sampler's layers by themselves, if it takes them out of the stack.
+    """
+
+    student: Model
+    state: TrainState
+    teacher: Model | None
+    batch: Batch
+    engine: Engine | None
+    sampler: Any
+    layers: Any
+    cache: SlotCache | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of one program, per device.
+
+    Attributes:
+      seconds: of tracing and compiling.
+      temporaries: bytes that it needs beside its arguments, results that replace none included.
+      sent: bytes sent in one run, by kind of collective; None where it does not fit the chip.
+      failure: the compiler's words then.
+    """
+
+    seconds: float
+    temporaries: float
+    sent: dict[str, float] | None
+    failure: str = ""
+
+
+def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arrays:
+    """All arrays of a run on meshes that may be described or abstract."""
+    config = subject.config
+    student = build.abstract_model(
+        subject.student, "the student", mesh, **build.student_options(config)
+    )
+    optimizer, _ = build.build_optimizer(config)
+    teacher = None
+    if subject.teacher is not None:
+        teacher = abstract_teacher(config, subject.teacher, mesh)
+    engine = sampler = layers = cache = None
+    if subject.samples:
+        engine = Engine(
+            student.graph,
+            build.engine_sizes(config),
+            eos_ids=(0,),
+            pad_id=0,
+            vocab_size=subject.vocab_size,
+        )
+        sampler = _sampler_copy(config, student, sampler_mesh)
+        layers = abstract_layers(nnx.merge(student.graph, sampler))
+        with _current(sampler_mesh):
+            cache = engine.abstract_cache(sampler, config.policy.train_global_batch_size)
+    state = build.abstract_state(config, student, optimizer, mesh)
+    batch = abstract_batch(config, mesh)
+    return Arrays(student, state, teacher, batch, engine, sampler, layers, cache)
+
+
+def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
+    """A batch of full rows: the longest prompts, answered to the limit."""
+    rows, length = config.policy.train_global_batch_size, config.policy.max_total_sequence_length
+    response = config.distillation.generate_strategy.max_length
+
+    def zeros(dtype, *shape: int) -> np.ndarray:
+        return np.zeros((rows, *shape), dtype)
+
+    scores = None
+    if config.teacher.backend == "vllm":
+        known = response, config.teacher.vllm.top_k + 1  # and the sampled token
+        scores = TopKScores(zeros(np.int32, *known), zeros(np.float32, *known))
+    log_probs_br = zeros(np.float32, response)
+    lengths_b, stopped_b = np.full(rows, response), zeros(bool)
+    tokens_br = zeros(np.int32, response)
+    batch = make_batch(
+        zeros(np.int32, length - response),
+        np.full(rows, length - response),
+        Rollout(tokens_br, lengths_b, log_probs_br, log_probs_br, stopped_b),
+        zeros(bool),
+        scores,
+        layout=build.build_layout(config, length, mesh),
+        pad_id=0,
+    )
+
+    def on_mesh(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        layout = named_sharding(mesh, None, "batch", *[None] * (x.ndim - 2))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    return jax.tree.map(on_mesh, batch)
+
+
+def compile_train_step(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
+    """The train step of a run, as the trainer makes it."""
+    config, teacher = subject.config, arrays.teacher
+    num_microbatches = costs.count_tokens(subject).microbatches
+    with jax.set_mesh(mesh):
+        step = make_train_step(
+            arrays.student.graph,
+            teacher and teacher.graph,
+            build.build_objective(config),
+            build.build_optimizer(config)[0],
+            vocab_size=subject.vocab_size,
+            state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
+            importance_clip=config.policy.generation.importance_clip,
+        )
+        arguments = arrays.state, teacher and teacher.params, arrays.batch
+        return _compile(lambda: step.lower(*arguments), arguments, mesh, num_microbatches)
+
+
+def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
+    """The sampler's decode loop, at its widest; one call of it."""
+    rows = subject.config.policy.train_global_batch_size
+    params = build.build_sampling_params(subject.config)
+    with jax.set_mesh(mesh):
+        return _compile(
+            lambda: arrays.engine.lower_decode(arrays.sampler, rows, params),
+            (arrays.sampler, arrays.layers, arrays.cache),
+            mesh,
+            TURNS_PER_CALL,
+        )
+
+
+def _compile(lower, arguments: Any, mesh: Mesh, unknown_trips: int) -> Program:
+    start = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        seconds, held = time.perf_counter() - start, bytes_per_device(arguments)
+        used = _used_bytes(str(error))
+        if used is None:
+            raise
+        failure = " ".join(str(error).split())[:200]
+        return Program(seconds, max(used - held, 0), None, failure)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        seconds,
+        memory.temp_size_in_bytes + new_results,
+        sent_bytes(compiled.as_text(), mesh.size, unknown_trips),
+    )
+
+
+def _used_bytes(message: str) -> float | None:
+    """Of the compiler's complaint that a program needs more memory than the chip has."""
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]", message)
+    return float(match[1]) * 2.0 ** (10 * (1 + "KMGT".index(match[2]))) if match else None
+
+
+def _sampler_copy(config: Config, student: Model, mesh: AnyMesh) -> Any:
+    """The weights that a refit gives the sampler; see `rollout.in_process.JaxBackend`."""
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, config.policy.precision), student.params
+    )
+    shardings = param_shardings(shapes, mesh, SAMPLER_RULES)
+    return build.on_mesh(shapes, shardings)
+
+
+def _current(mesh: AnyMesh):
+    """Context in which `mesh` is the current one."""
+    abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+    return jax.sharding.use_abstract_mesh(abstract)
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Of arrays or their shapes, by their layouts; what is in host memory has none."""
+    return float(
+        sum(
+            _shard_size(x.sharding, x.shape) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+            if x.sharding.memory_kind != HOST_MEMORY
+        )
+    )
+
+
+def _shard_size(sharding: NamedSharding, shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in sharding.shard_shape(shape):
+        size *= length
+    return size

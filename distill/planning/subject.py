@@ -1,0 +1,203 @@
+"""What is planned: a config, the shapes of its models, and a mesh that it can be split over."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from distill import build
+from distill.config import Config
+from distill.errors import UserError
+from distill.models.config import ModelConfig
+from distill.models.hub import find_config, read_json
+from distill.models.published import PUBLISHED, published
+from distill.scratch import make_missing_models, without_pretraining
+from distill.sharding import mesh_sizes, sampler_mesh_sizes
+from distill.tokenizer import load_tokenizer, vocabulary_size
+
+
+class MeshSizes(NamedTuple):
+    """Devices along each axis of the trainer's mesh."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    @property
+    def parts(self) -> int:
+        """Groups of devices over which rows are split."""
+        return self.data * self.fsdp
+
+    @property
+    def count(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+    def __str__(self) -> str:
+        return f"data={self.data} fsdp={self.fsdp} tensor={self.tensor}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is planned; hashable.
+
+    Attributes:
+      config: whose batches the mesh can split.
+      student, teacher: shapes; no teacher where none is on the mesh.
+      vocab_size: ids in use.
+      notes: where the facts come from, and what had to be changed.
+      sampler: sizes of the sampler's mesh, from `fit_to_devices`.
+    """
+
+    config: Config
+    student: ModelConfig
+    teacher: ModelConfig | None
+    vocab_size: int
+    notes: tuple[str, ...] = ()
+    sampler: MeshSizes | None = None
+
+    @property
+    def sizes(self) -> MeshSizes:
+        """Of the trainer's mesh, once `fit_to_devices` has set them."""
+        mesh = self.config.mesh
+        return MeshSizes(mesh.data, mesh.fsdp, mesh.tensor)
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        models = {"student": self.student, "teacher": self.teacher}
+        return {role: model for role, model in models.items() if model is not None}
+
+    @property
+    def samples(self) -> bool:
+        """Whether the student answers on this mesh, or on a neighbouring one."""
+        config = self.config
+        return config.distillation.lambda_ > 0 and config.policy.generation.backend == "jax"
+
+    @property
+    def samples_apart(self) -> bool:
+        """Whether the sampler has its own devices."""
+        return self.samples and not self.config.policy.generation.colocated.enabled
+
+
+def find_subject(config: Config, workdir: Path) -> Subject:
+    """Reads the models' shapes; downloads nothing.
+
+    Args:
+      config: as a run would take it.
+      workdir: for models made from scratch, which are made, with random weights.
+
+    Raises:
+      UserError: the shape of a model is unknown here.
+    """
+    config = make_missing_models(without_pretraining(config), workdir, supervise=None)
+    student = _find(config.policy.model_name)
+    teacher = None
+    if not config.distillation.hard_labels and config.teacher.backend == "local":
+        teacher = _find(config.distillation.teacher_model_path)
+    notes = tuple(found.note for found in (student, teacher) if found and found.note)
+    return Subject(config, student.config, teacher and teacher.config, student.vocab_size, notes)
+
+
+class _Found(NamedTuple):
+    config: ModelConfig
+    vocab_size: int
+    note: str = ""
+
+
+def _find(name: str) -> _Found:
+    path, known = find_config(name), published(name)
+    if path is None and known is None:
+        raise UserError(
+            f"the shape of {name} is not known here: pass a folder with its config.json, download "
+            f"the model, or name one of {', '.join(PUBLISHED)}"
+        )
+    if path is None:
+        note = f"{name} is not in the local cache: planned with its published shape"
+        return _Found(known.config, known.vocab_size, note)
+    config = ModelConfig.from_hf(read_json(path), str(path))
+    if known is not None:
+        return _Found(config, known.vocab_size)
+    try:
+        return _Found(config, vocabulary_size(load_tokenizer(path.parent)))
+    except UserError:
+        note = f"{name} has no tokenizer: all {config.vocab_size} rows of its head are counted"
+        return _Found(config, config.vocab_size, note)
+
+
+def fit_to_devices(subject: Subject, count: int) -> Subject:
+    """The subject with the mesh's sizes over `count` devices, and batches that it can split.
+
+    Raises:
+      UserError: the mesh does not match the number of devices, or does not divide the models.
+    """
+    config = subject.config
+    trainers, samplers = build.split_devices(config, range(count))
+    sizes = MeshSizes(
+        *mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, len(trainers))
+    )
+    check_divides(subject, sizes)
+    apart = subject.samples_apart
+    sampler = sampler_mesh_sizes(sizes.tensor, len(samplers)) if apart else sizes
+    config, notes = _with_batches(config, sizes.parts)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes._asdict()))
+    return dataclasses.replace(
+        subject, config=config, notes=subject.notes + notes, sampler=MeshSizes(*sampler)
+    )
+
+
+def _with_batches(config: Config, parts: int) -> tuple[Config, tuple[str, ...]]:
+    """Batches raised to what so many groups of devices can split; a run would have to be told."""
+    policy, evaluation = config.policy, config.evaluation
+    micro = _round_up(policy.train_micro_batch_size, parts)
+    rows = _round_up(policy.train_global_batch_size, micro)
+    evaluated = _round_up(evaluation.batch_size, parts)
+    changes = {
+        "policy.train_micro_batch_size": (policy.train_micro_batch_size, micro),
+        "policy.train_global_batch_size": (policy.train_global_batch_size, rows),
+        "evaluation.batch_size": (evaluation.batch_size, evaluated),
+    }
+    notes = tuple(
+        f"{key}={old} cannot be split {parts} ways: planned with {new}, which a run needs as "
+        f"--config.{key}={new}"
+        for key, (old, new) in changes.items()
+        if old != new
+    )
+    policy = dataclasses.replace(policy, train_micro_batch_size=micro, train_global_batch_size=rows)
+    evaluation = dataclasses.replace(evaluation, batch_size=evaluated)
+    return dataclasses.replace(config, policy=policy, evaluation=evaluation), notes
+
+
+def check_divides(subject: Subject, sizes: MeshSizes) -> None:
+    """UserError naming the sizes that work, if an axis divides a model's dimension unevenly."""
+    for axis, dimensions in _dimensions(subject).items():
+        size = getattr(sizes, axis)
+        for name, dimension in dimensions.items():
+            if dimension % size:
+                working = ", ".join(map(str, working_sizes(subject, axis)))
+                raise UserError(
+                    f"mesh.{axis}={size} does not divide {name}, {dimension}: sizes that work for "
+                    f"these models are {working}"
+                )
+
+
+def working_sizes(subject: Subject, axis: str) -> list[int]:
+    """Sizes of a mesh axis that divide all that it splits."""
+    common = math.gcd(*_dimensions(subject)[axis].values())
+    return [size for size in range(1, common + 1) if common % size == 0]
+
+
+def _dimensions(subject: Subject) -> dict[str, dict[str, int]]:
+    """What each mesh axis splits (see sharding.RULES), in words."""
+    tensor, fsdp = {}, {}
+    for role, model in subject.models.items():
+        tensor[f"the {role}'s number of heads"] = model.num_heads
+        tensor[f"the {role}'s number of key and value heads"] = model.num_kv_heads
+        tensor[f"the {role}'s feed-forward width"] = model.ffn_width
+        tensor[f"the {role}'s vocabulary"] = model.vocab_size
+        fsdp[f"the {role}'s model width"] = model.model_width
+    return {"fsdp": fsdp, "tensor": tensor}
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
