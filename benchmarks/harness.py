@@ -27,6 +27,7 @@ import jax
 from absl import flags
 
 from distill.errors import UserError
+from distill.kernels.linear_divergence import loop
 
 Row = dict[str, Any]
 
@@ -216,22 +217,23 @@ def estimate(function: Callable, *arguments: jax.ShapeDtypeStruct) -> Estimate:
     """The compiler's estimate for one call; `arguments` carry the device in their sharding.
 
     The sum over operations of max(operations / peak, bytes / bandwidth), where the compiler counts
-    a scan's body once, whatever the trips: seconds = outside + body. What is outside are passes
-    over arrays, so its share is bytes / bandwidth, and the loop takes outside + trips * body. (Two
-    scans in a row in place of one do not tell: they are laid out and fused differently.) Pallas
+    a loop's body once, whatever the trips: seconds = outside + body. What is outside are passes
+    over arrays, so its share is bytes / bandwidth, and the loop over the fused loss's chunks, all
+    of whose tokens have weight, takes outside + trips * body. (Two loops in a row in place of one
+    do not tell: they are laid out and fused differently.) Pallas
     kernels with a `cost_estimate` are in the sum like any operation, so nothing is added for them;
     one without would be missing and is an error.
     """
     trips = set()
-    scan = jax.lax.scan
+    walk_chunks = loop._walk_chunks
 
-    def recorded_scan(step, carry, xs, **options):
-        trips.add(jax.tree.leaves(xs)[0].shape[0])
-        return scan(step, carry, xs, **options)
+    def recorded_walk(step, carry, tokens, size):
+        trips.add(-(-tokens.targets_t.shape[0] // size))
+        return walk_chunks(step, carry, tokens, size)
 
     jax.clear_caches()  # a function traced before is not traced again
     try:
-        with mock.patch.object(jax.lax, "scan", recorded_scan):
+        with mock.patch.object(loop, "_walk_chunks", recorded_walk):
             compiled = jax.jit(function).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:  # it does not fit into the chip's memory
         return Estimate(failure=one_line(error))

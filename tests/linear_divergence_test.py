@@ -299,7 +299,7 @@ class TestImplementations:
         fused = compiled(lambda *arrays: linear_divergence(*arrays, vocab_size=33, **options))
         _, values = jax.device_get(fused(*problem.arrays))
         assert not values.log_prob_s.any() and not values.log_prob_t.any()
-        assert values.divergence.all()
+        assert ((values.divergence != 0) == (problem.weights != 0)).all()
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_cross_entropy_is_that_of_optax(self, implementation, dtype):
@@ -642,12 +642,29 @@ class TestMemoryAndWork:
     def test_default_chunk_fits_the_budget(self):
         columns = self.problem.head_s.shape[1]
         sweeps = XlaSweeps(budget_bytes=20 * columns * XlaSweeps.bytes_per_logit)  # twenty tokens
-        scans = [
-            equation.params["length"]
+        rows = [
+            equation.outvars[0].aval.shape[0]
             for equation in equations(self.traced(self.loss(sweeps, None)))
-            if equation.primitive.name == "scan"
+            if equation.primitive.name == "dot_general"
         ]
-        assert scans == [13]
+        assert rows == [20, 20]  # of 256 tokens in thirteen even chunks, student and teacher
+
+    def test_chunks_without_weight_are_not_computed(self):
+        """Nine tokens of 256 have weight: in chunks of four, three are entered."""
+        entered = []
+
+        def noted(log_p, log_q):
+            jax.debug.callback(lambda: entered.append(1))
+            return jnp.exp(log_p) * (log_p - log_q)
+
+        weights = jnp.zeros(256).at[::29].set(1)
+        rows = *self.problem.arrays[:4], weights
+        options = dict(vocab_size=self.problem.targeted["vocab_size"], implementation="chunked")
+        jax.block_until_ready(
+            jax.jit(lambda: linear_divergence(*rows, divergence=noted, chunk=4, **options))()
+        )
+        jax.effects_barrier()
+        assert len(entered) == 3
 
     def test_gradients_are_made_forward_and_only_when_asked_for(self):
         def num_products(function):

@@ -208,7 +208,13 @@ def _walk_chunks(step: Callable, carry, tokens: Tokens, size: int):
     outputs = jax.tree.map(lambda x: jnp.zeros((size * num_chunks, *x.shape[1:]), x.dtype), shapes)
     carry, outputs = jax.lax.fori_loop(0, -(-count // size), walk, (carry, outputs))
     place_t = jnp.argsort(order_t[:num_tokens])
-    return carry, jax.tree.map(lambda x: x[place_t], outputs)
+
+    def in_order(x):
+        # The last chunk also has others.
+        keep_t = (tokens.weights_t != 0).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(keep_t, x[place_t], 0)
+
+    return carry, jax.tree.map(in_order, outputs)
 
 
 def _chunk_size(options: Options, loss, tokens: Tokens, head_s_dv, head_t_dv) -> int:
