@@ -49,7 +49,7 @@ losses = [line["loss"] for line in lines if "loss" in line]
 assert len(losses) == 2 and all(0.1 < loss < 1 for loss in losses), losses
 assert results["teacher"]["accuracy"] > 0.9 and abs(results["teacher"]["forward_kl"]) < 1e-5
 again, student = json.loads((workdir / "evaluation.json").read_text())["student"], results["student"]
-assert 0.2 < student["accuracy"] < 0.8, student
+assert 0 < student["accuracy"] < 1, student
 assert abs(again["accuracy"] - student["accuracy"]) < 0.02, (again, student)
 assert abs(again["reverse_kl"] - student["reverse_kl"]) < 0.01, (again, student)
 PY
