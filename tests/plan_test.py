@@ -453,8 +453,8 @@ def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
 @pytest.mark.slow
 @needs_tpu_compiler
 def test_flagship_on_a_slice_of_tpus(capsys):
-    """32B and 1.5B weights on 64 chips, by the real compiler; docs/scaling.md has others."""
-    outlook = plan(flagship(), "v5p:4x4x4")
+    """32B and 1.5B weights on 64 chips, by the real compiler; docs/scaling.md has other slices."""
+    outlook = plan(flagship(), "v6e:8x8")
     memory, (update, generation) = outlook.memory, outlook.phases
     assert outlook.fits and not any(each.failure for each in outlook.compiled.values())
     assert memory.teacher == pytest.approx(2 * 32.76e9 / 64, rel=0.01)
