@@ -22,7 +22,7 @@ from distill.config import parse_config
 from distill.errors import UserError
 from distill.models.published import PUBLISHED
 from distill.plan import plan
-from distill.planning import changes, costs
+from distill.planning import changes, costs, programs
 from distill.planning.collectives import sent_bytes
 from distill.planning.outlook import estimate
 from distill.planning.programs import bytes_per_device, compile_train_step, make_arrays
@@ -453,8 +453,8 @@ def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
 @pytest.mark.slow
 @needs_tpu_compiler
 def test_flagship_on_a_slice_of_tpus(capsys):
-    """32B and 1.5B weights on 64 chips, by the real compiler; docs/scaling.md has others."""
-    outlook = plan(flagship(), "v5p:4x4x4")
+    """32B and 1.5B weights on 64 chips, by the real compiler; docs/scaling.md has other slices."""
+    outlook = plan(flagship(), "v6e:8x8")
     memory, (update, generation) = outlook.memory, outlook.phases
     assert outlook.fits and not any(each.failure for each in outlook.compiled.values())
     assert memory.teacher == pytest.approx(2 * 32.76e9 / 64, rel=0.01)
@@ -468,6 +468,22 @@ def test_flagship_on_a_slice_of_tpus(capsys):
     assert 0 < generation.sent < update.sent
     printed = capsys.readouterr().out
     assert "planned with 64" in printed and ": fits" in printed
+
+
+@needs_tpu_compiler
+def test_programs_that_the_compiler_refuses_for_their_size_are_measured_all_the_same():
+    """Three matrices of 17 GB on a chip of 16 GB, one of them an argument."""
+    mesh = make_mesh(devices=topology.described_tpu("v5e:2x2")[:1])
+    layout = jax.NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.float32, sharding=layout)
+    program = programs._compile(lambda: jax.jit(lambda x: (x @ x) @ x).lower(x), x, mesh, 1)
+    assert "memory" in program.failure and program.sent is None
+    assert program.temporaries > 1 << 34
+
+
+def test_what_a_refused_program_uses_includes_its_arguments():
+    message = "Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded ..."
+    assert programs._refused_temporaries(message, held=2**32) == 16 * 2**30
 
 
 @needs_tpu_compiler

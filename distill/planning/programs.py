@@ -164,12 +164,11 @@ def _compile(lower, arguments: Any, mesh: Mesh, unknown_trips: int) -> Program:
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        seconds, held = time.perf_counter() - start, bytes_per_device(arguments)
-        used = _used_bytes(str(error))
-        if used is None:
+        seconds = time.perf_counter() - start
+        temporaries = _refused_temporaries(str(error), bytes_per_device(arguments))
+        if temporaries is None:
             raise
-        failure = " ".join(str(error).split())[:200]
-        return Program(seconds, max(used - held, 0), None, failure)
+        return Program(seconds, temporaries, None, " ".join(str(error).split())[:200])
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -180,10 +179,21 @@ def _compile(lower, arguments: Any, mesh: Mesh, unknown_trips: int) -> Program:
     )
 
 
-def _used_bytes(message: str) -> float | None:
-    """Of the compiler's complaint that a program needs more memory than the chip has."""
-    match = re.search(r"[Uu]sed ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]", message)
-    return float(match[1]) * 2.0 ** (10 * (1 + "KMGT".index(match[2]))) if match else None
+def _refused_temporaries(message: str, held: float) -> float | None:
+    """Of the compiler's complaint that a program needs more memory than the chip has.
+
+    It names the temporaries, or all that is used, of which `held` bytes are arguments.
+    """
+    size = r"([\d.]+)([KMGT])"
+    if match := re.search(rf"required for HLO temporaries \({size}\)", message):
+        return _in_bytes(*match.groups())
+    if match := re.search(rf"[Uu]sed {size}i?B? of ", message):
+        return max(_in_bytes(*match.groups()) - held, 0)
+    return None
+
+
+def _in_bytes(number: str, unit: str) -> float:
+    return float(number) * 2.0 ** (10 * (1 + "KMGT".index(unit)))
 
 
 def _sampler_copy(config: Config, student: Model, mesh: AnyMesh) -> Any:
