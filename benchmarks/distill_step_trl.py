@@ -1,4 +1,4 @@
-"""TRL's side of benchmarks/distill_step.py, run by an interpreter that has TRL and not this project.
+"""TRL's side of benchmarks/distill_step.py; its interpreter has TRL and not this project.
 
     PYTHON benchmarks/distill_step_trl.py FOLDER SETTINGS
 
