@@ -232,7 +232,7 @@ def estimated_temporaries(subject: Subject) -> float:
     at_once = tokens.total / tokens.microbatches / sizes.parts
     shards = sizes.fsdp * sizes.tensor
     gradients = (2 if tokens.microbatches > 1 else 1) * FLOAT32 * num_weights(student) / shards
-    whole = _layer_activations(student, tokens.length, sizes.tensor) * compute * at_once
+    whole = _layer_activations(student, sizes.tensor) * compute * at_once
     inputs = student.model_width * compute * at_once
     matrices = compute * at_once * _products(student, sizes.tensor)
     remat = config.policy.activation_checkpointing
@@ -242,7 +242,7 @@ def estimated_temporaries(subject: Subject) -> float:
     tables = heads * student.vocab_size * student.model_width / sizes.tensor
     if subject.teacher is not None:
         size, teacher = jnp.dtype(teacher_dtype(config)).itemsize, subject.teacher
-        working = _layer_activations(teacher, tokens.length, sizes.tensor) * size * at_once
+        working = _layer_activations(teacher, sizes.tensor) * size * at_once
         at_work.append(working + _layer_copies(teacher, 2 * size, sizes.tensor))
         tables += size * teacher.vocab_size * teacher.model_width / sizes.tensor
     return gradients + kept + max(*at_work, tables)
@@ -267,10 +267,9 @@ def _products(model: ModelConfig, tensor: int) -> float:
     return 2 * model.model_width + (heads + 2 * model.ffn_width) / tensor
 
 
-def _layer_activations(model: ModelConfig, length: int, tensor: int) -> float:
-    """Numbers per token that one layer makes, the full score matrix among them."""
-    scores = 2 * model.num_heads * length  # in float32: twice the size of what is computed in
-    return 2 * model.model_width + _products(model, tensor) + (model.ffn_width + scores) / tensor
+def _layer_activations(model: ModelConfig, tensor: int) -> float:
+    """Numbers per token that one layer makes; attention holds no scores."""
+    return 2 * model.model_width + _products(model, tensor) + model.ffn_width / tensor
 
 
 def _others(size: int) -> float:
