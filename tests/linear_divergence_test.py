@@ -20,6 +20,7 @@ from distill.kernels.linear_divergence import (
     linear_loss,
     pallas_tpu,
     per_token_divergences,
+    weighted_first,
 )
 from distill.kernels.linear_divergence.sweeps import XlaSweeps
 from distill.losses.divergences import get_divergence
@@ -650,7 +651,7 @@ class TestMemoryAndWork:
         assert rows == [20, 20]  # of 256 tokens in thirteen even chunks, student and teacher
 
     def test_chunks_without_weight_are_not_computed(self):
-        """Nine tokens of 256 have weight: in chunks of four, three are entered."""
+        """Nine tokens of 256 have weight, and come first: in chunks of four, three are entered."""
         entered = []
 
         def noted(log_p, log_q):
@@ -658,6 +659,7 @@ class TestMemoryAndWork:
             return jnp.exp(log_p) * (log_p - log_q)
 
         weights = jnp.zeros(256).at[::29].set(1)
+        weights = weighted_first(weights).apply(weights)
         rows = *self.problem.arrays[:4], weights
         options = dict(vocab_size=self.problem.targeted["vocab_size"], implementation="chunked")
         jax.block_until_ready(

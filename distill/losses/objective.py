@@ -21,6 +21,7 @@ from distill.kernels.linear_divergence import (
     linear_divergence_top_k,
     linear_loss,
     resolve_implementation,
+    weighted_first,
 )
 from distill.losses.divergences import (
     DistillationLossFn,
@@ -119,8 +120,13 @@ class Objective:
           float32 scalar, and TokenValues of shape (b, t) that carry no gradient.
         """
         options = dict(vocab_size=vocab_size, implementation=self.implementation, chunk=self.chunk)
-        targets_t, weights_t = targets_bt.reshape(-1), self.scale * weights_bt.reshape(-1)
-        hidden_s_td = _flatten_tokens(hidden_s_btd)
+        order = weighted_first(weights_bt.reshape(-1))
+
+        def flatten(values_btx):
+            return order.apply(_flatten_tokens(values_btx))
+
+        targets_t, weights_t = flatten(targets_bt), flatten(self.scale * weights_bt)
+        hidden_s_td = flatten(hidden_s_btd)
         if not self.needs_teacher:
             loss, values = linear_cross_entropy(
                 hidden_s_td, head_s, targets_t, weights_t, **options
@@ -129,8 +135,8 @@ class Objective:
             loss, values = linear_divergence_top_k(
                 hidden_s_td,
                 head_s,
-                _flatten_tokens(scores.ids_brk),
-                _flatten_tokens(scores.log_probs_brk),
+                flatten(scores.ids_brk),
+                flatten(scores.log_probs_brk),
                 weights_t,
                 divergence=self.divergence,
                 temperature=self.temperature,
@@ -138,12 +144,13 @@ class Objective:
                 **options,
             )
         else:
-            rows = (hidden_s_td, head_s, _flatten_tokens(hidden_t_btd), head_t, weights_t)
+            rows = (hidden_s_td, head_s, flatten(hidden_t_btd), head_t, weights_t)
             options |= dict(targets=targets_t, temperature=self.temperature)
             if self.divergence is not None:
                 loss, values = linear_divergence(*rows, divergence=self.divergence, **options)
             else:
                 loss, values = linear_loss(*rows, loss_fn=self.loss_fn, **options)
+        values = order.undo(values)
         return loss, jax.tree.map(lambda value_t: value_t.reshape(targets_bt.shape), values)
 
     def log_probs(
@@ -160,18 +167,19 @@ class Objective:
         0 where there is no weight.
         Weights must be known before the loss, since that makes its gradients with its values.
         """
-        hidden_td, head = jax.lax.stop_gradient((_flatten_tokens(hidden_btd), head))
-        targets_t = targets_bt.reshape(-1)
+        order = weighted_first(weights_bt.reshape(-1))
+        arrays = map(_flatten_tokens, (hidden_btd, targets_bt, weights_bt))
+        hidden_td, targets_t, weights_t = order.apply(jax.lax.stop_gradient(tuple(arrays)))
         _, values = linear_cross_entropy(
             hidden_td,
-            head,
+            jax.lax.stop_gradient(head),
             targets_t,
-            weights_bt.reshape(-1),
+            weights_t,
             vocab_size=vocab_size,
             implementation=self.implementation,
             chunk=self.chunk,
         )
-        return values.log_prob_s.reshape(targets_bt.shape)
+        return order.undo(values.log_prob_s).reshape(targets_bt.shape)
 
 
 def make_objective(
@@ -255,4 +263,6 @@ def _coin_key(seed: int, step: int) -> jax.Array:
 
 
 def _flatten_tokens(values_btx: jax.Array) -> jax.Array:
-    return constrain(values_btx.reshape(-1, values_btx.shape[-1]), "token", None)
+    return constrain(
+        values_btx.reshape(-1, *values_btx.shape[2:]), "token", *[None] * (values_btx.ndim - 2)
+    )

@@ -8,6 +8,7 @@ from distill.kernels.linear_divergence.api import (
     per_token_divergences,
     resolve_implementation,
 )
+from distill.kernels.linear_divergence.compaction import weighted_first
 from distill.kernels.linear_divergence.token_losses import TokenValues, check_pointwise
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "linear_loss",
     "per_token_divergences",
     "resolve_implementation",
+    "weighted_first",
 ]

@@ -2,10 +2,11 @@
 
 Shapes: hidden (T, D) and head (D, V) in the compute dtype, student and teacher each with its own D
 and V; `vocab_size` is the shared vocabulary, at most either V (further columns are padding: finite,
-and ignored); weights (T,), where a token of weight 0 has no influence at all, costs little, and has
-values of 0; targets int (T,), those outside of the vocabulary being no target. Gradients reach
-hidden_s and head_s only; the values per token carry none. Products accumulate in float32; their
-operands are rounded as JAX's default precision says.
+and ignored); weights (T,), where a token of weight 0 has no influence at all, and values of 0 (what
+stands behind the last one with weight is not computed: see compaction.py); targets int (T,), those
+outside of the vocabulary being no target. Gradients reach hidden_s and head_s only; the values per
+token carry none. Products accumulate in float32; their operands are rounded as JAX's default
+precision says.
 
 `implementation`: `reference` (all logits, automatic differentiation), `chunked` (plain XLA, any
 platform), `pallas` (kernels for TPUs from v5e and GPUs from Hopper on), a `Sweeps` (kernels with

@@ -27,8 +27,8 @@ from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
 from distill.sharding import mesh_axes, num_shards, partition_spec
 
 LANES = 128  # of a TPU: a shard's columns are a multiple, so that none straddles a tile
-# Tokens with weight come in whole chunks, so more chunks compute fewer others; below the smallest,
-# the heads are read more often than the products take.
+# The walk ends with a whole chunk, so more chunks compute fewer tokens without weight; below the
+# smallest, reading the heads takes longer than their products.
 MOST_EVEN_CHUNKS, SMALLEST_EVEN_CHUNK = 8, 512
 
 
@@ -68,7 +68,7 @@ def token_values(losses: tuple, options: Options, tokens: Tokens, head_s_dv, hea
             return carry, dataclasses.replace(values, divergence=values.divergence.T)
 
         size = _chunk_size(options, losses[0], tokens, head_s_dv, head_t_dv)
-        return _walk_chunks(chunk_values, None, tokens, size)[1]
+        return _weighted(_walk_chunks(chunk_values, None, tokens, size)[1], tokens.weights_t)
 
     values = _on_shards(options, local, tokens, head_s_dv, head_t_dv, _token_spec())
     values = _first(values, tokens.targets_t.shape[0])
@@ -118,6 +118,7 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
         if vocab_axes := mesh_axes("act_vocab"):
             hidden_gradient_td = jax.lax.psum(hidden_gradient_td, vocab_axes)
         head_gradient_dv = _sum_over_token_shards(head_gradient_dv).astype(head_s_dv.dtype)
+        values = _weighted(values, tokens.weights_t)
         return values, hidden_gradient_td.astype(hidden_dtype), head_gradient_dv
 
     out_specs = _token_spec(), _token_spec(), _head_gradient_spec(head_s_dv.shape[0])
@@ -177,44 +178,44 @@ def _weighted_sum(weights_t, losses_t):
 
 
 def _walk_chunks(step: Callable, carry, tokens: Tokens, size: int):
-    """`step(carry, chunk) -> (carry, outputs)` over the tokens that have weight, `size` at a time.
+    """`step(carry, chunk) -> (carry, outputs)` over chunks of `size` tokens, outputs joined.
 
-    They come first, in a stable order, and the walk ends behind the last of them: prompts and
-    padding cost nothing. The outputs of tokens without weight are 0.
+    The walk ends behind the last token that has weight; the outputs of what it does not reach are
+    0. A ragged end is filled with zeros (weights of zero among them) and cut off the outputs.
     """
     num_tokens = tokens.targets_t.shape[0]
     num_chunks = -(-num_tokens // size)
-    order_t = jnp.argsort(tokens.weights_t == 0, stable=True)
-    # Beyond the tokens, indices that are nowhere: a ragged end is filled with zeros.
-    order_t = jnp.pad(order_t, (0, size * num_chunks - num_tokens), constant_values=num_tokens)
-    count = jnp.sum(tokens.weights_t != 0)
+    tokens = jax.tree.map(lambda x: _padded(x, size * num_chunks), tokens)
+    last = jnp.max(jnp.where(tokens.weights_t != 0, 1 + jnp.arange(size * num_chunks), 0))
     if token_axes := mesh_axes("token"):
-        count = jax.lax.pmax(count, token_axes)  # all devices make the same steps
+        last = jax.lax.pmax(last, token_axes)  # all devices make the same steps
 
-    def take(start):
-        index_c = jax.lax.dynamic_slice_in_dim(order_t, start, size)
-        return jax.tree.map(
-            lambda x: jnp.take(x, index_c, axis=0, mode="fill", fill_value=0), tokens
-        )
+    def take(number):
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
+        return jax.tree.map(lambda x: cut(x, number * size), tokens)
 
     def walk(number, state):
         carry, outputs = state
-        start = number * size
-        carry, chunk_outputs = step(carry, take(start))
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        carry, chunk_outputs = step(carry, take(number))
+
+        def write(x, x_c):
+            return jax.lax.dynamic_update_slice_in_dim(x, x_c, number * size, axis=0)
+
         return carry, jax.tree.map(write, outputs, chunk_outputs)
 
     shapes = jax.eval_shape(lambda carry: step(carry, take(0))[1], carry)
     outputs = jax.tree.map(lambda x: jnp.zeros((size * num_chunks, *x.shape[1:]), x.dtype), shapes)
-    carry, outputs = jax.lax.fori_loop(0, -(-count // size), walk, (carry, outputs))
-    place_t = jnp.argsort(order_t[:num_tokens])
+    carry, outputs = jax.lax.fori_loop(0, -(-last // size), walk, (carry, outputs))
+    return carry, _first(outputs, num_tokens)
 
-    def in_order(x):
-        # The last chunk also has others.
-        keep_t = (tokens.weights_t != 0).reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(keep_t, x[place_t], 0)
 
-    return carry, jax.tree.map(in_order, outputs)
+def _weighted(values: TokenValues, weights_t: jax.Array) -> TokenValues:
+    """0 for tokens without weight, of which the walk reaches some."""
+
+    def mask(x):
+        return jnp.where((weights_t != 0).reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
+
+    return jax.tree.map(mask, values)
 
 
 def _chunk_size(options: Options, loss, tokens: Tokens, head_s_dv, head_t_dv) -> int:
