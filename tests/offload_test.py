@@ -101,8 +101,9 @@ def test_moments_are_in_host_memory_before_and_after_a_step(models):
             return [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
 
         assert memory_kinds(large(state)) == {HOST_MEMORY}
-        batch = build.put_batch(mesh, make_rows().batch(padded(1)))
-        batch = dataclasses.replace(batch, tokens_bt=batch.tokens_bt % 17)
+        (rows,) = make_rows().batch(padded(1))
+        rows = dataclasses.replace(rows, tokens_bt=rows.tokens_bt % 17)
+        batch = build.put_batch(mesh, (rows,))
         before = jax.device_get(large(state))
         state, metrics = step(state, teacher.params, batch)
         assert float(metrics["update_norm"]) > 0

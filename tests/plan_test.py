@@ -316,8 +316,8 @@ def test_remedies_really_fit(tmp_path):
     """All that the backward pass may keep is too much; less of it, or of other things, is not."""
     config = flagship()
     config.policy.activation_checkpointing = "none"
-    topology_ = parse_topology("gpu:h100x8")
-    outlook = estimate(subject_of(config, "gpu:h100x8", tmp_path), topology_)
+    topology_ = parse_topology("gpu:h100x4")
+    outlook = estimate(subject_of(config, "gpu:h100x4", tmp_path), topology_)
     assert not outlook.fits
     remedies = changes.find_remedies(outlook)
     assert {"policy.activation_checkpointing": "dots"} in [each.values for each in remedies]

@@ -39,10 +39,12 @@ def abstract_quantized(config: ModelConfig, name: str, param: nnx.Variable) -> n
         return param
     value = param.get_value()
     quantized = jax.eval_shape(lambda x: _qwix_quantize(x, channels), value)
-    scale = NamedSharding(value.sharding.mesh, PartitionSpec())  # small: counted as whole
-    layout = qwix.QArray(value.sharding, scale)
-    shapes = jax.tree.map(lambda x, place: x.update(sharding=place), quantized, layout)
-    return param.replace(shapes)
+    whole = NamedSharding(value.sharding.mesh, PartitionSpec())  # scales are few
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return x.update(sharding=value.sharding if x.shape == value.shape else whole)
+
+    return param.replace(jax.tree.map(place, quantized))
 
 
 def _channels(config: ModelConfig, name: str) -> tuple[int, ...]:
