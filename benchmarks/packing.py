@@ -27,7 +27,13 @@ from absl import flags
 
 from benchmarks import harness
 from benchmarks.sampling_jobs import export_weights
-from benchmarks.train_step import CPU_WORKLOAD, CPUS, GPU_WORKLOAD, Workload, make_state_and_step
+from benchmarks.train_step_jobs import (
+    CPU_WORKLOAD,
+    CPUS,
+    GPU_WORKLOAD,
+    Workload,
+    make_state_and_step,
+)
 from distill import cli
 from distill.data.packing import Layout, Shape
 from distill.microbatch import make_batch

@@ -18,121 +18,29 @@ and arithmetic in bfloat16, 8 rows of up to 2048 tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import tempfile
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from benchmarks import harness
-from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, export_weights, load_weights
+from benchmarks.sampling_jobs import export_weights
+from benchmarks.train_step_jobs import (
+    CPU_WORKLOAD,
+    CPUS,
+    GPU_WORKLOAD,
+    Workload,
+    build_ours,
+    build_torch,
+)
 from distill import cli
-from distill.data.packing import Layout, Shape
-from distill.losses.objective import make_objective
-from distill.microbatch import Microbatch, make_batch
-from distill.models.config import ModelConfig
-from distill.optimizer import make_optimizer, make_schedule
-from distill.sampling.request import Rollout
-from distill.step import TrainState, make_train_step
 
-CPUS = 2
 BASELINE, MATRIX = "torch, eager", "matrix product"
-LEARNING_RATE = 1e-4
 
 _ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each implementation.", lower_bound=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """Two models and a batch."""
-
-    title: str
-    student: ModelConfig
-    teacher: ModelConfig
-    dtype: str
-    rows: int
-    prompt: int
-    response: int
-    microbatches: int
-    matrix: int  # size of the product that measures the device's rate
-
-    def arrays(self) -> tuple:
-        """Arguments of `make_batch`."""
-        random = np.random.default_rng(0)
-        prompt_lengths_b = random.integers(self.prompt // 4, self.prompt + 1, self.rows)
-        lengths_b = random.integers(self.response // 4, self.response + 1, self.rows)
-        shape = self.rows, self.response
-        rollout = Rollout(
-            tokens_br=random.integers(1, self.student.vocab_size, shape).astype(np.int32),
-            lengths_b=lengths_b.astype(np.int32),
-            log_probs_br=np.zeros(shape, np.float32),
-            sampled_log_probs_br=np.zeros(shape, np.float32),
-            stopped_b=np.ones(self.rows, bool),
-        )
-        prompts_bp = random.integers(1, self.student.vocab_size, (self.rows, self.prompt))
-        arrays = prompts_bp.astype(np.int32), prompt_lengths_b.astype(np.int32)
-        return *arrays, rollout, np.zeros(self.rows, bool)
-
-    def batch(self) -> Microbatch:
-        """Microbatches of padded rows, stacked."""
-        shape = Shape(self.rows // self.microbatches, self.prompt + self.response)
-        return make_batch(*self.arrays(), layout=Layout((shape,)), pad_id=0)[0]
-
-    def flops(self) -> float:
-        """Of the real tokens: padding counts for nobody."""
-        _, prompt_lengths_b, rollout, _ = self.arrays()
-        lengths = (prompt_lengths_b + rollout.lengths_b).astype(float)
-        responses = rollout.lengths_b.sum()
-        total = 0.0
-        for config, passes in ((self.student, 3), (self.teacher, 1)):
-            heads = config.num_heads * config.head_width
-            kv_heads = config.num_kv_heads * config.head_width
-            layer = config.model_width * (2 * heads + 2 * kv_heads + 3 * config.ffn_width)
-            body = 2 * config.num_layers * layer * lengths.sum()
-            # Scores and sums over the earlier half of all pairs, causally.
-            attention = 2 * config.num_layers * heads * (lengths**2).sum()
-            head = 2 * config.model_width * config.vocab_size * responses
-            total += passes * (body + attention + head)
-        return total
-
-
-CPU_WORKLOAD = Workload(
-    "20M from 75M",
-    SMALL_CONFIG,
-    dataclasses.replace(SMALL_CONFIG, num_layers=12, model_width=768, num_heads=12, ffn_width=2048),
-    "float32",
-    rows=16,
-    prompt=64,
-    response=192,
-    microbatches=4,
-    matrix=2048,
-)
-GPU_WORKLOAD = Workload(
-    "1.5B from 7B",
-    QWEN_CONFIG,
-    dataclasses.replace(
-        QWEN_CONFIG,
-        vocab_size=152064,
-        num_layers=28,
-        model_width=3584,
-        num_heads=28,
-        num_kv_heads=4,
-        ffn_width=18944,
-        tied=False,
-    ),
-    "bfloat16",
-    rows=8,
-    prompt=256,
-    response=1792,
-    microbatches=4,
-    matrix=8192,
-)
 
 
 def main() -> None:
@@ -188,99 +96,6 @@ def _rows(workload: Workload, measurements: dict[str, harness.Measurement]) -> l
         known = row["seconds"] is not None and rate is not None
         row["of_peak"] = workload.flops() / row["seconds"] / rate if known else None
     return rows
-
-
-def build_ours(workload: Workload, folder: Path):
-    state, step = make_state_and_step(workload, folder)
-    batch = (jax.device_put(workload.batch()),)
-    state, metrics = step(state, batch)
-    (folder / "loss.txt").write_text(str(float(metrics["loss"])))
-    held = [state]
-
-    def run():
-        held[0], metrics = step(held[0], batch)
-        jax.block_until_ready((held[0], metrics))
-
-    return run
-
-
-def make_state_and_step(workload: Workload, folder: Path):
-    """The first train state, and `step(state, batch) -> (state, metrics)`."""
-    student, params = load_weights(workload.student, workload.dtype, folder / "student", "float32")
-    teacher, teacher_params = load_weights(workload.teacher, workload.dtype, folder / "teacher")
-    optimizer = make_optimizer(
-        make_schedule(LEARNING_RATE, "constant", 0, 1),
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-    )
-    step = make_train_step(
-        student,
-        teacher,
-        make_objective("forward"),
-        optimizer,
-        vocab_size=workload.student.vocab_size,
-    )
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    return state, lambda state, batch: step(state, teacher_params, batch)
-
-
-def build_torch(workload: Workload, folder: Path, compiled: bool):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, workload.dtype)
-
-    def load(role: str, dtype):
-        model = AutoModelForCausalLM.from_pretrained(folder / role, dtype=dtype).to(device)
-        return model.train() if role == "student" else model.eval()
-
-    student, teacher = load("student", torch.float32), load("teacher", dtype)
-    forward_s, forward_t = (torch.compile(m) if compiled else m for m in (student, teacher))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    batch = workload.batch()
-    parts = [
-        _torch_rows(jax.tree.map(lambda x, i=i: x[i], batch), device)
-        for i in range(workload.microbatches)
-    ]
-    total = sum(int(mask.sum()) for _, _, mask in parts)
-
-    def logits(model, tokens, given):
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-            return model(input_ids=tokens, attention_mask=given).logits
-
-    def step() -> float:
-        loss_sum = 0.0
-        for tokens, given, mask in parts:
-            with torch.no_grad():
-                scores_t = logits(forward_t, tokens, given)[mask]
-                log_p = scores_t[:, : workload.student.vocab_size].float().log_softmax(-1)
-            log_q = logits(forward_s, tokens, given)[mask].float().log_softmax(-1)
-            loss = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-            (loss / total).backward()
-            loss_sum += loss.detach() / total
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss_sum)  # waits for the device
-
-    ours, theirs = float((folder / "loss.txt").read_text()), step()
-    if not np.isclose(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 2e-2):
-        raise RuntimeError(f"torch's loss is {theirs}, ours {ours}: not the same work")
-    return step
-
-
-def _torch_rows(rows: Microbatch, device: str):
-    """Tokens, which are given, and at which positions a response token is predicted."""
-    import torch
-
-    given_bt = np.arange(rows.tokens_bt.shape[1]) < rows.lengths_b[:, None]
-    arrays = rows.tokens_bt.astype(np.int64), given_bt.astype(np.int64), rows.targets_bt >= 0
-    return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 
 if __name__ == "__main__":

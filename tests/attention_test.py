@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from benchmarks.harness import described_tpu
 from distill.kernels.attention import attention
 from distill.kernels.attention.api import splash
 from distill.kernels.attention.blockwise import BLOCK, _bounds, blockwise_attention
 from distill.sharding import make_mesh, named_sharding
+from distill.topology import described_tpu
 
 # By dtype: of values and gradients that are of the order of one.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 4e-2}
