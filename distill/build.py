@@ -108,8 +108,8 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> M
         ) from None
     parts = batch_parts(mesh)
     policy = config.policy
-    by_tokens = policy.sequence_packing.enabled or policy.dynamic_batching.enabled
-    if policy.train_micro_batch_size % parts and not by_tokens:
+    build_layout(config, policy.max_total_sequence_length, mesh)  # says so if no row fits
+    if policy.train_micro_batch_size % parts and not policy.cut_by_tokens:
         micro = -(-policy.train_micro_batch_size // parts) * parts
         count = -(-policy.train_global_batch_size // micro)
         raise UserError(
@@ -574,7 +574,8 @@ def build_layout(config: Config, longest: int, mesh: Mesh) -> Layout:
     if not policy.dynamic_batching.enabled:
         return Layout((Shape(policy.train_micro_batch_size, longest),))
     unit = policy.dynamic_batching.sequence_length_round
-    lengths = sorted({-(-longest // (2**halvings * unit)) * unit for halvings in range(3)})
+    halves = (-(-longest // (2**halvings * unit)) * unit for halvings in range(3))
+    lengths = sorted({min(length, longest) for length in halves})
     return Layout(tuple(Shape(_rows(budget, length, parts), length) for length in lengths))
 
 

@@ -213,6 +213,11 @@ class Policy:
     optimizer: Optimizer = _section(Optimizer)
     generation: Generation = _section(Generation)
 
+    @property
+    def cut_by_tokens(self) -> bool:
+        """Whether microbatches are so many tokens rather than train_micro_batch_size rows."""
+        return self.sequence_packing.enabled or self.dynamic_batching.enabled
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
@@ -340,6 +345,9 @@ RESUMABLE_CHANGES = (
     "checkpointing.",
     "logger.",
     "mesh.",
+    "policy.train_micro_batch_size",
+    "policy.sequence_packing.",
+    "policy.dynamic_batching.",
     "policy.generation.colocated.",
     "policy.optimizer.offload",
     "teacher.offload",
@@ -525,8 +533,7 @@ def _check_combinations(config: Config) -> None:
             "policy.sequence_packing.enabled and policy.dynamic_batching.enabled both cut batches "
             "by tokens: packing leaves less padding, so switch the other off"
         )
-    by_tokens = policy.sequence_packing.enabled or policy.dynamic_batching.enabled
-    if not by_tokens and policy.train_global_batch_size % policy.train_micro_batch_size:
+    if not policy.cut_by_tokens and policy.train_global_batch_size % policy.train_micro_batch_size:
         divisors = _divisors(policy.train_global_batch_size)
         fitting = max(size for size in divisors if size <= policy.train_micro_batch_size)
         raise UserError(
@@ -577,7 +584,7 @@ def tokens_per_microbatch(policy: Policy) -> int:
 
 def rows_per_microbatch(policy: Policy) -> int:
     """Rows of full length that are computed at once, over the whole mesh."""
-    if not (policy.sequence_packing.enabled or policy.dynamic_batching.enabled):
+    if not policy.cut_by_tokens:
         return policy.train_micro_batch_size
     return max(tokens_per_microbatch(policy) // policy.max_total_sequence_length, 1)
 

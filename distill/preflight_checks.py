@@ -27,6 +27,7 @@ from distill.data.prompts import Prompts
 from distill.evaluate import Model
 from distill.losses.objective import Objective, make_objective
 from distill.microbatch import NO_TARGET, Microbatch, make_batch
+from distill.models.quantization import without_scales
 from distill.rollout.base import RolloutBackend
 from distill.sampling.request import Rollout, RolloutRequest
 from distill.sharding import HOST_MEMORY, num_shards
@@ -180,7 +181,8 @@ def check_layout(subject: Subject) -> str:
     parts = num_shards("embed") * num_shards("ffn")
     if parts == 1:
         return "weights are whole on every device: the mesh splits batches only"
-    teacher = subject.teacher and subject.teacher.params
+    # The scales of an 8-bit teacher are whole along what their channels sum over.
+    teacher = subject.teacher and without_scales(subject.teacher.params)
     arrays = {"student and optimizer": subject.state, "teacher": teacher}
     for owner, tree in arrays.items():
         for path, array in jax.tree_util.tree_leaves_with_path(tree):
@@ -201,7 +203,10 @@ def check_memory(subject: Subject) -> str:
     top: this is a lower bound.
     """
     held = _bytes_per_device(subject.state)
-    teacher = 0 if subject.teacher is None else _bytes_per_device(subject.teacher.params)
+    teacher = 0
+    if subject.teacher is not None:  # one that is fetched for a step is there then
+        fetched = subject.teacher.on_devices is not None
+        teacher = _bytes_per_device(subject.teacher.params, fetched=fetched)
     needs = {
         "student and optimizer": held,
         "teacher": teacher,
@@ -226,12 +231,12 @@ def check_memory(subject: Subject) -> str:
     return f"at least {total / 1e9:.3g} GB per device ({listed}) of {bound}, without activations"
 
 
-def _bytes_per_device(tree: Any) -> int:
-    """What a device holds; arrays in host memory are not there."""
+def _bytes_per_device(tree: Any, *, fetched: bool = False) -> int:
+    """What a device holds; arrays in host memory are not there unless they are fetched."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
-        if x.sharding.memory_kind != HOST_MEMORY
+        if fetched or x.sharding.memory_kind != HOST_MEMORY
     )
 
 

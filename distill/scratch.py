@@ -194,6 +194,9 @@ def _supervised(config: Config, initial: Path, pretrain: Pretrain) -> Config:
             teacher_model_path="",
             hard_labels=True,
             lambda_=0.0,
+            generate_strategy=dataclasses.replace(
+                distillation.generate_strategy, num_generations=1
+            ),
             max_steps=pretrain.steps,
             eval_steps=0,
             save_steps=0,

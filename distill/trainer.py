@@ -104,7 +104,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         )
 
         # ----------------------------------------------------------------------------- models
-        teacher = build_teacher(config, teacher_folder, mesh, prompts, vocabulary.size)
+        compared_on = None if step else prompts  # once per run
+        teacher = build_teacher(config, teacher_folder, mesh, compared_on, vocabulary.size)
         optimizer, schedule = build.build_optimizer(config)
         graph, state = build.build_state(config, student_folder, optimizer, mesh)
         shapes = shapes_on_mesh(state)

@@ -98,6 +98,10 @@ class Problem:
     def arrays(self):
         return self.hidden_s, self.head_s, self.hidden_t, self.head_t, self.weights
 
+    def counted(self, values_t):
+        """0 for tokens without weight, which are not computed."""
+        return np.where(self.weights != 0, values_t, 0)
+
     @property
     def targeted(self):
         return dict(targets=self.targets, vocab_size=self.vocab_size)
@@ -133,14 +137,14 @@ def softmax64(logits):
 
 
 def expected64(problem, name, temperature):
-    """Per-token divergence, dz, dh_s and dW_s in float64 from the rounded inputs."""
+    """Per-token divergence (counted), dz, dh_s and dW_s in float64 from the rounded inputs."""
     hidden_s, head_s, hidden_t, head_t, weights = (x.astype(np.float64) for x in problem.arrays)
     head_s, head_t = head_s[:, : problem.vocab_size], head_t[:, : problem.vocab_size]
 
     p, q = softmax64(hidden_t @ head_t / temperature), softmax64(hidden_s @ head_s / temperature)
     terms, slopes = terms_and_slopes64(name, p, q)
     dz = weights[:, None] * (slopes - q * slopes.sum(-1, keepdims=True)) / temperature
-    return terms.sum(-1), dz, dz @ head_s.T, hidden_s.T @ dz
+    return problem.counted(terms.sum(-1)), dz, dz @ head_s.T, hidden_s.T @ dz
 
 
 def assert_close(actual, expected, dtype, scale, length):
@@ -291,7 +295,7 @@ class TestImplementations:
             (values.log_prob_s, values.log_prob_t), models, strict=True
         ):
             probabilities = softmax64((hidden @ head[:, :33]).astype(np.float64))
-            expected = np.log(probabilities[np.arange(7), problem.targets])
+            expected = problem.counted(np.log(probabilities[np.arange(7), problem.targets]))
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
     def test_without_targets_log_probs_are_zero(self, implementation):
@@ -318,6 +322,7 @@ class TestImplementations:
 
         (loss, values), gradients = gradients_of(fused, problem)
         (expected_loss, expected_t), expected_gradients = gradients_of(plain, problem)
+        expected_t = problem.counted(expected_t)
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
         np.testing.assert_allclose(values.divergence, expected_t, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(values.log_prob_s, -expected_t, rtol=1e-5, atol=1e-5)
@@ -348,6 +353,7 @@ class TestImplementations:
 
         (loss, values), gradients = gradients_of(fused, problem)
         (expected_loss, expected_t), expected_gradients = gradients_of(plain, problem)
+        expected_t = problem.counted(expected_t)
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
         np.testing.assert_allclose(values.divergence, expected_t, rtol=1e-5, atol=1e-6)
         for actual, expected in zip(gradients, expected_gradients, strict=True):
@@ -504,7 +510,7 @@ def expected_top_k64(problem, name, ids):
         divergences.append(terms_n.sum())
         gradients.append(q_v * (slopes_n / q_n)[bucket_v] - q_v * slopes_n.sum())
     dz = problem.weights[:, None] * np.asarray(gradients) / TEMPERATURE
-    return np.asarray(divergences), dz
+    return problem.counted(np.asarray(divergences)), dz
 
 
 def top_k_gradients(problem, name, ids, log_probs, **options):
@@ -565,7 +571,7 @@ class TestTopKTeacher:
                 problem, "forward", ids, log_probs, implementation=implementation
             )
             tail = np.log1p(-np.where(ids >= 0, np.exp(log_probs), 0).sum(1))
-            expected = np.where(np.arange(7) % 2, log_probs[:, 2], tail)
+            expected = problem.counted(np.where(np.arange(7) % 2, log_probs[:, 2], tail))
             np.testing.assert_allclose(values.log_prob_t, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("implementation", ["reference", "chunked"])

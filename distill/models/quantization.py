@@ -67,6 +67,15 @@ def _qwix_quantize(value: jax.Array, channels: tuple[int, ...]) -> qwix.QArray:
     return qwix.quantize(value.astype(jnp.float32), jnp.int8, channelwise_axes=channels)
 
 
+def without_scales(tree):
+    """The tree with its 8-bit weights as their integers."""
+
+    def is_quantized(x) -> bool:
+        return isinstance(x, qwix.QArray)
+
+    return jax.tree.map(lambda x: x.qvalue if is_quantized(x) else x, tree, is_leaf=is_quantized)
+
+
 def dequantize(value: jax.Array | qwix.QArray, dtype: jnp.dtype) -> jax.Array:
     """The weights to compute with."""
     return (qwix.dequantize(value) if isinstance(value, qwix.QArray) else value).astype(dtype)

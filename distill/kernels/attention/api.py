@@ -40,8 +40,9 @@ def attention(
     of its own: nothing before it can attend to it.
     """
     packed = segment_ids_bt is not None
+    length, _, width = q_btnh.shape[1:]
     name = resolve_implementation(
-        implementation, packed=packed, length=q_btnh.shape[1], dtype=q_btnh.dtype
+        implementation, packed=packed, length=length, width=width, dtype=q_btnh.dtype
     )
     local = functools.partial(_LOCAL[name], window=window)
     if jax.sharding.get_abstract_mesh().empty:
@@ -54,10 +55,12 @@ def attention(
     )(q_btnh, k_btkh, v_btkh, segment_ids_bt)
 
 
-def resolve_implementation(implementation: str | None, *, packed: bool, length: int, dtype) -> str:
+def resolve_implementation(
+    implementation: str | None, *, packed: bool, length: int, width: int, dtype
+) -> str:
     """The implementation that will run; ValueError when the one asked for cannot."""
     tpu = platform() == "tpu" and not is_old_tpu()
-    cudnn = platform() == "gpu" and not packed and jnp.dtype(dtype).itemsize == 2
+    cudnn = _has_cudnn(width, jnp.dtype(dtype)) and not packed
     if implementation is None:
         in_one_block = "reference" if length <= BLOCK else "blockwise"
         return "splash" if tpu else "cudnn" if cudnn else in_one_block
@@ -68,10 +71,18 @@ def resolve_implementation(implementation: str | None, *, packed: bool, length: 
         )
     if (implementation == "splash" and not tpu) or (implementation == "cudnn" and not cudnn):
         raise ValueError(
-            f"attention {implementation!r} cannot run on {platform()} with {jnp.dtype(dtype)}"
-            f"{' and packed rows' if packed else ''}: use 'blockwise', or None"
+            f"attention {implementation!r} cannot run on {platform()} with heads of {width} "
+            f"{jnp.dtype(dtype)}{' and packed rows' if packed else ''}: use 'blockwise', or None"
         )
     return implementation
+
+
+def _has_cudnn(width: int, dtype: jnp.dtype) -> bool:
+    """Whether cuDNN's flash attention takes such heads: what JAX would check when it compiles."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+    return capability >= 8 and dtype.itemsize == 2 and width % 8 == 0 and width <= 128
 
 
 def attention_mask(
