@@ -399,11 +399,16 @@ class TestImplementations:
         problem = make_problem(7, 33)
         options = dict(temperature=TEMPERATURE, implementation=implementation, chunk=3)
         options |= dict(divergences=tuple(DIVERGENCES.values()), vocab_size=33)
-        values_nt = compiled(lambda *arrays: per_token_divergences(*arrays, **options))(
-            *problem.arrays[:4]
-        )
-        expected_nt = [expected64(problem, name, TEMPERATURE)[0] for name in DIVERGENCES]
-        np.testing.assert_allclose(values_nt, expected_nt, rtol=1e-5, atol=1e-6)
+        for weights in (problem.weights, np.ones(7, np.float32)):
+            weighted = dataclasses.replace(problem, weights=weights)
+            given = None if weights.all() else weights
+            values_nt = compiled(
+                lambda *arrays, given=given: per_token_divergences(
+                    *arrays, weights=given, **options
+                )
+            )(*problem.arrays[:4])
+            expected_nt = [expected64(weighted, name, TEMPERATURE)[0] for name in DIVERGENCES]
+            np.testing.assert_allclose(values_nt, expected_nt, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("axes", [("x",), ("data", "model")])
