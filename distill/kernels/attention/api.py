@@ -19,7 +19,7 @@ import numpy as np
 
 from distill.kernels.attention.blockwise import BLOCK, blockwise_attention
 from distill.kernels.platform import is_old_tpu, platform
-from distill.sharding import partition_spec
+from distill.sharding import num_shards, partition_spec
 
 IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn")
 LANES = 128  # of a TPU: the kernel takes whole tiles of positions
@@ -47,9 +47,13 @@ def attention(
     local = functools.partial(_LOCAL[name], window=window)
     if jax.sharding.get_abstract_mesh().empty:
         return local(q_btnh, k_btkh, v_btkh, segment_ids_bt)
-    q_spec = partition_spec(("batch", "position", "act_heads", None))
-    kv_spec = partition_spec(("batch", "position", "act_kv_heads", None))
-    ids_spec = partition_spec(("batch", "position"))
+    # What the mesh does not divide is whole on its devices.
+    rows = "batch" if len(q_btnh) % num_shards("batch") == 0 else None
+    divides = k_btkh.shape[2] % num_shards("act_kv_heads") == 0
+    heads, kv_heads = ("act_heads", "act_kv_heads") if divides else (None, None)
+    q_spec = partition_spec((rows, "position", heads, None))
+    kv_spec = partition_spec((rows, "position", kv_heads, None))
+    ids_spec = partition_spec((rows, "position"))
     return jax.shard_map(
         local, in_specs=(q_spec, kv_spec, kv_spec, ids_spec), out_specs=q_spec, check_vma=False
     )(q_btnh, k_btkh, v_btkh, segment_ids_bt)
