@@ -51,6 +51,7 @@ from distill.sharding import (
     optimizer_shardings,
     param_shardings,
     replicated,
+    stacked_sharding,
 )
 from distill.step import TrainState
 from distill.tokenizer import check_same_vocabulary, end_ids, load_tokenizer, vocabulary_size
@@ -195,7 +196,7 @@ def put_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Places a batch that every process holds: the rows of each microbatch over the mesh."""
 
     def put(stacked: np.ndarray) -> jax.Array:
-        sharding = named_sharding(mesh, None, "batch", *[None] * (stacked.ndim - 2))
+        sharding = stacked_sharding(mesh, stacked.ndim)
         return jax.make_array_from_callback(stacked.shape, sharding, lambda index: stacked[index])
 
     return jax.tree.map(put, batch)

@@ -30,7 +30,7 @@ from distill.microbatch import NO_TARGET, Microbatch, make_batch
 from distill.models.quantization import without_scales
 from distill.rollout.base import RolloutBackend
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.sharding import HOST_MEMORY, num_shards
+from distill.sharding import bytes_per_device, num_shards
 from distill.step import TrainState, make_loss
 from distill.tokenizer import load_tokenizer
 
@@ -202,15 +202,15 @@ def check_memory(subject: Subject) -> str:
     Weights, moments, gradients, the sampler's copy and its cache. Activations and logits come on
     top: this is a lower bound.
     """
-    held = _bytes_per_device(subject.state)
+    held = bytes_per_device(subject.state)
     teacher = 0
     if subject.teacher is not None:  # one that is fetched for a step is there then
         fetched = subject.teacher.on_devices is not None
-        teacher = _bytes_per_device(subject.teacher.params, fetched=fetched)
+        teacher = bytes_per_device(subject.teacher.params, fetched=fetched)
     needs = {
         "student and optimizer": held,
         "teacher": teacher,
-        "gradients": _bytes_per_device(subject.state.params),
+        "gradients": bytes_per_device(subject.state.params),
     }
     generation = subject.config.policy.generation
     if _samples_here(subject) and generation.colocated.enabled:
@@ -229,15 +229,6 @@ def check_memory(subject: Subject) -> str:
         )
     bound = "an unknown limit" if limit is None else f"{limit / 1e9:.3g} GB"
     return f"at least {total / 1e9:.3g} GB per device ({listed}) of {bound}, without activations"
-
-
-def _bytes_per_device(tree: Any, *, fetched: bool = False) -> int:
-    """What a device holds; arrays in host memory are not there unless they are fetched."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-        if fetched or x.sharding.memory_kind != HOST_MEMORY
-    )
 
 
 def _cache_bytes(subject: Subject) -> float:

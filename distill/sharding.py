@@ -172,6 +172,11 @@ def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(logical_axes))
 
 
+def stacked_sharding(mesh: Mesh, num_axes: int) -> NamedSharding:
+    """Layout of microbatches (m, b, ...): the rows of each are cut over the mesh."""
+    return named_sharding(mesh, None, "batch", *[None] * (num_axes - 2))
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Number of device groups over which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
@@ -194,6 +199,15 @@ def in_host_memory(array: jax.Array) -> jax.Array:
 def on_device_memory(arrays):
     """Layouts of the arrays, or of their copies in the devices' memory."""
     return jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), arrays)
+
+
+def bytes_per_device(tree, *, fetched: bool = False) -> int:
+    """Of arrays or shapes, by their layouts; what is in host memory counts only if `fetched`."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if fetched or x.sharding.memory_kind != HOST_MEMORY
+    )
 
 
 def in_device_memory(tree):

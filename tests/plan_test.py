@@ -25,10 +25,10 @@ from distill.plan import plan
 from distill.planning import changes, costs, programs
 from distill.planning.collectives import sent_bytes
 from distill.planning.outlook import estimate
-from distill.planning.programs import bytes_per_device, compile_train_step, make_arrays
+from distill.planning.programs import compile_train_step, make_arrays
 from distill.planning.subject import Subject, find_subject, fit_to_devices, working_sizes
 from distill.sampling.engine import Engine
-from distill.sharding import make_abstract_mesh, make_mesh
+from distill.sharding import bytes_per_device, make_abstract_mesh, make_mesh
 from distill.tokenizer import load_tokenizer
 from distill.topology import CHIPS, GPUS, SLICES, parse_topology
 

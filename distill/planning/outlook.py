@@ -9,14 +9,13 @@ from distill.planning import costs
 from distill.planning.programs import (
     Arrays,
     Program,
-    bytes_per_device,
     compile_decode,
     compile_train_step,
     make_arrays,
 )
 from distill.planning.subject import Subject
 from distill.sampling.engine import TURNS_PER_CALL
-from distill.sharding import make_abstract_mesh
+from distill.sharding import bytes_per_device, make_abstract_mesh
 from distill.topology import Topology
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from distill import build
 from distill.build_teacher import abstract_teacher
@@ -25,7 +25,7 @@ from distill.planning.subject import Subject
 from distill.sampling.cache import SlotCache
 from distill.sampling.engine import TURNS_PER_CALL, Engine
 from distill.sampling.request import Rollout
-from distill.sharding import HOST_MEMORY, SAMPLER_RULES, named_sharding, param_shardings
+from distill.sharding import SAMPLER_RULES, bytes_per_device, param_shardings, stacked_sharding
 from distill.step import TrainState, make_train_step
 
 AnyMesh = Mesh | AbstractMesh
@@ -122,8 +122,7 @@ def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
     )
 
     def on_mesh(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        layout = named_sharding(mesh, None, "batch", *[None] * (x.ndim - 2))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.ndim))
 
     return jax.tree.map(on_mesh, batch)
 
@@ -209,21 +208,3 @@ def _current(mesh: AnyMesh):
     """Context in which `mesh` is the current one."""
     abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
     return jax.sharding.use_abstract_mesh(abstract)
-
-
-def bytes_per_device(tree: Any) -> float:
-    """Of arrays or their shapes, by their layouts; what is in host memory has none."""
-    return float(
-        sum(
-            _shard_size(x.sharding, x.shape) * x.dtype.itemsize
-            for x in jax.tree.leaves(tree)
-            if x.sharding.memory_kind != HOST_MEMORY
-        )
-    )
-
-
-def _shard_size(sharding: NamedSharding, shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in sharding.shard_shape(shape):
-        size *= length
-    return size
