@@ -122,7 +122,8 @@ def _check_override_names(argv: Sequence[str]) -> None:
 def _fail(message: str, status: int = USAGE_ERROR) -> None:
     line = printable(_without_secrets(message))
     shown = line if len(line) <= _LONGEST_ERROR else f"{line[:_LONGEST_ERROR]} ..."
-    if processes.several():
+    if processes.several() or status != USAGE_ERROR:
+        # Threads of a run that fails, as on a full disk, may be writing tracebacks meanwhile.
         processes.leave(f"error: {shown}", status)
     print(f"error: {shown}", file=sys.stderr)
     sys.exit(status)

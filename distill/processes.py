@@ -289,7 +289,10 @@ def _part(line: str, status: int, tell: Callable[[], None] = lambda: None) -> No
 
 
 def _exit(line: str, status: int) -> NoReturn:
-    sys.stdout.flush()
+    """In one write, on a line of its own and the last, whatever other threads are writing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the disk may be full
+            stream.flush()
     os.write(2, f"\n{line}\n".encode())
     os._exit(status)
 
