@@ -490,3 +490,18 @@ def test_what_a_refused_program_uses_includes_its_arguments():
 def test_slices_that_do_not_exist_are_refused():
     with pytest.raises(UserError, match="there is no TPU slice v5e:3x5.*such as v5e:4x4"):
         plan(flagship(), "v5e:3x5")
+
+
+def test_microbatches_of_tokens_are_changed_by_their_own_key(tmp_path):
+    """Where train_mb_tokens is set, it and not the unused number of rows is raised and lowered."""
+    config = flagship()
+    config.policy.sequence_packing.train_mb_tokens = 8 * 3072
+    subject = subject_of(config, "v5e:4x4", tmp_path)
+    policy = subject.config.policy
+    assert policy.sequence_packing.train_mb_tokens == 16 * 3072
+    assert (policy.train_micro_batch_size, policy.train_global_batch_size) == (32, 64)
+    assert any("sequence_packing.train_mb_tokens=49152" in note for note in subject.notes)
+    config.policy.sequence_packing.train_mb_tokens = 64 * 3072
+    outlook = estimate(subject_of(config, "v5e:4x4", tmp_path), parse_topology("v5e:4x4"))
+    values = [change.values for change in changes._smaller_microbatches(outlook)]
+    assert values == [{"policy.sequence_packing.train_mb_tokens": n * 3072} for n in (32, 16)]

@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from distill.config import microbatch_key, rows_per_microbatch
 from distill.errors import UserError
 from distill.planning import costs
 from distill.planning.outlook import Outlook, compile_programs, estimate
-from distill.planning.subject import Subject, fit_to_devices, working_sizes
+from distill.planning.subject import Subject, fit_to_devices, with_values, working_sizes
 from distill.topology import SLICES, Topology, parse_topology
 
 COMPILED = 3  # of a sweep's candidates, the best
@@ -69,20 +70,12 @@ def _confirmed(remedies: list[Change]) -> list[Change]:
 def _changed(outlook: Outlook, values: Values, topology: Topology | None = None) -> Change | None:
     """None where the mesh cannot split it."""
     topology = topology or outlook.topology
-    config = outlook.subject.config
-    for key, value in values.items():
-        config = _replaced(config, key.split("."), value)
+    config = with_values(outlook.subject.config, values)
     try:
         subject = dataclasses.replace(outlook.subject, config=config, notes=())
         return Change(values, estimate(fit_to_devices(subject, topology.count), topology))
     except UserError:
         return None
-
-
-def _replaced(section: Any, names: list[str], value: Any) -> Any:
-    first, *rest = names
-    inner = _replaced(getattr(section, first), rest, value) if rest else value
-    return dataclasses.replace(section, **{first: inner})
 
 
 def _each(outlook: Outlook, choices: Iterator[Values]) -> Iterator[Change]:
@@ -98,12 +91,11 @@ def _more_checkpointing(outlook: Outlook) -> Iterator[Change]:
 
 
 def _smaller_microbatches(outlook: Outlook) -> Iterator[Change]:
-    now = outlook.subject.config.policy.train_micro_batch_size
-    sizes = (
-        size for size in _microbatches(outlook.subject, outlook.subject.sizes.parts) if size < now
-    )
-    key = "policy.train_micro_batch_size"
-    return _each(outlook, ({key: size} for size in sizes))
+    subject = outlook.subject
+    policy = subject.config.policy
+    now = rows_per_microbatch(policy)
+    sizes = (size for size in _microbatches(subject, subject.sizes.parts) if size < now)
+    return _each(outlook, (dict([microbatch_key(policy, size)]) for size in sizes))
 
 
 def _smaller_cache(outlook: Outlook) -> Iterator[Change]:
@@ -199,7 +191,7 @@ def sweep(subject: Subject, topology: Topology) -> tuple[list[Outlook], int]:
     """
     base = estimate(subject, topology)
     choices = (
-        mesh | {"policy.train_micro_batch_size": size}
+        mesh | dict([microbatch_key(subject.config.policy, size)])
         for mesh in _meshes(subject, subject.sizes.count)
         for size in _microbatches(subject, mesh["mesh.data"] * mesh["mesh.fsdp"])
     )

@@ -31,7 +31,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 Sent = dict[str, tuple[str, float]]
 
 
-def sent_bytes(text: str, num_devices: int, unknown_trips: int = 1) -> dict[str, float]:
+def sent_bytes(text: str, num_devices: int, unknown_trips: float = 1) -> dict[str, float]:
     """Bytes that every device sends in one run of a program, by kind of collective.
 
     A ring's, which no way of doing it undercuts: (n - 1) / n of what is gathered or scattered in a

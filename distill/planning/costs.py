@@ -49,12 +49,13 @@ class Tokens:
 def count_tokens(subject: Subject) -> Tokens:
     policy, strategy = subject.config.policy, subject.config.distillation.generate_strategy
     rows, response = policy.train_global_batch_size, strategy.max_length
+    at_once = rows_per_microbatch(policy) // subject.sizes.parts * subject.sizes.parts
     return Tokens(
         rows=rows,
         prompt=policy.max_total_sequence_length - response,
         response=response,
         prompts=rows // strategy.num_generations,
-        microbatches=-(-rows // rows_per_microbatch(policy)),
+        microbatches=-(-rows // at_once),
     )
 
 
@@ -149,7 +150,8 @@ def _update_traffic(subject: Subject) -> float:
     per_microbatch = passes * weights * compute / sizes.tensor
     per_microbatch += 2 * FLOAT32 * weights / (sizes.fsdp * sizes.tensor)  # gradients are added up
     if subject.teacher is not None:
-        size = jnp.dtype(teacher_dtype(config)).itemsize
+        quantized = config.teacher.precision == "int8"
+        size = 1 if quantized else jnp.dtype(teacher_dtype(config)).itemsize
         per_microbatch += num_weights(subject.teacher) * size / sizes.tensor
     kept = 2 * subject.student.num_layers * subject.student.model_width * compute
     optimizer = OPTIMIZER_PASSES * FLOAT32 * weights / (sizes.fsdp * sizes.tensor)

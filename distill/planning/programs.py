@@ -130,7 +130,8 @@ def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
 def compile_train_step(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
     """The train step of a run, as the trainer makes it."""
     config, teacher = subject.config, arrays.teacher
-    num_microbatches = costs.count_tokens(subject).microbatches
+    # Of the loops over rows of several lengths, which all send the same, full rows run one.
+    trips = costs.count_tokens(subject).microbatches / len(arrays.batch)
     with jax.set_mesh(mesh):
         step = make_train_step(
             arrays.student.graph,
@@ -142,7 +143,7 @@ def compile_train_step(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
             importance_clip=config.policy.generation.importance_clip,
         )
         arguments = arrays.state, teacher and teacher.params, arrays.batch
-        return _compile(lambda: step.lower(*arguments), arguments, mesh, num_microbatches)
+        return _compile(lambda: step.lower(*arguments), arguments, mesh, trips)
 
 
 def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
@@ -158,7 +159,7 @@ def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
         )
 
 
-def _compile(lower, arguments: Any, mesh: Mesh, unknown_trips: int) -> Program:
+def _compile(lower, arguments: Any, mesh: Mesh, unknown_trips: float) -> Program:
     start = time.perf_counter()
     try:
         compiled = lower().compile()

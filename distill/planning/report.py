@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distill.config import rows_per_microbatch
 from distill.models.config import ModelConfig
 from distill.planning import costs
 from distill.planning.changes import Change
@@ -126,7 +127,7 @@ def sweep_lines(best: list[Outlook], tried: int) -> Iterator[str]:
     yield f"the best {len(best)} of {tried} meshes and microbatches:"
     yield "data  fsdp  tensor  microbatch  peak GB  fits  seconds  bound by"
     for outlook in best:
-        sizes, micro = outlook.subject.sizes, outlook.subject.config.policy.train_micro_batch_size
+        sizes, micro = outlook.subject.sizes, rows_per_microbatch(outlook.subject.config.policy)
         yield (
             f"{sizes.data:<6}{sizes.fsdp:<6}{sizes.tensor:<8}{micro:<12}"
             f"{outlook.memory.peak / _GB:<9.3f}{'yes' if outlook.fits else 'no':<6}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distill import build
-from distill.config import Config
+from distill.config import Config, microbatch_key, rows_per_microbatch
 from distill.errors import UserError
 from distill.models.config import ModelConfig
 from distill.models.hub import find_config, read_json
@@ -148,24 +149,40 @@ def fit_to_devices(subject: Subject, count: int) -> Subject:
 
 def _with_batches(config: Config, parts: int) -> tuple[Config, tuple[str, ...]]:
     """Batches raised to what so many groups of devices can split; a run would have to be told."""
-    policy, evaluation = config.policy, config.evaluation
-    micro = _round_up(policy.train_micro_batch_size, parts)
-    rows = _round_up(policy.train_global_batch_size, micro)
-    evaluated = _round_up(evaluation.batch_size, parts)
+    policy = config.policy
+    at_once, rows = rows_per_microbatch(policy), policy.train_global_batch_size
+    if policy.cut_by_tokens:  # any number of rows is allowed, but devices should have some
+        micro, rows = max(at_once, parts), max(rows, parts)
+    else:
+        micro = _round_up(at_once, parts)
+        rows = _round_up(rows, micro)
     changes = {
-        "policy.train_micro_batch_size": (policy.train_micro_batch_size, micro),
-        "policy.train_global_batch_size": (policy.train_global_batch_size, rows),
-        "evaluation.batch_size": (evaluation.batch_size, evaluated),
+        "policy.train_global_batch_size": rows,
+        "evaluation.batch_size": _round_up(config.evaluation.batch_size, parts),
     }
-    notes = tuple(
-        f"{key}={old} cannot be split {parts} ways: planned with {new}, which a run needs as "
-        f"--config.{key}={new}"
-        for key, (old, new) in changes.items()
-        if old != new
-    )
-    policy = dataclasses.replace(policy, train_micro_batch_size=micro, train_global_batch_size=rows)
-    evaluation = dataclasses.replace(evaluation, batch_size=evaluated)
-    return dataclasses.replace(config, policy=policy, evaluation=evaluation), notes
+    if micro != at_once:
+        changes = dict([microbatch_key(policy, micro)]) | changes
+    notes = []
+    for key, new in changes.items():
+        if (old := operator.attrgetter(key)(config)) != new:
+            notes.append(
+                f"{key}={old} cannot be split {parts} ways: planned with {new}, which a run needs "
+                f"as --config.{key}={new}"
+            )
+    return with_values(config, changes), tuple(notes)
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """The config with other values of some keys, named as on the command line."""
+    for key, value in values.items():
+        config = _replaced(config, key.split("."), value)
+    return config
+
+
+def _replaced(section: Any, names: list[str], value: Any) -> Any:
+    first, *rest = names
+    inner = _replaced(getattr(section, first), rest, value) if rest else value
+    return dataclasses.replace(section, **{first: inner})
 
 
 def check_divides(subject: Subject, sizes: MeshSizes) -> None:
