@@ -19,8 +19,8 @@ not counted.
 Everyone samples with random numbers of its own, so the losses of the first step, which are means
 over the tokens of the same distribution, are compared with a tolerance of 5%.
 
-Runs on a CPU, the first two CPUs for everyone: a student of 6M and a teacher of 20M parameters, 16
-prompts of 16 to 64 tokens, 64 tokens sampled for each.
+Runs on a CPU, the first two CPUs for everyone: 16 prompts of 16 to 64 tokens, 64 tokens sampled for
+each; a student of 6M and a teacher of 20M parameters, and models of about the quickstart's size.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts
 from distill.errors import UserError
 from distill.losses.objective import make_objective
+from distill.models.config import ModelConfig
 from distill.optimizer import make_optimizer, make_schedule
 from distill.rollout.batches import BatchSource
 from distill.rollout.in_process import JaxBackend
@@ -56,14 +58,33 @@ from distill.step import TrainState, make_train_step
 CPUS = 2
 BASELINE = "distill"
 DTYPE = "float32"
-TEACHER = SMALL_CONFIG
-STUDENT = dataclasses.replace(
-    SMALL_CONFIG, num_layers=4, model_width=256, num_heads=4, ffn_width=768
-)
 NUM_PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, RESPONSE = 16, 16, 64, 64
 MICROBATCH = 8
 LEARNING_RATE, WEIGHT_DECAY, BETA = 1e-5, 0.01, 0.5
 LOSS_TOLERANCE = 0.05
+
+
+class Workload(NamedTuple):
+    name: str
+    student: ModelConfig
+    teacher: ModelConfig
+
+
+_TINY = dataclasses.replace(SMALL_CONFIG, vocab_size=512, num_heads=4, head_width=32)
+WORKLOADS = (
+    Workload(
+        "6M from 20M",
+        dataclasses.replace(
+            SMALL_CONFIG, num_layers=4, model_width=256, num_heads=4, ffn_width=768
+        ),
+        SMALL_CONFIG,
+    ),
+    Workload(
+        "0.2M from 1M",
+        dataclasses.replace(_TINY, num_layers=2, model_width=64, ffn_width=192),
+        dataclasses.replace(_TINY, num_layers=4, model_width=128, ffn_width=384),
+    ),
+)
 
 _ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each implementation.", lower_bound=1)
@@ -82,55 +103,60 @@ def main() -> None:
     harness.check_json_path()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the workers inherit both
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
-        folder = Path(parent)
-        jobs, notes = _jobs(folder)
-        export_weights(STUDENT, DTYPE, folder / "student")
-        export_weights(TEACHER, DTYPE, folder / "teacher")
-        write_work(folder)
-        measurements = harness.measure(jobs, _REPEATS.value)
-    name = f"6M from 20M {DTYPE}, {NUM_PROMPTS} prompts"
-    rows = harness.compare(name, measurements, BASELINE)
-    for row in rows:
-        del row["peak_bytes"], row["peak_ratio"]  # not compared: TRL's is another process's
-        seconds = row["seconds"]
-        row["tokens_per_second"] = round(NUM_PROMPTS * RESPONSE / seconds) if seconds else None
-    notes += harness.failures(name, measurements)
+    python = _TRL_PYTHON.value
+    if python is not None and not os.access(python, os.X_OK):
+        raise UserError(f"--trl_python={python}: no such interpreter: make .venv-trl/.installed")
+    rows, notes = [], []
+    for workload in WORKLOADS:
+        measured, failures = _measure(workload, python)
+        rows, notes = rows + measured, notes + failures
+    if python is None:
+        notes.append("TRL is left out: --trl_python=PATH of an interpreter that has it")
     harness.print_rows(rows)
     print(*notes, sep="\n")
     harness.write_json(rows)
 
 
-def _jobs(folder: Path) -> tuple[list[harness.Job], list[str]]:
-    jobs, notes = [harness.Job(BASELINE, build_ours, (folder,))], []
-    python = _TRL_PYTHON.value
-    if python is None:
-        notes.append("TRL is left out: --trl_python=PATH of an interpreter that has it")
-    elif not os.access(python, os.X_OK):
-        raise UserError(f"--trl_python={python}: no such interpreter: make .venv-trl/.installed")
-    else:
+def _measure(workload: Workload, python: str | None) -> tuple[list[harness.Row], list[str]]:
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
+        folder = Path(parent)
+        export_weights(workload.student, DTYPE, folder / "student")
+        export_weights(workload.teacher, DTYPE, folder / "teacher")
+        write_work(workload, folder)
+        measurements = harness.measure(_jobs(workload, folder, python), _REPEATS.value)
+    rows = harness.compare(workload.name, measurements, BASELINE)
+    for row in rows:
+        del row["peak_bytes"], row["peak_ratio"]  # not compared: TRL's is another process's
+        seconds = row["seconds"]
+        row["tokens_per_second"] = round(NUM_PROMPTS * RESPONSE / seconds) if seconds else None
+    return rows, harness.failures(workload.name, measurements)
+
+
+def _jobs(workload: Workload, folder: Path, python: str | None) -> list[harness.Job]:
+    jobs = [harness.Job(BASELINE, build_ours, (workload, folder))]
+    if python is not None:
         jobs += [
             harness.Job(name, build_trl, (folder, os.path.abspath(python), settings), _unknown_peak)
             for name, settings in TRL_SETTINGS.items()
             if any(text in name for text in _ONLY.value)
         ]
-    return jobs, notes
+    return jobs
 
 
 def _unknown_peak(run) -> None:
     """The memory is another process's."""
 
 
-def make_prompts() -> list[np.ndarray]:
+def make_prompts(vocab_size: int) -> list[np.ndarray]:
     random = np.random.default_rng(0)
     sizes = random.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, NUM_PROMPTS)
-    return [random.integers(1, STUDENT.vocab_size, size).astype(np.int32) for size in sizes]
+    return [random.integers(1, vocab_size, size).astype(np.int32) for size in sizes]
 
 
-def write_work(folder: Path) -> None:
+def write_work(workload: Workload, folder: Path) -> None:
     """What TRL's side must know."""
     work = dict(
-        prompts=[prompt.tolist() for prompt in make_prompts()],
+        prompts=[prompt.tolist() for prompt in make_prompts(workload.student.vocab_size)],
         response_length=RESPONSE,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
@@ -139,9 +165,10 @@ def write_work(folder: Path) -> None:
     (folder / "work.json").write_text(json.dumps(work))
 
 
-def build_ours(folder: Path):
-    student, params = load_weights(STUDENT, DTYPE, folder / "student")
-    teacher, teacher_params = load_weights(TEACHER, DTYPE, folder / "teacher")
+def build_ours(workload: Workload, folder: Path):
+    student, params = load_weights(workload.student, DTYPE, folder / "student")
+    teacher, teacher_params = load_weights(workload.teacher, DTYPE, folder / "teacher")
+    vocab_size = workload.student.vocab_size
     optimizer = make_optimizer(
         make_schedule(LEARNING_RATE, "constant", 0, 1),
         beta1=0.9,
@@ -151,10 +178,8 @@ def build_ours(folder: Path):
         max_grad_norm=1.0,
     )
     objective = make_objective("jsd", jsd_beta=BETA)
-    train_step = make_train_step(
-        student, teacher, objective, optimizer, vocab_size=STUDENT.vocab_size
-    )
-    batches = _make_batches(student)
+    train_step = make_train_step(student, teacher, objective, optimizer, vocab_size=vocab_size)
+    batches = _make_batches(student, vocab_size)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     held, steps = [state], itertools.count()
 
@@ -169,16 +194,16 @@ def build_ours(folder: Path):
     return lambda: (step(), None)[1]
 
 
-def _make_batches(student) -> BatchSource:
+def _make_batches(student, vocab_size: int) -> BatchSource:
     """As the trainer makes it: on-policy, one answer to a prompt, padded rows."""
-    prompts = Prompts(np.arange(NUM_PROMPTS), make_prompts(), None, {}, pad_id=0)
+    prompts = Prompts(np.arange(NUM_PROMPTS), make_prompts(vocab_size), None, {}, pad_id=0)
     longest = LONGEST_PROMPT + RESPONSE
     engine = Engine(
         student,
         EngineConfig(max_length=longest),
         eos_ids=(),
         pad_id=0,
-        vocab_size=STUDENT.vocab_size,
+        vocab_size=vocab_size,
     )
     return BatchSource(
         make_train_iterator(prompts, batch_size=NUM_PROMPTS, seed=0, shuffle=True),

@@ -79,7 +79,8 @@ def make_trainer(folder: Path, work: dict, settings: dict, callback: TrainerCall
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         config = GKDConfig(lmbda=1.0, max_new_tokens=work["response_length"], **shared)
-        trainer, rows = GKDTrainer, [{"messages": _chat(prompt)} for prompt in prompts]
+        answer = " ".join(["1"] * work["response_length"])
+        trainer, rows = GKDTrainer, [{"messages": _chat(prompt, answer)} for prompt in prompts]
     return trainer(
         model=student,
         teacher_model=teacher,
@@ -90,9 +91,9 @@ def make_trainer(folder: Path, work: dict, settings: dict, callback: TrainerCall
     )
 
 
-def _chat(prompt: str) -> list[dict[str, str]]:
-    """GKD wants an answer, and with lmbda=1 never looks at it."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": "1"}]
+def _chat(prompt: str, answer: str) -> list[dict[str, str]]:
+    """GKD wants an answer; with lmbda=1 it only divides the loss by the number of its tokens."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def _check_lengths(model, response_length: int) -> None:
