@@ -30,7 +30,10 @@ def test_long_run_stays_as_it_is(tmp_path):
 
 
 def soak(workdir: Path) -> tuple[float, dict[str, int], float]:
-    """Growth of memory (MB per 1000 updates), of counts, and of the time of a step (a share)."""
+    """Growth of memory (MB per 1000 updates), of counts, and of the time of a step (a share).
+
+    The processor's time: other tests run beside this one.
+    """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
     for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):  # every compilation is to be seen
         environment.pop(name, None)
