@@ -5,6 +5,7 @@ VLLM_VENV ?= .venv-vllm
 TRL_VENV ?= .venv-trl
 AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
+TEST_PROCESSES ?= 2  # each needs about 4 GB
 
 .PHONY: quickstart test test-vllm lint functional audit clean
 
@@ -12,7 +13,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 # Real vLLM servers on CPU, in an environment of their own: vLLM pins its requirements.
 test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
