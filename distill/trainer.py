@@ -25,6 +25,7 @@ from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
 from distill.interrupts import Interrupts
 from distill.metrics import Progress, import_wandb, write_atomically
+from distill.model_card import model_card
 from distill.models.hf import load_model_config
 from distill.models.hf_export import export_model
 from distill.models.hub import read_json
@@ -224,7 +225,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
 
         # ----------------------------------------------------------------------------- export
         folder = workdir / "student"
-        export_student(config, folder, student_folder, state.params, vocabulary)
+        card = model_card(flat_config, results, step)
+        export_student(config, folder, student_folder, state.params, vocabulary, card)
         if results:
             if processes.is_first():
                 write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
@@ -332,9 +334,14 @@ def find_progress(config: Config, checkpoints: Checkpoints) -> tuple[int, dict[s
 
 
 def export_student(
-    config: Config, folder: Path, student_folder: Path, params, vocabulary: build.Vocabulary
+    config: Config,
+    folder: Path,
+    student_folder: Path,
+    params,
+    vocabulary: build.Vocabulary,
+    card: str,
 ) -> None:
-    """Writes the student as a Hugging Face folder."""
+    """Writes the student as a Hugging Face folder, with its card."""
     model_config, hf_config = load_model_config(student_folder)
     path = student_folder / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
@@ -347,6 +354,7 @@ def export_student(
         jnp.dtype(config.checkpointing.export_dtype),
         {**generation_config, "eos_token_id": list(vocabulary.end_ids)},
         max_shard_bytes=config.checkpointing.export_shard_size * 1e9,
+        card=card,
     )
 
 

@@ -14,7 +14,7 @@ LEVELS = [
     {"sharding", "topology", "tokenizer", "kernels"},
     {"losses", "models", "data", "optimizer"},
     {"step", "microbatch", "sampling"},
-    {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
+    {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout", "model_card"},
     {
         "build",
         "build_teacher",
