@@ -60,7 +60,10 @@ class Distillation:
     teacher_model_path: str = _key("", "folder, hub id or embedded:NAME; '' builds teacher.shape")
     lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
     mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
-    kl_type: str = _key("forward", "divergence or registered loss")
+    kl_type: str = _key(
+        "forward",
+        "forward, reverse, mixed, jsd, skew_forward, skew_reverse, or one that a plugin registers",
+    )
     mixed_kl_weight: float = _key(0.5, "weight of forward KL in mixed", low=0, high=1)
     jsd_beta: float = _key(0.5, "weight of the teacher in the JSD mixture", low=0, high=1)
     skew_alpha: float = _key(0.1, "share of the other model in skewed KLs", low=0, high=1)
@@ -153,7 +156,7 @@ class VllmTeacher(VllmServers):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    backend: str = _key("jax", "where rollouts are sampled")
+    backend: str = _key("jax", "what samples rollouts: jax (here), vllm, or a plugin's own")
     max_log_prob_gap: float = _key(
         0.1, "stop when sampler and trainer disagree by more (mean |nats| per token)", low=0
     )
@@ -248,7 +251,10 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    name: str = _key("arithmetic", "registered dataset")
+    name: str = _key(
+        "arithmetic",
+        "arithmetic, gsm8k, hf, jsonl, math_cl, parquet, tfds, or one that a plugin registers",
+    )
     path: str = _key("", "local file or folder, or hub id for name=hf")
     split: str = _key("train", "split to train on")
     max_samples: int | None = _key(None, "first n examples only, for debugging", low=1)
@@ -327,7 +333,9 @@ class Logger:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = _key(0, "seed of everything random", low=0)
-    plugins: tuple[str, ...] = _key((), "modules imported first: own datasets and divergences")
+    plugins: tuple[str, ...] = _key(
+        (), "modules that are imported first and register the user's own parts"
+    )
     preflight: bool = _key(True, "check before the first step that everything agrees")
     distillation: Distillation = _section(Distillation)
     policy: Policy = _section(Policy)

@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import its own level and those below.
 LEVELS = [
-    {"errors", "config", "roll_call", "processes", "interrupts", "workdir", "manifest", "health"},
+    {
+        "errors",
+        "config",
+        "config_reference",
+        "completion",
+        "roll_call",
+        "processes",
+        "interrupts",
+        "workdir",
+        "manifest",
+        "health",
+    },
     {"sharding", "topology", "tokenizer", "kernels"},
     {"losses", "models", "data", "optimizer"},
     {"step", "microbatch", "sampling"},
