@@ -279,6 +279,7 @@ class Evaluation:
     batch_size: int = _key(64, "answers whose divergences are computed at once", low=1)
     max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
     answer_timeout: float = _key(5.0, "seconds per answer for math-verify", low=0.1)
+    metrics: tuple[str, ...] = _key((), "metrics of held-out answers that a plugin registers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -512,7 +513,8 @@ def _check_no_credentials(key: str, *values: str) -> None:
 def _check_combinations(config: Config) -> None:
     distillation, policy = config.distillation, config.policy
     strategy = distillation.generate_strategy
-    if policy.generation.backend not in KNOWN_BACKENDS:
+    # A plugin may register more: `build.import_plugins` looks.
+    if policy.generation.backend not in KNOWN_BACKENDS and not config.plugins:
         hint = "; megatron was the training framework's own engine, here that is jax"
         raise UserError(
             f"config key 'policy.generation.backend' is {policy.generation.backend!r}: allowed is "

@@ -33,6 +33,7 @@ from distill.preflight import preflight
 from distill.preflight_checks import Subject
 from distill.rollout.batches import BatchSource
 from distill.scratch import make_missing_models
+from distill.status import busy
 from distill.step import TrainState, make_train_step
 from distill.workdir import claim_workdir
 
@@ -93,9 +94,11 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         config = make_missing_models(config, workdir, supervise)
         student_folder, teacher_folder = build.find_models(config)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
-        prompts = build.build_prompts(
-            config, dataset, vocabulary.tokenizer, needs_responses=config.distillation.lambda_ < 1
-        )
+        needs_responses = config.distillation.lambda_ < 1
+        with busy("tokenizing the data"):
+            prompts = build.build_prompts(
+                config, dataset, vocabulary.tokenizer, needs_responses=needs_responses
+            )
         build.check_same_data(prompts)
         iterator = build.build_iterator(config, prompts)
         evaluator = (
@@ -106,9 +109,11 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
 
         # ----------------------------------------------------------------------------- models
         compared_on = None if step else prompts  # once per run
-        teacher = build_teacher(config, teacher_folder, mesh, compared_on, vocabulary.size)
+        with busy("loading the teacher"):
+            teacher = build_teacher(config, teacher_folder, mesh, compared_on, vocabulary.size)
         optimizer, schedule = build.build_optimizer(config)
-        graph, state = build.build_state(config, student_folder, optimizer, mesh)
+        with busy("loading the student"):
+            graph, state = build.build_state(config, student_folder, optimizer, mesh)
         shapes = shapes_on_mesh(state)
         train_step = make_train_step(
             graph,
@@ -133,7 +138,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         # ----------------------------------------------------------------------------- resume
         if step:
             state = None  # makes room for the restored one
-            state = checkpoints.restore(step, shapes)
+            with busy(f"restoring step {step}"):
+                state = checkpoints.restore(step, shapes)
             iterator.set_state(record["iterator"])
         if config.preflight and step < config.distillation.max_steps:
             subject = Subject(
@@ -169,7 +175,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         def evaluate(role: str, model: Model) -> None:
             if evaluator is None:
                 return
-            evaluation = dataclasses.asdict(evaluator(model, teacher))
+            with busy(f"evaluating the {role}"):
+                evaluation = evaluator(model, teacher).to_dict()
             if interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
                 return
             results[role], saver.evaluated = evaluation, step
@@ -226,7 +233,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         # ----------------------------------------------------------------------------- export
         folder = workdir / "student"
         card = model_card(flat_config, results, step)
-        export_student(config, folder, student_folder, state.params, vocabulary, card)
+        with busy("exporting the student"):
+            export_student(config, folder, student_folder, state.params, vocabulary, card)
         if results:
             if processes.is_first():
                 write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
@@ -306,12 +314,16 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
         print(f"validation data: {evaluator.prompts.summary()}")
-        teacher = build_teacher(parsed, teacher_folder, mesh)
-        student = build.build_frozen_model(parsed, student_folder, mesh, parsed.policy.precision)
+        with busy("loading the models"):
+            teacher = build_teacher(parsed, teacher_folder, mesh)
+            precision = parsed.policy.precision
+            student = build.build_frozen_model(parsed, student_folder, mesh, precision)
         models = {"student": student, "teacher": teacher} if teacher else {"student": student}
-        return {
-            role: dataclasses.asdict(evaluator(model, teacher)) for role, model in models.items()
-        }
+        results = {}
+        for role, model in models.items():
+            with busy(f"evaluating the {role}"):
+                results[role] = evaluator(model, teacher).to_dict()
+        return results
 
 
 def find_progress(config: Config, checkpoints: Checkpoints) -> tuple[int, dict[str, Any]]:
