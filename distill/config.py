@@ -490,7 +490,7 @@ def _parse_value(key: str, value: Any, kind: Any, limits: typing.Mapping[str, An
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"config key '{key}' is {_shown(value)}: it must be {bounds}")
     if value == math.inf or (kind is int and value >= _INTEGER_LIMIT):
-        raise UserError(f"config key '{key}' is {_shown(value)}: that is too large")
+        raise UserError(f"config key '{key}' is {_shown(value)}: that is too large, lower it")
     return value
 
 
@@ -554,7 +554,8 @@ def _check_combinations(config: Config) -> None:
     if policy.train_global_batch_size % strategy.num_generations:
         raise UserError(
             f"policy.train_global_batch_size={policy.train_global_batch_size} is not divisible by "
-            f"distillation.generate_strategy.num_generations={strategy.num_generations}"
+            f"distillation.generate_strategy.num_generations={strategy.num_generations}: make it "
+            "a multiple"
         )
     if strategy.num_generations > 1 and distillation.lambda_ < 1:
         raise UserError(
@@ -647,11 +648,12 @@ def _check_servers(section: str, servers: VllmServers) -> None:
                 "https://HOST:PORT; an API key belongs into the variable named by api_key_variable"
             )
     if len(set(servers.urls)) < len(servers.urls):
-        raise UserError(f"config key '{section}.urls' names a server twice")
+        raise UserError(f"config key '{section}.urls' names a server twice: name each once")
     if not re.fullmatch(r"(?!\d)\w*", servers.api_key_variable):
         # Not shown: somebody may have put the key itself here.
         raise UserError(
-            f"config key '{section}.api_key_variable' is not the name of an environment variable"
+            f"config key '{section}.api_key_variable' is not the name of an environment variable: "
+            "export the key in one, such as SERVER_KEY, and write SERVER_KEY here"
         )
 
 
