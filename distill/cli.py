@@ -80,8 +80,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(str(error))
     except Exception as error:  # whatever the config file raises when it is executed
         _fail(f"the config cannot be loaded: {type(error).__name__}: {error}")
-    except SystemExit:  # --helpfull has been printed, and absl takes that for a failure
-        sys.exit(0)
+    except SystemExit:
+        if "--helpfull" not in argv:
+            raise
+        sys.exit(0)  # absl takes it for a failure
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: options are written --name=value")
     return rest
