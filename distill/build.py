@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 from distill import build_vllm, processes
 from distill import optimizer as optimizers
 from distill.checkpoint import Checkpoints, SaveSchedule
-from distill.config import Config, to_flat_dict, tokens_per_microbatch
+from distill.config import KNOWN_BACKENDS, Config, to_flat_dict, tokens_per_microbatch
 from distill.data.base import DatasetInterface, dataset_options, get_dataset
 from distill.data.packing import Layout, Shape
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.errors import UserError
 from distill.evaluate import Evaluator, Model
+from distill.evaluation_metrics import get_metric
 from distill.health import Health
 from distill.losses.objective import Objective, make_objective
 from distill.metrics import MetricsWriter, NoWriter, Progress
@@ -33,7 +34,7 @@ from distill.models.config import ModelConfig
 from distill.models.hf import load_model_config, load_params
 from distill.models.hub import resolve_model
 from distill.models.transformer import Transformer
-from distill.rollout.base import RolloutBackend
+from distill.rollout.base import BackendParts, RolloutBackend, get_backend
 from distill.rollout.batches import BatchSource
 from distill.rollout.in_process import JaxBackend
 from distill.rollout.vllm.teacher import VllmTeacher
@@ -83,7 +84,11 @@ class Vocabulary:
 
 
 def import_plugins(config: Config) -> None:
-    """Imports the user's modules, which register datasets and divergences."""
+    """Imports the user's modules, which register parts by name, and looks for those named.
+
+    Raises:
+      UserError: a module cannot be imported, or none registers a backend or metric of the config.
+    """
     for name in config.plugins:
         try:
             importlib.import_module(name)
@@ -92,6 +97,10 @@ def import_plugins(config: Config) -> None:
                 f"plugins names {name!r}, which cannot be imported ({error}): it must be a module "
                 "on PYTHONPATH"
             ) from None
+    if config.policy.generation.backend not in KNOWN_BACKENDS:
+        get_backend(config.policy.generation.backend)
+    for name in config.evaluation.metrics:
+        get_metric(name)
 
 
 def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -468,6 +477,7 @@ def build_evaluator(
         batch_size=config.evaluation.batch_size,
         put=make_put(mesh),
         answer_timeout=config.evaluation.answer_timeout,
+        metrics=config.evaluation.metrics,
     )
 
 
@@ -527,13 +537,28 @@ def build_backend(
         params = build_sampling_params(config)
         folders = dict(student_folder=student_folder, workdir=workdir)
         return build_vllm.build_backend(config, student, params, vocabulary, mesh, **folders)
-    return JaxBackend(
-        build_engine(config, student.graph, vocabulary),
-        dtype=jnp.dtype(config.policy.precision),
-        shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
-        mesh=sampler_mesh,
-        keep_cache=not config.policy.generation.colocated.enabled,
+
+    def build_in_process() -> JaxBackend:
+        return JaxBackend(
+            build_engine(config, student.graph, vocabulary),
+            dtype=jnp.dtype(config.policy.precision),
+            shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
+            mesh=sampler_mesh,
+            keep_cache=not config.policy.generation.colocated.enabled,
+        )
+
+    if config.policy.generation.backend in KNOWN_BACKENDS:
+        return build_in_process()
+    parts = BackendParts(
+        graph=student.graph,
+        tokenizer=vocabulary.tokenizer,
+        vocab_size=vocabulary.size,
+        end_ids=vocabulary.end_ids,
+        student_folder=student_folder,
+        workdir=workdir,
+        build_in_process=build_in_process,
     )
+    return get_backend(config.policy.generation.backend)(parts)
 
 
 def build_batches(

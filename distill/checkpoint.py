@@ -53,19 +53,19 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int, best_metric: str = ""):
-        self._folder, self._keep, self._best_metric = folder.absolute(), keep, best_metric
+        self.folder, self._keep, self._best_metric = folder.absolute(), keep, best_metric
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future] | None = None
 
     def path(self, step: int) -> Path:
-        return self._folder / str(step)
+        return self.folder / str(step)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
-        if not self._folder.is_dir():
+        if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     def latest_intact(self, on_torn: str) -> int | None:
         """The newest step whose files are all as they were written; None without checkpoints.
@@ -105,8 +105,8 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Removes what a killed run was writing or removing."""
-        if self._folder.is_dir():
-            for path in self._folder.iterdir():
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
                 if path.name.endswith((PARTIAL, REMOVED)):
                     shutil.rmtree(path)
 
@@ -121,7 +121,7 @@ class Checkpoints:
         self._wait()
         if processes.from_first(self.path(step).exists):
             return
-        partial = self._folder / f"{step}{PARTIAL}"
+        partial = self.folder / f"{step}{PARTIAL}"
         try:
             if processes.is_first():
                 partial.mkdir(parents=True)
@@ -196,7 +196,7 @@ class Checkpoints:
         """Gives a whole checkpoint its name, and removes older ones."""
         write_manifest(partial)
         os.rename(partial, partial.with_suffix(""))
-        _sync(self._folder)
+        _sync(self.folder)
         kept = set(self.steps()[-self._keep :])
         if self._best_metric:
             kept.add(self.best())  # None is no step
@@ -217,12 +217,12 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> RunStopped:
         # What is there of it may fill the disk that is full.
         if processes.is_first():
-            shutil.rmtree(self._folder / f"{step}{PARTIAL}", ignore_errors=True)
+            shutil.rmtree(self.folder / f"{step}{PARTIAL}", ignore_errors=True)
         steps = self.steps()
         there = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier one"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return RunStopped(
-            f"step {step} could not be saved ({reason}); {there}: make room in {self._folder}, and "
+            f"step {step} could not be saved ({reason}); {there}: make room in {self.folder}, and "
             "the same command goes on from there"
         )
 

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -16,10 +16,13 @@ from ml_collections import ConfigDict, config_flags
 
 from distill import processes
 from distill.config import CREDENTIALS, known_keys, unknown_key
+from distill.config_reference import help_lines
 from distill.errors import RunInterrupted, RunStopped, UserError, printable
 
 USAGE_ERROR = 2
 _LONGEST_ERROR = 2000  # characters
+_HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "initialization_timeout")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,6 +70,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    if not _HELP.isdisjoint(argv[1:]):
+        print("\n".join(_help_lines(argv[0])))
+        sys.exit(0)
     try:
         _check_override_names(argv)
         rest = flags.FLAGS(argv)
@@ -74,9 +80,35 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(str(error))
     except Exception as error:  # whatever the config file raises when it is executed
         _fail(f"the config cannot be loaded: {type(error).__name__}: {error}")
+    except SystemExit:
+        if "--helpfull" not in argv:
+            raise
+        sys.exit(0)  # absl takes it for a failure
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: options are written --name=value")
     return rest
+
+
+def _help_lines(program: str) -> Iterator[str]:
+    """What --help prints: absl would list the flags of every library, and no key of the config."""
+    yield (sys.modules["__main__"].__doc__ or "").strip()
+    by_module = flags.FLAGS.flags_by_module_dict()
+    shared = [flag for flag in by_module.get(__name__, ()) if flag.name not in _PROCESS_FLAGS]
+    yield from _flag_lines("options", [*shared, *by_module.get(program, ())])
+    yield from _flag_lines(
+        "one of several processes", [flags.FLAGS[name] for name in _PROCESS_FLAGS]
+    )
+    yield "\ncommon keys of the config, with the defaults that a config file starts from:"
+    yield from help_lines()
+    yield '\nall keys: docs/configuration.md; completion: eval "$(python -m distill.completion)"'
+
+
+def _flag_lines(heading: str, listed: Sequence[flags.Flag]) -> Iterator[str]:
+    yield f"\n{heading}:"
+    for flag in listed:
+        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        yield f"  --{flag.name}"
+        yield f"      {flag.help}{default}"
 
 
 def _call(main: Callable[[], None]) -> None:

@@ -60,7 +60,10 @@ class Distillation:
     teacher_model_path: str = _key("", "folder, hub id or embedded:NAME; '' builds teacher.shape")
     lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
     mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
-    kl_type: str = _key("forward", "divergence or registered loss")
+    kl_type: str = _key(
+        "forward",
+        "forward, reverse, mixed, jsd, skew_forward, skew_reverse, or one that a plugin registers",
+    )
     mixed_kl_weight: float = _key(0.5, "weight of forward KL in mixed", low=0, high=1)
     jsd_beta: float = _key(0.5, "weight of the teacher in the JSD mixture", low=0, high=1)
     skew_alpha: float = _key(0.1, "share of the other model in skewed KLs", low=0, high=1)
@@ -153,7 +156,7 @@ class VllmTeacher(VllmServers):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    backend: str = _key("jax", "where rollouts are sampled")
+    backend: str = _key("jax", "what samples rollouts: jax (here), vllm, or a plugin's own")
     max_log_prob_gap: float = _key(
         0.1, "stop when sampler and trainer disagree by more (mean |nats| per token)", low=0
     )
@@ -248,7 +251,10 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    name: str = _key("arithmetic", "registered dataset")
+    name: str = _key(
+        "arithmetic",
+        "arithmetic, gsm8k, hf, jsonl, math_cl, parquet, tfds, or one that a plugin registers",
+    )
     path: str = _key("", "local file or folder, or hub id for name=hf")
     split: str = _key("train", "split to train on")
     max_samples: int | None = _key(None, "first n examples only, for debugging", low=1)
@@ -273,6 +279,7 @@ class Evaluation:
     batch_size: int = _key(64, "answers whose divergences are computed at once", low=1)
     max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
     answer_timeout: float = _key(5.0, "seconds per answer for math-verify", low=0.1)
+    metrics: tuple[str, ...] = _key((), "metrics of held-out answers that a plugin registers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,7 +334,9 @@ class Logger:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = _key(0, "seed of everything random", low=0)
-    plugins: tuple[str, ...] = _key((), "modules imported first: own datasets and divergences")
+    plugins: tuple[str, ...] = _key(
+        (), "modules that are imported first and register the user's own parts"
+    )
     preflight: bool = _key(True, "check before the first step that everything agrees")
     distillation: Distillation = _section(Distillation)
     policy: Policy = _section(Policy)
@@ -481,7 +490,7 @@ def _parse_value(key: str, value: Any, kind: Any, limits: typing.Mapping[str, An
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"config key '{key}' is {_shown(value)}: it must be {bounds}")
     if value == math.inf or (kind is int and value >= _INTEGER_LIMIT):
-        raise UserError(f"config key '{key}' is {_shown(value)}: that is too large")
+        raise UserError(f"config key '{key}' is {_shown(value)}: that is too large, lower it")
     return value
 
 
@@ -504,7 +513,8 @@ def _check_no_credentials(key: str, *values: str) -> None:
 def _check_combinations(config: Config) -> None:
     distillation, policy = config.distillation, config.policy
     strategy = distillation.generate_strategy
-    if policy.generation.backend not in KNOWN_BACKENDS:
+    # A plugin may register more: `build.import_plugins` looks.
+    if policy.generation.backend not in KNOWN_BACKENDS and not config.plugins:
         hint = "; megatron was the training framework's own engine, here that is jax"
         raise UserError(
             f"config key 'policy.generation.backend' is {policy.generation.backend!r}: allowed is "
@@ -544,7 +554,8 @@ def _check_combinations(config: Config) -> None:
     if policy.train_global_batch_size % strategy.num_generations:
         raise UserError(
             f"policy.train_global_batch_size={policy.train_global_batch_size} is not divisible by "
-            f"distillation.generate_strategy.num_generations={strategy.num_generations}"
+            f"distillation.generate_strategy.num_generations={strategy.num_generations}: make it "
+            "a multiple"
         )
     if strategy.num_generations > 1 and distillation.lambda_ < 1:
         raise UserError(
@@ -646,11 +657,12 @@ def _check_servers(section: str, servers: VllmServers) -> None:
                 "https://HOST:PORT; an API key belongs into the variable named by api_key_variable"
             )
     if len(set(servers.urls)) < len(servers.urls):
-        raise UserError(f"config key '{section}.urls' names a server twice")
+        raise UserError(f"config key '{section}.urls' names a server twice: name each once")
     if not re.fullmatch(r"(?!\d)\w*", servers.api_key_variable):
         # Not shown: somebody may have put the key itself here.
         raise UserError(
-            f"config key '{section}.api_key_variable' is not the name of an environment variable"
+            f"config key '{section}.api_key_variable' is not the name of an environment variable: "
+            "export the key in one, such as SERVER_KEY, and write SERVER_KEY here"
         )
 
 

@@ -26,6 +26,7 @@ from distill.data.base import DatasetInterface
 from distill.data.pipeline import eval_batches
 from distill.data.prompts import Prompts
 from distill.errors import UserError
+from distill.evaluation_metrics import Answer, measure
 from distill.grading import Grader, wilson_interval
 from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
@@ -74,6 +75,7 @@ class Evaluation:
         token of the model's own answers; None without a teacher.
       mean_length: response tokens, EOS counted.
       truncated: share of answers cut at the length limit.
+      metrics: numbers of the user's own, by METRIC/NUMBER.
     """
 
     accuracy: float | None
@@ -84,6 +86,12 @@ class Evaluation:
     reverse_kl: float | None
     mean_length: float
     truncated: float
+    metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers by name, as in results.json."""
+        fields = dataclasses.asdict(self)
+        return fields | fields.pop("metrics")
 
 
 class Evaluator:
@@ -99,6 +107,7 @@ class Evaluator:
       batch_size: answers whose divergences are computed at once.
       put: places a host array with batch rows first on the mesh.
       answer_timeout: seconds allowed to check one answer.
+      metrics: names of registered metrics to measure, too.
     """
 
     def __init__(
@@ -113,11 +122,12 @@ class Evaluator:
         batch_size: int,
         put: Callable[[np.ndarray], jax.Array],
         answer_timeout: float,
+        metrics: tuple[str, ...] = (),
     ):
         self.prompts = prompts
         self._dataset, self._tokenizer = dataset, tokenizer
         self._batch_size, self._put, self._timeout = batch_size, put, answer_timeout
-
+        self._metrics = metrics
         self._params = SamplingParams(max_length=max_length, greedy=True)
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
         self._divergence_sums = jax.jit(
@@ -158,7 +168,19 @@ class Evaluator:
             reverse_kl=None if reverse_kl is None else float(reverse_kl),
             mean_length=float(np.mean(lengths)),
             truncated=1.0 - float(np.mean(rollout.stopped_b)),
+            metrics=processes.from_first(lambda: self._measure(rollout, answers)),
         )
+
+    def _measure(self, rollout: Rollout, texts: list[str]) -> dict[str, float | None]:
+        if not self._metrics:
+            return {}
+        answers = []
+        for i, row in enumerate(self.prompts.rows):
+            kept = slice(rollout.lengths_b[i])
+            tokens, log_probs = rollout.tokens_br[i, kept], rollout.log_probs_br[i, kept]
+            stopped = bool(rollout.stopped_b[i])
+            answers.append(Answer(self._dataset[int(row)], texts[i], tokens, log_probs, stopped))
+        return measure(self._metrics, answers)
 
     def _accuracy(self, answers: list[str]) -> dict[str, float | None]:
         examples = [self._dataset[int(row)] for row in self.prompts.rows]
@@ -225,7 +247,8 @@ def _divergence_sums(
 def format_table(results: dict[str, dict[str, Any]]) -> str:
     """The comparison of base, student and teacher as aligned text."""
     header = ("model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off")
-    rows = [header]
+    metrics = [name for name in next(iter(results.values()), {}) if "/" in name]
+    rows = [(*header, *metrics)]
     for role in (role for role in ROLES if role in results):
         r = results[role]
         has_accuracy, has_kl = r["accuracy"] is not None, r["forward_kl"] is not None
@@ -238,6 +261,7 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
                 f"{r['reverse_kl']:.4f}" if has_kl else "-",
                 f"{r['mean_length']:.1f}",
                 f"{r['truncated']:.1%}",
+                *("-" if r.get(name) is None else f"{r[name]:.4g}" for name in metrics),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -15,10 +16,12 @@ from ml_collections import ConfigDict
 
 from distill import build, cli, processes
 from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
-from distill.config import RESUMABLE_CHANGES, parse_config, to_flat_dict
+from distill.config import BEST_METRICS, RESUMABLE_CHANGES, parse_config, to_flat_dict
 from distill.errors import UserError
 from distill.interrupts import Interrupts
 from distill.manifest import find_damage
+from distill.model_card import model_card
+from distill.models.hf_export import check_replaceable
 from distill.scratch import make_missing_models
 from distill.trainer import export_student, run
 
@@ -40,17 +43,21 @@ def export_checkpoint(
     parsed = parse_config(config)
     build.import_plugins(parsed)
     workdir, output = (Path(path).expanduser().absolute() for path in (workdir, output))
+    check_replaceable(output)
     checkpoints = build.build_checkpoints(parsed, workdir)
 
     def find() -> int:
         step = _find_step(checkpoints, checkpoint, parsed.checkpointing.best_metric)
         if damage := find_damage(checkpoints.path(step)):
-            raise UserError(f"the checkpoint {checkpoints.path(step)} is damaged ({damage})")
+            raise UserError(
+                f"the checkpoint {checkpoints.path(step)} is damaged ({damage}): put back a copy "
+                "of it, or pass another --checkpoint"
+            )
         return step
 
     step = processes.from_first(find)
-    saved = checkpoints.record(step)["config"]
-    check_same_run(saved, to_flat_dict(parsed), RESUMABLE_CHANGES)
+    record = checkpoints.record(step)
+    check_same_run(record["config"], to_flat_dict(parsed), RESUMABLE_CHANGES)
     mesh = build.build_mesh(parsed)
     with jax.set_mesh(mesh):
         supervise = functools.partial(run, interrupts=Interrupts())
@@ -63,22 +70,42 @@ def export_checkpoint(
         _, state = build.build_state(parsed, student_folder, optimizer, mesh)
         shapes, state = shapes_on_mesh(state), None
         state = checkpoints.restore(step, shapes)
-        export_student(parsed, output, student_folder, state.params, vocabulary)
+        card = model_card(record["config"], _results_at(step, record), step)
+        export_student(parsed, output, student_folder, state.params, vocabulary, card)
     return step
+
+
+def _results_at(step: int, record: dict[str, Any]) -> dict[str, Any]:
+    """Evaluations that a checkpoint holds, but not that of an earlier student."""
+    results = record["results"]
+    if record["evaluated"] == step:
+        return results
+    return {role: result for role, result in results.items() if role != "student"}
 
 
 def _find_step(checkpoints: Checkpoints, checkpoint: str, best_metric: str) -> int:
     steps = checkpoints.steps()
+    if not steps:
+        raise UserError(
+            f"there is no checkpoint in {checkpoints.folder}: pass the --workdir of a run that has "
+            "saved one (distillation.save_steps)"
+        )
     if checkpoint == "best":
         if not best_metric:
-            raise UserError("pass --config.checkpointing.best_metric=... to say what is best")
+            raise UserError(
+                f"--checkpoint=best needs to know by what: pass --config.checkpointing.best_metric="
+                f"{'|'.join(BEST_METRICS)}, or --checkpoint={steps[-1]}"
+            )
         step = checkpoints.best()
         if step is None:
-            raise UserError(f"no checkpoint was made at a step with {best_metric}")
+            raise UserError(
+                f"no checkpoint was made at a step with {best_metric}: pass --checkpoint=STEP, one "
+                f"of {', '.join(map(str, steps))}"
+            )
         return step
     if not checkpoint.isdecimal() or int(checkpoint) not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"--checkpoint={checkpoint} is not there: best, or one of {there}")
+        there = ", ".join(map(str, steps))
+        raise UserError(f"--checkpoint={checkpoint} is not there: pass best, or one of {there}")
     return int(checkpoint)
 
 

@@ -29,6 +29,7 @@ from distill.errors import UserError
 from distill.evaluate import decode_responses
 from distill.models.hub import resolve_model
 from distill.sampling.request import RolloutRequest
+from distill.status import busy, shows_bars
 
 # Many more than there are slots, few enough for the host's memory.
 _PROMPTS_PER_REQUEST = 4096
@@ -63,7 +64,8 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
     vocabulary = build.build_vocabulary(folder, None)
     dataset = build.build_dataset(config)
     prompts = build.build_prompts(config, dataset, vocabulary.tokenizer)
-    model = build.build_frozen_model(config, folder, mesh, build.teacher_dtype(config))
+    with busy("loading the model"):
+        model = build.build_frozen_model(config, folder, mesh, build.teacher_dtype(config))
     engine = build.build_engine(config, model.graph, vocabulary)
     params = build.build_sampling_params(config)
     template = config.data.prompt_template or dataset.get_prompt_template()
@@ -73,7 +75,7 @@ def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int
     writes = processes.is_first()
     with (
         open(temporary if writes else os.devnull, "w") as file,
-        tqdm(total=len(prompts), unit="prompt", disable=not writes) as bar,
+        tqdm(total=len(prompts), unit="prompt", disable=not shows_bars()) as bar,
     ):
         bar.write(f"data: {prompts.summary()}")
         for start in range(0, len(prompts), _PROMPTS_PER_REQUEST):

@@ -3,6 +3,8 @@
 python -m distill.main --config=configs/math_cl.py --workdir=runs/math_cl
 """
 
+import sys
+
 from absl import flags
 
 from distill import cli
@@ -10,10 +12,16 @@ from distill.interrupts import Interrupts
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; an existing run is continued.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the resolved config and the plan for these devices, and end."
+)
 
 
 def main() -> None:
     config = cli.required_config(_CONFIG)
+    if _DRY_RUN.value:
+        _dry_run(config)
+        return
     if not _WORKDIR.value:
         raise cli.UserError("pass --workdir=FOLDER, where checkpoints and results go")
     with Interrupts() as interrupts:
@@ -22,6 +30,15 @@ def main() -> None:
         from distill.trainer import train
 
         train(config, _WORKDIR.value, interrupts)
+
+
+def _dry_run(config) -> None:
+    """Exit status 3, as of `distill.plan`, if the run would not fit."""
+    cli.join_processes()
+    from distill.plan import DOES_NOT_FIT, dry_run
+
+    if not dry_run(config).fits:
+        sys.exit(DOES_NOT_FIT)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from distill.errors import RunStopped, UserError
 from distill.health import Health
+from distill.status import busy, shows_bars
 
 
 class MetricsWriter:
@@ -134,7 +135,7 @@ class Progress:
       max_skipped_steps: steps in a row that may be skipped.
       health: looks at every step.
       names: of the examples in a batch, from their rows in the dataset.
-      show_bar: whether to draw the bar.
+      show_bar: whether to draw the bar; where there is no terminal, a line per logged step.
     """
 
     def __init__(
@@ -155,9 +156,12 @@ class Progress:
         self._logging_steps, self._max_gap = logging_steps, max_log_prob_gap
         self._max_skipped, self._health, self._names = max_skipped_steps, health, names
         self._skipped, self._skipped_in_a_row = 0, 0
+        draws = show_bar and shows_bars()
+        self._prints_steps = show_bar and not draws
         self._bar = tqdm(
-            total=max_steps, initial=first_step, unit="step", disable=not show_bar, mininterval=1
+            total=max_steps, initial=first_step, unit="step", disable=not draws, mininterval=1
         )
+        self._first_step, self._compiling = first_step, ExitStack()
         self._pending: _Step | None = None
         self._measuring, self._begun = False, 0.0
         self._seconds: dict[str, float] = {}
@@ -165,6 +169,8 @@ class Progress:
 
     def begin_step(self, step: int, state: Any) -> None:
         """Before update `step` (from 0) is dispatched on `state`."""
+        if step == self._first_step:
+            self._compiling.enter_context(busy("compiling, with the first step"))
         self._measuring = (step + 1) % self._logging_steps == 0
         if self._measuring:
             self._seconds = {}
@@ -194,6 +200,7 @@ class Progress:
           measured: of its batch, as from `BatchSource.next`.
           rows: of the dataset, in its batch.
         """
+        self._compiling.close()
         self.flush()
         self._pending = _Step(step, metrics, measured, rows)
         if self._measuring:
@@ -262,9 +269,9 @@ class Progress:
         numbers = {name: value for name, value in result.items() if value is not None}
         self._writer.write(step, {f"eval/{role}/{name}": value for name, value in numbers.items()})
         shown = ", ".join(
-            f"{name} {numbers[name]:.4f}"
-            for name in ("accuracy", "forward_kl", "reverse_kl")
-            if name in numbers
+            f"{name} {value:.4f}"
+            for name, value in numbers.items()
+            if name in ("accuracy", "forward_kl", "reverse_kl") or "/" in name
         )
         self.say(f"step {step} {role}: {shown}")
         # Time spent evaluating is not training time.
@@ -303,6 +310,8 @@ class Progress:
             "warnings": self._health.take_count(),
         }
         self._writer.write(step, {**values, **measured, **seconds, **rates, **counts})
+        if self._prints_steps:
+            self.say(f"step {step}: loss {values['loss']:.4f}, {self._rate():.0f} tokens/s")
         self._tokens, self._since = 0.0, time.perf_counter()
 
     def _skip(self, step: int, values: dict[str, float], rows: np.ndarray) -> None:

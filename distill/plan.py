@@ -59,6 +59,33 @@ def plan(config: ConfigDict, topology_name: str, *, tries_others: bool = False):
         return outlook
 
 
+def dry_run(config: ConfigDict):
+    """Prints the values that a run would have, and its outlook on the devices that are here.
+
+    Nothing is started, compiled, downloaded or written. Returns the outlook.
+
+    Raises:
+      UserError: a run would refuse the config, or nothing is known of the devices or the models.
+    """
+    from distill import build
+    from distill.config import parse_config, to_flat_dict
+    from distill.planning import report
+    from distill.planning.outlook import estimate
+    from distill.planning.subject import find_subject, fit_to_devices
+    from distill.topology import topology_here
+
+    parsed = parse_config(config)
+    build.import_plugins(parsed)
+    _say(report.setting_lines(to_flat_dict(parsed)))
+    _say([""])
+    topology = topology_here()
+    with tempfile.TemporaryDirectory() as workdir:
+        subject = fit_to_devices(find_subject(parsed, Path(workdir)), topology.count)
+    outlook = estimate(subject, topology)
+    _say(report.lines(outlook))
+    return outlook
+
+
 def _say(lines) -> None:
     for line in lines:
         print(line, flush=True)

@@ -39,7 +39,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             "tokenizer_config.json as saved by save_pretrained"
         ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {folder} has no eos_token: answers could never end")
+        raise UserError(
+            f"the tokenizer in {folder} has no eos_token: answers could never end; set it in "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -53,6 +53,18 @@ CHIPS = {
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9, _TPU_SOURCE + "v5p"),
     "v6e": Chip(32e9, 918e12, 1638e9, 400e9, _TPU_SOURCE + "v6e"),
 }
+# By a part of what JAX calls a device's kind; "TPU v5" would be found in "TPU v5 lite", too.
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "A100": "a100",
+    "H100": "h100",
+    "H200": "h200",
+    "B200": "b200",
+}
 # The usual ones, by size.
 SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -125,6 +137,26 @@ def parse_topology(name: str) -> Topology:
         f"unknown topology {name!r}: known are {', '.join(f'{tpu}:AxB' for tpu in CHIPS)} "
         "(v5p:AxBxC) for TPU slices such as v5p:4x4x4, v6e:8x8 or v5e:16x16, cpu:N for N devices "
         f"of this host, and {', '.join(f'gpu:{gpu}xN' for gpu in GPUS)}"
+    )
+
+
+def topology_here() -> Topology:
+    """The devices that JAX has.
+
+    Raises:
+      UserError: nothing is known of their kind.
+    """
+    devices = jax.devices()
+    kind, count = devices[0].device_kind, len(devices)
+    if devices[0].platform == "cpu":
+        return Topology(f"cpu:{count}", "cpu", "cpu", count)
+    for word, chip in _KINDS.items():
+        if word in kind:
+            platform = "tpu" if chip in CHIPS else "gpu"
+            return Topology(f"{kind}, {count} here", platform, chip, count)
+    raise UserError(
+        f"nothing is known of what a {kind} can do: plan with python -m distill.plan for one of "
+        f"{', '.join((*CHIPS, *GPUS))}"
     )
 
 

@@ -25,6 +25,7 @@ from distill.errors import RunStopped, UserError
 from distill.evaluate import Model, format_table
 from distill.interrupts import Interrupts
 from distill.metrics import Progress, import_wandb, write_atomically
+from distill.model_card import model_card
 from distill.models.hf import load_model_config
 from distill.models.hf_export import export_model
 from distill.models.hub import read_json
@@ -32,6 +33,7 @@ from distill.preflight import preflight
 from distill.preflight_checks import Subject
 from distill.rollout.batches import BatchSource
 from distill.scratch import make_missing_models
+from distill.status import busy
 from distill.step import TrainState, make_train_step
 from distill.workdir import claim_workdir
 
@@ -92,9 +94,11 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         config = make_missing_models(config, workdir, supervise)
         student_folder, teacher_folder = build.find_models(config)
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
-        prompts = build.build_prompts(
-            config, dataset, vocabulary.tokenizer, needs_responses=config.distillation.lambda_ < 1
-        )
+        needs_responses = config.distillation.lambda_ < 1
+        with busy("tokenizing the data"):
+            prompts = build.build_prompts(
+                config, dataset, vocabulary.tokenizer, needs_responses=needs_responses
+            )
         build.check_same_data(prompts)
         iterator = build.build_iterator(config, prompts)
         evaluator = (
@@ -105,9 +109,11 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
 
         # ----------------------------------------------------------------------------- models
         compared_on = None if step else prompts  # once per run
-        teacher = build_teacher(config, teacher_folder, mesh, compared_on, vocabulary.size)
+        with busy("loading the teacher"):
+            teacher = build_teacher(config, teacher_folder, mesh, compared_on, vocabulary.size)
         optimizer, schedule = build.build_optimizer(config)
-        graph, state = build.build_state(config, student_folder, optimizer, mesh)
+        with busy("loading the student"):
+            graph, state = build.build_state(config, student_folder, optimizer, mesh)
         shapes = shapes_on_mesh(state)
         train_step = make_train_step(
             graph,
@@ -132,7 +138,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         # ----------------------------------------------------------------------------- resume
         if step:
             state = None  # makes room for the restored one
-            state = checkpoints.restore(step, shapes)
+            with busy(f"restoring step {step}"):
+                state = checkpoints.restore(step, shapes)
             iterator.set_state(record["iterator"])
         if config.preflight and step < config.distillation.max_steps:
             subject = Subject(
@@ -168,7 +175,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         def evaluate(role: str, model: Model) -> None:
             if evaluator is None:
                 return
-            evaluation = dataclasses.asdict(evaluator(model, teacher))
+            with busy(f"evaluating the {role}"):
+                evaluation = evaluator(model, teacher).to_dict()
             if interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
                 return
             results[role], saver.evaluated = evaluation, step
@@ -224,7 +232,9 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
 
         # ----------------------------------------------------------------------------- export
         folder = workdir / "student"
-        export_student(config, folder, student_folder, state.params, vocabulary)
+        card = model_card(flat_config, results, step)
+        with busy("exporting the student"):
+            export_student(config, folder, student_folder, state.params, vocabulary, card)
         if results:
             if processes.is_first():
                 write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
@@ -304,12 +314,16 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         vocabulary = build.build_vocabulary(student_folder, teacher_folder)
         evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
         print(f"validation data: {evaluator.prompts.summary()}")
-        teacher = build_teacher(parsed, teacher_folder, mesh)
-        student = build.build_frozen_model(parsed, student_folder, mesh, parsed.policy.precision)
+        with busy("loading the models"):
+            teacher = build_teacher(parsed, teacher_folder, mesh)
+            precision = parsed.policy.precision
+            student = build.build_frozen_model(parsed, student_folder, mesh, precision)
         models = {"student": student, "teacher": teacher} if teacher else {"student": student}
-        return {
-            role: dataclasses.asdict(evaluator(model, teacher)) for role, model in models.items()
-        }
+        results = {}
+        for role, model in models.items():
+            with busy(f"evaluating the {role}"):
+                results[role] = evaluator(model, teacher).to_dict()
+        return results
 
 
 def find_progress(config: Config, checkpoints: Checkpoints) -> tuple[int, dict[str, Any]]:
@@ -332,9 +346,14 @@ def find_progress(config: Config, checkpoints: Checkpoints) -> tuple[int, dict[s
 
 
 def export_student(
-    config: Config, folder: Path, student_folder: Path, params, vocabulary: build.Vocabulary
+    config: Config,
+    folder: Path,
+    student_folder: Path,
+    params,
+    vocabulary: build.Vocabulary,
+    card: str,
 ) -> None:
-    """Writes the student as a Hugging Face folder."""
+    """Writes the student as a Hugging Face folder, with its card."""
     model_config, hf_config = load_model_config(student_folder)
     path = student_folder / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
@@ -347,6 +366,7 @@ def export_student(
         jnp.dtype(config.checkpointing.export_dtype),
         {**generation_config, "eos_token_id": list(vocabulary.end_ids)},
         max_shard_bytes=config.checkpointing.export_shard_size * 1e9,
+        card=card,
     )
 
 

@@ -17,7 +17,7 @@ from tiny_runs import read_metrics
 from distill.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = "student/model.safetensors"
+WEIGHTS, CARD = "student/model.safetensors", "student/README.md"
 pytestmark = pytest.mark.slow
 
 
@@ -59,7 +59,7 @@ class Runs:
 
     def assert_same(self, workdir: Path) -> None:
         """Weights, train state, metrics and results, bit for bit."""
-        for name in (WEIGHTS, "results.json"):
+        for name in (WEIGHTS, CARD, "results.json"):
             assert (workdir / name).read_bytes() == (self.undisturbed / name).read_bytes(), name
         assert read_metrics(workdir) == read_metrics(self.undisturbed)
         ours, theirs = last_state(workdir), last_state(self.undisturbed)

@@ -10,11 +10,33 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import its own level and those below.
 LEVELS = [
-    {"errors", "config", "roll_call", "processes", "interrupts", "workdir", "manifest", "health"},
+    {
+        "errors",
+        "config",
+        "config_reference",
+        "completion",
+        "status",
+        "roll_call",
+        "processes",
+        "interrupts",
+        "workdir",
+        "manifest",
+        "health",
+    },
     {"sharding", "topology", "tokenizer", "kernels"},
     {"losses", "models", "data", "optimizer"},
     {"step", "microbatch", "sampling"},
-    {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
+    {
+        "cli",
+        "math_check",
+        "evaluation_metrics",
+        "grading",
+        "metrics",
+        "evaluate",
+        "checkpoint",
+        "rollout",
+        "model_card",
+    },
     {
         "build",
         "build_teacher",

@@ -58,7 +58,7 @@ def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
         MetricsWriter(tmp_path, resume_step=0, resume_size=0, wandb_project="p")
 
 
-def make_progress(workdir, logging_steps=2, **warn) -> Progress:
+def make_progress(workdir, logging_steps=2, show_bar=False, **warn) -> Progress:
     return Progress(
         MetricsWriter(workdir, resume_step=0, resume_size=0),
         lambda step: 0.1 * step,
@@ -69,7 +69,7 @@ def make_progress(workdir, logging_steps=2, **warn) -> Progress:
         max_skipped_steps=2,
         health=Health(Warn(**warn), quiet_steps=10),
         names=lambda rows: [f"example {row}" for row in rows],
-        show_bar=False,
+        show_bar=show_bar,
     )
 
 

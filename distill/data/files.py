@@ -126,7 +126,9 @@ def _read_parquet(file: Path, columns: Columns) -> list[Example | BadRow]:
         table = pyarrow.parquet.read_table(file, columns=names)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{file} is not a whole Parquet file: {reason}") from None
+        raise UserError(
+            f"{file} is not a whole Parquet file ({reason}): copy or download it again"
+        ) from None
     # As bytes, which are decoded one by one like the lines of a text file.
     as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
     values = {

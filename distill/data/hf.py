@@ -115,7 +115,9 @@ def _read(
     try:
         values = table.select_columns(names)[:]
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} holds text that is not UTF-8: {error.reason}") from None
+        raise UserError(
+            f"{where} holds text that is not UTF-8 ({error.reason}): convert it, or drop the row"
+        ) from None
     return examples_from_columns(values, columns, where, split)
 
 

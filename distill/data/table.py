@@ -190,7 +190,9 @@ def choose_split(
     source = split if split in tables else "train"
     examples, bad_rows = _usable_rows(tables[source](), max_bad_rows, where)
     if not examples:
-        raise UserError(f"{where} has no rows: its split {source!r} is empty")
+        raise UserError(
+            f"{where} has no rows: its split {source!r} is empty; pass another data.path or split"
+        )
     if split in carved:
         texts = [prompt_key(example.prompt) for example in examples]
         examples = [examples[i] for i in holdout_split(texts, split, seed, holdout_fraction)]

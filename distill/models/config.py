@@ -145,7 +145,8 @@ def _family(config: dict[str, Any], source: str) -> str:
     family = config.get("model_type")
     if family not in ARCHITECTURES:
         raise UserError(
-            f"{source}: model_type={family!r} is not supported, only {', '.join(ARCHITECTURES)}"
+            f"{source}: model_type={family!r} is not supported, only {', '.join(ARCHITECTURES)}; "
+            "choose a model of these families (Qwen2.5, Qwen3, Llama 3)"
         )
     architectures = config.get("architectures")
     if architectures and list(architectures) != [ARCHITECTURES[family]]:

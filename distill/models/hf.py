@@ -130,7 +130,10 @@ def _find_tensors(folder: Path) -> dict[str, _Tensor]:
         with file:
             for key in file.keys():
                 if key in tensors:
-                    raise UserError(f"{key} is in both {tensors[key].file} and {path}")
+                    raise UserError(
+                        f"{key} is in both {tensors[key].file} and {path}: remove the older file, "
+                        "or download the model again"
+                    )
                 slices = file.get_slice(key)
                 tensors[key] = _Tensor(key, path, tuple(slices.get_shape()), slices.get_dtype())
     return tensors
@@ -145,7 +148,9 @@ def _weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}{found}: {_CONVERT}")
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{folder / INDEX} has no weight_map of keys to file names")
+        raise UserError(
+            f"{folder / INDEX} has no weight_map of keys to file names: download the model again"
+        )
     for name in sorted(set(names.values())):
         if not re.fullmatch(r"[^/\\]+\.safetensors", name):
             raise UserError(f"{folder / INDEX} names {name!r}, no file beside it: {_CONVERT}")
@@ -164,7 +169,10 @@ def _check_keys(
     expected = {key for weight in table.values() for key in weight.keys(config.num_layers)}
     missing = sorted(expected - tensors.keys())
     if missing:
-        raise UserError(f"{folder} lacks {_listed(missing)}, which {CONFIG} calls for")
+        raise UserError(
+            f"{folder} lacks {_listed(missing)}, which {CONFIG} calls for: download the model "
+            f"again, or correct {CONFIG}"
+        )
     # Both are recomputed from what is there: written by older versions of transformers.
     redundant = {key for key in tensors if key.endswith("rotary_emb.inv_freq")}
     if config.tied:
@@ -173,7 +181,8 @@ def _check_keys(
     if unknown:
         raise UserError(
             f"{tensors[unknown[0]].file} has {_listed(unknown)}, "
-            f"unknown for a {config.family} model with this {CONFIG}"
+            f"unknown for a {config.family} model with this {CONFIG}: a model with more parts "
+            "(adapters, vision, experts) is not supported; merge or remove them"
         )
 
 

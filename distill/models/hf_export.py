@@ -21,7 +21,7 @@ from distill.errors import UserError
 from distill.models.config import ARCHITECTURES, ModelConfig
 from distill.models.hf import INDEX
 from distill.models.hf_keys import Weight, key_table
-from distill.models.hub import CONFIG
+from distill.models.hub import CARD, CONFIG
 from distill.sharding import layer_sharding, replicated
 
 
@@ -36,6 +36,7 @@ def export_model(
     max_shard_bytes: float = 5e9,
     untied_rows: int | None = None,
     transform: Callable[[str, np.ndarray], np.ndarray] | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes a folder that transformers, vLLM and `load_params` can read.
 
@@ -54,13 +55,13 @@ def export_model(
         the first process holds one file's weights at a time.
       untied_rows: writes the head of a tied model too, and of it and the embedding this many rows.
       transform: makes what is written from a tensor's key and value.
+      card: goes to README.md.
 
     Raises:
       UserError: `folder` exists and is not a model.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {CONFIG}: export to another folder")
+    check_replaceable(folder)
     dtype = np.dtype(dtype)
     partial = folder.with_name(folder.name + ".partial")
     if jax.process_index() == 0:
@@ -73,8 +74,21 @@ def export_model(
         if generation_config is not None:
             _write_json(partial / "generation_config.json", generation_config)
         tokenizer.save_pretrained(partial)
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
         _replace(folder, partial)
     multihost_utils.sync_global_devices(f"exported {folder}")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError unless an export to the folder overwrites nothing but an earlier one."""
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} is not empty and holds no {CONFIG}: export to another folder"
+            )
+    elif folder.exists():
+        raise UserError(f"{folder} is a file: export to a folder")
 
 
 def _write_weights(

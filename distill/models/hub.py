@@ -9,9 +9,10 @@ from typing import Any
 
 from distill.errors import UserError
 
-CONFIG = "config.json"
+CONFIG, CARD = "config.json", "README.md"
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = "embedded:"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def resolve_model(path_or_id: str | Path) -> Path:
@@ -37,6 +38,11 @@ def find_config(path_or_id: str | Path) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
+def is_hub_id(path_or_id: str) -> bool:
+    """Whether the name is none of a folder here or of a model in the package."""
+    return bool(_HUB_ID.fullmatch(path_or_id)) and not Path(path_or_id).exists()
+
+
 def _folder(path_or_id: str | Path) -> Path | None:
     """The folder on this machine, None for a hub id."""
     name = str(path_or_id)
@@ -49,7 +55,7 @@ def _folder(path_or_id: str | Path) -> Path | None:
         return folder
     if folder.exists():
         raise UserError(f"{folder} is a file: pass the folder that holds {CONFIG}")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not _HUB_ID.fullmatch(name):
         raise UserError(
             f"there is no folder {name!r}: pass a folder with {CONFIG} and *.safetensors, "
             "or a hub id such as Qwen/Qwen2.5-1.5B-Instruct"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from distill.config import rows_per_microbatch
+from distill.config_reference import all_keys, show_value
 from distill.models.config import ModelConfig
 from distill.planning import costs
 from distill.planning.changes import Change
@@ -12,6 +14,15 @@ from distill.planning.outlook import Outlook
 from distill.sampling.engine import TURNS_PER_CALL
 
 _GB = 1e9
+
+
+def setting_lines(settings: Mapping[str, Any]) -> Iterator[str]:
+    """A run's config, from `to_flat_dict`: every key, with its default where it is another."""
+    defaults = {key.name: key.default for key in all_keys()}
+    for name, value in settings.items():
+        shown = show_value(value)
+        default = defaults[name]
+        yield f"{name}={shown}" + (f"  (default: {default})" if shown != default else "")
 
 
 def lines(outlook: Outlook) -> Iterator[str]:

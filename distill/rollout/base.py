@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
 
 from flax import nnx
 
+from distill.config import KNOWN_BACKENDS
+from distill.errors import UserError
 from distill.sampling.request import Rollout, RolloutRequest
 
 
@@ -54,3 +59,57 @@ class RolloutBackend(Protocol):
 
     def stop(self) -> None:
         """Releases what `start` and `refit` acquired; may be called more than once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendParts:
+    """What a backend of the user's own is made from.
+
+    Attributes:
+      graph: of the student; `nnx.merge(graph, params)` is the module.
+      tokenizer: of student and teacher.
+      vocab_size: ids in use.
+      end_ids: ids that end an answer.
+      student_folder: the Hugging Face folder that the student came from.
+      workdir: of the run.
+      build_in_process: makes the `jax` backend, for one that adds to it.
+    """
+
+    graph: nnx.GraphDef
+    tokenizer: Any
+    vocab_size: int
+    end_ids: tuple[int, ...]
+    student_folder: Path
+    workdir: Path
+    build_in_process: Callable[[], RolloutBackend]
+
+
+BackendMaker = Callable[[BackendParts], RolloutBackend]
+
+_makers: dict[str, BackendMaker] = {}
+
+
+def register_backend(name: str) -> Callable[[BackendMaker], BackendMaker]:
+    """Decorator: makes what builds from `BackendParts` available as `generation.backend=name`.
+
+    UserError when the name is that of a built-in backend.
+    """
+    if name in KNOWN_BACKENDS:
+        raise UserError(f"the backend {name!r} is built in: choose another name for your own")
+
+    def register(make: BackendMaker) -> BackendMaker:
+        _makers[name] = make
+        return make
+
+    return register
+
+
+def get_backend(name: str) -> BackendMaker:
+    """What was registered under `name`; UserError when there is nothing."""
+    if name not in _makers:
+        raise UserError(
+            f"config key 'policy.generation.backend' is {name!r}: known are "
+            f"{', '.join((*KNOWN_BACKENDS, *sorted(_makers)))} (add your own with "
+            "distill.rollout.base.register_backend, in a module that plugins names)"
+        )
+    return _makers[name]

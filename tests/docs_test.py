@@ -1,0 +1,145 @@
+"""Docs are executed: the modules and flags that they show, the keys and links that they name."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import read_metrics, tiny_config, with_models
+
+import distill
+from distill.config import known_keys
+from distill.errors import UserError
+
+DOCS = Path(__file__).parents[1] / "docs"
+CONCEPTS = (DOCS / "concepts.md").read_text()
+# name: (source, the flags below it)
+EXAMPLES = {
+    name: (source, flags.split())
+    for name, source, flags in re.findall(
+        r"```python\n# (\w+)\.py\n(.*?)```\n\n    (--config.*?)\n", CONCEPTS, re.DOTALL
+    )
+}
+
+
+def run_with(name: str, models, folder: Path, monkeypatch) -> tuple[distill.Result, Path]:
+    """A tiny run with a module of the docs and its flags, both as they are written there."""
+    source, flags = EXAMPLES[name]
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(folder)
+    config = with_models(tiny_config(max_steps=2, eval_steps=1), models)
+    with config.unlocked():
+        config.update_from_flattened_dict(dict(map(parse_flag, flags)))
+    return distill.train(config, folder / "run"), folder / "run"
+
+
+def parse_flag(flag: str) -> tuple[str, object]:
+    key, _, value = flag.removeprefix("--config.").partition("=")
+    return key, (value,) if key in ("plugins", "evaluation.metrics") else value
+
+
+def test_every_module_shown_is_run_here():
+    assert set(EXAMPLES) == {"my_data", "my_divergence", "my_metric", "my_backend"}
+    assert CONCEPTS.count("```python") == len(EXAMPLES)
+
+
+def test_own_data(models, tmp_path, monkeypatch):
+    result, _ = run_with("my_data", models, tmp_path, monkeypatch)
+    assert result.steps == 2 and result.results["student"]["examples"] == 8
+    config = with_models(tiny_config(), models)
+    from distill.data.base import get_dataset
+
+    assert get_dataset("squares", "validation")[0].answer == "6561"
+    assert get_dataset("squares", "train", max_samples=config.data.max_samples)[1].prompt == "2*2"
+
+
+def test_own_divergence(models, tmp_path, monkeypatch):
+    _, workdir = run_with("my_divergence", models, tmp_path, monkeypatch)
+    losses = [line["loss"] for line in read_metrics(workdir) if "loss" in line]
+    assert len(losses) == 2 and all(0 < loss < 1 for loss in losses), "a total variation"
+
+
+def test_own_metric(models, tmp_path, monkeypatch, capsys):
+    result, workdir = run_with("my_metric", models, tmp_path, monkeypatch)
+    saved = json.loads((workdir / "results.json").read_text())
+    for role in ("base", "student", "teacher"):
+        assert saved[role]["style/lines"] >= 1 and saved[role]["style/surprise"] > 0
+    logged = [line for line in read_metrics(workdir) if "eval/student/style/lines" in line]
+    assert (
+        len(logged) == 2
+        and logged[-1]["eval/student/style/lines"] == (result.results["student"]["style/lines"])
+    )
+    printed = capsys.readouterr().out
+    assert "style/lines  style/surprise" in printed and "style/surprise 0" not in printed
+    assert "style/lines" in (workdir / "student" / "README.md").read_text()
+
+
+def test_own_backend(models, tmp_path, monkeypatch):
+    _, workdir = run_with("my_backend", models, tmp_path, monkeypatch)
+    lines = [json.loads(line) for line in (workdir / "answers.jsonl").read_text().splitlines()]
+    assert [step for step, _ in lines] == [0] * 8 + [1] * 8
+    gaps = [line["log_prob_gap"] for line in read_metrics(workdir) if "log_prob_gap" in line]
+    assert len(gaps) == 2 and np.max(gaps) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (
+            "policy.generation.backend",
+            "recordd",
+            "'recordd': known are jax, vllm.*register_backend",
+        ),
+        ("evaluation.metrics", ("styl",), "names 'styl': known are .*register_metric"),
+    ],
+)
+def test_names_that_no_module_registers(key, value, words, tmp_path):
+    config = tiny_config()
+    config.plugins = ("json",)
+    with config.unlocked():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=words) as error:
+        distill.train(config, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+# ---- what the pages say ----
+
+PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "results.md")
+
+
+def test_there_are_at_most_six_pages():
+    assert len(PAGES) <= 6, [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]*)?\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_shown_are_keys(page):
+    for key in re.findall(r"--config\.([\w.]*\w)=", page.read_text()):
+        assert key in known_keys(), key
+
+
+SECTION = r"(?:distillation|policy|teacher|data|mesh|evaluation|checkpointing|logger)"
+
+
+def test_keys_of_ours_in_the_migration_table_exist():
+    """Keys with a section in the columns that are ours, and all that carry no default there."""
+    text = (DOCS / "migration.md").read_text()
+    theirs_trl, theirs_nemo = 2, 1
+    trl, nemo = text.split("## NeMo-RL")
+    found = [*_cells(trl, theirs_trl), *_cells(nemo, theirs_nemo)]
+    keys = [key for cell in found for key in re.findall(rf"`({SECTION}\.[\w.]+)(?:=\w+)?`", cell)]
+    assert len(keys) > 35
+    for key in keys:
+        assert key in known_keys(), key
+
+
+def _cells(text: str, column: int) -> list[str]:
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    return [row[column] for row in rows[1:] if len(row) > column]

@@ -1,0 +1,168 @@
+"""What users meet at the command line: --help, completion, the dry run, the page of all keys."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill import config_reference, topology
+from distill.completion import bash_script
+from distill.config import known_keys
+from distill.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("command", ["main", "plan", "export"])
+def test_help_is_short_and_shows_the_commands_own_flags_and_common_keys(command):
+    done = run(f"distill.{command}", "--help")
+    assert done.returncode == 0 and not done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) < 90 and f"python -m distill.{command} " in done.stdout
+    assert "  --config" in lines and "  --config.distillation.lambda_=1.0" in lines
+    assert "      optimizer updates (int: at least 1)" in lines
+    own = {"main": "--workdir", "plan": "--topology", "export": "--checkpoint"}
+    assert f"  {own[command]}" in lines
+    assert "run_with_pdb" not in done.stdout, "absl's own"
+
+
+def test_full_help_is_no_failure():
+    done = run("distill.main", "--helpfull")
+    assert done.returncode == 0 and "run_with_pdb" in done.stdout
+
+
+# ---- the page of all keys ----
+
+
+def test_committed_page_is_that_of_the_schema():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == config_reference.page(), (
+        "python -m distill.config_reference > docs/configuration.md"
+    )
+
+
+def test_reference_has_every_key_with_its_default():
+    names = {key.name for key in config_reference.all_keys()}
+    sections = {section.name for section in config_reference.sections()}
+    assert names | sections - {""} == set(known_keys())
+    keys = {key.name: key for key in config_reference.all_keys()}
+    assert keys["data.max_samples"].kind == "int or None"
+    assert keys["distillation.jsd_beta"].allowed == "0 to 1"
+    assert keys["plugins"].default == "()" and keys["policy.model_name"].default == "''"
+
+
+# ---- completion ----
+
+
+def complete(*words: str) -> list[str]:
+    """What bash offers for the last of the words, which are cut as bash cuts them."""
+    listed = " ".join(f"'{word}'" for word in words)
+    script = f"{bash_script()}\nCOMP_WORDS=({listed}); COMP_CWORD={len(words) - 1}; _distill\n"
+    command = ["bash", "-c", script + 'printf "%s\\n" "${COMPREPLY[@]}"']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout.split()
+
+
+PROGRAM = ("python", "-m", "distill.main")
+
+
+def test_keys_are_completed():
+    assert complete(*PROGRAM, "--config.distillation.kl_ty") == ["--config.distillation.kl_type="]
+    offered = complete(*PROGRAM, "--config.")
+    assert len(offered) == len(list(config_reference.all_keys()))
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("--config.policy.precision", "="), ["bfloat16", "float32"]),
+        (("--config.policy.precision", "=", "fl"), ["float32"]),
+        (("--config.logger.progress_bar", "=", ""), ["True", "False"]),
+        (("--config.distillation.max_steps", "=", "1"), []),
+    ],
+)
+def test_choices_are_completed(words, offered):
+    assert complete(*PROGRAM, *words) == offered
+
+
+def test_other_commands_of_python_are_left_to_bash():
+    assert complete("python", "-m", "http.server", "--config.") == []
+
+
+# ---- dry run ----
+
+TINY = """
+import sys
+sys.path.insert(0, {tests!r})
+from tiny_runs import tiny_config
+
+def get_config():
+    return tiny_config(lambda_=0.5)
+"""
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY.format(tests=str(ROOT / "tests")))
+    before = files(tmp_path), files(ROOT / "distill")
+    arguments = (f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/run", "--dry_run")
+    done = run("distill.main", *arguments, "--config.distillation.max_steps=7")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "distillation.lambda_=0.5  (default: 1.0)" in lines
+    assert "distillation.max_steps=7  (default: 1000)" in lines
+    assert "distillation.kl_type=forward" in lines, "a default"
+    printed = {line.partition("=")[0] for line in lines}
+    assert {key.name for key in config_reference.all_keys()} <= printed
+    [devices] = [line for line in lines if line.startswith("devices")]
+    assert "8 of cpu:8, mesh data=8" in devices
+    assert any(line.endswith(": fits") for line in lines)
+    assert (files(tmp_path), files(ROOT / "distill")) == before
+
+
+def test_dry_run_refuses_what_a_run_would_refuse(tmp_path):
+    done = run(
+        "distill.main", "--config=configs/arithmetic.py", "--dry_run", "--config.mesh.data=3"
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "mesh.data=3" in done.stderr
+
+
+class Device:
+    def __init__(self, platform: str, device_kind: str):
+        self.platform, self.device_kind = platform, device_kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [
+        ("TPU v5 lite", topology.CHIPS["v5e"]),
+        ("TPU v5", topology.CHIPS["v5p"]),
+        ("TPU v5p", topology.CHIPS["v5p"]),
+        ("TPU v6 lite", topology.CHIPS["v6e"]),
+        ("NVIDIA H100 80GB HBM3", topology.GPUS["h100"]),
+        ("NVIDIA A100-SXM4-80GB", topology.GPUS["a100"]),
+    ],
+)
+def test_devices_are_known_by_their_kind(kind, chip, monkeypatch):
+    monkeypatch.setattr(topology.jax, "devices", lambda: [Device("any", kind)] * 4)
+    assert topology.topology_here().chip == chip and topology.topology_here().count == 4
+
+
+def test_unknown_devices_are_named(monkeypatch):
+    monkeypatch.setattr(topology.jax, "devices", lambda: [Device("gpu", "NVIDIA L4")])
+    with pytest.raises(UserError, match="NVIDIA L4.*distill.plan"):
+        topology.topology_here()

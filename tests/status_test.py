@@ -1,0 +1,67 @@
+"""What takes a while says so, on a terminal and elsewhere."""
+
+import threading
+import time
+
+import pytest
+from metrics_test import make_progress, run_step
+
+from distill import metrics, status
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    for module in (status, metrics):
+        monkeypatch.setattr(module, "shows_bars", lambda: True)
+    monkeypatch.setattr(status, "_TICK", 0.02)
+
+
+def test_elsewhere_one_line_says_how_long_it_took(capsys, monkeypatch):
+    monkeypatch.setattr(status, "_WORTH_SAYING", 0.1)
+    with status.busy("loading the teacher"):
+        time.sleep(0.15)
+    with status.busy("loading the student"):
+        pass
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    [line] = shown.out.splitlines()
+    assert line.startswith("loading the teacher: 0.") and line.endswith(" s")
+
+
+def test_a_terminal_shows_the_seconds_meanwhile(capsys, terminal):
+    threads = threading.active_count()
+    with status.busy("loading the teacher"):
+        time.sleep(1.2)
+        assert "loading the teacher: 00:01" in capsys.readouterr().err
+    assert threading.active_count() == threads
+    assert "loading the teacher: 1." in capsys.readouterr().out
+
+
+def test_errors_pass_and_end_the_line(capsys, terminal):
+    threads = threading.active_count()
+    with pytest.raises(RuntimeError), status.busy("loading"):
+        raise RuntimeError("a fault")
+    assert threading.active_count() == threads and capsys.readouterr().out == ""
+
+
+def test_logged_steps_are_lines_where_no_bar_is_drawn(tmp_path, capsys):
+    progress = make_progress(tmp_path, show_bar=True)
+    for step in range(1, 5):
+        run_step(progress, step)
+    progress.close()
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert [line.partition(",")[0] for line in shown.out.splitlines()] == [
+        "step 2: loss 1.0000",
+        "step 4: loss 1.0000",
+    ]
+
+
+def test_bar_is_drawn_on_a_terminal_and_no_line_printed(tmp_path, capsys, terminal):
+    progress = make_progress(tmp_path, show_bar=True)
+    for step in range(1, 5):
+        run_step(progress, step)
+    progress.close()
+    shown = capsys.readouterr()
+    assert "4/4" in shown.err and "compiling, with the first step" in shown.err
+    assert "loss" not in shown.out
