@@ -14,7 +14,7 @@ LEVELS = [
     {"sharding", "topology", "tokenizer", "kernels"},
     {"losses", "models", "data", "optimizer"},
     {"step", "microbatch", "sampling"},
-    {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
+    {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout", "reporting"},
     {
         "build",
         "build_teacher",
@@ -25,7 +25,7 @@ LEVELS = [
         "planning",
     },
     {"trainer"},
-    {"main", "plan", "generate", "export", "export_server", "__init__"},
+    {"main", "plan", "generate", "export", "export_server", "report", "__init__"},
 ]
 OPTIONAL_PACKAGES = {"torch", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
 
