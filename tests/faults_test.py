@@ -58,8 +58,8 @@ class Runs:
         return log.read_text().splitlines() if log.exists() else []
 
     def assert_same(self, workdir: Path) -> None:
-        """Weights, train state, metrics and results, bit for bit."""
-        for name in (WEIGHTS, "results.json"):
+        """Weights, train state, metrics, results and shown answers, bit for bit."""
+        for name in (WEIGHTS, "results.json", "rollouts/base.json", "rollouts/student.json"):
             assert (workdir / name).read_bytes() == (self.undisturbed / name).read_bytes(), name
         assert read_metrics(workdir) == read_metrics(self.undisturbed)
         ours, theirs = last_state(workdir), last_state(self.undisturbed)
