@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from distill import processes
-from distill.data.base import DatasetInterface
+from distill.data.base import DatasetInterface, Example
 from distill.data.pipeline import PromptBatch, eval_batches
 from distill.data.prompts import Prompts
 from distill.evaluate import Answers, Model
@@ -128,10 +128,12 @@ class RolloutRecorder:
             of_tokens["top"] = [list(zip(*top, strict=True)) for top in zip(*choices, strict=True)]
         return dict(
             id=example.id,
+            question=_question(example),
             prompt=self._text(self._prompts.prompt_tokens[i].tolist()),
             expected=example.answer,
             correct=None if answers.correct is None else answers.correct[i],
             stopped=bool(answers.rollout.stopped_b[i]),
+            ids=tokens,
             tokens=pieces(self._text, tokens),
             **of_tokens,
         )
@@ -154,6 +156,12 @@ def pieces(decode: Callable[[list[int]], str], tokens: list[int]) -> list[str]:
     if waiting:
         texts[-1] = decode(waiting)
     return texts
+
+
+def _question(example: Example) -> str:
+    """The prompt without the chat template; of a conversation, what was said last."""
+    prompt = example.prompt
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _num_shown(lengths_b: np.ndarray) -> int:

@@ -96,7 +96,7 @@ function drawChart(chart, runs) {
   const x = (step) => left + (step / last) * (width - left - right);
   const { place: y, ticks } = verticalScale(values, chart.is_log);
   const isShare = chart.curves.some((c) => c.label === "accuracy");
-  const shown = (v) => (isShare ? percent(v, v * 100 % 1 ? 1 : 0) : number(v));
+  const shown = (v) => (isShare ? percent(v, Math.abs(v * 100 - Math.round(v * 100)) > 0.05 ? 1 : 0) : number(v));
 
   const legend = el("ul", { class: "legend" });
   const readings = curves.map((curve) => {

@@ -65,7 +65,7 @@ function rolloutViewer(runs) {
     const item = el("div", {
       id: `answer-${i}`, role: "option", class: "item", "aria-selected": String(isChosen),
       onclick: () => { state.chosen = answer.id; showList(); },
-    }, mark(answer), el("span", { class: "snippet" }, answer.prompt.trim().slice(-90)),
+    }, mark(answer), el("span", { class: "snippet" }, answer.question.trim().slice(0, 200)),
     el("span", { class: "value" }, number(mean(values))), heatStrip(values.map(colour)));
     return item;
   }
@@ -86,10 +86,10 @@ function rolloutViewer(runs) {
     const verdict = answer.correct === null ? "not graded" : answer.correct ? "right" : "wrong";
     const tokens = el("div", {
       class: "tokens", role: "listbox", "aria-orientation": "horizontal",
-      "aria-label": "Answer, token by token", tabindex: 0,
+      "aria-label": "Answer, token by token",
     }, answer.tokens.map((text, i) => tokenView(answer, text, i, colour(values[i]))));
     tokens.addEventListener("keydown", (event) => moveToken(event, tokens, values));
-    tokens.addEventListener("focus", () => tokens.children[Math.max(0, state.token)]?.focus());
+    tokens.firstChild?.setAttribute("tabindex", 0);
     return [
       el("header", {}, mark(answer), el("b", {}, verdict),
         answer.expected === null ? null : el("span", {}, "expected ", el("code", {}, answer.expected)),
@@ -102,14 +102,19 @@ function rolloutViewer(runs) {
 
   function tokenView(answer, text, i, strength) {
     const top = answer.top?.[i];
-    const differs = top && top[0][1] - (answer.log_p[i] ?? -Infinity) > 1e-4;
+    const differs = top && top[0][0] !== answer.ids[i];
     const token = el("span", {
       class: differs ? "token differs" : "token", role: "option", tabindex: -1,
       "aria-label": `${visible(text) || "part of a character"}, ` +
         `${number(strengths(record(), answer)[i])} nats`,
       onpointerenter: () => tip.show(token, tokenCard(record(), answer, i)),
       onpointerleave: () => tip.hide(),
-      onfocus: () => { state.token = i; tip.show(token, tokenCard(record(), answer, i)); },
+      onfocus: () => {
+        // Leaving and coming back by Tab returns here.
+        for (const other of token.parentElement.children) other.tabIndex = other === token ? 0 : -1;
+        state.token = i;
+        tip.show(token, tokenCard(record(), answer, i));
+      },
       onblur: () => tip.hide(),
     }, text === "" ? "·" : lines(text));
     token.style.setProperty("--heat", strength.toFixed(3));
@@ -219,11 +224,9 @@ function tokenCard(record, answer, i) {
   const row = (text, logP, logQ, isChosen) => el("tr", { class: isChosen ? "chosen" : "" },
     el("th", { scope: "row" }, el("code", {}, shownToken(text)), isChosen ? " ← answer" : ""),
     record.has_teacher ? bar("teacher", logP) : null, bar("student", logQ));
-  // The answer is the token with the same pair of probabilities.
   const top = answer.top?.[i] ?? [];
   const texts = top.map(([id]) => record.texts[id] ?? "");
-  const chosenAt = top.findIndex(([, logP, logQ]) =>
-    Math.abs(logP - answer.log_p[i]) < 1e-4 && Math.abs(logQ - answer.log_q[i]) < 1e-4);
+  const chosenAt = top.findIndex(([id]) => id === answer.ids[i]);
   const rows = top.map(([, logP, logQ], k) => row(texts[k], logP, logQ, k === chosenAt));
   if (chosenAt < 0) rows.push(row(answer.tokens[i], answer.log_p?.[i], answer.log_q[i], true));
   const head = el("tr", {}, el("th", {}, record.has_teacher ? "teacher's choices" : "token"),
