@@ -46,7 +46,7 @@ function number(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";
-  if (size < 0.001 || size >= 1e6) return value.toExponential(1);
+  if (size < 0.001 || size >= 1e6) return value.toExponential(1).replace(".0e", "e");
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   return String(Number(value.toPrecision(3)));
 }
