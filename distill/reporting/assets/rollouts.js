@@ -168,12 +168,13 @@ function rolloutViewer(runs) {
     event.preventDefault();
   }
 
-  const section = el("section", { id: "rollouts", onkeydown: shortcut },
+  const section = el("section", { id: "rollouts" },
     el("h2", {}, "Answers, token by token"), el("p", { class: "lead" }, explanation(record())),
     el("div", { class: "toolbar" }, source.group, filter.group, order.group, legendOf(record(), full)),
     el("div", { class: "card viewer" }, el("div", { class: "side" }, list, count), detail),
     el("p", { class: "keys" }, "Keys: ", keys("j", "k"), " answers, ", keys("←", "→"), " tokens, ",
       keys("n"), " next divergent token, ", keys("f"), " filter, ", keys("b"), " other model"), tip.card);
+  document.addEventListener("keydown", shortcut);
   showList();
   return section;
 }
