@@ -34,6 +34,7 @@ from distill.models.config import ModelConfig
 from distill.models.hf import load_model_config, load_params
 from distill.models.hub import resolve_model
 from distill.models.transformer import Transformer
+from distill.reporting.tokens import MOST_ANSWERS, RolloutRecorder
 from distill.rollout.base import BackendParts, RolloutBackend, get_backend
 from distill.rollout.batches import BatchSource
 from distill.rollout.in_process import JaxBackend
@@ -478,6 +479,28 @@ def build_evaluator(
         put=make_put(mesh),
         answer_timeout=config.evaluation.answer_timeout,
         metrics=config.evaluation.metrics,
+    )
+
+
+def build_recorder(
+    config: Config,
+    workdir: Path,
+    dataset: DatasetInterface,
+    prompts: Prompts,
+    vocabulary: Vocabulary,
+    mesh: Mesh,
+) -> RolloutRecorder:
+    """Writes held-out answers token by token; as many at once as fit in the evaluation."""
+    parts = batch_parts(mesh)
+    return RolloutRecorder(
+        workdir,
+        dataset,
+        prompts,
+        vocabulary.tokenizer,
+        objective=build_objective(config),
+        vocab_size=vocabulary.size,
+        batch_size=min(config.evaluation.batch_size, -(-MOST_ANSWERS // parts) * parts),
+        put=make_put(mesh),
     )
 
 

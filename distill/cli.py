@@ -64,9 +64,26 @@ def join_processes() -> None:
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`; never returns."""
     _define_process_flags()
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        rest = _parse_flags(argv)
+        if len(rest) > 1:
+            _fail(f"unexpected argument {rest[1]!r}: options are written --name=value")
+        return rest
+
+    _protect_files()
+    app.run(lambda _: _call(main), flags_parser=parse)
+
+
+def run_with_arguments(main: Callable[[list[str]], None]) -> None:
+    """`run` for a command of one process whose `main` takes the arguments that are no flags."""
+    _protect_files()
+    app.run(lambda argv: _call(lambda: main(argv[1:])), flags_parser=_parse_flags)
+
+
+def _protect_files() -> None:
     # The user's own choice, but for one thing: nobody else may write to what a run leaves.
     os.umask(os.umask(0o077) | 0o002)
-    app.run(lambda _: _call(main), flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -84,8 +101,6 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if "--helpfull" not in argv:
             raise
         sys.exit(0)  # absl takes it for a failure
-    if len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r}: options are written --name=value")
     return rest
 
 

@@ -94,6 +94,21 @@ class Evaluation:
         return fields | fields.pop("metrics")
 
 
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """A model's answers to the held-out prompts, in their order.
+
+    Attributes:
+      rollout: the answers' tokens.
+      texts: without special tokens.
+      correct: which of them are right; None if the data has no answers.
+    """
+
+    rollout: Rollout
+    texts: list[str]
+    correct: list[bool] | None
+
+
 class Evaluator:
     """Evaluates models on one set of held-out prompts.
 
@@ -138,6 +153,10 @@ class Evaluator:
         )
 
     def __call__(self, model: Model, teacher: Model | None) -> Evaluation:
+        return self.examine(model, teacher)[0]
+
+    def examine(self, model: Model, teacher: Model | None) -> tuple[Evaluation, Answers]:
+        """The evaluation, and the answers that it is about."""
         engine = self._engine_for(model.graph)
         prompts = self.prompts
         request = RolloutRequest(
@@ -159,17 +178,19 @@ class Evaluator:
                     teacher_params,
                     *jax.tree.map(self._put, arrays),
                 )
-        answers, lengths = decode_responses(self._tokenizer, rollout), rollout.lengths_b
+        texts, lengths = decode_responses(self._tokenizer, rollout), rollout.lengths_b
+        answers = Answers(rollout, texts, self._grade(texts))
         forward_kl, reverse_kl = (None, None) if teacher is None else sums / lengths.sum()
-        return Evaluation(
-            **self._accuracy(answers),
-            examples=len(answers),
+        evaluation = Evaluation(
+            **_accuracy(answers.correct),
+            examples=len(texts),
             forward_kl=None if forward_kl is None else float(forward_kl),
             reverse_kl=None if reverse_kl is None else float(reverse_kl),
             mean_length=float(np.mean(lengths)),
             truncated=1.0 - float(np.mean(rollout.stopped_b)),
-            metrics=processes.from_first(lambda: self._measure(rollout, answers)),
+            metrics=processes.from_first(lambda: self._measure(rollout, texts)),
         )
+        return evaluation, answers
 
     def _measure(self, rollout: Rollout, texts: list[str]) -> dict[str, float | None]:
         if not self._metrics:
@@ -182,16 +203,25 @@ class Evaluator:
             answers.append(Answer(self._dataset[int(row)], texts[i], tokens, log_probs, stopped))
         return measure(self._metrics, answers)
 
-    def _accuracy(self, answers: list[str]) -> dict[str, float | None]:
+    def _grade(self, texts: list[str]) -> list[bool] | None:
+        """Which answers are right; every process checks its share."""
         examples = [self._dataset[int(row)] for row in self.prompts.rows]
         if any(example.answer is None for example in examples):
-            return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
-        mine = processes.share(len(answers))
+            return None
+        mine = processes.share(len(texts))
         with Grader(time_limit=self._timeout) as grader:
-            verdicts = grader.grade(self._dataset, examples[mine], answers[mine])
-        right = sum(processes.gather(sum(verdicts)))
-        low, high = wilson_interval(right, len(answers))
-        return dict(accuracy=right / len(answers), accuracy_low=low, accuracy_high=high)
+            shares = processes.gather(grader.grade(self._dataset, examples[mine], texts[mine]))
+        correct = [False] * len(texts)
+        for process, verdicts in enumerate(shares):
+            correct[process :: len(shares)] = verdicts
+        return correct
+
+
+def _accuracy(correct: list[bool] | None) -> dict[str, float | None]:
+    if correct is None:
+        return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
+    low, high = wilson_interval(sum(correct), len(correct))
+    return dict(accuracy=sum(correct) / len(correct), accuracy_low=low, accuracy_high=high)
 
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:

@@ -31,6 +31,8 @@ from distill.models.hf_export import export_model
 from distill.models.hub import read_json
 from distill.preflight import preflight
 from distill.preflight_checks import Subject
+from distill.reporting.facts import write_facts
+from distill.reporting.page import REPORT, write_report
 from distill.rollout.batches import BatchSource
 from distill.scratch import make_missing_models
 from distill.status import busy
@@ -58,7 +60,8 @@ def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None
 
     Args:
       config: from `distill.config.default_config()`, edited.
-      workdir: checkpoints, metrics.jsonl, tensorboard, results.json and the exported student.
+      workdir: checkpoints, metrics.jsonl, tensorboard, results.json, the exported student, and
+        report.html.
       interrupts: handles signals; without it nobody does, and KeyboardInterrupt ends the run with
         what its last checkpoint has.
 
@@ -105,6 +108,9 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             None
             if validation is None
             else build.build_evaluator(config, validation, vocabulary, mesh)
+        )
+        record_rollouts = evaluator and build.build_recorder(
+            config, workdir, validation, evaluator.prompts, vocabulary, mesh
         )
 
         # ----------------------------------------------------------------------------- models
@@ -162,6 +168,8 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         if step and (ahead := checkpoints.arrays(step)):
             batches.take_up(step, ahead, record["measured_ahead"])
         progress = build.build_progress(config, workdir, dataset, schedule, step, record)
+        if processes.is_first():
+            write_facts(workdir, flat_config)
         progress.say(f"data: {prompts.summary()}")
         if teacher and teacher.quantization_kl is not None:
             progress.quantization(step, teacher.quantization_kl)
@@ -176,9 +184,12 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             if evaluator is None:
                 return
             with busy(f"evaluating the {role}"):
-                evaluation = evaluator(model, teacher).to_dict()
+                evaluation, answers = evaluator.examine(model, teacher)
             if interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
                 return
+            if role != "teacher":
+                record_rollouts(role, step, model, teacher, answers)
+            evaluation = evaluation.to_dict()
             results[role], saver.evaluated = evaluation, step
             progress.evaluation(step, role, evaluation)
 
@@ -239,7 +250,9 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             if processes.is_first():
                 write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
             print(format_table(results))
-        print(f"student: {folder}", flush=True)
+        if processes.is_first():
+            write_report([workdir], workdir / REPORT)
+        print(f"student: {folder}\nreport: {workdir / REPORT}", flush=True)
         return Result(results, folder, step)
 
 

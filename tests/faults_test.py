@@ -58,8 +58,9 @@ class Runs:
         return log.read_text().splitlines() if log.exists() else []
 
     def assert_same(self, workdir: Path) -> None:
-        """Weights, train state, metrics and results, bit for bit."""
-        for name in (WEIGHTS, CARD, "results.json"):
+        """Weights, card, train state, metrics, results and shown answers, bit for bit."""
+        shown = "rollouts/base.json", "rollouts/student.json"
+        for name in (WEIGHTS, CARD, "results.json", *shown):
             assert (workdir / name).read_bytes() == (self.undisturbed / name).read_bytes(), name
         assert read_metrics(workdir) == read_metrics(self.undisturbed)
         ours, theirs = last_state(workdir), last_state(self.undisturbed)
@@ -77,7 +78,7 @@ def runs(models, tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("faults"), models)
 
 
-def test_killed_25_times_and_none_the_worse(runs, tmp_path):
+def test_killed_27_times_and_none_the_worse(runs, tmp_path):
     """kill -9 in every phase; the same command again each time, in one workdir."""
     chance = random.Random(0)
     kills = [
@@ -91,15 +92,15 @@ def test_killed_25_times_and_none_the_worse(runs, tmp_path):
     kills += ["save-pruning:1", "restore:1", "restored:1"]
     kills += [f"delay:{chance.uniform(0, 0.3):.3f}" for _ in range(4)]
     chance.shuffle(kills)
-    kills.insert(0, "save-renamed:2")  # else there may be nothing to restore or prune
+    kills[:0] = ["rollouts:1", "save-renamed:2"]  # else there may be nothing to restore or prune
     # Once the last step is saved, every start exports.
-    kills += ["export:1", "export-weights:1", "export-rename:1", "exported:1"]
+    kills += ["export:1", "export-weights:1", "export-rename:1", "exported:1", "report:1"]
     before = len(runs.strikes())
     for kill in kills:
         done = runs.start(tmp_path, f"{kill}:SIGKILL")
         assert done.returncode == -signal.SIGKILL, (kill, done.stdout, done.stderr)
     struck = [line.split()[0] for line in runs.strikes()[before:]]
-    assert struck == [kill.split(":")[0] for kill in kills] and len(struck) == 25
+    assert struck == [kill.split(":")[0] for kill in kills] and len(struck) == 27
     done = runs.start(tmp_path)
     assert done.returncode == 0, done.stderr
     runs.assert_same(tmp_path)

@@ -35,6 +35,7 @@ LEVELS = [
         "evaluate",
         "checkpoint",
         "rollout",
+        "reporting",
         "model_card",
     },
     {
@@ -47,7 +48,7 @@ LEVELS = [
         "planning",
     },
     {"trainer"},
-    {"main", "plan", "generate", "export", "export_server", "__init__"},
+    {"main", "plan", "generate", "export", "export_server", "report", "__init__"},
 ]
 OPTIONAL_PACKAGES = {"torch", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
 

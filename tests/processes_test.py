@@ -17,6 +17,7 @@ from tiny_runs import read_metrics
 import distill
 from distill import processes
 from distill.errors import UserError
+from distill.reporting.read import read_run
 
 ROOT = Path(__file__).parents[1]
 # float32: sums over devices come in another order; Adam divides by roots of tiny squares, so that
@@ -103,6 +104,12 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     for role, values in other.items():
         assert mine[role] == pytest.approx(values, **EVALUATION), role
     assert 0 < other["student"]["accuracy"] < 1, "else shares of the grading could be lost"
+    for role in ("base", "student"):
+        mine, other = (read_run(folder).rollouts[role]["answers"] for folder in (ours, theirs))
+        assert len(mine) == len(other) > 4
+        for answer, same in zip(mine, other, strict=True):
+            assert answer["correct"] == same["correct"] and answer["tokens"] == same["tokens"]
+            assert answer["divergence"] == pytest.approx(same["divergence"], rel=1e-3, abs=1e-4)
     mine, other = (load_file(folder / "student/model.safetensors") for folder in (ours, theirs))
     assert mine.keys() == other.keys() and len(mine) > 10
     for key, array in other.items():
@@ -139,6 +146,7 @@ def test_two_processes_make_the_run_of_one(alone, together):
     workdir, (first, second) = together
     assert_same_run(workdir, alone)
     assert f"student: {workdir / 'student'}" in first.stdout and second.stdout == ""
+    assert (workdir / "report.html").stat().st_size > 50_000
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
 

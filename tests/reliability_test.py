@@ -188,7 +188,7 @@ def test_signal_at_an_evaluation_leaves_it_to_the_next_start(models, tmp_path, m
     """During one, grading processes may have been signalled too: its numbers may be wrong."""
     config = with_models(tiny_config(lambda_=0.5, eval_steps=3), models)
     whole = distill.train(config, tmp_path / "whole")
-    interrupts, evaluate, end_step = Interrupts(), Evaluator.__call__, metrics.Progress.end_step
+    interrupts, evaluate, end_step = Interrupts(), Evaluator.examine, metrics.Progress.end_step
     stop, stops, steps = JaxBackend.stop, [], []
 
     def counting(self, step, *values):
@@ -198,15 +198,15 @@ def test_signal_at_an_evaluation_leaves_it_to_the_next_start(models, tmp_path, m
             interrupts.requested = "SIGTERM"
 
     def spoilt(self, model, teacher):
-        evaluation = evaluate(self, model, teacher)
+        evaluation, answers = evaluate(self, model, teacher)
         if not steps:
-            return evaluation
+            return evaluation, answers
         interrupts.requested = "SIGTERM"
-        return dataclasses.replace(evaluation, accuracy=-1.0)
+        return dataclasses.replace(evaluation, accuracy=-1.0), answers
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Progress, "end_step", counting)
-        patch.setattr(Evaluator, "__call__", spoilt)
+        patch.setattr(Evaluator, "examine", spoilt)
         patch.setattr(JaxBackend, "stop", lambda self: stops.append(stop(self)))
         with pytest.raises(RunInterrupted, match="SIGTERM: step 3 is saved: the same command"):
             distill.train(config, tmp_path / "run", interrupts)

@@ -17,14 +17,16 @@ import jax
 
 from distill import checkpoint, evaluate, manifest, metrics, trainer
 from distill.models import hf_export
+from distill.reporting.tokens import RolloutRecorder
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.engine import Engine
 
 # name: (owner, attribute, whether the moment is after the call instead of before it)
 POINTS = {
-    "evaluate": (evaluate.Evaluator, "__call__", False),
-    "evaluate-sampled": (evaluate.Evaluator, "_accuracy", False),
-    "evaluated": (evaluate.Evaluator, "__call__", True),
+    "evaluate": (evaluate.Evaluator, "examine", False),
+    "evaluate-sampled": (evaluate.Evaluator, "_grade", False),
+    "evaluated": (evaluate.Evaluator, "examine", True),
+    "rollouts": (RolloutRecorder, "__call__", True),
     "generate": (JaxBackend, "generate", False),
     "generate-prefilled": (Engine, "decode", False),
     "generate-decoded": (Engine, "decode", True),
@@ -43,6 +45,7 @@ POINTS = {
     "export-weights": (hf_export, "_write_weights", True),
     "export-rename": (hf_export, "_replace", False),
     "exported": (trainer, "export_student", True),
+    "report": (trainer, "write_report", False),
     "results": (metrics.os, "replace", False),
 }
 

@@ -1,0 +1,271 @@
+// The answers, token by token: a list to choose from, and the answer that was chosen.
+
+const FILTERS = [["all", "All"], ["wrong", "Wrong"], ["right", "Right"]];
+
+// What a token is coloured by: the divergence; without a teacher, the student's surprise.
+function strengths(record, answer) {
+  return record.has_teacher ? answer.divergence : answer.log_q.map((v) => (v === null ? null : -v));
+}
+
+function mean(values) {
+  const known = values.filter((v) => v !== null);
+  return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
+}
+
+// The value that has full colour, the same for all answers of the page.
+function fullColour(runs) {
+  const all = runs.flatMap((run) => Object.values(run.rollouts).flatMap(
+    (record) => record.answers.flatMap((answer) => strengths(record, answer))));
+  const known = all.filter((v) => v !== null).sort((a, b) => a - b);
+  return Math.max(0.1, known[Math.floor(0.995 * (known.length - 1))] ?? 0);
+}
+
+function rolloutViewer(runs) {
+  const sources = runs.flatMap((run) => ["student", "base"].filter((role) => run.rollouts[role])
+    .map((role) => ({
+      record: run.rollouts[role],
+      label: (runs.length > 1 ? `${run.name} · ` : "") +
+        (role === "base" ? "Base" : `Student, step ${run.rollouts[role].step}`),
+    })));
+  if (!sources.length) return null;
+  const full = fullColour(runs);
+  const colour = (v) => (v === null ? 0 : Math.sqrt(Math.min(1, Math.max(0, v) / full)));
+  const state = { source: 0, filter: "all", order: "data", chosen: null, token: -1 };
+  const list = el("div", { class: "list", role: "listbox", "aria-label": "Answers", tabindex: 0 });
+  const detail = el("div", { class: "detail" });
+  const count = el("span", { class: "count", role: "status" });
+  const tip = tooltip();
+
+  const record = () => sources[state.source].record;
+  const passes = (a) => state.filter === "all" || a.correct === (state.filter === "right");
+
+  function answers() {
+    const shown = record().answers.filter(passes);
+    if (state.order === "divergence") {
+      const size = new Map(shown.map((a) => [a, mean(strengths(record(), a))]));
+      shown.sort((a, b) => size.get(b) - size.get(a));
+    }
+    return shown;
+  }
+
+  function showList() {
+    const shown = answers();
+    if (!shown.some((a) => a.id === state.chosen)) state.chosen = shown[0]?.id ?? null;
+    list.replaceChildren(...shown.map(listItem));
+    const more = record().answers_in_all - record().answers.length;
+    count.textContent = `${shown.length} of ${record().answers.length} answers` +
+      (more > 0 ? `; the run gave ${more} more, which were only counted` : "");
+    showAnswer();
+  }
+
+  function listItem(answer, i) {
+    const values = strengths(record(), answer);
+    const isChosen = answer.id === state.chosen;
+    if (isChosen) list.setAttribute("aria-activedescendant", `answer-${i}`);
+    const item = el("div", {
+      id: `answer-${i}`, role: "option", class: "item", "aria-selected": String(isChosen),
+      onclick: () => { state.chosen = answer.id; showList(); },
+    }, mark(answer), el("span", { class: "snippet" }, answer.question.trim().slice(0, 200)),
+    el("span", { class: "value" }, number(mean(values))), heatStrip(values.map(colour)));
+    return item;
+  }
+
+  function showAnswer() {
+    tip.hide();
+    state.token = -1;
+    const answer = record().answers.find((a) => a.id === state.chosen);
+    if (!answer || !passes(answer)) {
+      detail.replaceChildren(el("p", { class: "empty" }, "There is no such answer."));
+      return;
+    }
+    detail.replaceChildren(...answerView(answer));
+  }
+
+  function answerView(answer) {
+    const values = strengths(record(), answer);
+    const verdict = answer.correct === null ? "not graded" : answer.correct ? "right" : "wrong";
+    const tokens = el("div", {
+      class: "tokens", role: "listbox", "aria-orientation": "horizontal",
+      "aria-label": "Answer, token by token",
+    }, answer.tokens.map((text, i) => tokenView(answer, text, i, colour(values[i]))));
+    tokens.addEventListener("keydown", (event) => moveToken(event, tokens, values));
+    tokens.firstChild?.setAttribute("tabindex", 0);
+    return [
+      el("header", {}, mark(answer), el("b", {}, verdict),
+        answer.expected === null ? null : el("span", {}, "expected ", el("code", {}, answer.expected)),
+        el("span", {}, `${answer.tokens.length} tokens` + (answer.stopped ? "" : ", cut off")),
+        el("span", {}, `mean ${number(mean(values))} nats`),
+        el("span", { class: "id" }, answer.id)),
+      el("h4", {}, "Prompt"), el("div", { class: "prompt" }, lines(answer.prompt)),
+      el("h4", {}, "Answer"), tokens];
+  }
+
+  function tokenView(answer, text, i, strength) {
+    const top = answer.top?.[i];
+    const differs = top && top[0][0] !== answer.ids[i];
+    const token = el("span", {
+      class: differs ? "token differs" : "token", role: "option", tabindex: -1,
+      "aria-label": `${visible(text) || "part of a character"}, ` +
+        `${number(strengths(record(), answer)[i])} nats`,
+      onpointerenter: () => tip.show(token, tokenCard(record(), answer, i)),
+      onpointerleave: () => tip.hide(),
+      onfocus: () => {
+        // Leaving and coming back by Tab returns here.
+        for (const other of token.parentElement.children) other.tabIndex = other === token ? 0 : -1;
+        state.token = i;
+        tip.show(token, tokenCard(record(), answer, i));
+      },
+      onblur: () => tip.hide(),
+    }, text === "" ? "·" : lines(text));
+    token.style.setProperty("--heat", strength.toFixed(3));
+    return token;
+  }
+
+  function moveToken(event, tokens, values) {
+    const lastToken = values.length - 1;
+    const hot = (i) => colour(values[i]) > 0.5;
+    const next = values.findIndex((_, i) => i > state.token && hot(i));
+    const to = {
+      ArrowRight: state.token + 1, ArrowLeft: state.token - 1, Home: 0, End: lastToken,
+      n: next < 0 ? values.findIndex((_, i) => hot(i)) : next,
+    }[event.key];
+    if (to === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    if (to >= 0) tokens.children[Math.min(lastToken, to)]?.focus();
+  }
+
+  function moveAnswer(by) {
+    const shown = answers();
+    const at = shown.findIndex((a) => a.id === state.chosen);
+    state.chosen = shown[Math.min(shown.length - 1, Math.max(0, at + by))]?.id ?? null;
+    showList();
+    list.querySelector("[aria-selected=true]")?.scrollIntoView({ block: "nearest" });
+  }
+
+  const source = choice("Model", sources.map((s, i) => [i, s.label]), 0,
+    (i) => { state.source = Number(i); showList(); });
+  const filter = choice("Filter", FILTERS, "all", (value) => { state.filter = value; showList(); });
+  const order = choice("Order", [["data", "Data order"], ["divergence", "Largest first"]], "data",
+    (value) => { state.order = value; showList(); });
+
+  function shortcut(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const by = { j: 1, k: -1 }[event.key] ??
+      (event.target === list ? { ArrowDown: 1, ArrowUp: -1 }[event.key] : undefined);
+    if (by) moveAnswer(by);
+    else if (event.key === "f") {
+      const values = FILTERS.map(([value]) => value);
+      state.filter = values[(values.indexOf(state.filter) + 1) % values.length];
+      filter.show(state.filter);
+      showList();
+    } else if (event.key === "b") {
+      state.source = (state.source + 1) % sources.length;
+      source.show(state.source);
+      showList();
+    } else if (event.key === "Escape") tip.hide();
+    else return;
+    event.preventDefault();
+  }
+
+  const section = el("section", { id: "rollouts" },
+    el("h2", {}, "Answers, token by token"), el("p", { class: "lead" }, explanation(record())),
+    el("div", { class: "toolbar" }, source.group, filter.group, order.group, legendOf(record(), full)),
+    el("div", { class: "card viewer" }, el("div", { class: "side" }, list, count), detail),
+    el("p", { class: "keys" }, "Keys: ", keys("j", "k"), " answers, ", keys("←", "→"), " tokens, ",
+      keys("n"), " next divergent token, ", keys("f"), " filter, ", keys("b"), " other model"), tip.card);
+  document.addEventListener("keydown", shortcut);
+  showList();
+  return section;
+}
+
+function explanation(record) {
+  return record.has_teacher
+    ? "The first held-out prompts with the model's greedy answers. Each token is coloured by the " +
+      "divergence of student and teacher where it was chosen; underlined is what the teacher would " +
+      "not have chosen. Point at a token, or step to it, to see what the teacher would have said."
+    : "The first held-out prompts with the model's greedy answers, coloured by the model's own " +
+      "surprise (minus log-probability): the teacher of this run, if there is one, is behind a " +
+      "server, and what it says of these tokens is not known here.";
+}
+
+function legendOf(record, full) {
+  const scale = el("span", { class: "scale", "aria-hidden": "true" });
+  return el("div", { class: "heat-legend" }, "0", scale, `${number(full)} nats` +
+    (record.has_teacher ? " of divergence" : " of surprise"));
+}
+
+function keys(...names) {
+  return names.map((name) => el("kbd", {}, name));
+}
+
+function mark(answer) {
+  const [sign, name] = answer.correct === null ? ["–", "none"] : answer.correct ? ["✓", "right"] : ["✗", "wrong"];
+  return el("span", { class: `mark ${name}`, "aria-label": name === "none" ? "not graded" : name }, sign);
+}
+
+// Text whose ends of lines are to be seen.
+function lines(text) {
+  const parts = text.split("\n");
+  return parts.flatMap((part, i) => (i ? [el("span", { class: "newline" }, "⏎"), "\n", part] : [part]));
+}
+
+function heatStrip(strengths) {
+  const width = Math.max(1, strengths.length);
+  return svg("svg", {
+    class: "strip", viewBox: `0 0 ${width} 1`, preserveAspectRatio: "none", "aria-hidden": "true",
+  }, strengths.map((s, i) => svg("rect", { x: i, width: 1, height: 1, "fill-opacity": s.toFixed(2) })));
+}
+
+function tokenCard(record, answer, i) {
+  const heading = el("div", { class: "heading" },
+    el("code", {}, shownToken(answer.tokens[i])),
+    el("span", {}, record.has_teacher
+      ? `divergence ${number(answer.divergence[i])} nats` : `surprise ${number(-answer.log_q[i])} nats`));
+  const row = (text, logP, logQ, isChosen) => el("tr", { class: isChosen ? "chosen" : "" },
+    el("th", { scope: "row" }, el("code", {}, shownToken(text)), isChosen ? " ← answer" : ""),
+    record.has_teacher ? bar("teacher", logP) : null, bar("student", logQ));
+  const top = answer.top?.[i] ?? [];
+  const texts = top.map(([id]) => record.texts[id] ?? "");
+  const chosenAt = top.findIndex(([id]) => id === answer.ids[i]);
+  const rows = top.map(([, logP, logQ], k) => row(texts[k], logP, logQ, k === chosenAt));
+  if (chosenAt < 0) rows.push(row(answer.tokens[i], answer.log_p?.[i], answer.log_q[i], true));
+  const head = el("tr", {}, el("th", {}, record.has_teacher ? "teacher's choices" : "token"),
+    record.has_teacher ? el("th", {}, "teacher") : null, el("th", {}, "model"));
+  return [heading, el("table", {}, el("thead", {}, head), el("tbody", {}, rows))];
+}
+
+function shownToken(text) {
+  return text === "" ? "(part of a character)" : text.replaceAll("\n", "⏎").replaceAll(" ", "␣");
+}
+
+function bar(name, logProbability) {
+  const share = logProbability === null || logProbability === undefined ? 0 : Math.exp(logProbability);
+  const cell = el("td", { class: `bar ${name}` }, el("i"), el("span", {}, probability(logProbability)));
+  cell.style.setProperty("--share", share.toFixed(4));
+  return cell;
+}
+
+function tooltip() {
+  const card = el("div", { id: "tip", role: "tooltip", hidden: true });
+  let owner = null;
+  return {
+    card,
+    show(token, content) {
+      this.hide();
+      owner = token;
+      token.setAttribute("aria-describedby", "tip");
+      card.replaceChildren(...content);
+      card.hidden = false;
+      const at = token.getClientRects()[0] ?? token.getBoundingClientRect();
+      const { offsetWidth: width, offsetHeight: height } = card;
+      const isBelow = at.bottom + height + 12 < innerHeight || at.top < height + 12;
+      card.style.left = `${Math.max(8, Math.min(innerWidth - width - 8, at.left - 12))}px`;
+      card.style.top = `${isBelow ? at.bottom + 8 : at.top - height - 8}px`;
+    },
+    hide() {
+      card.hidden = true;
+      owner?.removeAttribute("aria-describedby");
+    },
+  };
+}

@@ -1,0 +1,95 @@
+"""The report as one HTML file that needs nothing else and asks nobody.
+
+What models, data and folders are called and say is untrusted text: it is only data here (JSON in
+which no tag can begin), the page's script makes text nodes of it, and the page allows no script but
+its own, no network, and no images.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.metrics import write_atomically
+from distill.reporting import curves
+from distill.reporting.read import Run, read_run
+
+REPORT = "report.html"
+_ASSETS = Path(__file__).parent / "assets"
+_SCRIPTS = ("elements.js", "charts.js", "rollouts.js", "page.js")
+
+
+def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
+    """Writes one report of all runs; returns a line for each thing that it lacks.
+
+    Args:
+      workdirs: of runs, finished or not.
+      output: the HTML file.
+
+    Raises:
+      UserError: there is no such run.
+    """
+    runs = [read_run(workdir) for workdir in workdirs]
+    write_atomically(output, render(runs, _names(runs, workdirs)))
+    return [f"{run.name}: {note}" for run in runs for note in run.notes]
+
+
+def render(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """The page of runs that are called by `names`."""
+    script = "\n".join((_ASSETS / name).read_text() for name in _SCRIPTS)
+    style = (_ASSETS / "page.css").read_text()
+    page = (_ASSETS / "page.html").read_text()
+    for name, text in {
+        "STYLE_HASH": _digest(style),
+        "SCRIPT_HASH": _digest(script),
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": _embedded(_data(runs, names)),  # last: nothing is looked for in it
+    }.items():
+        page = page.replace(f"{{{{{name}}}}}", text)
+    return page
+
+
+def _data(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
+    return dict(
+        charts=curves.draw(list(runs)),
+        runs=[
+            dict(
+                name=name,
+                step=run.step,
+                results=run.results,
+                rollouts=run.rollouts,
+                config=run.config,
+                environment=run.environment,
+                notes=run.notes,
+            )
+            for name, run in zip(names, runs, strict=True)
+        ],
+    )
+
+
+def _embedded(data: dict[str, Any]) -> str:
+    """JSON in ASCII, in which neither a tag nor a comment can begin or end."""
+    text = json.dumps(data, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _digest(text: str) -> str:
+    """As a content security policy names what it allows."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _names(runs: Sequence[Run], workdirs: Sequence[Path]) -> list[str]:
+    """Those of the folders; the whole paths of folders that are called alike."""
+    count = collections.Counter(run.name for run in runs)
+    return [
+        run.name if count[run.name] == 1 else str(workdir)
+        for run, workdir in zip(runs, workdirs, strict=True)
+    ]

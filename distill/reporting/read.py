@@ -1,0 +1,156 @@
+"""Reads a run's folder, finished or not, and says what of it cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
+from distill.reporting.facts import FACTS
+from distill.reporting.tokens import FOLDER
+
+METRICS, RESULTS, STUDENT, CHECKPOINTS = "metrics.jsonl", "results.json", "student", "checkpoints"
+
+Points = list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a report knows of a run.
+
+    Attributes:
+      name: of its folder.
+      step: updates made, as far as the folder tells.
+      series: by name of the metric, (step, value) in the order of the steps.
+      results: evaluations by role, as in results.json; the last ones so far of an unfinished run.
+      rollouts: by role, as `RolloutRecorder` writes them.
+      config, environment: as in run.json; {} if that is not there.
+      notes: one line for each thing that is missing or damaged.
+    """
+
+    name: str
+    step: int
+    series: dict[str, Points]
+    results: dict[str, dict[str, Any]]
+    rollouts: dict[str, dict[str, Any]]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def read_run(workdir: Path) -> Run:
+    """What is there of the run in `workdir`.
+
+    Raises:
+      UserError: there is no folder, or no run in it.
+    """
+    if not workdir.is_dir():
+        raise UserError(
+            f"there is no folder {workdir}: pass the --workdir of a run, finished or not"
+        )
+    if not (workdir / METRICS).is_file():
+        raise UserError(
+            f"{workdir} holds no run: there is no {METRICS} in it; pass the --workdir of a run "
+            "that has begun to train"
+        )
+    notes: list[str] = []
+    series = _read_series(workdir / METRICS, notes)
+    facts = _read_json(workdir / FACTS, notes)
+    results = _read_json(workdir / RESULTS, notes) if (workdir / RESULTS).exists() else {}
+    rollouts = {
+        path.stem: record
+        for path in sorted((workdir / FOLDER).glob("*.json"))
+        if isinstance((record := _read_json(path, notes)).get("answers"), list)
+    }
+    run = Run(
+        name=workdir.resolve().name,
+        step=_last_step(workdir, series),
+        series=series,
+        results={r: x for r, x in results.items() if isinstance(x, dict)} or _evaluations(series),
+        rollouts=rollouts,
+        config=_section(facts, "config"),
+        environment=_section(facts, "environment"),
+        notes=tuple(notes),
+    )
+    return dataclasses.replace(run, notes=(*_progress_notes(workdir, run), *run.notes))
+
+
+def _read_series(path: Path, notes: list[str]) -> dict[str, Points]:
+    """Numbers by metric and step: what a killed run has logged twice counts once."""
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    damaged = 0
+    for line in path.read_bytes().splitlines():
+        fields = _parse(line)
+        step = None if fields is None else fields.pop("step", None)
+        if not isinstance(step, int) or isinstance(step, bool):
+            damaged += 1
+            continue
+        for name, value in fields.items():
+            if _is_number(value):
+                series[name][step] = float(value)
+    if damaged:
+        notes.append(f"{damaged} of the lines in {path.name} cannot be read and are left out.")
+    return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        fields = _parse(path.read_bytes())
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read ({error.strerror}).")
+        return {}
+    if fields is None:
+        notes.append(f"{path.name} is damaged and left out.")
+    return fields or {}
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """A JSON object; None for anything else."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _section(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    section = facts.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e300 and math.isfinite(value)
+
+
+def _last_step(workdir: Path, series: dict[str, Points]) -> int:
+    """By the checkpoints too: between two logged steps there are others."""
+    names = [path.name for path in (workdir / CHECKPOINTS).glob("*")]
+    saved = [int(name) for name in names if name.isascii() and name.isdecimal()]
+    return max([*saved, *(points[-1][0] for points in series.values() if points)], default=0)
+
+
+def _evaluations(series: dict[str, Points]) -> dict[str, dict[str, float]]:
+    """The last evaluation of each model, from the log."""
+    results: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, points in series.items():
+        section, _, rest = name.partition("/")
+        role, _, field = rest.partition("/")
+        if section == "eval" and field:
+            results[role][field] = points[-1][1]
+    return dict(results)
+
+
+def _progress_notes(workdir: Path, run: Run) -> list[str]:
+    max_steps = run.config.get("distillation.max_steps")
+    if not isinstance(max_steps, int):
+        return ["The config is unknown: this run was made before runs wrote it down."]
+    if run.step < max_steps:
+        return [f"Not finished: step {run.step} of {max_steps}. This is what there is so far."]
+    if not (workdir / STUDENT).is_dir():
+        return ["All steps are made, but the student is not exported yet: start the run again."]
+    return []
