@@ -114,11 +114,10 @@ class Evaluator:
         put: Callable[[np.ndarray], jax.Array],
         answer_timeout: float,
     ):
-        self.prompts = prompts
-        self._dataset, self._tokenizer = dataset, tokenizer
-        self._batch_size, self._put, self._timeout = batch_size, put, answer_timeout
-
-        self._params = SamplingParams(max_length=max_length, greedy=True)
+        self.prompts, self.tokenizer, self.vocab_size = prompts, tokenizer, vocab_size
+        self.batch_size, self.put = batch_size, put
+        self.greedy = SamplingParams(max_length=max_length, greedy=True)
+        self._dataset, self._timeout = dataset, answer_timeout
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
         self._divergence_sums = jax.jit(
             functools.partial(
@@ -128,18 +127,12 @@ class Evaluator:
         )
 
     def __call__(self, model: Model, teacher: Model | None) -> Evaluation:
-        engine = self._engine_for(model.graph)
-        prompts = self.prompts
-        request = RolloutRequest(
-            tuple(prompts.prompt_tokens), np.arange(len(prompts)), self._params
-        )
-        params = model.fetch()
-        rollout, _ = engine.generate(params, request)
-        engine.release()
+        prompts, params = self.prompts, model.fetch()
+        rollout = self.answer(model.graph, params, self.greedy)
         sums = np.zeros(2)
         if teacher is not None:
             teacher_params = params if teacher is model else teacher.fetch()
-            for batch, valid_b in eval_batches(prompts, self._batch_size):
+            for batch, valid_b in eval_batches(prompts, self.batch_size):
                 answers = rollout.rows(batch.index_b % len(prompts))
                 arrays = batch.prompt_tokens_bp, batch.prompt_lengths_b, answers, valid_b
                 sums += self._divergence_sums(
@@ -147,29 +140,51 @@ class Evaluator:
                     params,
                     teacher.graph,
                     teacher_params,
-                    *jax.tree.map(self._put, arrays),
+                    *jax.tree.map(self.put, arrays),
                 )
-        answers, lengths = decode_responses(self._tokenizer, rollout), rollout.lengths_b
+        lengths = rollout.lengths_b
         forward_kl, reverse_kl = (None, None) if teacher is None else sums / lengths.sum()
         return Evaluation(
-            **self._accuracy(answers),
-            examples=len(answers),
+            **self._accuracy(rollout),
+            examples=len(lengths),
             forward_kl=None if forward_kl is None else float(forward_kl),
             reverse_kl=None if reverse_kl is None else float(reverse_kl),
             mean_length=float(np.mean(lengths)),
             truncated=1.0 - float(np.mean(rollout.stopped_b)),
         )
 
-    def _accuracy(self, answers: list[str]) -> dict[str, float | None]:
+    def answer(self, graph: nnx.GraphDef, params, sampling: SamplingParams) -> Rollout:
+        """A model's answers to the prompts, in their order."""
+        engine = self._engine_for(graph)
+        request = RolloutRequest(
+            tuple(self.prompts.prompt_tokens), np.arange(len(self.prompts)), sampling
+        )
+        rollout, _ = engine.generate(params, request)
+        engine.release()
+        return rollout
+
+    def grade(self, rollout: Rollout) -> np.ndarray | None:
+        """Whether each answer is right, bool (b,); None if the data has no answers."""
         examples = [self._dataset[int(row)] for row in self.prompts.rows]
         if any(example.answer is None for example in examples):
-            return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
+            return None
+        answers = decode_responses(self.tokenizer, rollout)
         mine = processes.share(len(answers))
         with Grader(time_limit=self._timeout) as grader:
             verdicts = grader.grade(self._dataset, examples[mine], answers[mine])
-        right = sum(processes.gather(sum(verdicts)))
-        low, high = wilson_interval(right, len(answers))
-        return dict(accuracy=right / len(answers), accuracy_low=low, accuracy_high=high)
+        shares = processes.gather(verdicts)
+        right_b = np.zeros(len(answers), bool)
+        for process, verdicts in enumerate(shares):
+            right_b[process :: len(shares)] = verdicts
+        return right_b
+
+    def _accuracy(self, rollout: Rollout) -> dict[str, float | None]:
+        right_b = self.grade(rollout)
+        if right_b is None:
+            return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
+        right = int(right_b.sum())
+        low, high = wilson_interval(right, len(right_b))
+        return dict(accuracy=right / len(right_b), accuracy_low=low, accuracy_high=high)
 
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:

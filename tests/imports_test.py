@@ -15,6 +15,7 @@ LEVELS = [
     {"losses", "models", "data", "optimizer"},
     {"step", "microbatch", "sampling"},
     {"cli", "math_check", "grading", "metrics", "evaluate", "checkpoint", "rollout"},
+    {"examination"},
     {
         "build",
         "build_teacher",
