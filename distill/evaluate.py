@@ -117,7 +117,7 @@ class Evaluator:
         self.prompts, self.tokenizer, self.vocab_size = prompts, tokenizer, vocab_size
         self.batch_size, self.put = batch_size, put
         self.greedy = SamplingParams(max_length=max_length, greedy=True)
-        self._dataset, self._timeout = dataset, answer_timeout
+        self.dataset, self._timeout = dataset, answer_timeout
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
         self._divergence_sums = jax.jit(
             functools.partial(
@@ -165,13 +165,13 @@ class Evaluator:
 
     def grade(self, rollout: Rollout) -> np.ndarray | None:
         """Whether each answer is right, bool (b,); None if the data has no answers."""
-        examples = [self._dataset[int(row)] for row in self.prompts.rows]
+        examples = [self.dataset[int(row)] for row in self.prompts.rows]
         if any(example.answer is None for example in examples):
             return None
         answers = decode_responses(self.tokenizer, rollout)
         mine = processes.share(len(answers))
         with Grader(time_limit=self._timeout) as grader:
-            verdicts = grader.grade(self._dataset, examples[mine], answers[mine])
+            verdicts = grader.grade(self.dataset, examples[mine], answers[mine])
         shares = processes.gather(verdicts)
         right_b = np.zeros(len(answers), bool)
         for process, verdicts in enumerate(shares):
