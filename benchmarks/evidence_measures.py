@@ -6,7 +6,6 @@ Held-out problems are those of the test split, each distinct one once: level 1 h
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks.evidence_methods import METHODS, POSITIONS, Run
+from configs import arithmetic
 from distill import build
 from distill.build_teacher import build_teacher
 from distill.config import Config, parse_config
@@ -25,8 +25,6 @@ from distill.examination import Examination, examine
 from distill.models.hub import resolve_model
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout
-
-CONFIG = Path(__file__).parents[1] / "configs/arithmetic.py"
 
 Row = dict[str, Any]
 
@@ -95,10 +93,7 @@ def evaluate_student(path: str) -> Row:
 @functools.cache
 def _fixtures() -> tuple[Config, Any, Evaluator, Model, Rollout]:
     """Config, mesh, evaluator, teacher and the teacher's greedy answers."""
-    spec = importlib.util.spec_from_file_location("arithmetic_config", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = module.get_config()
+    values = arithmetic.get_config()
     values.data.validation.split, values.data.validation.max_samples = "test", 2000
     config = parse_config(values)
     mesh = build.build_mesh(config)

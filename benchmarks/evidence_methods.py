@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-UPDATES = 400
+UPDATES = 300
 BATCH = 64
 # A quarter of the teacher's tokens of the runs with equal updates.
 SMALL_BUDGET = UPDATES // 4

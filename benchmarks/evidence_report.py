@@ -205,11 +205,10 @@ def departure_table(groups: dict[str, list[Row]]) -> Table:
             total(rows, "greedy", f"{when}_kl") / max(total(rows, "greedy", f"{when}_tokens"), 1)
             for when in ("before", "after")
         ]
-        shares = departure_shares(rows)
         table.append(
             (
                 title(method),
-                *("-" if math.isnan(share) else f"{share:.1%}" for share in shares),
+                *(_or_dash(share, ".1%") for share in departure_shares(rows)),
                 f"{right:.1%}",
                 *(f"{kl:.4f}" for kl in kls),
             )
@@ -230,7 +229,7 @@ def perplexity_table(groups: dict[str, list[Row]]) -> Table:
         table.append(
             (
                 title(method),
-                *(f"{x:.3f}" for x in perplexities(rows)),
+                *(_or_dash(x, ".3f") for x in perplexities(rows)),
                 f"{math.exp(surprise):.3f}",
                 f"{per_token(rows, 'sampled', 'overlap'):.1%}",
             )
@@ -267,6 +266,10 @@ def align(table: Table) -> str:
         + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in table
     )
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def mean(values: Iterable[float]) -> float:
