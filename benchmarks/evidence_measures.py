@@ -47,8 +47,9 @@ def training_numbers(folder: Path, run: Run, files: Sequence[Path]) -> Row:
     method = METHODS[run.method]
     generated = sum(_answer_tokens(path, run.prompts) for path in files)
     seconds = {kind: _seconds(folder, kind) for kind in ("wall", "cpu")}
-    if method.data == "teacher":
-        seconds = {k: v + _seconds(files[0].parent, k) for k, v in seconds.items()}
+    if method.data == "teacher":  # whose answers serve several runs, not all of them every run
+        share = min(run.prompts / len(files[0].read_text().splitlines()), 1.0)
+        seconds = {k: v + share * _seconds(files[0].parent, k) for k, v in seconds.items()}
     return {
         "trained_tokens": trained,
         "sampled_tokens": sampled + (generated if method.data == "own" else 0),
@@ -86,7 +87,9 @@ def evaluate_student(path: str) -> Row:
             "parameters": parameters,
             "greedy": _measure(evaluator, student, teacher, greedy),
             "sampled": _measure(evaluator, student, teacher, sampled),
-            "on_teacher_answers": _measure(evaluator, student, teacher, teacher_answers),
+            "on_teacher_answers": sums(
+                examine(evaluator, student, teacher, teacher_answers), teacher_answers
+            ),
         }
 
 
@@ -131,7 +134,13 @@ def _measure(evaluator: Evaluator, model: Model, teacher: Model, rollout: Rollou
         **accuracies(right_b, levels_b),
         **positions(examination, rollout.lengths_b),
         **departures(examination, rollout.lengths_b, right_b),
-        "answers": len(right_b),
+        **sums(examination, rollout),
+    }
+
+
+def sums(examination: Examination, rollout: Rollout) -> Row:
+    """Over all tokens."""
+    return {
         "tokens": int(rollout.lengths_b.sum()),
         "truncated": int((~rollout.stopped_b).sum()),
         "forward_kl": float(examination.forward_kl_br.sum()),
