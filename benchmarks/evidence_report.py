@@ -64,6 +64,7 @@ def make_tables(rows: Sequence[Row]) -> dict[str, str]:
         tables[f"levels {student}"] = level_table(groups)
         tables[f"departures {student}"] = departure_table(groups)
         tables[f"perplexity {student}"] = perplexity_table(groups)
+    tables["answer"] = answer_table(rows)
     tables["rates"] = rate_table(rows)
     return {name: align(table) for name, table in tables.items()}
 
@@ -101,6 +102,41 @@ def accuracy(rows: Sequence[Row], kind: str = "greedy") -> float:
 
 def per_token(rows: Sequence[Row], kind: str, name: str) -> float:
     return total(rows, kind, name) / total(rows, kind, "tokens")
+
+
+def answer_table(rows: Sequence[Row]) -> Table:
+    """On-policy against off-policy forward KL: the loss is the same, the data differ."""
+    header = "weights, budget", "off-policy", "on-policy", "points more", "levels 1-3", "levels 4-6"
+    table: Table = [(*header, "times the gain", "times s per update")]
+    for student in STUDENTS:
+        for budget, words in BUDGETS.items():
+            groups = group_rows(rows, student, budget)
+            for off in ("off_policy_forward", CACHED):
+                if {"base", off, "on_policy_forward"} <= groups.keys():
+                    note = ", scores kept" if off == CACHED else ""
+                    cells = _compare(groups["base"], groups[off], groups["on_policy_forward"])
+                    table.append((f"{student}, {words}{note}", *cells))
+    return table
+
+
+def _compare(base: Sequence[Row], off: Sequence[Row], on: Sequence[Row]) -> list[str]:
+    by_level = [
+        [
+            r / n
+            for r, n in zip(*(totals(rows, "greedy", x) for x in ("right", "count")), strict=True)
+        ]
+        for rows in (off, on)
+    ]
+    more = [100 * (mine - theirs) for theirs, mine in zip(*by_level, strict=True)]
+    seconds = [mean(row["seconds_per_update"] for row in rows) for rows in (on, off)]
+    return [
+        f"{accuracy(off):.1%}",
+        f"{accuracy(on):.1%}",
+        f"{100 * (accuracy(on) - accuracy(off)):+.1f}",
+        *(f"{mean(part):+.1f}" for part in (more[:3], more[3:])),
+        _ratio(on, off, accuracy(base)),
+        f"{seconds[0] / seconds[1]:.1f}",
+    ]
 
 
 def accuracy_table(groups: dict[str, list[Row]]) -> Table:

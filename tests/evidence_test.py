@@ -205,6 +205,10 @@ def test_tables_say_what_the_rows_say(rows):
     gains = {line[0]: line[1:] for line in lines_of(tables, "gain 112k updates")}
     # From 25% to 62.5%, off-policy to 41.7%; seeds: 30/10, 60/20, 45/30 right answers more.
     assert gains["on-policy forward KL"] == ["+37.5", "2.25 (1.50 - 3.00)"]
+    answer = [cell.strip() for cell in lines_of(tables, "answer")[1]]
+    # All are on level 1, of 285 problems: 225 and 150 right ones.
+    assert answer[:6] == ["112k, equal updates", "41.7%", "62.5%", "+20.8", "+8.8", "+0.0"]
+    assert answer[6:] == ["2.25 (1.50 - 3.00)", "1.0"]
     departed = {line[0]: line[1:] for line in lines_of(tables, "departures 112k")}
     line = [cell.strip() for cell in departed["off-policy forward KL"]]
     assert line == ["10.0%", "40.0%", "-", "-", "-", "-", "10.0%", "0.0500", "0.1000"]
