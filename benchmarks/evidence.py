@@ -151,18 +151,20 @@ def find_student(output: Path, name: str) -> str:
     if STUDENTS[name]:
         return STUDENTS[name]
     folder = output / "students" / name
-    if not (folder / "student").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        config = "configs/sft.py:arithmetic_student"
-        command(folder, "distill.main", config, SMALL_STUDENT, f"--workdir={folder}")
-    return str(folder / "student")
+    folder.mkdir(parents=True, exist_ok=True)
+    return train_once(folder, "training", "configs/sft.py:arithmetic_student", SMALL_STUDENT)
 
 
 def distil(folder: Path, name: str, overrides: Overrides, student: str, data: Path) -> str:
+    keys = {**overrides, "policy.model_name": student, "data.path": str(data)}
+    return train_once(folder, name, "configs/arithmetic.py", keys)
+
+
+def train_once(folder: Path, name: str, config: str, overrides: Overrides) -> str:
+    """The student of a run that is made or goes on if it is not done."""
     workdir = folder / name
     if not (workdir / "student").exists():
-        keys = {**overrides, "policy.model_name": student, "data.path": str(data)}
-        command(folder, "distill.main", "configs/arithmetic.py", keys, f"--workdir={workdir}")
+        command(folder, "distill.main", config, overrides, f"--workdir={workdir}")
     if not (workdir / "student").exists():
         raise UserError(f"{workdir} was interrupted: the same command goes on with it")
     return str(workdir / "student")

@@ -45,7 +45,9 @@ def training_numbers(folder: Path, run: Run, files: Sequence[Path]) -> Row:
     trained = sum(step["tokens"] for step in steps)
     sampled = sum(step["tokens"] * step["on_policy"] for step in steps)
     method = METHODS[run.method]
-    generated = sum(_answer_tokens(path, run.prompts) for path in files)
+    # All of its own answers are to this run's problems; of the teacher's, a run may take a part.
+    most = run.prompts if method.data == "teacher" else None
+    generated = sum(_answer_tokens(path, most) for path in files)
     seconds = {kind: _seconds(folder, kind) for kind in ("wall", "cpu")}
     if method.data == "teacher":  # whose answers serve several runs, not all of them every run
         share = min(run.prompts / len(files[0].read_text().splitlines()), 1.0)
@@ -60,9 +62,9 @@ def training_numbers(folder: Path, run: Run, files: Sequence[Path]) -> Row:
     }
 
 
-def _answer_tokens(path: Path, prompts: int) -> int:
-    """Of the answers to the first prompts: a character is a token, and each ends with an EOS."""
-    answers = map(json.loads, path.read_text().splitlines()[:prompts])
+def _answer_tokens(path: Path, most: int | None) -> int:
+    """Of the first answers: a character is a token, and each ends with an EOS."""
+    answers = map(json.loads, path.read_text().splitlines()[:most])
     return sum(len(answer["response"]) + 1 for answer in answers)
 
 

@@ -150,7 +150,7 @@ def test_tokens_and_seconds_of_a_run(tmp_path):
     assert (found["teacher_scored"], found["teacher_generated"]) == (0, 8)
     # Two of three answers, which took the seconds of the same folder.
     assert found["seconds"] == pytest.approx({"wall": 6.0 + 4.0, "cpu": 10.0 + 20 / 3})
-    found = training_numbers(tmp_path, Run("112k", "self_training", "updates", 0, 3, 9), [answers])
+    found = training_numbers(tmp_path, Run("112k", "self_training", "updates", 0, 3, 2), [answers])
     assert (found["teacher_generated"], found["sampled_tokens"]) == (0, 100 + 20)
 
 
