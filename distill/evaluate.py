@@ -139,11 +139,10 @@ class Evaluator:
         answer_timeout: float,
         metrics: tuple[str, ...] = (),
     ):
-        self.prompts = prompts
-        self._dataset, self._tokenizer = dataset, tokenizer
-        self._batch_size, self._put, self._timeout = batch_size, put, answer_timeout
-        self._metrics = metrics
-        self._params = SamplingParams(max_length=max_length, greedy=True)
+        self.prompts, self.tokenizer, self.vocab_size = prompts, tokenizer, vocab_size
+        self.batch_size, self.put = batch_size, put
+        self.greedy = SamplingParams(max_length=max_length, greedy=True)
+        self.dataset, self._timeout, self._metrics = dataset, answer_timeout, metrics
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
         self._divergence_sums = jax.jit(
             functools.partial(
@@ -157,18 +156,12 @@ class Evaluator:
 
     def examine(self, model: Model, teacher: Model | None) -> tuple[Evaluation, Answers]:
         """The evaluation, and the answers that it is about."""
-        engine = self._engine_for(model.graph)
-        prompts = self.prompts
-        request = RolloutRequest(
-            tuple(prompts.prompt_tokens), np.arange(len(prompts)), self._params
-        )
-        params = model.fetch()
-        rollout, _ = engine.generate(params, request)
-        engine.release()
+        prompts, params = self.prompts, model.fetch()
+        rollout = self.answer(model.graph, params, self.greedy)
         sums = np.zeros(2)
         if teacher is not None:
             teacher_params = params if teacher is model else teacher.fetch()
-            for batch, valid_b in eval_batches(prompts, self._batch_size):
+            for batch, valid_b in eval_batches(prompts, self.batch_size):
                 answers = rollout.rows(batch.index_b % len(prompts))
                 arrays = batch.prompt_tokens_bp, batch.prompt_lengths_b, answers, valid_b
                 sums += self._divergence_sums(
@@ -176,10 +169,10 @@ class Evaluator:
                     params,
                     teacher.graph,
                     teacher_params,
-                    *jax.tree.map(self._put, arrays),
+                    *jax.tree.map(self.put, arrays),
                 )
-        texts, lengths = decode_responses(self._tokenizer, rollout), rollout.lengths_b
-        answers = Answers(rollout, texts, self._grade(texts))
+        texts, lengths = decode_responses(self.tokenizer, rollout), rollout.lengths_b
+        answers = Answers(rollout, texts, self.grade(texts))
         forward_kl, reverse_kl = (None, None) if teacher is None else sums / lengths.sum()
         evaluation = Evaluation(
             **_accuracy(answers.correct),
@@ -192,6 +185,32 @@ class Evaluator:
         )
         return evaluation, answers
 
+    def answer(self, graph: nnx.GraphDef, params, sampling: SamplingParams) -> Rollout:
+        """A model's answers to the prompts, in their order."""
+        engine = self._engine_for(graph)
+        request = RolloutRequest(
+            tuple(self.prompts.prompt_tokens), np.arange(len(self.prompts)), sampling
+        )
+        rollout, _ = engine.generate(params, request)
+        engine.release()
+        return rollout
+
+    def grade(self, texts: list[str]) -> list[bool] | None:
+        """Whether each answer is right; None if the data has no answers.
+
+        Every process checks its share.
+        """
+        examples = [self.dataset[int(row)] for row in self.prompts.rows]
+        if any(example.answer is None for example in examples):
+            return None
+        mine = processes.share(len(texts))
+        with Grader(time_limit=self._timeout) as grader:
+            shares = processes.gather(grader.grade(self.dataset, examples[mine], texts[mine]))
+        correct = [False] * len(texts)
+        for process, verdicts in enumerate(shares):
+            correct[process :: len(shares)] = verdicts
+        return correct
+
     def _measure(self, rollout: Rollout, texts: list[str]) -> dict[str, float | None]:
         if not self._metrics:
             return {}
@@ -200,21 +219,8 @@ class Evaluator:
             kept = slice(rollout.lengths_b[i])
             tokens, log_probs = rollout.tokens_br[i, kept], rollout.log_probs_br[i, kept]
             stopped = bool(rollout.stopped_b[i])
-            answers.append(Answer(self._dataset[int(row)], texts[i], tokens, log_probs, stopped))
+            answers.append(Answer(self.dataset[int(row)], texts[i], tokens, log_probs, stopped))
         return measure(self._metrics, answers)
-
-    def _grade(self, texts: list[str]) -> list[bool] | None:
-        """Which answers are right; every process checks its share."""
-        examples = [self._dataset[int(row)] for row in self.prompts.rows]
-        if any(example.answer is None for example in examples):
-            return None
-        mine = processes.share(len(texts))
-        with Grader(time_limit=self._timeout) as grader:
-            shares = processes.gather(grader.grade(self._dataset, examples[mine], texts[mine]))
-        correct = [False] * len(texts)
-        for process, verdicts in enumerate(shares):
-            correct[process :: len(shares)] = verdicts
-        return correct
 
 
 def _accuracy(correct: list[bool] | None) -> dict[str, float | None]:

@@ -38,6 +38,7 @@ LEVELS = [
         "reporting",
         "model_card",
     },
+    {"examination"},
     {
         "build",
         "build_teacher",

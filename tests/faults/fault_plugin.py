@@ -24,7 +24,7 @@ from distill.sampling.engine import Engine
 # name: (owner, attribute, whether the moment is after the call instead of before it)
 POINTS = {
     "evaluate": (evaluate.Evaluator, "examine", False),
-    "evaluate-sampled": (evaluate.Evaluator, "_grade", False),
+    "evaluate-sampled": (evaluate.Evaluator, "grade", False),
     "evaluated": (evaluate.Evaluator, "examine", True),
     "rollouts": (RolloutRecorder, "__call__", True),
     "generate": (JaxBackend, "generate", False),

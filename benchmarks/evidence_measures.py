@@ -1,0 +1,202 @@
+"""What is measured of every student of benchmarks/evidence.py, as numbers that add up over seeds.
+
+Held-out problems are those of the test split, each distinct one once: level 1 has few.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.evidence_methods import METHODS, POSITIONS, Run
+from configs import arithmetic
+from distill import build
+from distill.build_teacher import build_teacher
+from distill.config import Config, parse_config
+from distill.data.arithmetic import LEVELS, ArithmeticDataset
+from distill.evaluate import Evaluator, Model, decode_responses
+from distill.examination import Examination, examine
+from distill.models.hub import resolve_model
+from distill.sampling.choice import SamplingParams
+from distill.sampling.request import Rollout
+
+Row = dict[str, Any]
+
+
+def training_numbers(folder: Path, run: Run, files: Sequence[Path]) -> Row:
+    """Tokens and seconds of a run.
+
+    Tokens are response tokens, EOS counted. The teacher's are those that it scored (every time
+    again) and those that it generated; prompts are not counted. Seconds are of whole commands,
+    start and compilation included, and medians of updates.
+    """
+    steps = [
+        step
+        for path in sorted(folder.glob("training*/metrics.jsonl"))
+        for step in map(json.loads, path.read_text().splitlines())
+        if "seconds/step" in step
+    ]
+    trained = sum(step["tokens"] for step in steps)
+    sampled = sum(step["tokens"] * step["on_policy"] for step in steps)
+    method = METHODS[run.method]
+    # All of its own answers are to this run's problems; of the teacher's, a run may take a part.
+    most = run.prompts if method.data == "teacher" else None
+    generated = sum(_answer_tokens(path, most) for path in files)
+    seconds = {kind: _seconds(folder, kind) for kind in ("wall", "cpu")}
+    if method.data == "teacher":  # whose answers serve several runs, not all of them every run
+        share = min(run.prompts / len(files[0].read_text().splitlines()), 1.0)
+        seconds = {k: v + share * _seconds(files[0].parent, k) for k, v in seconds.items()}
+    return {
+        "trained_tokens": trained,
+        "sampled_tokens": sampled + (generated if method.data == "own" else 0),
+        "teacher_scored": trained if method.has_teacher else 0,
+        "teacher_generated": generated if method.data == "teacher" else 0,
+        "seconds": seconds,
+        "seconds_per_update": float(np.median([step["seconds/step"] for step in steps])),
+    }
+
+
+def _answer_tokens(path: Path, most: int | None) -> int:
+    """Of the first answers: a character is a token, and each ends with an EOS."""
+    answers = map(json.loads, path.read_text().splitlines()[:most])
+    return sum(len(answer["response"]) + 1 for answer in answers)
+
+
+def _seconds(folder: Path, kind: str) -> float:
+    path = folder / "commands.jsonl"
+    return sum(json.loads(line)[kind] for line in path.read_text().splitlines())
+
+
+def evaluate_student(path: str) -> Row:
+    """Everything that is measured of a student: the same problems and settings for all."""
+    config, mesh, evaluator, teacher, teacher_answers = _fixtures()
+    with jax.set_mesh(mesh):
+        student = build.build_frozen_model(config, resolve_model(path), mesh, "float32")
+
+        def rollout(sampling: SamplingParams) -> Rollout:
+            return evaluator.answer(student.graph, student.params, sampling)
+
+        greedy = rollout(evaluator.greedy)
+        sampled = rollout(SamplingParams(max_length=evaluator.greedy.max_length))
+        parameters = sum(x.size for x in jax.tree.leaves(student.params))
+        return {
+            "parameters": parameters,
+            "greedy": _measure(evaluator, student, teacher, greedy),
+            "sampled": _measure(evaluator, student, teacher, sampled),
+            "on_teacher_answers": sums(
+                examine(evaluator, student, teacher, teacher_answers), teacher_answers
+            ),
+        }
+
+
+@functools.cache
+def _fixtures() -> tuple[Config, Any, Evaluator, Model, Rollout]:
+    """Config, mesh, evaluator, teacher and the teacher's greedy answers."""
+    values = arithmetic.get_config()
+    values.data.validation.split, values.data.validation.max_samples = "test", 2000
+    config = parse_config(values)
+    mesh = build.build_mesh(config)
+    with jax.set_mesh(mesh):
+        student_folder, teacher_folder = build.find_models(config)
+        vocabulary = build.build_vocabulary(student_folder, teacher_folder)
+        evaluator = build.build_evaluator(config, DistinctProblems(), vocabulary, mesh)
+        teacher = build_teacher(config, teacher_folder, mesh)
+        answers = evaluator.answer(teacher.graph, teacher.params, evaluator.greedy)
+    return config, mesh, evaluator, teacher, answers
+
+
+class DistinctProblems(ArithmeticDataset):
+    """The test split without repeated problems."""
+
+    def __init__(self):
+        super().__init__("test")
+        examples = [super(DistinctProblems, self).__getitem__(i) for i in range(len(self))]
+        firsts = {example.prompt: i for i, example in reversed(list(enumerate(examples)))}
+        self._rows = sorted(firsts.values())
+        self._length = len(self._rows)
+
+    def level(self, i: int) -> int:
+        return super().level(self._rows[i])
+
+    def __getitem__(self, i: int):
+        return super().__getitem__(self._rows[i])
+
+
+def _measure(evaluator: Evaluator, model: Model, teacher: Model, rollout: Rollout) -> Row:
+    examination = examine(evaluator, model, teacher, rollout)
+    right_b = np.array(evaluator.grade(decode_responses(evaluator.tokenizer, rollout)))
+    levels_b = np.array([evaluator.dataset.level(int(row)) for row in evaluator.prompts.rows])
+    return {
+        **accuracies(right_b, levels_b),
+        **positions(examination, rollout.lengths_b),
+        **departures(examination, rollout.lengths_b, right_b),
+        **sums(examination, rollout),
+    }
+
+
+def sums(examination: Examination, rollout: Rollout) -> Row:
+    """Over all tokens."""
+    return {
+        "tokens": int(rollout.lengths_b.sum()),
+        "truncated": int((~rollout.stopped_b).sum()),
+        "forward_kl": float(examination.forward_kl_br.sum()),
+        "reverse_kl": float(examination.reverse_kl_br.sum()),
+        "overlap": float(examination.overlap_br.sum()),
+    }
+
+
+def accuracies(right_b: np.ndarray, levels_b: np.ndarray) -> Row:
+    """Right answers and all answers, by level."""
+    levels = range(1, LEVELS + 1)
+    return {
+        "right": [int(right_b[levels_b == level].sum()) for level in levels],
+        "count": [int((levels_b == level).sum()) for level in levels],
+    }
+
+
+def positions(examination: Examination, lengths_b: np.ndarray) -> Row:
+    """Tokens and the teacher's negative log-probability of them, by position."""
+    valid_br = np.arange(examination.forward_kl_br.shape[1]) < lengths_b[:, None]
+    return {
+        "position_tokens": _by_position(valid_br),
+        "position_surprise": _by_position(-examination.teacher_log_prob_br * valid_br),
+    }
+
+
+def _by_position(values_br: np.ndarray) -> list[float]:
+    return [float(x) for x in np.add.reduceat(values_br.sum(axis=0, dtype=float), POSITIONS)]
+
+
+def departures(examination: Examination, lengths_b: np.ndarray, right_b: np.ndarray) -> Row:
+    """Where answers first leave the teacher's choices, and what becomes of them.
+
+    Returns:
+      'kept' (answers that had not departed when a position began, by position of its beginning),
+      'departed' and 'departed_right' (first departures there, and how many of these answers are
+      right all the same), 'faithful' and 'faithful_right' (answers without a departure), and
+      forward KL and tokens up to the first departure and after it.
+    """
+    first_b = examination.first_departure_b()
+    end_b = np.where(first_b < 0, lengths_b, first_b + 1)
+    group_b = np.searchsorted(POSITIONS, first_b, side="right") - 1
+    departs_b = first_b >= 0
+    after_br = np.arange(examination.forward_kl_br.shape[1]) >= end_b[:, None]
+    after_kl = float(examination.forward_kl_br[after_br].sum())
+    groups = range(len(POSITIONS))
+    return {
+        "kept": [int((end_b > start).sum()) for start in POSITIONS],
+        "departed": [int((departs_b & (group_b == g)).sum()) for g in groups],
+        "departed_right": [int((departs_b & right_b & (group_b == g)).sum()) for g in groups],
+        "faithful": int((~departs_b).sum()),
+        "faithful_right": int((~departs_b & right_b).sum()),
+        "before_kl": float(examination.forward_kl_br.sum()) - after_kl,
+        "before_tokens": int(end_b.sum()),
+        "after_kl": after_kl,
+        "after_tokens": int((lengths_b - end_b).sum()),
+    }

@@ -1,0 +1,166 @@
+"""What benchmarks/evidence.py compares: students, methods, budgets, and the runs made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+UPDATES = 300
+BATCH = 64
+# A quarter of the teacher's tokens of the runs with equal updates.
+SMALL_BUDGET = UPDATES // 4
+LEARNING_RATE = 2e-3
+OTHER_RATES = (1e-3, 4e-3)
+# Self-training: how often the student answers anew, and how many answers to a prompt.
+ROUNDS, GENERATIONS = 3, 4
+# Response positions are counted in groups that begin here; answers have 48 tokens at most.
+POSITIONS = (0, 8, 16, 24, 32, 40)
+
+Overrides = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a student is trained.
+
+    Attributes:
+      title: for tables.
+      data: whose responses the fixed data has: 'labels' (the dataset's), 'teacher', 'own'.
+      overrides: of configs/arithmetic.py, besides those of all runs.
+    """
+
+    title: str
+    data: str
+    overrides: Overrides
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher scores the tokens that are trained on."""
+        return not self.overrides.get("distillation.hard_labels", False)
+
+
+def _supervised(title: str, data: str) -> Method:
+    return Method(title, data, {"distillation.hard_labels": True, "distillation.lambda_": 0.0})
+
+
+def _distilled(title: str, lambda_: float, kl_type: str, **more) -> Method:
+    keys = {"distillation.lambda_": lambda_, "distillation.kl_type": kl_type, **more}
+    return Method(title, "labels", keys)
+
+
+METHODS = {
+    "sft": _supervised("SFT on labels", "labels"),
+    "sequence_kd": _supervised("sequence-level KD", "teacher"),
+    "off_policy_forward": _distilled("off-policy forward KL", 0.0, "forward"),
+    "mix_forward": _distilled("mix: lambda_ 0.5, forward KL", 0.5, "forward"),
+    "on_policy_forward": _distilled("on-policy forward KL", 1.0, "forward"),
+    "on_policy_reverse": _distilled("on-policy reverse KL", 1.0, "reverse"),
+    "on_policy_jsd": _distilled("on-policy JSD(0.5)", 1.0, "jsd"),
+    "self_training": _supervised("self-training, no teacher", "own"),
+}
+# Fixed data is scored once and its scores are kept: a budget of teacher tokens can be reused.
+CACHED = "off_policy_forward_cached"
+METHODS[CACHED] = dataclasses.replace(
+    METHODS["off_policy_forward"], title="off-policy forward KL, scores kept"
+)
+
+# Weights in the table's words, and where the student comes from: an embedded model, or a shape to
+# be trained on labels as configs/sft.py:arithmetic_student trains the embedded one.
+STUDENTS = {"112k": "embedded:arithmetic-student", "33k": ""}
+SMALL_STUDENT: Overrides = {
+    "policy.shape.num_layers": 2,
+    "policy.shape.model_width": 32,
+    "policy.shape.num_heads": 2,
+    "policy.shape.num_kv_heads": 2,
+    "policy.shape.ffn_width": 128,
+    "distillation.eval_steps": 0,
+    "checkpointing.export_dtype": "float32",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One student trained by one method.
+
+    Attributes:
+      student, method: keys of STUDENTS and METHODS; method 'base' is the student as it comes.
+      budget: 'updates', 'teacher' (of tokens) or 'rate' (another learning rate).
+      updates: of the student.
+      prompts: distinct examples that training may use.
+    """
+
+    student: str
+    method: str
+    budget: str
+    seed: int
+    updates: int
+    prompts: int
+    learning_rate: float = LEARNING_RATE
+
+    @property
+    def name(self) -> str:
+        rate = f"-{self.learning_rate:g}" if self.budget == "rate" else ""
+        return f"{self.student}-{self.budget}-{self.method}{rate}-seed{self.seed}"
+
+    def overrides(self, updates: int) -> Overrides:
+        """Of configs/arithmetic.py, for `updates` of this run's updates."""
+        return {
+            **common_overrides(self.seed),
+            **METHODS[self.method].overrides,
+            "distillation.max_steps": updates,
+            "policy.optimizer.learning_rate": self.learning_rate,
+            "data.max_samples": self.prompts,
+        }
+
+
+def common_overrides(seed: int) -> Overrides:
+    """Of all commands: the run's own data from a file, and no evaluation on the way."""
+    return {
+        "seed": seed,
+        "preflight": False,
+        "distillation.eval_steps": 0,
+        "distillation.save_steps": 0,
+        "distillation.logging_steps": 1,
+        "data.name": "jsonl",
+        "data.split": "all",
+        "data.validation.max_samples": 0,
+        "logger.progress_bar": False,
+    }
+
+
+def all_runs(seeds: int) -> list[Run]:
+    """Seed by seed, so that what is there at any time compares all methods."""
+    runs = []
+    for seed in range(seeds):
+        for student in STUDENTS:
+            if seed == 0:
+                runs.append(Run(student, "base", "updates", 0, 0, 0))
+            runs += _equal_updates(student, seed)
+            runs += _equal_teacher_tokens(student, seed)
+    return runs + _other_rates(next(iter(STUDENTS)))
+
+
+def _equal_updates(student: str, seed: int) -> list[Run]:
+    """Every example is seen once."""
+    methods = (method for method in METHODS if method != CACHED)
+    return [Run(student, m, "updates", seed, UPDATES, UPDATES * BATCH) for m in methods]
+
+
+def _equal_teacher_tokens(student: str, seed: int) -> list[Run]:
+    """Those whose teacher's tokens can be kept make all updates with them, the others a quarter."""
+
+    def run(method: str, updates: int) -> Run:
+        return Run(student, method, "teacher", seed, updates, SMALL_BUDGET * BATCH)
+
+    distilled = [m for m in METHODS if METHODS[m].has_teacher and m != CACHED]
+    kept = [run("sequence_kd", UPDATES), run(CACHED, UPDATES)]
+    return kept + [run(method, SMALL_BUDGET) for method in distilled]
+
+
+def _other_rates(student: str) -> list[Run]:
+    """Would another learning rate have changed the order?"""
+    return [
+        dataclasses.replace(run, budget="rate", learning_rate=rate)
+        for rate in OTHER_RATES
+        for run in _equal_updates(student, 0)
+    ]

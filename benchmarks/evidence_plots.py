@@ -1,0 +1,119 @@
+"""Plots of benchmarks/evidence.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from benchmarks.evidence_methods import POSITIONS, STUDENTS
+from benchmarks.evidence_report import (
+    BUDGETS,
+    accuracy,
+    departure_shares,
+    group_rows,
+    perplexities,
+    title,
+    total,
+    totals,
+)
+from distill.grading import wilson_interval
+
+# In all plots: without new data in grey and brown, off-policy in blues, on-policy in reds.
+COLORS = {
+    "base": "#9a9a9a",
+    "sft": "#7f6a52",
+    "self_training": "#c2a878",
+    "sequence_kd": "#9ecae1",
+    "off_policy_forward": "#3182bd",
+    "off_policy_forward_cached": "#08519c",
+    "mix_forward": "#756bb1",
+    "on_policy_forward": "#de2d26",
+    "on_policy_reverse": "#fb6a4a",
+    "on_policy_jsd": "#a50f15",
+}
+SHOWN = ("base", "sft", "off_policy_forward", "on_policy_forward", "on_policy_reverse")
+
+Row = dict[str, Any]
+
+
+def make_plots(rows: Sequence[Row], folder: Path) -> None:
+    """Writes evidence-accuracy.svg, evidence-levels.svg and evidence-positions.svg."""
+    folder.mkdir(exist_ok=True)
+    plots = {"accuracy": plot_accuracy, "levels": plot_levels, "positions": plot_positions}
+    # The same file for the same numbers.
+    style = {"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}
+    with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+        for name, plot in plots.items():
+            path = folder / f"evidence-{name}.svg"
+            plot(rows).savefig(path, metadata={"Date": None, "Creator": None})
+
+
+def plot_accuracy(rows: Sequence[Row]) -> Figure:
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    grid = figure.subplots(len(STUDENTS), len(BUDGETS), sharex=True, squeeze=False)
+    for i, student in enumerate(STUDENTS):
+        for axes, budget in zip(grid[i], BUDGETS, strict=True):
+            groups = group_rows(rows, student, budget)
+            for place, (method, group) in enumerate(reversed(groups.items())):
+                _bar(axes, place, method, group)
+            axes.set_yticks(range(len(groups)), [title(m) for m in reversed(groups)])
+            axes.set_title(f"{student} weights, {BUDGETS[budget]}", loc="left")
+            axes.set_xlim(0, 1)
+    for axes in grid[-1]:
+        axes.set_xlabel("held-out accuracy: pooled 95% interval, and each seed")
+    return figure
+
+
+def _bar(axes, place: int, method: str, group: Sequence[Row]) -> None:
+    right, count = int(total(group, "greedy", "right")), int(total(group, "greedy", "count"))
+    rate, (low, high) = right / count, wilson_interval(right, count)
+    error = [[rate - low], [high - rate]]
+    axes.barh(place, rate, color=COLORS[method], xerr=error, ecolor="#333333", capsize=2)
+    seeds = [accuracy([row]) for row in group]
+    axes.plot(seeds, [place] * len(seeds), "o", color="black", markersize=2.5)
+
+
+def plot_levels(rows: Sequence[Row]) -> Figure:
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    grid = figure.subplots(1, len(STUDENTS))
+    for axes, student in zip(grid, STUDENTS, strict=True):
+        for method, group in _shown(rows, student):
+            right, count = (totals(group, "greedy", name) for name in ("right", "count"))
+            rates = [r / n for r, n in zip(right, count, strict=True)]
+            axes.plot(range(1, len(rates) + 1), rates, "o-", **_line(method))
+        axes.set_title(f"{student} weights", loc="left")
+        axes.set_xlabel("level: steps of the problem")
+        axes.set_ylim(0, 1.02)
+    grid[0].set_ylabel("held-out accuracy")
+    grid[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_positions(rows: Sequence[Row]) -> Figure:
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    grid = figure.subplots(2, len(STUDENTS), sharex=True)
+    for column, student in enumerate(STUDENTS):
+        for method, group in _shown(rows, student):
+            grid[0][column].plot(POSITIONS, perplexities(group), "o-", **_line(method))
+            shares = [math.nan if x == 0 else x for x in departure_shares(group)]
+            grid[1][column].plot(POSITIONS, shares, "o-", **_line(method))
+        grid[0][column].set_title(f"{student} weights", loc="left")
+        grid[1][column].set_xlabel("position in the answer, from")
+    grid[0][0].set_ylabel("teacher's perplexity\non sampled answers")
+    grid[1][0].set_ylabel("first departures, of answers\nthat had kept to the teacher")
+    grid[0][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _shown(rows: Sequence[Row], student: str):
+    groups = group_rows(rows, student, "updates")
+    return [(method, groups[method]) for method in SHOWN if method in groups]
+
+
+def _line(method: str) -> dict[str, Any]:
+    return {"color": COLORS[method], "label": title(method), "markersize": 3}
