@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck $$(git grep -lE '^#!/usr/bin/env bash$$')
-	$(BIN)/python -m tests.jobset_check launch/gke_jobset.yaml
+	$(BIN)/python tests/jobset_check.py launch/gke_jobset.yaml
 
 functional: $(VENV)/.installed $(LAUNCH_VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/distillation.sh

@@ -1,4 +1,4 @@
-"""Checks a JobSet for Kubernetes without a cluster: python -m tests.jobset_check FILE
+"""Checks a JobSet for Kubernetes without a cluster: python tests/jobset_check.py FILE
 
 Its Jobs and Pods are checked against Kubernetes' own schema, without tolerance for unknown fields,
 its other fields against the part of JobSet's API (jobset.x-k8s.io/v1alpha2) that is used here.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jobset_check import problems
 
 from distill.config import default_config
-from tests.jobset_check import problems
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
