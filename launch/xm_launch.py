@@ -1,8 +1,9 @@
 """A sweep with XManager: a run for every combination of values, one after another.
 
     make .venv-launch/.installed
-    .venv-launch/bin/python launch/xm_launch.py --config=configs/arithmetic.py --workdir=runs/sweep \
-        --sweep=distillation.kl_type=forward,reverse --sweep=distillation.lambda_=0.5,1
+    .venv-launch/bin/python launch/xm_launch.py --config=configs/arithmetic.py \
+        --workdir=runs/sweep --sweep=distillation.kl_type=forward,reverse \
+        --sweep=distillation.lambda_=0.5,1
 
 What follows after ` -- ` goes to every run as it is. A run's workdir is a folder of --workdir named
 after its values. Runs share the devices of this machine, so there is one at a time, a process of
@@ -63,7 +64,10 @@ async def launch(choices: Sequence[Sequence[str]], flags_of_all: Sequence[str]) 
         )
         [executable] = experiment.package([packageable])
         for choice in choices:
-            arguments = [f"--workdir={workdir_of(choice)}", *(f"--config.{pair}" for pair in choice)]
+            arguments = [
+                f"--workdir={workdir_of(choice)}",
+                *(f"--config.{pair}" for pair in choice),
+            ]
             job = xm.Job(executable, executor, args=[xm.ShellSafeArg(a) for a in arguments])
             unit = await experiment.add(job)
             await unit.wait_until_complete()

@@ -22,9 +22,7 @@ ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
 
 def _object(required: list[str], **properties: Any) -> dict[str, Any]:
     """The schema of an object that has no other fields."""
-    return dict(
-        type="object", properties=properties, required=required, additionalProperties=False
-    )
+    return dict(type="object", properties=properties, required=required, additionalProperties=False)
 
 
 SCHEMA = _object(

@@ -28,6 +28,14 @@ def job_spec(jobset):
     return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
 
 
+def failure_rule(jobset):
+    return jobset["spec"]["failurePolicy"]["rules"][0]
+
+
+def exit_codes(jobset):
+    return job_spec(jobset)["podFailurePolicy"]["rules"][1]["onExitCodes"]
+
+
 def container(jobset):
     return job_spec(jobset)["template"]["spec"]["containers"][0]
 
@@ -39,17 +47,17 @@ def test_jobset_is_valid():
 @pytest.mark.parametrize(
     ("named", "spoil"),
     [
-        ("RestartAll", lambda j: j["spec"]["failurePolicy"]["rules"][0].update(action="RestartAll")),
+        ("RestartAll", lambda j: failure_rule(j).update(action="RestartAll")),
         ("replica", lambda j: j["spec"]["replicatedJobs"][0].update(replica=2)),
         ("kind", lambda j: j.pop("kind")),
         ("Math_CL", lambda j: j["metadata"].update(name="Math_CL")),
         ("parallelizm", lambda j: job_spec(j).update(parallelizm=16)),
         ("16", lambda j: job_spec(j).update(completions="16")),
         ("imagee", lambda j: container(j).update(imagee="x")),
-        ("operator", lambda j: job_spec(j)["podFailurePolicy"]["rules"][1]["onExitCodes"].pop("operator")),
+        ("operator", lambda j: exit_codes(j).pop("operator")),
         ("mountPath", lambda j: container(j)["volumeMounts"][0].pop("mountPath")),
     ],
-)  # fmt: skip
+)
 def test_a_spoilt_jobset_is_refused(named, spoil):
     jobset = copy.deepcopy(JOBSET)
     spoil(jobset)
@@ -63,10 +71,10 @@ def test_jobset_agrees_with_itself():
     chips = math.prod(map(int, topology.split("x")))
     per_host = container(JOBSET)["resources"]["limits"]["google.com/tpu"]
     assert spec["parallelism"] == spec["completions"] == chips // per_host
-    assert spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == "distill"
     assert f"train_micro_batch_size={chips}" in " ".join(container(JOBSET)["args"])
-    statuses = spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"]
-    assert set(re.findall(r"exit (\d+)", container(JOBSET)["args"][0])) == set(map(str, statuses))
+    assert exit_codes(JOBSET)["containerName"] == container(JOBSET)["name"]
+    statuses = set(re.findall(r"exit (\d+)", container(JOBSET)["args"][0]))
+    assert statuses == set(map(str, exit_codes(JOBSET)["values"]))
 
 
 def test_script_of_the_jobset():
