@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 TRL_VENV ?= .venv-trl
+LAUNCH_VENV ?= .venv-launch
 AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2  # each needs about 4 GB
@@ -23,11 +24,15 @@ test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck $$(git grep -lE '^#!/usr/bin/env bash$$')
+	$(BIN)/python tests/jobset_check.py launch/gke_jobset.yaml
 
-functional: $(VENV)/.installed
+functional: $(VENV)/.installed $(LAUNCH_VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/distillation.sh
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/gsm8k.sh
 	PYTHON=$(abspath $(BIN))/python bash tests/functional/two_processes.sh
+	PYTHON=$(abspath $(BIN))/python LAUNCH_PYTHON=$(abspath $(LAUNCH_VENV))/bin/python \
+	  bash tests/functional/launch.sh
 
 # Known weaknesses of the installed packages. Strict, because an index that
 # lists none would otherwise be reported as "none known".
@@ -64,5 +69,11 @@ $(TRL_VENV)/.installed: requirements-trl.txt
 	$(TRL_VENV)/bin/python -m pip install --quiet -r requirements-trl.txt
 	@touch $@
 
+# For launch/xm_launch.py, whose runs use $(VENV).
+$(LAUNCH_VENV)/.installed: requirements-launch.txt
+	test -x $(LAUNCH_VENV)/bin/python || $(PYTHON) -m venv $(LAUNCH_VENV)
+	$(LAUNCH_VENV)/bin/python -m pip install --quiet -r requirements-launch.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(AUDIT_VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) runs

@@ -91,6 +91,12 @@ def test_configs_import_only_the_schema(path):
         assert not name.startswith("distill") or name.startswith("distill.config.")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.name)
+def test_launchers_import_neither_jax_nor_distill(path):
+    for name in top_level_imports(path):
+        assert name.split(".")[0] not in ("jax", "distill")
+
+
 def test_schema_does_not_import_jax():
     program = "import sys, distill.config; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -43,5 +43,5 @@ def test_overrides_shown_exist():
 
 def test_files_shown_exist():
     root = Path(__file__).parents[1]
-    for path in re.findall(r"`((?:distill|configs|tests)/[\w/]*(?:\.py|/))`", README):
+    for path in re.findall(r"`((?:distill|configs|launch|tests)/[\w/]*(?:\.py|/))`", README):
         assert (root / path).exists(), path
