@@ -48,7 +48,7 @@ def _counting(what: str) -> Iterator[None]:
             while not done.wait(_TICK):
                 bar.refresh()
 
-        ticker = threading.Thread(target=tick, daemon=True)
+        ticker = threading.Thread(target=tick, name="status", daemon=True)
         ticker.start()
         try:
             yield
