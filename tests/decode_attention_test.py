@@ -14,7 +14,7 @@ from tpu_compile_test import needs_tpu_compiler, num_kernels, temporary_bytes, t
 
 from distill.kernels.decode_attention import Kernel
 from distill.models.config import ModelConfig
-from distill.models.decoding import UNROLLED_LAYERS, Part, attend_part, unstack_layers
+from distill.models.decoding import UNROLLED_LAYERS, Part, attend_part, make_loop_weights
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling import programs
@@ -225,7 +225,7 @@ def compile_decoding(mesh, attention, config=QWEN, int8=False):
             lambda weights, *arrays: programs.decode_rows(
                 facts,
                 weights,
-                unstack_layers(facts.merge(weights)),
+                make_loop_weights(facts.merge(weights)),
                 *arrays,
                 SamplingParams(max_length=1024),
                 sizes.cache_size,

@@ -22,12 +22,23 @@ from distill.kernels.attention import attention
 from distill.models.transformer import Block, Rotation, Transformer, make_rotation
 from distill.sharding import constrain, in_device_memory
 
-# Up to this depth the decode loop's layers are unrolled, with weights that were taken out of the
-# stack before: XLA for CPUs multiplies no slice without copying it. Beyond, they are scanned over:
-# the time to compile does not grow.
+# Up to this depth the decode loop's layers are unrolled, with `LoopWeights` made before: XLA for
+# CPUs multiplies no slice without copying it. Beyond, they are scanned over: the time to compile
+# does not grow.
 UNROLLED_LAYERS = 12
 
 KeysAndValues = tuple[jax.Array, jax.Array]
+
+
+class LoopWeights(NamedTuple):
+    """Weights of a shallow model as its decode loop reads them; nothing of a deep one.
+
+    Every layer's by themselves, and a tied output head: few rows are multiplied faster with a table
+    that lies as if it were none.
+    """
+
+    layers: tuple[nnx.State, ...] = ()
+    head_dv: jax.Array | None = None
 
 
 class Attended(NamedTuple):
@@ -95,36 +106,40 @@ def stack_tail(tail: list[KeysAndValues] | KeysAndValues) -> KeysAndValues:
     return jax.tree.map(lambda *x: jnp.stack(x), *tail) if isinstance(tail, list) else tail
 
 
-def unstack_layers(model: Transformer) -> list[nnx.State]:
-    """Every layer's weights by themselves, where `make_walk` unrolls; else none."""
+def make_loop_weights(model: Transformer) -> LoopWeights:
+    """For all calls of a decode loop, as long as the weights are the same."""
     num_layers = model.config.num_layers
-    stacked = nnx.state(model.layers)
     if num_layers > UNROLLED_LAYERS:
-        return []
-    layers = [jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers)]  # noqa: B023
-    return in_device_memory(layers)
+        return LoopWeights()
+    stacked = nnx.state(model.layers)
+    layers = tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers))  # noqa: B023
+    return LoopWeights(in_device_memory(layers), model.head() if model.config.tied else None)
 
 
-def abstract_layers(model: Transformer) -> list[nnx.State]:
-    """Shapes and layouts of `unstack_layers`, of a model that holds shapes on a mesh."""
+def abstract_loop_weights(model: Transformer) -> LoopWeights:
+    """Shapes and layouts of `make_loop_weights`, of a model that holds shapes on a mesh."""
     if model.config.num_layers > UNROLLED_LAYERS:
-        return []
+        return LoopWeights()
+
+    def placed(x: jax.ShapeDtypeStruct, shape: tuple[int, ...], spec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
     def first(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        layout = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=layout)
+        return placed(x, x.shape[1:], x.sharding.spec[1:])
 
-    return [jax.tree.map(first, nnx.state(model.layers))] * model.config.num_layers
+    layers = (jax.tree.map(first, nnx.state(model.layers)),) * model.config.num_layers
+    table_vd = model.embedding.get_value()
+    head_dv = placed(table_vd, table_vd.shape[::-1], table_vd.sharding.spec[::-1])
+    return LoopWeights(layers, head_dv if model.config.tied else None)
 
 
-def make_walk(
-    model: Transformer, layer_states: list[nnx.State], prefix_of: Callable[[Any], Prefix]
-) -> Walk:
+def make_walk(model: Transformer, weights: LoopWeights, prefix_of: Callable[[Any], Prefix]) -> Walk:
     """The layers of a decode loop; call it outside of the loop, for what is read once only.
 
     Args:
       model: has the layers.
-      layer_states: from `unstack_layers`.
+      weights: from `make_loop_weights`.
       prefix_of: of a layer's number, which may be traced.
     """
     graphdef, stacked = nnx.split(model.layers)
@@ -132,7 +147,7 @@ def make_walk(
     if num_layers <= UNROLLED_LAYERS:
         layers = [
             (nnx.merge(graphdef, state), prefix_of(layer))
-            for layer, state in enumerate(layer_states)
+            for layer, state in enumerate(weights.layers)
         ]
         return lambda x_b1d, *step: _walk_unrolled(layers, x_b1d, *step)
 

@@ -249,11 +249,10 @@ class Transformer(nnx.Module):
         w_dv = self.embedding[...].T if self.config.tied else self.output_head[...]
         return w_dv.astype(self.dtype)
 
-    def logits(self, hidden_btd: jax.Array) -> jax.Array:
-        """Scores of the next token, logits_btv in float32."""
-        logits_btv = jnp.einsum(
-            "btd,dv->btv", hidden_btd, self.head(), preferred_element_type=jnp.float32
-        )
+    def logits(self, hidden_btd: jax.Array, w_dv: jax.Array | None = None) -> jax.Array:
+        """Scores of the next token, logits_btv in float32; `w_dv` is `head()` if not given."""
+        w_dv = self.head() if w_dv is None else w_dv
+        logits_btv = jnp.einsum("btd,dv->btv", hidden_btd, w_dv, preferred_element_type=jnp.float32)
         return constrain(logits_btv, "batch", "position", "act_vocab")
 
     def embed(self, tokens_bt: jax.Array) -> jax.Array:

@@ -251,11 +251,14 @@ def estimated_temporaries(subject: Subject) -> float:
 
 
 def estimated_decode_temporaries(subject: Subject, slots: int) -> float:
-    """Scores of the next token, and weights of shallow models, whose layers are copied apart."""
+    """Scores of the next token, and a shallow model's `decoding.LoopWeights`."""
     model, tensor = subject.student, subject.sampler.tensor
-    copies = jnp.dtype(subject.config.policy.precision).itemsize * layer_weights(model)
-    layers = model.num_layers if model.num_layers <= UNROLLED_LAYERS else 0
-    return (2 * FLOAT32 * slots * model.vocab_size + layers * copies) / tensor
+    copied = 0
+    if model.num_layers <= UNROLLED_LAYERS:
+        copied = model.num_layers * layer_weights(model)
+        copied += model.vocab_size * model.model_width if model.tied else 0
+    copies = jnp.dtype(subject.config.policy.precision).itemsize * copied
+    return (2 * FLOAT32 * slots * model.vocab_size + copies) / tensor
 
 
 def _layer_copies(model: ModelConfig, bytes_per_weight: int, tensor: int) -> float:

@@ -32,7 +32,7 @@ class Memory:
       sampler: the sampler's copy of the student, which stays while the update runs.
       cache: keys and values, given back before the update.
       update: temporaries of the train step, gradients included.
-      generation: temporaries of the decode loop, with layers that are taken out of the stack.
+      generation: temporaries of the decode loop, with a shallow model's `LoopWeights`.
       apart: whether sampler and cache are on other devices.
     """
 
@@ -169,7 +169,7 @@ def _decode_temporaries(subject: Subject, arrays: Arrays, programs: dict[str, Pr
     decode = programs.get("generation")
     if decode is None:
         return costs.estimated_decode_temporaries(subject, _slots(arrays))
-    return decode.temporaries + bytes_per_device(arrays.layers)
+    return decode.temporaries + bytes_per_device(arrays.loop_weights)
 
 
 def _sent(subject: Subject, programs: dict[str, Program]) -> float:

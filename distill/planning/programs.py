@@ -18,7 +18,7 @@ from distill.config import Config
 from distill.evaluate import Model
 from distill.losses.objective import TopKScores
 from distill.microbatch import Batch, make_batch
-from distill.models.decoding import abstract_layers
+from distill.models.decoding import abstract_loop_weights
 from distill.planning import costs
 from distill.planning.collectives import sent_bytes
 from distill.planning.subject import Subject
@@ -37,8 +37,8 @@ class Arrays:
 
     Attributes:
       student: its graph; the parameters are the state's.
-      teacher, sampler, layers, cache: None where the run has none here; `layers` are the weights
-        of the sampler's layers by themselves, if it takes them out of the stack.
+      teacher, sampler, loop_weights, cache: None where the run has none here; `loop_weights` are
+        a shallow sampler's, as its decode loop reads them.
     """
 
     student: Model
@@ -47,7 +47,7 @@ class Arrays:
     batch: Batch
     engine: Engine | None
     sampler: Any
-    layers: Any
+    loop_weights: Any
     cache: SlotCache | None
 
 
@@ -78,7 +78,7 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
     teacher = None
     if subject.teacher is not None:
         teacher = abstract_teacher(config, subject.teacher, mesh)
-    engine = sampler = layers = cache = None
+    engine = sampler = loop_weights = cache = None
     if subject.samples:
         engine = Engine(
             student.graph,
@@ -88,12 +88,12 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
             vocab_size=subject.vocab_size,
         )
         sampler = _sampler_copy(config, student, sampler_mesh)
-        layers = abstract_layers(nnx.merge(student.graph, sampler))
+        loop_weights = abstract_loop_weights(nnx.merge(student.graph, sampler))
         with _current(sampler_mesh):
             cache = engine.abstract_cache(sampler, config.policy.train_global_batch_size)
     state = build.abstract_state(config, student, optimizer, mesh)
     batch = abstract_batch(config, mesh)
-    return Arrays(student, state, teacher, batch, engine, sampler, layers, cache)
+    return Arrays(student, state, teacher, batch, engine, sampler, loop_weights, cache)
 
 
 def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
@@ -153,7 +153,7 @@ def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
     with jax.set_mesh(mesh):
         return _compile(
             lambda: arrays.engine.lower_decode(arrays.sampler, rows, params),
-            (arrays.sampler, arrays.layers, arrays.cache),
+            (arrays.sampler, arrays.loop_weights, arrays.cache),
             mesh,
             TURNS_PER_CALL,
         )

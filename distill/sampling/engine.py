@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from distill.errors import UserError
-from distill.models.decoding import abstract_layers, unstack_layers
+from distill.models.decoding import LoopWeights, abstract_loop_weights, make_loop_weights
 from distill.sampling import cache as caches
 from distill.sampling import programs
 from distill.sampling.attention import Kernel, resolve_attention
@@ -105,7 +105,7 @@ class Engine:
         self.num_slots, self._cache = 0, None  # slots per part
         self._make_cache = jax.jit(caches.empty_cache, static_argnums=range(6))
         self._prefill = jax.jit(functools.partial(programs.prefill_prompts, facts))
-        self._unstack = jax.jit(lambda weights: unstack_layers(facts.merge(weights)))
+        self._make_loop_weights = jax.jit(lambda weights: make_loop_weights(facts.merge(weights)))
         self._insert = jax.jit(
             functools.partial(programs.insert_rows, facts), static_argnums=5, donate_argnums=0
         )
@@ -133,9 +133,9 @@ class Engine:
             self.release()  # a donated cache may be gone
             raise
 
-    def unstack(self, weights: nnx.State) -> list[nnx.State]:
+    def make_loop_weights(self, weights: nnx.State) -> LoopWeights:
         """What `decode` takes beside the weights; once per request."""
-        return self._unstack(weights)
+        return self._make_loop_weights(weights)
 
     def read(
         self, weights: nnx.State, tokens_pgs: np.ndarray, lengths_pg: np.ndarray
@@ -151,7 +151,7 @@ class Engine:
     def decode(
         self,
         weights: nnx.State,
-        layers: list[nnx.State],
+        loop_weights: LoopWeights,
         rows: programs.Rows,
         stop_at: np.ndarray,
         params: SamplingParams,
@@ -159,7 +159,7 @@ class Engine:
         """The rows' next tokens (t, p, w) and the number of turns; see `programs.decode_rows`."""
         size = self._positions_read(rows.lengths_pw.max())
         self._cache, chosen, turns = self._decode(
-            weights, layers, self._cache, rows, stop_at, params, size, TURNS_PER_CALL
+            weights, loop_weights, self._cache, rows, stop_at, params, size, TURNS_PER_CALL
         )
         return jax.device_get((chosen, turns))
 
@@ -174,7 +174,7 @@ class Engine:
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""
-        programs = self._unstack, self._prefill, self._insert, self._decode, self._move
+        programs = self._make_loop_weights, self._prefill, self._insert, self._decode, self._move
         return sum(program._cache_size() for program in programs)
 
     def _positions_read(self, longest: int) -> int:
@@ -251,7 +251,8 @@ class Engine:
         )
         stop_at = jax.ShapeDtypeStruct((2,), np.int32)
         sizes = dataclasses.replace(params, max_length=1), self.config.cache_size, TURNS_PER_CALL
-        return self._decode.lower(weights, abstract_layers(model), cache, rows, stop_at, *sizes)
+        loop_weights = abstract_loop_weights(model)
+        return self._decode.lower(weights, loop_weights, cache, rows, stop_at, *sizes)
 
     def _slot_bytes(self, model) -> float:
         token = caches.bytes_per_token(model.config, model.dtype, self.config.int8)

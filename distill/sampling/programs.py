@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill.models.decoding import decode_turn, empty_tail, make_walk, prefill, stack_tail
+from distill.models.decoding import (
+    LoopWeights,
+    decode_turn,
+    empty_tail,
+    make_walk,
+    prefill,
+    stack_tail,
+)
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling.attention import Kernel, prefix_attention
@@ -123,7 +130,7 @@ def insert_rows(
 def decode_rows(
     facts: ModelFacts,
     weights: nnx.State,
-    layers: list[nnx.State],
+    loop_weights: LoopWeights,
     cache: SlotCache,
     rows: Rows,
     stop_at: jax.Array,
@@ -136,7 +143,7 @@ def decode_rows(
     Args:
       facts: static.
       weights: the model's.
-      layers: from `decoding.unstack_layers`.
+      loop_weights: from `decoding.make_loop_weights`.
       cache: donated; its slots have room for `turns` tokens behind their lengths.
       rows: what is in the first w slots.
       stop_at: (2,): return early once at most this many rows run in all, or in every part.
@@ -158,7 +165,7 @@ def decode_rows(
         merged, (rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2)
     )
     prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype)
-    walk = make_walk(model, layers, prefix_of)
+    walk = make_walk(model, loop_weights, prefix_of)
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
 
     def goes_on(state):
@@ -169,7 +176,7 @@ def decode_rows(
     def take_turn(state):
         turn, running_b, token_b, tail, chosen_tb = state
         hidden_bd, tail = decode_turn(model, walk, token_b, lengths_b, turn, tail)
-        logits_bv = model.logits(hidden_bd[:, None])[:, 0]
+        logits_bv = model.logits(hidden_bd[:, None], loop_weights.head_dv)[:, 0]
         chosen_b = _choose(facts, logits_bv, key_b2, made_b + turn, params)
         chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[turn].set(x_b), chosen_tb, chosen_b)
         ended_b = jnp.isin(chosen_b.token, eos_ids) | (made_b + turn + 1 >= limit_b)

@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, engine: Engine, weights: nnx.State, request: RolloutRequest):
         self._engine, self._weights, self._request = engine, weights, request
-        self._layers = engine.unstack(weights)
+        self._loop_weights = engine.make_loop_weights(weights)
         self._params = dataclasses.replace(request.params, max_length=1)  # limits are per row
         rows, length = request.num_rows, request.params.max_length
         self._limits = request.limits
@@ -190,7 +190,7 @@ class Run:
         )
         stop_at = np.array(self._stop_at(width), np.int32)
         chosen, turns = self._engine.decode(
-            self._weights, self._layers, rows, stop_at, self._params
+            self._weights, self._loop_weights, rows, stop_at, self._params
         )
         kept_before = made.sum()
         for part, slot in zip(*np.nonzero(running_pw), strict=True):
