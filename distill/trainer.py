@@ -155,6 +155,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         if step and (ahead := checkpoints.arrays(step)):
             batches.take_up(step, ahead, record["measured_ahead"])
         progress = build.build_progress(config, workdir, dataset, schedule, step, record)
+        cleanup.callback(progress.abandon)
         progress.say(f"data: {prompts.summary()}")
         if teacher and teacher.quantization_kl is not None:
             progress.quantization(step, teacher.quantization_kl)
