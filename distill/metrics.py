@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -289,6 +289,12 @@ class Progress:
         self.flush()
         self._bar.close()
         self._writer.close()
+
+    def abandon(self) -> None:
+        """Closes the log of a run that fails, or has ended: what is pending is not reported."""
+        self._bar.close()
+        with suppress(Exception):  # the disk may be full; the run's own error is the one to show
+            self._writer.close()
 
     def _rate(self) -> float:
         return self._tokens / (time.perf_counter() - self._since)

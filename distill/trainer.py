@@ -168,6 +168,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         if step and (ahead := checkpoints.arrays(step)):
             batches.take_up(step, ahead, record["measured_ahead"])
         progress = build.build_progress(config, workdir, dataset, schedule, step, record)
+        cleanup.callback(progress.abandon)
         if processes.is_first():
             write_facts(workdir, flat_config)
         progress.say(f"data: {prompts.summary()}")

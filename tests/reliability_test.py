@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
@@ -18,6 +19,18 @@ from distill.interrupts import Interrupts
 from distill.rollout.in_process import JaxBackend
 
 WEIGHTS = "model.safetensors"
+
+
+def board_steps(workdir: Path) -> set[int]:
+    """Steps in TensorBoard's files: records with a length of 8 and checksums of 4 bytes."""
+    steps = set()
+    for path in (workdir / "tensorboard").iterdir():
+        rest = path.read_bytes()
+        while rest:
+            length = int.from_bytes(rest[:8], "little")
+            steps.add(event_pb2.Event.FromString(rest[12 : 12 + length]).step)
+            rest = rest[16 + length :]
+    return steps
 
 
 def steps_of(workdir: Path) -> list[int]:
@@ -91,6 +104,7 @@ def test_too_many_bad_batches_stop_a_saved_run(models, tmp_path, monkeypatch):
     for words in ("2 steps in a row", "max_skipped_steps=1", "is saved: the same command"):
         assert words in str(error.value)
     assert steps_of(tmp_path) == [4]
+    assert max(board_steps(tmp_path)) == read_metrics(tmp_path)[-1]["step"]
     result = distill.train(poisoned_config(models, max_skipped_steps=1, save_steps=0), tmp_path)
     assert result.steps == 6
     assert read_metrics(tmp_path)[-1]["skipped"] == 2
