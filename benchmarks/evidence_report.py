@@ -207,9 +207,15 @@ def gain_table(groups: dict[str, list[Row]]) -> Table:
 
 
 def _ratio(rows: Sequence[Row], others: Sequence[Row], start: float) -> str:
-    """Of two gains, pooled over seeds; and the smallest and largest of seeds that both have."""
-    pooled = (accuracy(rows) - start) / (accuracy(others) - start)
+    """Of two gains, pooled over seeds; and the smallest and largest of seeds that both have.
+
+    "-" where there is no gain to compare with.
+    """
+    gain = accuracy(others) - start
     by_seed = {row["seed"]: accuracy([row]) - start for row in others}
+    if min(gain, *by_seed.values()) <= 0:
+        return "-"
+    pooled = (accuracy(rows) - start) / gain
     ratios = [
         (accuracy([row]) - start) / by_seed[row["seed"]] for row in rows if row["seed"] in by_seed
     ]

@@ -110,6 +110,8 @@ def _help_lines(program: str) -> Iterator[str]:
     by_module = flags.FLAGS.flags_by_module_dict()
     shared = [flag for flag in by_module.get(__name__, ()) if flag.name not in _PROCESS_FLAGS]
     yield from _flag_lines("options", [*shared, *by_module.get(program, ())])
+    if _PROCESS_FLAGS[0] not in flags.FLAGS:  # nor a config: a command that reads what runs left
+        return
     yield from _flag_lines(
         "one of several processes", [flags.FLAGS[name] for name in _PROCESS_FLAGS]
     )

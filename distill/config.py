@@ -513,20 +513,26 @@ def _check_no_credentials(key: str, *values: str) -> None:
 def _check_combinations(config: Config) -> None:
     distillation, policy = config.distillation, config.policy
     strategy = distillation.generate_strategy
+    backend, colocated = policy.generation.backend, policy.generation.colocated
+    is_own = backend not in KNOWN_BACKENDS
     # A plugin may register more: `build.import_plugins` looks.
-    if policy.generation.backend not in KNOWN_BACKENDS and not config.plugins:
+    if is_own and (not config.plugins or backend == "megatron"):
         hint = "; megatron was the training framework's own engine, here that is jax"
         raise UserError(
-            f"config key 'policy.generation.backend' is {policy.generation.backend!r}: allowed is "
-            f"{', '.join(KNOWN_BACKENDS)}{hint if policy.generation.backend == 'megatron' else ''}"
+            f"config key 'policy.generation.backend' is {backend!r}: allowed is "
+            f"{', '.join(KNOWN_BACKENDS)}{hint if backend == 'megatron' else ''}"
         )
-    colocated = policy.generation.colocated
+    if is_own and not colocated.enabled:
+        raise UserError(
+            "policy.generation.colocated.enabled=False splits the devices for the jax backend, not "
+            f"for {backend!r}, which takes what it needs itself: leave it at True"
+        )
     if 0 < policy.generation.importance_clip < 1:
         raise UserError(
             f"policy.generation.importance_clip={policy.generation.importance_clip} is the largest "
             "weight of a token, and that of a fresh one is 1: use 0 (off) or at least 1"
         )
-    if policy.generation.async_steps and policy.generation.backend == "jax" and colocated.enabled:
+    if policy.generation.async_steps and backend != "vllm" and colocated.enabled:
         raise UserError(
             f"policy.generation.async_steps={policy.generation.async_steps} samples during "
             "training, but sampler and trainer share all devices, where one waits for the other: "

@@ -106,7 +106,7 @@ def import_wandb():
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -292,6 +292,7 @@ class Progress:
 
     def abandon(self) -> None:
         """Closes the log of a run that fails, or has ended: what is pending is not reported."""
+        self._compiling.close()
         self._bar.close()
         with suppress(Exception):  # the disk may be full; the run's own error is the one to show
             self._writer.close()

@@ -79,6 +79,7 @@ def dry_run(config: ConfigDict):
     _say(report.setting_lines(to_flat_dict(parsed)))
     _say([""])
     topology = topology_here()
+    build.build_mesh(parsed)  # refuses what a run would
     with tempfile.TemporaryDirectory() as workdir:
         subject = fit_to_devices(find_subject(parsed, Path(workdir)), topology.count)
     outlook = estimate(subject, topology)

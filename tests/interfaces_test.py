@@ -22,6 +22,12 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 # ---- help ----
 
 
+def test_help_of_a_command_without_config_is_its_own():
+    done = run("distill.report", "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert "--output" in done.stdout and "config" not in done.stdout
+
+
 @pytest.mark.parametrize("command", ["main", "plan", "export"])
 def test_help_is_short_and_shows_the_commands_own_flags_and_common_keys(command):
     done = run(f"distill.{command}", "--help")
@@ -112,7 +118,7 @@ def get_config():
 
 
 def files(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
 def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
@@ -133,12 +139,23 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
     assert (files(tmp_path), files(ROOT / "distill")) == before
 
 
-def test_dry_run_refuses_what_a_run_would_refuse(tmp_path):
-    done = run(
-        "distill.main", "--config=configs/arithmetic.py", "--dry_run", "--config.mesh.data=3"
-    )
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--config.mesh.data=3"], "mesh.data=3"),
+        (
+            [
+                "--config.policy.train_micro_batch_size=2",
+                "--config.policy.train_global_batch_size=4",
+            ],
+            "policy.train_micro_batch_size=2 does not divide over 8 devices",
+        ),
+    ],
+)
+def test_dry_run_refuses_what_a_run_would_refuse(overrides, words):
+    done = run("distill.main", "--config=configs/arithmetic.py", "--dry_run", *overrides)
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "mesh.data=3" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and words in done.stderr
 
 
 class Device:
@@ -162,7 +179,8 @@ def test_devices_are_known_by_their_kind(kind, chip, monkeypatch):
     assert topology.topology_here().chip == chip and topology.topology_here().count == 4
 
 
-def test_unknown_devices_are_named(monkeypatch):
-    monkeypatch.setattr(topology.jax, "devices", lambda: [Device("gpu", "NVIDIA L4")])
-    with pytest.raises(UserError, match="NVIDIA L4.*distill.plan"):
+@pytest.mark.parametrize("kind", ["NVIDIA L4", "NVIDIA A100-SXM4-40GB"])
+def test_unknown_devices_are_named(kind, monkeypatch):
+    monkeypatch.setattr(topology.jax, "devices", lambda: [Device("gpu", kind)])
+    with pytest.raises(UserError, match=f"{kind}.*distill.plan"):
         topology.topology_here()

@@ -289,7 +289,7 @@ def test_folders_that_hold_no_run(tmp_path):
 def test_command_line(tmp_path):
     def call(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "distill.report", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     a, b = write_run(tmp_path / "a/run"), write_run(tmp_path / "b/run", steps=10)
     done = call(a)

@@ -73,7 +73,7 @@ class Subject:
     def samples(self) -> bool:
         """Whether the student answers on this mesh, or on a neighbouring one."""
         config = self.config
-        return config.distillation.lambda_ > 0 and config.policy.generation.backend == "jax"
+        return config.distillation.lambda_ > 0 and config.policy.generation.backend != "vllm"
 
     @property
     def samples_apart(self) -> bool:

@@ -11,6 +11,7 @@ import base64
 import collections
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,8 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
 
 def render(runs: Sequence[Run], names: Sequence[str]) -> str:
     """The page of runs that are called by `names`."""
-    script = "\n".join((_ASSETS / name).read_text() for name in _SCRIPTS)
-    style = (_ASSETS / "page.css").read_text()
-    page = (_ASSETS / "page.html").read_text()
+    script = "\n".join(_asset(name) for name in _SCRIPTS)
+    style, page = _asset("page.css"), _asset("page.html")
     for name, text in {
         "STYLE_HASH": _digest(style),
         "SCRIPT_HASH": _digest(script),
@@ -53,6 +53,10 @@ def render(runs: Sequence[Run], names: Sequence[str]) -> str:
     }.items():
         page = page.replace(f"{{{{{name}}}}}", text)
     return page
+
+
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")
 
 
 def _data(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
@@ -75,10 +79,19 @@ def _data(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
 
 def _embedded(data: dict[str, Any]) -> str:
     """JSON in ASCII, in which neither a tag nor a comment can begin or end."""
-    text = json.dumps(data, separators=(",", ":"))
+    text = json.dumps(_without_nan(data), separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def _without_nan(value: Any) -> Any:
+    """With None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _digest(text: str) -> str:

@@ -70,7 +70,7 @@ def read_run(workdir: Path) -> Run:
         name=workdir.resolve().name,
         step=_last_step(workdir, series),
         series=series,
-        results={r: x for r, x in results.items() if isinstance(x, dict)} or _evaluations(series),
+        results=_numbers(results) or _evaluations(series),
         rollouts=rollouts,
         config=_section(facts, "config"),
         environment=_section(facts, "environment"),
@@ -120,6 +120,15 @@ def _parse(text: bytes) -> dict[str, Any] | None:
 def _section(facts: dict[str, Any], name: str) -> dict[str, Any]:
     section = facts.get(name)
     return section if isinstance(section, dict) else {}
+
+
+def _numbers(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Evaluations by role; None for what is no number."""
+    return {
+        role: {name: value if _is_number(value) else None for name, value in fields.items()}
+        for role, fields in results.items()
+        if isinstance(fields, dict)
+    }
 
 
 def _is_number(value: Any) -> bool:

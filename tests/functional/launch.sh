@@ -64,11 +64,12 @@ start() {  # in the background, as the container does it
 }
 losses() { cat "$run/metrics.jsonl" 2> /dev/null | grep -c '"loss"' || true; }
 until_trained() {  # until there are more losses than $1
-  for _ in $(seq 600); do
+  for _ in $(seq 3000); do
     [ "$(losses)" -le "$1" ] || return 0
+    kill -0 "$shell" 2> /dev/null || fail "the run has ended before its first step"
     sleep 0.1
   done
-  fail "no step within a minute"
+  fail "no step within five minutes"
 }
 expect() {  # status $1 of what was started
   status=0

@@ -7,9 +7,8 @@ function niceTicks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find((m) => m * power >= raw);
   const ticks = [];
-  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-6; tick += step) {
-    ticks.push(Math.abs(tick) < step * 1e-6 ? 0 : tick);
-  }
+  const last = Math.floor(high / step + 1e-6);
+  for (let i = Math.ceil(low / step - 1e-6); i <= last; i++) ticks.push(i * step);
   return ticks;
 }
 
@@ -30,7 +29,8 @@ function verticalScale(values, isLog) {
     low = 10 ** Math.floor(Math.log10(low) + 1e-9);
     high = Math.max(10 ** Math.ceil(Math.log10(high) - 1e-9), low * 10);
   } else {
-    const margin = (high - low || Math.abs(high) || 1) * 0.06;
+    // Values that differ by rounding alone are one value.
+    const margin = 0.06 * (high - low > 1e-9 * Math.abs(high) ? high - low : Math.abs(high) || 1);
     low = low >= 0 && low - margin < 0.25 * (high - low) ? 0 : low - margin;
     high += margin;
   }
@@ -135,6 +135,7 @@ function drawChart(chart, runs) {
     });
   };
   picture.addEventListener("pointermove", (event) => {
+    if (!steps.length) return;
     const box = picture.getBoundingClientRect();
     const step = ((event.clientX - box.left) / box.width * width - left) / (width - left - right) * last;
     read(steps.indexOf(nearest(steps.map((s) => [s]), step)[0]));

@@ -37,6 +37,7 @@ function rolloutViewer(runs) {
   const tip = tooltip();
 
   const record = () => sources[state.source].record;
+  const place = (answer) => record().answers.indexOf(answer);
   const passes = (a) => state.filter === "all" || a.correct === (state.filter === "right");
 
   function answers() {
@@ -50,7 +51,7 @@ function rolloutViewer(runs) {
 
   function showList() {
     const shown = answers();
-    if (!shown.some((a) => a.id === state.chosen)) state.chosen = shown[0]?.id ?? null;
+    if (!shown.some((a) => place(a) === state.chosen)) state.chosen = place(shown[0]);
     list.replaceChildren(...shown.map(listItem));
     const more = record().answers_in_all - record().answers.length;
     count.textContent = `${shown.length} of ${record().answers.length} answers` +
@@ -60,11 +61,11 @@ function rolloutViewer(runs) {
 
   function listItem(answer, i) {
     const values = strengths(record(), answer);
-    const isChosen = answer.id === state.chosen;
+    const isChosen = place(answer) === state.chosen;
     if (isChosen) list.setAttribute("aria-activedescendant", `answer-${i}`);
     const item = el("div", {
       id: `answer-${i}`, role: "option", class: "item", "aria-selected": String(isChosen),
-      onclick: () => { state.chosen = answer.id; showList(); },
+      onclick: () => { state.chosen = place(answer); showList(); },
     }, mark(answer), el("span", { class: "snippet" }, answer.question.trim().slice(0, 200)),
     el("span", { class: "value" }, number(mean(values))), heatStrip(values.map(colour)));
     return item;
@@ -73,7 +74,7 @@ function rolloutViewer(runs) {
   function showAnswer() {
     tip.hide();
     state.token = -1;
-    const answer = record().answers.find((a) => a.id === state.chosen);
+    const answer = record().answers[state.chosen];
     if (!answer || !passes(answer)) {
       detail.replaceChildren(el("p", { class: "empty" }, "There is no such answer."));
       return;
@@ -137,8 +138,8 @@ function rolloutViewer(runs) {
 
   function moveAnswer(by) {
     const shown = answers();
-    const at = shown.findIndex((a) => a.id === state.chosen);
-    state.chosen = shown[Math.min(shown.length - 1, Math.max(0, at + by))]?.id ?? null;
+    const at = shown.findIndex((a) => place(a) === state.chosen);
+    state.chosen = place(shown[Math.min(shown.length - 1, Math.max(0, at + by))]);
     showList();
     list.querySelector("[aria-selected=true]")?.scrollIntoView({ block: "nearest" });
   }
@@ -153,7 +154,11 @@ function rolloutViewer(runs) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const by = { j: 1, k: -1 }[event.key] ??
       (event.target === list ? { ArrowDown: 1, ArrowUp: -1 }[event.key] : undefined);
+    const tokens = detail.querySelector(".tokens");
     if (by) moveAnswer(by);
+    else if (event.key === "n" && tokens) {
+      moveToken(event, tokens, strengths(record(), record().answers[state.chosen]));
+    }
     else if (event.key === "f") {
       const values = FILTERS.map(([value]) => value);
       state.filter = values[(values.indexOf(state.filter) + 1) % values.length];
