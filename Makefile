@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 TRL_VENV ?= .venv-trl
 AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
-TEST_PROCESSES ?= 2  # each needs about 4 GB
+TEST_PROCESSES ?= 2
 
 .PHONY: quickstart test test-vllm lint functional audit clean
 
