@@ -6,7 +6,7 @@ TRL_VENV ?= .venv-trl
 LAUNCH_VENV ?= .venv-launch
 AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
-TEST_PROCESSES ?= 2  # each needs about 4 GB
+TEST_PROCESSES ?= 2
 
 .PHONY: quickstart test test-vllm lint functional audit clean
 

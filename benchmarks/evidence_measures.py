@@ -20,6 +20,7 @@ from distill import build
 from distill.build_teacher import build_teacher
 from distill.config import Config, parse_config
 from distill.data.arithmetic import LEVELS, ArithmeticDataset
+from distill.data.base import DatasetInterface, Example
 from distill.evaluate import Evaluator, Model, decode_responses
 from distill.examination import Examination, examine
 from distill.models.hub import resolve_model
@@ -111,21 +112,27 @@ def _fixtures() -> tuple[Config, Any, Evaluator, Model, Rollout]:
     return config, mesh, evaluator, teacher, answers
 
 
-class DistinctProblems(ArithmeticDataset):
-    """The test split without repeated problems."""
+class DistinctProblems(DatasetInterface):
+    """The test split of the arithmetic without repeated problems."""
 
     def __init__(self):
-        super().__init__("test")
-        examples = [super(DistinctProblems, self).__getitem__(i) for i in range(len(self))]
-        firsts = {example.prompt: i for i, example in reversed(list(enumerate(examples)))}
-        self._rows = sorted(firsts.values())
-        self._length = len(self._rows)
+        self._source = ArithmeticDataset("test")
+        firsts: dict[str, int] = {}
+        for i in range(len(self._source)):
+            firsts.setdefault(self._source[i].prompt, i)
+        self._rows = list(firsts.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Example:
+        return self._source[self._rows[i]]
 
     def level(self, i: int) -> int:
-        return super().level(self._rows[i])
+        return self._source.level(self._rows[i])
 
-    def __getitem__(self, i: int):
-        return super().__getitem__(self._rows[i])
+    def is_correct(self, example: Example, response: str) -> bool:
+        return self._source.is_correct(example, response)
 
 
 def _measure(evaluator: Evaluator, model: Model, teacher: Model, rollout: Rollout) -> Row:

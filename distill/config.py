@@ -599,13 +599,14 @@ def tokens_per_microbatch(policy: Policy) -> int:
     return keys.train_mb_tokens or rows
 
 
-def microbatch_key(policy: Policy, rows: int) -> tuple[str, int]:
-    """The key that says how much is computed at once, and its value for `rows` full rows."""
+def microbatch_values(policy: Policy, rows: int) -> dict[str, int]:
+    """The key that says how much is computed at once, with its value for `rows` full rows."""
     for section in ("sequence_packing", "dynamic_batching"):
         keys = getattr(policy, section)
         if keys.enabled and keys.train_mb_tokens:
-            return f"policy.{section}.train_mb_tokens", rows * policy.max_total_sequence_length
-    return "policy.train_micro_batch_size", rows
+            tokens = rows * policy.max_total_sequence_length
+            return {f"policy.{section}.train_mb_tokens": tokens}
+    return {"policy.train_micro_batch_size": rows}
 
 
 def rows_per_microbatch(policy: Policy) -> int:

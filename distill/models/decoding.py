@@ -121,16 +121,17 @@ def abstract_loop_weights(model: Transformer) -> LoopWeights:
     if model.config.num_layers > UNROLLED_LAYERS:
         return LoopWeights()
 
-    def placed(x: jax.ShapeDtypeStruct, shape: tuple[int, ...], spec) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+    table_vd = model.embedding.get_value()
+
+    def placed(shape: tuple[int, ...], dtype, spec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(table_vd.sharding.mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def first(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return placed(x, x.shape[1:], x.sharding.spec[1:])
+        return placed(x.shape[1:], x.dtype, x.sharding.spec[1:])
 
     layers = (jax.tree.map(first, nnx.state(model.layers)),) * model.config.num_layers
-    table_vd = model.embedding.get_value()
-    head_dv = placed(table_vd, table_vd.shape[::-1], table_vd.sharding.spec[::-1])
+    head_dv = placed(table_vd.shape[::-1], model.dtype, table_vd.sharding.spec[::-1])
     return LoopWeights(layers, head_dv if model.config.tied else None)
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from distill.config import microbatch_key, rows_per_microbatch
+from distill.config import microbatch_values, rows_per_microbatch
 from distill.errors import UserError
 from distill.planning import costs
 from distill.planning.outlook import Outlook, compile_programs, estimate
@@ -95,7 +95,7 @@ def _smaller_microbatches(outlook: Outlook) -> Iterator[Change]:
     policy = subject.config.policy
     now = rows_per_microbatch(policy)
     sizes = (size for size in _microbatches(subject, subject.sizes.parts) if size < now)
-    return _each(outlook, (dict([microbatch_key(policy, size)]) for size in sizes))
+    return _each(outlook, (microbatch_values(policy, size) for size in sizes))
 
 
 def _smaller_cache(outlook: Outlook) -> Iterator[Change]:
@@ -191,7 +191,7 @@ def sweep(subject: Subject, topology: Topology) -> tuple[list[Outlook], int]:
     """
     base = estimate(subject, topology)
     choices = (
-        mesh | dict([microbatch_key(subject.config.policy, size)])
+        mesh | microbatch_values(subject.config.policy, size)
         for mesh in _meshes(subject, subject.sizes.count)
         for size in _microbatches(subject, mesh["mesh.data"] * mesh["mesh.fsdp"])
     )

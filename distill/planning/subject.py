@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill import build
-from distill.config import Config, microbatch_key, rows_per_microbatch
+from distill.config import Config, microbatch_values, rows_per_microbatch
 from distill.errors import UserError
 from distill.models.config import ModelConfig
 from distill.models.hub import find_config, read_json
@@ -161,13 +161,13 @@ def _with_batches(config: Config, parts: int) -> tuple[Config, tuple[str, ...]]:
         "evaluation.batch_size": _round_up(config.evaluation.batch_size, parts),
     }
     if micro != at_once:
-        changes = dict([microbatch_key(policy, micro)]) | changes
+        changes = microbatch_values(policy, micro) | changes
     notes = []
     for key, new in changes.items():
         if (old := operator.attrgetter(key)(config)) != new:
             notes.append(
-                f"{key}={old} cannot be split {parts} ways: planned with {new}, which a run needs "
-                f"as --config.{key}={new}"
+                f"{key}={old} cannot be split {parts} ways: planned with {new}, as with "
+                f"--config.{key}={new}"
             )
     return with_values(config, changes), tuple(notes)
 
