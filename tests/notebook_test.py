@@ -1,0 +1,151 @@
+"""The notebook: committed as written, and run from top to bottom on a CPU."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+
+ROOT = Path(__file__).parents[1]
+PATH = ROOT / "notebooks" / "quickstart.ipynb"
+ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+STEPS = 14
+
+
+def read_notebook():
+    return nbformat.read(PATH, as_version=4)
+
+
+def test_is_valid_and_holds_no_outputs():
+    notebook = read_notebook()
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, cell.id
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+
+
+def test_the_repository_has_one_address():
+    """That of pyproject.toml: in the badges, and where the notebook clones from."""
+    repository = ADDRESS.removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{repository}/blob/main"
+    badge = f"]({colab}/{PATH.relative_to(ROOT)})"
+    notebook = "".join(cell.source for cell in read_notebook().cells)
+    readme = (ROOT / "README.md").read_text()
+    assert badge in readme and badge in notebook
+    assert re.findall(r'"(https://github\.com/.+?)"', notebook) == [ADDRESS]
+
+
+def test_links_lead_somewhere():
+    text = "".join(cell.source for cell in read_notebook().cells if cell.cell_type == "markdown")
+    targets = [target for target in re.findall(r"\]\((.+?)\)", text) if "://" not in target]
+    assert len(targets) > 1
+    for target in targets:
+        assert (PATH.parent / target).exists(), target
+
+
+def test_first_cell_fetches_the_project(tmp_path):
+    """Without a checkout around; git is told to take this one for the address."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no git repository")
+    install = next(cell.source for cell in read_notebook().cells if cell.cell_type == "code")
+    look = (
+        "import configs.arithmetic, distill; print(configs.arithmetic.__file__, distill.__file__)"
+    )
+    environment = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": ADDRESS,
+    }
+    for _ in range(2):  # as it is when the session was restarted
+        printed = subprocess.run(
+            [sys.executable, "-c", f"{install}\n{look}"],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert printed.returncode == 0, printed.stderr
+        clone = tmp_path / "distillation"
+        expected = [str(clone / "configs/arithmetic.py"), str(clone / "distill/__init__.py")]
+        assert printed.stdout.split() == expected
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Outputs by cell, of a run with few steps; and the run's folder."""
+    folder = tmp_path_factory.mktemp("notebook")
+    settings = {
+        "DISTILL_NOTEBOOK_STEPS": str(STEPS),
+        "DISTILL_NOTEBOOK_WORKDIR": str(folder / "run"),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, as users have it
+    }
+    notebook = read_notebook()
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=240,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(PATH.parent)}},
+    )
+    client.execute(env=os.environ | settings)
+    return {cell.id: cell.get("outputs", []) for cell in notebook.cells}, folder / "run"
+
+
+def printed(outputs) -> str:
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+@pytest.mark.slow
+class TestRunFromTopToBottom:
+    def test_config_and_data(self, executed):
+        outputs, _ = executed
+        assert "kl_type: forward" in printed(outputs["config"])
+        assert len(re.findall(r"^\S+[-+*]\S+$", printed(outputs["data"]), re.MULTILINE)) == 3
+
+    def test_bar_and_plot_follow_the_run(self, executed):
+        outputs, _ = executed
+        shown = [
+            output.data for output in outputs["distil"] if output.output_type == "display_data"
+        ]
+        bar, plot = shown
+        assert bar["text/plain"].endswith(f"{STEPS}/{STEPS}")
+        assert len(plot["image/png"]) > 10_000
+
+    def test_answer_token_by_token(self, executed):
+        outputs, _ = executed
+        head, *rows = printed(outputs["tokens"]).split("\n\n")[1].splitlines()
+        assert head.split() == ["student", "probability", "teacher", "probability", "divergence"]
+        for row in rows:
+            _, q, _, p, divergence, *_ = row.split()
+            assert 0 <= float(q) <= 1 and 0 < float(p) <= 1 and float(divergence) > -1e-4
+
+    def test_report_is_shown_in_a_sandbox(self, executed):
+        outputs, workdir = executed
+        (output,) = outputs["report"]
+        html = output.data["text/html"]
+        assert html.startswith('<div><iframe sandbox="allow-scripts" srcdoc="&lt;!doctype html')
+        assert len(html) > (workdir / "report.html").stat().st_size
+
+    def test_evaluation(self, executed):
+        outputs, _ = executed
+        run, test = printed(outputs["evaluate"]).split("\n\n")
+        assert [line.split()[0] for line in run.splitlines()] == [
+            "model", "base", "student", "teacher"
+        ]  # fmt: skip
+        assert "student" in test and "teacher" in test
+
+    def test_export_and_transformers(self, executed):
+        outputs, workdir = executed
+        assert {"model.safetensors", "README.md"} <= set(os.listdir(workdir / "best"))
+        assert "library_name: transformers" in printed(outputs["export"])
+        text = printed(outputs["transformers"])
+        assert "Qwen2ForCausalLM of width 48, 17 tokens" in text
+        assert re.search(r"correct: (True|False)|torch is not installed", text)
