@@ -13,6 +13,7 @@ from distill.config import known_keys
 from distill.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
 CONCEPTS = (DOCS / "concepts.md").read_text()
 # name: (source, the flags below it)
 EXAMPLES = {
@@ -113,10 +114,19 @@ def test_there_are_at_most_six_pages():
     assert len(PAGES) <= 6, [page.name for page in PAGES]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _anchors(page: Path) -> set[str]:
+    """What the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]*)?\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([\w-]+))?\)", page.read_text()):
+        if not target.startswith("https://"):
+            file = page.parent / target if target else page
+            assert file.exists(), target
+            assert not anchor or anchor in _anchors(file), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -125,7 +135,25 @@ def test_flags_shown_are_keys(page):
         assert key in known_keys(), key
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_shown_exist(page):
+    folders = "distill|configs|launch|tests|benchmarks"
+    for path in re.findall(rf"`((?:{folders})/[\w/]*(?:\.py|\.sh|/))`", page.read_text()):
+        assert (DOCS.parent / path).exists(), path
+
+
 SECTION = r"(?:distillation|policy|teacher|data|mesh|evaluation|checkpointing|logger)"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [README, *(page for page in PAGES if page.name != "migration.md")],
+    ids=lambda page: page.name,
+)
+def test_keys_named_exist(page):
+    """Keys and sections that are named in full; migration.md has those of other projects, too."""
+    for key in re.findall(rf"`({SECTION}\.(?!py`)[\w.]*\w)(?:=[^`]*)?`", page.read_text()):
+        assert key in known_keys(), key
 
 
 def test_keys_of_ours_in_the_migration_table_exist():
