@@ -64,21 +64,14 @@ def join_processes() -> None:
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`; never returns."""
     _define_process_flags()
-
-    def parse(argv: Sequence[str]) -> list[str]:
-        rest = _parse_flags(argv)
-        if len(rest) > 1:
-            _fail(f"unexpected argument {rest[1]!r}: options are written --name=value")
-        return rest
-
     _protect_files()
-    app.run(lambda _: _call(main), flags_parser=parse)
+    app.run(lambda _: _call(main), flags_parser=_parse_flags)
 
 
 def run_with_arguments(main: Callable[[list[str]], None]) -> None:
     """`run` for a command of one process whose `main` takes the arguments that are no flags."""
     _protect_files()
-    app.run(lambda argv: _call(lambda: main(argv[1:])), flags_parser=_parse_flags)
+    app.run(lambda argv: _call(lambda: main(argv[1:])), flags_parser=_parse_flags_among_arguments)
 
 
 def _protect_files() -> None:
@@ -87,6 +80,13 @@ def _protect_files() -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    rest = _parse_flags_among_arguments(argv)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}: options are written --name=value")
+    return rest
+
+
+def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
     if not _HELP.isdisjoint(argv[1:]):
         print("\n".join(_help_lines(argv[0])))
         sys.exit(0)
