@@ -59,14 +59,15 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int,
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
+    given = " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1 (takes the rest)")
+        raise UserError(f"{given}: sizes are positive, and at most one is -1 (takes the rest)")
     if free and count % fixed == 0:
         sizes[free[0]] = count // fixed
     if math.prod(sizes.values()) != count:
         raise UserError(
-            f"mesh {sizes} does not match {count} devices: "
-            f"data x fsdp x tensor must be {count}, e.g. data={count} fsdp=1 tensor=1"
+            f"{given} does not match {count} devices: "
+            f"data x fsdp x tensor must be {count}, e.g. mesh.data={count}"
         )
     return tuple(sizes.values())
 
