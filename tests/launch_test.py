@@ -94,7 +94,7 @@ def test_launchers_are_short(path):
 
 def test_keys_shown_exist():
     for path in LAUNCH.iterdir():
-        for key in re.findall(r"--(?:config\.|sweep=)([\w.]+)=", path.read_text()):
+        for key in re.findall(r"--(?:config\.|sweep=)([a-z][\w.]+)=", path.read_text()):
             section = default_config()
             for name in key.split("."):
                 assert name in section, (path.name, key)

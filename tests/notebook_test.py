@@ -108,7 +108,7 @@ class TestRunFromTopToBottom:
     def test_config_and_data(self, executed):
         outputs, _ = executed
         assert "kl_type: forward" in printed(outputs["config"])
-        assert len(re.findall(r"^\S+[-+*]\S+$", printed(outputs["data"]), re.MULTILINE)) == 3
+        assert len(re.findall(r"^[-+*\d]+$", printed(outputs["data"]), re.MULTILINE)) == 3
 
     def test_bar_and_plot_follow_the_run(self, executed):
         outputs, _ = executed

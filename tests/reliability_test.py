@@ -182,7 +182,7 @@ def test_best_checkpoint_is_kept_and_exported_when_asked(models, tmp_path):
     assert export_checkpoint(config, tmp_path / "run", tmp_path / "last", "6") == 6
     ours, theirs = tmp_path / "best" / WEIGHTS, last.student / WEIGHTS
     assert (tmp_path / "last" / WEIGHTS).read_bytes() == theirs.read_bytes() != ours.read_bytes()
-    with pytest.raises(UserError, match="--checkpoint=5 is not there: best, or one of"):
+    with pytest.raises(UserError, match="--checkpoint=5 is not there: pass best, or one of"):
         export_checkpoint(config, tmp_path / "run", tmp_path / "none", "5")
 
 

@@ -8,7 +8,7 @@ workdir=$(mktemp -d)
 trap 'rm -rf "$workdir"' EXIT
 
 run() {
-  "$python" -m distill.main --config=configs/arithmetic.py:short --workdir="$workdir/run" "$@"
+  "$python" -m distill.main --config=configs/arithmetic.py:short --workdir="$workdir/run"
 }
 run
 # The same command again finds the finished run and trains nothing.
