@@ -7,10 +7,13 @@ from typing import Any
 
 UPDATES = 300
 BATCH = 64
-# A quarter of the teacher's tokens of the runs with equal updates.
+# Of methods that use again what a teacher did once.
+MORE_UPDATES = 2 * UPDATES
+# A quarter of the teacher's tokens.
 SMALL_BUDGET = UPDATES // 4
 LEARNING_RATE = 2e-3
 OTHER_RATES = (1e-3, 4e-3)
+RATED = ("off_policy_forward", "on_policy_forward", "on_policy_reverse")
 # Self-training: how often the student answers anew, and how many answers to a prompt.
 ROUNDS, GENERATIONS = 3, 4
 # Response positions are counted in groups that begin here; answers have 48 tokens at most.
@@ -63,6 +66,8 @@ CACHED = "off_policy_forward_cached"
 METHODS[CACHED] = dataclasses.replace(
     METHODS["off_policy_forward"], title="off-policy forward KL, scores kept"
 )
+# What the teacher did for them can be used again and again.
+KEPT = ("sequence_kd", CACHED)
 
 # Weights in the table's words, and where the student comes from: an embedded model, or a shape to
 # be trained on labels as configs/sft.py:arithmetic_student trains the embedded one.
@@ -84,7 +89,8 @@ class Run:
 
     Attributes:
       student, method: keys of STUDENTS and METHODS; method 'base' is the student as it comes.
-      budget: 'updates', 'teacher' (of tokens) or 'rate' (another learning rate).
+      budget: 'updates', 'teacher' (the same teacher's tokens, more updates), 'small' (a quarter of
+        the teacher's tokens) or 'rate' (another learning rate).
       updates: of the student.
       prompts: distinct examples that training may use.
     """
@@ -136,8 +142,9 @@ def all_runs(seeds: int) -> list[Run]:
             if seed == 0:
                 runs.append(Run(student, "base", "updates", 0, 0, 0))
             runs += _equal_updates(student, seed)
-            runs += _equal_teacher_tokens(student, seed)
-    return runs + _other_rates(next(iter(STUDENTS)))
+            runs += [_kept(student, method, "teacher", seed) for method in KEPT]
+    first = next(iter(STUDENTS))
+    return runs + _small_budget(first) + _other_rates(first)
 
 
 def _equal_updates(student: str, seed: int) -> list[Run]:
@@ -146,15 +153,19 @@ def _equal_updates(student: str, seed: int) -> list[Run]:
     return [Run(student, m, "updates", seed, UPDATES, UPDATES * BATCH) for m in methods]
 
 
-def _equal_teacher_tokens(student: str, seed: int) -> list[Run]:
-    """Those whose teacher's tokens can be kept make all updates with them, the others a quarter."""
+def _kept(student: str, method: str, budget: str, seed: int) -> Run:
+    """Uses what its teacher did once two times, or four times with a small budget."""
+    if budget == "small":
+        return Run(student, method, budget, seed, UPDATES, SMALL_BUDGET * BATCH)
+    return Run(student, method, budget, seed, MORE_UPDATES, UPDATES * BATCH)
 
-    def run(method: str, updates: int) -> Run:
-        return Run(student, method, "teacher", seed, updates, SMALL_BUDGET * BATCH)
 
-    distilled = [m for m in METHODS if METHODS[m].has_teacher and m != CACHED]
-    kept = [run("sequence_kd", UPDATES), run(CACHED, UPDATES)]
-    return kept + [run(method, SMALL_BUDGET) for method in distilled]
+def _small_budget(student: str) -> list[Run]:
+    methods = [method for method in METHODS if METHODS[method].has_teacher and method != CACHED]
+    runs = [_kept(student, method, "small", 0) for method in KEPT]
+    return runs + [
+        Run(student, method, "small", 0, SMALL_BUDGET, SMALL_BUDGET * BATCH) for method in methods
+    ]
 
 
 def _other_rates(student: str) -> list[Run]:
@@ -163,4 +174,5 @@ def _other_rates(student: str) -> list[Run]:
         dataclasses.replace(run, budget="rate", learning_rate=rate)
         for rate in OTHER_RATES
         for run in _equal_updates(student, 0)
+        if run.method in RATED
     ]

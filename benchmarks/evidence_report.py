@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence_methods import BATCH, CACHED, METHODS, POSITIONS, STUDENTS
+from benchmarks.evidence_methods import BATCH, CACHED, KEPT, METHODS, POSITIONS, STUDENTS
 from distill.errors import UserError
 from distill.grading import wilson_interval
 from distill.metrics import write_atomically
@@ -16,8 +16,6 @@ from distill.metrics import write_atomically
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS = DOCS / "results/evidence.json"
 BUDGETS = {"updates": "equal updates", "teacher": "equal teacher tokens"}
-# They ask no teacher for anything: any budget of teacher tokens leaves them as they are.
-WITHOUT_TEACHER = ("sft", "self_training")
 
 Row = dict[str, Any]
 Table = list[Sequence[str]]
@@ -65,16 +63,21 @@ def make_tables(rows: Sequence[Row]) -> dict[str, str]:
         tables[f"departures {student}"] = departure_table(groups)
         tables[f"perplexity {student}"] = perplexity_table(groups)
     tables["answer"] = answer_table(rows)
+    tables["small"] = accuracy_table(group_rows(rows, next(iter(STUDENTS)), "small"))
     tables["rates"] = rate_table(rows)
     return {name: align(table) for name, table in tables.items()}
 
 
 def group_rows(rows: Iterable[Row], student: str, budget: str) -> dict[str, list[Row]]:
-    """Rows of the same method, by method, the student as it came first."""
+    """Rows of the same method, by method, the student as it came first.
+
+    With equal teacher tokens, those that ask the teacher anew for every update, or never, are those
+    of equal updates.
+    """
 
     def belongs(row: Row, method: str) -> bool:
-        borrowed = method in ("base", *WITHOUT_TEACHER)
-        wanted = "updates" if borrowed else budget
+        own = method in KEPT if budget == "teacher" else method != "base"
+        wanted = budget if own else "updates"
         return (row["student"], row["method"], row["budget"]) == (student, method, wanted)
 
     groups = {m: [row for row in rows if belongs(row, m)] for m in ("base", *METHODS)}
@@ -109,13 +112,11 @@ def answer_table(rows: Sequence[Row]) -> Table:
     header = "weights, budget", "off-policy", "on-policy", "points more", "levels 1-3", "levels 4-6"
     table: Table = [(*header, "times the gain", "times s per update")]
     for student in STUDENTS:
-        for budget, words in BUDGETS.items():
+        for budget, off in (("updates", "off_policy_forward"), ("teacher", CACHED)):
             groups = group_rows(rows, student, budget)
-            for off in ("off_policy_forward", CACHED):
-                if {"base", off, "on_policy_forward"} <= groups.keys():
-                    note = ", scores kept" if off == CACHED else ""
-                    cells = _compare(groups["base"], groups[off], groups["on_policy_forward"])
-                    table.append((f"{student}, {words}{note}", *cells))
+            if {"base", off, "on_policy_forward"} <= groups.keys():
+                cells = _compare(groups["base"], groups[off], groups["on_policy_forward"])
+                table.append((f"{student}, {BUDGETS[budget]}", *cells))
     return table
 
 

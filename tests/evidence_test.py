@@ -18,6 +18,7 @@ from benchmarks.evidence_measures import (
 from benchmarks.evidence_methods import (
     BATCH,
     CACHED,
+    KEPT,
     METHODS,
     SMALL_BUDGET,
     SMALL_STUDENT,
@@ -62,13 +63,16 @@ def test_budgets():
     assert len({run.name for run in all_runs(3)}) == len(all_runs(3))
     for run in RUNS:
         seen = run.updates * BATCH
-        if run.budget != "teacher":
+        if run.budget in ("updates", "rate"):
             assert (run.updates, run.prompts) == (UPDATES, seen)
-        else:  # the same number of answers is scored, once, or generated, once
-            assert run.prompts == SMALL_BUDGET * BATCH
-            assert (seen > run.prompts) == (run.method in (CACHED, "sequence_kd"))
+            continue
+        # The same number of answers is scored, once, or generated, once.
+        assert run.prompts == {"teacher": UPDATES, "small": SMALL_BUDGET}[run.budget] * BATCH
+        assert (seen > run.prompts) == (run.method in KEPT)
+        assert run.budget == "small" or run.method in KEPT
     methods = Counter(run.method for run in all_runs(3) if run.student == "112k")
-    assert methods["self_training"] == 3 + 2 and methods["on_policy_jsd"] == 6 + 2
+    assert methods["self_training"] == 3 and methods["on_policy_jsd"] == 3 + 1
+    assert methods[CACHED] == 3 + 1 and methods["on_policy_forward"] == 3 + 1 + 2
 
 
 def test_only_right_answers_are_kept(tmp_path):
