@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.evidence_examination import Examination, examine
 from benchmarks.evidence_methods import METHODS, POSITIONS, Run
 from configs import arithmetic
 from distill import build
@@ -22,7 +23,6 @@ from distill.config import Config, parse_config
 from distill.data.arithmetic import LEVELS, ArithmeticDataset
 from distill.data.base import DatasetInterface, Example
 from distill.evaluate import Evaluator, Model, decode_responses
-from distill.examination import Examination, examine
 from distill.models.hub import resolve_model
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 from tiny_models import model_config
 
+from benchmarks.evidence_examination import TOP_K, examine
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
 from distill.data.prompts import tokenize_prompts
 from distill.evaluate import Evaluator, Model, format_table
-from distill.examination import TOP_K, examine
 from distill.models.transformer import Transformer
 from distill.sampling.engine import Engine, EngineConfig
 from distill.tokenizer import character_tokenizer, vocabulary_size

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import evidence, evidence_report
+from benchmarks.evidence_examination import Examination
 from benchmarks.evidence_measures import (
     DistinctProblems,
     accuracies,
@@ -29,7 +30,6 @@ from benchmarks.evidence_methods import (
 from configs import arithmetic, sft
 from distill.config import parse_config
 from distill.errors import UserError
-from distill.examination import Examination
 from distill.grading import wilson_interval
 
 RUNS = [run for run in all_runs(1) if run.method != "base"]

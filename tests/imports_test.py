@@ -38,7 +38,6 @@ LEVELS = [
         "reporting",
         "model_card",
     },
-    {"examination"},
     {
         "build",
         "build_teacher",
