@@ -27,6 +27,7 @@ from benchmarks.evidence_methods import (
     BATCH,
     GENERATIONS,
     METHODS,
+    MORE_UPDATES,
     ROUNDS,
     SMALL_STUDENT,
     STUDENTS,
@@ -131,18 +132,19 @@ def write_labels(output: Path, seed: int) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         dataset = ArithmeticDataset("train", seed)
-        rows = random.Random(seed).sample(range(len(dataset)), UPDATES * BATCH)
+        rows = random.Random(seed).sample(range(len(dataset)), MORE_UPDATES * BATCH)
         examples = (dataset[row] for row in rows)
         write_atomically(path, "".join(json.dumps(vars(x)) + "\n" for x in examples))
     return path
 
 
 def teacher_answers(output: Path, seed: int, labels: Path) -> Path:
-    """The teacher's answers to all prompts of a seed."""
+    """The teacher's answers to as many prompts of a seed as any run takes of them."""
     folder = output / "data" / f"teacher-{seed}"
     folder.mkdir(exist_ok=True)
     path = folder / "answers.jsonl"
-    generate(folder, path, common_overrides(seed), labels, "embedded:arithmetic-teacher")
+    overrides = {**common_overrides(seed), "data.max_samples": UPDATES * BATCH}
+    generate(folder, path, overrides, labels, "embedded:arithmetic-teacher")
     return path
 
 

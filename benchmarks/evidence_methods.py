@@ -7,13 +7,14 @@ from typing import Any
 
 UPDATES = 300
 BATCH = 64
-# Of methods that use again what a teacher did once.
+# Of methods that use again what a teacher did once, and of runs that are twice as long.
 MORE_UPDATES = 2 * UPDATES
 # A quarter of the teacher's tokens.
 SMALL_BUDGET = UPDATES // 4
 LEARNING_RATE = 2e-3
 OTHER_RATES = (1e-3, 4e-3)
-RATED = ("off_policy_forward", "on_policy_forward", "on_policy_reverse")
+# In runs that are longer or have another rate.
+FEW_METHODS = ("off_policy_forward", "on_policy_forward", "on_policy_reverse")
 # Self-training: how often the student answers anew, and how many answers to a prompt.
 ROUNDS, GENERATIONS = 3, 4
 # Response positions are counted in groups that begin here; answers have 48 tokens at most.
@@ -72,6 +73,7 @@ KEPT = ("sequence_kd", CACHED)
 # Weights in the table's words, and where the student comes from: an embedded model, or a shape to
 # be trained on labels as configs/sft.py:arithmetic_student trains the embedded one.
 STUDENTS = {"112k": "embedded:arithmetic-student", "33k": ""}
+FIRST_STUDENT = "112k"
 SMALL_STUDENT: Overrides = {
     "policy.shape.num_layers": 2,
     "policy.shape.model_width": 32,
@@ -90,7 +92,7 @@ class Run:
     Attributes:
       student, method: keys of STUDENTS and METHODS; method 'base' is the student as it comes.
       budget: 'updates', 'teacher' (the same teacher's tokens, more updates), 'small' (a quarter of
-        the teacher's tokens) or 'rate' (another learning rate).
+        the teacher's tokens), 'long' (twice the updates) or 'rate' (another learning rate).
       updates: of the student.
       prompts: distinct examples that training may use.
     """
@@ -142,9 +144,8 @@ def all_runs(seeds: int) -> list[Run]:
             if seed == 0:
                 runs.append(Run(student, "base", "updates", 0, 0, 0))
             runs += _equal_updates(student, seed)
-            runs += [_kept(student, method, "teacher", seed) for method in KEPT]
-    first = next(iter(STUDENTS))
-    return runs + _small_budget(first) + _other_rates(first)
+        runs += [_kept(FIRST_STUDENT, method, "teacher", seed) for method in KEPT]
+    return runs + _small_budget(FIRST_STUDENT) + _long(FIRST_STUDENT) + _other_rates(FIRST_STUDENT)
 
 
 def _equal_updates(student: str, seed: int) -> list[Run]:
@@ -168,11 +169,17 @@ def _small_budget(student: str) -> list[Run]:
     ]
 
 
+def _long(student: str) -> list[Run]:
+    """Does it go on like this?"""
+    size = MORE_UPDATES, MORE_UPDATES * BATCH
+    return [Run(student, method, "long", 0, *size) for method in FEW_METHODS]
+
+
 def _other_rates(student: str) -> list[Run]:
     """Would another learning rate have changed the order?"""
     return [
         dataclasses.replace(run, budget="rate", learning_rate=rate)
         for rate in OTHER_RATES
         for run in _equal_updates(student, 0)
-        if run.method in RATED
+        if run.method in FEW_METHODS
     ]

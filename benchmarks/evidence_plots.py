@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence_methods import POSITIONS, STUDENTS
 from benchmarks.evidence_report import (
     BUDGETS,
+    COMPARED,
     accuracy,
     departure_shares,
     group_rows,
@@ -54,18 +55,16 @@ def make_plots(rows: Sequence[Row], folder: Path) -> None:
 
 
 def plot_accuracy(rows: Sequence[Row]) -> Figure:
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    grid = figure.subplots(len(STUDENTS), len(BUDGETS), sharex=True, squeeze=False)
-    for i, student in enumerate(STUDENTS):
-        for axes, budget in zip(grid[i], BUDGETS, strict=True):
-            groups = group_rows(rows, student, budget)
-            for place, (method, group) in enumerate(reversed(groups.items())):
-                _bar(axes, place, method, group)
-            axes.set_yticks(range(len(groups)), [title(m) for m in reversed(groups)])
-            axes.set_title(f"{student} weights, {BUDGETS[budget]}", loc="left")
-            axes.set_xlim(0, 1)
-    for axes in grid[-1]:
-        axes.set_xlabel("held-out accuracy: pooled 95% interval, and each seed")
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    grid = figure.subplots(1, len(COMPARED), sharex=True)
+    for axes, (student, budget) in zip(grid, COMPARED, strict=True):
+        groups = group_rows(rows, student, budget)
+        for place, (method, group) in enumerate(reversed(groups.items())):
+            _bar(axes, place, method, group)
+        axes.set_yticks(range(len(groups)), [title(m) for m in reversed(groups)])
+        axes.set_title(f"{student} weights, {BUDGETS[budget]}", loc="left")
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("accuracy: 95% interval, and each seed")
     return figure
 
 

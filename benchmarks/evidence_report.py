@@ -8,7 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence_methods import BATCH, CACHED, KEPT, METHODS, POSITIONS, STUDENTS
+from benchmarks.evidence_methods import (
+    BATCH,
+    CACHED,
+    FIRST_STUDENT,
+    KEPT,
+    METHODS,
+    POSITIONS,
+    STUDENTS,
+)
 from distill.errors import UserError
 from distill.grading import wilson_interval
 from distill.metrics import write_atomically
@@ -16,6 +24,8 @@ from distill.metrics import write_atomically
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS = DOCS / "results/evidence.json"
 BUDGETS = {"updates": "equal updates", "teacher": "equal teacher tokens"}
+# What is compared, by student and budget.
+COMPARED = [(FIRST_STUDENT, "updates"), (FIRST_STUDENT, "teacher"), ("33k", "updates")]
 
 Row = dict[str, Any]
 Table = list[Sequence[str]]
@@ -52,18 +62,19 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def make_tables(rows: Sequence[Row]) -> dict[str, str]:
     """All tables, by their names in docs/results.md."""
     tables: dict[str, Table] = {}
+    for student, budget in COMPARED:
+        groups = group_rows(rows, student, budget)
+        tables[f"accuracy {student} {budget}"] = accuracy_table(groups)
+        tables[f"cost {student} {budget}"] = cost_table(groups)
+        tables[f"gain {student} {budget}"] = gain_table(groups)
     for student in STUDENTS:
-        for budget in BUDGETS:
-            groups = group_rows(rows, student, budget)
-            tables[f"accuracy {student} {budget}"] = accuracy_table(groups)
-            tables[f"cost {student} {budget}"] = cost_table(groups)
-            tables[f"gain {student} {budget}"] = gain_table(groups)
         groups = group_rows(rows, student, "updates")
         tables[f"levels {student}"] = level_table(groups)
         tables[f"departures {student}"] = departure_table(groups)
         tables[f"perplexity {student}"] = perplexity_table(groups)
     tables["answer"] = answer_table(rows)
-    tables["small"] = accuracy_table(group_rows(rows, next(iter(STUDENTS)), "small"))
+    for budget in ("small", "long"):
+        tables[budget] = accuracy_table(group_rows(rows, FIRST_STUDENT, budget))
     tables["rates"] = rate_table(rows)
     return {name: align(table) for name, table in tables.items()}
 
@@ -111,12 +122,12 @@ def answer_table(rows: Sequence[Row]) -> Table:
     """On-policy against off-policy forward KL: the loss is the same, the data differ."""
     header = "weights, budget", "off-policy", "on-policy", "points more", "levels 1-3", "levels 4-6"
     table: Table = [(*header, "times the gain", "times s per update")]
-    for student in STUDENTS:
-        for budget, off in (("updates", "off_policy_forward"), ("teacher", CACHED)):
-            groups = group_rows(rows, student, budget)
-            if {"base", off, "on_policy_forward"} <= groups.keys():
-                cells = _compare(groups["base"], groups[off], groups["on_policy_forward"])
-                table.append((f"{student}, {BUDGETS[budget]}", *cells))
+    for student, budget in COMPARED:
+        groups = group_rows(rows, student, budget)
+        off = CACHED if budget == "teacher" else "off_policy_forward"
+        if {"base", off, "on_policy_forward"} <= groups.keys():
+            cells = _compare(groups["base"], groups[off], groups["on_policy_forward"])
+            table.append((f"{student}, {BUDGETS[budget]}", *cells))
     return table
 
 
@@ -288,8 +299,11 @@ def perplexities(rows: Sequence[Row]) -> list[float]:
 
 def rate_table(rows: Sequence[Row]) -> Table:
     """Accuracy with other learning rates, one seed."""
-    student = next(iter(STUDENTS))
-    mine = [r for r in rows if r["student"] == student and r["seed"] == 0 and r["method"] != "base"]
+    mine = [
+        r
+        for r in rows
+        if r["student"] == FIRST_STUDENT and r["seed"] == 0 and r["method"] != "base"
+    ]
     mine = [row for row in mine if row["budget"] in ("updates", "rate")]
     rates = sorted({row["learning_rate"] for row in mine})
     table: Table = [("method", *(f"rate {rate:g}" for rate in rates))]

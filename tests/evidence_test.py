@@ -21,6 +21,7 @@ from benchmarks.evidence_methods import (
     CACHED,
     KEPT,
     METHODS,
+    MORE_UPDATES,
     SMALL_BUDGET,
     SMALL_STUDENT,
     UPDATES,
@@ -63,8 +64,9 @@ def test_budgets():
     assert len({run.name for run in all_runs(3)}) == len(all_runs(3))
     for run in RUNS:
         seen = run.updates * BATCH
-        if run.budget in ("updates", "rate"):
-            assert (run.updates, run.prompts) == (UPDATES, seen)
+        if run.budget in ("updates", "long", "rate"):
+            updates = MORE_UPDATES if run.budget == "long" else UPDATES
+            assert (run.updates, run.prompts) == (updates, seen)
             continue
         # The same number of answers is scored, once, or generated, once.
         assert run.prompts == {"teacher": UPDATES, "small": SMALL_BUDGET}[run.budget] * BATCH
@@ -72,7 +74,7 @@ def test_budgets():
         assert run.budget == "small" or run.method in KEPT
     methods = Counter(run.method for run in all_runs(3) if run.student == "112k")
     assert methods["self_training"] == 3 and methods["on_policy_jsd"] == 3 + 1
-    assert methods[CACHED] == 3 + 1 and methods["on_policy_forward"] == 3 + 1 + 2
+    assert methods[CACHED] == 3 + 1 and methods["on_policy_forward"] == 3 + 1 + 1 + 2
 
 
 def test_only_right_answers_are_kept(tmp_path):
