@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks.evidence_examination import Examination, examine
-from benchmarks.evidence_methods import METHODS, POSITIONS, Run
+from benchmarks.evidence_methods import GENERATIONS, LONGEST, METHODS, POSITIONS, Run
 from configs import arithmetic
 from distill import build
 from distill.build_teacher import build_teacher
@@ -49,12 +49,14 @@ def training_numbers(folder: Path, run: Run, files: Sequence[Path]) -> Row:
     # All of its own answers are to this run's problems; of the teacher's, a run may take a part.
     most = run.prompts if method.data == "teacher" else None
     generated = sum(_answer_tokens(path, most) for path in files)
+    if method.data == "own":  # those that did not end are not in the files
+        lines = sum(len(path.read_text().splitlines()) for path in files)
+        generated += (run.prompts * GENERATIONS - lines) * LONGEST
     seconds = {kind: _seconds(folder, kind) for kind in ("wall", "cpu")}
     if method.data == "teacher":  # whose answers serve several runs, not all of them every run
         share = min(run.prompts / len(files[0].read_text().splitlines()), 1.0)
         seconds = {k: v + share * _seconds(files[0].parent, k) for k, v in seconds.items()}
     return {
-        "trained_tokens": trained,
         "sampled_tokens": sampled + (generated if method.data == "own" else 0),
         "teacher_scored": trained if method.has_teacher else 0,
         "teacher_generated": generated if method.data == "teacher" else 0,
@@ -85,9 +87,7 @@ def evaluate_student(path: str) -> Row:
 
         greedy = rollout(evaluator.greedy)
         sampled = rollout(SamplingParams(max_length=evaluator.greedy.max_length))
-        parameters = sum(x.size for x in jax.tree.leaves(student.params))
         return {
-            "parameters": parameters,
             "greedy": _measure(evaluator, student, teacher, greedy),
             "sampled": _measure(evaluator, student, teacher, sampled),
             "on_teacher_answers": sums(
@@ -186,7 +186,7 @@ def departures(examination: Examination, lengths_b: np.ndarray, right_b: np.ndar
     Returns:
       'kept' (answers that had not departed when a position began, by position of its beginning),
       'departed' and 'departed_right' (first departures there, and how many of these answers are
-      right all the same), 'faithful' and 'faithful_right' (answers without a departure), and
+      right all the same), and
       forward KL and tokens up to the first departure and after it.
     """
     first_b = examination.first_departure_b()
@@ -200,8 +200,6 @@ def departures(examination: Examination, lengths_b: np.ndarray, right_b: np.ndar
         "kept": [int((end_b > start).sum()) for start in POSITIONS],
         "departed": [int((departs_b & (group_b == g)).sum()) for g in groups],
         "departed_right": [int((departs_b & right_b & (group_b == g)).sum()) for g in groups],
-        "faithful": int((~departs_b).sum()),
-        "faithful_right": int((~departs_b & right_b).sum()),
         "before_kl": float(examination.forward_kl_br.sum()) - after_kl,
         "before_tokens": int(end_b.sum()),
         "after_kl": after_kl,

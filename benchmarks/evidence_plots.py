@@ -17,12 +17,11 @@ from benchmarks.evidence_report import (
     accuracy,
     departure_shares,
     group_rows,
+    interval,
     perplexities,
     title,
-    total,
     totals,
 )
-from distill.grading import wilson_interval
 
 # In all plots: without new data in grey and brown, off-policy in blues, on-policy in reds.
 COLORS = {
@@ -69,8 +68,7 @@ def plot_accuracy(rows: Sequence[Row]) -> Figure:
 
 
 def _bar(axes, place: int, method: str, group: Sequence[Row]) -> None:
-    right, count = int(total(group, "greedy", "right")), int(total(group, "greedy", "count"))
-    rate, (low, high) = right / count, wilson_interval(right, count)
+    rate, (low, high) = accuracy(group), interval(group)
     error = [[rate - low], [high - rate]]
     axes.barh(place, rate, color=COLORS[method], xerr=error, ecolor="#333333", capsize=2)
     seeds = [accuracy([row]) for row in group]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,12 @@ def accuracy(rows: Sequence[Row], kind: str = "greedy") -> float:
     return total(rows, kind, "right") / total(rows, kind, "count")
 
 
+def interval(rows: Sequence[Row]) -> tuple[float, float]:
+    """Wilson's 95% interval: of one run's problems, since all seeds have the same."""
+    right, count = (total(rows, "greedy", name) / len(rows) for name in ("right", "count"))
+    return wilson_interval(right, count)
+
+
 def per_token(rows: Sequence[Row], kind: str, name: str) -> float:
     return total(rows, kind, name) / total(rows, kind, "tokens")
 
@@ -155,13 +162,12 @@ def accuracy_table(groups: dict[str, list[Row]]) -> Table:
     header = "method", "accuracy", "95% interval", "seeds", "sampled", "forward KL", "reverse KL"
     table: Table = [(*header, "on teacher's")]
     for method, rows in groups.items():
-        right, count = (int(total(rows, "greedy", name)) for name in ("right", "count"))
-        low, high = wilson_interval(right, count)
+        low, high = interval(rows)
         seeds = [accuracy([row]) for row in rows]
         table.append(
             (
                 title(method),
-                f"{right / count:.1%}",
+                f"{accuracy(rows):.1%}",
                 f"{low:.1%} - {high:.1%}",
                 f"{min(seeds):.1%} - {max(seeds):.1%}" if len(rows) > 1 else f"{len(rows)} seed",
                 f"{accuracy(rows, 'sampled'):.1%}",
@@ -179,22 +185,20 @@ def cost_table(groups: dict[str, list[Row]]) -> Table:
     for method, rows in groups.items():
         if method == "base":
             continue
-        tokens = ("teacher_scored", "teacher_generated", "sampled_tokens")
+        # Kept scores are asked for once, for every problem.
+        scored = map(_scored_once if method == CACHED else itemgetter("teacher_scored"), rows)
         table.append(
             (
                 title(method),
                 str(rows[0]["updates"]),
                 str(rows[0]["prompts"]),
-                *(thousands(mean(row[name] for row in rows)) for name in tokens),
+                thousands(mean(scored)),
+                thousands(mean(row["teacher_generated"] for row in rows)),
+                thousands(mean(row["sampled_tokens"] for row in rows)),
                 f"{mean(row['seconds_per_update'] for row in rows):.3f}",
                 *(f"{mean(row['seconds'][k] for row in rows):.0f}" for k in ("wall", "cpu")),
             )
         )
-    if CACHED in groups:  # kept scores are asked for once, for every problem
-        position = 1 + [m for m in groups if m != "base"].index(CACHED)
-        line = list(table[position])
-        line[3] = thousands(mean(map(_scored_once, groups[CACHED])))
-        table[position] = line
     return table
 
 
@@ -243,7 +247,7 @@ def level_table(groups: dict[str, list[Row]]) -> Table:
         cells = []
         right, count = totals(rows, "greedy", "right"), totals(rows, "greedy", "count")
         for r, n in zip(right, count, strict=True):
-            low, high = wilson_interval(int(r), int(n))
+            low, high = wilson_interval(r / len(rows), n / len(rows))
             cells.append(f"{100 * r / n:.1f} ({100 * low:.1f} - {100 * high:.1f})")
         table.append((title(method), *cells))
     return table

@@ -6,7 +6,7 @@ Hardware: one 80 GB accelerator. `--config.data.path=FOLDER` reads train.jsonl a
 local folder instead of the hub. No result is stated here because none has been measured yet.
 
     python -m distill.main --config=configs/gsm8k.py:scratch --workdir=runs/gsm8k_scratch \
-        --config.data.path=../shared/data/gsm8k
+        --config.data.path=FOLDER
 
 needs no model and no accelerator, only the data: it trains a BPE tokenizer, a small teacher and a
 smaller student on the training split, then distils on-policy. Models of this size write GSM8K-like

@@ -10,7 +10,7 @@ The built-in models of configs/arithmetic.py were made from random weights by
     python -m distill.main --config=configs/sft.py:arithmetic_teacher --workdir=runs/teacher
     python -m distill.main --config=configs/sft.py:arithmetic_student --workdir=runs/student
 
-which took 14 and 3 minutes on two shared CPU cores and printed, for 512 held-out problems,
+which took 14 and 3 minutes on two shared CPU cores and reached, on 512 held-out problems,
 
     teacher (1,053,440 weights)  accuracy 100.0% (99.3% - 100.0%)
     student (112,176 weights)   accuracy  43.9% (39.7% -  48.3%)

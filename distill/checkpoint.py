@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from distill import processes
-from distill.config import BEST_METRICS
+from distill.config import BEST_METRICS, Config, to_flat_dict
 from distill.errors import RunStopped, UserError
 from distill.manifest import find_damage, write_manifest
 
@@ -248,7 +248,11 @@ class SaveSchedule:
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], allowed: tuple[str, ...]):
-    """Raises UserError, naming up to four keys, if a checkpoint belongs to another config."""
+    """Raises UserError, naming up to four keys, if a checkpoint belongs to another config.
+
+    A key that is newer than the checkpoint has its default there.
+    """
+    saved = to_flat_dict(Config()) | saved
     differing = [
         key
         for key in sorted(saved.keys() | current.keys())

@@ -25,7 +25,7 @@ from distill import cli, processes
 from distill.data.base import DatasetInterface
 from distill.data.pipeline import eval_batches
 from distill.data.prompts import Prompts
-from distill.errors import UserError
+from distill.errors import RunStopped, UserError
 from distill.evaluation_metrics import Answer, measure
 from distill.grading import Grader, wilson_interval
 from distill.kernels.linear_divergence import per_token_divergences
@@ -181,7 +181,7 @@ class Evaluator:
             reverse_kl=None if reverse_kl is None else float(reverse_kl),
             mean_length=float(np.mean(lengths)),
             truncated=1.0 - float(np.mean(rollout.stopped_b)),
-            metrics=processes.from_first(lambda: self._measure(rollout, texts)),
+            metrics=self._measure(rollout, texts),
         )
         return evaluation, answers
 
@@ -214,13 +214,23 @@ class Evaluator:
     def _measure(self, rollout: Rollout, texts: list[str]) -> dict[str, float | None]:
         if not self._metrics:
             return {}
+        values, failure = processes.from_first(lambda: self._try_metrics(rollout, texts))
+        if failure:
+            raise RunStopped(failure)
+        return values
+
+    def _try_metrics(self, rollout: Rollout, texts: list[str]) -> tuple[dict, str | None]:
+        """What the metrics say and None, or nothing and what went wrong."""
         answers = []
         for i, row in enumerate(self.prompts.rows):
             kept = slice(rollout.lengths_b[i])
             tokens, log_probs = rollout.tokens_br[i, kept], rollout.log_probs_br[i, kept]
             stopped = bool(rollout.stopped_b[i])
             answers.append(Answer(self.dataset[int(row)], texts[i], tokens, log_probs, stopped))
-        return measure(self._metrics, answers)
+        try:
+            return measure(self._metrics, answers), None
+        except RunStopped as error:
+            return {}, str(error)
 
 
 def _accuracy(correct: list[bool] | None) -> dict[str, float | None]:
@@ -283,7 +293,7 @@ def _divergence_sums(
 def format_table(results: dict[str, dict[str, Any]]) -> str:
     """The comparison of base, student and teacher as aligned text."""
     header = ("model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off")
-    metrics = [name for name in next(iter(results.values()), {}) if "/" in name]
+    metrics = list(dict.fromkeys(n for fields in results.values() for n in fields if "/" in n))
     rows = [(*header, *metrics)]
     for role in (role for role in ROLES if role in results):
         r = results[role]

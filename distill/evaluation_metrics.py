@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from distill.data.base import Example
-from distill.errors import UserError
+from distill.errors import RunStopped, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +71,18 @@ def measure(names: Sequence[str], answers: Sequence[Answer]) -> dict[str, float 
     """What the metrics say, as METRIC/NUMBER; a number that is not finite is None.
 
     Raises:
-      UserError: a metric does not return numbers by name.
+      RunStopped: a metric fails, or does not return numbers by name.
     """
     values: dict[str, float | None] = {}
     for name in names:
-        found = get_metric(name)(answers)
+        try:
+            found = get_metric(name)(answers)
+        except Exception as error:  # whatever the user's code raises
+            raise RunStopped(
+                f"the metric {name!r} failed: {type(error).__name__}: {error}; correct it"
+            ) from error
         if not isinstance(found, Mapping) or not all(map(_is_number, found.values())):
-            raise UserError(
+            raise RunStopped(
                 f"the metric {name!r} returned {str(found)[:100]}: it must return a dict of "
                 "numbers by name"
             )

@@ -4,7 +4,8 @@
 
 The model is the config's teacher unless --model names another; sampling follows
 distillation.generate_strategy, and the engine is the trainer's. Each line has id, prompt, response
-and answer, so `data.name=jsonl data.path=runs/teacher.jsonl` reads it. Answers cut off at the
+and answer, so `data.name=jsonl data.path=runs/teacher.jsonl` reads it, with
+`data.validation.name=gsm8k` for the held-out prompts. Answers cut off at the
 length limit are left out and counted: trained on, they would teach the student to stop anywhere.
 """
 

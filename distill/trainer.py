@@ -21,7 +21,7 @@ from distill.build_teacher import build_teacher
 from distill.build_vllm import build_remote_teacher
 from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
 from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
-from distill.errors import RunStopped, UserError
+from distill.errors import RunStopped, UserError, printable
 from distill.evaluate import Model, format_table
 from distill.interrupts import Interrupts
 from distill.metrics import Progress, import_wandb, write_atomically
@@ -207,7 +207,10 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             evaluating = step == max_steps or (eval_steps > 0 and step % eval_steps == 0)
             # One that a signal prevented or spoilt is made up for when the run goes on.
             if evaluating and saver.evaluated < step and not interrupts.agree():
-                evaluate("student", Model(graph, state.params))
+                try:
+                    evaluate("student", Model(graph, state.params))
+                except RunStopped as error:
+                    saver.save_and_stop(step, state, batches.position, error)
             stopping = interrupts.agree()
             if stopping or (step and processes.from_first(save_is_due)):
                 saver.save(step, state, batches.position)
@@ -248,13 +251,24 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         with busy("exporting the student"):
             export_student(config, folder, student_folder, state.params, vocabulary, card)
         if results:
-            if processes.is_first():
-                write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
             print(format_table(results))
+        print(f"student: {folder}", flush=True)
         if processes.is_first():
-            write_report([workdir], workdir / REPORT)
-        print(f"student: {folder}\nreport: {workdir / REPORT}", flush=True)
+            _write_results(workdir, results)
         return Result(results, folder, step)
+
+
+def _write_results(workdir: Path, results: dict[str, dict[str, Any]]) -> None:
+    """`results.json` and the report, without which a run is finished all the same."""
+    if results:
+        write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    try:
+        write_report([workdir], workdir / REPORT)
+    except Exception as error:
+        reason = printable(f"{type(error).__name__}: {error}")
+        print(f"no report ({reason}): python -m distill.report {workdir}", flush=True)
+    else:
+        print(f"report: {workdir / REPORT}", flush=True)
 
 
 @dataclasses.dataclass

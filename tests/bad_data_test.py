@@ -39,6 +39,7 @@ BAD = {
     b'{"prompt": null}': "prompt is empty",
     b'{"prompt": " \\n\\t"}': "prompt is empty",
     b'{"prompt": [{"role": "user", "content": " "}]}': "prompt is empty",
+    b'{"prompt": [{"role": "assistant", "content": "a"}]}': "prompt ends with an answer",
     b'{"prompt": ["a"]}': "prompt is not text",
     b'{"prompt": [{"role": "user"}]}': "prompt is not text",
     b'{"prompt": [{"role": "user", "content": ["a"]}]}': "prompt is not text",

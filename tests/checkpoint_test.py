@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from distill import manifest
-from distill.checkpoint import Checkpoints, SaveSchedule, shapes_on_mesh
+from distill.checkpoint import Checkpoints, SaveSchedule, check_same_run, shapes_on_mesh
+from distill.config import Config, to_flat_dict
 from distill.errors import RunStopped, UserError
 
 ACCURACY, FORWARD_KL = "eval/student/accuracy", "eval/student/forward_kl"
@@ -30,6 +31,16 @@ def filled(folder, steps=(1, 2), **options) -> Checkpoints:
         save(checkpoints, step)
     checkpoints.close()
     return Checkpoints(folder, **{"keep": 2, **options})
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_has_its_default_there():
+    current = to_flat_dict(Config())
+    older = {key: value for key, value in current.items() if key != "evaluation.metrics"}
+    check_same_run(older, current, ())
+    with pytest.raises(UserError, match=r"evaluation.metrics \(\[\] there, \['x'\] here\)"):
+        check_same_run(older, {**current, "evaluation.metrics": ["x"]}, ())
+    with pytest.raises(UserError, match="removed.key"):
+        check_same_run({**older, "removed.key": 1}, current, ())
 
 
 def test_state_may_be_overwritten_as_soon_as_save_returns(tmp_path, monkeypatch):

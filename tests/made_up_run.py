@@ -7,7 +7,9 @@ from pathlib import Path
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><!-- {{DATA}} $& \u202eevil\u2066 \x1b[31m'
 
 
-def write_run(folder: Path, *, steps: int = 40, max_steps: int = 40, wrong: int = 2) -> Path:
+def write_run(
+    folder: Path, *, steps: int = 40, max_steps: int = 40, wrong: int = 2, has_teacher: bool = True
+) -> Path:
     """A run of 6 shown answers, of which the first `wrong` are wrong; by default finished."""
     folder.mkdir(parents=True)
     lines = [_evaluated(0, "base", 0.4), _evaluated(0, "teacher", 1.0)]
@@ -30,6 +32,10 @@ def write_run(folder: Path, *, steps: int = 40, max_steps: int = 40, wrong: int 
     (folder / "rollouts").mkdir()
     for role, step in (("base", 0), ("student", steps)):
         record = _rollouts(role, step, wrong if role == "student" else 5)
+        if not has_teacher:
+            record["has_teacher"] = False
+            for answer in record["answers"]:
+                del answer["divergence"], answer["log_p"], answer["top"]
         (folder / "rollouts" / f"{role}.json").write_text(json.dumps(record))
     return folder
 

@@ -14,6 +14,7 @@ import distill
 from distill import metrics, trainer
 from distill.errors import RunInterrupted, RunStopped, UserError
 from distill.evaluate import Evaluator
+from distill.evaluation_metrics import register_metric
 from distill.export import export_checkpoint
 from distill.interrupts import Interrupts
 from distill.rollout.in_process import JaxBackend
@@ -120,6 +121,40 @@ def test_lengths_that_explode_are_warned_of(models, tmp_path, capsys):
     # Uniform over 17 ids, and untrained.
     assert line["generation/entropy_estimate"] == pytest.approx(np.log(17), rel=0.1)
     assert "(logger.warn.truncated)" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------- what may fail beside the training
+
+
+def test_a_metric_that_fails_loses_no_update(models, tmp_path):
+    calls = []
+
+    @register_metric("flaky")
+    def flaky(answers):
+        calls.append(len(answers))
+        if len(calls) == 3:  # of the student, after base and teacher, behind the last update
+            raise ZeroDivisionError("no answer stopped")
+        return {"answers": len(answers)}
+
+    config = with_models(tiny_config(max_steps=2, save_steps=0), models)
+    config.evaluation.metrics = ("flaky",)
+    with pytest.raises(RunStopped, match="'flaky' failed: ZeroDivisionError.*step 2 is saved"):
+        distill.train(config, tmp_path)
+    assert steps_of(tmp_path) == [2]
+    result = distill.train(config, tmp_path)
+    assert result.results["student"]["flaky/answers"] == calls[0] > 0 and len(calls) == 4
+
+
+def test_a_run_without_a_report_is_finished(models, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("distill.trainer.write_report", fail)
+    config = with_models(tiny_config(max_steps=1), models)
+    result = distill.train(config, tmp_path)
+    assert result.student.exists() and (tmp_path / "results.json").exists()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == f"no report (OSError: no room): python -m distill.report {tmp_path}"
 
 
 # ------------------------------------------------------------------------------ other meshes

@@ -181,7 +181,9 @@ def test_curves_are_read_with_pointer_and_keys(page):
     page.browser.execute_script("arguments[0].focus()", picture)
     page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert "step 20" in chart.text and "0.05" in chart.text
-    page.point_at(picture)
+    page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert "step 40" in chart.text and "step 20" not in chart.text
+    page.point_at(picture)  # its middle
     assert "step 20" in chart.text
 
 
@@ -205,16 +207,17 @@ return [(Math.max(ink, under) + 0.05) / (Math.min(ink, under) + 0.05), under];
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_are_readable_in_light_and_dark(page, scheme):
+def test_texts_are_readable_in_light_and_dark(browser, tmp_path, scheme):
     """By the WCAG's measure of contrast, where the colour is strongest too."""
+    write_report([write_run(tmp_path / "run", steps=20)], tmp_path / "report.html")
+    page = Page(browser, tmp_path / "report.html")
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     _, under = page.browser.execute_script(CONTRAST, page.one("h1"))
     assert (under < 0.1) == (scheme == "dark")
     for selector in (".token:nth-child(3)", "h1", ".lead", ".snippet", ".results td", ".note"):
-        for element in page.all(selector)[:1]:
-            contrast, _ = page.browser.execute_script(CONTRAST, element)
-            assert contrast > 4.5, selector
+        contrast, _ = page.browser.execute_script(CONTRAST, page.all(selector)[0])
+        assert contrast > 4.5, selector
 
 
 def test_several_runs_one_of_them_unfinished(browser, report, tmp_path):
@@ -229,6 +232,17 @@ def test_several_runs_one_of_them_unfinished(browser, report, tmp_path):
     ]  # fmt: skip
     page.choose("other · Base")
     assert len(page.prompts()) == 6
+    assert browser.get_log("browser") == []
+
+
+def test_runs_with_and_without_a_teacher_are_explained_each(browser, report, tmp_path):
+    other = write_run(tmp_path / "other", has_teacher=False)
+    write_report([report.parent, other], tmp_path / "both.html")
+    page = Page(browser, tmp_path / "both.html")
+    for label, words in (("other · Base", "surprise"), ("run · Base", "divergence")):
+        page.choose(label)
+        assert words in page.one("#rollouts .lead").text
+        assert page.one(".heat-legend").text.endswith(f"of {words}")
     assert browser.get_log("browser") == []
 
 

@@ -234,6 +234,7 @@ def test_damaged_lines_and_files_are_left_out_and_counted(tmp_path):
     (folder / "results.json").write_text("{")
     (folder / "rollouts/base.json").write_text("[]")
     (folder / "rollouts/student.json").write_bytes(b"\xff")
+    (folder / "rollouts/z.json").write_text('{"answers": [{}], "texts": {}, "answers_in_all": 1}')
     run = read_run(folder)
     assert run.series["loss"] == [*whole.series["loss"][:-1], (40, 0.5)]
     assert run.notes == (
@@ -241,6 +242,7 @@ def test_damaged_lines_and_files_are_left_out_and_counted(tmp_path):
         "results.json is damaged and left out.",
         "base.json is damaged and left out.",
         "student.json is damaged and left out.",
+        "z.json is damaged and left out.",
     )
     assert run.rollouts == {} and run.results == whole.results  # from the log
     render([run], ["run"])
@@ -295,7 +297,7 @@ def test_command_line(tmp_path):
     done = call(a)
     assert done.returncode == 0 and done.stdout == f"report: {a}/report.html\n", done.stderr
     done = call(a, b, f"--output={tmp_path}/both.html")
-    assert done.stdout.splitlines()[0].startswith("run: Not finished: step 10 of 40.")
+    assert done.stdout.splitlines()[0].startswith(f"{b}: Not finished: step 10 of 40.")
     page = (tmp_path / "both.html").read_text()
     assert json.dumps(str(a)) in page and json.dumps(str(b)) in page  # folders called alike
     for arguments, part in (

@@ -128,6 +128,8 @@ def _read_prompt(value: Any, name: str) -> Prompt:
     # What is asked comes last; before it may stand an empty system message.
     if not (texts[-1] or "").strip():
         raise _Unusable(f"{name} is empty")
+    if is_chat and value[-1]["role"] == "assistant":
+        raise _Unusable(f"{name} ends with an answer")
     return value if is_chat else texts[0]
 
 

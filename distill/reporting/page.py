@@ -36,8 +36,9 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
       UserError: there is no such run.
     """
     runs = [read_run(workdir) for workdir in workdirs]
-    write_atomically(output, render(runs, _names(runs, workdirs)))
-    return [f"{run.name}: {note}" for run in runs for note in run.notes]
+    names = _names(runs, workdirs)
+    write_atomically(output, render(runs, names))
+    return [f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes]
 
 
 def render(runs: Sequence[Run], names: Sequence[str]) -> str:

@@ -61,11 +61,13 @@ def read_run(workdir: Path) -> Run:
     series = _read_series(workdir / METRICS, notes)
     facts = _read_json(workdir / FACTS, notes)
     results = _read_json(workdir / RESULTS, notes) if (workdir / RESULTS).exists() else {}
-    rollouts = {
-        path.stem: record
-        for path in sorted((workdir / FOLDER).glob("*.json"))
-        if isinstance((record := _read_json(path, notes)).get("answers"), list)
-    }
+    rollouts = {}
+    for path in sorted((workdir / FOLDER).glob("*.json")):
+        record = _read_json(path, notes)
+        if _are_rollouts(record):
+            rollouts[path.stem] = record
+        elif record:
+            notes.append(f"{path.name} is damaged and left out.")
     run = Run(
         name=workdir.resolve().name,
         step=_last_step(workdir, series),
@@ -106,6 +108,31 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     if fields is None:
         notes.append(f"{path.name} is damaged and left out.")
     return fields or {}
+
+
+def _are_rollouts(record: dict[str, Any]) -> bool:
+    """Whether it has what the page shows of `RolloutRecorder`'s answers."""
+    of_tokens = ["tokens", "ids", "log_q"]
+    if record.get("has_teacher"):
+        of_tokens += ["log_p", "divergence", "top"]
+    answers = record.get("answers")
+    return (
+        isinstance(answers, list)
+        and isinstance(record.get("texts"), dict)
+        and isinstance(record.get("answers_in_all"), int)
+        and all(isinstance(answer, dict) and _is_answer(answer, of_tokens) for answer in answers)
+    )
+
+
+def _is_answer(answer: dict[str, Any], of_tokens: list[str]) -> bool:
+    values = [answer.get(name) for name in of_tokens]
+    texts = [answer.get(name) for name in ("id", "question", "prompt")]
+    return (
+        all(isinstance(value, list) for value in values)
+        and len({len(value) for value in values}) == 1
+        and all(isinstance(text, str) for text in texts)
+        and {"correct", "expected", "stopped"} <= answer.keys()
+    )
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

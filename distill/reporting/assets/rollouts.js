@@ -12,10 +12,10 @@ function mean(values) {
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
 }
 
-// The value that has full colour, the same for all answers of the page.
-function fullColour(runs) {
-  const all = runs.flatMap((run) => Object.values(run.rollouts).flatMap(
-    (record) => record.answers.flatMap((answer) => strengths(record, answer))));
+// The value that has full colour, the same for all answers that are coloured by the same thing.
+function fullColour(records) {
+  const all = records.flatMap(
+    (record) => record.answers.flatMap((answer) => strengths(record, answer)));
   const known = all.filter((v) => v !== null).sort((a, b) => a - b);
   return Math.max(0.1, known[Math.floor(0.995 * (known.length - 1))] ?? 0);
 }
@@ -28,12 +28,15 @@ function rolloutViewer(runs) {
         (role === "base" ? "Base" : `Student, step ${run.rollouts[role].step}`),
     })));
   if (!sources.length) return null;
-  const full = fullColour(runs);
-  const colour = (v) => (v === null ? 0 : Math.sqrt(Math.min(1, Math.max(0, v) / full)));
+  const full = new Map([true, false].map((hasTeacher) => [hasTeacher, fullColour(
+    sources.map((s) => s.record).filter((r) => r.has_teacher === hasTeacher))]));
+  const colour = (v) => (v === null
+    ? 0 : Math.sqrt(Math.min(1, Math.max(0, v) / full.get(record().has_teacher))));
   const state = { source: 0, filter: "all", order: "data", chosen: null, token: -1 };
   const list = el("div", { class: "list", role: "listbox", "aria-label": "Answers", tabindex: 0 });
   const detail = el("div", { class: "detail" });
   const count = el("span", { class: "count", role: "status" });
+  const lead = el("p", { class: "lead" }), legend = el("div", { class: "heat-legend" });
   const tip = tooltip();
 
   const record = () => sources[state.source].record;
@@ -50,6 +53,8 @@ function rolloutViewer(runs) {
   }
 
   function showList() {
+    lead.textContent = explanation(record());
+    legend.replaceChildren(...scaleOf(record(), full.get(record().has_teacher)));
     const shown = answers();
     if (!shown.some((a) => place(a) === state.chosen)) state.chosen = place(shown[0]);
     list.replaceChildren(...shown.map(listItem));
@@ -174,8 +179,8 @@ function rolloutViewer(runs) {
   }
 
   const section = el("section", { id: "rollouts" },
-    el("h2", {}, "Answers, token by token"), el("p", { class: "lead" }, explanation(record())),
-    el("div", { class: "toolbar" }, source.group, filter.group, order.group, legendOf(record(), full)),
+    el("h2", {}, "Answers, token by token"), lead,
+    el("div", { class: "toolbar" }, source.group, filter.group, order.group, legend),
     el("div", { class: "card viewer" }, el("div", { class: "side" }, list, count), detail),
     el("p", { class: "keys" }, "Keys: ", keys("j", "k"), " answers, ", keys("←", "→"), " tokens, ",
       keys("n"), " next divergent token, ", keys("f"), " filter, ", keys("b"), " other model"), tip.card);
@@ -194,10 +199,9 @@ function explanation(record) {
       "server, and what it says of these tokens is not known here.";
 }
 
-function legendOf(record, full) {
+function scaleOf(record, full) {
   const scale = el("span", { class: "scale", "aria-hidden": "true" });
-  return el("div", { class: "heat-legend" }, "0", scale, `${number(full)} nats` +
-    (record.has_teacher ? " of divergence" : " of surprise"));
+  return ["0", scale, `${number(full)} nats of ${record.has_teacher ? "divergence" : "surprise"}`];
 }
 
 function keys(...names) {
