@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.evidence_methods import POSITIONS, STUDENTS
+from benchmarks.evidence_methods import FIRST_STUDENT, POSITIONS, STUDENTS
 from benchmarks.evidence_report import (
     BUDGETS,
     COMPARED,
@@ -92,18 +92,18 @@ def plot_levels(rows: Sequence[Row]) -> Figure:
 
 
 def plot_positions(rows: Sequence[Row]) -> Figure:
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    grid = figure.subplots(2, len(STUDENTS), sharex=True)
-    for column, student in enumerate(STUDENTS):
-        for method, group in _shown(rows, student):
-            grid[0][column].plot(POSITIONS, perplexities(group), "o-", **_line(method))
-            shares = [math.nan if x == 0 else x for x in departure_shares(group)]
-            grid[1][column].plot(POSITIONS, shares, "o-", **_line(method))
-        grid[0][column].set_title(f"{student} weights", loc="left")
-        grid[1][column].set_xlabel("position in the answer, from")
-    grid[0][0].set_ylabel("teacher's perplexity\non sampled answers")
-    grid[1][0].set_ylabel("first departures, of answers\nthat had kept to the teacher")
-    grid[0][0].legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method, group in _shown(rows, FIRST_STUDENT):
+        left.plot(POSITIONS, perplexities(group), "o-", **_line(method))
+        shares = [math.nan if x == 0 else x for x in departure_shares(group)]
+        right.plot(POSITIONS, shares, "o-", **_line(method))
+    left.set_title(f"{FIRST_STUDENT} weights: teacher's perplexity of samples", loc="left")
+    right.set_title("greedy: first departures, of answers left", loc="left")
+    left.set_yscale("log")
+    left.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("position in the answer, from")
     return figure
 
 

@@ -303,17 +303,13 @@ def perplexities(rows: Sequence[Row]) -> list[float]:
 
 def rate_table(rows: Sequence[Row]) -> Table:
     """Accuracy with other learning rates, one seed."""
-    mine = [
-        r
-        for r in rows
-        if r["student"] == FIRST_STUDENT and r["seed"] == 0 and r["method"] != "base"
-    ]
+    mine = [row for row in rows if (row["student"], row["seed"]) == (FIRST_STUDENT, 0)]
     mine = [row for row in mine if row["budget"] in ("updates", "rate")]
     rates = sorted({row["learning_rate"] for row in mine})
     table: Table = [("method", *(f"rate {rate:g}" for rate in rates))]
     for method in METHODS:
         found = {row["learning_rate"]: accuracy([row]) for row in mine if row["method"] == method}
-        if found:
+        if len(found) > 1:
             cells = (f"{found[rate]:.1%}" if rate in found else "-" for rate in rates)
             table.append((title(method), *cells))
     return table
