@@ -88,7 +88,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
     if not _HELP.isdisjoint(argv[1:]):
-        print("\n".join(_help_lines(argv[0])))
+        _print_to_pipe("\n".join(_help_lines(argv[0])))
         sys.exit(0)
     try:
         _check_override_names(argv)
@@ -102,6 +102,14 @@ def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
             raise
         sys.exit(0)  # absl takes it for a failure
     return rest
+
+
+def _print_to_pipe(text: str) -> None:
+    """Prints to a reader that may have seen enough, such as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
 
 
 def _help_lines(program: str) -> Iterator[str]:

@@ -41,6 +41,12 @@ def test_help_is_short_and_shows_the_commands_own_flags_and_common_keys(command)
     assert "run_with_pdb" not in done.stdout, "absl's own"
 
 
+def test_help_to_a_reader_that_has_gone():
+    line = f"set -o pipefail; {sys.executable} -m distill.main --help | true"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_full_help_is_no_failure():
     done = run("distill.main", "--helpfull")
     assert done.returncode == 0 and "run_with_pdb" in done.stdout
