@@ -43,24 +43,19 @@ from distill.data.base import Example
 from distill.errors import UserError
 from distill.metrics import write_atomically
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the runs.")
-_ONLY = flags.DEFINE_string("only", "", "Only runs whose names have this text.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of every method.", lower_bound=1)
-_REPORT = flags.DEFINE_bool("report", False, "Make tables and plots of what is there.")
-
 
 def main() -> None:
-    if not _OUTPUT.value:
+    if not output_flag.value:
         raise UserError("pass --output=FOLDER, where the runs go")
-    output = Path(_OUTPUT.value).absolute()
-    if _REPORT.value:
+    output = Path(output_flag.value).absolute()
+    if report_flag.value:
         from benchmarks.evidence_report import make_report
 
         make_report(output)
         return
-    runs = [run for run in all_runs(_SEEDS.value) if _ONLY.value in run.name]
+    runs = [run for run in all_runs(seeds_flag.value) if only_flag.value in run.name]
     if not runs:
-        raise UserError(f"--only={_ONLY.value} names no run; such as: {all_runs(1)[1].name}")
+        raise UserError(f"--only={only_flag.value} names no run; such as: {all_runs(1)[1].name}")
     for run in runs:
         if not row_path(output, run).exists():
             perform(output, run)
@@ -204,4 +199,8 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
+    output_flag = flags.DEFINE_string("output", None, "Folder of the runs.")
+    only_flag = flags.DEFINE_string("only", "", "Only runs whose names have this text.")
+    seeds_flag = flags.DEFINE_integer("seeds", 3, "Runs of every method.", lower_bound=1)
+    report_flag = flags.DEFINE_bool("report", False, "Make tables and plots of what is there.")
     cli.run(main)

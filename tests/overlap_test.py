@@ -299,7 +299,7 @@ def expect_refusal(config: ConfigDict, workdir: Path, *words: str) -> None:
     [
         ({"sampler_devices": 8}, ["sampler_devices=8", "none of 8 devices", "at most 7"]),
         ({"sampler_devices": 3, "tensor": 5}, ["3 devices", "mesh.tensor=5", "multiple of 5"]),
-        ({"data": 8}, ["'data': 8", "4 devices", "4 of 8 devices to the sampler, 4 remain"]),
+        ({"data": 8}, ["mesh.data=8", "4 devices", "4 of 8 devices to the sampler, 4 remain"]),
         ({"sampler_devices": 4, "enabled": True}, ["sampler_devices=4", "enabled=False"]),
     ],
 )
