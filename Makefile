@@ -24,7 +24,7 @@ test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck $$(git grep -lE '^#!/usr/bin/env bash$$')
+	$(BIN)/shellcheck $$(grep -rlE '^#!/usr/bin/env bash$$' .ci launch tests)
 	$(BIN)/python tests/jobset_check.py launch/gke_jobset.yaml
 
 functional: $(VENV)/.installed $(LAUNCH_VENV)/.installed
