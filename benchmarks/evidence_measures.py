@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks.evidence_examination import Examination, examine
-from benchmarks.evidence_methods import GENERATIONS, LONGEST, METHODS, POSITIONS, Run
+from benchmarks.evidence_methods import GENERATIONS, METHODS, POSITIONS, Run
 from configs import arithmetic
 from distill import build
 from distill.build_teacher import build_teacher
@@ -51,7 +51,8 @@ def training_numbers(folder: Path, run: Run, files: Sequence[Path]) -> Row:
     generated = sum(_answer_tokens(path, most) for path in files)
     if method.data == "own":  # those that did not end are not in the files
         lines = sum(len(path.read_text().splitlines()) for path in files)
-        generated += (run.prompts * GENERATIONS - lines) * LONGEST
+        longest = arithmetic.get_config().distillation.generate_strategy.max_length
+        generated += (run.prompts * GENERATIONS - lines) * longest
     seconds = {kind: _seconds(folder, kind) for kind in ("wall", "cpu")}
     if method.data == "teacher":  # whose answers serve several runs, not all of them every run
         share = min(run.prompts / len(files[0].read_text().splitlines()), 1.0)
@@ -186,8 +187,7 @@ def departures(examination: Examination, lengths_b: np.ndarray, right_b: np.ndar
     Returns:
       'kept' (answers that had not departed when a position began, by position of its beginning),
       'departed' and 'departed_right' (first departures there, and how many of these answers are
-      right all the same), and
-      forward KL and tokens up to the first departure and after it.
+      right all the same), and forward KL and tokens up to the first departure and after it.
     """
     first_b = examination.first_departure_b()
     end_b = np.where(first_b < 0, lengths_b, first_b + 1)

@@ -17,7 +17,6 @@ OTHER_RATES = (1e-3, 4e-3)
 FEW_METHODS = ("off_policy_forward", "on_policy_forward", "on_policy_reverse")
 # Self-training: how often the student answers anew, and how many answers to a prompt.
 ROUNDS, GENERATIONS = 3, 4
-LONGEST = 48  # tokens of an answer, at most
 # Response positions are counted in groups that begin here.
 POSITIONS = (0, 8, 16, 24, 32, 40)
 
@@ -146,7 +145,7 @@ def all_runs(seeds: int) -> list[Run]:
             if seed == 0:
                 runs.append(Run(student, "base", "updates", 0, 0, 0))
             runs += _equal_updates(student, seed)
-        runs += [_kept(FIRST_STUDENT, method, "teacher", seed) for method in KEPT]
+        runs += _kept(FIRST_STUDENT, "teacher", seed, MORE_UPDATES, UPDATES * BATCH)
     return runs + _long(FIRST_STUDENT) + _small_budget(FIRST_STUDENT) + _other_rates(FIRST_STUDENT)
 
 
@@ -156,19 +155,16 @@ def _equal_updates(student: str, seed: int) -> list[Run]:
     return [Run(student, m, "updates", seed, UPDATES, UPDATES * BATCH) for m in methods]
 
 
-def _kept(student: str, method: str, budget: str, seed: int) -> Run:
-    """Uses what its teacher did once two times, or four times with a small budget."""
-    if budget == "small":
-        return Run(student, method, budget, seed, UPDATES, SMALL_BUDGET * BATCH)
-    return Run(student, method, budget, seed, MORE_UPDATES, UPDATES * BATCH)
+def _kept(student: str, budget: str, seed: int, updates: int, answers: int) -> list[Run]:
+    """What a teacher did once for `answers` is used in all `updates`."""
+    return [Run(student, method, budget, seed, updates, answers) for method in KEPT]
 
 
 def _small_budget(student: str) -> list[Run]:
+    answers = SMALL_BUDGET * BATCH
     methods = [method for method in METHODS if METHODS[method].has_teacher and method != CACHED]
-    runs = [_kept(student, method, "small", 0) for method in KEPT]
-    return runs + [
-        Run(student, method, "small", 0, SMALL_BUDGET, SMALL_BUDGET * BATCH) for method in methods
-    ]
+    anew = [Run(student, method, "small", 0, SMALL_BUDGET, answers) for method in methods]
+    return _kept(student, "small", 0, UPDATES, answers) + anew
 
 
 def _long(student: str) -> list[Run]:
