@@ -8,13 +8,16 @@
 How to read it. The same random weights and prompts for everyone, float32, temperature 1; nothing
 ends an answer early, so everyone samples the same number of tokens. The loss is the Jensen-Shannon
 divergence with weight 0.5, a mean over the sampled tokens; then AdamW. Ours are the parts that the
-trainer wires up (BatchSource, JaxBackend, Engine, train step); TRL's are a run of `trainer.train()`
-held back before each step: current `DistillationTrainer`, and `GKDTrainer` with lmbda=1, each with
-gradient checkpointing and without, all prompts in one batch. Checkpointing is GKD's default, and
-has it sample without a cache of keys and values; its bfloat16 and its temperature of 0.9 are not
+trainer wires up (BatchSource, JaxBackend, Engine, train step), with a run's default activation
+checkpointing; TRL's are a run of `trainer.train()` held back before each step: current
+`DistillationTrainer`, and `GKDTrainer` with lmbda=1, each with gradient checkpointing and without,
+all prompts in one batch. `defaults` are GKD's: checkpointing, which has it sample without a cache
+of keys and values, and bfloat16, which nobody else computes in here; its temperature of 0.9 is not
 taken over, for the sake of equal work. `ratio` is the part of our time: 3 is three times slower.
 `seconds` is a median of interleaved repeats, after the steps that compile and warm up; loading is
-not counted.
+not counted. `products of the update` is no step: it is what remains of ours without sampling,
+attention, softmax, norms and optimizer, the matrix products of both models' layers and heads on the
+real tokens, one after the other.
 
 Everyone samples with random numbers of its own, so the losses of the first step, which are means
 over the tokens of the same distribution, are compared with a tolerance of 5%.
@@ -26,6 +29,7 @@ each; a student of 6M and a teacher of 20M parameters, and models of about the q
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -56,7 +60,7 @@ from distill.sampling.engine import Engine, EngineConfig
 from distill.step import TrainState, make_train_step
 
 CPUS = 2
-BASELINE = "distill"
+BASELINE, PRODUCTS = "distill", "products of the update"
 DTYPE = "float32"
 NUM_PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, RESPONSE = 16, 16, 64, 64
 MICROBATCH = 8
@@ -92,11 +96,11 @@ _TRL_PYTHON = flags.DEFINE_string("trl_python", None, "Python interpreter that h
 
 TRL_SETTINGS = {
     f"TRL {trainer}{', checkpointing' if checkpointing else ''}": dict(
-        trainer=trainer, checkpointing=checkpointing
+        trainer=trainer, checkpointing=checkpointing, bf16=False
     )
     for trainer in ("DistillationTrainer", "GKDTrainer")
     for checkpointing in (False, True)
-}
+} | {"TRL GKDTrainer, defaults": dict(trainer="GKDTrainer", checkpointing=True, bf16=True)}
 
 
 def main() -> None:
@@ -127,13 +131,16 @@ def _measure(workload: Workload, python: str | None) -> tuple[list[harness.Row],
     rows = harness.compare(workload.name, measurements, BASELINE)
     for row in rows:
         del row["peak_bytes"], row["peak_ratio"]  # not compared: TRL's is another process's
-        seconds = row["seconds"]
+        seconds = row["seconds"] if row["implementation"] != PRODUCTS else None
         row["tokens_per_second"] = round(NUM_PROMPTS * RESPONSE / seconds) if seconds else None
     return rows, harness.failures(workload.name, measurements)
 
 
 def _jobs(workload: Workload, folder: Path, python: str | None) -> list[harness.Job]:
-    jobs = [harness.Job(BASELINE, build_ours, (workload, folder))]
+    jobs = [
+        harness.Job(BASELINE, build_ours, (workload, folder)),
+        harness.Job(PRODUCTS, build_products, (workload,)),
+    ]
     if python is not None:
         jobs += [
             harness.Job(name, build_trl, (folder, os.path.abspath(python), settings), _unknown_peak)
@@ -206,7 +213,7 @@ def _make_batches(student, vocab_size: int) -> BatchSource:
         vocab_size=vocab_size,
     )
     return BatchSource(
-        make_train_iterator(prompts, batch_size=NUM_PROMPTS, seed=0, shuffle=True),
+        make_train_iterator(prompts, batch_size=NUM_PROMPTS, seed=0, shuffle=False),
         JaxBackend(engine, dtype=jnp.dtype(DTYPE)),
         jax.device_put,
         params=SamplingParams(max_length=RESPONSE),
@@ -218,6 +225,41 @@ def _make_batches(student, vocab_size: int) -> BatchSource:
         layout=Layout((Shape(MICROBATCH, longest),)),
         pad_id=0,
     )
+
+
+def build_products(workload: Workload):
+    responses = NUM_PROMPTS * RESPONSE
+    tokens = responses + sum(map(len, make_prompts(workload.student.vocab_size)))
+    forward = jax.jit(lambda x, w: x @ w)
+    to_inputs, to_weights = jax.jit(lambda y, w: y @ w.T), jax.jit(lambda x, y: x.T @ y)
+
+    @functools.cache
+    def array(*shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(0), shape, DTYPE)
+
+    calls = []
+    for model, trained in ((workload.student, True), (workload.teacher, False)):
+        for rows, inputs, outputs in _linear_layers(model, tokens, responses):
+            x, w, y = array(rows, inputs), array(inputs, outputs), array(rows, outputs)
+            calls.append((forward, x, w))
+            if trained:
+                calls += [(to_inputs, y, w), (to_weights, x, y)]
+
+    def run() -> None:
+        for product, left, right in calls:
+            product(left, right).block_until_ready()
+
+    run()
+    return run
+
+
+def _linear_layers(model: ModelConfig, tokens: int, responses: int) -> list[tuple[int, int, int]]:
+    """(rows, inputs, outputs) of every product of a forward pass; the head sees responses only."""
+    d, f = model.model_width, model.ffn_width
+    heads, kv_heads = (n * model.head_width for n in (model.num_heads, model.num_kv_heads))
+    layer = (d, heads), (d, kv_heads), (d, kv_heads), (heads, d), (d, f), (d, f), (f, d)
+    products = [(tokens, *sizes) for sizes in layer]
+    return products * model.num_layers + [(responses, d, model.vocab_size)]
 
 
 def build_trl(folder: Path, python: str, settings: dict):

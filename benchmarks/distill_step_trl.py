@@ -60,7 +60,7 @@ def make_trainer(folder: Path, work: dict, settings: dict, callback: TrainerCall
         learning_rate=work["learning_rate"],
         weight_decay=work["weight_decay"],
         lr_scheduler_type="constant",
-        bf16=False,
+        bf16=settings["bf16"],
         use_cpu=True,
         temperature=1.0,
         beta=work["beta"],

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distill.config import Policy
 from distill.errors import RunStopped
 from distill.models.config import ModelConfig
 from distill.models.hf import load_params
@@ -136,9 +137,13 @@ def _export(config: ModelConfig, dtype: str, folder: Path) -> None:
 def load_weights(
     config: ModelConfig, dtype: str, folder: Path, param_dtype: str | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph and parameters of a folder, stored as they compute if nothing else is said."""
+    """Graph and parameters of a folder, stored as they compute if nothing else is said.
+
+    What a backward pass recomputes is a run's default.
+    """
     stored = jnp.dtype(param_dtype or dtype)
-    options = dict(dtype=jnp.dtype(dtype), param_dtype=stored)
+    remat = Policy().activation_checkpointing
+    options = dict(dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat)
     shapes = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
     graphdef, abstract_params = nnx.split(shapes, nnx.Param)
     return graphdef, load_params(folder, config, abstract_params, None, stored)

@@ -50,7 +50,7 @@ def _from_scratch(config: ConfigDict) -> ConfigDict:
     config.policy.pretrain.learning_rate = 3e-3
     config.policy.max_total_sequence_length = 272
     config.policy.precision = "float32"
-    config.policy.activation_checkpointing = "none"
+    config.policy.activation_checkpointing = "dots"
     config.policy.train_global_batch_size = 16
     config.policy.train_micro_batch_size = 16
     config.policy.optimizer.learning_rate = 2e-3

@@ -211,7 +211,7 @@ class Policy:
     sequence_packing: SequencePacking = _section(SequencePacking)
     dynamic_batching: DynamicBatching = _section(DynamicBatching)
     activation_checkpointing: str = _key(
-        "none", "what the backward pass recomputes", choices=("none", "dots", "full")
+        "dots", "what the backward pass recomputes", choices=("none", "dots", "full")
     )
     optimizer: Optimizer = _section(Optimizer)
     generation: Generation = _section(Generation)

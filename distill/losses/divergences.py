@@ -16,6 +16,7 @@ one namespace: what `distillation.kl_type` may be.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -190,10 +191,26 @@ def jsd(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
         return forward(log_p, log_q)
     if beta == 1.0:
         return reverse(log_p, log_q)
+    return sum(_jsd_terms(log_p, log_q, beta))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _jsd_terms(log_p: jax.Array, log_q: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
     log_m = _log_mixture(beta, log_p, log_q)
-    teacher_term = _expectation_term(log_p, log_p - log_m)
-    student_term = _expectation_term(log_q, log_q - log_m)
-    return beta * teacher_term + (1.0 - beta) * student_term
+    teacher_term = beta * _expectation_term(log_p, log_p - log_m)
+    student_term = (1.0 - beta) * _expectation_term(log_q, log_q - log_m)
+    return teacher_term, student_term
+
+
+@_jsd_terms.defjvp
+def _jsd_terms_and_slopes(beta, primals, tangents):
+    """Each term is the sum's derivative by the logarithm of its own distribution.
+
+    The rest cancels: with w = (1 - beta) q / m and so beta p = (1 - w) m, d(sum)/dlog_q is
+    (1 - beta) q (log q - log m) - beta p w + (1 - beta) q (1 - w).
+    """
+    terms = _jsd_terms(*primals, beta)
+    return terms, tuple(term * tangent for term, tangent in zip(terms, tangents, strict=True))
 
 
 @_register("skew_forward", pointwise=True, parameter="skew_alpha")

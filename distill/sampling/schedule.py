@@ -92,20 +92,22 @@ class Run:
         start = time.perf_counter()
         self._insert_waiting()
         repeats = self._request.num_generations
+        # Where nothing waits for it, few large readings.
+        at_once = self._refill_size if self._running.any() else self._engine.num_slots
         while self._queue:
             free = (~self._running).sum(axis=1) - [len(rows) for rows in self._waiting]
             wanted = min(self._refill_size, len(self._queue) * repeats)
             if self._running.any() and free.max() < wanted or free.max() <= 0:
                 break
-            self._read(free)
+            self._read(free, -(-at_once // repeats))
             self._insert_waiting()
         self._prefill_seconds += time.perf_counter() - start
 
-    def _read(self, free: np.ndarray) -> None:
-        """Prefills the next prompts, as many as a reading takes and free slots can use."""
+    def _read(self, free: np.ndarray, most: int) -> None:
+        """Prefills the next prompts of each part: at most so many, for which slots are free."""
         prompts, repeats = self._request.prompts, self._request.num_generations
         size = prompt_bucket(len(prompts[self._queue[0]]))
-        most = max(1, min(self._refill_size, PREFILL_TOKENS // size))
+        most = max(1, min(most, PREFILL_TOKENS // size))
         taken: list[list[int]] = [[] for _ in range(self._parts)]
         free = free.copy()
         while self._queue:

@@ -217,7 +217,7 @@ class XlaSweeps(Sweeps):
     """The functions of this module, for any platform.
 
     `strip_logits`, if given, are so many that a few arrays of them fit into a processor's cache: a
-    chunk's tokens are then swept a strip at a time.
+    chunk's sums are then made a strip of tokens at a time.
     """
 
     # Heads and head gradient pass through memory once per chunk, so a chunk wants the few hundred
@@ -246,8 +246,9 @@ class XlaSweeps(Sweeps):
     def gradient(
         self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
     ) -> jax.Array:
-        sweep = functools.partial(gradient, loss, dtype=dtype)
-        return self._in_strips(sweep, logits, statistics, slope_sum_c, weights_c)
+        # Not in strips: it is one elementwise operation, and in a loop XLA would not share it out
+        # over the processor's cores.
+        return gradient(loss, logits, statistics, slope_sum_c, weights_c, dtype=dtype)
 
     def _in_strips(self, sweep, logits: Logits, *rows):
         num_tokens, width = logits.student_cv.shape
