@@ -191,7 +191,8 @@ def jsd(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
         return forward(log_p, log_q)
     if beta == 1.0:
         return reverse(log_p, log_q)
-    return sum(_jsd_terms(log_p, log_q, beta))
+    teacher_term, student_term = _jsd_terms(log_p, log_q, beta)
+    return teacher_term + student_term
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
