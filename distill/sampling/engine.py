@@ -4,8 +4,8 @@ The host schedules (schedule.py) and the device computes, a few tens of tokens p
 read in length buckets, one reading for all answers to a prompt; a free slot takes the next answer;
 when the queue is empty, the answers still running move together and the batch gets narrower.
 Attention reads every row of the cache to its own end (on TPUs), or all rows up to the bucket of the
-longest running answer. The compiled programs are those of (prompt bucket) and of (width), or of
-(width, cache bucket): few, and fixed once the slots are.
+longest running answer. The compiled programs are those of (prompt bucket, first reading or later)
+and of (width), or of (width, cache bucket): few, and fixed once the slots are.
 
 What an answer is depends on its request only, through its key: neither the slots nor the order nor
 the other answers matter, but for the rounding of products of another shape.
