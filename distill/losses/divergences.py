@@ -191,27 +191,32 @@ def jsd(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
         return forward(log_p, log_q)
     if beta == 1.0:
         return reverse(log_p, log_q)
+    return _inner_jsd(log_p, log_q, beta)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _inner_jsd(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
     teacher_term, student_term = _jsd_terms(log_p, log_q, beta)
     return teacher_term + student_term
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _jsd_terms(log_p: jax.Array, log_q: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
-    log_m = _log_mixture(beta, log_p, log_q)
-    teacher_term = beta * _expectation_term(log_p, log_p - log_m)
-    student_term = (1.0 - beta) * _expectation_term(log_q, log_q - log_m)
-    return teacher_term, student_term
+@_inner_jsd.defjvp
+def _inner_jsd_and_slope(beta, primals, tangents):
+    """The derivative by a distribution's logarithm is that distribution's term.
 
-
-@_jsd_terms.defjvp
-def _jsd_terms_and_slopes(beta, primals, tangents):
-    """Each term is the sum's derivative by the logarithm of its own distribution.
-
-    The rest cancels: with w = (1 - beta) q / m and so beta p = (1 - w) m, d(sum)/dlog_q is
+    The rest cancels: with w = (1 - beta) q / m and so beta p = (1 - w) m, df/dlog_q is
     (1 - beta) q (log q - log m) - beta p w + (1 - beta) q (1 - w).
     """
-    terms = _jsd_terms(*primals, beta)
-    return terms, tuple(term * tangent for term, tangent in zip(terms, tangents, strict=True))
+    teacher_term, student_term = _jsd_terms(*primals, beta)
+    p_tangent, q_tangent = tangents
+    return teacher_term + student_term, teacher_term * p_tangent + student_term * q_tangent
+
+
+def _jsd_terms(log_p: jax.Array, log_q: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
+    log_m = _log_mixture(beta, log_p, log_q)
+    teacher_term = _expectation_term(log_p, log_p - log_m)
+    student_term = _expectation_term(log_q, log_q - log_m)
+    return beta * teacher_term, (1.0 - beta) * student_term
 
 
 @_register("skew_forward", pointwise=True, parameter="skew_alpha")
