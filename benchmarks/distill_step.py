@@ -29,7 +29,6 @@ each; a student of 6M and a teacher of 20M parameters, and models of about the q
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -45,6 +44,7 @@ from absl import flags
 
 from benchmarks import harness
 from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
+from benchmarks.train_step_jobs import build_products
 from distill import cli
 from distill.data.packing import Layout, Shape
 from distill.data.pipeline import make_train_iterator
@@ -137,9 +137,12 @@ def _measure(workload: Workload, python: str | None) -> tuple[list[harness.Row],
 
 
 def _jobs(workload: Workload, folder: Path, python: str | None) -> list[harness.Job]:
+    _, student, teacher = workload
+    responses = NUM_PROMPTS * RESPONSE
+    tokens = responses + sum(map(len, make_prompts(student.vocab_size)))
     jobs = [
         harness.Job(BASELINE, build_ours, (workload, folder)),
-        harness.Job(PRODUCTS, build_products, (workload,)),
+        harness.Job(PRODUCTS, build_products, (student, teacher, DTYPE, tokens, responses)),
     ]
     if python is not None:
         jobs += [
@@ -225,41 +228,6 @@ def _make_batches(student, vocab_size: int) -> BatchSource:
         layout=Layout((Shape(MICROBATCH, longest),)),
         pad_id=0,
     )
-
-
-def build_products(workload: Workload):
-    responses = NUM_PROMPTS * RESPONSE
-    tokens = responses + sum(map(len, make_prompts(workload.student.vocab_size)))
-    forward = jax.jit(lambda x, w: x @ w)
-    to_inputs, to_weights = jax.jit(lambda y, w: y @ w.T), jax.jit(lambda x, y: x.T @ y)
-
-    @functools.cache
-    def array(*shape: int) -> jax.Array:
-        return jax.random.normal(jax.random.key(0), shape, DTYPE)
-
-    calls = []
-    for model, trained in ((workload.student, True), (workload.teacher, False)):
-        for rows, inputs, outputs in _linear_layers(model, tokens, responses):
-            x, w, y = array(rows, inputs), array(inputs, outputs), array(rows, outputs)
-            calls.append((forward, x, w))
-            if trained:
-                calls += [(to_inputs, y, w), (to_weights, x, y)]
-
-    def run() -> None:
-        for product, left, right in calls:
-            product(left, right).block_until_ready()
-
-    run()
-    return run
-
-
-def _linear_layers(model: ModelConfig, tokens: int, responses: int) -> list[tuple[int, int, int]]:
-    """(rows, inputs, outputs) of every product of a forward pass; the head sees responses only."""
-    d, f = model.model_width, model.ffn_width
-    heads, kv_heads = (n * model.head_width for n in (model.num_heads, model.num_kv_heads))
-    layer = (d, heads), (d, kv_heads), (d, kv_heads), (heads, d), (d, f), (d, f), (f, d)
-    products = [(tokens, *sizes) for sizes in layer]
-    return products * model.num_layers + [(responses, d, model.vocab_size)]
 
 
 def build_trl(folder: Path, python: str, settings: dict):

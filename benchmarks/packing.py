@@ -32,6 +32,7 @@ from benchmarks.train_step_jobs import (
     CPUS,
     GPU_WORKLOAD,
     Workload,
+    check_same_loss,
     make_state_and_step,
 )
 from distill import cli
@@ -106,7 +107,7 @@ def build_step(workload: Workload, scale: int, layout: Layout, folder: Path):
     batch = make_batch(*arrays(workload.student.vocab_size, scale), layout=layout, pad_id=0)
     batch = jax.device_put(batch)
     state, metrics = step(state, batch)
-    _check_same_loss(folder / "loss.txt", float(metrics["loss"]), workload.dtype)
+    check_same_loss(folder / "loss.txt", float(metrics["loss"]), workload.dtype)
     _padding_file(folder, layout).write_text(str(float(metrics["padding"])))
     held = [state]
 
@@ -115,15 +116,6 @@ def build_step(workload: Workload, scale: int, layout: Layout, folder: Path):
         jax.block_until_ready((held[0], metrics))
 
     return run
-
-
-def _check_same_loss(path: Path, loss: float, dtype: str) -> None:
-    """The first one to come writes, the others compare."""
-    if not path.exists():
-        path.write_text(str(loss))
-    first = float(path.read_text())
-    if not np.isclose(loss, first, rtol=1e-4 if dtype == "float32" else 2e-2):
-        raise RuntimeError(f"a loss of {loss} instead of {first}: not the same work")
 
 
 def _padding_file(folder: Path, layout: Layout) -> Path:

@@ -3,13 +3,17 @@
     python -m benchmarks.train_step [--json=PATH] [--repeats=N] [--only=TEXT,...]
 
 How to read it. The same random weights and the same batch for everyone: prompts and responses of
-mixed lengths in padded rows, forward KL on the response tokens. `torch` is what one writes without
-a framework: two `transformers` models, the logits of every position, log_softmax, AdamW, eager or
-with both models compiled. Before anything is timed, every implementation's first loss is compared
-with ours. `ratio` is the part of eager torch's time: below 1 is better. `seconds` is a median of
-interleaved repeats. `of peak` is the arithmetic that the models need (twice the weights per token
-forward, four times backward, heads on response tokens only, attention, no recomputation) over the
-rate of a large matrix product measured in the same run.
+mixed lengths in padded rows, forward KL on the response tokens. `packed` has the same sequences,
+several in a row of twice the length (policy.sequence_packing), in microbatches of as many tokens.
+`torch` is what one writes without a framework: two `transformers` models, the logits of every
+position, log_softmax, AdamW, eager or with both models compiled. Before anything is timed, every
+implementation's first loss is compared with ours. `ratio` is the part of eager torch's time: below
+1 is better. `seconds` is a median of interleaved repeats. `of peak` is the arithmetic that the
+models need (twice the weights per token forward, four times backward, heads on response tokens
+only, attention, no recomputation) over the rate of a large matrix product measured in the same run.
+
+`products of the step` is no step but its profile: what remains of one on padded rows without
+attention, softmax, norms and optimizer, the matrix products of both models' layers and heads.
 
 On a CPU: a student of 20M and a teacher of 75M parameters in float32, 16 rows of up to 256 tokens,
 the first two CPUs for everyone. On a GPU: the shapes of Qwen2.5-1.5B and 7B, weights of the teacher
@@ -33,11 +37,12 @@ from benchmarks.train_step_jobs import (
     GPU_WORKLOAD,
     Workload,
     build_ours,
+    build_products,
     build_torch,
 )
 from distill import cli
 
-BASELINE, MATRIX = "torch, eager", "matrix product"
+BASELINE, MATRIX, PRODUCTS = "torch, eager", "matrix product", "products of the step"
 
 _ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each implementation.", lower_bound=1)
@@ -64,7 +69,9 @@ def main() -> None:
 def _jobs(workload: Workload, folder: Path, platform: str) -> tuple[list[harness.Job], list[str]]:
     jobs = [
         harness.Job(MATRIX, harness.build_matrix_product, (workload.matrix, workload.dtype)),
-        harness.Job("distill", build_ours, (workload, folder)),
+        harness.Job("distill", build_ours, (workload, folder, False)),
+        harness.Job("distill, packed", build_ours, (workload, folder, True)),
+        harness.Job(PRODUCTS, build_products, _products(workload)),
     ]
     notes = []
     if importlib.util.find_spec("torch"):
@@ -84,6 +91,14 @@ def _jobs(workload: Workload, folder: Path, platform: str) -> tuple[list[harness
     return wanted, notes
 
 
+def _products(workload: Workload) -> tuple:
+    """Arguments of `build_products`: all positions of the padded rows, and the response tokens."""
+    *_, rollout, _ = workload.arrays()
+    tokens = workload.rows * workload.row_length
+    models = workload.student, workload.teacher, workload.dtype
+    return *models, tokens, int(rollout.lengths_b.sum())
+
+
 def _rows(workload: Workload, measurements: dict[str, harness.Measurement]) -> list[harness.Row]:
     measurements = dict(measurements)
     matrix = measurements.pop(MATRIX)
@@ -93,7 +108,7 @@ def _rows(workload: Workload, measurements: dict[str, harness.Measurement]) -> l
     for row in rows:
         # Not compared: what torch frees on a CPU stays with its process.
         del row["peak_bytes"], row["peak_ratio"]
-        known = row["seconds"] is not None and rate is not None
+        known = None not in (row["seconds"], rate) and row["implementation"] != PRODUCTS
         row["of_peak"] = workload.flops() / row["seconds"] / rate if known else None
     return rows
 

@@ -1,8 +1,13 @@
-"""The work of benchmarks/train_step.py and packing.py, as functions that their workers call."""
+"""The work of benchmarks/train_step.py and packing.py, as functions that their workers call.
+
+`build_products` is distill_step.py's, too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 from pathlib import Path
 
@@ -54,10 +59,15 @@ class Workload:
         arrays = prompts_bp.astype(np.int32), prompt_lengths_b.astype(np.int32)
         return *arrays, rollout, np.zeros(self.rows, bool)
 
-    def batch(self) -> Microbatch:
-        """Microbatches of padded rows, stacked."""
-        shape = Shape(self.rows // self.microbatches, self.prompt + self.response)
-        return make_batch(*self.arrays(), layout=Layout((shape,)), pad_id=0)[0]
+    @property
+    def row_length(self) -> int:
+        return self.prompt + self.response
+
+    def batch(self, packed: bool = False) -> Microbatch:
+        """Microbatches of padded rows, or of half as many packed ones of twice the length."""
+        rows = self.rows // self.microbatches
+        shape = Shape(rows // 2, 2 * self.row_length) if packed else Shape(rows, self.row_length)
+        return make_batch(*self.arrays(), layout=Layout((shape,), packed), pad_id=0)[0]
 
     def flops(self) -> float:
         """Of the real tokens: padding counts for nobody."""
@@ -66,15 +76,48 @@ class Workload:
         responses = rollout.lengths_b.sum()
         total = 0.0
         for config, passes in ((self.student, 3), (self.teacher, 1)):
-            heads = config.num_heads * config.head_width
-            kv_heads = config.num_kv_heads * config.head_width
-            layer = config.model_width * (2 * heads + 2 * kv_heads + 3 * config.ffn_width)
-            body = 2 * config.num_layers * layer * lengths.sum()
+            products = 2 * sum(map(math.prod, linear_layers(config, lengths.sum(), responses)))
             # Scores and sums over the earlier half of all pairs, causally.
+            heads = config.num_heads * config.head_width
             attention = 2 * config.num_layers * heads * (lengths**2).sum()
-            head = 2 * config.model_width * config.vocab_size * responses
-            total += passes * (body + attention + head)
+            total += passes * (products + attention)
         return total
+
+
+def linear_layers(model: ModelConfig, tokens: int, responses: int) -> list[tuple[int, int, int]]:
+    """(rows, inputs, outputs) of every product of a forward pass; the head sees responses only."""
+    d, f = model.model_width, model.ffn_width
+    heads, kv_heads = (n * model.head_width for n in (model.num_heads, model.num_kv_heads))
+    layer = (d, heads), (d, kv_heads), (d, kv_heads), (heads, d), (d, f), (d, f), (f, d)
+    products = [(tokens, *sizes) for sizes in layer]
+    return products * model.num_layers + [(responses, d, model.vocab_size)]
+
+
+def build_products(
+    student: ModelConfig, teacher: ModelConfig, dtype: str, tokens: int, responses: int
+):
+    """The products of one update alone, one after the other."""
+    forward = jax.jit(lambda x, w: x @ w)
+    to_inputs, to_weights = jax.jit(lambda y, w: y @ w.T), jax.jit(lambda x, y: x.T @ y)
+
+    @functools.cache
+    def array(*shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(0), shape, dtype)
+
+    calls = []
+    for model, trained in ((student, True), (teacher, False)):
+        for rows, inputs, outputs in linear_layers(model, tokens, responses):
+            x, w, y = array(rows, inputs), array(inputs, outputs), array(rows, outputs)
+            calls.append((forward, x, w))
+            if trained:
+                calls += [(to_inputs, y, w), (to_weights, x, y)]
+
+    def run() -> None:
+        for product, left, right in calls:
+            product(left, right).block_until_ready()
+
+    run()
+    return run
 
 
 CPU_WORKLOAD = Workload(
@@ -110,11 +153,11 @@ GPU_WORKLOAD = Workload(
 )
 
 
-def build_ours(workload: Workload, folder: Path):
+def build_ours(workload: Workload, folder: Path, packed: bool):
     state, step = make_state_and_step(workload, folder)
-    batch = (jax.device_put(workload.batch()),)
+    batch = (jax.device_put(workload.batch(packed)),)
     state, metrics = step(state, batch)
-    (folder / "loss.txt").write_text(str(float(metrics["loss"])))
+    check_same_loss(folder / "loss.txt", float(metrics["loss"]), workload.dtype)
     held = [state]
 
     def run():
@@ -122,6 +165,15 @@ def build_ours(workload: Workload, folder: Path):
         jax.block_until_ready((held[0], metrics))
 
     return run
+
+
+def check_same_loss(path: Path, loss: float, dtype: str) -> None:
+    """The first one to come writes, the others compare."""
+    if not path.exists():
+        path.write_text(str(loss))
+    first = float(path.read_text())
+    if not np.isclose(loss, first, rtol=1e-4 if dtype == "float32" else 2e-2):
+        raise RuntimeError(f"a loss of {loss} instead of {first}: not the same work")
 
 
 def make_state_and_step(workload: Workload, folder: Path):
@@ -188,9 +240,7 @@ def build_torch(workload: Workload, folder: Path, compiled: bool):
         optimizer.zero_grad(set_to_none=True)
         return float(loss_sum)  # waits for the device
 
-    ours, theirs = float((folder / "loss.txt").read_text()), step()
-    if not np.isclose(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 2e-2):
-        raise RuntimeError(f"torch's loss is {theirs}, ours {ours}: not the same work")
+    check_same_loss(folder / "loss.txt", step(), workload.dtype)
     return step
 
 
