@@ -22,7 +22,13 @@ from distill.errors import RunInterrupted, RunStopped, UserError, printable
 USAGE_ERROR = 2
 _LONGEST_ERROR = 2000  # characters
 _HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
-_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id", "initialization_timeout")
+_PROCESS_FLAGS = (
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "initialization_timeout",
+    "heartbeat_timeout",
+)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,6 +54,12 @@ def _define_process_flags() -> None:
     flags.DEFINE_integer(
         "initialization_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
     )
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        100,
+        "Seconds without a sign of life from one of several processes after which all end.",
+        lower_bound=1,
+    )
 
 
 def join_processes() -> None:
@@ -58,6 +70,7 @@ def join_processes() -> None:
         values.num_processes,
         values.process_id,
         timeout=values.initialization_timeout,
+        silence=values.heartbeat_timeout,
     )
 
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 _LONGEST_WAIT = 3600  # seconds by which one process may be ahead of another
 _PARTING = 10  # seconds for all to hear that the run ends
 _HEARING = 0.5  # seconds between two looks for that
-_LEFT = "distill/left/"
+_LEFT, _ALIVE = "distill/left/", "distill/alive/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class _Run:
       client: of the coordination service. JAX has no public name for it; Orbax takes the same one.
       process: this one's number there.
       num_processes: in all.
+      silence: seconds without a sign of life after which a process counts as dead.
       rounds: numbers of the exchanges, the same in all processes.
       leaving: held by the thread that ends this process.
       ended: set when the run has ended well.
@@ -50,6 +51,7 @@ class _Run:
     client: Any
     process: int
     num_processes: int
+    silence: int
     rounds: itertools.count = dataclasses.field(default_factory=itertools.count)
     leaving: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -66,6 +68,7 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
     timeout: int = 300,
+    silence: int = 100,
 ) -> None:
     """Joins the other processes of the run; a plain single process does nothing here.
 
@@ -77,6 +80,7 @@ def join(
       num_processes: of the run.
       process_id: of this one, from 0.
       timeout: seconds to wait for the others.
+      silence: seconds without a sign of life from another process after which this one ends.
 
     Raises:
       UserError: the arguments contradict each other, or somebody did not come in time.
@@ -89,9 +93,9 @@ def join(
     if num_processes == 1:
         return
     if None not in given.values():
-        _connect(*given.values(), None, timeout)
+        _connect(*given.values(), None, timeout, silence)
     elif starter or any(given.values()) or _is_tpu_vm():
-        _find_and_connect(given, starter, timeout)
+        _find_and_connect(given, starter, timeout, silence)
 
 
 def _check_arguments(given: dict[str, Any], starter: str) -> None:
@@ -137,7 +141,7 @@ def _is_tpu_vm() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _find_and_connect(given: dict[str, Any], starter: str, timeout: int) -> None:
+def _find_and_connect(given: dict[str, Any], starter: str, timeout: int, silence: int) -> None:
     """Connects with what JAX finds for what is not given; where nobody is found, this is alone."""
     from jax._src.clusters import ClusterEnv
 
@@ -151,7 +155,7 @@ def _find_and_connect(given: dict[str, Any], starter: str, timeout: int) -> None
         found, reason = (None,) * 4, f"{type(error).__name__}: {error}"
     if None not in found[:3]:
         if found[1] > 1:
-            _connect(*found, timeout)
+            _connect(*found, timeout, silence)
     elif starter or any(given.values()):
         raise UserError(
             f"{starter or 'the flags'} speaks of several processes, but JAX does not find out "
@@ -161,7 +165,12 @@ def _find_and_connect(given: dict[str, Any], starter: str, timeout: int) -> None
 
 
 def _connect(
-    address: str, count: int, number: int, devices: Sequence[int] | None, timeout: int
+    address: str,
+    count: int,
+    number: int,
+    devices: Sequence[int] | None,
+    timeout: int,
+    silence: int,
 ) -> None:
     """Connects this process, which has these local devices or all, to the others."""
     import jax
@@ -172,12 +181,22 @@ def _connect(
     # JAX would take SIGTERM from `Interrupts`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        address, count, number, devices, "deactivate", initialization_timeout=timeout
+        address,
+        count,
+        number,
+        devices,
+        "deactivate",
+        initialization_timeout=timeout,
+        # JAX ends a process with stack traces that name nobody: only where `_keep_alive` has not.
+        heartbeat_timeout_seconds=2 * silence + _PARTING,
     )
-    _run = _Run(distributed.global_state.client, number, count)
-    listener = threading.Thread(target=_listen, args=(_run,), daemon=True)
-    listener.start()
-    atexit.register(_hang_up, _run, listener)
+    _run = _Run(distributed.global_state.client, number, count, silence)
+    threads = [
+        threading.Thread(target=task, args=(_run,), daemon=True) for task in (_listen, _keep_alive)
+    ]
+    for thread in threads:
+        thread.start()
+    atexit.register(_hang_up, _run, threads)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
 
@@ -277,6 +296,33 @@ def _listen(run: _Run) -> None:
             _part(f"process {number}: {line}", status)
 
 
+def _keep_alive(run: _Run) -> None:
+    """Tells that this process is there; process 0 ends the run when another one no longer does."""
+    mine, heard = f"{_ALIVE}{run.process}", {}
+    with contextlib.suppress(Exception):  # process 0 is gone: JAX, which notices, ends this one
+        for number in itertools.count():
+            run.client.key_value_set(mine, str(number), allow_overwrite=True)
+            if run.process == 0:
+                now = time.monotonic()
+                # When each process's last number came, of those that have not ended.
+                heard = {
+                    beat: heard.get(beat, now) for beat in run.client.key_value_dir_get(_ALIVE)
+                }
+                (process, _), since = min(heard.items(), key=lambda item: item[1])
+                if now - since > run.silence:
+                    leave(_death(process.removeprefix(_ALIVE), run.silence), 1)
+            if run.ended.wait(run.silence / 10):
+                break
+        run.client.key_value_delete(mine)
+
+
+def _death(process: str, silence: int) -> str:
+    return (
+        f"error: process {process} has shown no sign of life for {silence} s: it was killed, or "
+        "its host is gone. Start all processes again: the run goes on from its last checkpoint"
+    )
+
+
 def _part(line: str, status: int, tell: Callable[[], None] = lambda: None) -> NoReturn:
     """Ends this process, but waits a little for all to know that the run has ended."""
     _run.leaving.acquire()  # a thread that comes second waits here for the end
@@ -297,7 +343,8 @@ def _exit(line: str, status: int) -> NoReturn:
     os._exit(status)
 
 
-def _hang_up(run: _Run, listener: threading.Thread) -> None:
-    """Before JAX closes the line on which the thread listens."""
+def _hang_up(run: _Run, threads: Sequence[threading.Thread]) -> None:
+    """Before JAX closes the line on which the threads speak."""
     run.ended.set()
-    listener.join()
+    for thread in threads:
+        thread.join()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -174,6 +175,17 @@ def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, together
 
 
 # -------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.slow
+def test_killed_process_is_named_by_the_other(two, together, tmp_path):
+    """In one line, before JAX ends the other one with stack traces."""
+    shutil.copytree(together[0] / "scratch", tmp_path / "scratch")
+    first, second = two.start(tmp_path, "--heartbeat_timeout=20", fault="train:5:SIGKILL")
+    assert statuses([first, second]) == [1, -signal.SIGKILL], (first, second)
+    (line,) = errors(first)
+    assert "process 1 has shown no sign of life for 20 s" in line
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
 def test_another_config_is_named_by_both(two, tmp_path):
