@@ -18,8 +18,10 @@ from tiny_runs import tiny_config, with_models
 import configs.math_cl
 import distill
 from distill import build, topology, trainer
+from distill.build_teacher import abstract_teacher, build_teacher
 from distill.config import parse_config
 from distill.errors import UserError
+from distill.models.hf import load_model_config
 from distill.models.published import PUBLISHED
 from distill.plan import plan
 from distill.planning import changes, costs, programs
@@ -157,6 +159,29 @@ def test_abstract_shapes_say_how_large_a_shard_is():
 def split(config, data, fsdp, tensor):
     mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
     return dataclasses.replace(config, mesh=mesh)
+
+
+@pytest.mark.parametrize("offload", ["none", "host", "layers"])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1), (1, 4, 2)])
+def test_8_bit_teacher_is_laid_out_as_a_run_loads_it(models, sizes, offload):
+    """Leaf by leaf, scales included, where the train step takes it from."""
+    config = with_models(tiny_config(), models)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+    config.teacher.precision, config.teacher.offload = "int8", offload
+    config.teacher.split_over_data = offload == "none"
+    config = parse_config(config)
+    mesh = build.build_mesh(config)
+    with jax.set_mesh(mesh):
+        folder = build.find_models(config)[1]
+        loaded = build_teacher(config, folder, mesh).fetch()
+    planned = abstract_teacher(config, load_model_config(folder)[0], mesh).params
+    assert jax.tree.structure(planned) == jax.tree.structure(loaded)
+    leaves = jax.tree_util.tree_leaves_with_path(loaded)
+    assert sum(path[-1].name == "scale" for path, _ in leaves) == 7
+    for (path, real), shape in zip(leaves, jax.tree.leaves(planned), strict=True):
+        assert (shape.shape, shape.dtype) == (real.shape, real.dtype), path
+        assert shape.sharding.is_equivalent_to(real.sharding, real.ndim), path
+        assert shape.sharding.memory_kind == real.sharding.memory_kind, path
 
 
 # -------------------------------------------------------------------------------- what is sent
