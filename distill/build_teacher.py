@@ -83,14 +83,14 @@ def abstract_teacher(config: Config, model_config: ModelConfig, mesh) -> Model:
 
     def keep(path: tuple, param: nnx.Variable) -> nnx.Variable:
         name = "/".join(map(str, path))
-        layout = param.get_value().sharding
         if config.teacher.precision == "int8":
             param = abstract_quantized(model_config, name, param)
         if streamed and _is_streamed(name, param):
-            in_host = layout.with_memory_kind(HOST_MEMORY)
-            shapes = jax.tree.map(lambda x: x.update(sharding=in_host), param.get_value())
-            return param.replace(shapes)
+            return param.replace(jax.tree.map(in_host, param.get_value()))
         return param
+
+    def in_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return x.update(sharding=x.sharding.with_memory_kind(HOST_MEMORY))
 
     flat = [(path, keep(path, param)) for path, param in nnx.to_flat_state(model.params)]
     return dataclasses.replace(model, params=nnx.from_flat_state(flat))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from tiny_models import model_config
@@ -18,8 +19,11 @@ from tiny_runs import tiny_config, with_models
 import configs.math_cl
 import distill
 from distill import build, topology, trainer
+from distill.build_teacher import abstract_teacher, build_teacher
 from distill.config import parse_config
+from distill.data.packing import place
 from distill.errors import UserError
+from distill.models.hf import load_model_config
 from distill.models.published import PUBLISHED
 from distill.plan import plan
 from distill.planning import changes, costs, programs
@@ -159,6 +163,29 @@ def split(config, data, fsdp, tensor):
     return dataclasses.replace(config, mesh=mesh)
 
 
+@pytest.mark.parametrize("offload", ["none", "host", "layers"])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1), (1, 4, 2)])
+def test_8_bit_teacher_is_laid_out_as_a_run_loads_it(models, sizes, offload):
+    """Leaf by leaf, scales included, where the train step takes it from."""
+    config = with_models(tiny_config(), models)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+    config.teacher.precision, config.teacher.offload = "int8", offload
+    config.teacher.split_over_data = offload == "none"
+    config = parse_config(config)
+    mesh = build.build_mesh(config)
+    with jax.set_mesh(mesh):
+        folder = build.find_models(config)[1]
+        loaded = build_teacher(config, folder, mesh).fetch()
+    planned = abstract_teacher(config, load_model_config(folder)[0], mesh).params
+    assert jax.tree.structure(planned) == jax.tree.structure(loaded)
+    leaves = jax.tree_util.tree_leaves_with_path(loaded)
+    assert sum(path[-1].name == "scale" for path, _ in leaves) == 7
+    for (path, real), shape in zip(leaves, jax.tree.leaves(planned), strict=True):
+        assert (shape.shape, shape.dtype) == (real.shape, real.dtype), path
+        assert shape.sharding.is_equivalent_to(real.sharding, real.ndim), path
+        assert shape.sharding.memory_kind == real.sharding.memory_kind, path
+
+
 # -------------------------------------------------------------------------------- what is sent
 
 
@@ -235,6 +262,59 @@ def test_tpu_programs_overlap_gathers_and_count_in_steps():
     """A gather that goes on beside a loop counts once; 8 in steps of 2 are 4 turns."""
     sent = sent_bytes(TPU_PROGRAM, num_devices=8)
     assert sent == {"all-gather": 3 / 4 * 256, "collective-permute": 4 * (64 + 2)}
+
+
+def test_collectives_of_one_channel_are_all_counted():
+    """As shard_map's are: a sum over 8 devices, then a maximum, then a gather."""
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def program(x):
+        return jax.lax.all_gather(jax.lax.pmax(jnp.sin(jax.lax.psum(x, "i")), "i"), "i")
+
+    spec = PartitionSpec("i")
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    text = jax.jit(mapped).lower(jnp.ones(8 * 1024)).compile().as_text()
+    sent = sent_bytes(text, 8)
+    assert sent == {"all-reduce": 2 * 2 * 7 / 8 * 4096, "all-gather": 7 * 4096}
+
+
+@pytest.mark.slow
+def test_loops_over_rows_of_three_lengths_count_as_full_rows_run_them():
+    """Against each length alone, padded: what one and two microbatches of it send."""
+    mesh, model = make_mesh(2, 2, 2), model_config("qwen2")
+
+    def planned(rows: int, at_once: int, length: int, *, dynamic: bool = False):
+        config = tiny_config()
+        config.policy.train_global_batch_size, config.policy.train_micro_batch_size = rows, at_once
+        config.policy.max_total_sequence_length = length
+        config.distillation.generate_strategy.max_length = 8
+        config.policy.dynamic_batching.enabled = dynamic
+        config.policy.dynamic_batching.sequence_length_round = 4
+        subject = Subject(split(parse_config(config), 2, 2, 2), model, model, 30)
+        subject = fit_to_devices(subject, 8)
+        sent = compile_train_step(subject, make_arrays(subject, mesh, mesh), mesh).sent
+        return subject, sum(sent.values())
+
+    rows, longest = 32, 44
+    subject, sent = planned(rows, 8, longest, dynamic=True)
+    layout = build.build_layout(subject.config, longest, mesh)
+    assert [(shape.rows, shape.length) for shape in layout.shapes] == [(28, 12), (12, 24), (8, 44)]
+    placements = place(np.full(rows, longest), layout)
+    expected = {"sent": 0.0, "flops": 0.0}
+    for shape, placement in zip(layout.shapes, placements, strict=True):
+        turns = len(placement.sequence_i) / shape.rows
+        alone, once = planned(shape.rows, shape.rows, shape.length)
+        _, twice = planned(2 * shape.rows, shape.rows, shape.length)
+        # What every loop sends before its first turn, it sends without any turn.
+        expected["sent"] += once + (turns - 1) * (twice - once)
+        expected["flops"] += turns * update_flops(alone)
+    # Not exactly: norms and counts, outside of all loops, are in `expected` three times.
+    assert sent == pytest.approx(expected["sent"], rel=2e-3)
+    assert update_flops(subject) == pytest.approx(expected["flops"], rel=1e-6)
+
+
+def update_flops(subject: Subject) -> float:
+    return costs.update_phase(subject, 0.0).flops
 
 
 # ------------------------------------------------------------------------------ the arithmetic
@@ -476,7 +556,7 @@ def test_programs_that_the_compiler_refuses_for_their_size_are_measured_all_the_
     mesh = make_mesh(devices=topology.described_tpu("v5e:2x2")[:1])
     layout = jax.NamedSharding(mesh, PartitionSpec())
     x = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.float32, sharding=layout)
-    program = programs._compile(lambda: jax.jit(lambda x: (x @ x) @ x).lower(x), x, mesh, 1)
+    program = programs._compile(lambda: jax.jit(lambda x: (x @ x) @ x).lower(x), x, mesh, [])
     assert "memory" in program.failure and program.sent is None
     assert program.temporaries > 1 << 34
 

@@ -39,12 +39,9 @@ def abstract_quantized(config: ModelConfig, name: str, param: nnx.Variable) -> n
         return param
     value = param.get_value()
     quantized = jax.eval_shape(lambda x: _qwix_quantize(x, channels), value)
-    whole = NamedSharding(value.sharding.mesh, PartitionSpec())  # scales are few
-
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return x.update(sharding=value.sharding if x.shape == value.shape else whole)
-
-    return param.replace(jax.tree.map(place, quantized))
+    steps = quantized.qvalue.update(sharding=value.sharding)
+    scale = quantized.scale.update(sharding=_scale_layout(value.sharding, channels))
+    return param.replace(qwix.QArray(steps, scale))
 
 
 def _channels(config: ModelConfig, name: str) -> tuple[int, ...]:
@@ -59,8 +56,17 @@ def _channels(config: ModelConfig, name: str) -> tuple[int, ...]:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(value: jax.Array, channels: tuple[int, ...], place: Sharding) -> qwix.QArray:
     quantized = _qwix_quantize(value, channels)
+    layout = _scale_layout(place, channels)  # else the compiler's choice, which no plan knows
     steps = jax.lax.with_sharding_constraint(quantized.qvalue, place)
-    return qwix.QArray(steps, quantized.scale)
+    return qwix.QArray(steps, jax.lax.with_sharding_constraint(quantized.scale, layout))
+
+
+def _scale_layout(place: Sharding, channels: tuple[int, ...]) -> Sharding:
+    """Of a matrix's scales: split as the matrix is, but for the axes that share a scale."""
+    if not isinstance(place, NamedSharding):
+        return place
+    spec = [axes if i in channels else None for i, axes in enumerate(place.spec)]
+    return NamedSharding(place.mesh, PartitionSpec(*spec), memory_kind=place.memory_kind)
 
 
 def _qwix_quantize(value: jax.Array, channels: tuple[int, ...]) -> qwix.QArray:

@@ -27,11 +27,13 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _DEFINED = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? (\w[\w\-]*)\((.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 
-# Of each collective by its channel: what it is, and the bytes that it sends.
+# Of each collective, by what tells it from others: what it is, and the bytes that it sends.
 Sent = dict[str, tuple[str, float]]
 
 
-def sent_bytes(text: str, num_devices: int, unknown_trips: float = 1) -> dict[str, float]:
+def sent_bytes(
+    text: str, num_devices: int, unknown_trips: Sequence[float] = ()
+) -> dict[str, float]:
     """Bytes that every device sends in one run of a program, by kind of collective.
 
     A ring's, which no way of doing it undercuts: (n - 1) / n of what is gathered or scattered in a
@@ -40,34 +42,39 @@ def sent_bytes(text: str, num_devices: int, unknown_trips: float = 1) -> dict[st
     Args:
       text: `compiled.as_text()`.
       num_devices: size of groups that are not listed.
-      unknown_trips: turns of loops whose number cannot be read.
+      unknown_trips: turns of the outermost loops whose number cannot be read, in the order in
+        which they run. Any others of which it cannot be read count once.
     """
     computations, entry = _computations(text)
+    given = iter(unknown_trips)
 
     @functools.cache
-    def total(name: str) -> Sent:
+    def total(name: str, is_outermost: bool) -> Sent:
         sent: Sent = {}
-        if _is_progress(name, computations.get(name, ())):
+        lines = computations.get(name, ())
+        if _is_progress(name, lines):
             return sent
-        for number, line in enumerate(computations.get(name, ())):
+        # TPUs start and end a collective in two fusions, of one channel. Elsewhere a channel tells
+        # nothing: all that shard_map sends is on the first.
+        by_channel = any('"AsyncCollective' in line for line in lines)
+        for number, line in enumerate(lines):
             if match := _COLLECTIVE.search(line):
-                channel = _CHANNEL.search(line)
-                key = channel[1] if channel else f"{name}:{number}"
+                key = _CHANNEL.search(line)[1] if by_channel else f"{name}:{number}"
                 sent[key] = _kind(match[1], name), _bytes(line, match, name, num_devices)
             elif loop := _LOOP.search(line):
                 trips = _trips(line, *(computations[each] for each in loop.groups()))
-                trips = unknown_trips if trips is None else trips
+                if trips is None:
+                    trips = next(given, 1) if is_outermost else 1
                 for callee in loop.groups():
-                    for key, (kind, size) in total(callee).items():
+                    for key, (kind, size) in total(callee, False).items():
                         sent[f"{number}/{key}"] = kind, trips * size
             else:
-                # TPUs start and end a collective in two fusions, of one channel.
                 for callee in _callees(line):
-                    sent |= total(callee)
+                    sent |= total(callee, is_outermost)
         return sent
 
     sums = dict.fromkeys(KINDS, 0.0)
-    for kind, size in total(entry).values():
+    for kind, size in total(entry, True).values():
         sums[kind] += size
     return {kind: size for kind, size in sums.items() if size}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -130,8 +131,8 @@ def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
 def compile_train_step(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
     """The train step of a run, as the trainer makes it."""
     config, teacher = subject.config, arrays.teacher
-    # Of the loops over rows of several lengths, which all send the same, full rows run one.
-    trips = costs.count_tokens(subject).microbatches / len(arrays.batch)
+    # Of the loops over rows of several lengths, full rows run the one over the longest, the last.
+    trips = [0] * (len(arrays.batch) - 1) + [costs.count_tokens(subject).microbatches]
     with jax.set_mesh(mesh):
         step = make_train_step(
             arrays.student.graph,
@@ -155,11 +156,11 @@ def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
             lambda: arrays.engine.lower_decode(arrays.sampler, rows, params),
             (arrays.sampler, arrays.loop_weights, arrays.cache),
             mesh,
-            TURNS_PER_CALL,
+            [TURNS_PER_CALL],
         )
 
 
-def _compile(lower, arguments: Any, mesh: Mesh, unknown_trips: float) -> Program:
+def _compile(lower, arguments: Any, mesh: Mesh, unknown_trips: Sequence[float]) -> Program:
     start = time.perf_counter()
     try:
         compiled = lower().compile()
