@@ -59,7 +59,8 @@ def sent_bytes(
         by_channel = any('"AsyncCollective' in line for line in lines)
         for number, line in enumerate(lines):
             if match := _COLLECTIVE.search(line):
-                key = _CHANNEL.search(line)[1] if by_channel else f"{name}:{number}"
+                channel = _CHANNEL.search(line) if by_channel else None
+                key = channel[1] if channel else f"{name}:{number}"
                 sent[key] = _kind(match[1], name), _bytes(line, match, name, num_devices)
             elif loop := _LOOP.search(line):
                 trips = _trips(line, *(computations[each] for each in loop.groups()))
