@@ -1,4 +1,4 @@
-"""The training run, read from top to bottom: build, resume, loop, evaluate, export.
+"""The training run: `run` is the loop and the export, `set_up` is all that comes before.
 
 `train(config, workdir)` is everything that `python -m distill.main` does.
 """
@@ -9,18 +9,20 @@ import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from ml_collections import ConfigDict
 
 from distill import build, processes
 from distill.build_teacher import build_teacher
 from distill.build_vllm import build_remote_teacher
-from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
-from distill.config import RESUMABLE_CHANGES, Config, parse_config, to_flat_dict
+from distill.checkpoint import shapes_on_mesh
+from distill.config import Config, parse_config, to_flat_dict
 from distill.errors import RunStopped, UserError, printable
 from distill.evaluate import Model, format_table
 from distill.interrupts import Interrupts
@@ -33,7 +35,9 @@ from distill.preflight import preflight
 from distill.preflight_checks import Subject
 from distill.reporting.facts import write_facts
 from distill.reporting.page import REPORT, write_report
+from distill.rollout.base import RolloutBackend
 from distill.rollout.batches import BatchSource
+from distill.saver import HeldOut, Saver, find_progress, how_to_go_on
 from distill.scratch import make_missing_models
 from distill.status import busy
 from distill.step import TrainState, make_train_step
@@ -75,8 +79,86 @@ def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None
     return run(parsed, Path(workdir).expanduser().resolve(), interrupts or Interrupts())
 
 
+class Parts(NamedTuple):
+    """What the loop and the export work with; no teacher where it is not on the mesh."""
+
+    student_folder: Path
+    vocabulary: build.Vocabulary
+    graph: nnx.GraphDef
+    teacher: Model | None
+    train_step: Callable
+    backend: RolloutBackend
+    batches: BatchSource
+    progress: Progress
+    held_out: HeldOut
+    saver: Saver
+
+
 def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
     """`train` for a parsed config."""
+    with contextlib.ExitStack() as cleanup:
+        parts, step, state = set_up(config, workdir, interrupts, cleanup)
+        graph, teacher, batches = parts.graph, parts.teacher, parts.batches
+        progress, held_out, saver = parts.progress, parts.held_out, parts.saver
+
+        # ------------------------------------------------------------------------------- loop
+        if "base" not in held_out.results:
+            held_out.evaluate("base", step, Model(graph, state.params))
+        if teacher and "teacher" not in held_out.results:
+            held_out.evaluate("teacher", step, teacher)
+        max_steps, eval_steps = config.distillation.max_steps, config.distillation.eval_steps
+        while True:
+            evaluating = step == max_steps or (eval_steps > 0 and step % eval_steps == 0)
+            # One that a signal prevented or spoilt is made up for when the run goes on.
+            if evaluating and held_out.evaluated < step and not interrupts.agree():
+                with saver.saving_on(RunStopped, step=step, state=state):
+                    held_out.evaluate("student", step, Model(graph, state.params))
+            stopping = interrupts.agree()
+            if stopping or (step and saver.is_due(step)):
+                saver.save(step, state, batches.position)
+            if stopping or step == max_steps:
+                break
+            progress.begin_step(step, state)
+            with saver.saving_on(RunStopped, UserError, step=step, state=state):
+                with progress.phase("generate") as finish:
+                    batch, measured = finish(batches.next(step, state.params))
+                    if config.policy.generation.async_steps and step + 1 < max_steps:
+                        batches.sample_ahead(step + 1, state.params)
+            with progress.phase("train") as finish:
+                state, metrics = parts.train_step(state, teacher and teacher.fetch(), batch)
+                finish(metrics)
+            step += 1
+            interrupts.hold()
+            progress.end_step(step, metrics, measured, batches.rows)
+            saver.checkpoints.check()
+            if reason := progress.too_many_skipped:
+                saver.save_and_stop(step, state, batches.position, RunStopped(reason))
+        progress.close()
+        saver.checkpoints.close()
+        interrupts.release()
+        if stopping:
+            raise interrupts.stop(how_to_go_on(step))
+        parts.backend.stop()
+
+        # ----------------------------------------------------------------------------- export
+        folder, results = workdir / "student", held_out.results
+        card = model_card(to_flat_dict(config), results, step)
+        with busy("exporting the student"):
+            export_student(
+                config, folder, parts.student_folder, state.params, parts.vocabulary, card
+            )
+        if results:
+            print(format_table(results))
+        print(f"student: {folder}", flush=True)
+        if processes.is_first():
+            _write_results(workdir, results)
+        return Result(results, folder, step)
+
+
+def set_up(
+    config: Config, workdir: Path, interrupts: Interrupts, cleanup: contextlib.ExitStack
+) -> tuple[Parts, int, TrainState]:
+    """(parts, step, state) of a run that begins or goes on; `cleanup` ends whatever was begun."""
     build.import_plugins(config)
     objective = build.build_objective(config)
     mesh = build.build_mesh(config)
@@ -84,178 +166,113 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
     flat_config = to_flat_dict(config)
     if config.logger.wandb_enabled:
         import_wandb()
-    with contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(claim_workdir(workdir))
-        cleanup.enter_context(jax.set_mesh(mesh))
-        checkpoints = build.build_checkpoints(config, workdir)
-        cleanup.callback(checkpoints.close)
-        step, record = find_progress(config, checkpoints)
+    cleanup.enter_context(claim_workdir(workdir))
+    cleanup.enter_context(jax.set_mesh(mesh))
+    checkpoints = build.build_checkpoints(config, workdir)
+    cleanup.callback(checkpoints.close)
+    step, record = find_progress(config, checkpoints)
+    updates_remain = step < config.distillation.max_steps
 
-        # ------------------------------------------------------------------------------- data
-        dataset, validation = build.build_dataset(config), build.build_validation(config)
-        supervise = functools.partial(run, interrupts=interrupts)
-        config = make_missing_models(config, workdir, supervise)
-        student_folder, teacher_folder = build.find_models(config)
-        vocabulary = build.build_vocabulary(student_folder, teacher_folder)
-        needs_responses = config.distillation.lambda_ < 1
-        with busy("tokenizing the data"):
-            prompts = build.build_prompts(
-                config, dataset, vocabulary.tokenizer, needs_responses=needs_responses
-            )
-        build.check_same_data(prompts)
-        iterator = build.build_iterator(config, prompts)
-        evaluator = (
-            None
-            if validation is None
-            else build.build_evaluator(config, validation, vocabulary, mesh)
+    # ----------------------------------------------------------------------------------- data
+    dataset, validation = build.build_dataset(config), build.build_validation(config)
+    supervise = functools.partial(run, interrupts=interrupts)
+    config = make_missing_models(config, workdir, supervise)
+    student_folder, teacher_folder = build.find_models(config)
+    vocabulary = build.build_vocabulary(student_folder, teacher_folder)
+    needs_responses = config.distillation.lambda_ < 1
+    with busy("tokenizing the data"):
+        prompts = build.build_prompts(
+            config, dataset, vocabulary.tokenizer, needs_responses=needs_responses
         )
-        record_rollouts = evaluator and build.build_recorder(
+    build.check_same_data(prompts)
+    iterator = build.build_iterator(config, prompts)
+    evaluator = recorder = None
+    if validation is not None:
+        evaluator = build.build_evaluator(config, validation, vocabulary, mesh)
+        recorder = build.build_recorder(
             config, workdir, validation, evaluator.prompts, vocabulary, mesh
         )
 
-        # ----------------------------------------------------------------------------- models
-        compared_on = None if step else prompts  # once per run
-        with busy("loading the teacher"):
-            teacher = build_teacher(config, teacher_folder, mesh, compared_on, vocabulary.size)
-        optimizer, schedule = build.build_optimizer(config)
-        with busy("loading the student"):
-            graph, state = build.build_state(config, student_folder, optimizer, mesh)
-        shapes = shapes_on_mesh(state)
-        train_step = make_train_step(
-            graph,
-            teacher.graph if teacher else None,
-            objective,
-            optimizer,
-            vocab_size=vocabulary.size,
-            state_shardings=jax.tree.map(lambda x: x.sharding, state),
-            importance_clip=config.policy.generation.importance_clip,
+    # --------------------------------------------------------------------------------- models
+    compared_on = None if step else prompts  # once per run
+    with busy("loading the teacher"):
+        teacher = build_teacher(config, teacher_folder, mesh, compared_on, vocabulary.size)
+    optimizer, schedule = build.build_optimizer(config)
+    with busy("loading the student"):
+        graph, state = build.build_state(config, student_folder, optimizer, mesh)
+    shapes = shapes_on_mesh(state)
+    train_step = make_train_step(
+        graph,
+        teacher.graph if teacher else None,
+        objective,
+        optimizer,
+        vocab_size=vocabulary.size,
+        state_shardings=jax.tree.map(lambda x: x.sharding, state),
+        importance_clip=config.policy.generation.importance_clip,
+    )
+    student = Model(graph, shapes.params)
+    folders = dict(student_folder=student_folder, workdir=workdir)
+    backend = build.build_backend(config, student, vocabulary, mesh, sampler_mesh, **folders)
+    cleanup.callback(backend.stop)
+    remote_teacher = build_remote_teacher(config, vocabulary)
+    if updates_remain:
+        # Servers that will not do are told before anything takes time.
+        if remote_teacher is not None:
+            remote_teacher.start()
+        backend.start()
+
+    # --------------------------------------------------------------------------------- resume
+    if step:
+        state = None  # makes room for the restored one
+        with busy(f"restoring step {step}"):
+            state = checkpoints.restore(step, shapes)
+        iterator.set_state(record["iterator"])
+    if config.preflight and updates_remain:
+        subject = Subject(
+            config=config,
+            mesh=mesh,
+            dataset=dataset,
+            prompts=prompts,
+            vocabulary=vocabulary,
+            teacher_folder=teacher_folder,
+            graph=graph,
+            state=state,
+            teacher=teacher,
+            objective=objective,
+            backend=backend,
+            step=step,
         )
-        student = Model(graph, shapes.params)
-        folders = dict(student_folder=student_folder, workdir=workdir)
-        backend = build.build_backend(config, student, vocabulary, mesh, sampler_mesh, **folders)
-        cleanup.callback(backend.stop)
-        remote_teacher = build_remote_teacher(config, vocabulary)
-        if step < config.distillation.max_steps:
-            # Servers that will not do are told before anything takes time.
-            if remote_teacher is not None:
-                remote_teacher.start()
-            backend.start()
-
-        # ----------------------------------------------------------------------------- resume
-        if step:
-            state = None  # makes room for the restored one
-            with busy(f"restoring step {step}"):
-                state = checkpoints.restore(step, shapes)
-            iterator.set_state(record["iterator"])
-        if config.preflight and step < config.distillation.max_steps:
-            subject = Subject(
-                config=config,
-                mesh=mesh,
-                dataset=dataset,
-                prompts=prompts,
-                vocabulary=vocabulary,
-                teacher_folder=teacher_folder,
-                graph=graph,
-                state=state,
-                teacher=teacher,
-                objective=objective,
-                backend=backend,
-                step=step,
-            )
-            preflight(subject, print)
-        batches = build.build_batches(config, prompts, iterator, backend, mesh, remote_teacher)
-        cleanup.callback(batches.close)
-        if step and (ahead := checkpoints.arrays(step)):
-            batches.take_up(step, ahead, record["measured_ahead"])
-        progress = build.build_progress(config, workdir, dataset, schedule, step, record)
-        cleanup.callback(progress.abandon)
-        if processes.is_first():
-            write_facts(workdir, flat_config)
-        progress.say(f"data: {prompts.summary()}")
-        if teacher and teacher.quantization_kl is not None:
-            progress.quantization(step, teacher.quantization_kl)
-        if evaluator is not None:
-            progress.say(f"validation data: {evaluator.prompts.summary()}")
-        saves = build.build_save_schedule(config)
-        saver = Saver(checkpoints, batches, progress, interrupts, flat_config)
-        saver.evaluated = record.get("evaluated", 0)
-        results = saver.results = record.get("results", {})
-
-        def evaluate(role: str, model: Model) -> None:
-            if evaluator is None:
-                return
-            with busy(f"evaluating the {role}"):
-                evaluation, answers = evaluator.examine(model, teacher)
-            if interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
-                return
-            if role != "teacher":
-                record_rollouts(role, step, model, teacher, answers)
-            evaluation = evaluation.to_dict()
-            results[role], saver.evaluated = evaluation, step
-            progress.evaluation(step, role, evaluation)
-
-        def save_is_due() -> bool:
-            return saves.is_due(step) or saver.is_best(step)
-
-        # ------------------------------------------------------------------------------- loop
-        if "base" not in results:
-            evaluate("base", Model(graph, state.params))
-        if teacher and "teacher" not in results:
-            evaluate("teacher", teacher)
-        max_steps, eval_steps = config.distillation.max_steps, config.distillation.eval_steps
-        while True:
-            evaluating = step == max_steps or (eval_steps > 0 and step % eval_steps == 0)
-            # One that a signal prevented or spoilt is made up for when the run goes on.
-            if evaluating and saver.evaluated < step and not interrupts.agree():
-                try:
-                    evaluate("student", Model(graph, state.params))
-                except RunStopped as error:
-                    saver.save_and_stop(step, state, batches.position, error)
-            stopping = interrupts.agree()
-            if stopping or (step and processes.from_first(save_is_due)):
-                saver.save(step, state, batches.position)
-                saves.restart_clock()
-            if stopping or step == max_steps:
-                break
-            progress.begin_step(step, state)
-            position = batches.position
-            try:
-                with progress.phase("generate") as finish:
-                    batch, measured = finish(batches.next(step, state.params))
-                    if config.policy.generation.async_steps and step + 1 < max_steps:
-                        batches.sample_ahead(step + 1, state.params)
-            except (RunStopped, UserError) as error:
-                if not step:  # before the first update there is nothing to go on from
-                    raise
-                # What was sampled but not trained on is sampled again.
-                saver.save_and_stop(step, state, position, error)
-            with progress.phase("train") as finish:
-                state, metrics = train_step(state, teacher and teacher.fetch(), batch)
-                finish(metrics)
-            step += 1
-            interrupts.hold()
-            progress.end_step(step, metrics, measured, batches.rows)
-            checkpoints.check()
-            if reason := progress.too_many_skipped:
-                saver.save_and_stop(step, state, batches.position, RunStopped(reason))
-        progress.close()
-        checkpoints.close()
-        interrupts.release()
-        if stopping:
-            raise interrupts.stop(_how_to_go_on(step))
-        backend.stop()
-
-        # ----------------------------------------------------------------------------- export
-        folder = workdir / "student"
-        card = model_card(flat_config, results, step)
-        with busy("exporting the student"):
-            export_student(config, folder, student_folder, state.params, vocabulary, card)
-        if results:
-            print(format_table(results))
-        print(f"student: {folder}", flush=True)
-        if processes.is_first():
-            _write_results(workdir, results)
-        return Result(results, folder, step)
+        preflight(subject, print)
+    batches = build.build_batches(config, prompts, iterator, backend, mesh, remote_teacher)
+    cleanup.callback(batches.close)
+    if step and (ahead := checkpoints.arrays(step)):
+        batches.take_up(step, ahead, record["measured_ahead"])
+    progress = build.build_progress(config, workdir, dataset, schedule, step, record)
+    cleanup.callback(progress.abandon)
+    if processes.is_first():
+        write_facts(workdir, flat_config)
+    progress.say(f"data: {prompts.summary()}")
+    if teacher and teacher.quantization_kl is not None:
+        progress.quantization(step, teacher.quantization_kl)
+    if evaluator is not None:
+        progress.say(f"validation data: {evaluator.prompts.summary()}")
+    so_far = record.get("results", {}), record.get("evaluated", 0)
+    held_out = HeldOut(evaluator, recorder, teacher, progress, interrupts, *so_far)
+    saves = build.build_save_schedule(config)
+    saver = Saver(checkpoints, saves, batches, progress, held_out, interrupts, flat_config)
+    parts = Parts(
+        student_folder=student_folder,
+        vocabulary=vocabulary,
+        graph=graph,
+        teacher=teacher,
+        train_step=train_step,
+        backend=backend,
+        batches=batches,
+        progress=progress,
+        held_out=held_out,
+        saver=saver,
+    )
+    return parts, step, state
 
 
 def _write_results(workdir: Path, results: dict[str, dict[str, Any]]) -> None:
@@ -269,58 +286,6 @@ def _write_results(workdir: Path, results: dict[str, dict[str, Any]]) -> None:
         print(f"no report ({reason}): python -m distill.report {workdir}", flush=True)
     else:
         print(f"report: {workdir / REPORT}", flush=True)
-
-
-@dataclasses.dataclass
-class Saver:
-    """Saves a run with all that it needs to go on.
-
-    Attributes:
-      results: evaluations so far, by role.
-      evaluated: the last step whose student was evaluated.
-    """
-
-    checkpoints: Checkpoints
-    batches: BatchSource
-    progress: Progress
-    interrupts: Interrupts
-    flat_config: dict[str, Any]
-    results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    evaluated: int = 0
-
-    def scores(self, step: int) -> dict[str, float | None]:
-        """What the checkpoint of `step` may be the best by, if it was evaluated."""
-        if self.evaluated != step:
-            return {}
-        return {f"eval/student/{k}": v for k, v in self.results.get("student", {}).items()}
-
-    def is_best(self, step: int) -> bool:
-        return self.checkpoints.is_best(self.scores(step))
-
-    def save(self, step: int, state: TrainState, position: Any) -> None:
-        """Starts saving; `position` is where the data go on."""
-        arrays, measured = self.batches.answers_ahead()
-        record = dict(
-            config=self.flat_config,
-            iterator=position,
-            measured_ahead=measured,
-            results=self.results,
-            evaluated=self.evaluated,
-            scores=self.scores(step),
-            log_size=self.progress.log_size(),
-            progress=self.progress.state(),
-        )
-        self.checkpoints.save(step, state, record, arrays)
-
-    def save_and_stop(
-        self, step: int, state: TrainState, position: Any, reason: UserError | RunStopped
-    ) -> NoReturn:
-        """Ends the run for a reason, but loses nothing."""
-        self.save(step, state, position)
-        self.checkpoints.close()
-        if self.interrupts.agree():  # the reason may be that servers were signalled too
-            raise self.interrupts.stop(_how_to_go_on(step)) from reason
-        raise type(reason)(f"{reason} ({_how_to_go_on(step)})") from reason
 
 
 def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[str, Any]]:
@@ -354,25 +319,6 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
         return results
 
 
-def find_progress(config: Config, checkpoints: Checkpoints) -> tuple[int, dict[str, Any]]:
-    """Step and record of the checkpoint to go on from; (0, {}) for a new run.
-
-    Raises:
-      UserError: it is damaged, or belongs to a run with another config.
-    """
-
-    def find() -> int | None:
-        checkpoints.sweep()
-        return checkpoints.latest_intact(config.checkpointing.on_torn)
-
-    step = processes.from_first(find)
-    if step is None:
-        return 0, {}
-    record = checkpoints.record(step)
-    check_same_run(record["config"], to_flat_dict(config), RESUMABLE_CHANGES)
-    return step, record
-
-
 def export_student(
     config: Config,
     folder: Path,
@@ -396,7 +342,3 @@ def export_student(
         max_shard_bytes=config.checkpointing.export_shard_size * 1e9,
         card=card,
     )
-
-
-def _how_to_go_on(step: int) -> str:
-    return f"step {step} is saved: the same command goes on from it"

@@ -34,6 +34,7 @@ LEVELS = [
         "metrics",
         "evaluate",
         "checkpoint",
+        "saver",
         "rollout",
         "reporting",
         "model_card",
