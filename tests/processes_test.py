@@ -271,7 +271,7 @@ def test_a_plain_process_joins_nothing(arguments):
                 "SLURM_JOB_ID": "4097", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-2],m3",
                 "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
             },
-            ("n1:61441", 4, 3, [1], 9),
+            ("n1:61441", 4, 3, [1], 9, 8),
         ),
         (
             {
@@ -279,7 +279,7 @@ def test_a_plain_process_joins_nothing(arguments):
                 "OMPI_COMM_WORLD_LOCAL_RANK": "0",
                 "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1,10.1.0.1:34911",
             },
-            ("10.0.0.1:61441", 2, 1, [0], 9),
+            ("10.0.0.1:61441", 2, 1, [0], 9, 8),
         ),
     ],
 )  # fmt: skip
@@ -288,7 +288,7 @@ def test_environment_says_what_is_not_given(monkeypatch, environment, expected):
     monkeypatch.setattr(processes, "_connect", lambda *values: calls.append(values))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    processes.join(timeout=9)
+    processes.join(timeout=9, silence=8)
     assert calls == ([] if expected is None else [expected])
 
 
