@@ -52,11 +52,13 @@ def soak(workdir: Path) -> tuple[float, dict[str, int], float]:
     slope = np.polyfit(after["step"], after["resident_bytes"], 1)[0] * 1000 / 1e6
     first, _, last = np.split(after["seconds"], [quarter, -quarter])
     drift = quickest_stretch(last) / quickest_stretch(first) - 1
-    # The most at any time: a save or an evaluation under way has threads and files of its own.
+    # What is usual: a save or an evaluation under way has threads and files of its own, sometimes
+    # more than ever before. What one of them leaves behind is there from then on.
     grown = {
-        key: int(after[key][-quarter:].max() - after[key][:-quarter].max())
-        for key in ("threads", "files", "programs")
+        key: int(np.median(after[key][-quarter:]) - np.median(after[key][:-quarter]))
+        for key in ("threads", "files")
     }
+    grown["programs"] = int(after["programs"][-1] - after["programs"][-quarter - 1])
     print(
         f"\n{STEPS} updates: resident memory {after['resident_bytes'][-1] / 1e6:.0f} MB, slope "
         f"{slope:+.2f} MB per 1000 updates; step {quickest_stretch(last) * 1e3:.1f} ms, drift "
