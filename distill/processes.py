@@ -299,8 +299,9 @@ def _listen(run: _Run) -> None:
 def _keep_alive(run: _Run) -> None:
     """Tells that this process is there; process 0 ends the run when another one no longer does."""
     mine, heard = f"{_ALIVE}{run.process}", {}
-    with contextlib.suppress(Exception):  # process 0 is gone: JAX, which notices, ends this one
-        for number in itertools.count():
+    for number in itertools.count():
+        # One that fails is followed by others; where process 0 is gone, JAX ends this one.
+        with contextlib.suppress(Exception):
             run.client.key_value_set(mine, str(number), allow_overwrite=True)
             if run.process == 0:
                 now = time.monotonic()
@@ -311,8 +312,9 @@ def _keep_alive(run: _Run) -> None:
                 (process, _), since = min(heard.items(), key=lambda item: item[1])
                 if now - since > run.silence:
                     leave(_death(process.removeprefix(_ALIVE), run.silence), 1)
-            if run.ended.wait(run.silence / 10):
-                break
+        if run.ended.wait(run.silence / 10):
+            break
+    with contextlib.suppress(Exception):
         run.client.key_value_delete(mine)
 
 

@@ -142,7 +142,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
 
         # ----------------------------------------------------------------------------- export
         folder, results = workdir / "student", held_out.results
-        card = model_card(to_flat_dict(config), results, step)
+        card = model_card(saver.flat_config, results, step)
         with busy("exporting the student"):
             export_student(
                 config, folder, parts.student_folder, state.params, parts.vocabulary, card
