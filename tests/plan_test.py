@@ -82,9 +82,11 @@ def test_figures_are_what_a_run_allocates(tmp_path, monkeypatch):
         "batch": held["batch"],
         "sampler": held["sampler"],
         "cache": held["cache"],
+        "loop_weights": held["loop_weights"],
     }
     figures = {name: on_first_device(arrays) for name, arrays in allocated.items()}
-    figures |= {"update": held["update"], "generation": held["generation"]}
+    assert jax.tree.leaves(held["loop_weights"])  # of a model as shallow as this one
+    figures |= {name: held[name] for name in ("update", "prefill", "decode")}
     for name, size in figures.items():
         assert size > 0 and getattr(memory, name) == pytest.approx(size, rel=0.1), name
     update = sum(figures[name] for name in ("student", "optimizer", "teacher", "batch", "sampler"))
@@ -117,16 +119,22 @@ def watch(monkeypatch) -> dict:
     def watched_allocate(engine, weights, num_rows):
         allocate(engine, weights, num_rows)
         held.update(sampler=weights, cache=engine._cache)
-        decode = engine._decode
+        prefill, decode = engine._prefill, engine._decode
+
+        def keep_largest(name, lowered):
+            size = temporaries(lowered.compile().memory_analysis())
+            held[name] = max(size, held.get(name, 0))
+
+        def watched_prefill(*arguments):
+            keep_largest("prefill", prefill.lower(*arguments))
+            return prefill(*arguments)
 
         def watched_decode(weights, layers, *rest):
-            memory = decode.lower(weights, layers, *rest).compile().memory_analysis()
-            size = temporaries(memory) + on_first_device(layers)
-            held["generation"] = max(size, held.get("generation", 0))
-            held["cache"] = jax.tree.map(jnp.copy, rest[0])
+            keep_largest("decode", decode.lower(weights, layers, *rest))
+            held.update(loop_weights=layers, cache=jax.tree.map(jnp.copy, rest[0]))
             return decode(weights, layers, *rest)
 
-        engine._decode = watched_decode
+        engine._prefill, engine._decode = watched_prefill, watched_decode
 
     monkeypatch.setattr(trainer, "make_train_step", watched_make)
     monkeypatch.setattr(Engine, "_allocate", watched_allocate)
@@ -435,7 +443,7 @@ def test_sweep_ranks_all_meshes(tmp_path):
 def test_sweep_compiles_the_best_few(models, capsys):
     config = with_models(tiny_config(), models)
     best = plan(config, "cpu:4", tries_others=True)
-    assert best.compiled.keys() == {"update", "generation"}
+    assert best.compiled.keys() == {"update", "prefill", "decode"}
     assert len(capsys.readouterr().out.splitlines()) == 2 + changes.COMPILED
 
 
@@ -542,7 +550,7 @@ def test_flagship_on_a_slice_of_tpus(capsys):
     assert memory.optimizer == pytest.approx(2 * memory.student, rel=0.01)
     assert memory.sampler == pytest.approx(2 * 1.544e9, rel=0.01)  # whole: every turn reads it
     # The score matrices of a layer and the gathered heads among them.
-    assert 1e9 < memory.update < 12e9 and 0 < memory.generation < 1e9
+    assert 1e9 < memory.update < 12e9 and 0 < memory.decode < 1e9
     # Weights are gathered layer by layer, in loops: each turn must have been counted.
     assert update.sent == pytest.approx(costs.estimated_sent(outlook.subject), rel=0.25)
     assert 0 < generation.sent < update.sent

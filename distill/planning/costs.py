@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from distill.build import teacher_dtype
 from distill.config import rows_per_microbatch
 from distill.models.config import ModelConfig
-from distill.models.decoding import UNROLLED_LAYERS
 from distill.planning.subject import Subject
 from distill.sampling.cache import bytes_per_token
 
@@ -158,13 +157,16 @@ def _update_traffic(subject: Subject) -> float:
     return tokens.microbatches * per_microbatch + tokens.total / sizes.parts * kept + optimizer
 
 
-def generation_phase(subject: Subject, slots: int, turn_sent: float) -> Phase:
+def generation_phase(
+    subject: Subject, prompts: int, slots: int, reading_sent: float, turn_sent: float
+) -> Phase:
     """A refit, reading the prompts, and one turn after the other until all rows are full.
 
     Args:
       subject: which samples; the sampler's weights are not split over fsdp.
+      prompts: that every part reads at once.
       slots: of every part.
-      turn_sent: bytes that every device sends in one turn.
+      reading_sent, turn_sent: bytes that every device sends in a reading and in a turn.
     """
     config, model, tokens = subject.config, subject.student, count_tokens(subject)
     sizes = subject.sampler
@@ -173,13 +175,15 @@ def generation_phase(subject: Subject, slots: int, turn_sent: float) -> Phase:
     rows = -(-tokens.rows // sizes.parts)
     waves = -(-rows // slots)
     turns = tokens.response * waves
+    readings = -(-tokens.prompts // (sizes.parts * prompts))
     cached = (
         bytes_per_token(model, jnp.dtype(config.policy.precision), _int8(subject)) / sizes.tensor
     )
     read = rows * tokens.response * (tokens.prompt + tokens.response / 2) * cached
     refit = weights * (sizes.fsdp - 1) / sizes.fsdp
     operations = sum(_generation(subject)) / sizes.count
-    return Phase("generation", operations, (turns + 1) * weights + read, refit + turns * turn_sent)
+    sent = refit + readings * reading_sent + turns * turn_sent
+    return Phase("generation", operations, (turns + readings) * weights + read, sent)
 
 
 def _int8(subject: Subject) -> bool:
@@ -208,19 +212,12 @@ def estimated_sent(subject: Subject) -> float:
     return tokens.microbatches * (gathered * over_fsdp + gradients) + activations
 
 
-def estimated_turn_sent(subject: Subject, slots: int) -> float:
-    """Bytes that a device sends in a turn of the decode loop."""
+def estimated_forward_sent(subject: Subject, tokens: int) -> float:
+    """Bytes that a device of the sampler sends while its part's `tokens` go through the layers."""
     model = subject.student
     compute = jnp.dtype(subject.config.policy.precision).itemsize
-    return (
-        2
-        * _others(subject.sampler.tensor)
-        * 2
-        * model.num_layers
-        * model.model_width
-        * compute
-        * slots
-    )
+    summed = 2 * model.num_layers * model.model_width * compute
+    return 2 * _others(subject.sampler.tensor) * summed * tokens
 
 
 def estimated_temporaries(subject: Subject) -> float:
@@ -250,15 +247,18 @@ def estimated_temporaries(subject: Subject) -> float:
     return gradients + kept + max(*at_work, tables)
 
 
-def estimated_decode_temporaries(subject: Subject, slots: int) -> float:
-    """Scores of the next token, and a shallow model's `decoding.LoopWeights`."""
+def estimated_prefill_temporaries(subject: Subject, prompts: int, size: int) -> float:
+    """What one layer makes of `prompts` of `size` tokens, their keys and values, and scores."""
     model, tensor = subject.student, subject.sampler.tensor
-    copied = 0
-    if model.num_layers <= UNROLLED_LAYERS:
-        copied = model.num_layers * layer_weights(model)
-        copied += model.vocab_size * model.model_width if model.tied else 0
-    copies = jnp.dtype(subject.config.policy.precision).itemsize * copied
-    return (2 * FLOAT32 * slots * model.vocab_size + copies) / tensor
+    compute = jnp.dtype(subject.config.policy.precision).itemsize
+    cached = bytes_per_token(model, jnp.dtype(subject.config.policy.precision), _int8(subject))
+    of_token = compute * _layer_activations(model, tensor) + cached / tensor
+    return prompts * (size * of_token + FLOAT32 * model.vocab_size / tensor)
+
+
+def estimated_decode_temporaries(subject: Subject, slots: int) -> float:
+    """Scores of the next token."""
+    return 2 * FLOAT32 * slots * subject.student.vocab_size / subject.sampler.tensor
 
 
 def _layer_copies(model: ModelConfig, bytes_per_weight: int, tensor: int) -> float:

@@ -10,6 +10,7 @@ from distill.planning.programs import (
     Arrays,
     Program,
     compile_decode,
+    compile_prefill,
     compile_train_step,
     make_arrays,
 )
@@ -31,8 +32,10 @@ class Memory:
       batch: of the update.
       sampler: the sampler's copy of the student, which stays while the update runs.
       cache: keys and values, given back before the update.
+      loop_weights: of a shallow sampler, held while it samples.
       update: temporaries of the train step, gradients included.
-      generation: temporaries of the decode loop, with a shallow model's `LoopWeights`.
+      prefill: temporaries and results of the largest reading of prompts.
+      decode: temporaries of the decode loop.
       apart: whether sampler and cache are on other devices.
     """
 
@@ -43,8 +46,10 @@ class Memory:
     batch: float
     sampler: float
     cache: float
+    loop_weights: float
     update: float
-    generation: float
+    prefill: float
+    decode: float
     apart: bool
 
     @property
@@ -56,7 +61,7 @@ class Memory:
     def peaks(self) -> dict[str, float]:
         """What is needed at once, by phase."""
         update = self.held + self.batch + self.update
-        generation = self.sampler + self.cache + self.generation
+        generation = self.sampler + self.cache + self.loop_weights + max(self.prefill, self.decode)
         if self.apart:
             return {"update": update, "generation": generation}
         peaks = {"update": update + self.sampler}
@@ -73,8 +78,8 @@ class Outlook:
 
     Attributes:
       phases: in turn, or at once with devices apart and answers sampled ahead.
-      compiled: the programs by phase; empty where nothing was compiled and temporaries and network
-        traffic are estimates.
+      compiled: the programs 'update', 'prefill' and 'decode'; empty where nothing was compiled and
+        temporaries and network traffic are estimates.
     """
 
     subject: Subject
@@ -126,18 +131,21 @@ def compile_programs(subject: Subject, topology: Topology) -> Outlook:
     arrays = make_arrays(subject, mesh, sampler_mesh)
     programs = {"update": compile_train_step(subject, arrays, mesh)}
     if subject.samples:
-        programs["generation"] = compile_decode(subject, arrays, sampler_mesh)
+        programs["prefill"] = compile_prefill(arrays, sampler_mesh)
+        programs["decode"] = compile_decode(subject, arrays, sampler_mesh)
     return _outlook(subject, topology, arrays, programs)
 
 
 def _outlook(
     subject: Subject, topology: Topology, arrays: Arrays, programs: dict[str, Program]
 ) -> Outlook:
-    memory = _memory(subject, arrays, programs)
-    phases = [costs.update_phase(subject, _sent(subject, programs))]
+    phases = [costs.update_phase(subject, _sent("update", subject, arrays, programs))]
     if subject.samples:
-        slots = _slots(arrays)
-        phases.append(costs.generation_phase(subject, slots, _turn_sent(subject, slots, programs)))
+        _, prompts, _ = arrays.reading
+        turn = _sent("decode", subject, arrays, programs) / TURNS_PER_CALL
+        reading = _sent("prefill", subject, arrays, programs)
+        phases.append(costs.generation_phase(subject, prompts, _slots(arrays), reading, turn))
+    memory = _memory(subject, arrays, programs)
     return Outlook(subject, topology, memory, tuple(phases), programs)
 
 
@@ -148,7 +156,15 @@ def _slots(arrays: Arrays) -> int:
 
 def _memory(subject: Subject, arrays: Arrays, programs: dict[str, Program]) -> Memory:
     student = bytes_per_device(arrays.state.params)
-    update = programs.get("update")
+    if programs:
+        temporaries = {name: program.temporaries for name, program in programs.items()}
+    else:
+        temporaries = {"update": costs.estimated_temporaries(subject)}
+        if subject.samples:
+            _, prompts, size = arrays.reading
+            slots = _slots(arrays)
+            temporaries["prefill"] = costs.estimated_prefill_temporaries(subject, prompts, size)
+            temporaries["decode"] = costs.estimated_decode_temporaries(subject, slots)
     return Memory(
         student=student,
         optimizer=bytes_per_device(arrays.state.opt_state),
@@ -157,30 +173,21 @@ def _memory(subject: Subject, arrays: Arrays, programs: dict[str, Program]) -> M
         batch=bytes_per_device(arrays.batch),
         sampler=bytes_per_device(arrays.sampler),
         cache=bytes_per_device(arrays.cache),
-        update=update.temporaries if update else costs.estimated_temporaries(subject),
-        generation=_decode_temporaries(subject, arrays, programs),
+        loop_weights=bytes_per_device(arrays.loop_weights),
+        update=temporaries["update"],
+        prefill=temporaries.get("prefill", 0.0),
+        decode=temporaries.get("decode", 0.0),
         apart=subject.samples_apart,
     )
 
 
-def _decode_temporaries(subject: Subject, arrays: Arrays, programs: dict[str, Program]) -> float:
-    if not subject.samples:
-        return 0.0
-    decode = programs.get("generation")
-    if decode is None:
-        return costs.estimated_decode_temporaries(subject, _slots(arrays))
-    return decode.temporaries + bytes_per_device(arrays.loop_weights)
-
-
-def _sent(subject: Subject, programs: dict[str, Program]) -> float:
-    update = programs.get("update")
-    if update is None or update.sent is None:
+def _sent(name: str, subject: Subject, arrays: Arrays, programs: dict[str, Program]) -> float:
+    """Bytes that a device sends in one run of the program."""
+    program = programs.get(name)
+    if program is not None and program.sent is not None:
+        return sum(program.sent.values())
+    if name == "update":
         return costs.estimated_sent(subject)
-    return sum(update.sent.values())
-
-
-def _turn_sent(subject: Subject, slots: int, programs: dict[str, Program]) -> float:
-    decode = programs.get("generation")
-    if decode is None or decode.sent is None:
-        return costs.estimated_turn_sent(subject, slots)
-    return sum(decode.sent.values()) / TURNS_PER_CALL
+    _, prompts, size = arrays.reading
+    tokens = prompts * size if name == "prefill" else TURNS_PER_CALL * _slots(arrays)
+    return costs.estimated_forward_sent(subject, tokens)

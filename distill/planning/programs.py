@@ -40,6 +40,7 @@ class Arrays:
       student: its graph; the parameters are the state's.
       teacher, sampler, loop_weights, cache: None where the run has none here; `loop_weights` are
         a shallow sampler's, as its decode loop reads them.
+      reading: parts, prompts and tokens of the sampler's largest reading; None without a sampler.
     """
 
     student: Model
@@ -50,6 +51,7 @@ class Arrays:
     sampler: Any
     loop_weights: Any
     cache: SlotCache | None
+    reading: tuple[int, int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,9 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
     teacher = None
     if subject.teacher is not None:
         teacher = abstract_teacher(config, subject.teacher, mesh)
-    engine = sampler = loop_weights = cache = None
+    engine = sampler = loop_weights = cache = reading = None
     if subject.samples:
+        tokens = costs.count_tokens(subject)
         engine = Engine(
             student.graph,
             build.engine_sizes(config),
@@ -91,10 +94,12 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
         sampler = _sampler_copy(config, student, sampler_mesh)
         loop_weights = abstract_loop_weights(nnx.merge(student.graph, sampler))
         with _current(sampler_mesh):
-            cache = engine.abstract_cache(sampler, config.policy.train_global_batch_size)
+            cache = engine.abstract_cache(sampler, tokens.rows)
+            repeats = config.distillation.generate_strategy.num_generations
+            reading = engine.reading_shape(sampler, tokens.rows, repeats, tokens.prompt)
     state = build.abstract_state(config, student, optimizer, mesh)
     batch = abstract_batch(config, mesh)
-    return Arrays(student, state, teacher, batch, engine, sampler, loop_weights, cache)
+    return Arrays(student, state, teacher, batch, engine, sampler, loop_weights, cache, reading)
 
 
 def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
@@ -145,6 +150,17 @@ def compile_train_step(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
         )
         arguments = arrays.state, teacher and teacher.params, arrays.batch
         return _compile(lambda: step.lower(*arguments), arguments, mesh, trips)
+
+
+def compile_prefill(arrays: Arrays, mesh: Mesh) -> Program:
+    """The sampler's largest reading of prompts."""
+    with jax.set_mesh(mesh):
+        return _compile(
+            lambda: arrays.engine.lower_prefill(arrays.sampler, arrays.reading),
+            (arrays.sampler, arrays.loop_weights, arrays.cache),
+            mesh,
+            [],
+        )
 
 
 def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:

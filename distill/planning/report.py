@@ -15,6 +15,12 @@ from distill.sampling.engine import TURNS_PER_CALL
 
 _GB = 1e9
 
+_PROGRAMS = {
+    "update": "the update",
+    "prefill": "a reading of prompts",
+    "decode": f"{TURNS_PER_CALL} turns of the decode loop",
+}
+
 
 def setting_lines(settings: Mapping[str, Any]) -> Iterator[str]:
     """A run's config, from `to_flat_dict`: every key, with its default where it is another."""
@@ -61,9 +67,11 @@ def _memory(outlook: Outlook) -> Iterator[str]:
         "batch": memory.batch,
         "sampler's copy of the student": memory.sampler,
         "keys and values": memory.cache,
+        "the sampler's weights, layer by layer": memory.loop_weights,
         f"temporaries of the update, {source}": memory.update,
         "  of them gradients, float32": memory.gradients,
-        f"temporaries of the decode loop, {source}": memory.generation,
+        f"temporaries of prefill, {source}": memory.prefill,
+        f"temporaries of decoding, {source}": memory.decode,
     }
     unit, size_of_unit = ("GB", _GB) if memory.peak >= _GB else ("MB", 1e6)
     rows = {name: size for name, size in rows.items() if size}
@@ -72,9 +80,9 @@ def _memory(outlook: Outlook) -> Iterator[str]:
     yield from (f"{name:42}{size / size_of_unit:9.3f}" for name, size in rows.items())
     verdict = "fits" if outlook.fits else "does not fit"
     yield f"{'the device has':42}{chip.memory / size_of_unit:9.3f}  ({chip.source}): {verdict}"
-    for phase, program in outlook.compiled.items():
+    for name, program in outlook.compiled.items():
         if program.failure:
-            yield f"the compiler refuses the {phase}: {program.failure}"
+            yield f"the compiler refuses {_PROGRAMS[name]}: {program.failure}"
 
 
 def _operations(outlook: Outlook) -> Iterator[str]:
@@ -104,18 +112,13 @@ def _time(outlook: Outlook) -> Iterator[str]:
 
 def _programs(outlook: Outlook) -> Iterator[str]:
     for phase in outlook.phases:
-        program = outlook.compiled.get(phase.name)
-        by_kind = ""
-        if program and program.sent:
-            kinds = (
-                f"{kind} {size / _GB:.4g}" for kind, size in program.sent.items() if size > 1e6
-            )
-            what = "" if phase.name == "update" else f" per {TURNS_PER_CALL} turns"
-            if listed := ", ".join(kinds):
-                by_kind = f" ({listed}{what})"
-        yield f"sent per device and {phase.name}: {phase.sent / _GB:.4g} GB{by_kind}"
+        yield f"sent per device and {phase.name}: {phase.sent / _GB:.4g} GB"
+    for name, program in outlook.compiled.items():
+        sent = (program.sent or {}).items()
+        if kinds := ", ".join(f"{kind} {size / _GB:.4g}" for kind, size in sent if size > 1e6):
+            yield f"  in {_PROGRAMS[name]}: {kinds}"
     if outlook.compiled:
-        each = (f"{phase} {each.seconds:.1f} s" for phase, each in outlook.compiled.items())
+        each = (f"{name} {each.seconds:.1f} s" for name, each in outlook.compiled.items())
         yield f"compiled in: {', '.join(each)}"
     else:
         yield "nothing was compiled: temporaries and what is sent are estimates"

@@ -29,7 +29,7 @@ from distill.sampling import programs
 from distill.sampling.attention import Kernel, resolve_attention
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.sampling.schedule import Run
+from distill.sampling.schedule import Run, prompt_bucket, prompts_per_reading
 from distill.sharding import num_shards
 
 MAX_AUTO_SLOTS = 256  # per part; more rows gain little once products are efficient
@@ -230,6 +230,19 @@ class Engine:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
         return jax.tree.map(placed, cache, caches.partition_specs(cache))
+
+    def reading_shape(
+        self, weights: nnx.State, num_rows: int, num_generations: int, length: int
+    ) -> tuple[int, int, int]:
+        """Parts, prompts and tokens of the largest reading of prompts of this length."""
+        parts, size = num_shards("batch"), prompt_bucket(length)
+        slots = self._num_slots(self._facts.merge(weights), -(-num_rows // parts), parts)
+        return parts, prompts_per_reading(size, slots, num_generations), size
+
+    def lower_prefill(self, weights: nnx.State, shape: tuple[int, int, int]) -> jax.stages.Lowered:
+        """A reading of this shape, lowered for shapes of weights on the mesh."""
+        tokens_pgs = jax.ShapeDtypeStruct(shape, np.int32)
+        return self._prefill.lower(weights, tokens_pgs, jax.ShapeDtypeStruct(shape[:2], np.int32))
 
     def lower_decode(
         self, weights: nnx.State, num_rows: int, params: SamplingParams

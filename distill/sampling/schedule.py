@@ -99,15 +99,15 @@ class Run:
             wanted = min(self._refill_size, len(self._queue) * repeats)
             if self._running.any() and free.max() < wanted or free.max() <= 0:
                 break
-            self._read(free, -(-at_once // repeats))
+            self._read(free, at_once)
             self._insert_waiting()
         self._prefill_seconds += time.perf_counter() - start
 
-    def _read(self, free: np.ndarray, most: int) -> None:
-        """Prefills the next prompts of each part: at most so many, for which slots are free."""
+    def _read(self, free: np.ndarray, slots: int) -> None:
+        """Prefills each part's next prompts, answers to which fill at most so many free slots."""
         prompts, repeats = self._request.prompts, self._request.num_generations
         size = prompt_bucket(len(prompts[self._queue[0]]))
-        most = max(1, min(most, PREFILL_TOKENS // size))
+        most = prompts_per_reading(size, slots, repeats)
         taken: list[list[int]] = [[] for _ in range(self._parts)]
         free = free.copy()
         while self._queue:
@@ -265,6 +265,11 @@ class Run:
 
 
 _row_keys = jax.jit(row_keys)
+
+
+def prompts_per_reading(size: int, slots: int, num_generations: int) -> int:
+    """Prompts of a bucket that every part reads at once, to answer in `slots` slots at most."""
+    return max(1, min(-(-slots // num_generations), PREFILL_TOKENS // size))
 
 
 def prompt_bucket(length: int) -> int:
