@@ -2,9 +2,10 @@
 
 python -m distill.plan --config=configs/math_cl.py --topology=v5p:4x4x4
 
-Compiles the run's own train step, prefill and decode loop for TPUs ahead of time (v5p:4x4x4, v6e:8x8,
-v5e:16x16, ...) and for devices of this host (cpu:8), without loading weights; for GPUs (gpu:h200x8)
-it estimates from shapes. Exit status: 0 it fits, 3 it does not, 2 the question makes no sense.
+Compiles the run's own train step, prefill and decode loop ahead of time for TPUs (v5p:4x4x4,
+v6e:8x8, v5e:16x16, ...) and for devices of this host (cpu:8), without loading weights; for GPUs
+(gpu:h200x8) it estimates from shapes. Exit status: 0 it fits, 3 it does not, 2 the question makes
+no sense.
 """
 
 from __future__ import annotations

@@ -250,9 +250,9 @@ def estimated_temporaries(subject: Subject) -> float:
 def estimated_prefill_temporaries(subject: Subject, prompts: int, size: int) -> float:
     """What one layer makes of `prompts` of `size` tokens, their keys and values, and scores."""
     model, tensor = subject.student, subject.sampler.tensor
-    compute = jnp.dtype(subject.config.policy.precision).itemsize
-    cached = bytes_per_token(model, jnp.dtype(subject.config.policy.precision), _int8(subject))
-    of_token = compute * _layer_activations(model, tensor) + cached / tensor
+    dtype = jnp.dtype(subject.config.policy.precision)
+    cached = bytes_per_token(model, dtype, _int8(subject))
+    of_token = dtype.itemsize * _layer_activations(model, tensor) + cached / tensor
     return prompts * (size * of_token + FLOAT32 * model.vocab_size / tensor)
 
 
