@@ -32,7 +32,9 @@ def test_long_run_stays_as_it_is(tmp_path):
 def soak(workdir: Path) -> tuple[float, dict[str, int], float]:
     """Growth of memory (MB per 1000 updates), of counts, and of the time of a step (a share).
 
-    The processor's time: other tests run beside this one.
+    The time is the main thread's, which is what can grow (programs do not change), as a multiple of
+    what a fixed piece of work takes there after each step: other tests run beside this one, and a
+    virtual machine is now faster, now slower.
     """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
     for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):  # every compilation is to be seen
@@ -50,8 +52,8 @@ def soak(workdir: Path) -> tuple[float, dict[str, int], float]:
     after = {key: np.array([line[key] for line in lines[WARM:]]) for key in lines[0]}
     quarter = len(after["step"]) // 4
     slope = np.polyfit(after["step"], after["resident_bytes"], 1)[0] * 1000 / 1e6
-    first, _, last = np.split(after["seconds"], [quarter, -quarter])
-    drift = quickest_stretch(last) / quickest_stretch(first) - 1
+    relative = after["seconds"] / after["yardstick_seconds"]
+    drift = np.median(relative[-quarter:]) / np.median(relative[:quarter]) - 1
     # What is usual: a save or an evaluation under way has threads and files of its own, sometimes
     # more than ever before. What one of them leaves behind is there from then on.
     grown = {
@@ -61,13 +63,7 @@ def soak(workdir: Path) -> tuple[float, dict[str, int], float]:
     grown["programs"] = int(after["programs"][-1] - after["programs"][-quarter - 1])
     print(
         f"\n{STEPS} updates: resident memory {after['resident_bytes'][-1] / 1e6:.0f} MB, slope "
-        f"{slope:+.2f} MB per 1000 updates; step {quickest_stretch(last) * 1e3:.1f} ms, drift "
+        f"{slope:+.2f} MB per 1000 updates; step {np.median(after['seconds']) * 1e3:.1f} ms, drift "
         f"{drift:+.1%}; growth {grown}"
     )
     return slope, grown, drift
-
-
-def quickest_stretch(seconds: np.ndarray, steps: int = 50) -> float:
-    """The lowest median of as many steps in a row: what other work on the machine moves least."""
-    whole = seconds[: len(seconds) // steps * steps].reshape(-1, steps)
-    return np.median(whole, axis=1).min()
