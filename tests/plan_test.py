@@ -74,7 +74,8 @@ def test_figures_are_what_a_run_allocates(tmp_path, monkeypatch):
     config.policy.max_total_sequence_length = longest_prompt(config, tmp_path) + 12
     held = watch(monkeypatch)
     distill.train(config, tmp_path / "run")
-    memory = plan(config, "cpu:8").memory
+    outlook = plan(config, "cpu:8")
+    memory = outlook.memory
     allocated = {
         "student": held["state"].params,
         "optimizer": held["state"].opt_state,
@@ -91,6 +92,11 @@ def test_figures_are_what_a_run_allocates(tmp_path, monkeypatch):
         assert size > 0 and getattr(memory, name) == pytest.approx(size, rel=0.1), name
     update = sum(figures[name] for name in ("student", "optimizer", "teacher", "batch", "sampler"))
     assert memory.peaks["update"] == pytest.approx(update + figures["update"], rel=0.1)
+    _, prompts, size = held["reading"]
+    summed = costs.estimated_forward_sent(outlook.subject, prompts * size)
+    layers = outlook.subject.student.num_layers
+    summed *= (2 * layers + 1) / (2 * layers)  # and the embeddings, whose rows are split as well
+    assert sum(outlook.compiled["prefill"].sent.values()) == pytest.approx(summed, rel=0.05)
 
 
 def longest_prompt(config, tmp_path) -> int:
@@ -125,9 +131,10 @@ def watch(monkeypatch) -> dict:
             size = temporaries(lowered.compile().memory_analysis())
             held[name] = max(size, held.get(name, 0))
 
-        def watched_prefill(*arguments):
-            keep_largest("prefill", prefill.lower(*arguments))
-            return prefill(*arguments)
+        def watched_prefill(weights, tokens_pgs, lengths_pg):
+            keep_largest("prefill", prefill.lower(weights, tokens_pgs, lengths_pg))
+            held["reading"] = tokens_pgs.shape
+            return prefill(weights, tokens_pgs, lengths_pg)
 
         def watched_decode(weights, layers, *rest):
             keep_largest("decode", decode.lower(weights, layers, *rest))
@@ -550,7 +557,8 @@ def test_flagship_on_a_slice_of_tpus(capsys):
     assert memory.optimizer == pytest.approx(2 * memory.student, rel=0.01)
     assert memory.sampler == pytest.approx(2 * 1.544e9, rel=0.01)  # whole: every turn reads it
     # The score matrices of a layer and the gathered heads among them.
-    assert 1e9 < memory.update < 12e9 and 0 < memory.decode < 1e9
+    assert 1e9 < memory.update < 12e9
+    assert 0 < memory.prefill < 1e9 and 0 < memory.decode < 1e9
     # Weights are gathered layer by layer, in loops: each turn must have been counted.
     assert update.sent == pytest.approx(costs.estimated_sent(outlook.subject), rel=0.25)
     assert 0 < generation.sent < update.sent

@@ -157,7 +157,7 @@ def compile_prefill(arrays: Arrays, mesh: Mesh) -> Program:
     with jax.set_mesh(mesh):
         return _compile(
             lambda: arrays.engine.lower_prefill(arrays.sampler, arrays.reading),
-            (arrays.sampler, arrays.loop_weights, arrays.cache),
+            arrays.sampler,
             mesh,
             [],
         )

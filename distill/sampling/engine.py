@@ -197,12 +197,10 @@ class Engine:
 
     def _allocate(self, weights: nnx.State, num_rows: int) -> None:
         """Makes the cache, once; again only for a request that more slots would serve faster."""
-        parts = num_shards("batch")
         model = self._facts.merge(weights)
-        if not self.num_slots or (not self.config.num_slots and self.num_slots < MAX_AUTO_SLOTS):
-            slots = self._num_slots(model, -(-num_rows // parts), parts)
-            if slots > self.num_slots:
-                self.num_slots, self._cache = slots, None
+        parts, slots = self._slots_for(model, num_rows)
+        if slots > self.num_slots:
+            self.num_slots, self._cache = slots, None
         if self._cache is None:
             self._cache = self._make_cache(
                 model.config,
@@ -215,14 +213,14 @@ class Engine:
 
     def cache_bytes(self, weights: nnx.State, num_rows: int) -> float:
         """Bytes per device of the cache that a request of `num_rows` rows calls for."""
-        parts, model = num_shards("batch"), self._facts.merge(weights)
-        return self._num_slots(model, -(-num_rows // parts), parts) * self._slot_bytes(model)
+        model = self._facts.merge(weights)
+        _, slots = self._slots_for(model, num_rows)
+        return slots * self._slot_bytes(model)
 
     def abstract_cache(self, weights: nnx.State, num_rows: int) -> caches.SlotCache:
         """Shapes of that cache, where `weights` are (shapes, too) on the current mesh."""
-        parts, model = num_shards("batch"), self._facts.merge(weights)
-        slots, config = self._num_slots(model, -(-num_rows // parts), parts), self.config
-        sizes = parts, slots, config.cache_size, model.dtype, config.int8
+        model, config = self._facts.merge(weights), self.config
+        sizes = *self._slots_for(model, num_rows), config.cache_size, model.dtype, config.int8
         cache = jax.eval_shape(functools.partial(caches.empty_cache, model.config, *sizes))
         mesh = jax.tree.leaves(weights)[0].sharding.mesh
 
@@ -235,8 +233,8 @@ class Engine:
         self, weights: nnx.State, num_rows: int, num_generations: int, length: int
     ) -> tuple[int, int, int]:
         """Parts, prompts and tokens of the largest reading of prompts of this length."""
-        parts, size = num_shards("batch"), prompt_bucket(length)
-        slots = self._num_slots(self._facts.merge(weights), -(-num_rows // parts), parts)
+        parts, slots = self._slots_for(self._facts.merge(weights), num_rows)
+        size = prompt_bucket(length)
         return parts, prompts_per_reading(size, slots, num_generations), size
 
     def lower_prefill(self, weights: nnx.State, shape: tuple[int, int, int]) -> jax.stages.Lowered:
@@ -266,6 +264,11 @@ class Engine:
         sizes = dataclasses.replace(params, max_length=1), self.config.cache_size, TURNS_PER_CALL
         loop_weights = abstract_loop_weights(model)
         return self._decode.lower(weights, loop_weights, cache, rows, stop_at, *sizes)
+
+    def _slots_for(self, model, num_rows: int) -> tuple[int, int]:
+        """Parts, and slots of each, for a request of `num_rows` rows."""
+        parts = num_shards("batch")
+        return parts, self._num_slots(model, -(-num_rows // parts), parts)
 
     def _slot_bytes(self, model) -> float:
         token = caches.bytes_per_token(model.config, model.dtype, self.config.int8)
