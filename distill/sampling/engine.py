@@ -265,18 +265,15 @@ class Engine:
         loop_weights = abstract_loop_weights(model)
         return self._decode.lower(weights, loop_weights, cache, rows, stop_at, *sizes)
 
-    def _slots_for(self, model, num_rows: int) -> tuple[int, int]:
-        """Parts, and slots of each, for a request of `num_rows` rows."""
-        parts = num_shards("batch")
-        return parts, self._num_slots(model, -(-num_rows // parts), parts)
-
     def _slot_bytes(self, model) -> float:
         token = caches.bytes_per_token(model.config, model.dtype, self.config.int8)
         return token * self.config.cache_size / num_shards("act_kv_heads")
 
-    def _num_slots(self, model, rows: int, parts: int) -> int:
+    def _slots_for(self, model, num_rows: int) -> tuple[int, int]:
+        """Parts, and slots of each, for a request of `num_rows` rows."""
+        parts = num_shards("batch")
         if self.config.num_slots:
-            return -(-self.config.num_slots // parts)
+            return parts, -(-self.config.num_slots // parts)
         slot = self._slot_bytes(model)
         held = int(self.config.cache_memory // slot)
         if held < 1:
@@ -286,7 +283,8 @@ class Engine:
                 "device: raise it, or lower policy.max_total_sequence_length"
             )
         # A power of two: requests of about the same size find the programs compiled.
-        return min(held, MAX_AUTO_SLOTS, 1 << (rows - 1).bit_length())
+        rows = -(-num_rows // parts)
+        return parts, min(held, MAX_AUTO_SLOTS, 1 << (rows - 1).bit_length())
 
 
 def _round_up(value: int, multiple: int) -> int:
