@@ -2,7 +2,8 @@
 
 Each implementation lives in a worker process of its own, so that its peak memory is its own. The
 workers stay alive and are asked in turn for one repeat each: whatever slows the machine down for a
-while falls on all of them, and no two run at once. Their medians are compared.
+while falls on all of them, and no two run at once. Their medians are compared. Where they do not
+fit into a GPU's memory together, they are `alone`, one after the other.
 """
 
 from __future__ import annotations
@@ -56,8 +57,11 @@ class Measurement:
     failure: str | None = None
 
 
-def measure(jobs: Sequence[Job], repeats: int) -> dict[str, Measurement]:
-    """Measurements by implementation, of interleaved repeats."""
+def measure(jobs: Sequence[Job], repeats: int, *, alone: bool = False) -> dict[str, Measurement]:
+    """Measurements by implementation, of interleaved repeats, or of each worker `alone`."""
+    if alone and len(jobs) > 1:
+        parts = [measure([job], repeats) for job in jobs]
+        return {name: each for part in parts for name, each in part.items()}
     workers = {}
     try:
         for job in jobs:  # one after the other: they also compile and warm up undisturbed

@@ -58,7 +58,7 @@ def main() -> None:
         for role in ("student", "teacher"):
             export_weights(getattr(workload, role), workload.dtype, Path(folder) / role)
         jobs, notes = _jobs(workload, Path(folder), platform)
-        measurements = harness.measure(jobs, _REPEATS.value)
+        measurements = harness.measure(jobs, _REPEATS.value, alone=platform != "cpu")
     rows = _rows(workload, measurements)
     notes += harness.failures(workload.title, measurements)
     harness.print_rows(rows)

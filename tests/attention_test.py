@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import needs_hopper
 from jax.experimental import topologies
 
-from distill.kernels.attention import attention
-from distill.kernels.attention.api import splash
+from distill.kernels.attention import attention, most_segments
+from distill.kernels.attention.api import _segments, splash
 from distill.kernels.attention.blockwise import BLOCK, _bounds, blockwise_attention
 from distill.sharding import make_mesh, named_sharding
 from distill.topology import described_tpu
@@ -66,6 +67,46 @@ def test_values_and_gradients(name, window, packed, dtype):
     actual = value_and_gradients(IMPLEMENTATIONS[name], *inputs, cotangent, ids_bt, window)
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@needs_hopper
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("width, length", [(64, 150), (128, 1024)])
+def test_cudnn(window, packed, width, length):
+    *inputs, cotangent = arrays(2, length, 6, 2, width, "bfloat16")
+    ids_bt = segments(2, length, length // 3) if packed else None
+    expected, actual = (
+        value_and_gradients(
+            functools.partial(attention, implementation=name), *inputs, cotangent, ids_bt, window
+        )
+        for name in ("reference", "cudnn")
+    )
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=4e-2, rtol=4e-2)
+
+
+def test_segments_as_cudnn_takes_them():
+    length = 40
+    most = most_segments(length)
+    ids_bt = np.zeros((3, length), np.int32)
+    ids_bt[0, :7], ids_bt[0, 7:9] = 1, 2
+    ids_bt[1] = 1
+    ids_bt[2, : most + 1] = np.arange(1, most + 2)  # and padding: one too many
+    starts, sizes, fits = jax.tree.map(np.asarray, _segments(jnp.asarray(ids_bt)))
+    assert starts.shape == sizes.shape == (3, most + 1)
+    absent = [-1] * (most - 2)
+    assert starts[0].tolist() == [0, 7, 9, *absent] and sizes[0].tolist() == [7, 2, 31, *absent]
+    assert starts[1, 0] == 0 and sizes[1, 0] == length and (starts[1, 1:] == -1).all()
+    assert fits.tolist() == [True, True, False]
+
+
+@needs_hopper
+def test_a_row_of_too_many_segments_is_nan():
+    *inputs, _ = arrays(2, 128, 2, 2, 64, "bfloat16")
+    ids_bt = jnp.stack([jnp.arange(128), jnp.zeros(128, jnp.int32)])
+    attended = np.asarray(attention(*inputs, ids_bt, implementation="cudnn"), np.float32)
+    assert np.isnan(attended[0]).all() and np.isfinite(attended[1]).all()
 
 
 @pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 2, 2)])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import needs_hopper
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from distill.kernels.linear_divergence import pallas_gpu, sweeps
@@ -17,12 +18,6 @@ from distill.losses.divergences import get_divergence
 # Relative to the largest value of a result: sums of float32 in another order, exponents rounded
 # once more (a logit of 80 has a spacing of 8e-6), and one rounding to bfloat16.
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}
-
-needs_gpu = pytest.mark.skipif(
-    jax.default_backend() != "gpu"
-    or float(getattr(jax.devices()[0], "compute_capability", 0)) < 9.0,
-    reason="needs a GPU from Hopper on, and DISTILL_TEST_PLATFORM=cuda",
-)
 
 
 def hellinger(log_p, log_q):
@@ -190,7 +185,7 @@ def test_bad_config(tile, lanes, stages):
         Config(tile, lanes, stages)
 
 
-@needs_gpu
+@needs_hopper
 @pytest.mark.parametrize(
     "num_tokens, shape, scale, temperature, dtype",
     [
@@ -208,7 +203,7 @@ def test_compiled_agrees_with_definition(divergence, num_tokens, shape, scale, t
     assert_agree(Sweeps(), DivergenceLoss(divergence, temperature), problem, dtype)
 
 
-@needs_gpu
+@needs_hopper
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_compiled_cross_entropy_agrees_with_definition(dtype):
     problem = make_problem(300, 151936, None, 151665, scale=80.0)

@@ -10,6 +10,8 @@ import dataclasses
 
 import numpy as np
 
+from distill.kernels.attention import most_segments
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -25,7 +27,7 @@ class Layout:
 
     Attributes:
       shapes: from the shortest rows to the longest, which hold any sequence.
-      packed: several sequences may share a row.
+      packed: several sequences may share a row, as many as attention takes on any platform.
     """
 
     shapes: tuple[Shape, ...]
@@ -76,9 +78,12 @@ def _pack(lengths_b: np.ndarray, capacity: int) -> Placement:
     of first fit decreasing bin-packing algorithm", 2007).
     """
     free_r = np.full(len(lengths_b), capacity)
+    sequences_r = np.zeros(len(lengths_b), np.int64)
     row_b, start_b = np.zeros((2, len(lengths_b)), np.int64)
     for i in np.argsort(-lengths_b, kind="stable"):
-        row_b[i] = np.argmax(free_r >= lengths_b[i])
+        has_room_r = (free_r >= lengths_b[i]) & (sequences_r < most_segments(capacity))
+        row_b[i] = np.argmax(has_room_r)
         start_b[i] = capacity - free_r[row_b[i]]
         free_r[row_b[i]] -= lengths_b[i]
+        sequences_r[row_b[i]] += 1
     return Placement(np.arange(len(lengths_b)), row_b, start_b)

@@ -5,8 +5,9 @@ segment_ids_bt int. A token attends to itself and to tokens of its own row and s
 most `window` tokens in all where that is given. Scores and sums are in float32.
 
 `implementation`: `reference` (all scores, the definition), `blockwise` (plain XLA, any platform),
-`splash` (JAX's Pallas kernel for TPUs), `cudnn` (NVIDIA's library; 16-bit floats, one segment per
-row), or None for the best that runs here. ValueError for one that cannot run.
+`splash` (JAX's Pallas kernel for TPUs), `cudnn` (NVIDIA's library; 16-bit floats, `most_segments`
+in a row, and NaN for a row that has more), or None for the best that runs here. ValueError for one
+that cannot run.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def resolve_implementation(
 ) -> str:
     """The implementation that will run; ValueError when the one asked for cannot."""
     tpu = platform() == "tpu" and not is_old_tpu()
-    cudnn = _has_cudnn(width, jnp.dtype(dtype)) and not packed
+    cudnn = _has_cudnn(width, jnp.dtype(dtype), packed)
     if implementation is None:
         in_one_block = "reference" if length <= BLOCK else "blockwise"
         return "splash" if tpu else "cudnn" if cudnn else in_one_block
@@ -81,12 +82,18 @@ def resolve_implementation(
     return implementation
 
 
-def _has_cudnn(width: int, dtype: jnp.dtype) -> bool:
+def _has_cudnn(width: int, dtype: jnp.dtype, packed: bool) -> bool:
     """Whether cuDNN's flash attention takes such heads: what JAX would check when it compiles."""
     if jax.default_backend() != "gpu":
         return False
     capability = float(getattr(jax.devices()[0], "compute_capability", 0))
-    return capability >= 8 and dtype.itemsize == 2 and width % 8 == 0 and width <= 128
+    fits = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
+    return fits and capability >= (9 if packed else 8)
+
+
+def most_segments(length: int) -> int:
+    """Of a packed row, for `cudnn`, whose memory in the backward pass grows with their number."""
+    return max(32, length // 64)
 
 
 def attention_mask(
@@ -106,7 +113,8 @@ def _reference(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
 
 
 def _cudnn(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
-    del segment_ids_bt  # None
+    if segment_ids_bt is not None:
+        return _cudnn_packed(q_btnh, k_btkh, v_btkh, segment_ids_bt, window=window)
     return jax.nn.dot_product_attention(
         q_btnh,
         k_btkh,
@@ -115,6 +123,43 @@ def _cudnn(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+
+
+def _cudnn_packed(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
+    # What jax.nn's function calls, which has no argument for segments.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    starts_bm, sizes_bm, fits_b = _segments(segment_ids_bt)
+    offsets_bm = jnp.pad(starts_bm, ((0, 0), (0, 1)), constant_values=-1)
+    attended_btnh = dot_product_attention(
+        q_btnh,
+        k_btkh,
+        v_btkh,
+        q_seqlen=sizes_bm,
+        kv_seqlen=sizes_bm,
+        q_offsets=offsets_bm,
+        kv_offsets=offsets_bm,
+        scale=q_btnh.shape[-1] ** -0.5,
+        mask_type=MaskType.PADDING_CAUSAL,
+        sliding_window_length=window,
+    )
+    return jnp.where(fits_b[:, None, None, None], attended_btnh, jnp.nan)
+
+
+def _segments(ids_bt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of every row: first positions and sizes of its segments, -1 where there are fewer than
+    `most_segments` and one for padding, and whether there are not more."""
+    batch, length = ids_bt.shape
+    changes_bt = jnp.pad(ids_bt[:, 1:] != ids_bt[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    number_bt = jnp.cumsum(changes_bt, axis=1) - 1
+    starts_bm = jnp.full((batch, most_segments(length) + 1), length)
+    starts_bm = starts_bm.at[jnp.arange(batch)[:, None], number_bt].min(jnp.arange(length))
+    ends_bm = jnp.pad(starts_bm[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    exists_bm = starts_bm < length
+    starts_bm, sizes_bm = (
+        jnp.where(exists_bm, x_bm, -1) for x_bm in (starts_bm, ends_bm - starts_bm)
+    )
+    return starts_bm, sizes_bm, number_bt[:, -1] < starts_bm.shape[1]
 
 
 def splash(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None, interpret: bool = False):
