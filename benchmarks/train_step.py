@@ -17,7 +17,8 @@ attention, softmax, norms and optimizer, the matrix products of both models' lay
 
 On a CPU: a student of 20M and a teacher of 75M parameters in float32, 16 rows of up to 256 tokens,
 the first two CPUs for everyone. On a GPU: the shapes of Qwen2.5-1.5B and 7B, weights of the teacher
-and arithmetic in bfloat16, 8 rows of up to 2048 tokens.
+and arithmetic in bfloat16, 16 rows of up to 2048 tokens; one implementation after the other, as
+there is no room for two.
 """
 
 from __future__ import annotations

@@ -145,10 +145,10 @@ GPU_WORKLOAD = Workload(
         tied=False,
     ),
     "bfloat16",
-    rows=8,
+    rows=16,
     prompt=256,
     response=1792,
-    microbatches=4,
+    microbatches=8,
     matrix=8192,
 )
 

@@ -93,7 +93,7 @@ def _has_cudnn(width: int, dtype: jnp.dtype, packed: bool) -> bool:
 
 def most_segments(length: int) -> int:
     """Of a packed row, for `cudnn`, whose memory in the backward pass grows with their number."""
-    return max(32, length // 64)
+    return max(16, length // 128)
 
 
 def attention_mask(
