@@ -135,17 +135,23 @@ def _export(config: ModelConfig, dtype: str, folder: Path) -> None:
 
 
 def load_weights(
-    config: ModelConfig, dtype: str, folder: Path, param_dtype: str | None = None
+    config: ModelConfig, dtype: str, folder: Path | None, param_dtype: str | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph and parameters of a folder, stored as they compute if nothing else is said.
+    """Graph and parameters, stored as they compute if nothing else is said.
 
-    What a backward pass recomputes is a run's default.
+    Those of a folder, or random ones made where they stay. What a backward pass recomputes is a
+    run's default.
     """
     stored = jnp.dtype(param_dtype or dtype)
     remat = Policy().activation_checkpointing
-    options = dict(dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat)
-    shapes = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
-    graphdef, abstract_params = nnx.split(shapes, nnx.Param)
+
+    def make() -> Transformer:
+        options = dict(dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat)
+        return Transformer(config, rngs=nnx.Rngs(0), **options)
+
+    graphdef, abstract_params = nnx.split(nnx.eval_shape(make), nnx.Param)
+    if folder is None:
+        return graphdef, jax.jit(lambda: nnx.state(make(), nnx.Param))()
     return graphdef, load_params(folder, config, abstract_params, None, stored)
 
 

@@ -1,6 +1,6 @@
 """Time of one update: teacher forward, student forward and backward, AdamW.
 
-    python -m benchmarks.train_step [--json=PATH] [--repeats=N] [--only=TEXT,...]
+    python -m benchmarks.train_step [--json=PATH] [--repeats=N] [--only=TEXT,...] [--notorch]
 
 How to read it. The same random weights and the same batch for everyone: prompts and responses of
 mixed lengths in padded rows, forward KL on the response tokens. `packed` has the same sequences,
@@ -17,7 +17,7 @@ attention, softmax, norms and optimizer, the matrix products of both models' lay
 
 On a CPU: a student of 20M and a teacher of 75M parameters in float32, 16 rows of up to 256 tokens,
 the first two CPUs for everyone. On a GPU: the shapes of Qwen2.5-1.5B and 7B, weights of the teacher
-and arithmetic in bfloat16, 16 rows of up to 2048 tokens; one implementation after the other, as
+and arithmetic in bfloat16, 32 rows of up to 2048 tokens; one implementation after the other, as
 there is no room for two.
 """
 
@@ -47,6 +47,7 @@ BASELINE, MATRIX, PRODUCTS = "torch, eager", "matrix product", "products of the 
 
 _ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each implementation.", lower_bound=1)
+_TORCH = flags.DEFINE_bool("torch", True, "Whether to compare with torch.")
 
 
 def main() -> None:
@@ -56,8 +57,9 @@ def main() -> None:
     if platform == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])  # the workers inherit it
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        for role in ("student", "teacher"):
-            export_weights(getattr(workload, role), workload.dtype, Path(folder) / role)
+        if _TORCH.value:
+            for role in ("student", "teacher"):
+                export_weights(getattr(workload, role), workload.dtype, Path(folder) / role)
         jobs, notes = _jobs(workload, Path(folder), platform)
         measurements = harness.measure(jobs, _REPEATS.value, alone=platform != "cpu")
     rows = _rows(workload, measurements)
@@ -70,18 +72,18 @@ def main() -> None:
 def _jobs(workload: Workload, folder: Path, platform: str) -> tuple[list[harness.Job], list[str]]:
     jobs = [
         harness.Job(MATRIX, harness.build_matrix_product, (workload.matrix, workload.dtype)),
-        harness.Job("distill", build_ours, (workload, folder, False)),
-        harness.Job("distill, packed", build_ours, (workload, folder, True)),
+        harness.Job("distill", build_ours, (workload, folder, False, _TORCH.value)),
+        harness.Job("distill, packed", build_ours, (workload, folder, True, _TORCH.value)),
         harness.Job(PRODUCTS, build_products, _products(workload)),
     ]
     notes = []
-    if importlib.util.find_spec("torch"):
+    if _TORCH.value and importlib.util.find_spec("torch"):
         peak_bytes = harness.torch_peak_bytes if platform == "gpu" else None
         jobs += [
             harness.Job(name, build_torch, (workload, folder, compiled), peak_bytes)
             for name, compiled in ((BASELINE, False), ("torch, compiled", True))
         ]
-    else:
+    elif _TORCH.value:
         notes.append("torch is left out: pip install torch")
     always = (MATRIX, BASELINE)
     wanted = [

@@ -145,16 +145,16 @@ GPU_WORKLOAD = Workload(
         tied=False,
     ),
     "bfloat16",
-    rows=16,
+    rows=32,
     prompt=256,
     response=1792,
-    microbatches=8,
+    microbatches=16,
     matrix=8192,
 )
 
 
-def build_ours(workload: Workload, folder: Path, packed: bool):
-    state, step = make_state_and_step(workload, folder)
+def build_ours(workload: Workload, folder: Path, packed: bool, from_files: bool):
+    state, step = make_state_and_step(workload, folder if from_files else None)
     batch = (jax.device_put(workload.batch(packed)),)
     state, metrics = step(state, batch)
     check_same_loss(folder / "loss.txt", float(metrics["loss"]), workload.dtype)
@@ -176,10 +176,14 @@ def check_same_loss(path: Path, loss: float, dtype: str) -> None:
         raise RuntimeError(f"a loss of {loss} instead of {first}: not the same work")
 
 
-def make_state_and_step(workload: Workload, folder: Path):
-    """The first train state, and `step(state, batch) -> (state, metrics)`."""
-    student, params = load_weights(workload.student, workload.dtype, folder / "student", "float32")
-    teacher, teacher_params = load_weights(workload.teacher, workload.dtype, folder / "teacher")
+def make_state_and_step(workload: Workload, folder: Path | None):
+    """The first train state, and `step(state, batch) -> (state, metrics)`.
+
+    Weights are those of the folder's `student` and `teacher`, or random.
+    """
+    student_folder, teacher_folder = (folder and folder / role for role in ("student", "teacher"))
+    student, params = load_weights(workload.student, workload.dtype, student_folder, "float32")
+    teacher, teacher_params = load_weights(workload.teacher, workload.dtype, teacher_folder)
     optimizer = make_optimizer(
         make_schedule(LEARNING_RATE, "constant", 0, 1),
         beta1=0.9,
