@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from distill.kernels.attention import attention
+from distill.kernels.attention.blockwise import RESIDUALS
 from distill.models.config import ModelConfig
 from distill.models.quantization import dequantize
 from distill.sharding import constrain, in_device_memory
@@ -28,7 +29,10 @@ from distill.sharding import constrain, in_device_memory
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    ),
 }
 
 _INIT_STD = 0.02

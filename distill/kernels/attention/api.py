@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.kernels.attention.blockwise import BLOCK, blockwise_attention
+from distill.kernels.attention.blockwise import RESIDUALS, blockwise_attention
 from distill.kernels.platform import is_old_tpu, platform
 from distill.sharding import num_shards, partition_spec
 
@@ -67,8 +67,7 @@ def resolve_implementation(
     tpu = platform() == "tpu" and not is_old_tpu()
     cudnn = _has_cudnn(width, jnp.dtype(dtype), packed)
     if implementation is None:
-        in_one_block = "reference" if length <= BLOCK else "blockwise"
-        return "splash" if tpu else "cudnn" if cudnn else in_one_block
+        return "splash" if tpu else "cudnn" if cudnn else "blockwise"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention {implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}, "
@@ -209,6 +208,7 @@ def _splash_kernel(num_heads: int, size: int, window: int | None, interpret: boo
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        residual_checkpoint_name=RESIDUALS,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
