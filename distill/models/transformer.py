@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
       dtype: what activations and the cache are computed in.
       param_dtype: what parameters are stored in.
       remat: what the backward pass recomputes: 'none', 'full' (each layer from its input) or
-        'dots' (all but the matrix products).
+        'dots' (all but the matrix products and, without cuDNN, attention).
       rngs: source of the initial parameters.
 
     Raises:
