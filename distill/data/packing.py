@@ -75,7 +75,7 @@ def _pack(lengths_b: np.ndarray, capacity: int) -> Placement:
     """Each sequence, from the longest on, into the first row that has room for it.
 
     First-fit decreasing: at most 11/9 of the fewest possible rows, and one (Dosa, "The tight bound
-    of first fit decreasing bin-packing algorithm", 2007).
+    of first fit decreasing bin-packing algorithm", 2007), where none is full of sequences before.
     """
     free_r = np.full(len(lengths_b), capacity)
     sequences_r = np.zeros(len(lengths_b), np.int64)

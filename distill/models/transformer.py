@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill.kernels.attention import attention
-from distill.kernels.attention.blockwise import RESIDUALS
+from distill.kernels.attention import RESIDUALS, attention
 from distill.models.config import ModelConfig
 from distill.models.quantization import dequantize
 from distill.sharding import constrain, in_device_memory

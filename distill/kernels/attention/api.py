@@ -41,10 +41,8 @@ def attention(
     of its own: nothing before it can attend to it.
     """
     packed = segment_ids_bt is not None
-    length, _, width = q_btnh.shape[1:]
-    name = resolve_implementation(
-        implementation, packed=packed, length=length, width=width, dtype=q_btnh.dtype
-    )
+    width = q_btnh.shape[-1]
+    name = resolve_implementation(implementation, packed=packed, width=width, dtype=q_btnh.dtype)
     local = functools.partial(_LOCAL[name], window=window)
     if jax.sharding.get_abstract_mesh().empty:
         return local(q_btnh, k_btkh, v_btkh, segment_ids_bt)
@@ -60,9 +58,7 @@ def attention(
     )(q_btnh, k_btkh, v_btkh, segment_ids_bt)
 
 
-def resolve_implementation(
-    implementation: str | None, *, packed: bool, length: int, width: int, dtype
-) -> str:
+def resolve_implementation(implementation: str | None, *, packed: bool, width: int, dtype) -> str:
     """The implementation that will run; ValueError when the one asked for cannot."""
     tpu = platform() == "tpu" and not is_old_tpu()
     cudnn = _has_cudnn(width, jnp.dtype(dtype), packed)
