@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.kernels.attention.blockwise import RESIDUALS, blockwise_attention
-from distill.kernels.platform import is_old_tpu, platform
+from distill.kernels.platform import cuda_capability, is_old_tpu, platform
 from distill.sharding import num_shards, partition_spec
 
 IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn")
@@ -79,11 +79,8 @@ def resolve_implementation(implementation: str | None, *, packed: bool, width: i
 
 def _has_cudnn(width: int, dtype: jnp.dtype, packed: bool) -> bool:
     """Whether cuDNN's flash attention takes such heads: what JAX would check when it compiles."""
-    if jax.default_backend() != "gpu":
-        return False
-    capability = float(getattr(jax.devices()[0], "compute_capability", 0))
     fits = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
-    return fits and capability >= (9 if packed else 8)
+    return fits and cuda_capability() >= (9 if packed else 8)
 
 
 def most_segments(length: int) -> int:

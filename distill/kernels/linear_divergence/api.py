@@ -31,7 +31,7 @@ from distill.kernels.linear_divergence.token_losses import (
     check_pointwise,
 )
 from distill.kernels.linear_divergence.topk import TopK
-from distill.kernels.platform import device_kind, is_old_tpu, platform
+from distill.kernels.platform import cuda_capability, device_kind, is_old_tpu, platform
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas")
 
@@ -200,10 +200,8 @@ def _check_pallas_runs(fused: bool) -> None:
 def _is_too_old() -> bool:
     if platform() == "tpu":
         return is_old_tpu()
-    if jax.default_backend() != "gpu":
-        return False  # compiling for a GPU that is described
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return not capability.replace(".", "").isdigit() or float(capability) < 9.0
+    described = jax.default_backend() != "gpu"  # the GPU that is compiled for
+    return not described and cuda_capability() < 9
 
 
 def _divergence_loss(divergence, temperature: float) -> DivergenceLoss:
