@@ -2,8 +2,8 @@
 
 Each implementation lives in a worker process of its own, so that its peak memory is its own. The
 workers stay alive and are asked in turn for one repeat each: whatever slows the machine down for a
-while falls on all of them, and no two run at once. Their medians are compared. Where they do not
-fit into a GPU's memory together, they are `alone`, one after the other.
+while falls on all of them, and no two run at once. Their medians are compared. Where two do not fit
+into a GPU's memory, `measure_alone` has one after the other.
 """
 
 from __future__ import annotations
@@ -57,11 +57,14 @@ class Measurement:
     failure: str | None = None
 
 
-def measure(jobs: Sequence[Job], repeats: int, *, alone: bool = False) -> dict[str, Measurement]:
-    """Measurements by implementation, of interleaved repeats, or of each worker `alone`."""
-    if alone and len(jobs) > 1:
-        parts = [measure([job], repeats) for job in jobs]
-        return {name: each for part in parts for name, each in part.items()}
+def measure_alone(jobs: Sequence[Job], repeats: int) -> dict[str, Measurement]:
+    """Measurements by implementation, whose worker ends before the next one starts."""
+    parts = [measure([job], repeats) for job in jobs]
+    return {name: measured for part in parts for name, measured in part.items()}
+
+
+def measure(jobs: Sequence[Job], repeats: int) -> dict[str, Measurement]:
+    """Measurements by implementation, of interleaved repeats."""
     workers = {}
     try:
         for job in jobs:  # one after the other: they also compile and warm up undisturbed

@@ -6,11 +6,13 @@ How to read it. The same random weights and the same batch for everyone: prompts
 mixed lengths in padded rows, forward KL on the response tokens. `packed` has the same sequences,
 several in a row of twice the length (policy.sequence_packing), in microbatches of as many tokens.
 `torch` is what one writes without a framework: two `transformers` models, the logits of every
-position, log_softmax, AdamW, eager or with both models compiled. Before anything is timed, every
-implementation's first loss is compared with ours. `ratio` is the part of eager torch's time: below
-1 is better. `seconds` is a median of interleaved repeats. `of peak` is the arithmetic that the
-models need (twice the weights per token forward, four times backward, heads on response tokens
-only, attention, no recomputation) over the rate of a large matrix product measured in the same run.
+position, log_softmax, AdamW, eager or with both models compiled. Before an implementation is timed,
+its first loss is compared with ours. `ratio` is the part of eager torch's time: below 1 is better.
+With --notorch, weights are made where they stay instead of going through files, and ratios are
+parts of ours. `seconds` is a median, on a CPU of interleaved repeats. `of peak` is the arithmetic
+that the models need (twice the weights per token forward, four times backward, heads on response
+tokens only, attention, no recomputation) over the rate of a large matrix product measured in the
+same run.
 
 `products of the step` is no step but its profile: what remains of one on padded rows without
 attention, softmax, norms and optimizer, the matrix products of both models' layers and heads.
@@ -26,6 +28,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 
 from absl import flags
@@ -43,11 +46,14 @@ from benchmarks.train_step_jobs import (
 )
 from distill import cli
 
-BASELINE, MATRIX, PRODUCTS = "torch, eager", "matrix product", "products of the step"
+OURS, TORCH = "distill", "torch, eager"
+MATRIX, PRODUCTS = "matrix product", "products of the step"
 
 _ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each implementation.", lower_bound=1)
-_TORCH = flags.DEFINE_bool("torch", True, "Whether to compare with torch.")
+_TORCH = flags.DEFINE_bool(
+    "torch", True, "Whether to compare with torch, for which weights go through files."
+)
 
 
 def main() -> None:
@@ -61,7 +67,8 @@ def main() -> None:
             for role in ("student", "teacher"):
                 export_weights(getattr(workload, role), workload.dtype, Path(folder) / role)
         jobs, notes = _jobs(workload, Path(folder), platform)
-        measurements = harness.measure(jobs, _REPEATS.value, alone=platform != "cpu")
+        measure = harness.measure if platform == "cpu" else harness.measure_alone
+        measurements = measure(jobs, _REPEATS.value)
     rows = _rows(workload, measurements)
     notes += harness.failures(workload.title, measurements)
     harness.print_rows(rows)
@@ -72,8 +79,8 @@ def main() -> None:
 def _jobs(workload: Workload, folder: Path, platform: str) -> tuple[list[harness.Job], list[str]]:
     jobs = [
         harness.Job(MATRIX, harness.build_matrix_product, (workload.matrix, workload.dtype)),
-        harness.Job("distill", build_ours, (workload, folder, False, _TORCH.value)),
-        harness.Job("distill, packed", build_ours, (workload, folder, True, _TORCH.value)),
+        harness.Job(OURS, build_ours, (workload, folder, False, _TORCH.value)),
+        harness.Job(f"{OURS}, packed", build_ours, (workload, folder, True, _TORCH.value)),
         harness.Job(PRODUCTS, build_products, _products(workload)),
     ]
     notes = []
@@ -81,17 +88,21 @@ def _jobs(workload: Workload, folder: Path, platform: str) -> tuple[list[harness
         peak_bytes = harness.torch_peak_bytes if platform == "gpu" else None
         jobs += [
             harness.Job(name, build_torch, (workload, folder, compiled), peak_bytes)
-            for name, compiled in ((BASELINE, False), ("torch, compiled", True))
+            for name, compiled in ((TORCH, False), ("torch, compiled", True))
         ]
     elif _TORCH.value:
         notes.append("torch is left out: pip install torch")
-    always = (MATRIX, BASELINE)
+    always = (MATRIX, _baseline([job.implementation for job in jobs]))
     wanted = [
         job
         for job in jobs
         if job.implementation in always or any(text in job.implementation for text in _ONLY.value)
     ]
     return wanted, notes
+
+
+def _baseline(implementations: Container[str]) -> str:
+    return TORCH if TORCH in implementations else OURS
 
 
 def _products(workload: Workload) -> tuple:
@@ -106,8 +117,8 @@ def _rows(workload: Workload, measurements: dict[str, harness.Measurement]) -> l
     measurements = dict(measurements)
     matrix = measurements.pop(MATRIX)
     rate = None if matrix.seconds is None else 2 * workload.matrix**3 / matrix.seconds
-    baseline = BASELINE if BASELINE in measurements else "distill"
-    rows = harness.compare(f"{workload.title} {workload.dtype}", measurements, baseline)
+    name = f"{workload.title} {workload.dtype}"
+    rows = harness.compare(name, measurements, _baseline(measurements))
     for row in rows:
         # Not compared: what torch frees on a CPU stays with its process.
         del row["peak_bytes"], row["peak_ratio"]

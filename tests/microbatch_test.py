@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.data.packing import Layout, Shape, place
-from distill.kernels.attention import most_segments
+from distill.kernels.attention import MOST_SEGMENTS
 from distill.losses.objective import TopKScores
 from distill.microbatch import make_batch
 from distill.sampling.request import Rollout
@@ -117,8 +117,8 @@ def test_packed_rows_are_few_and_never_too_full(lengths_b):
     assert filled.max() == 1  # nothing twice, and nothing beyond a row
     assert filled.sum() == lengths_b.sum()
     sequences = np.bincount(placement.row_i)
-    assert sequences.max() <= most_segments(64)
-    half_empty = (filled.sum(axis=1) <= 32) & (sequences < most_segments(64))
+    assert sequences.max() <= MOST_SEGMENTS
+    half_empty = (filled.sum(axis=1) <= 32) & (sequences < MOST_SEGMENTS)
     assert half_empty.sum() <= 1  # two of them would have been one
 
 

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from distill.kernels.attention import most_segments
+from distill.kernels.attention import MOST_SEGMENTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Layout:
 
     Attributes:
       shapes: from the shortest rows to the longest, which hold any sequence.
-      packed: several sequences may share a row, as many as attention takes on any platform.
+      packed: several sequences may share a row, at most MOST_SEGMENTS.
     """
 
     shapes: tuple[Shape, ...]
@@ -75,13 +75,14 @@ def _pack(lengths_b: np.ndarray, capacity: int) -> Placement:
     """Each sequence, from the longest on, into the first row that has room for it.
 
     First-fit decreasing: at most 11/9 of the fewest possible rows, and one (Dosa, "The tight bound
-    of first fit decreasing bin-packing algorithm", 2007), where none is full of sequences before.
+    of first fit decreasing bin-packing algorithm", 2007), unless rows reach MOST_SEGMENTS
+    before they are full.
     """
     free_r = np.full(len(lengths_b), capacity)
     sequences_r = np.zeros(len(lengths_b), np.int64)
     row_b, start_b = np.zeros((2, len(lengths_b)), np.int64)
     for i in np.argsort(-lengths_b, kind="stable"):
-        has_room_r = (free_r >= lengths_b[i]) & (sequences_r < most_segments(capacity))
+        has_room_r = (free_r >= lengths_b[i]) & (sequences_r < MOST_SEGMENTS)
         row_b[i] = np.argmax(has_room_r)
         start_b[i] = capacity - free_r[row_b[i]]
         free_r[row_b[i]] -= lengths_b[i]

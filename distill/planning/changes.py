@@ -40,7 +40,8 @@ def find_remedies(outlook: Outlook) -> list[Change]:
     Temporaries are estimates, corrected by how far the estimate is off for what was compiled. Where
     it is possible, changes are compiled, too, until one is confirmed.
     """
-    correction = outlook.memory.update / costs.estimated_temporaries(outlook.subject)
+    estimated = costs.estimated_temporaries(outlook.subject, outlook.topology.platform)
+    correction = outlook.memory.update / estimated
     remedies = []
     for kind in _KINDS:
         fitting = (change for change in kind(outlook) if _fits(change.outlook, correction))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from distill.build import teacher_dtype
 from distill.config import rows_per_microbatch
+from distill.kernels.attention import MOST_SEGMENTS
 from distill.models.config import ModelConfig
 from distill.planning.subject import Subject
 from distill.sampling.cache import bytes_per_token
@@ -219,7 +220,7 @@ def estimated_forward_sent(subject: Subject, tokens: int) -> float:
     return 2 * _others(subject.sampler.tensor) * summed * tokens
 
 
-def estimated_temporaries(subject: Subject) -> float:
+def estimated_temporaries(subject: Subject, platform: str) -> float:
     """Bytes that a device needs in an update beside weights, moments and batch.
 
     Gradients twice (a microbatch's, and their sum), what the backward pass keeps of every layer,
@@ -236,6 +237,8 @@ def estimated_temporaries(subject: Subject) -> float:
     remat = config.policy.activation_checkpointing
     kept = {"none": whole, "dots": inputs + matrices, "full": inputs}[remat] * student.num_layers
     at_work = [2 * whole + _layer_copies(student, FLOAT32 + 2 * compute, sizes.tensor)]
+    if platform == "gpu" and config.policy.sequence_packing.enabled:
+        at_work[0] += _packed_attention(student, tokens.length, sizes.tensor)
     heads = FLOAT32 + compute
     tables = heads * student.vocab_size * student.model_width / sizes.tensor
     if subject.teacher is not None:
@@ -258,6 +261,11 @@ def estimated_prefill_temporaries(subject: Subject, prompts: int, size: int) -> 
 def estimated_decode_temporaries(subject: Subject, slots: int) -> float:
     """Scores of the next token."""
     return 2 * FLOAT32 * slots * subject.student.vocab_size / subject.sampler.tensor
+
+
+def _packed_attention(model: ModelConfig, length: int, tensor: int) -> float:
+    """What cuDNN's backward pass takes for one packed row; the factor was measured on an H100."""
+    return 8 * model.num_heads * model.head_width / tensor * length * (MOST_SEGMENTS + 1)
 
 
 def _layer_copies(model: ModelConfig, bytes_per_weight: int, tensor: int) -> float:

@@ -145,7 +145,7 @@ def _outlook(
         turn = _sent("decode", subject, arrays, programs) / TURNS_PER_CALL
         reading = _sent("prefill", subject, arrays, programs)
         phases.append(costs.generation_phase(subject, prompts, _slots(arrays), reading, turn))
-    memory = _memory(subject, arrays, programs)
+    memory = _memory(subject, topology, arrays, programs)
     return Outlook(subject, topology, memory, tuple(phases), programs)
 
 
@@ -154,12 +154,14 @@ def _slots(arrays: Arrays) -> int:
     return arrays.cache.k_lpckhs.shape[2]
 
 
-def _memory(subject: Subject, arrays: Arrays, programs: dict[str, Program]) -> Memory:
+def _memory(
+    subject: Subject, topology: Topology, arrays: Arrays, programs: dict[str, Program]
+) -> Memory:
     student = bytes_per_device(arrays.state.params)
     if programs:
         temporaries = {name: program.temporaries for name, program in programs.items()}
     else:
-        temporaries = {"update": costs.estimated_temporaries(subject)}
+        temporaries = {"update": costs.estimated_temporaries(subject, topology.platform)}
         if subject.samples:
             _, prompts, size = arrays.reading
             slots = _slots(arrays)

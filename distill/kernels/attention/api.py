@@ -5,9 +5,9 @@ segment_ids_bt int. A token attends to itself and to tokens of its own row and s
 most `window` tokens in all where that is given. Scores and sums are in float32.
 
 `implementation`: `reference` (all scores, the definition), `blockwise` (plain XLA, any platform),
-`splash` (JAX's Pallas kernel for TPUs), `cudnn` (NVIDIA's library; 16-bit floats, `most_segments`
-in a row, and NaN for a row that has more), or None for the best that runs here. ValueError for one
-that cannot run.
+`splash` (JAX's Pallas kernel for TPUs), `cudnn` (NVIDIA's library; 16-bit floats, at most
+`MOST_SEGMENTS` in a row, and NaN for a row that has more), or None for the best that runs here.
+ValueError for one that cannot run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from distill.sharding import num_shards, partition_spec
 
 IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn")
 LANES = 128  # of a TPU: the kernel takes whole tiles of positions
+MOST_SEGMENTS = 32  # of a packed row, padding not counted: what `cudnn` takes memory for
 
 
 def attention(
@@ -79,13 +80,10 @@ def resolve_implementation(implementation: str | None, *, packed: bool, width: i
 
 def _has_cudnn(width: int, dtype: jnp.dtype, packed: bool) -> bool:
     """Whether cuDNN's flash attention takes such heads: what JAX would check when it compiles."""
+    if packed and jax.__version_info__ < (0, 11, 1):
+        return False  # JAX reads other segments' keys where query heads share them: its PR 39521
     fits = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
     return fits and cuda_capability() >= (9 if packed else 8)
-
-
-def most_segments(length: int) -> int:
-    """Of a packed row, for `cudnn`, whose memory in the backward pass grows with their number."""
-    return max(16, length // 128)
 
 
 def attention_mask(
@@ -118,40 +116,38 @@ def _cudnn(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
 
 
 def _cudnn_packed(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
+    """Row by row: the backward pass takes memory for all segments that its rows may have."""
     # What jax.nn's function calls, which has no argument for segments.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    starts_bm, sizes_bm, fits_b = _segments(segment_ids_bt)
-    offsets_bm = jnp.pad(starts_bm, ((0, 0), (0, 1)), constant_values=-1)
-    attended_btnh = dot_product_attention(
-        q_btnh,
-        k_btkh,
-        v_btkh,
-        q_seqlen=sizes_bm,
-        kv_seqlen=sizes_bm,
-        q_offsets=offsets_bm,
-        kv_offsets=offsets_bm,
-        scale=q_btnh.shape[-1] ** -0.5,
-        mask_type=MaskType.PADDING_CAUSAL,
-        sliding_window_length=window,
-    )
-    return jnp.where(fits_b[:, None, None, None], attended_btnh, jnp.nan)
+    def row(arrays):
+        *qkv, ids_t = arrays
+        starts_m, sizes_m, fits = _segments(ids_t)
+        sizes_1m, offsets_1m = sizes_m[None], jnp.append(starts_m, -1)[None]
+        attended_1tnh = dot_product_attention(
+            *(x[None] for x in qkv),
+            q_seqlen=sizes_1m,
+            kv_seqlen=sizes_1m,
+            q_offsets=offsets_1m,
+            kv_offsets=offsets_1m,
+            scale=q_btnh.shape[-1] ** -0.5,
+            mask_type=MaskType.PADDING_CAUSAL,
+            sliding_window_length=window,
+        )
+        return jnp.where(fits, attended_1tnh[0], jnp.nan)
+
+    return jax.lax.map(row, (q_btnh, k_btkh, v_btkh, segment_ids_bt))
 
 
-def _segments(ids_bt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of every row: first positions and sizes of its segments, -1 where there are fewer than
-    `most_segments` and one for padding, and whether there are not more."""
-    batch, length = ids_bt.shape
-    changes_bt = jnp.pad(ids_bt[:, 1:] != ids_bt[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    number_bt = jnp.cumsum(changes_bt, axis=1) - 1
-    starts_bm = jnp.full((batch, most_segments(length) + 1), length)
-    starts_bm = starts_bm.at[jnp.arange(batch)[:, None], number_bt].min(jnp.arange(length))
-    ends_bm = jnp.pad(starts_bm[:, 1:], ((0, 0), (0, 1)), constant_values=length)
-    exists_bm = starts_bm < length
-    starts_bm, sizes_bm = (
-        jnp.where(exists_bm, x_bm, -1) for x_bm in (starts_bm, ends_bm - starts_bm)
-    )
-    return starts_bm, sizes_bm, number_bt[:, -1] < starts_bm.shape[1]
+def _segments(ids_t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """First positions and sizes of a row's segments, -1 where it has fewer than MOST_SEGMENTS and
+    one for padding, and whether it has not more."""
+    length = len(ids_t)
+    number_t = jnp.cumsum(jnp.append(0, ids_t[1:] != ids_t[:-1]))
+    starts_m = jnp.full(MOST_SEGMENTS + 1, length).at[number_t].min(jnp.arange(length))
+    sizes_m = jnp.append(starts_m[1:], length) - starts_m
+    starts_m, sizes_m = (jnp.where(starts_m < length, x_m, -1) for x_m in (starts_m, sizes_m))
+    return starts_m, sizes_m, number_t[-1] <= MOST_SEGMENTS
 
 
 def splash(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None, interpret: bool = False):

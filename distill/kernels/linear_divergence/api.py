@@ -171,7 +171,7 @@ def resolve_implementation(
     `fused` says whether the loss is pointwise and its teacher has logits, as the kernels need.
     """
     if implementation is None:
-        # On a GPU, `chunked` until the kernels have been measured there.
+        # On a GPU, `chunked` until a whole run has used the kernels.
         return "pallas" if fused and platform() == "tpu" and not _is_too_old() else "chunked"
     if not isinstance(implementation, str):
         return implementation
