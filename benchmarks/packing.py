@@ -7,8 +7,8 @@ answers whose lengths are lognormal (mean 128, at most 512), forward KL, AdamW. 
 room for the longest possible sequence; `dynamic batching` has rows of three lengths; `packing` puts
 sequences behind each other into rows as long as the padded ones. All compute at most as many tokens
 at once. `ratio` is the part of the padded rows' time, `padding` the share of the computed tokens
-that are none. `seconds` is a median, on a CPU of interleaved repeats. Before anything is timed, its
-loss is compared with that of those before: they must agree.
+that are none. `seconds` is a median, on a CPU of interleaved repeats. Before one is timed, its loss
+is compared with that of those before: they must agree.
 
 On a CPU: a student of 20M and a teacher of 75M parameters in float32, 32 sequences, microbatches of
 4 full rows, the first two CPUs for everyone. On a GPU: the shapes of Qwen2.5-1.5B and 7B in

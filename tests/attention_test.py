@@ -69,9 +69,14 @@ def test_values_and_gradients(name, window, packed, dtype):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
+needs_segments = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 1), reason="JAX before 0.11.1 gives cuDNN wrong keys of segments"
+)
+
+
 @needs_hopper
 @pytest.mark.parametrize("window", [None, 1, 40])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_segments)])
 @pytest.mark.parametrize("width, length", [(64, 150), (128, 1024)])
 def test_cudnn(window, packed, width, length):
     *inputs, cotangent = arrays(2, length, 6, 2, width, "bfloat16")
@@ -105,6 +110,7 @@ def test_segments_as_cudnn_takes_them(ids, starts, sizes):
 
 
 @needs_hopper
+@needs_segments
 def test_a_row_of_too_many_segments_is_nan():
     *inputs, _ = arrays(2, 128, 2, 2, 64, "bfloat16")
     ids_bt = jnp.stack([jnp.arange(128), jnp.zeros(128, jnp.int32)])
