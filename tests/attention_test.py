@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from distill.kernels.attention import MOST_SEGMENTS, attention
 from distill.kernels.attention.api import _segments, splash
 from distill.kernels.attention.blockwise import BLOCK, _bounds, blockwise_attention
+from distill.models.transformer import REMAT_POLICIES
 from distill.sharding import make_mesh, named_sharding
 from distill.topology import described_tpu
 
@@ -143,6 +144,27 @@ def compiled_gradients(length, mesh=None, dtype="float32"):
 
     inputs = shape(8, "act_heads", None), *[shape(4, "act_kv_heads", None)] * 2, shape(0)
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs).compile()
+
+
+def test_dots_does_not_compute_attention_again():
+    q, k, v, _ = arrays(1, BLOCK, 2, 2, 16)  # one block: no loops within attention
+
+    def gradient_flops(name):
+        def layer(x, _):
+            return attention(x, k, v), None
+
+        def loss(q):
+            step = layer
+            if name != "none":
+                step = jax.checkpoint(layer, policy=REMAT_POLICIES[name], prevent_cse=False)
+            return jax.lax.scan(step, q, None, length=2)[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(q).compile().cost_analysis()["flops"]
+
+    flops = {name: gradient_flops(name) for name in REMAT_POLICIES}
+    product = 2 * 2 * 16 * BLOCK**2
+    assert flops["full"] - flops["none"] > product
+    assert flops["dots"] - flops["none"] < product / 10
 
 
 def test_memory_is_linear_in_the_length():

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill.kernels.attention import attention
+from distill.kernels.attention import RESIDUALS, attention
 from distill.models.config import ModelConfig
 from distill.models.quantization import dequantize
 from distill.sharding import constrain, in_device_memory
@@ -28,7 +28,10 @@ from distill.sharding import constrain, in_device_memory
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    ),
 }
 
 _INIT_STD = 0.02
@@ -155,7 +158,7 @@ class Transformer(nnx.Module):
       dtype: what activations and the cache are computed in.
       param_dtype: what parameters are stored in.
       remat: what the backward pass recomputes: 'none', 'full' (each layer from its input) or
-        'dots' (all but the matrix products).
+        'dots' (all but the matrix products and, without cuDNN, attention).
       rngs: source of the initial parameters.
 
     Raises:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.kernels.attention.blockwise import BLOCK, blockwise_attention
+from distill.kernels.attention.blockwise import RESIDUALS, blockwise_attention
 from distill.kernels.platform import cuda_capability, is_old_tpu, platform
 from distill.sharding import num_shards, partition_spec
 
@@ -42,10 +42,8 @@ def attention(
     of its own: nothing before it can attend to it.
     """
     packed = segment_ids_bt is not None
-    length, _, width = q_btnh.shape[1:]
-    name = resolve_implementation(
-        implementation, packed=packed, length=length, width=width, dtype=q_btnh.dtype
-    )
+    width = q_btnh.shape[-1]
+    name = resolve_implementation(implementation, packed=packed, width=width, dtype=q_btnh.dtype)
     local = functools.partial(_LOCAL[name], window=window)
     if jax.sharding.get_abstract_mesh().empty:
         return local(q_btnh, k_btkh, v_btkh, segment_ids_bt)
@@ -61,15 +59,12 @@ def attention(
     )(q_btnh, k_btkh, v_btkh, segment_ids_bt)
 
 
-def resolve_implementation(
-    implementation: str | None, *, packed: bool, length: int, width: int, dtype
-) -> str:
+def resolve_implementation(implementation: str | None, *, packed: bool, width: int, dtype) -> str:
     """The implementation that will run; ValueError when the one asked for cannot."""
     tpu = platform() == "tpu" and not is_old_tpu()
     cudnn = _has_cudnn(width, jnp.dtype(dtype), packed)
     if implementation is None:
-        in_one_block = "reference" if length <= BLOCK else "blockwise"
-        return "splash" if tpu else "cudnn" if cudnn else in_one_block
+        return "splash" if tpu else "cudnn" if cudnn else "blockwise"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention {implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}, "
@@ -202,6 +197,7 @@ def _splash_kernel(num_heads: int, size: int, window: int | None, interpret: boo
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        residual_checkpoint_name=RESIDUALS,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

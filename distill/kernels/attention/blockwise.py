@@ -14,6 +14,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# What the backward pass needs beside its inputs, by the name that a checkpoint policy keeps it by.
+RESIDUALS = "attention_residuals"
 
 # Positions per block: large enough for efficient products, small enough to skip much.
 BLOCK = 256
@@ -59,6 +63,7 @@ def _attend(q_bkgth, k_bkth, v_bkth, ids_bt, window: int | None, size: int) -> j
 
 def _forward(q_bkgth, k_bkth, v_bkth, ids_bt, window: int | None, size: int):
     first_i, _ = _bounds(ids_bt, window, size)
+    blocks = jnp.arange(ids_bt.shape[1] // size)
     width = q_bkgth.shape[-1]
 
     def query_block(_, i):
@@ -78,19 +83,20 @@ def _forward(q_bkgth, k_bkth, v_bkth, ids_bt, window: int | None, size: int):
 
         rows = jnp.zeros(q_bkgch.shape[:-1], jnp.float32)
         start = rows - jnp.inf, rows, jnp.zeros((*rows.shape, width), jnp.float32)
-        highest, total, values = jax.lax.fori_loop(first_i[i], i + 1, key_block, start)
+        highest, total, values = _loop(first_i[i], i + 1, key_block, start, blocks.size)
         return None, ((values / total[..., None]).astype(q_bkgth.dtype), highest + jnp.log(total))
 
-    blocks = jnp.arange(ids_bt.shape[1] // size)
     _, (attended_ibkgch, log_sum_ibkgc) = jax.lax.scan(query_block, None, blocks)
-    attended_bkgth = _join(attended_ibkgch, q_bkgth.shape)
+    attended_bkgth = checkpoint_name(_join(attended_ibkgch, q_bkgth.shape), RESIDUALS)
     log_sum_bkgt = _join(log_sum_ibkgc, q_bkgth.shape[:-1], axis=-1)
+    log_sum_bkgt = checkpoint_name(log_sum_bkgt, RESIDUALS)
     return attended_bkgth, (q_bkgth, k_bkth, v_bkth, ids_bt, attended_bkgth, log_sum_bkgt)
 
 
 def _backward(window: int | None, size: int, saved, gradient_bkgth):
     q_bkgth, k_bkth, v_bkth, ids_bt, attended_bkgth, log_sum_bkgt = saved
     _, last_j = _bounds(ids_bt, window, size)
+    blocks = jnp.arange(ids_bt.shape[1] // size)
     scale = q_bkgth.shape[-1] ** -0.5
     # sum_s p_s dp_s, which the softmax's gradient subtracts
     inner_bkgt = jnp.sum(
@@ -119,15 +125,16 @@ def _backward(window: int | None, size: int, saved, gradient_bkgth):
             return q_gradient_bkgth, k_gradient_bksh, v_gradient_bksh
 
         zeros = jnp.zeros(k_bksh.shape, jnp.float32)
-        q_gradient_bkgth, k_gradient, v_gradient = jax.lax.fori_loop(
-            j, last_j[j] + 1, query_block, (q_gradient_bkgth, zeros, zeros)
+        start = q_gradient_bkgth, zeros, zeros
+        q_gradient_bkgth, k_gradient, v_gradient = _loop(
+            j, last_j[j] + 1, query_block, start, blocks.size
         )
         return q_gradient_bkgth, (k_gradient.astype(k_bkth.dtype), v_gradient.astype(v_bkth.dtype))
 
     q_gradient_bkgth, key_value_gradients = jax.lax.scan(
         key_block,
         jnp.zeros(q_bkgth.shape, jnp.float32),
-        jnp.arange(ids_bt.shape[1] // size),
+        blocks,
     )
     k_gradient_bkth, v_gradient_bkth = (_join(x, k_bkth.shape) for x in key_value_gradients)
     return q_gradient_bkgth.astype(q_bkgth.dtype), k_gradient_bkth, v_gradient_bkth, None
@@ -164,6 +171,11 @@ def _bounds(ids_bt, window: int | None, size: int):
     first_i = first_bt.min(axis=0).reshape(-1, size).min(axis=1) // size
     last_j = last_bt.max(axis=0).reshape(-1, size).max(axis=1) // size
     return first_i, last_j
+
+
+def _loop(first, end, block, start, num_blocks: int):
+    """`fori_loop` over blocks; of a row of one block, its only turn, which XLA could not see."""
+    return block(0, start) if num_blocks == 1 else jax.lax.fori_loop(first, end, block, start)
 
 
 def _product(subscripts: str, x, y):
