@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -145,12 +144,17 @@ def _expectation_term(log_weight: jax.Array, log_ratio: jax.Array) -> jax.Array:
 
 
 def _log_mixture(p_weight: float, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """log(p_weight p + (1 - p_weight) q)."""
+    """log(p_weight p + (1 - p_weight) q).
+
+    Of the sum itself: `logaddexp` takes longer and is less accurate near the weights' logarithms.
+    Where the sum underflows, so do the weights of the terms that have this logarithm.
+    """
     if p_weight == 0.0:
         return log_q
     if p_weight == 1.0:
         return log_p
-    return jnp.logaddexp(log_p + math.log(p_weight), log_q + math.log1p(-p_weight))
+    mixture = p_weight * jnp.exp(log_p) + (1.0 - p_weight) * jnp.exp(log_q)
+    return jnp.log(jnp.maximum(mixture, jnp.finfo(mixture.dtype).tiny))
 
 
 @register_divergence("forward")

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
+from distill.kernels.platform import platform
 
 # Stands in for logits that do not exist: exp(MASKED - x) is 0 for any real logit x, and unlike -inf
 # it can be subtracted from itself.
@@ -135,7 +136,12 @@ def product(subscripts: str, left, right) -> jax.Array:
 def gradient_products(gradient_cv, student: Projection, head_gradient_dv):
     """From the gradient by the logits: head_gradient_dv with this chunk's part added, and the
     gradient by the hidden states (c, d); both float32."""
-    head_gradient_dv = head_gradient_dv + product("cd,cv->dv", student.hidden_cd, gradient_cv)
+    hidden_dc = student.hidden_cd.T
+    if platform() == "cpu":
+        # Transposed in memory, which takes no time. XLA would leave it to the product, and on CPUs
+        # those that transpose their left operand take up to twice as long.
+        hidden_dc = jax.lax.optimization_barrier(hidden_dc)
+    head_gradient_dv = head_gradient_dv + product("dc,cv->dv", hidden_dc, gradient_cv)
     return head_gradient_dv, product("cv,dv->cd", gradient_cv, student.head_dv)
 
 
