@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _from_scratch(config: ConfigDict) -> ConfigDict:
     config.distillation.teacher_model_path = ""
-    config.distillation.max_steps = 100
+    config.distillation.max_steps = 200  # after 100, it still depends much on the seed
     config.distillation.eval_steps = 50
     config.distillation.save_steps = 50
     config.distillation.logging_steps = 5
