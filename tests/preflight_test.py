@@ -81,7 +81,9 @@ def test_swapped_weights_after_refit(config, monkeypatch):
     assert "a refit that did not arrive" in problem_of(config)
 
 
-def test_sampler_in_bfloat16_beside_a_trainer_in_float32(config, monkeypatch):
+@pytest.fixture
+def rounding_sampler(config, monkeypatch):
+    """A sampler in bfloat16 beside a trainer in float32."""
     build_backend = build.build_backend
 
     def rounding(config, student, *arguments, **folders):
@@ -94,7 +96,17 @@ def test_sampler_in_bfloat16_beside_a_trainer_in_float32(config, monkeypatch):
     # Trained: the answers of random models are so uniform that rounding hardly shows.
     config.policy.model_name = "embedded:arithmetic-student"
     config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
+
+
+def test_sampler_of_another_precision(config, rounding_sampler):
     assert "another precision" in problem_of(config)
+
+
+def test_accelerators_may_round_products_unless_forbidden(config, rounding_sampler, monkeypatch):
+    monkeypatch.setattr(preflight_checks, "platform", lambda: "gpu")
+    preflight_alone(config)
+    with jax.default_matmul_precision("highest"):
+        assert "another precision" in problem_of(config)
 
 
 def filled_differently(monkeypatch, change):
