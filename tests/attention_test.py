@@ -21,6 +21,7 @@ from distill.topology import described_tpu
 TOLERANCES = {"float32": 2e-5, "bfloat16": 4e-2}
 IMPLEMENTATIONS = {
     "blockwise": functools.partial(blockwise_attention, block=32),
+    "one block": blockwise_attention,
     "splash": functools.partial(splash, interpret=True),
 }
 
@@ -146,12 +147,15 @@ def compiled_gradients(length, mesh=None, dtype="float32"):
     return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs).compile()
 
 
-def test_dots_does_not_compute_attention_again():
-    q, k, v, _ = arrays(1, BLOCK, 2, 2, 16)  # one block: no loops within attention
+@pytest.mark.parametrize("name", ["one block", "splash"])
+def test_dots_does_not_compute_attention_again(name):
+    function = functools.partial(IMPLEMENTATIONS[name], segment_ids_bt=None, window=None)
+    length = {"one block": BLOCK, "splash": 128}[name]  # no loops within attention
+    q, k, v, _ = arrays(1, length, 2, 2, 16)
 
     def gradient_flops(name):
         def layer(x, _):
-            return attention(x, k, v), None
+            return function(x, k, v), None
 
         def loss(q):
             step = layer
@@ -162,7 +166,7 @@ def test_dots_does_not_compute_attention_again():
         return jax.jit(jax.grad(loss)).lower(q).compile().cost_analysis()["flops"]
 
     flops = {name: gradient_flops(name) for name in REMAT_POLICIES}
-    product = 2 * 2 * 16 * BLOCK**2
+    product = 2 * 2 * 16 * length**2
     assert flops["full"] - flops["none"] > product
     assert flops["dots"] - flops["none"] < product / 10
 

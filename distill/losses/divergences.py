@@ -146,8 +146,8 @@ def _expectation_term(log_weight: jax.Array, log_ratio: jax.Array) -> jax.Array:
 def _log_mixture(p_weight: float, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """log(p_weight p + (1 - p_weight) q).
 
-    Of the sum itself: `logaddexp` takes longer and is less accurate near the weights' logarithms.
-    Where the sum underflows, so do the weights of the terms that have this logarithm.
+    Of the sum itself: `logaddexp` takes longer and is about as accurate. Where the sum underflows,
+    so do p and q, whose terms are then 0 (or `p_weight` is below 1e-30).
     """
     if p_weight == 0.0:
         return log_q

@@ -174,7 +174,7 @@ def _bounds(ids_bt, window: int | None, size: int):
 
 
 def _loop(first, end, block, start, num_blocks: int):
-    """`fori_loop` over blocks; of a row of one block, its only turn, which XLA could not see."""
+    """`fori_loop` over blocks. A single block has one turn, as XLA cannot see from the bounds."""
     return block(0, start) if num_blocks == 1 else jax.lax.fori_loop(first, end, block, start)
 
 

@@ -6,7 +6,7 @@
 
 This module is their definition in plain XLA, and the implementation on every platform. The Pallas
 kernels (pallas_tpu.py, pallas_gpu.py) are the same functions with the same signatures, each reading
-every logit once. All arithmetic is float32 in log space.
+every logit once. All arithmetic is float32, softmax and its sums in log space.
 """
 
 from __future__ import annotations
@@ -136,13 +136,13 @@ def product(subscripts: str, left, right) -> jax.Array:
 def gradient_products(gradient_cv, student: Projection, head_gradient_dv):
     """From the gradient by the logits: head_gradient_dv with this chunk's part added, and the
     gradient by the hidden states (c, d); both float32."""
-    hidden_dc = student.hidden_cd.T
     if platform() == "cpu":
-        # Transposed in memory, which takes no time. XLA would leave it to the product, and on CPUs
-        # those that transpose their left operand take up to twice as long.
-        hidden_dc = jax.lax.optimization_barrier(hidden_dc)
-    head_gradient_dv = head_gradient_dv + product("dc,cv->dv", hidden_dc, gradient_cv)
-    return head_gradient_dv, product("cv,dv->cd", gradient_cv, student.head_dv)
+        # Transposed in memory first: left to the product, the product takes up to twice as long.
+        hidden_dc = jax.lax.optimization_barrier(student.hidden_cd.T)
+        added_dv = product("dc,cv->dv", hidden_dc, gradient_cv)
+    else:
+        added_dv = product("cd,cv->dv", student.hidden_cd, gradient_cv)
+    return head_gradient_dv + added_dv, product("cv,dv->cd", gradient_cv, student.head_dv)
 
 
 class Sweeps(abc.ABC):
