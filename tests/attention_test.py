@@ -153,19 +153,19 @@ def test_dots_does_not_compute_attention_again(name):
     length = {"one block": BLOCK, "splash": 128}[name]  # no loops within attention
     q, k, v, _ = arrays(1, length, 2, 2, 16)
 
-    def gradient_flops(name):
+    def gradient_flops(remat):
         def layer(x, _):
             return function(x, k, v), None
 
         def loss(q):
             step = layer
-            if name != "none":
-                step = jax.checkpoint(layer, policy=REMAT_POLICIES[name], prevent_cse=False)
+            if remat != "none":
+                step = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
             return jax.lax.scan(step, q, None, length=2)[0].sum()
 
         return jax.jit(jax.grad(loss)).lower(q).compile().cost_analysis()["flops"]
 
-    flops = {name: gradient_flops(name) for name in REMAT_POLICIES}
+    flops = {remat: gradient_flops(remat) for remat in REMAT_POLICIES}
     product = 2 * 2 * 16 * length**2
     assert flops["full"] - flops["none"] > product
     assert flops["dots"] - flops["none"] < product / 10

@@ -78,7 +78,7 @@ def flops(subject: Subject) -> dict[str, float]:
     forward = _forward(student, tokens)
     parts["student"] = 3 * forward
     remat = subject.config.policy.activation_checkpointing
-    # With `dots`, cuDNN's attention is computed again, too; what else attends keeps its result.
+    # A lower bound: with `dots`, cuDNN's attention, and no other, would be computed again, too.
     parts["recomputation"] = forward if remat == "full" else 0.0
     passes = 8 if subject.config.policy.generation.importance_clip else 6
     widths = passes * student.model_width + (2 * teacher.model_width if teacher else 0)

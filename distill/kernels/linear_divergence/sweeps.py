@@ -137,7 +137,7 @@ def gradient_products(gradient_cv, student: Projection, head_gradient_dv):
     """From the gradient by the logits: head_gradient_dv with this chunk's part added, and the
     gradient by the hidden states (c, d); both float32."""
     if platform() == "cpu":
-        # Transposed in memory first: left to the product, the product takes up to twice as long.
+        # In memory first: a product that has to transpose it takes up to twice as long.
         hidden_dc = jax.lax.optimization_barrier(student.hidden_cd.T)
         added_dv = product("dc,cv->dv", hidden_dc, gradient_cv)
     else:
