@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from distill.errors import UserError
-from distill.sampling.choice import SamplingParams, choose, row_keys
+from distill.sampling.choice import SamplingParams, choose, row_keys, uniforms
 
 TRUNCATIONS = {
     "plain": {},
@@ -92,6 +92,17 @@ class TestRowKeys:
         assert jax.random.key_data(wide).tolist() == jax.random.key_data(traced).tolist()
 
 
+class TestUniforms:
+    def test_key_and_position_matter_and_nothing_else(self):
+        keys_b = row_keys(0, 0, np.array([4, 9, 4]), np.array([0, 0, 0]))
+        at_5_b2, at_6_b2 = uniforms(keys_b, 5), uniforms(keys_b, 6)
+        assert at_5_b2.shape == (3, 2)
+        assert at_5_b2[0].tolist() == at_5_b2[2].tolist()
+        assert len({*at_5_b2[:2].ravel().tolist(), *at_6_b2[:2].ravel().tolist()}) == 8
+        mixed_b2 = uniforms(keys_b, np.array([6, 5, 5]))
+        assert mixed_b2.tolist() == [at_6_b2[0].tolist(), *at_5_b2[1:].tolist()]
+
+
 DRAWS = 20_000
 LOGITS_V = np.random.default_rng(1).normal(0, 1.5, 12).astype(np.float32)
 
@@ -103,9 +114,9 @@ def draw(**options):
 
 
 def choose_many(logits_bv, vocab_size=12, **options):
-    keys_b = jax.random.split(jax.random.key(0), len(logits_bv))
+    uniform_b2 = jax.random.uniform(jax.random.key(0), (len(logits_bv), 2))
     params = SamplingParams(max_length=1, **options)
-    return jax.jit(choose, static_argnums=(2, 3))(logits_bv, keys_b, params, vocab_size)
+    return jax.jit(choose, static_argnums=(2, 3))(logits_bv, uniform_b2, params, vocab_size)
 
 
 def p_value(tokens_b, prob_v):
@@ -191,8 +202,8 @@ class TestChoose:
         def primitives(**options):
             params = SamplingParams(max_length=1, **options)
             program = str(
-                jax.make_jaxpr(lambda x, k: choose(x, k, params, 12))(
-                    jnp.zeros((2, 12)), jax.random.split(jax.random.key(0), 2)
+                jax.make_jaxpr(lambda x, u: choose(x, u, params, 12))(
+                    jnp.zeros((2, 12)), jnp.zeros((2, 2))
                 )
             )
             return "sort[" in program, "top_k[" in program

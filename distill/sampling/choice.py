@@ -94,6 +94,20 @@ def row_keys(
     return jax.vmap(row_key)(_uint32(prompt_index_b), _uint32(generation_index_b))
 
 
+def uniforms(keys_b: jax.Array, position: ArrayLike) -> jax.Array:
+    """The random numbers behind each row's token at a response position: uniform_b2 in [0, 1).
+
+    Args:
+      keys_b: from `row_keys`.
+      position: a scalar, or one per row.
+    """
+
+    def of_row(key, position):
+        return jax.random.uniform(jax.random.fold_in(key, position), (2,))
+
+    return jax.vmap(of_row)(keys_b, jnp.broadcast_to(position, keys_b.shape))
+
+
 def _uint32(x: ArrayLike) -> jax.Array:
     # numpy wraps 64-bit integers; jnp.asarray would refuse a large Python int
     return jnp.asarray(x if isinstance(x, jax.Array) else np.asarray(x).astype(np.uint32)).astype(
@@ -102,14 +116,14 @@ def _uint32(x: ArrayLike) -> jax.Array:
 
 
 def choose(
-    logits_bv: jax.Array, keys_b: jax.Array, params: SamplingParams, vocab_size: int
+    logits_bv: jax.Array, uniform_b2: jax.Array | None, params: SamplingParams, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws one token per row, each row with its own key.
+    """Draws one token per row, each row with its own random numbers.
 
     Args:
       logits_bv: float32. Ids from `vocab_size` on are padding rows of the output head: they are
         never chosen and carry no probability.
-      keys_b: PRNG keys; unused when greedy.
+      uniform_b2: from `uniforms`; not read when greedy.
       params: static.
       vocab_size: static, number of real tokens.
 
@@ -125,30 +139,39 @@ def choose(
     if params.greedy:
         tokens_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
         return tokens_b, _log_prob(logits_bv, tokens_b), jnp.zeros(tokens_b.shape, jnp.float32)
-    scores_bv = _truncate(logits_bv / params.temperature, params, vocab_size)
-    tokens_b = _draw(scores_bv, keys_b)
-    return tokens_b, _log_prob(logits_bv, tokens_b), _log_prob(scores_bv, tokens_b)
+    scores_bv = logits_bv if params.temperature == 1 else logits_bv / params.temperature
+    scores_bv = _truncate(scores_bv, params, vocab_size)
+    tokens_b, sampled_log_probs_b = _draw(scores_bv, uniform_b2)
+    untouched = scores_bv is logits_bv
+    log_probs_b = sampled_log_probs_b if untouched else _log_prob(logits_bv, tokens_b)
+    return tokens_b, log_probs_b, sampled_log_probs_b
 
 
 def _log_prob(scores_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
-    chosen_b = jnp.take_along_axis(scores_bv, tokens_b[:, None], axis=-1)[:, 0]
-    return chosen_b - jax.nn.logsumexp(scores_bv, axis=-1)
+    return _at(scores_bv, tokens_b) - jax.nn.logsumexp(scores_bv, axis=-1)
 
 
-def _draw(scores_bv: jax.Array, keys_b: jax.Array) -> jax.Array:
-    """Inverse-CDF sampling in two stages: a block of the vocabulary, then a token inside it.
+def _at(scores_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(scores_bv, tokens_b[:, None], axis=-1)[:, 0]
 
-    Two random numbers per row instead of one per token of the vocabulary (Gumbel-max), and sums
-    over at most V / _BLOCK and _BLOCK numbers, so that rare tokens keep their probability in
-    float32.
+
+def _draw(scores_bv: jax.Array, uniform_b2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens and their log-probabilities, by inverse-CDF sampling in two stages.
+
+    A block of the vocabulary, then a token inside it: two random numbers per row instead of one per
+    token of the vocabulary (Gumbel-max), and sums over at most V / _BLOCK and _BLOCK numbers, so
+    that rare tokens keep their probability in float32.
     """
-    mass_bv = jnp.exp(scores_bv - jnp.max(scores_bv, axis=-1, keepdims=True))
+    highest_b = jnp.max(scores_bv, axis=-1)
+    mass_bv = jnp.exp(scores_bv - highest_b[:, None])
     padding = -mass_bv.shape[-1] % _BLOCK
     mass_bnk = jnp.pad(mass_bv, ((0, 0), (0, padding))).reshape(len(mass_bv), -1, _BLOCK)
-    uniform_b2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_b)
-    block_b = _inverse_cdf(mass_bnk.sum(axis=-1), uniform_b2[:, 0])
+    mass_bn = mass_bnk.sum(axis=-1)
+    block_b = _inverse_cdf(mass_bn, uniform_b2[:, 0])
     inside_bk = jnp.take_along_axis(mass_bnk, block_b[:, None, None], axis=1)[:, 0]
-    return block_b * _BLOCK + _inverse_cdf(inside_bk, uniform_b2[:, 1])
+    tokens_b = block_b * _BLOCK + _inverse_cdf(inside_bk, uniform_b2[:, 1])
+    log_probs_b = (_at(scores_bv, tokens_b) - highest_b) - jnp.log(mass_bn.sum(axis=-1))
+    return tokens_b, log_probs_b
 
 
 def _inverse_cdf(mass_bn: jax.Array, uniform_b: jax.Array) -> jax.Array:

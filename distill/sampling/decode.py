@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from distill.models.transformer import KVCache, Transformer, init_cache
-from distill.sampling.choice import SamplingParams, choose
+from distill.sampling.choice import SamplingParams, choose, uniforms
 from distill.sampling.request import Rollout
 from distill.sharding import constrain
 
@@ -88,9 +88,9 @@ def decode(
     """What `make_generate` compiles; the state it returns also tells how many turns were needed."""
 
     def choose_next(state: DecodeState, hidden_bd: jax.Array) -> DecodeState:
-        token_keys_b = jax.vmap(jax.random.fold_in, (0, None))(keys_b, state.position)
-        chosen = choose(model.logits(hidden_bd[:, None])[:, 0], token_keys_b, params, vocab_size)
-        return _append(state, *chosen, eos_ids)
+        logits_bv = model.logits(hidden_bd[:, None])[:, 0]
+        uniform_b2 = uniforms(keys_b, state.position)
+        return _append(state, *choose(logits_bv, uniform_b2, params, vocab_size), eos_ids)
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.position < params.max_length) & ~jnp.all(state.rollout.stopped_b)

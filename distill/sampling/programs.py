@@ -25,7 +25,7 @@ from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling.attention import Kernel, prefix_attention
 from distill.sampling.cache import SlotCache
-from distill.sampling.choice import SamplingParams, choose
+from distill.sampling.choice import SamplingParams, choose, uniforms
 from distill.sharding import constrain, constrain_whole
 
 
@@ -121,9 +121,9 @@ def insert_rows(
     """Gives prompts source_pm of each part slots slot_pm, and chooses the answers' first tokens."""
     cache = caches.insert(cache, prefilled.cache, source_pm, slot_pm)
     logits_pmv = jnp.take_along_axis(prefilled.logits_pgv, source_pm[:, :, None], axis=1)
-    chosen = _choose(
-        facts, logits_pmv.reshape(-1, logits_pmv.shape[-1]), key_pm2, jnp.int32(0), params
-    )
+    keys_b = jax.random.wrap_key_data(key_pm2.reshape(-1, key_pm2.shape[-1]))
+    logits_bv = logits_pmv.reshape(-1, logits_pmv.shape[-1])
+    chosen = Chosen(*choose(logits_bv, uniforms(keys_b, 0), params, facts.vocab_size))
     return cache, constrain_whole(jax.tree.map(lambda x: x.reshape(source_pm.shape), chosen))
 
 
@@ -167,6 +167,11 @@ def decode_rows(
     prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype)
     walk = make_walk(model, loop_weights, prefix_of)
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
+    # Of all turns at once: in the loop they are many small operations, which take longer to start
+    # than to run.
+    uniform_tb2 = jax.vmap(uniforms, (None, 0))(
+        jax.random.wrap_key_data(key_b2), made_b + jnp.arange(turns)[:, None]
+    )
 
     def goes_on(state):
         turn, running_b, *_ = state
@@ -177,7 +182,7 @@ def decode_rows(
         turn, running_b, token_b, tail, chosen_tb = state
         hidden_bd, tail = decode_turn(model, walk, token_b, lengths_b, turn, tail)
         logits_bv = model.logits(hidden_bd[:, None], loop_weights.head_dv)[:, 0]
-        chosen_b = _choose(facts, logits_bv, key_b2, made_b + turn, params)
+        chosen_b = Chosen(*choose(logits_bv, uniform_tb2[turn], params, facts.vocab_size))
         chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[turn].set(x_b), chosen_tb, chosen_b)
         ended_b = jnp.isin(chosen_b.token, eos_ids) | (made_b + turn + 1 >= limit_b)
         return turn + 1, running_b & ~ended_b, chosen_b.token, tail, chosen_tb
@@ -200,10 +205,3 @@ def decode_rows(
 def _no_tokens(turns: int, batch: int) -> Chosen:
     zeros = jnp.zeros((turns, batch), jnp.float32)
     return Chosen(zeros.astype(jnp.int32), zeros, zeros)
-
-
-def _choose(facts: ModelFacts, logits_bv, key_2, position, params: SamplingParams) -> Chosen:
-    keys_b = jax.random.wrap_key_data(key_2.reshape(-1, key_2.shape[-1]))
-    positions_b = jnp.broadcast_to(position, keys_b.shape)
-    keys_b = jax.vmap(jax.random.fold_in)(keys_b, positions_b)
-    return Chosen(*choose(logits_bv, keys_b, params, facts.vocab_size))
