@@ -14,8 +14,8 @@ checkpointing; TRL's are a run of `trainer.train()` held back before each step: 
 all prompts in one batch. `defaults` are GKD's: checkpointing, which has it sample without a cache
 of keys and values, and bfloat16, which nobody else computes in here; its temperature of 0.9 is not
 taken over, for the sake of equal work. `ratio` is the part of our time: 3 is three times slower.
-`seconds` is a median of interleaved repeats, after the steps that compile and warm up; loading is
-not counted. `products of the update` is no step: it is what remains of ours without sampling,
+`seconds` is a median of interleaved repeats, each after steps that are not timed; loading is not
+counted. `products of the update` is no step: it is what remains of ours without sampling,
 attention, softmax, norms and optimizer, the matrix products of both models' layers and heads on the
 real tokens, one after the other.
 

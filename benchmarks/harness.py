@@ -30,6 +30,8 @@ from absl import flags
 from distill.errors import UserError
 from distill.kernels.linear_divergence import loop
 
+SETTLE_SECONDS = 2.0  # before each timed run
+
 Row = dict[str, Any]
 
 
@@ -123,17 +125,13 @@ class _Worker:
 
 
 def _serve(connection, job: Job) -> None:
-    """The worker's side: the peak, then the seconds of one run per request; a text on failure.
-
-    Each timed run follows an untimed one: while the others ran, caches went cold and the kernel may
-    have reclaimed pages, of some workers more than of others.
-    """
+    """The worker's side: the peak, then the seconds of one run per request; a text on failure."""
     try:
         run = job.build(*job.arguments)
         run()  # compiles, where `build` has not
         connection.send((job.peak_bytes or peak_bytes)(run))
         while connection.recv():
-            run()
+            _settle(run)
             start = time.perf_counter()
             run()
             connection.send(time.perf_counter() - start)
@@ -142,6 +140,18 @@ def _serve(connection, job: Job) -> None:
     except Exception as error:
         traceback.print_exc()
         connection.send(one_line(error))
+
+
+def _settle(run: Callable[[], None]) -> None:
+    """At least one untimed run, and more until the machine has got over what the others did.
+
+    Caches went cold, the kernel may have reclaimed pages, and the host of a virtual machine takes
+    processor time (`steal` in /proc/stat) for memory that was given back, about a second after.
+    """
+    end = time.perf_counter() + SETTLE_SECONDS
+    run()
+    while time.perf_counter() < end:
+        run()
 
 
 def one_line(error: Exception) -> str:
