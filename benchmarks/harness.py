@@ -1,8 +1,9 @@
 """What the benchmarks share: fair timing, peak memory, compiler estimates, tables, JSON rows.
 
 Each implementation lives in a worker process of its own, so that its peak memory is its own. The
-workers stay alive and are asked in turn for one repeat each: whatever slows the machine down for a
-while falls on all of them, and no two run at once. Their medians are compared. Where two do not fit
+workers stay alive and are asked in turn for one repeat each, which is timed after two seconds of
+untimed ones: whatever slows the machine down for a while falls on all of them, and no two run at
+once. Their medians are compared. Where two do not fit
 into a GPU's memory, `measure_alone` has one after the other.
 """
 

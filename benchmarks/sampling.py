@@ -7,7 +7,7 @@ ends an answer early, temperature is 1, nothing is truncated. Lengths are spread
 answers: lognormal, mean 128, maximum 512. `tokens per second` counts only tokens that were asked
 for: a static batch decodes every row until the longest ends. `slots` are the rows decoded at once,
 `-` where the implementation decides. `ratio` is the part of our static batch's time: below 1 is
-better. `seconds` is a median of interleaved repeats, after two runs that compile and warm up;
+better. `seconds` is a median of interleaved repeats, each after runs that are not timed;
 `peak_bytes` is what a run adds to the weights, nothing for an engine that keeps its cache.
 
 Log-probabilities of the sampled tokens are part of ours and of vLLM's work, not of transformers'.

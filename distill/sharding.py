@@ -66,8 +66,8 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int,
         sizes[free[0]] = count // fixed
     if math.prod(sizes.values()) != count:
         raise UserError(
-            f"{given} does not match {count} devices: "
-            f"data x fsdp x tensor must be {count}, e.g. mesh.data={count}"
+            f"{given} does not match {count} devices: data x fsdp x tensor must be {count}, "
+            f"e.g. mesh.data={count} mesh.fsdp=1 mesh.tensor=1"
         )
     return tuple(sizes.values())
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -437,6 +438,27 @@ def test_when_no_single_change_suffices_several_do(tmp_path, monkeypatch):
     assert len(remedy.values) == 2 and remedy.outlook.memory.peak <= chip.memory
 
 
+def test_where_compiling_refutes_a_size_the_next_is_tried(tmp_path, monkeypatch):
+    config = flagship()
+    config.policy.activation_checkpointing = "none"
+    outlook = estimate(subject_of(config, "v5e:4x4", tmp_path), parse_topology("v5e:4x4"))
+    monkeypatch.setattr(changes, "_KINDS", (changes._other_meshes, changes._more_devices))
+    monkeypatch.setattr(changes, "_fits", lambda outlook, correction: True)
+    tried = []
+
+    def compile_programs(subject, topology):  # no real one is sure to refute a size
+        tried.append((subject.sizes.fsdp, subject.sizes.tensor))
+        made = estimate(subject, topology)
+        memory = dataclasses.replace(made.memory, update=0 if len(tried) == 3 else 1e12)
+        return dataclasses.replace(made, memory=memory)
+
+    monkeypatch.setattr(changes, "compile_programs", compile_programs)
+    mesh, devices = changes.find_remedies(outlook)
+    assert len(tried) == len(set(tried)) == 3
+    assert (mesh.values["mesh.fsdp"], mesh.values["mesh.tensor"]) == tried[-1]
+    assert devices.words == "--topology=v5e:4x8"
+
+
 def test_sweep_ranks_all_meshes(tmp_path):
     topology_ = parse_topology("gpu:h200x8")
     subject = subject_of(flagship(), "gpu:h200x8", tmp_path)
@@ -458,10 +480,17 @@ def test_sweep_compiles_the_best_few(models, capsys):
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
+    shell = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "-m", "distill.plan", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=shell, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+
+
+def test_this_host_is_divided_into_as_many_devices_as_asked():
+    done = command("--config=configs/arithmetic.py", "--topology=cpu:4")
+    assert done.returncode == 0, done.stderr
+    assert "compiled in: update" in done.stdout
 
 
 def test_exit_status_of_what_fits():
@@ -530,7 +559,6 @@ def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
         jax.clear_caches()
         model = dataclasses.replace(model_config("qwen2"), num_layers=num_layers)
         config = tiny_config()
-        config.policy.activation_checkpointing = "full"
         subject = Subject(split(parse_config(config), 2, 2, 2), model, model, 30)
         arrays = make_arrays(subject, mesh, mesh)
         start = time.process_time()

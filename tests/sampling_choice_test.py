@@ -92,6 +92,9 @@ class TestRowKeys:
         assert jax.random.key_data(wide).tolist() == jax.random.key_data(traced).tolist()
 
 
+GOLDEN = (0.6497509479522705, 0.9237192869186401)
+
+
 class TestUniforms:
     def test_key_and_position_matter_and_nothing_else(self):
         keys_b = row_keys(0, 0, np.array([4, 9, 4]), np.array([0, 0, 0]))
@@ -99,6 +102,8 @@ class TestUniforms:
         assert at_5_b2.shape == (3, 2)
         assert at_5_b2[0].tolist() == at_5_b2[2].tolist()
         assert len({*at_5_b2[:2].ravel().tolist(), *at_6_b2[:2].ravel().tolist()}) == 8
+        # A run that is resumed on another version of JAX must go on with the same numbers.
+        np.testing.assert_allclose(uniforms(row_keys(3, 7, [4], [1]), 5), [GOLDEN], rtol=1e-6)
         mixed_b2 = uniforms(keys_b, np.array([6, 5, 5]))
         assert mixed_b2.tolist() == [at_6_b2[0].tolist(), *at_5_b2[1:].tolist()]
 
@@ -145,6 +150,31 @@ class TestChoose:
         sampled_v = np.log(np.maximum(reference_distribution(LOGITS_V, **options), 1e-30))
         np.testing.assert_allclose(log_probs_b, own_v[tokens_b], atol=2e-6)
         np.testing.assert_allclose(sampled_log_probs_b, sampled_v[tokens_b], atol=2e-6)
+
+    @pytest.mark.parametrize("options", [{}, {"top_k": 300}, {"temperature": 0.7, "min_p": 0.05}])
+    def test_vocabulary_of_many_blocks(self, options):
+        """1000 ids in eight blocks of 128, of which the first 700 are tokens."""
+        logits_v = np.random.default_rng(3).normal(0, 1.5, 1000).astype(np.float32)
+        logits_v[128:256] = -np.inf  # a block without mass
+        chosen = choose_many(jnp.tile(logits_v, (DRAWS, 1)), 700, **options)
+        tokens_b, log_probs_b, sampled_log_probs_b = (np.asarray(x) for x in chosen)
+        prob_v = reference_distribution(logits_v[:700], **options)
+        assert prob_v[tokens_b].min() > 0
+        for bin_v in (np.arange(700) // 128, np.arange(700) % 128):
+            expected_n = np.bincount(bin_v, prob_v) * DRAWS
+            counts_n = np.bincount(bin_v[tokens_b], minlength=len(expected_n))
+            kept_n = expected_n > 0
+            assert scipy.stats.chisquare(counts_n[kept_n], expected_n[kept_n]).pvalue > 1e-3
+        own_v = np.log(np.maximum(reference_distribution(logits_v[:700]), 1e-30))
+        np.testing.assert_allclose(log_probs_b, own_v[tokens_b], atol=3e-6)
+        np.testing.assert_allclose(sampled_log_probs_b, np.log(prob_v[tokens_b]), atol=3e-6)
+
+    def test_the_only_possible_token_is_certain(self):
+        for only in (0, 127, 128, 699):
+            logits_bv = jnp.full((50, 700), -jnp.inf).at[:, only].set(3.0)
+            tokens_b, *log_probs = choose_many(logits_bv, 700)
+            assert set(tokens_b.tolist()) == {only}
+            assert all((x_b == 0).all() for x_b in log_probs)
 
     @each_truncation
     def test_support_is_that_of_transformers(self, options):

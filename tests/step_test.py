@@ -33,10 +33,18 @@ ROWS, PROMPT, RESPONSE = 8, 5, 7
 PAD = 0
 
 
-def make_model(width: int, layers: int, vocab_size: int, seed: int, tied: bool = True, **changes):
+def make_model(
+    width: int,
+    layers: int,
+    vocab_size: int,
+    seed: int,
+    tied: bool = True,
+    dtype=jnp.float32,
+    **changes,
+):
     sizes = dict(vocab_size=vocab_size, num_layers=layers, model_width=width, ffn_width=2 * width)
     config = model_config(**sizes, tied=tied, **changes)
-    model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    model = Transformer(config, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model, nnx.Param)
     # Larger than at initialisation, so that the distributions are far from uniform.
     return graph, jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
@@ -483,9 +491,34 @@ def test_step_donates_its_state(student, teacher):
     assert not jax.tree.leaves(teacher[1])[0].is_deleted()
 
 
+def test_gradients_of_microbatches_add_up_in_float32():
+    """Eight times the same row in bfloat16: partial sums of 3, 5, 7 would be rounded in that."""
+    (student, params), (teacher, teacher_params) = (
+        make_model(width, 1, VOCAB_SIZE, seed, dtype=jnp.bfloat16)
+        for width, seed in ((16, 0), (32, 1))
+    )
+    row = jax.tree.map(lambda x: x[:1], vars(make_rows()) | {"scores": None})
+    shape = Layout((Shape(1, PROMPT + RESPONSE),))
+
+    def gradients(repeats: int):
+        rows = Rows(**jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), row))
+        assert len(rows.batch(shape)[0].tokens_bt) == repeats
+        optimizer = optax.trace(decay=0.0)  # its state is the gradient
+        state, _ = run_step(
+            (student, params), (teacher, teacher_params), rows, layout=shape, optimizer=optimizer
+        )
+        return optax.tree.get(state.opt_state, "trace")
+
+    for one, eight in zip(*map(jax.tree.leaves, (gradients(1), gradients(8))), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-9)
+
+
 def test_mesh_errors_name_what_works():
-    with pytest.raises(UserError, match="must be 8"):
-        make_mesh(3, 1, 1)
+    for sizes in ((3, 1, 1), (3, 2, 1), (-1, 3, 1)):
+        works = "must be 8, e.g. mesh.data=8 mesh.fsdp=1 mesh.tensor=1"
+        with pytest.raises(UserError, match=works):
+            make_mesh(*sizes)
     with pytest.raises(UserError, match="at most one is -1"):
         make_mesh(-1, -1, 1)
     assert batch_parts(make_mesh(-1, 2, 2)) == 4

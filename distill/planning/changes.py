@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distill.config import microbatch_values, rows_per_microbatch
@@ -38,17 +38,17 @@ def find_remedies(outlook: Outlook) -> list[Change]:
     """The smallest change of each kind that alone makes it fit; else, all kinds together.
 
     Temporaries are estimates, corrected by how far the estimate is off for what was compiled. Where
-    it is possible, changes are compiled, too, until one is confirmed.
+    it is possible, changes are compiled, too, the small before the large, until one is confirmed.
     """
     estimated = costs.estimated_temporaries(outlook.subject, outlook.topology.platform)
     correction = outlook.memory.update / estimated
-    remedies = []
+    remedies: list[Change] = []
     for kind in _KINDS:
         fitting = (change for change in kind(outlook) if _fits(change.outlook, correction))
+        if not remedies:
+            fitting = _not_refuted(fitting)
         remedies += itertools.islice(fitting, 1)
-    if not remedies:
-        remedies = _all_together(outlook, correction)
-    return _confirmed(remedies)
+    return remedies or list(_not_refuted(_all_together(outlook, correction)))
 
 
 def _fits(outlook: Outlook, correction: float) -> bool:
@@ -57,15 +57,15 @@ def _fits(outlook: Outlook, correction: float) -> bool:
     return corrected.peak <= outlook.topology.chip.memory
 
 
-def _confirmed(remedies: list[Change]) -> list[Change]:
-    """Without those that compiling refutes, up to the first that it confirms."""
-    for number, change in enumerate(remedies):
+def _not_refuted(changes: Iterable[Change]) -> Iterator[Change]:
+    """Those that fit when they are compiled; for GPUs, where nothing can be, all."""
+    for change in changes:
         if change.outlook.topology.platform == "gpu":
-            return remedies[number:]
+            yield change
+            continue
         outlook = compile_programs(change.outlook.subject, change.outlook.topology)
         if outlook.fits:
-            return [dataclasses.replace(change, outlook=outlook), *remedies[number + 1 :]]
-    return []
+            yield dataclasses.replace(change, outlook=outlook)
 
 
 def _changed(outlook: Outlook, values: Values, topology: Topology | None = None) -> Change | None:

@@ -22,6 +22,9 @@ MIN_TEMPERATURE = 1e-6
 # Tokens per block of the two-stage draw: about the root of a large vocabulary.
 _BLOCK = 128
 
+# Named: a flag may change the default generator, and answers must not depend on it.
+KEY_IMPL = "threefry2x32"
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -90,7 +93,8 @@ def row_keys(
         key = jax.random.fold_in(step_key, prompt_index)
         return jax.random.fold_in(key, generation_index)
 
-    step_key = jax.random.fold_in(jax.random.key(_uint32(seed)), _uint32(step))
+    seed_key = jax.random.key(_uint32(seed), impl=KEY_IMPL)
+    step_key = jax.random.fold_in(seed_key, _uint32(step))
     return jax.vmap(row_key)(_uint32(prompt_index_b), _uint32(generation_index_b))
 
 
@@ -142,9 +146,9 @@ def choose(
     scores_bv = logits_bv if params.temperature == 1 else logits_bv / params.temperature
     scores_bv = _truncate(scores_bv, params, vocab_size)
     tokens_b, sampled_log_probs_b = _draw(scores_bv, uniform_b2)
-    untouched = scores_bv is logits_bv
-    log_probs_b = sampled_log_probs_b if untouched else _log_prob(logits_bv, tokens_b)
-    return tokens_b, log_probs_b, sampled_log_probs_b
+    if scores_bv is logits_bv:  # tokens were drawn from the model's own distribution
+        return tokens_b, sampled_log_probs_b, sampled_log_probs_b
+    return tokens_b, _log_prob(logits_bv, tokens_b), sampled_log_probs_b
 
 
 def _log_prob(scores_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:
@@ -160,7 +164,8 @@ def _draw(scores_bv: jax.Array, uniform_b2: jax.Array) -> tuple[jax.Array, jax.A
 
     A block of the vocabulary, then a token inside it: two random numbers per row instead of one per
     token of the vocabulary (Gumbel-max), and sums over at most V / _BLOCK and _BLOCK numbers, so
-    that rare tokens keep their probability in float32.
+    that rare tokens keep their probability in float32. The blocks' sums normalise, too: no other
+    pass over the vocabulary.
     """
     highest_b = jnp.max(scores_bv, axis=-1)
     mass_bv = jnp.exp(scores_bv - highest_b[:, None])
@@ -176,15 +181,16 @@ def _draw(scores_bv: jax.Array, uniform_b2: jax.Array) -> tuple[jax.Array, jax.A
 
 def _inverse_cdf(mass_bn: jax.Array, uniform_b: jax.Array) -> jax.Array:
     """Index n with probability proportional to its mass, int32; never one without mass."""
-    cumulated_bn = jnp.cumsum(mass_bn, axis=-1)
-    total_b = cumulated_bn[:, -1]
+    # By rounding, sums may differ where nothing is added: what has no mass is no choice.
+    cumulated_bn = jnp.where(mass_bn > 0, jnp.cumsum(mass_bn, axis=-1), 0.0)
+    total_b = jnp.max(cumulated_bn, axis=-1)
     # Rounded up to the total, no index would be above the threshold.
     threshold_b = jnp.minimum(uniform_b * total_b, jnp.nextafter(total_b, 0.0))
     return jnp.argmax(cumulated_bn > threshold_b[:, None], axis=-1).astype(jnp.int32)
 
 
 def _truncate(scores_bv: jax.Array, params: SamplingParams, vocab_size: int) -> jax.Array:
-    """Sets the scores of excluded tokens to -inf; a truncation that is off costs nothing."""
+    """Sets the scores of excluded tokens to -inf; with all off, it returns the same array."""
     if 0 < params.top_k < vocab_size:
         scores_bv = jnp.where(_in_top_k(scores_bv, params.top_k), scores_bv, -jnp.inf)
     if params.top_p < 1:

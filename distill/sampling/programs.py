@@ -25,7 +25,7 @@ from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling.attention import Kernel, prefix_attention
 from distill.sampling.cache import SlotCache
-from distill.sampling.choice import SamplingParams, choose, uniforms
+from distill.sampling.choice import KEY_IMPL, SamplingParams, choose, uniforms
 from distill.sharding import constrain, constrain_whole
 
 
@@ -121,7 +121,7 @@ def insert_rows(
     """Gives prompts source_pm of each part slots slot_pm, and chooses the answers' first tokens."""
     cache = caches.insert(cache, prefilled.cache, source_pm, slot_pm)
     logits_pmv = jnp.take_along_axis(prefilled.logits_pgv, source_pm[:, :, None], axis=1)
-    keys_b = jax.random.wrap_key_data(key_pm2.reshape(-1, key_pm2.shape[-1]))
+    keys_b = jax.random.wrap_key_data(key_pm2.reshape(-1, key_pm2.shape[-1]), impl=KEY_IMPL)
     logits_bv = logits_pmv.reshape(-1, logits_pmv.shape[-1])
     chosen = Chosen(*choose(logits_bv, uniforms(keys_b, 0), params, facts.vocab_size))
     return cache, constrain_whole(jax.tree.map(lambda x: x.reshape(source_pm.shape), chosen))
@@ -169,9 +169,8 @@ def decode_rows(
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
     # Of all turns at once: in the loop they are many small operations, which take longer to start
     # than to run.
-    uniform_tb2 = jax.vmap(uniforms, (None, 0))(
-        jax.random.wrap_key_data(key_b2), made_b + jnp.arange(turns)[:, None]
-    )
+    keys_b = jax.random.wrap_key_data(key_b2, impl=KEY_IMPL)
+    uniform_tb2 = jax.vmap(uniforms, (None, 0))(keys_b, made_b + jnp.arange(turns)[:, None])
 
     def goes_on(state):
         turn, running_b, *_ = state
