@@ -125,12 +125,9 @@ def export_weights(config: ModelConfig, dtype: str, folder: Path) -> None:
 
 
 def _export(config: ModelConfig, dtype: str, folder: Path) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    options = dict(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-    model = Transformer(config, rngs=nnx.Rngs(0), **options)
+    _, params = load_weights(config, dtype, None)
     no_tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: None)
     hf_config = hf_config_dict(config, eos_token_id=None, pad_token_id=None)
-    params = nnx.state(model, nnx.Param)
     export_model(folder, params, config, hf_config, no_tokenizer, jnp.dtype(dtype))
 
 

@@ -4,7 +4,8 @@
 
 How to read it. The same random weights and the same batch for everyone: prompts and responses of
 mixed lengths in padded rows, forward KL on the response tokens. `packed` has the same sequences,
-several in a row of twice the length (policy.sequence_packing), in microbatches of as many tokens.
+several in a row of twice the length (policy.sequence_packing), in microbatches of as many tokens;
+on accelerators, `chunked loss` has them with the loss in plain XLA instead of by kernels.
 `torch` is what one writes without a framework: two `transformers` models, the logits of every
 position, log_softmax, AdamW, eager or with both models compiled. Before an implementation is timed,
 its first loss is compared with ours. `ratio` is the part of eager torch's time: below 1 is better.
@@ -83,6 +84,9 @@ def _jobs(workload: Workload, folder: Path, platform: str) -> tuple[list[harness
         harness.Job(f"{OURS}, packed", build_ours, (workload, folder, True, _TORCH.value)),
         harness.Job(PRODUCTS, build_products, _products(workload)),
     ]
+    if platform != "cpu":  # where it is not the default
+        arguments = workload, folder, True, _TORCH.value, "chunked"
+        jobs.append(harness.Job(f"{OURS}, packed, chunked loss", build_ours, arguments))
     notes = []
     if _TORCH.value and importlib.util.find_spec("torch"):
         peak_bytes = harness.torch_peak_bytes if platform == "gpu" else None

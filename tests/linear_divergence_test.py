@@ -14,6 +14,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from distill.kernels.linear_divergence import (
+    api,
     linear_cross_entropy,
     linear_divergence,
     linear_divergence_top_k,
@@ -448,6 +449,26 @@ def test_bad_arguments_are_refused(changed, message):
     problem = dataclasses.asdict(make_problem(3, 33))
     with pytest.raises(ValueError, match=message):
         linear_divergence(**problem | dict(divergence=DIVERGENCES["jsd"]) | changed)
+
+
+@pytest.mark.parametrize(
+    "platform, capability, version, expected",
+    [
+        ("cpu", 0.0, (0, 11, 0), "chunked"),
+        ("gpu", 8.9, (0, 11, 0), "chunked"),
+        ("gpu", 9.0, (0, 10, 2), "chunked"),
+        ("gpu", 9.0, (0, 11, 0), "pallas"),
+        ("gpu", 10.0, (0, 11, 0), "chunked"),
+    ],
+)
+def test_kernels_are_the_default_on_gpus_that_have_run_them(
+    platform, capability, version, expected, monkeypatch
+):
+    monkeypatch.setattr(api, "platform", lambda: platform)
+    monkeypatch.setattr(api, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert api.resolve_implementation(None) == expected
+    assert api.resolve_implementation(None, fused=False) == "chunked"
 
 
 def test_the_kernels_refuse_what_they_cannot_fuse():

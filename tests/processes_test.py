@@ -292,6 +292,30 @@ def test_environment_says_what_is_not_given(monkeypatch, environment, expected):
     assert calls == ([] if expected is None else [expected])
 
 
+@pytest.mark.parametrize(
+    "slices, expected",
+    [
+        (dict(COORDINATOR_ADDRESS="", NUM_SLICES="1", SLICE_ID="0"), ("127.0.0.2:8482", 2, 1)),
+        (dict(COORDINATOR_ADDRESS="127.0.0.1:8", NUM_SLICES="3", SLICE_ID="2"),
+         ("127.0.0.1:8482", 6, 5)),
+    ],
+)  # fmt: skip
+def test_pods_of_gke_find_each_other(monkeypatch, slices, expected):
+    """From the variables that GKE sets; that this is a TPU host is pretended."""
+    from jax._src.clusters import cloud_tpu_cluster
+
+    calls = []
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(processes, "_connect", lambda *values: calls.append(values))
+    environment = dict(TPU_WORKER_HOSTNAMES="127.0.0.2,127.0.0.3", TPU_WORKER_ID="1")
+    environment |= {f"MEGASCALE_{name}": value for name, value in slices.items()}
+    environment["TPU_SKIP_MDS_QUERY"] = "1"  # no server of the cloud to ask
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.join(timeout=9, silence=8)
+    assert calls == [(*expected, None, 9, 8)]
+
+
 def test_environment_that_jax_cannot_read_is_named(monkeypatch):
     """Newer versions of Open MPI, and a pod without the cloud that answers."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
