@@ -5,7 +5,7 @@
 How to read it. The same random weights and the same batch for everyone: prompts and responses of
 mixed lengths in padded rows, forward KL on the response tokens. `packed` has the same sequences,
 several in a row of twice the length (policy.sequence_packing), in microbatches of as many tokens;
-on accelerators, `chunked loss` has them with the loss in plain XLA instead of by kernels.
+on accelerators, `chunked loss` has them with the loss in plain XLA, whatever the default there.
 `torch` is what one writes without a framework: two `transformers` models, the logits of every
 position, log_softmax, AdamW, eager or with both models compiled. Before an implementation is timed,
 its first loss is compared with ours. `ratio` is the part of eager torch's time: below 1 is better.
@@ -84,7 +84,7 @@ def _jobs(workload: Workload, folder: Path, platform: str) -> tuple[list[harness
         harness.Job(f"{OURS}, packed", build_ours, (workload, folder, True, _TORCH.value)),
         harness.Job(PRODUCTS, build_products, _products(workload)),
     ]
-    if platform != "cpu":  # where it is not the default
+    if platform != "cpu":  # whose default may be another
         arguments = workload, folder, True, _TORCH.value, "chunked"
         jobs.append(harness.Job(f"{OURS}, packed, chunked loss", build_ours, arguments))
     notes = []

@@ -149,7 +149,7 @@ GPU_WORKLOAD = Workload(
     prompt=256,
     response=1792,
     microbatches=16,
-    matrix=16384,  # one of 8192 is over before waiting for it does not count
+    matrix=16384,  # so large that waiting for it hardly counts
 )
 
 

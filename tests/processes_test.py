@@ -300,8 +300,8 @@ def test_environment_says_what_is_not_given(monkeypatch, environment, expected):
          ("127.0.0.1:8482", 6, 5)),
     ],
 )  # fmt: skip
-def test_pods_of_gke_find_each_other(monkeypatch, slices, expected):
-    """From the variables that GKE sets; that this is a TPU host is pretended."""
+def test_hosts_of_a_tpu_pod_find_each_other(monkeypatch, slices, expected):
+    """All is said by the environment; that this is a TPU host is pretended."""
     from jax._src.clusters import cloud_tpu_cluster
 
     calls = []
@@ -310,6 +310,7 @@ def test_pods_of_gke_find_each_other(monkeypatch, slices, expected):
     environment = dict(TPU_WORKER_HOSTNAMES="127.0.0.2,127.0.0.3", TPU_WORKER_ID="1")
     environment |= {f"MEGASCALE_{name}": value for name, value in slices.items()}
     environment["TPU_SKIP_MDS_QUERY"] = "1"  # no server of the cloud to ask
+    monkeypatch.delenv("TPU_PROCESS_ADDRESSES", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     processes.join(timeout=9, silence=8)

@@ -171,7 +171,7 @@ def resolve_implementation(
     `fused` says whether the loss is pointwise and its teacher has logits, as the kernels need.
     """
     if implementation is None:
-        return "pallas" if fused and _is_known_to_run() else "chunked"
+        return "pallas" if fused and _pallas_is_default() else "chunked"
     if not isinstance(implementation, str):
         return implementation
     if implementation not in IMPLEMENTATIONS:
@@ -196,8 +196,8 @@ def _check_pallas_runs(fused: bool) -> None:
     raise ValueError(f"implementation='pallas' {reason}; use 'chunked', or None")
 
 
-def _is_known_to_run() -> bool:
-    """Whether `pallas` is the default: of GPUs, where whole runs have used it."""
+def _pallas_is_default() -> bool:
+    """On TPUs that can run it, and of GPUs on those where a whole run has used it."""
     if platform() == "gpu":
         return jax.__version_info__ >= (0, 11) and 9 <= cuda_capability() < 10
     return platform() == "tpu" and not _is_too_old()
