@@ -19,7 +19,7 @@ test: $(VENV)/.installed-test
 # Real vLLM servers on CPU, in an environment of their own: vLLM pins its requirements.
 test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 	DISTILL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
-	  $(BIN)/python -m pytest tests/vllm_test.py $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest tests/rollout/vllm_test.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -45,15 +45,15 @@ from absl import flags
 from benchmarks import harness
 from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
 from benchmarks.train_step_jobs import build_products
-from distill import cli
-from distill.data.packing import Layout, Shape
+from distill.base.errors import UserError
+from distill.batches.packing import Layout, Shape
+from distill.batches.source import BatchSource
+from distill.build.optimizer import make_optimizer, make_schedule
+from distill.config import cli
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts
-from distill.errors import UserError
 from distill.losses.objective import make_objective
-from distill.models.config import ModelConfig
-from distill.optimizer import make_optimizer, make_schedule
-from distill.rollout.batches import BatchSource
+from distill.models.facts import ModelConfig
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig

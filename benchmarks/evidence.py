@@ -37,11 +37,11 @@ from benchmarks.evidence_methods import (
     all_runs,
     common_overrides,
 )
-from distill import cli
+from distill.base.errors import UserError
+from distill.base.files import write_atomically
+from distill.config import cli
 from distill.data.arithmetic import ArithmeticDataset
 from distill.data.base import Example
-from distill.errors import UserError
-from distill.metrics import write_atomically
 
 
 def main() -> None:

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distill.base.sharding import constrain_whole
 from distill.data.pipeline import eval_batches
-from distill.evaluate import Evaluator, Model
+from distill.evaluation.evaluator import Evaluator
 from distill.losses.divergences import get_divergence
+from distill.models.model import Model
 from distill.sampling.request import Rollout, to_sequences
-from distill.sharding import constrain_whole
 
 # Of the likeliest tokens of both models, as many are compared.
 TOP_K = 5

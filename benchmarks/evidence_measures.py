@@ -17,13 +17,18 @@ import numpy as np
 from benchmarks.evidence_examination import Examination, examine
 from benchmarks.evidence_methods import GENERATIONS, METHODS, POSITIONS, Run
 from configs import arithmetic
-from distill import build
-from distill.build_teacher import build_teacher
-from distill.config import Config, parse_config
+from distill.build.data import build_vocabulary
+from distill.build.devices import build_mesh
+from distill.build.evaluation import build_evaluator
+from distill.build.models import build_frozen_model, find_models
+from distill.build.teachers import build_teacher
+from distill.config.parse import parse_config
+from distill.config.schema import Config
 from distill.data.arithmetic import LEVELS, ArithmeticDataset
 from distill.data.base import DatasetInterface, Example
-from distill.evaluate import Evaluator, Model, decode_responses
-from distill.models.hub import resolve_model
+from distill.evaluation.evaluator import Evaluator, decode_responses
+from distill.models.checkpoints.hub import resolve_model
+from distill.models.model import Model
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout
 
@@ -81,7 +86,7 @@ def evaluate_student(path: str) -> Row:
     """Everything that is measured of a student: the same problems and settings for all."""
     config, mesh, evaluator, teacher, teacher_answers = _fixtures()
     with jax.set_mesh(mesh):
-        student = build.build_frozen_model(config, resolve_model(path), mesh, "float32")
+        student = build_frozen_model(config, resolve_model(path), mesh, "float32")
 
         def rollout(sampling: SamplingParams) -> Rollout:
             return evaluator.answer(student.graph, student.params, sampling)
@@ -103,11 +108,11 @@ def _fixtures() -> tuple[Config, Any, Evaluator, Model, Rollout]:
     values = arithmetic.get_config()
     values.data.validation.split, values.data.validation.max_samples = "test", 2000
     config = parse_config(values)
-    mesh = build.build_mesh(config)
+    mesh = build_mesh(config)
     with jax.set_mesh(mesh):
-        student_folder, teacher_folder = build.find_models(config)
-        vocabulary = build.build_vocabulary(student_folder, teacher_folder)
-        evaluator = build.build_evaluator(config, DistinctProblems(), vocabulary, mesh)
+        student_folder, teacher_folder = find_models(config)
+        vocabulary = build_vocabulary(student_folder, teacher_folder)
+        evaluator = build_evaluator(config, DistinctProblems(), vocabulary, mesh)
         teacher = build_teacher(config, teacher_folder, mesh)
         answers = evaluator.answer(teacher.graph, teacher.params, evaluator.greedy)
     return config, mesh, evaluator, teacher, answers

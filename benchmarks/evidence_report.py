@@ -18,9 +18,9 @@ from benchmarks.evidence_methods import (
     POSITIONS,
     STUDENTS,
 )
-from distill.errors import UserError
-from distill.grading import wilson_interval
-from distill.metrics import write_atomically
+from distill.base.errors import UserError
+from distill.base.files import write_atomically
+from distill.evaluation.grading import wilson_interval
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS = DOCS / "results/evidence.json"

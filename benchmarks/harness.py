@@ -28,7 +28,7 @@ from unittest import mock
 import jax
 from absl import flags
 
-from distill.errors import UserError
+from distill.base.errors import UserError
 from distill.kernels.linear_divergence import loop
 
 SETTLE_SECONDS = 2.0  # before each timed run

@@ -32,12 +32,12 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import harness
-from distill import cli
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.base.sharding import make_mesh
+from distill.base.topology import CHIPS, Chip, described_tpu
+from distill.config import cli
 from distill.kernels.linear_divergence import linear_divergence
 from distill.losses.divergences import get_divergence
-from distill.sharding import make_mesh
-from distill.topology import CHIPS, Chip, described_tpu
 
 PRODUCT = "matrix product"
 DIVERGENCES = {"forward KL": "forward", "JSD(0.5)": "jsd"}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from distill import cli
+from distill.config import cli
 
 TOKENS, VOCAB_SIZE, WIDTH = 64, 151936, 512
 # Student and teacher differ by this much noise in the hidden state: from a fresh student to one

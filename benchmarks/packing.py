@@ -35,9 +35,9 @@ from benchmarks.train_step_jobs import (
     check_same_loss,
     make_state_and_step,
 )
-from distill import cli
-from distill.data.packing import Layout, Shape
-from distill.microbatch import make_batch
+from distill.batches.packing import Layout, Shape
+from distill.batches.rows import make_batch
+from distill.config import cli
 from distill.sampling.request import Rollout
 
 SEQUENCES, ROWS = 32, 4

@@ -46,7 +46,7 @@ from benchmarks.sampling_jobs import (
     build_vllm,
     weights_folder,
 )
-from distill import cli
+from distill.config import cli
 from distill.sampling.cache import bytes_per_token
 
 BASELINE, COPY = "static batch", "copy"

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill.config import Policy
-from distill.errors import RunStopped
-from distill.models.config import ModelConfig
-from distill.models.hf import load_params
-from distill.models.hf_export import export_model, hf_config_dict
+from distill.base.errors import RunStopped
+from distill.config.schema import Policy
+from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.load import load_params
+from distill.models.facts import ModelConfig
 from distill.models.transformer import Transformer
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import make_generate

@@ -45,7 +45,7 @@ from benchmarks.train_step_jobs import (
     build_products,
     build_torch,
 )
-from distill import cli
+from distill.config import cli
 
 OURS, TORCH = "distill", "torch, eager"
 MATRIX, PRODUCTS = "matrix product", "products of the step"

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, load_weights
-from distill.data.packing import Layout, Shape
+from distill.batches.packing import Layout, Shape
+from distill.batches.rows import Microbatch, make_batch
+from distill.build.optimizer import make_optimizer, make_schedule
 from distill.losses.objective import make_objective
-from distill.microbatch import Microbatch, make_batch
-from distill.models.config import ModelConfig
-from distill.optimizer import make_optimizer, make_schedule
+from distill.models.facts import ModelConfig
 from distill.sampling.request import Rollout
 from distill.step import TrainState, make_train_step
 

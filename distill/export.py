@@ -14,15 +14,22 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill import build, cli, processes
-from distill.checkpoint import Checkpoints, check_same_run, shapes_on_mesh
-from distill.config import BEST_METRICS, RESUMABLE_CHANGES, parse_config, to_flat_dict
-from distill.errors import UserError
-from distill.interrupts import Interrupts
-from distill.manifest import find_damage
-from distill.model_card import model_card
-from distill.models.hf_export import check_replaceable
-from distill.scratch import make_missing_models
+from distill.base import processes
+from distill.base.errors import UserError
+from distill.build.data import build_vocabulary
+from distill.build.devices import build_mesh
+from distill.build.models import build_optimizer, build_state, find_models
+from distill.build.plugins import import_plugins
+from distill.build.run import build_checkpoints
+from distill.build.scratch import make_missing_models
+from distill.config import cli
+from distill.config.parse import check_same_run, parse_config, to_flat_dict
+from distill.config.schema import BEST_METRICS, RESUMABLE_CHANGES
+from distill.models.checkpoints.export import check_replaceable
+from distill.reporting.model_card import model_card
+from distill.run.checkpoint import Checkpoints, shapes_on_mesh
+from distill.run.interrupts import Interrupts
+from distill.run.manifest import find_damage
 from distill.trainer import export_student, run
 
 
@@ -41,10 +48,10 @@ def export_checkpoint(
       UserError: there is no such checkpoint, it is damaged, or the config is of another run.
     """
     parsed = parse_config(config)
-    build.import_plugins(parsed)
+    import_plugins(parsed)
     workdir, output = (Path(path).expanduser().absolute() for path in (workdir, output))
     check_replaceable(output)
-    checkpoints = build.build_checkpoints(parsed, workdir)
+    checkpoints = build_checkpoints(parsed, workdir)
 
     def find() -> int:
         step = _find_step(checkpoints, checkpoint, parsed.checkpointing.best_metric)
@@ -58,16 +65,16 @@ def export_checkpoint(
     step = processes.from_first(find)
     record = checkpoints.record(step)
     check_same_run(record["config"], to_flat_dict(parsed), RESUMABLE_CHANGES)
-    mesh = build.build_mesh(parsed)
+    mesh = build_mesh(parsed)
     with jax.set_mesh(mesh):
         supervise = functools.partial(run, interrupts=Interrupts())
         # Those that the run made are in its folder.
-        student_folder, teacher_folder = build.find_models(
+        student_folder, teacher_folder = find_models(
             make_missing_models(parsed, workdir, supervise)
         )
-        vocabulary = build.build_vocabulary(student_folder, teacher_folder)
-        optimizer, _ = build.build_optimizer(parsed)
-        _, state = build.build_state(parsed, student_folder, optimizer, mesh)
+        vocabulary = build_vocabulary(student_folder, teacher_folder)
+        optimizer, _ = build_optimizer(parsed)
+        _, state = build_state(parsed, student_folder, optimizer, mesh)
         shapes, state = shapes_on_mesh(state), None
         state = checkpoints.restore(step, shapes)
         card = model_card(record["config"], _results_at(step, record), step)

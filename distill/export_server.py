@@ -14,10 +14,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill import build, cli
-from distill.build_vllm import build_export
-from distill.config import parse_config
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.build.data import build_vocabulary
+from distill.build.devices import build_mesh
+from distill.build.models import build_frozen_model, find_models
+from distill.build.servers import build_export
+from distill.config import cli
+from distill.config.parse import parse_config
 
 
 def export_server(config: ConfigDict, output: str | Path, model: str | None = None) -> Path:
@@ -41,13 +44,13 @@ def export_server(config: ConfigDict, output: str | Path, model: str | None = No
             "(policy.generation.vllm.python)"
         )
     parsed = parse_config(config)
-    mesh = build.build_mesh(parsed)
+    mesh = build_mesh(parsed)
     output = Path(output).expanduser().absolute()
     with jax.set_mesh(mesh):
-        student_folder, teacher_folder = build.find_models(parsed)
-        vocabulary = build.build_vocabulary(student_folder, teacher_folder)
+        student_folder, teacher_folder = find_models(parsed)
+        vocabulary = build_vocabulary(student_folder, teacher_folder)
         precision = parsed.policy.precision
-        student = build.build_frozen_model(parsed, student_folder, mesh, precision)
+        student = build_frozen_model(parsed, student_folder, mesh, precision)
         build_export(parsed, student_folder, vocabulary).write(output, student.params)
     return output
 

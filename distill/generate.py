@@ -22,15 +22,22 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from distill import build, cli, processes
-from distill.config import Config, parse_config
+from distill.base import processes
+from distill.base.errors import UserError
+from distill.base.status import busy, shows_bars
+from distill.build.data import build_dataset, build_prompts, build_vocabulary
+from distill.build.devices import build_mesh
+from distill.build.models import build_frozen_model, teacher_dtype
+from distill.build.plugins import import_plugins
+from distill.build.sampler import build_engine, build_sampling_params
+from distill.config import cli
+from distill.config.parse import parse_config
+from distill.config.schema import Config
 from distill.data.base import Example
 from distill.data.prompts import wrap_prompt
-from distill.errors import UserError
-from distill.evaluate import decode_responses
-from distill.models.hub import resolve_model
+from distill.evaluation.evaluator import decode_responses
+from distill.models.checkpoints.hub import resolve_model
 from distill.sampling.request import RolloutRequest
-from distill.status import busy, shows_bars
 
 # Many more than there are slots, few enough for the host's memory.
 _PROMPTS_PER_REQUEST = 4096
@@ -54,21 +61,21 @@ def generate(config: ConfigDict, model_path: str, output: str | Path) -> dict[st
     repeats = config.distillation.generate_strategy.num_generations
     config.distillation.generate_strategy.num_generations = 1
     parsed = parse_config(config)
-    build.import_plugins(parsed)
-    mesh = build.build_mesh(parsed)
+    import_plugins(parsed)
+    mesh = build_mesh(parsed)
     with jax.set_mesh(mesh):
         return _generate(parsed, repeats, Path(output), mesh)
 
 
 def _generate(config: Config, repeats: int, output: Path, mesh) -> dict[str, int]:
     folder = resolve_model(config.policy.model_name)
-    vocabulary = build.build_vocabulary(folder, None)
-    dataset = build.build_dataset(config)
-    prompts = build.build_prompts(config, dataset, vocabulary.tokenizer)
+    vocabulary = build_vocabulary(folder, None)
+    dataset = build_dataset(config)
+    prompts = build_prompts(config, dataset, vocabulary.tokenizer)
     with busy("loading the model"):
-        model = build.build_frozen_model(config, folder, mesh, build.teacher_dtype(config))
-    engine = build.build_engine(config, model.graph, vocabulary)
-    params = build.build_sampling_params(config)
+        model = build_frozen_model(config, folder, mesh, teacher_dtype(config))
+    engine = build_engine(config, model.graph, vocabulary)
+    params = build_sampling_params(config)
     template = config.data.prompt_template or dataset.get_prompt_template()
     counts = {"written": 0, "truncated": 0}
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ import sys
 
 from absl import flags
 
-from distill import cli
-from distill.interrupts import Interrupts
+from distill.config import cli
+from distill.run.interrupts import Interrupts
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; an existing run is continued.")

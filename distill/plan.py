@@ -18,8 +18,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill import cli
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.config import cli
 
 DOES_NOT_FIT = 3
 
@@ -36,17 +36,17 @@ def plan(config: ConfigDict, topology_name: str, *, tries_others: bool = False):
       UserError: a run would refuse the config, or nothing is known of the topology or the models.
     """
     # Imported late: a wrong flag should not wait for JAX.
-    from distill import build
-    from distill.config import parse_config
+    from distill.base.topology import parse_topology
+    from distill.build.plugins import import_plugins
+    from distill.config.parse import parse_config
     from distill.planning import changes, report
     from distill.planning.outlook import compile_programs, estimate
     from distill.planning.subject import find_subject, fit_to_devices
-    from distill.topology import parse_topology
 
     topology, parsed = parse_topology(topology_name), parse_config(config)
     if topology.platform != "gpu":
         topology.devices()  # before JAX looks for devices itself
-    build.import_plugins(parsed)
+    import_plugins(parsed)
     with tempfile.TemporaryDirectory() as workdir:
         subject = fit_to_devices(find_subject(parsed, Path(workdir)), topology.count)
         if tries_others:
@@ -68,19 +68,20 @@ def dry_run(config: ConfigDict):
     Raises:
       UserError: a run would refuse the config, or nothing is known of the devices or the models.
     """
-    from distill import build
-    from distill.config import parse_config, to_flat_dict
+    from distill.base.topology import topology_here
+    from distill.build.devices import build_mesh
+    from distill.build.plugins import import_plugins
+    from distill.config.parse import parse_config, to_flat_dict
     from distill.planning import report
     from distill.planning.outlook import estimate
     from distill.planning.subject import find_subject, fit_to_devices
-    from distill.topology import topology_here
 
     parsed = parse_config(config)
-    build.import_plugins(parsed)
+    import_plugins(parsed)
     _say(report.setting_lines(to_flat_dict(parsed)))
     _say([""])
     topology = topology_here()
-    build.build_mesh(parsed)  # refuses what a run would
+    build_mesh(parsed)  # refuses what a run would
     with tempfile.TemporaryDirectory() as workdir:
         subject = fit_to_devices(find_subject(parsed, Path(workdir)), topology.count)
     outlook = estimate(subject, topology)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from distill import cli
-from distill.errors import UserError, printable
+from distill.base.errors import UserError, printable
+from distill.config import cli
 from distill.reporting.page import REPORT, write_report
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from distill.base.sharding import in_device_memory, in_memory_of, is_in_host_memory
+from distill.batches.rows import NO_TARGET, Batch, Microbatch, num_filled
 from distill.losses.objective import Objective, importance_weights, token_weights
-from distill.microbatch import NO_TARGET, Batch, Microbatch, num_filled
-from distill.sharding import in_device_memory, in_memory_of, is_in_host_memory
 
 Params = Any
 

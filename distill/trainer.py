@@ -18,30 +18,51 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from distill import build, processes
-from distill.build_teacher import build_teacher
-from distill.build_vllm import build_remote_teacher
-from distill.checkpoint import shapes_on_mesh
-from distill.config import Config, parse_config, to_flat_dict
-from distill.errors import RunStopped, UserError, printable
-from distill.evaluate import Model, format_table
-from distill.interrupts import Interrupts
-from distill.metrics import Progress, import_wandb, write_atomically
-from distill.model_card import model_card
-from distill.models.hf import load_model_config
-from distill.models.hf_export import export_model
-from distill.models.hub import read_json
-from distill.preflight import preflight
-from distill.preflight_checks import Subject
+from distill.base import processes
+from distill.base.errors import RunStopped, UserError, printable
+from distill.base.files import write_atomically
+from distill.base.status import busy
+from distill.batches.source import BatchSource
+from distill.build.batches import build_batches
+from distill.build.data import (
+    Vocabulary,
+    build_dataset,
+    build_iterator,
+    build_prompts,
+    build_validation,
+    build_vocabulary,
+    check_same_data,
+)
+from distill.build.devices import build_mesh, build_sampler_mesh
+from distill.build.evaluation import build_evaluator, build_recorder
+from distill.build.models import build_frozen_model, build_optimizer, build_state, find_models
+from distill.build.objective import build_objective
+from distill.build.plugins import import_plugins
+from distill.build.run import build_checkpoints, build_progress, build_save_schedule
+from distill.build.sampler import build_backend
+from distill.build.scratch import make_missing_models
+from distill.build.servers import build_remote_teacher
+from distill.build.teachers import build_teacher
+from distill.checks.checks import Subject
+from distill.checks.run import preflight
+from distill.config.parse import parse_config, to_flat_dict
+from distill.config.schema import Config
+from distill.evaluation.evaluator import format_table
+from distill.models.checkpoints.export import export_model
+from distill.models.checkpoints.hub import read_json
+from distill.models.checkpoints.load import load_model_config
+from distill.models.model import Model
 from distill.reporting.facts import write_facts
+from distill.reporting.model_card import model_card
 from distill.reporting.page import REPORT, write_report
 from distill.rollout.base import RolloutBackend
-from distill.rollout.batches import BatchSource
-from distill.saver import HeldOut, Saver, find_progress, how_to_go_on
-from distill.scratch import make_missing_models
-from distill.status import busy
+from distill.run.checkpoint import shapes_on_mesh
+from distill.run.interrupts import Interrupts
+from distill.run.progress import Progress
+from distill.run.saver import HeldOut, Saver, find_progress, how_to_go_on
+from distill.run.workdir import claim_workdir
+from distill.run.writers import import_wandb
 from distill.step import TrainState, make_train_step
-from distill.workdir import claim_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +104,7 @@ class Parts(NamedTuple):
     """What the loop and the export work with; no teacher where it is not on the mesh."""
 
     student_folder: Path
-    vocabulary: build.Vocabulary
+    vocabulary: Vocabulary
     graph: nnx.GraphDef
     teacher: Model | None
     train_step: Callable
@@ -159,47 +180,45 @@ def set_up(
     config: Config, workdir: Path, interrupts: Interrupts, cleanup: contextlib.ExitStack
 ) -> tuple[Parts, int, TrainState]:
     """(parts, step, state) of a run that begins or goes on; `cleanup` ends whatever was begun."""
-    build.import_plugins(config)
-    objective = build.build_objective(config)
-    mesh = build.build_mesh(config)
-    sampler_mesh = build.build_sampler_mesh(config, mesh)
+    import_plugins(config)
+    objective = build_objective(config)
+    mesh = build_mesh(config)
+    sampler_mesh = build_sampler_mesh(config, mesh)
     flat_config = to_flat_dict(config)
     if config.logger.wandb_enabled:
         import_wandb()
     cleanup.enter_context(claim_workdir(workdir))
     cleanup.enter_context(jax.set_mesh(mesh))
-    checkpoints = build.build_checkpoints(config, workdir)
+    checkpoints = build_checkpoints(config, workdir)
     cleanup.callback(checkpoints.close)
-    step, record = find_progress(config, checkpoints)
+    step, record = find_progress(checkpoints, flat_config, config.checkpointing.on_torn)
     updates_remain = step < config.distillation.max_steps
 
     # ----------------------------------------------------------------------------------- data
-    dataset, validation = build.build_dataset(config), build.build_validation(config)
+    dataset, validation = build_dataset(config), build_validation(config)
     supervise = functools.partial(run, interrupts=interrupts)
     config = make_missing_models(config, workdir, supervise)
-    student_folder, teacher_folder = build.find_models(config)
-    vocabulary = build.build_vocabulary(student_folder, teacher_folder)
+    student_folder, teacher_folder = find_models(config)
+    vocabulary = build_vocabulary(student_folder, teacher_folder)
     needs_responses = config.distillation.lambda_ < 1
     with busy("tokenizing the data"):
-        prompts = build.build_prompts(
+        prompts = build_prompts(
             config, dataset, vocabulary.tokenizer, needs_responses=needs_responses
         )
-    build.check_same_data(prompts)
-    iterator = build.build_iterator(config, prompts)
+    check_same_data(prompts)
+    iterator = build_iterator(config, prompts)
     evaluator = recorder = None
     if validation is not None:
-        evaluator = build.build_evaluator(config, validation, vocabulary, mesh)
-        recorder = build.build_recorder(
-            config, workdir, validation, evaluator.prompts, vocabulary, mesh
-        )
+        evaluator = build_evaluator(config, validation, vocabulary, mesh)
+        recorder = build_recorder(config, workdir, validation, evaluator.prompts, vocabulary, mesh)
 
     # --------------------------------------------------------------------------------- models
     compared_on = None if step else prompts  # once per run
     with busy("loading the teacher"):
         teacher = build_teacher(config, teacher_folder, mesh, compared_on, vocabulary.size)
-    optimizer, schedule = build.build_optimizer(config)
+    optimizer, schedule = build_optimizer(config)
     with busy("loading the student"):
-        graph, state = build.build_state(config, student_folder, optimizer, mesh)
+        graph, state = build_state(config, student_folder, optimizer, mesh)
     shapes = shapes_on_mesh(state)
     train_step = make_train_step(
         graph,
@@ -212,7 +231,7 @@ def set_up(
     )
     student = Model(graph, shapes.params)
     folders = dict(student_folder=student_folder, workdir=workdir)
-    backend = build.build_backend(config, student, vocabulary, mesh, sampler_mesh, **folders)
+    backend = build_backend(config, student, vocabulary, mesh, sampler_mesh, **folders)
     cleanup.callback(backend.stop)
     remote_teacher = build_remote_teacher(config, vocabulary)
     if updates_remain:
@@ -243,11 +262,11 @@ def set_up(
             step=step,
         )
         preflight(subject, print)
-    batches = build.build_batches(config, prompts, iterator, backend, mesh, remote_teacher)
+    batches = build_batches(config, prompts, iterator, backend, mesh, remote_teacher)
     cleanup.callback(batches.close)
     if step and (ahead := checkpoints.arrays(step)):
         batches.take_up(step, ahead, record["measured_ahead"])
-    progress = build.build_progress(config, workdir, dataset, schedule, step, record)
+    progress = build_progress(config, workdir, dataset, schedule, step, record)
     cleanup.callback(progress.abandon)
     if processes.is_first():
         write_facts(workdir, flat_config)
@@ -258,7 +277,7 @@ def set_up(
         progress.say(f"validation data: {evaluator.prompts.summary()}")
     so_far = record.get("results", {}), record.get("evaluated", 0)
     held_out = HeldOut(evaluator, recorder, teacher, progress, interrupts, *so_far)
-    saves = build.build_save_schedule(config)
+    saves = build_save_schedule(config)
     saver = Saver(checkpoints, saves, batches, progress, held_out, interrupts, flat_config)
     parts = Parts(
         student_folder=student_folder,
@@ -297,20 +316,20 @@ def evaluate_checkpoint(config: ConfigDict, model_path: str) -> dict[str, dict[s
     config = config.copy_and_resolve_references()
     config.policy.model_name = model_path
     parsed = parse_config(config)
-    build.import_plugins(parsed)
-    mesh = build.build_mesh(parsed)
+    import_plugins(parsed)
+    mesh = build_mesh(parsed)
     with jax.set_mesh(mesh):
-        validation = build.build_validation(parsed)
+        validation = build_validation(parsed)
         if validation is None:
             raise UserError("data.validation.max_samples=0 leaves nothing to evaluate: raise it")
-        student_folder, teacher_folder = build.find_models(parsed)
-        vocabulary = build.build_vocabulary(student_folder, teacher_folder)
-        evaluator = build.build_evaluator(parsed, validation, vocabulary, mesh)
+        student_folder, teacher_folder = find_models(parsed)
+        vocabulary = build_vocabulary(student_folder, teacher_folder)
+        evaluator = build_evaluator(parsed, validation, vocabulary, mesh)
         print(f"validation data: {evaluator.prompts.summary()}")
         with busy("loading the models"):
             teacher = build_teacher(parsed, teacher_folder, mesh)
             precision = parsed.policy.precision
-            student = build.build_frozen_model(parsed, student_folder, mesh, precision)
+            student = build_frozen_model(parsed, student_folder, mesh, precision)
         models = {"student": student, "teacher": teacher} if teacher else {"student": student}
         results = {}
         for role, model in models.items():
@@ -324,7 +343,7 @@ def export_student(
     folder: Path,
     student_folder: Path,
     params,
-    vocabulary: build.Vocabulary,
+    vocabulary: Vocabulary,
     card: str,
 ) -> None:
     """Writes the student as a Hugging Face folder, with its card."""

@@ -9,8 +9,8 @@ import pytest
 from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
-from distill.config import known_keys
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.config.parse import known_keys
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"

@@ -29,9 +29,9 @@ from benchmarks.evidence_methods import (
     all_runs,
 )
 from configs import arithmetic, sft
-from distill.config import parse_config
-from distill.errors import UserError
-from distill.grading import wilson_interval
+from distill.base.errors import UserError
+from distill.config.parse import parse_config
+from distill.evaluation.grading import wilson_interval
 
 RUNS = [run for run in all_runs(1) if run.method != "base"]
 

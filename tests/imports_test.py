@@ -1,6 +1,7 @@
-"""Imports point down only, and configs and launchers stay free of JAX."""
+"""Imports point down only, over the closure: function-level and TYPE_CHECKING imports count."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -8,50 +9,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the bottom up; a module may import its own level and those below.
-LEVELS = [
-    {
-        "errors",
-        "config",
-        "config_reference",
-        "completion",
-        "status",
-        "roll_call",
-        "processes",
-        "interrupts",
-        "workdir",
-        "manifest",
-        "health",
-    },
-    {"sharding", "topology", "tokenizer", "kernels"},
-    {"losses", "models", "data", "optimizer"},
-    {"step", "microbatch", "sampling"},
-    {
-        "cli",
-        "math_check",
-        "evaluation_metrics",
-        "grading",
-        "metrics",
-        "evaluate",
-        "checkpoint",
-        "saver",
-        "rollout",
-        "reporting",
-        "model_card",
-    },
-    {
-        "build",
-        "build_teacher",
-        "build_vllm",
-        "scratch",
-        "preflight",
-        "preflight_checks",
-        "planning",
-    },
+# From the bottom up; a module may import those of its own level and of the levels below.
+LEVELS = (
+    {"base"},
+    {"config", "data", "kernels"},
+    {"models"},
+    {"losses", "sampling"},
+    {"rollout", "teachers"},
+    {"batches"},
+    {"step"},
+    {"evaluation", "reporting"},
+    {"run"},
+    {"build"},
+    {"checks", "planning"},
     {"trainer"},
-    {"main", "plan", "generate", "export", "export_server", "report", "__init__"},
-]
+    {"__init__", "evaluate", "export", "export_server", "generate", "main", "plan", "preflight"}
+    | {"report"},
+)
+# Who may know the whole config; everybody else takes a section or plain arguments.
+KNOW_CONFIG = LEVELS[-1] | LEVELS[-2] | {"build", "checks", "config", "planning"}
+MOST_TOP_LEVEL_MODULES = 12
 OPTIONAL_PACKAGES = {"torch", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / "distill").rglob("*.py"))}
 
 
 def level(module: str) -> int:
@@ -59,10 +45,10 @@ def level(module: str) -> int:
     return next(i for i, names in enumerate(LEVELS) if part in names)
 
 
-def top_level_imports(path: Path) -> list[str]:
-    """Modules imported when the file is imported: not those inside functions or TYPE_CHECKING."""
+def names_in(nodes) -> list[str]:
+    """What import statements name, as dotted names."""
     names = []
-    for node in ast.parse(path.read_text()).body:
+    for node in nodes:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -70,30 +56,96 @@ def top_level_imports(path: Path) -> list[str]:
     return names
 
 
-MODULES = sorted((ROOT / "distill").rglob("*.py"))
+def top_level_imports(path: Path) -> list[str]:
+    """Names imported when the file is imported."""
+    return names_in(ast.parse(path.read_text()).body)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    own = level(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    for name in top_level_imports(path):
-        if name.startswith("distill."):
-            assert level(name) <= own, f"{path} imports {name} from a higher level"
+def all_imports(path: Path) -> list[str]:
+    """Names imported anywhere in the file."""
+    return names_in(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
+def imported_modules(module: str) -> frozenset[str]:
+    """Modules of the project that this one names in an import, wherever that stands."""
+    found = set()
+    for name in all_imports(MODULES[module]):
+        if name == "distill" or name.startswith("distill."):
+            owner = name if name in MODULES else name.rpartition(".")[0]
+            found.add(owner if owner in MODULES else "distill.__init__")
+    return frozenset(found - {module})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    for name in imported_modules(module):
+        assert level(name) <= level(module), f"{module} imports {name} from a higher level"
+    for name in top_level_imports(MODULES[module]):
         assert name.split(".")[0] not in OPTIONAL_PACKAGES
+
+
+def cycles() -> list[list[str]]:
+    """Groups of modules that reach each other, by Tarjan's algorithm."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for name in imported_modules(module):
+            if name not in index:
+                visit(name)
+            if name in stack:
+                low[module] = min(low[module], low[name])
+        if low[module] == index[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1:
+                found.append(group)
+
+    for module in MODULES:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_no_cycles():
+    assert cycles() == []
+
+
+def test_folders_form_no_cycle():
+    """What the levels allow within one level, folders do not use in both directions."""
+    edges = {
+        (module.split(".")[1], name.split(".")[1])
+        for module in MODULES
+        for name in imported_modules(module)
+        if "." in name
+    }
+    assert [(a, b) for a, b in sorted(edges) if a < b and (b, a) in edges] == []
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[1] not in KNOW_CONFIG])
+def test_only_builders_know_the_whole_config(module):
+    names = all_imports(MODULES[module])
+    assert "distill.config.schema.Config" not in names
+
+
+def test_few_modules_at_the_top():
+    assert len(list((ROOT / "distill").glob("*.py"))) <= MOST_TOP_LEVEL_MODULES
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name
 )
 def test_configs_import_only_the_schema(path):
-    for name in top_level_imports(path):
+    for name in all_imports(path):
         assert not name.startswith("jax")
         assert not name.startswith("distill") or name.startswith("distill.config.")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.name)
 def test_launchers_import_neither_jax_nor_distill(path):
-    for name in top_level_imports(path):
+    for name in all_imports(path):
         assert name.split(".")[0] not in ("jax", "distill")
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from distill import config_reference, topology
-from distill.completion import bash_script
-from distill.config import known_keys
-from distill.errors import UserError
+from distill.base import topology
+from distill.base.errors import UserError
+from distill.config import words as config_reference
+from distill.config.completion import bash_script
+from distill.config.parse import known_keys
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,9 +58,7 @@ def test_full_help_is_no_failure():
 
 def test_committed_page_is_that_of_the_schema():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == config_reference.page(), (
-        "python -m distill.config_reference > docs/configuration.md"
-    )
+    assert page == config_reference.page(), "python -m distill.config.words > docs/configuration.md"
 
 
 def test_reference_has_every_key_with_its_default():

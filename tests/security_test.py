@@ -21,18 +21,19 @@ from safetensors.numpy import save_file
 from tiny_runs import tiny_config
 
 import distill
-from distill import cli, generate
-from distill.build import build_model
-from distill.config import parse_config
+from distill import generate
+from distill.base.errors import UserError, printable
+from distill.base.sharding import make_mesh
+from distill.build.models import build_model
+from distill.config import cli
+from distill.config.parse import parse_config
 from distill.data.base import Example
 from distill.data.table import InMemoryDataset
-from distill.errors import UserError, printable
-from distill.grading import Grader
-from distill.models.hub import ASSETS
+from distill.data.tokenizer import load_tokenizer
+from distill.evaluation.grading import Grader
+from distill.models.checkpoints.hub import ASSETS
 from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
 from distill.rollout.vllm.server import OwnServer
-from distill.sharding import make_mesh
-from distill.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MARK = "pl4nted-s3cret"  # in every secret
@@ -114,7 +115,7 @@ RESTORE = """
 import sys
 from pathlib import Path
 import jax, numpy
-from distill.checkpoint import Checkpoints
+from distill.run.checkpoint import Checkpoints
 state = {"weights": jax.numpy.arange(4.0), "step": jax.numpy.zeros((), "int32")}
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
 checkpoints.save(1, state, {"config": {"seed": 0}})
@@ -402,7 +403,7 @@ ORPHANS = r"""
 import multiprocessing, sys, threading, time
 from distill.data.base import Example
 from distill.data.table import InMemoryDataset
-from distill.grading import Grader
+from distill.evaluation.grading import Grader
 examples = [Example("p", None, "1", str(i)) for i in range(4)]
 responses = [r"\boxed{9^{9^{9^9}}}"] * 4
 

@@ -10,13 +10,8 @@ import pytest
 from flax import nnx
 from tiny_models import model_config, random_model
 
-from distill.data.packing import Layout, Shape
-from distill.errors import UserError
-from distill.losses.objective import TopKScores, make_objective
-from distill.microbatch import make_batch
-from distill.models.transformer import Transformer
-from distill.sampling.request import Rollout
-from distill.sharding import (
+from distill.base.errors import UserError
+from distill.base.sharding import (
     RULES,
     SPREAD_RULES,
     batch_parts,
@@ -26,6 +21,11 @@ from distill.sharding import (
     param_shardings,
     partition_spec,
 )
+from distill.batches.packing import Layout, Shape
+from distill.batches.rows import make_batch
+from distill.losses.objective import TopKScores, make_objective
+from distill.models.transformer import Transformer
+from distill.sampling.request import Rollout
 from distill.step import TrainState, make_train_step
 
 VOCAB_SIZE = 29

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill.models.config import ModelConfig
+from distill.models.facts import ModelConfig
 from distill.models.transformer import Transformer
 
 

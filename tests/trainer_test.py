@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
-from distill import metrics
+from distill.base.errors import RunStopped, UserError
 from distill.data.arithmetic import CHARACTERS
-from distill.errors import RunStopped, UserError
+from distill.data.tokenizer import character_tokenizer, load_tokenizer
 from distill.generate import generate
 from distill.losses.objective import lambda_coin
-from distill.models.hf import load_model_config
+from distill.models.checkpoints.load import load_model_config
 from distill.rollout.in_process import JaxBackend
-from distill.tokenizer import character_tokenizer, load_tokenizer
+from distill.run import progress as metrics
 from distill.trainer import evaluate_checkpoint
 
 ROOT = Path(__file__).parents[1]

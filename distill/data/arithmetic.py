@@ -19,8 +19,8 @@ from __future__ import annotations
 import hashlib
 import random
 
+from distill.base.errors import UserError
 from distill.data.base import DatasetInterface, Example, register_dataset
-from distill.errors import UserError
 
 CHARACTERS = "0123456789+-*=\n"
 LEVELS = 6

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from distill.errors import UserError
+from distill.base.errors import UserError
 
 # Imported on first use, so that a source's optional packages are needed only by its users.
 _BUILT_IN_MODULES = {

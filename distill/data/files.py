@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+from distill.base.errors import UserError
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
     BadRow,
@@ -15,7 +16,6 @@ from distill.data.table import (
     examples_from_columns,
     make_example,
 )
-from distill.errors import UserError
 
 SUFFIXES = (".jsonl", ".parquet")
 _SPLIT_NAMES = ("train", "validation", "test", "math500")

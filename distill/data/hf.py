@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.base.errors import UserError
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
     BadRow,
@@ -15,7 +16,6 @@ from distill.data.table import (
     chosen_columns,
     examples_from_columns,
 )
-from distill.errors import UserError
 
 if TYPE_CHECKING:
     import datasets

@@ -4,11 +4,11 @@ The curriculum concatenates shuffled copies (MATH level 3-5 twice, DeepScaleR ea
 and hard 20 times), so its order is kept and a hold-out goes by problem, never by row.
 """
 
+from distill.base.errors import UserError
 from distill.data.base import Example, register_dataset
 from distill.data.files import file_tables
 from distill.data.hf import hub_tables
 from distill.data.table import Columns, InMemoryDataset, Tables, choose_split
-from distill.errors import UserError
 
 HUB_ID = "pe-nlp/math-cl"
 MATH500_HUB_ID = "HuggingFaceH4/MATH-500"

@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from distill.base.errors import UserError, printable
 from distill.data.base import DatasetInterface, Dropped, Example, count_drops
-from distill.errors import UserError, printable
 
 _WIDTH_MULTIPLE = 8
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from distill.base.errors import UserError
 from distill.data.base import DatasetInterface, Dropped, Example, count_drops
-from distill.errors import UserError
 
 Prompt = str | list[dict[str, str]]
 _NAMED_BAD_ROWS = 5  # in an error

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+from distill.base.errors import UserError
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
     BadRow,
@@ -12,7 +13,6 @@ from distill.data.table import (
     chosen_columns,
     make_example,
 )
-from distill.errors import UserError
 
 
 @register_dataset("tfds")

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from distill.errors import UserError
+from distill.base.errors import UserError
 
 PointwiseDivergence = Callable[[jax.Array, jax.Array], jax.Array]
 # (log_p_cv, log_q_cv, targets_c) -> loss_c; the loss of token c depends on row c alone.

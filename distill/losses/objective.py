@@ -12,7 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.base.sharding import constrain
 from distill.kernels.linear_divergence import (
     TokenValues,
     check_pointwise,
@@ -30,7 +31,6 @@ from distill.losses.divergences import (
     get_loss,
     is_pointwise,
 )
-from distill.sharding import constrain
 
 # Folded into the seed first, so that the coins share no random numbers with the sampler.
 _COIN_STREAM = 0x636F696E

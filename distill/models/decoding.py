@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import attention
 from distill.models.transformer import Block, Rotation, Transformer, make_rotation
-from distill.sharding import constrain, in_device_memory
 
 # Up to this depth the decode loop's layers are unrolled, with `LoopWeights` made before: XLA for
 # CPUs multiplies no slice without copying it. Beyond, they are scanned over: the time to compile

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from distill.models.config import ModelConfig, RopeScaling
+from distill.models.facts import ModelConfig, RopeScaling
 
 QWEN2_5_IDS, QWEN3_IDS, LLAMA3_IDS = 151665, 151669, 128256
 

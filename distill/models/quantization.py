@@ -15,8 +15,8 @@ import qwix
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from distill.models.config import ModelConfig
-from distill.models.hf_keys import key_table
+from distill.models.checkpoints.keys import key_table
+from distill.models.facts import ModelConfig
 
 
 def quantize(config: ModelConfig, name: str, param: nnx.Variable) -> nnx.Variable:

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import RESIDUALS, attention
-from distill.models.config import ModelConfig
+from distill.models.facts import ModelConfig
 from distill.models.quantization import dequantize
-from distill.sharding import constrain, in_device_memory
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,

@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from distill.config import microbatch_values, rows_per_microbatch
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.base.topology import SLICES, Topology, parse_topology
+from distill.config.schema import microbatch_values, rows_per_microbatch
 from distill.planning import costs
 from distill.planning.outlook import Outlook, compile_programs, estimate
 from distill.planning.subject import Subject, fit_to_devices, with_values, working_sizes
-from distill.topology import SLICES, Topology, parse_topology
 
 COMPILED = 3  # of a sweep's candidates, the best
 Values = dict[str, Any]

@@ -12,10 +12,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from distill.build import teacher_dtype
-from distill.config import rows_per_microbatch
+from distill.build.models import teacher_dtype
+from distill.config.schema import rows_per_microbatch
 from distill.kernels.attention import MOST_SEGMENTS
-from distill.models.config import ModelConfig
+from distill.models.facts import ModelConfig
 from distill.planning.subject import Subject
 from distill.sampling.cache import bytes_per_token
 

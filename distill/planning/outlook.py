@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from distill import build
+from distill.base.sharding import bytes_per_device, make_abstract_mesh
+from distill.base.topology import Topology
+from distill.build.devices import build_mesh, build_sampler_mesh
 from distill.planning import costs
 from distill.planning.programs import (
     Arrays,
@@ -16,8 +18,6 @@ from distill.planning.programs import (
 )
 from distill.planning.subject import Subject
 from distill.sampling.engine import TURNS_PER_CALL
-from distill.sharding import bytes_per_device, make_abstract_mesh
-from distill.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +126,8 @@ def estimate(subject: Subject, topology: Topology) -> Outlook:
 def compile_programs(subject: Subject, topology: Topology) -> Outlook:
     """From the run's programs, compiled for the topology, whose devices the subject fits."""
     devices = topology.devices()
-    mesh = build.build_mesh(subject.config, devices)
-    sampler_mesh = build.build_sampler_mesh(subject.config, mesh, devices)
+    mesh = build_mesh(subject.config, devices)
+    sampler_mesh = build_sampler_mesh(subject.config, mesh, devices)
     arrays = make_arrays(subject, mesh, sampler_mesh)
     programs = {"update": compile_train_step(subject, arrays, mesh)}
     if subject.samples:

@@ -13,20 +13,29 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from distill import build
-from distill.build_teacher import abstract_teacher
-from distill.config import Config
-from distill.evaluate import Model
+from distill.base.sharding import SAMPLER_RULES, bytes_per_device, param_shardings, stacked_sharding
+from distill.batches.rows import Batch, make_batch
+from distill.build.layout import build_layout
+from distill.build.models import (
+    abstract_model,
+    abstract_state,
+    build_optimizer,
+    on_mesh,
+    student_options,
+)
+from distill.build.objective import build_objective
+from distill.build.sampler import build_sampling_params, engine_sizes
+from distill.build.teachers import abstract_teacher
+from distill.config.schema import Config
 from distill.losses.objective import TopKScores
-from distill.microbatch import Batch, make_batch
 from distill.models.decoding import abstract_loop_weights
+from distill.models.model import Model
 from distill.planning import costs
 from distill.planning.collectives import sent_bytes
 from distill.planning.subject import Subject
 from distill.sampling.cache import SlotCache
 from distill.sampling.engine import TURNS_PER_CALL, Engine
 from distill.sampling.request import Rollout
-from distill.sharding import SAMPLER_RULES, bytes_per_device, param_shardings, stacked_sharding
 from distill.step import TrainState, make_train_step
 
 AnyMesh = Mesh | AbstractMesh
@@ -74,10 +83,8 @@ class Program:
 def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arrays:
     """All arrays of a run on meshes that may be described or abstract."""
     config = subject.config
-    student = build.abstract_model(
-        subject.student, "the student", mesh, **build.student_options(config)
-    )
-    optimizer, _ = build.build_optimizer(config)
+    student = abstract_model(subject.student, "the student", mesh, **student_options(config))
+    optimizer, _ = build_optimizer(config)
     teacher = None
     if subject.teacher is not None:
         teacher = abstract_teacher(config, subject.teacher, mesh)
@@ -86,7 +93,7 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
         tokens = costs.count_tokens(subject)
         engine = Engine(
             student.graph,
-            build.engine_sizes(config),
+            engine_sizes(config),
             eos_ids=(0,),
             pad_id=0,
             vocab_size=subject.vocab_size,
@@ -97,7 +104,7 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
             cache = engine.abstract_cache(sampler, tokens.rows)
             repeats = config.distillation.generate_strategy.num_generations
             reading = engine.reading_shape(sampler, tokens.rows, repeats, tokens.prompt)
-    state = build.abstract_state(config, student, optimizer, mesh)
+    state = abstract_state(config, student, optimizer, mesh)
     batch = abstract_batch(config, mesh)
     return Arrays(student, state, teacher, batch, engine, sampler, loop_weights, cache, reading)
 
@@ -123,7 +130,7 @@ def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
         Rollout(tokens_br, lengths_b, log_probs_br, log_probs_br, stopped_b),
         zeros(bool),
         scores,
-        layout=build.build_layout(config, length, mesh),
+        layout=build_layout(config, length, mesh),
         pad_id=0,
     )
 
@@ -142,8 +149,8 @@ def compile_train_step(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
         step = make_train_step(
             arrays.student.graph,
             teacher and teacher.graph,
-            build.build_objective(config),
-            build.build_optimizer(config)[0],
+            build_objective(config),
+            build_optimizer(config)[0],
             vocab_size=subject.vocab_size,
             state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
             importance_clip=config.policy.generation.importance_clip,
@@ -166,7 +173,7 @@ def compile_prefill(arrays: Arrays, mesh: Mesh) -> Program:
 def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
     """The sampler's decode loop, at its widest; one call of it."""
     rows = subject.config.policy.train_global_batch_size
-    params = build.build_sampling_params(subject.config)
+    params = build_sampling_params(subject.config)
     with jax.set_mesh(mesh):
         return _compile(
             lambda: arrays.engine.lower_decode(arrays.sampler, rows, params),
@@ -219,7 +226,7 @@ def _sampler_copy(config: Config, student: Model, mesh: AnyMesh) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, config.policy.precision), student.params
     )
     shardings = param_shardings(shapes, mesh, SAMPLER_RULES)
-    return build.on_mesh(shapes, shardings)
+    return on_mesh(shapes, shardings)
 
 
 def _current(mesh: AnyMesh):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill.config import rows_per_microbatch
-from distill.config_reference import all_keys, show_value
-from distill.models.config import ModelConfig
+from distill.config.schema import rows_per_microbatch
+from distill.config.words import all_keys, show_value
+from distill.models.facts import ModelConfig
 from distill.planning import costs
 from distill.planning.changes import Change
 from distill.planning.outlook import Outlook

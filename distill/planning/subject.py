@@ -8,15 +8,15 @@ import operator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill import build
-from distill.config import Config, microbatch_values, rows_per_microbatch
-from distill.errors import UserError
-from distill.models.config import ModelConfig
-from distill.models.hub import find_config, read_json
+from distill.base.errors import UserError
+from distill.base.sharding import mesh_sizes, sampler_mesh_sizes
+from distill.build.devices import split_devices
+from distill.build.scratch import make_missing_models, without_pretraining
+from distill.config.schema import Config, microbatch_values, rows_per_microbatch
+from distill.data.tokenizer import load_tokenizer, vocabulary_size
+from distill.models.checkpoints.hub import find_config, read_json
+from distill.models.facts import ModelConfig
 from distill.models.published import PUBLISHED, published
-from distill.scratch import make_missing_models, without_pretraining
-from distill.sharding import mesh_sizes, sampler_mesh_sizes
-from distill.tokenizer import load_tokenizer, vocabulary_size
 
 
 class MeshSizes(NamedTuple):
@@ -133,7 +133,7 @@ def fit_to_devices(subject: Subject, count: int) -> Subject:
       UserError: the mesh does not match the number of devices, or does not divide the models.
     """
     config = subject.config
-    trainers, samplers = build.split_devices(config, range(count))
+    trainers, samplers = split_devices(config, range(count))
     sizes = MeshSizes(
         *mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, len(trainers))
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from distill.metrics import write_atomically
+from distill.base.files import write_atomically
 
 FACTS = "run.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")

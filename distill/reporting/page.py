@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.metrics import write_atomically
+from distill.base.files import write_atomically
 from distill.reporting import curves
 from distill.reporting.read import Run, read_run
 

@@ -9,9 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.evaluation.recorder import FOLDER
 from distill.reporting.facts import FACTS
-from distill.reporting.tokens import FOLDER
 
 METRICS, RESULTS, STUDENT, CHECKPOINTS = "metrics.jsonl", "results.json", "student", "checkpoints"
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from flax import nnx
 
-from distill.config import KNOWN_BACKENDS
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.config.schema import KNOWN_BACKENDS
 from distill.sampling.request import Rollout, RolloutRequest
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from distill.base.sharding import copy_to_mesh
 from distill.sampling.engine import Engine
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.sharding import copy_to_mesh
 
 
 class JaxBackend:

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distill.base.sharding import num_shards, partition_spec
 from distill.kernels import decode_attention
 from distill.kernels.decode_attention import Kernel
 from distill.kernels.platform import device_kind, is_old_tpu, platform
 from distill.models.decoding import Attended, Part, Prefix
 from distill.sampling import cache as caches
 from distill.sampling.cache import SlotCache
-from distill.sharding import num_shards, partition_spec
 
 IMPLEMENTATIONS = ("xla", "pallas")
 

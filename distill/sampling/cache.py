@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.models.config import ModelConfig
+from distill.base.sharding import constrain, partition_spec
 from distill.models.decoding import KeysAndValues
-from distill.sharding import constrain, partition_spec
+from distill.models.facts import ModelConfig
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill.errors import UserError
+from distill.base.errors import UserError
 
 # Below this, float32 logits divided by the temperature come near overflow.
 MIN_TEMPERATURE = 1e-6

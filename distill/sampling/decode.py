@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from distill.base.sharding import constrain
 from distill.models.transformer import KVCache, Transformer, init_cache
 from distill.sampling.choice import SamplingParams, choose, uniforms
 from distill.sampling.request import Rollout
-from distill.sharding import constrain
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from distill.errors import UserError
+from distill.base.errors import UserError
+from distill.base.sharding import num_shards
 from distill.models.decoding import LoopWeights, abstract_loop_weights, make_loop_weights
 from distill.sampling import cache as caches
 from distill.sampling import programs
@@ -30,7 +31,6 @@ from distill.sampling.attention import Kernel, resolve_attention
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
 from distill.sampling.schedule import Run, prompt_bucket, prompts_per_reading
-from distill.sharding import num_shards
 
 MAX_AUTO_SLOTS = 256  # per part; more rows gain little once products are efficient
 TURNS_PER_CALL = 32

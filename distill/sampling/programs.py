@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from distill.base.sharding import constrain, constrain_whole
 from distill.models.decoding import (
     LoopWeights,
     decode_turn,
@@ -26,7 +27,6 @@ from distill.sampling import cache as caches
 from distill.sampling.attention import Kernel, prefix_attention
 from distill.sampling.cache import SlotCache
 from distill.sampling.choice import KEY_IMPL, SamplingParams, choose, uniforms
-from distill.sharding import constrain, constrain_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 
+from distill.base.sharding import num_shards
+from distill.models.decoding import LoopWeights
 from distill.sampling import programs
-from distill.sampling.choice import row_keys
+from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.sharding import num_shards
-
-if TYPE_CHECKING:
-    from distill.sampling.engine import Engine
 
 INSERTED_PER_CALL = 16  # rows, per part
 PREFILL_TOKENS = 4096  # of a reading, per part
@@ -25,10 +23,37 @@ SMALLEST_PROMPT_BUCKET = 16
 WIDTHS = 5  # each half as wide as the one before, down to 4; and three quarters of all, and 1
 
 
+class Device(Protocol):
+    """The device's side: what `engine.Engine` computes for a run."""
+
+    num_slots: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+    def make_loop_weights(self, weights: nnx.State) -> LoopWeights: ...
+
+    def read(
+        self, weights: nnx.State, tokens_pgs: np.ndarray, lengths_pg: np.ndarray
+    ) -> programs.Prefilled: ...
+
+    def insert(self, reading: programs.Prefilled, *rows: Any) -> programs.Chosen: ...
+
+    def decode(
+        self,
+        weights: nnx.State,
+        loop_weights: LoopWeights,
+        rows: programs.Rows,
+        stop_at: np.ndarray,
+        params: SamplingParams,
+    ) -> tuple[programs.Chosen, int]: ...
+
+    def move(self, source_mp: np.ndarray, target_mp: np.ndarray, count: int) -> None: ...
+
+
 class Run:
     """One request on its way through an engine: the host's side of every slot."""
 
-    def __init__(self, engine: Engine, weights: nnx.State, request: RolloutRequest):
+    def __init__(self, engine: Device, weights: nnx.State, request: RolloutRequest):
         self._engine, self._weights, self._request = engine, weights, request
         self._loop_weights = engine.make_loop_weights(weights)
         self._params = dataclasses.replace(request.params, max_length=1)  # limits are per row

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill.base.sharding import num_shards, partition_spec
 from distill.kernels.attention.blockwise import RESIDUALS, blockwise_attention
 from distill.kernels.platform import cuda_capability, is_old_tpu, platform
-from distill.sharding import num_shards, partition_spec
 
 IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn")
 LANES = 128  # of a TPU: the kernel takes whole tiles of positions

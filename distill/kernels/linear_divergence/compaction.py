@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill.sharding import partition_spec
+from distill.base.sharding import partition_spec
 
 
 @jax.tree_util.register_dataclass

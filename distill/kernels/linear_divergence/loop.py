@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from distill.base.sharding import mesh_axes, num_shards, partition_spec
 from distill.kernels.linear_divergence import block as blocks
 from distill.kernels.linear_divergence.sweeps import Projection, Sweeps
 from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
-from distill.sharding import mesh_axes, num_shards, partition_spec
 
 LANES = 128  # of a TPU: a shard's columns are a multiple, so that none straddles a tile
 # The walk ends with a whole chunk, so more chunks compute fewer tokens without weight; below the

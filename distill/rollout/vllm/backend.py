@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from distill.errors import RunStopped, UserError
+from distill.base.errors import RunStopped, UserError
 from distill.rollout.vllm import checks
 from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
 from distill.rollout.vllm.dispatch import answer_all, keep_trying

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError
-from distill.models.config import ModelConfig
-from distill.models.hf import load_model_config
+from distill.base.errors import UserError
+from distill.models.checkpoints.load import load_model_config
+from distill.models.facts import ModelConfig
 from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
 from distill.rollout.vllm.weights import architecture
 

@@ -16,7 +16,7 @@ import threading
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from distill.errors import UserError
+from distill.base.errors import UserError
 
 # Sampling options are always sent: servers take defaults from the model's generation_config.json.
 _PLAIN = {

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from distill.errors import RunStopped, UserError
+from distill.base.errors import RunStopped, UserError
 from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
 
 Row = TypeVar("Row")

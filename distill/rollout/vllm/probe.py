@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill.errors import RunStopped
+from distill.base.errors import RunStopped
+from distill.base.sharding import constrain
 from distill.rollout.vllm.client import VllmClient
-from distill.sharding import constrain
 
 _LENGTH, _ROWS = 32, 4
 # Share of the distance between two sets of weights by which a server may miss the new ones.

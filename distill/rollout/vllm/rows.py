@@ -7,7 +7,7 @@ import hashlib
 
 import numpy as np
 
-from distill.errors import RunStopped, UserError
+from distill.base.errors import RunStopped, UserError
 from distill.rollout.vllm.client import Completion, VllmClient
 from distill.rollout.vllm.probe import REMEDY
 from distill.sampling.choice import SamplingParams

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.errors import RunStopped, UserError
+from distill.base.errors import RunStopped, UserError
 from distill.rollout.vllm import guard
 from distill.rollout.vllm.client import ServerFailed, VllmClient
 

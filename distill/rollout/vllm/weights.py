@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from distill.models.config import ModelConfig
-from distill.models.hf import load_model_config
-from distill.models.hf_export import export_model
+from distill.models.checkpoints.export import export_model
+from distill.models.checkpoints.load import load_model_config
+from distill.models.facts import ModelConfig
 
 _VERSION = re.compile(r"\d{8}")
 _KEPT = 2  # versions: a server may be reading the last while the next is written

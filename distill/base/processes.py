@@ -1,0 +1,352 @@
+"""Several processes as one run: how they find each other, agree, and end together.
+
+Every process runs the same program on the same host data, and arrays span the devices of all. What
+one process alone knows (its clock, its files, a signal) is agreed on here, through the key-value
+store that JAX runs in process 0. That needs no device: nobody waits for a step under way. A run of
+one process joins nothing, and all of this is free.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import glob
+import importlib.util
+import itertools
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from distill.base.errors import UserError
+from distill.base.roll_call import call_the_roll
+
+T = TypeVar("T")
+
+_LONGEST_WAIT = 3600  # seconds by which one process may be ahead of another
+_PARTING = 10  # seconds for all to hear that the run ends
+_HEARING = 0.5  # seconds between two looks for that
+_LEFT, _ALIVE = "distill/left/", "distill/alive/"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """This process in a run of several.
+
+    Attributes:
+      client: of the coordination service. JAX has no public name for it; Orbax takes the same one.
+      process: this one's number there.
+      num_processes: in all.
+      silence: seconds without a sign of life after which a process counts as dead.
+      rounds: numbers of the exchanges, the same in all processes.
+      leaving: held by the thread that ends this process.
+      ended: set when the run has ended well.
+    """
+
+    client: Any
+    process: int
+    num_processes: int
+    silence: int
+    rounds: itertools.count = dataclasses.field(default_factory=itertools.count)
+    leaving: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+_run: _Run | None = None
+
+
+# ------------------------------------------------------------------------------------- joining
+
+
+def join(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = 300,
+    silence: int = 100,
+) -> None:
+    """Joins the other processes of the run; a plain single process does nothing here.
+
+    What is not given is found by JAX where Slurm, Open MPI or a TPU pod says it. To be called
+    before JAX is used for anything. Then, only the first process prints.
+
+    Args:
+      coordinator_address: host and port of process 0, where it listens.
+      num_processes: of the run.
+      process_id: of this one, from 0.
+      timeout: seconds to wait for the others.
+      silence: seconds without a sign of life from another process after which this one ends.
+
+    Raises:
+      UserError: the arguments contradict each other, or somebody did not come in time.
+    """
+    given = dict(
+        coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
+    )
+    starter = _starter()
+    _check_arguments(given, starter)
+    if num_processes == 1:
+        return
+    if None not in given.values():
+        _connect(*given.values(), None, timeout, silence)
+    elif starter or any(given.values()) or _is_tpu_vm():
+        _find_and_connect(given, starter, timeout, silence)
+
+
+def _check_arguments(given: dict[str, Any], starter: str) -> None:
+    address, count, number = given.values()
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3 and not starter and count != 1:
+        there = ", ".join(f"--{name}={x}" for name, x in given.items() if x is not None)
+        raise UserError(
+            f"{there} came without {' and '.join(missing)}: pass all three, or none where Slurm, "
+            "Open MPI or a TPU pod starts the processes"
+        )
+    if count is not None and number is not None and number >= count:
+        raise UserError(
+            f"--process_id={number} does not exist with --num_processes={count}: they are 0 to "
+            f"{count - 1}"
+        )
+    if address is not None and not re.fullmatch(r".+:\d+", address):
+        raise UserError(
+            f"--coordinator_address={address} has no port: write HOST:PORT, a port of process 0 "
+            "that is free and that the others can reach"
+        )
+
+
+def _starter() -> str:
+    """Who has started further processes beside this one, as the environment says; '' if nobody."""
+    variables = os.environ
+
+    def are_several(name: str) -> bool:
+        return variables.get(name, "1") not in ("", "0", "1")
+
+    # Without a step's list of nodes, this is a shell or a batch script, started once.
+    if "SLURM_STEP_NODELIST" in variables and are_several("SLURM_NTASKS"):
+        return "Slurm"
+    if are_several("OMPI_COMM_WORLD_SIZE"):
+        return "Open MPI"
+    hosts = variables.get("TPU_PROCESS_ADDRESSES", variables.get("TPU_WORKER_HOSTNAMES", ""))
+    return "a TPU pod" if "," in hosts or are_several("MEGASCALE_NUM_SLICES") else ""
+
+
+def _is_tpu_vm() -> bool:
+    """Whether TPUs are here, and with them perhaps a pod, of which a server of the cloud knows."""
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _find_and_connect(given: dict[str, Any], starter: str, timeout: int, silence: int) -> None:
+    """Connects with what JAX finds for what is not given; where nobody is found, this is alone."""
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        # JAX's own search, as in jax.distributed.initialize: the roll is called with its result.
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            *given.values(), None, None, timeout
+        )
+        reason = "it does not know this kind of start"
+    except Exception as error:  # whatever its requests to servers of a cloud raise
+        found, reason = (None,) * 4, f"{type(error).__name__}: {error}"
+    if None not in found[:3]:
+        if found[1] > 1:
+            _connect(*found, timeout, silence)
+    elif starter or any(given.values()):
+        raise UserError(
+            f"{starter or 'the flags'} speaks of several processes, but JAX does not find out "
+            f"about the others ({reason}): pass --coordinator_address, --num_processes and "
+            "--process_id"
+        )
+
+
+def _connect(
+    address: str,
+    count: int,
+    number: int,
+    devices: Sequence[int] | None,
+    timeout: int,
+    silence: int,
+) -> None:
+    """Connects this process, which has these local devices or all, to the others."""
+    import jax
+    from jax._src import distributed
+
+    global _run
+    call_the_roll(address, count, number, timeout)
+    # JAX would take SIGTERM from `Interrupts`.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        address,
+        count,
+        number,
+        devices,
+        "deactivate",
+        initialization_timeout=timeout,
+        # JAX ends a process with stack traces that name nobody: only where `_keep_alive` has not.
+        heartbeat_timeout_seconds=2 * silence + _PARTING,
+    )
+    _run = _Run(distributed.global_state.client, number, count, silence)
+    threads = [
+        threading.Thread(target=task, args=(_run,), daemon=True) for task in (_listen, _keep_alive)
+    ]
+    for thread in threads:
+        thread.start()
+    atexit.register(_hang_up, _run, threads)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+# ------------------------------------------------------------------------------------ agreeing
+
+
+def several() -> bool:
+    """Whether this process has joined others."""
+    return _run is not None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and decides."""
+    if _run is None:
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
+def share(count: int) -> slice:
+    """This process's share of `count` things."""
+    if _run is None:
+        return slice(None)
+    return slice(_run.process, count, _run.num_processes)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, the first one's first; made of what JSON has.
+
+    All processes call this, in their main threads, in the same order.
+    """
+    if _run is None:
+        return [value]
+    import jax
+
+    number = next(_run.rounds)
+    folder = f"distill/round/{number}/"
+    _run.client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
+    _meet("distill/round")
+    said = dict(_run.client.key_value_dir_get(folder))
+    if is_first():  # all are here, so all have read the round before
+        _run.client.key_value_delete(f"distill/round/{number - 1}/")
+    return [json.loads(said[f"{folder}{process}"]) for process in range(_run.num_processes)]
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What the first process's call of `function` returns; the others do not call it."""
+    return gather(function() if is_first() else None)[0]
+
+
+def check_same(what: str, values: dict[str, Any]) -> None:
+    """Raises UserError unless all processes call this with the same values."""
+    first, *others = gather(values)
+    for process, theirs in enumerate(others, start=1):
+        differing = [key for key in first | theirs if first.get(key) != theirs.get(key)]
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"process {process} has another {what} than process 0: {key} is "
+                f"{theirs.get(key)!r} there, {first.get(key)!r} here; start all processes by the "
+                "same command, on the same files"
+            )
+
+
+def sync(name: str) -> None:
+    """Waits until all processes have come here; in any thread, with a name used once at a time."""
+    if _run is not None:
+        _meet(f"distill/{name}")
+
+
+def _meet(name: str, seconds: int = _LONGEST_WAIT) -> None:
+    _run.client.wait_at_barrier(name, seconds * 1000)
+
+
+# -------------------------------------------------------------------------------------- ending
+
+
+def leave(line: str, status: int) -> NoReturn:
+    """Ends this process at once, and all others of the run; all of them show `line`."""
+    if _run is None:
+        _exit(line, status)
+    said = json.dumps([_run.process, line, status])
+    _part(line, status, lambda: _run.client.key_value_set(f"{_LEFT}{_run.process}", said))
+
+
+def _listen(run: _Run) -> None:
+    """Ends this process when another one leaves: the main thread may be waiting for it."""
+    while not run.ended.wait(_HEARING):
+        try:
+            said = run.client.key_value_dir_get(_LEFT)
+        except Exception:  # process 0 is gone: JAX, which notices, ends this one
+            return
+        if said:
+            number, line, status = json.loads(said[0][1])
+            _part(f"process {number}: {line}", status)
+
+
+def _keep_alive(run: _Run) -> None:
+    """Tells that this process is there; process 0 ends the run when another one no longer does."""
+    mine, heard = f"{_ALIVE}{run.process}", {}
+    for number in itertools.count():
+        # One that fails is followed by others; where process 0 is gone, JAX ends this one.
+        with contextlib.suppress(Exception):
+            run.client.key_value_set(mine, str(number), allow_overwrite=True)
+            if run.process == 0:
+                now = time.monotonic()
+                # When each process's last number came, of those that have not ended.
+                heard = {
+                    beat: heard.get(beat, now) for beat in run.client.key_value_dir_get(_ALIVE)
+                }
+                (process, _), since = min(heard.items(), key=lambda item: item[1])
+                if now - since > run.silence:
+                    leave(_death(process.removeprefix(_ALIVE), run.silence), 1)
+        if run.ended.wait(run.silence / 10):
+            break
+    with contextlib.suppress(Exception):
+        run.client.key_value_delete(mine)
+
+
+def _death(process: str, silence: int) -> str:
+    return (
+        f"error: process {process} has shown no sign of life for {silence} s: it was killed, or "
+        "its host is gone. Start all processes again: the run goes on from its last checkpoint"
+    )
+
+
+def _part(line: str, status: int, tell: Callable[[], None] = lambda: None) -> NoReturn:
+    """Ends this process, but waits a little for all to know that the run has ended."""
+    _run.leaving.acquire()  # a thread that comes second waits here for the end
+    with contextlib.suppress(Exception):  # whatever has become of the others
+        tell()
+        _meet("distill/parting", _PARTING)
+        if _run.process == 0:  # the others are still being told, by this one
+            time.sleep(2 * _HEARING)
+    _exit(line, status)
+
+
+def _exit(line: str, status: int) -> NoReturn:
+    """In one write, on a line of its own and the last, whatever other threads are writing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the disk may be full
+            stream.flush()
+    os.write(2, f"\n{line}\n".encode())
+    os._exit(status)
+
+
+def _hang_up(run: _Run, threads: Sequence[threading.Thread]) -> None:
+    """Before JAX closes the line on which the threads speak."""
+    run.ended.set()
+    for thread in threads:
+        thread.join()

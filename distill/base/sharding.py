@@ -1,0 +1,301 @@
+"""Mesh and logical axis rules: the only file that names mesh axes.
+
+Models and losses speak of logical axes ('embed', 'heads', 'batch'); `RULES` says which mesh axes
+hold each of them. Nothing else in the project mentions 'data', 'fsdp' or 'tensor'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from distill.base.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+HOST_MEMORY = "pinned_host"
+
+# logical axis -> mesh axes that shard it (None: replicated)
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_width": None,
+    "ffn": "tensor",
+    # activations
+    "batch": ("data", "fsdp"),
+    "position": None,
+    "token": ("data", "fsdp"),
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_kv_heads": "tensor",
+    "act_ffn": "tensor",
+    "act_vocab": "tensor",
+}
+
+
+# A teacher that is split over all devices: nothing of it is updated, so that copies only cost.
+SPREAD_RULES = RULES | {"embed": ("data", "fsdp")}
+
+# The sampler's copy of the student: every turn reads all weights, so they are gathered over fsdp
+# once per refit instead of once per token.
+SAMPLER_RULES = RULES | {"embed": None}
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
+    """The sizes of a mesh over `count` devices; one may be -1 and takes what is left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    given = " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"{given}: sizes are positive, and at most one is -1 (takes the rest)")
+    if free and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if math.prod(sizes.values()) != count:
+        raise UserError(
+            f"{given} does not match {count} devices: data x fsdp x tensor must be {count}, "
+            f"e.g. mesh.data={count} mesh.fsdp=1 mesh.tensor=1"
+        )
+    return tuple(sizes.values())
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """Mesh over `devices`, by default all; see `mesh_sizes`."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_sizes(data, fsdp, tensor, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def make_abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """A mesh without devices, for the shapes of shards."""
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def sampler_mesh_sizes(tensor: int, count: int) -> tuple[int, int, int]:
+    """Sizes of the mesh of a sampler with `count` devices: weights are cut as the trainer's, rows
+    over the rest.
+
+    Cut alike, every shard of a refit is a copy from one device to another.
+
+    Raises:
+      UserError: the trainer's tensor axis does not divide the number of devices.
+    """
+    if count % tensor:
+        raise UserError(
+            f"a sampler of {count} devices cannot split weights {tensor} ways as the "
+            f"trainer does (mesh.tensor={tensor}): give it a multiple of {tensor} devices, or "
+            f"choose a mesh.tensor that divides {count}"
+        )
+    return count // tensor, 1, tensor
+
+
+def make_sampler_mesh(trainer_mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
+    """Mesh of a sampler with its own devices; see `sampler_mesh_sizes`."""
+    sizes = sampler_mesh_sizes(trainer_mesh.shape["tensor"], len(devices))
+    return make_mesh(*sizes, devices)
+
+
+def copy_to_mesh(arrays, mesh: Mesh):
+    """The arrays on another mesh of this process with the same partition specs."""
+    layout = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), arrays)
+    return jax.device_put(arrays, layout)
+
+
+def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> PartitionSpec:
+    """Mesh axes for the dimensions of one array; two of them may not share a mesh axis."""
+    spec = [rules[name] if name is not None else None for name in logical_axes]
+    holder: dict[str, str] = {}
+    for name, entry in zip(logical_axes, spec, strict=True):
+        for axis in _axes(entry):
+            if axis in holder:
+                raise ValueError(
+                    f"logical axes {holder[axis]!r} and {name!r} of one array are both on the one "
+                    f"mesh axis {axis!r}: change the table in "
+                    f"distill/base/sharding.py, or name another axis in {tuple(logical_axes)}"
+                )
+            holder[axis] = name
+    return PartitionSpec(*spec)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a table or a partition spec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins the layout of an activation under the current mesh (`jax.set_mesh`); else a no-op."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
+
+
+def constrain_whole(arrays):
+    """Pins a jitted function's results to every device: any process can read them then."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), arrays)
+
+
+def mesh_axes(logical_axis: str) -> tuple[str, ...]:
+    """Axes of the current mesh (`jax.set_mesh`), longer than 1, that hold a logical axis.
+
+    ValueError for a mesh that was made with other axes than `make_mesh`'s.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    if missing := [axis for axis in MESH_AXES if axis not in mesh.shape]:
+        raise ValueError(
+            f"the current mesh has the axes {', '.join(mesh.axis_names)} and lacks "
+            f"{', '.join(missing)}: make it with distill.base.sharding.make_mesh"
+        )
+    return tuple(axis for axis in _axes(RULES[logical_axis]) if mesh.shape[axis] > 1)
+
+
+def num_shards(logical_axis: str) -> int:
+    """Parts into which the current mesh cuts a logical axis."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in mesh_axes(logical_axis))
+
+
+def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(logical_axes))
+
+
+def stacked_sharding(mesh: Mesh, num_axes: int) -> NamedSharding:
+    """Layout of microbatches (m, b, ...): the rows of each are cut over the mesh."""
+    return named_sharding(mesh, None, "batch", *[None] * (num_axes - 2))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Number of device groups over which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def layer_sharding(stacked: Sharding) -> Sharding:
+    """Layout of one layer of an array with a leading axis of layers."""
+    if not isinstance(stacked, NamedSharding):
+        return stacked
+    return NamedSharding(
+        stacked.mesh, PartitionSpec(*stacked.spec[1:]), memory_kind=stacked.memory_kind
+    )
+
+
+def in_host_memory(array: jax.Array) -> jax.Array:
+    """The array in the pinned memory of the hosts whose devices held it; cut in the same way."""
+    return jax.device_put(array, array.sharding.with_memory_kind(HOST_MEMORY))
+
+
+def on_device_memory(arrays):
+    """Layouts of the arrays, or of their copies in the devices' memory."""
+    return jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), arrays)
+
+
+def bytes_per_device(tree, *, fetched: bool = False) -> int:
+    """Of arrays or shapes, by their layouts; what is in host memory counts only if `fetched`."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if fetched or x.sharding.memory_kind != HOST_MEMORY
+    )
+
+
+def in_device_memory(tree):
+    """Copies what is in host memory to the devices, within a jitted function."""
+
+    def fetch(x):
+        in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if in_host else x
+
+    return jax.tree.map(fetch, tree)
+
+
+def is_in_host_memory(tree) -> bool:
+    """Whether any array is in host memory, within a jitted function."""
+    return any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves(tree))
+
+
+def in_memory_of(tree, places):
+    """Puts arrays into the memories in which those of `places` are, within a jitted function."""
+
+    def put(x, place):
+        space = jax.typeof(place).memory_space
+        return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+
+    return jax.tree.map(put, tree, places)
+
+
+def check_host_memory(mesh: Mesh, key: str) -> None:
+    """Raises UserError, naming the config's `key`, unless arrays can be kept in host memory."""
+    device = next(x for x in mesh.devices.flat if x.process_index == jax.process_index())
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"{key} keeps arrays in {HOST_MEMORY} memory, and {device.platform} devices have only "
+            f"{', '.join(kinds)}: set {key}=none"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(params, mesh: Mesh, rules=RULES):
+    """Layout of every parameter, from the `logical_axes` of its nnx.Param; same tree as `params`.
+
+    Raises:
+      UserError: a dimension is not divisible by the mesh axes that shard it; says which sizes are.
+    """
+    _check_divisible(params, mesh, rules)
+
+    def sharding(param: nnx.Variable):
+        spec = partition_spec(param.get_metadata()["logical_axes"], rules)
+        return param.replace(NamedSharding(mesh, spec))
+
+    return jax.tree.map(sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _check_divisible(params, mesh: Mesh, rules) -> None:
+    cut = [
+        (path, name, size, _axes(rules[name]))
+        for path, param in nnx.to_flat_state(params)
+        for name, size in zip(
+            param.get_metadata()["logical_axes"], param.get_value().shape, strict=True
+        )
+        if name is not None
+    ]
+    for path, name, size, axes in cut:
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            all_sizes = [other for _, _, other, its_axes in cut if its_axes == axes]
+            common = math.gcd(mesh.size, *all_sizes)
+            fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+            key = " x ".join(f"mesh.{axis}" for axis in axes)
+            raise UserError(
+                f"{'/'.join(path)} has a dimension {name!r} of {size}, which {key}={parts} does "
+                f"not divide: on {mesh.size} devices, {key} of this model may be "
+                f"{' or '.join(fitting)}"
+            )
+
+
+def optimizer_shardings(optimizer, abstract_state, params, mesh: Mesh, memory: str = "device"):
+    """Layout of an optax state: moments like their parameters, in `memory`; counters replicated."""
+    layout = jax.tree.map(lambda param: param.sharding.with_memory_kind(memory), params)
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract_state,
+        layout,
+        transform_non_params=lambda _: replicated(mesh),
+    )

@@ -1,0 +1,1 @@
+"""From sequences to the rows that a step sees."""

@@ -1,0 +1,130 @@
+"""The meshes of trainer and sampler, and how batches get onto them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distill.base import processes
+from distill.base.errors import UserError
+from distill.base.sharding import (
+    batch_parts,
+    make_mesh,
+    make_sampler_mesh,
+    named_sharding,
+    stacked_sharding,
+)
+from distill.batches.rows import Batch
+from distill.build.layout import build_layout
+from distill.config.schema import Config
+
+
+def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The trainer's mesh of all `devices`, by default JAX's; batches must be split over it."""
+    devices, sampler_devices = split_devices(config, devices)
+    _check_processes(config)
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    except UserError as error:
+        if not sampler_devices:
+            raise
+        raise UserError(
+            f"{error} (policy.generation.colocated gives {len(sampler_devices)} of "
+            f"{len(devices) + len(sampler_devices)} devices to the sampler, {len(devices)} remain)"
+        ) from None
+    parts = batch_parts(mesh)
+    policy = config.policy
+    build_layout(config, policy.max_total_sequence_length, mesh)  # says so if no row fits
+    if policy.train_micro_batch_size % parts and not policy.cut_by_tokens:
+        micro = -(-policy.train_micro_batch_size // parts) * parts
+        count = -(-policy.train_global_batch_size // micro)
+        raise UserError(
+            f"policy.train_micro_batch_size={policy.train_micro_batch_size} does not divide over "
+            f"{parts} devices (mesh data x fsdp): try train_micro_batch_size={micro} with "
+            f"train_global_batch_size={count * micro}"
+        )
+    if config.evaluation.batch_size % parts:
+        raise UserError(
+            f"evaluation.batch_size={config.evaluation.batch_size} does not divide over {parts} "
+            f"devices (mesh data x fsdp): try {-(-config.evaluation.batch_size // parts) * parts}"
+        )
+    return mesh
+
+
+def _check_processes(config: Config) -> None:
+    """Refuses what several processes cannot do."""
+    if jax.process_count() == 1:
+        return
+    if not processes.several():
+        raise UserError(
+            f"{jax.process_count()} processes see each other's devices, but cannot speak to each "
+            "other: pass --coordinator_address, --num_processes and --process_id"
+        )
+    generation, teacher = config.policy.generation, config.teacher
+    for key, backend in (("policy.generation", generation.backend), ("teacher", teacher.backend)):
+        if backend == "vllm":
+            raise UserError(
+                f"{key}.backend=vllm works within one process, and {jax.process_count()} were "
+                "started: use the devices themselves, or one process"
+            )
+
+
+def build_sampler_mesh(
+    config: Config, mesh: Mesh, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Where the jax backend samples: on the trainer's `mesh`, or on others of all `devices`."""
+    _, devices = split_devices(config, devices)
+    return make_sampler_mesh(mesh, devices) if devices else mesh
+
+
+def split_devices(
+    config: Config, devices: Sequence[jax.Device] | None
+) -> tuple[list[jax.Device], list[jax.Device]]:
+    """Devices of the trainer, and those of a sampler that has its own."""
+    devices, generation = list(devices or jax.devices()), config.policy.generation
+    if generation.backend != "jax" or generation.colocated.enabled:
+        return devices, []
+    key = "policy.generation.colocated"
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{key}.enabled=False works within one process, and {jax.process_count()} were "
+            f"started: weights cannot be copied between devices of different processes; use "
+            f"{key}.enabled=True, or one process"
+        )
+    if len(devices) < 2:
+        raise UserError(
+            f"{key}.enabled=False splits the devices between trainer and sampler, and there is "
+            f"only 1: use {key}.enabled=True"
+        )
+    count = generation.colocated.sampler_devices or len(devices) // 2
+    if count >= len(devices):
+        raise UserError(
+            f"{key}.sampler_devices={count} leaves none of {len(devices)} devices to the trainer: "
+            f"choose at most {len(devices) - 1}, or 0 for half of them"
+        )
+    return devices[:-count], devices[-count:]
+
+
+def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
+    """Function that places a batch, which every process has whole, on the mesh."""
+
+    def put(rows: np.ndarray) -> jax.Array:
+        rows = np.asarray(rows)
+        sharding = named_sharding(mesh, "batch", *[None] * (rows.ndim - 1))
+        # Of what its own devices hold, a process cuts its shards.
+        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+    return put
+
+
+def put_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """Places a batch that every process holds: the rows of each microbatch over the mesh."""
+
+    def put(stacked: np.ndarray) -> jax.Array:
+        sharding = stacked_sharding(mesh, stacked.ndim)
+        return jax.make_array_from_callback(stacked.shape, sharding, lambda index: stacked[index])
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,38 @@
+"""The shapes of microbatches."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from distill.base.errors import UserError
+from distill.base.sharding import (
+    batch_parts,
+)
+from distill.batches.packing import Layout, Shape
+from distill.config.schema import Config, tokens_per_microbatch
+
+
+def build_layout(config: Config, longest: int, mesh: Mesh) -> Layout:
+    """The microbatches of a batch; `longest` is the most tokens that a sequence can have."""
+    policy, parts = config.policy, batch_parts(mesh)
+    budget = tokens_per_microbatch(policy)
+    if policy.sequence_packing.enabled:
+        length = policy.max_total_sequence_length
+        return Layout((Shape(_rows(budget, length, parts), length),), packed=True)
+    if not policy.dynamic_batching.enabled:
+        return Layout((Shape(policy.train_micro_batch_size, longest),))
+    unit = policy.dynamic_batching.sequence_length_round
+    halves = (-(-longest // (2**halvings * unit)) * unit for halvings in range(3))
+    lengths = sorted({min(length, longest) for length in halves})
+    return Layout(tuple(Shape(_rows(budget, length, parts), length) for length in lengths))
+
+
+def _rows(budget: int, length: int, parts: int) -> int:
+    """Rows of `length` tokens within the budget, as many on every part of the mesh."""
+    rows = budget // length // parts * parts
+    if not rows:
+        raise UserError(
+            f"microbatches of {budget} tokens hold no row of {length} tokens on each of {parts} "
+            f"devices (mesh data x fsdp): set train_mb_tokens to at least {parts * length}"
+        )
+    return rows

@@ -1,0 +1,182 @@
+"""Student and train state: graphs, shapes on a mesh, weights straight to their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from distill.base.errors import UserError
+from distill.base.sharding import (
+    HOST_MEMORY,
+    RULES,
+    check_host_memory,
+    optimizer_shardings,
+    param_shardings,
+    replicated,
+)
+from distill.build import optimizer as optimizers
+from distill.config.schema import Config
+from distill.models.checkpoints.hub import resolve_model
+from distill.models.checkpoints.load import load_model_config, load_params
+from distill.models.facts import ModelConfig
+from distill.models.model import Model
+from distill.models.transformer import Transformer
+from distill.step import TrainState
+
+
+def find_models(config: Config) -> tuple[Path, Path | None]:
+    """Local folders of student and teacher; no teacher for hard labels."""
+    student = resolve_model(config.policy.model_name)
+    if config.distillation.hard_labels or not config.distillation.teacher_model_path:
+        return student, None
+    return student, resolve_model(config.distillation.teacher_model_path)
+
+
+def abstract_model(
+    config: ModelConfig,
+    source: str | Path,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: str,
+    max_length: int,
+    rules=RULES,
+) -> Model:
+    """A model's graph, and the shapes of its parameters on the mesh: nothing is loaded.
+
+    Args:
+      config: sizes and variants.
+      source: where they come from, for errors.
+      mesh: where the parameters go.
+      dtype: of the computation.
+      param_dtype: of the stored weights.
+      remat: what the backward pass recomputes.
+      max_length: positions that will be used.
+      rules: which mesh axes split the parameters.
+    """
+    if max_length > config.max_positions:
+        raise UserError(
+            f"policy.max_total_sequence_length={max_length} exceeds the {config.max_positions} "
+            f"positions of the model in {source}: lower it"
+        )
+
+    def construct():
+        return Transformer(
+            config,
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(param_dtype),
+            remat=remat,
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, shapes = nnx.split(nnx.eval_shape(construct), nnx.Param)
+    return Model(graph, on_mesh(shapes, param_shardings(shapes, mesh, rules)))
+
+
+def on_mesh(shapes, shardings):
+    """The tree of shapes, each with its layout."""
+    return jax.tree.map(
+        lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes, shardings
+    )
+
+
+def build_model(
+    folder: Path,
+    mesh: Mesh,
+    *,
+    finish: Callable[[str, nnx.Variable], nnx.Variable] | None = None,
+    **options,
+) -> Model:
+    """Reads a Hugging Face folder, each weight straight to its shards.
+
+    Args:
+      folder: config.json and safetensors.
+      mesh: where the parameters go.
+      finish: see `load_params`.
+      **options: those of `abstract_model`.
+    """
+    config, _ = load_model_config(folder)
+    model = abstract_model(config, folder, mesh, **options)
+    shardings = jax.tree.map(lambda x: x.sharding, model.params)
+    dtype = jnp.dtype(options["param_dtype"])
+    params = load_params(folder, config, model.params, shardings, dtype, finish)
+    return Model(model.graph, params)
+
+
+def student_options(config: Config) -> dict[str, Any]:
+    """Of `abstract_model`, for the model that is trained: float32 master weights."""
+    policy = config.policy
+    return dict(
+        dtype=policy.precision,
+        param_dtype="float32",
+        remat=policy.activation_checkpointing,
+        max_length=policy.max_total_sequence_length,
+    )
+
+
+def frozen_options(config: Config, precision: str) -> dict[str, Any]:
+    """Of `abstract_model`, for a model that is not trained: stored as it computes."""
+    return dict(
+        dtype=precision,
+        param_dtype=precision,
+        remat="none",
+        max_length=config.policy.max_total_sequence_length,
+    )
+
+
+def build_student(config: Config, folder: Path, mesh: Mesh) -> Model:
+    return build_model(folder, mesh, **student_options(config))
+
+
+def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str) -> Model:
+    return build_model(folder, mesh, **frozen_options(config, precision))
+
+
+def teacher_dtype(config: Config) -> str:
+    """What the teacher computes in."""
+    return "bfloat16" if config.teacher.precision == "int8" else config.teacher.precision
+
+
+def abstract_state(config: Config, student: Model, optimizer, mesh: Mesh) -> TrainState:
+    """Shapes of the train state on the mesh, moments laid out like the student's parameters."""
+    opt_state = jax.eval_shape(optimizer.init, student.params)
+    memory = HOST_MEMORY if config.policy.optimizer.offload == "host" else "device"
+    layout = optimizer_shardings(optimizer, opt_state, student.params, mesh, memory)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step, student.params, on_mesh(opt_state, layout))
+
+
+def build_state(config: Config, folder: Path, optimizer, mesh: Mesh):
+    """(graph, first train state) of the student."""
+    if config.policy.optimizer.offload == "host":
+        check_host_memory(mesh, "policy.optimizer.offload")
+    student = build_student(config, folder, mesh)
+    abstract = abstract_state(config, student, optimizer, mesh)
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(student.params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), layout.step)
+    return student.graph, TrainState(step, student.params, opt_state)
+
+
+def build_optimizer(config: Config):
+    """The optax chain, and the schedule for the log."""
+    values = config.policy.optimizer
+    schedule = optimizers.make_schedule(
+        values.learning_rate, values.schedule, values.warmup_steps, config.distillation.max_steps
+    )
+    optimizer = optimizers.make_optimizer(
+        schedule,
+        beta1=values.beta1,
+        beta2=values.beta2,
+        eps=values.eps,
+        weight_decay=values.weight_decay,
+        max_grad_norm=values.max_grad_norm,
+    )
+    return optimizer, schedule

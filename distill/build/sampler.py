@@ -1,0 +1,105 @@
+"""What samples: the engine, and the backend that rollouts come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from distill.base.sharding import (
+    SAMPLER_RULES,
+    param_shardings,
+)
+from distill.build import servers as build_vllm
+from distill.build.data import (
+    Vocabulary,
+)
+from distill.config.schema import KNOWN_BACKENDS, Config
+from distill.models.model import Model
+from distill.rollout.base import BackendParts, RolloutBackend, get_backend
+from distill.rollout.in_process import JaxBackend
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
+
+
+def build_sampling_params(config: Config) -> SamplingParams:
+    strategy = config.distillation.generate_strategy
+    return SamplingParams(
+        max_length=strategy.max_length,
+        greedy=strategy.decoding_method == "greedy",
+        temperature=strategy.temperature,
+        top_k=strategy.top_k,
+        top_p=strategy.top_p,
+        min_p=strategy.min_p,
+    )
+
+
+def engine_sizes(config: Config) -> EngineConfig:
+    generation = config.policy.generation
+    return EngineConfig(
+        max_length=config.policy.max_total_sequence_length,
+        num_slots=generation.num_slots,
+        cache_memory=generation.cache_memory * 1e9,
+        int8=generation.cache_dtype == "int8",
+    )
+
+
+def build_engine(config: Config, graph: nnx.GraphDef, vocabulary: Vocabulary) -> Engine:
+    """What samples from a model: rollouts, held-out answers, fixed data."""
+    return Engine(
+        graph,
+        engine_sizes(config),
+        eos_ids=vocabulary.end_ids,
+        pad_id=vocabulary.tokenizer.pad_token_id,
+        vocab_size=vocabulary.size,
+    )
+
+
+def build_backend(
+    config: Config,
+    student: Model,
+    vocabulary: Vocabulary,
+    mesh: Mesh,
+    sampler_mesh: Mesh,
+    *,
+    student_folder: Path,
+    workdir: Path,
+) -> RolloutBackend:
+    """What samples the student's answers.
+
+    Args:
+      student: its graph, and parameters or their shapes on the mesh.
+      mesh: the trainer's.
+      sampler_mesh: where the jax backend samples.
+      student_folder: where the student came from.
+      workdir: the run's.
+    """
+    # With lambda_=0 nothing is sampled: no server is asked for anything.
+    if config.policy.generation.backend == "vllm" and config.distillation.lambda_ > 0:
+        params = build_sampling_params(config)
+        folders = dict(student_folder=student_folder, workdir=workdir)
+        return build_vllm.build_backend(config, student, params, vocabulary, mesh, **folders)
+
+    def build_in_process() -> JaxBackend:
+        return JaxBackend(
+            build_engine(config, student.graph, vocabulary),
+            dtype=jnp.dtype(config.policy.precision),
+            shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
+            mesh=sampler_mesh,
+            keep_cache=not config.policy.generation.colocated.enabled,
+        )
+
+    if config.policy.generation.backend in KNOWN_BACKENDS:
+        return build_in_process()
+    parts = BackendParts(
+        graph=student.graph,
+        tokenizer=vocabulary.tokenizer,
+        vocab_size=vocabulary.size,
+        end_ids=vocabulary.end_ids,
+        student_folder=student_folder,
+        workdir=workdir,
+        build_in_process=build_in_process,
+    )
+    return get_backend(config.policy.generation.backend)(parts)

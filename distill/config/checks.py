@@ -1,0 +1,179 @@
+"""Which values do not go together."""
+
+from __future__ import annotations
+
+import math
+import re
+import urllib.parse
+
+from distill.base.errors import UserError
+from distill.config.schema import (
+    KNOWN_BACKENDS,
+    Config,
+    VllmServers,
+)
+
+
+def _check_combinations(config: Config) -> None:
+    distillation, policy = config.distillation, config.policy
+    strategy = distillation.generate_strategy
+    backend, colocated = policy.generation.backend, policy.generation.colocated
+    is_own = backend not in KNOWN_BACKENDS
+    # A plugin may register more: `build.import_plugins` looks.
+    if is_own and (not config.plugins or backend == "megatron"):
+        hint = "; megatron was the training framework's own engine, here that is jax"
+        raise UserError(
+            f"config key 'policy.generation.backend' is {backend!r}: allowed is "
+            f"{', '.join(KNOWN_BACKENDS)}{hint if backend == 'megatron' else ''}"
+        )
+    if is_own and not colocated.enabled:
+        raise UserError(
+            "policy.generation.colocated.enabled=False splits the devices for the jax backend, not "
+            f"for {backend!r}, which takes what it needs itself: leave it at True"
+        )
+    if 0 < policy.generation.importance_clip < 1:
+        raise UserError(
+            f"policy.generation.importance_clip={policy.generation.importance_clip} is the largest "
+            "weight of a token, and that of a fresh one is 1: use 0 (off) or at least 1"
+        )
+    if policy.generation.async_steps and backend != "vllm" and colocated.enabled:
+        raise UserError(
+            f"policy.generation.async_steps={policy.generation.async_steps} samples during "
+            "training, but sampler and trainer share all devices, where one waits for the other: "
+            "set policy.generation.colocated.enabled=False, or async_steps=0"
+        )
+    if colocated.enabled and colocated.sampler_devices:
+        raise UserError(
+            f"policy.generation.colocated.sampler_devices={colocated.sampler_devices} is for a "
+            "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
+            "sampler_devices=0"
+        )
+    if policy.sequence_packing.enabled and policy.dynamic_batching.enabled:
+        raise UserError(
+            "policy.sequence_packing.enabled and policy.dynamic_batching.enabled both cut batches "
+            "by tokens: packing leaves less padding, so switch the other off"
+        )
+    if not policy.cut_by_tokens and policy.train_global_batch_size % policy.train_micro_batch_size:
+        divisors = _divisors(policy.train_global_batch_size)
+        fitting = max(size for size in divisors if size <= policy.train_micro_batch_size)
+        raise UserError(
+            f"policy.train_global_batch_size={policy.train_global_batch_size} is not divisible by "
+            f"policy.train_micro_batch_size={policy.train_micro_batch_size}: "
+            f"try train_micro_batch_size={fitting}"
+        )
+    if policy.train_global_batch_size % strategy.num_generations:
+        raise UserError(
+            f"policy.train_global_batch_size={policy.train_global_batch_size} is not divisible by "
+            f"distillation.generate_strategy.num_generations={strategy.num_generations}: make it "
+            "a multiple"
+        )
+    if strategy.num_generations > 1 and distillation.lambda_ < 1:
+        raise UserError(
+            "distillation.generate_strategy.num_generations > 1 samples several answers to one "
+            f"prompt, but with lambda_={distillation.lambda_} batches come from fixed data with "
+            "one answer each: use lambda_=1 or num_generations=1"
+        )
+    if strategy.max_length >= policy.max_total_sequence_length:
+        raise UserError(
+            f"distillation.generate_strategy.max_length={strategy.max_length} leaves no room for "
+            f"a prompt in policy.max_total_sequence_length={policy.max_total_sequence_length}: "
+            "lower the first or raise the second"
+        )
+    if config.evaluation.max_length > strategy.max_length:
+        raise UserError(
+            f"evaluation.max_length={config.evaluation.max_length} exceeds the room that prompts "
+            f"leave, distillation.generate_strategy.max_length={strategy.max_length}: lower the "
+            "first or raise the second"
+        )
+    if strategy.top_p <= 0:
+        raise UserError("config key 'distillation.generate_strategy.top_p' must be above 0")
+    if distillation.hard_labels and distillation.lambda_ > 0:
+        raise UserError(
+            f"distillation.hard_labels trains on fixed data only, but lambda_="
+            f"{distillation.lambda_}: set distillation.lambda_=0"
+        )
+    _check_models(config)
+    _check_vllm(config)
+
+
+def _divisors(number: int) -> set[int]:
+    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    return {*small, *(number // i for i in small)}
+
+
+def _check_vllm(config: Config) -> None:
+    distillation, sampler = config.distillation, config.policy.generation.vllm
+    if config.policy.generation.backend == "vllm":
+        if bool(sampler.urls) == bool(sampler.python):
+            raise UserError(
+                "policy.generation.backend=vllm takes either policy.generation.vllm.urls, servers "
+                "that are running, or policy.generation.vllm.python, to start one here"
+            )
+        _check_servers("policy.generation.vllm", sampler)
+        if any(re.match("--(api-key|hf-token)", argument) for argument in sampler.server_args):
+            raise UserError(
+                "config key 'policy.generation.vllm.server_args' holds a secret, which everybody "
+                "on the machine could read: name an environment variable in api_key_variable "
+                "instead, or leave it out, and a key is made up"
+            )
+    if config.teacher.backend == "vllm":
+        if not config.teacher.vllm.urls:
+            raise UserError(
+                "teacher.backend=vllm needs teacher.vllm.urls, such as http://host:8000"
+            )
+        _check_servers("teacher.vllm", config.teacher.vllm)
+        for key, needed, reason in (
+            ("kl_temperature", 1.0, "the tail beyond its top_k tokens cannot be tempered"),
+            ("hard_labels", False, "no teacher takes part in them"),
+        ):
+            if getattr(distillation, key) != needed:
+                raise UserError(
+                    f"distillation.{key}={getattr(distillation, key)} does not go with "
+                    f"teacher.backend=vllm: {reason}; set it to {needed}, or teacher.backend=local"
+                )
+
+
+def _check_servers(section: str, servers: VllmServers) -> None:
+    for number, url in enumerate(servers.urls, start=1):
+        parts = urllib.parse.urlsplit(url)
+        plain = not (parts.query or parts.fragment or "@" in parts.netloc)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+            # Not shown: it may hold a password.
+            raise UserError(
+                f"config key '{section}.urls': number {number} is not plainly http://HOST:PORT or "
+                "https://HOST:PORT; an API key belongs into the variable named by api_key_variable"
+            )
+    if len(set(servers.urls)) < len(servers.urls):
+        raise UserError(f"config key '{section}.urls' names a server twice: name each once")
+    if not re.fullmatch(r"(?!\d)\w*", servers.api_key_variable):
+        # Not shown: somebody may have put the key itself here.
+        raise UserError(
+            f"config key '{section}.api_key_variable' is not the name of an environment variable: "
+            "export the key in one, such as SERVER_KEY, and write SERVER_KEY here"
+        )
+
+
+def _check_models(config: Config) -> None:
+    policy, teacher = config.policy, config.teacher
+    models = [("policy.model_name", policy.model_name, "policy", policy.shape)]
+    if not config.distillation.hard_labels and teacher.backend == "local":
+        path = config.distillation.teacher_model_path
+        models.append(("distillation.teacher_model_path", path, "teacher", teacher.shape))
+    for key, path, section, shape in models:
+        if path:
+            continue
+        if shape.num_layers == 0:
+            raise UserError(
+                f"config key '{key}' is empty: pass a folder with config.json and *.safetensors, "
+                f"a hub id or embedded:NAME, or give {section}.shape to make a model from scratch"
+            )
+        if not policy.tokenizer:
+            raise UserError(
+                f"{section}.shape makes a model from scratch, which needs policy.tokenizer: "
+                "characters:arithmetic, bpe:SIZE, a folder or a hub id"
+            )
+        if shape.model_width % shape.num_heads or shape.num_heads % shape.num_kv_heads:
+            raise UserError(
+                f"{section}.shape: model_width={shape.model_width} must be a multiple of "
+                f"num_heads={shape.num_heads}, and that of num_kv_heads={shape.num_kv_heads}"
+            )

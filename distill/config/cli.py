@@ -1,0 +1,211 @@
+"""What the command lines share: one line and exit status 2 for whatever the user can fix."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from distill.base import processes
+from distill.base.errors import RunInterrupted, RunStopped, UserError, printable
+from distill.config.parse import CREDENTIALS, known_keys, unknown_key
+from distill.config.words import help_lines
+
+USAGE_ERROR = 2
+_LONGEST_ERROR = 2000  # characters
+_HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
+_PROCESS_FLAGS = (
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "initialization_timeout",
+    "heartbeat_timeout",
+)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def define_config_flag() -> flags.FlagHolder:
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Experiment, e.g. configs/arithmetic.py or configs/gsm8k.py:scratch; single keys are "
+        "overridden by --config.section.key=value.",
+        lock_config=True,
+    )
+
+
+def _define_process_flags() -> None:
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT where process 0 of several listens. Slurm, Open MPI and TPU pods say this and "
+        "the next two themselves.",
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
+    flags.DEFINE_integer(
+        "initialization_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        100,
+        "Seconds without a sign of life from one of several processes after which all end.",
+        lower_bound=1,
+    )
+
+
+def join_processes() -> None:
+    """Joins the other processes of the run, if flags or the environment speak of any."""
+    values = flags.FLAGS
+    processes.join(
+        values.coordinator_address,
+        values.num_processes,
+        values.process_id,
+        timeout=values.initialization_timeout,
+        silence=values.heartbeat_timeout,
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`; never returns."""
+    _define_process_flags()
+    _protect_files()
+    app.run(lambda _: _call(main), flags_parser=_parse_flags)
+
+
+def run_with_arguments(main: Callable[[list[str]], None]) -> None:
+    """`run` for a command of one process whose `main` takes the arguments that are no flags."""
+    _protect_files()
+    app.run(lambda argv: _call(lambda: main(argv[1:])), flags_parser=_parse_flags_among_arguments)
+
+
+def _protect_files() -> None:
+    # The user's own choice, but for one thing: nobody else may write to what a run leaves.
+    os.umask(os.umask(0o077) | 0o002)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    rest = _parse_flags_among_arguments(argv)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}: options are written --name=value")
+    return rest
+
+
+def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
+    if not _HELP.isdisjoint(argv[1:]):
+        _print_to_pipe("\n".join(_help_lines(argv[0])))
+        sys.exit(0)
+    try:
+        _check_override_names(argv)
+        rest = flags.FLAGS(argv)
+    except (UserError, flags.Error) as error:
+        _fail(str(error))
+    except Exception as error:  # whatever the config file raises when it is executed
+        _fail(f"the config cannot be loaded: {type(error).__name__}: {error}")
+    except SystemExit:
+        if "--helpfull" not in argv:
+            raise
+        sys.exit(0)  # absl takes it for a failure
+    return rest
+
+
+def _print_to_pipe(text: str) -> None:
+    """Prints to a reader that may have seen enough, such as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+
+
+def _help_lines(program: str) -> Iterator[str]:
+    """What --help prints: absl would list the flags of every library, and no key of the config."""
+    yield (sys.modules["__main__"].__doc__ or "").strip()
+    by_module = flags.FLAGS.flags_by_module_dict()
+    shared = [flag for flag in by_module.get(__name__, ()) if flag.name not in _PROCESS_FLAGS]
+    yield from _flag_lines("options", [*shared, *by_module.get(program, ())])
+    if _PROCESS_FLAGS[0] not in flags.FLAGS:  # nor a config: a command that reads what runs left
+        return
+    yield from _flag_lines(
+        "one of several processes", [flags.FLAGS[name] for name in _PROCESS_FLAGS]
+    )
+    yield "\ncommon keys of the config, with the defaults that a config file starts from:"
+    yield from help_lines()
+    completion = 'eval "$(python -m distill.config.completion)"'
+    yield f"\nall keys: docs/configuration.md; completion: {completion}"
+
+
+def _flag_lines(heading: str, listed: Sequence[flags.Flag]) -> Iterator[str]:
+    yield f"\n{heading}:"
+    for flag in listed:
+        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        yield f"  --{flag.name}"
+        yield f"      {flag.help}{default}"
+
+
+def _call(main: Callable[[], None]) -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    for name in ("transformers", "datasets", "huggingface_hub", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        main()
+    except RunInterrupted as stop:
+        print(stop, flush=True)
+    except UserError as error:
+        _fail(str(error))
+    except RunStopped as error:
+        _fail(str(error), status=1)
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            where = f" for {error.filename}" if error.filename else ""
+            line = f"the disk has no room left{where}: make room, and give the same command"
+            _fail(line, status=1)
+        if processes.several():  # the others would wait for this one
+            traceback.print_exc()
+            _fail(f"{type(error).__name__}: {error}", status=1)
+        raise
+
+
+def required_config(holder: flags.FlagHolder) -> ConfigDict:
+    if holder.value is None:
+        raise UserError("pass --config=FILE, e.g. --config=configs/arithmetic.py")
+    try:
+        return ConfigDict(holder.value)
+    except Exception as error:  # ml_collections keeps a missing file's error until the first use
+        raise UserError(f"the config cannot be loaded: {error}") from None
+
+
+def _check_override_names(argv: Sequence[str]) -> None:
+    """ml_collections names only a part of an unknown key; this names all of it and the nearest."""
+    for argument in argv[1:]:
+        name, dot, key = argument.partition("=")[0].lstrip("-").partition(".")
+        if name in ("config", "noconfig") and dot and key not in known_keys():
+            raise unknown_key(key)
+
+
+def _fail(message: str, status: int = USAGE_ERROR) -> None:
+    line = printable(_without_secrets(message))
+    shown = line if len(line) <= _LONGEST_ERROR else f"{line[:_LONGEST_ERROR]} ..."
+    if processes.several() or status != USAGE_ERROR:
+        # Threads of a run that fails, as on a full disk, may be writing tracebacks meanwhile.
+        processes.leave(f"error: {shown}", status)
+    print(f"error: {shown}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _without_secrets(message: str) -> str:
+    """Without passwords in URLs, and without values of variables that are named like secrets.
+
+    Messages quote what other libraries and servers say.
+    """
+    for name, value in os.environ.items():
+        if re.search("TOKEN|KEY|SECRET|PASSWORD", name) and len(value) >= 8:
+            message = message.replace(value, f"${name}")
+    return CREDENTIALS.sub("...", message)

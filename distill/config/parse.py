@@ -1,0 +1,189 @@
+"""From a ConfigDict to the frozen dataclasses of schema.py, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from distill.base.errors import UserError
+from distill.config.checks import (
+    _check_combinations,
+)
+from distill.config.schema import (
+    Config,
+)
+
+_INTEGER_LIMIT = 2**31  # devices count in 32 bits
+# A password or a token in a URL: no value may have one, since values are logged and stored.
+CREDENTIALS = re.compile(
+    r"(?<=://)[^/\s]*(?=@)|(?<=[?&])[\w-]*(?:token|key|secret|password|signature)=[^&\s]*", re.I
+)
+
+
+def default_config() -> ConfigDict:
+    """All keys with their defaults, as a ConfigDict to edit in a `get_config`."""
+    return _to_config_dict(Config)
+
+
+def known_keys() -> list[str]:
+    """Every dotted key, sections included."""
+
+    def visit(cls: type, prefix: str) -> list[str]:
+        keys = []
+        for name, kind in typing.get_type_hints(cls).items():
+            keys.append(prefix + name)
+            if dataclasses.is_dataclass(kind):
+                keys += visit(kind, f"{prefix}{name}.")
+        return keys
+
+    return visit(Config, "")
+
+
+def parse_config(config: ConfigDict) -> Config:
+    """Checks types, ranges and combinations.
+
+    Raises:
+      UserError: one line naming the key, the value and what is allowed.
+    """
+    parsed = _parse_section(Config, config, "")
+    _check_combinations(parsed)
+    return parsed
+
+
+def to_flat_dict(config: Config) -> dict[str, Any]:
+    """Dotted keys to plain values: what is stored beside a checkpoint and compared on resume."""
+    flat: dict[str, Any] = {}
+
+    def visit(section: Any, prefix: str) -> None:
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                visit(value, f"{prefix}{field.name}.")
+            else:
+                flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+
+    visit(config, "")
+    return flat
+
+
+def _to_config_dict(cls: type) -> ConfigDict:
+    section = ConfigDict()
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            section[field.name] = _to_config_dict(kind)
+        elif isinstance(kind, types.UnionType):
+            section[field.name] = config_dict.placeholder(typing.get_args(kind)[0])
+        else:
+            section[field.name] = field.default
+    return section
+
+
+def _parse_section(cls: type, section: Any, prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(section, ConfigDict):
+        raise UserError(f"config key '{prefix[:-1]}' is a section with keys {', '.join(fields)}")
+    for name in section:
+        if name not in fields:
+            raise unknown_key(prefix + name)
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, field in fields.items():
+        if name not in section:
+            raise UserError(f"config key '{prefix}{name}' is missing: start from default_config()")
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            values[name] = _parse_section(kind, section[name], f"{prefix}{name}.")
+        else:
+            values[name] = _parse_value(prefix + name, section[name], kind, field.metadata)
+    return cls(**values)
+
+
+def unknown_key(key: str) -> UserError:
+    """The error for a key that is not in the schema, with the nearest one that is."""
+    known = known_keys()
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return UserError(f"unknown config key '{key}': did you mean '{close[0]}'?")
+    section = key.rpartition(".")[0]
+    while section and section not in known:
+        section = section.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    return UserError(f"unknown config key '{key}': known here are {', '.join(siblings)}")
+
+
+def _parse_value(key: str, value: Any, kind: Any, limits: typing.Mapping[str, Any]) -> Any:
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if not all(isinstance(item, str) for item in value):
+            raise UserError(f"config key '{key}' is {_shown(value)}: it takes text values")
+        _check_no_credentials(key, *value)
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(
+            f"config key '{key}' is {_shown(value)}: it takes a value of type {kind.__name__}"
+        )
+    if kind is str:
+        _check_no_credentials(key, value)
+    low, high, choices = limits["low"], limits["high"], limits["choices"]
+    if choices is not None and value not in choices:
+        raise UserError(f"config key '{key}' is {_shown(value)}: allowed are {', '.join(choices)}")
+    # Written so that NaN fails too.
+    if not ((low is None or value >= low) and (high is None or value <= high)):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"config key '{key}' is {_shown(value)}: it must be {bounds}")
+    if value == math.inf or (kind is int and value >= _INTEGER_LIMIT):
+        raise UserError(f"config key '{key}' is {_shown(value)}: that is too large, lower it")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A wrong value on one line: sections have several, and a text can be of any length."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _check_no_credentials(key: str, *values: str) -> None:
+    if any(CREDENTIALS.search(value) for value in values):
+        # Not shown, for the same reason.
+        raise UserError(
+            f"config key '{key}' holds a URL with a password or token, which would be stored with "
+            "every checkpoint: leave it out, and give it by an environment variable such as "
+            "HF_TOKEN, or the one that an api_key_variable names"
+        )
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], allowed: tuple[str, ...]):
+    """Raises UserError, naming up to four keys, if a checkpoint belongs to another config.
+
+    A key that is newer than the checkpoint has its default there.
+    """
+    saved = to_flat_dict(Config()) | saved
+    differing = [
+        key
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key) and not key.startswith(allowed)
+    ]
+    if differing:
+        shown = ", ".join(
+            f"{key} ({saved.get(key)!r} there, {current.get(key)!r} here)" for key in differing[:4]
+        )
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"the workdir holds a checkpoint of another run: {shown}{more}; pass another "
+            "--workdir, or the same config to go on"
+        )

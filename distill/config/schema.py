@@ -1,0 +1,378 @@
+"""The configuration schema: every key, its default, its unit and what it may be, in one place.
+
+`default_config()` gives the ml_collections ConfigDict that `configs/*.py` start from;
+`parse_config()` turns a ConfigDict into frozen dataclasses or raises one clear line.
+This module imports no JAX, so that configs stay cheap to load."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+KNOWN_BACKENDS = ("jax", "vllm")
+PRECISIONS = ("bfloat16", "float32")
+# What checkpoints are compared by, and whether more is better.
+BEST_METRICS = {
+    "eval/student/accuracy": True,
+    "eval/student/forward_kl": False,
+    "eval/student/reverse_kl": False,
+}
+
+
+def _key(default: Any, help: str, *, choices=None, low=None, high=None) -> Any:
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _section(cls: type) -> Any:
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateStrategy:
+    max_length: int = _key(1024, "response tokens at most, EOS counted", low=1)
+    temperature: float = _key(1.0, "sampling temperature", low=1e-4)
+    decoding_method: str = _key("sample", "token choice", choices=("greedy", "sample"))
+    top_k: int = _key(0, "keep the k likeliest tokens; 0 is off", low=0)
+    top_p: float = _key(1.0, "keep the smallest set with this probability; 1 is off", low=0, high=1)
+    min_p: float = _key(0.0, "keep tokens above this share of the likeliest's", low=0, high=1)
+    num_generations: int = _key(1, "answers sampled per prompt", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation:
+    teacher_model_path: str = _key("", "folder, hub id or embedded:NAME; '' builds teacher.shape")
+    lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
+    mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
+    kl_type: str = _key(
+        "forward",
+        "forward, reverse, mixed, jsd, skew_forward, skew_reverse, or one that a plugin registers",
+    )
+    mixed_kl_weight: float = _key(0.5, "weight of forward KL in mixed", low=0, high=1)
+    jsd_beta: float = _key(0.5, "weight of the teacher in the JSD mixture", low=0, high=1)
+    skew_alpha: float = _key(0.1, "share of the other model in skewed KLs", low=0, high=1)
+    kl_temperature: float = _key(1.0, "divides both models' logits in the loss", low=1e-4)
+    kl_temperature_squared: bool = _key(False, "multiply the loss by kl_temperature squared")
+    hard_labels: bool = _key(False, "cross-entropy on the fixed data (SFT); needs no teacher")
+    loss_implementation: str = _key(
+        "auto",
+        "linear-divergence implementation",
+        choices=("auto", "reference", "chunked", "pallas"),
+    )
+    generate_strategy: GenerateStrategy = _section(GenerateStrategy)
+    max_steps: int = _key(1000, "optimizer updates", low=1)
+    eval_steps: int = _key(100, "updates between evaluations; 0: only first and last", low=0)
+    save_steps: int = _key(100, "updates between checkpoints; 0: only the last", low=0)
+    logging_steps: int = _key(10, "updates between log lines", low=1)
+    max_skipped_steps: int = _key(
+        10, "steps in a row whose loss or gradient may be NaN or infinite, and skipped", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Size of a model made from scratch (Qwen2 layout); num_layers=0 means none is made."""
+
+    num_layers: int = _key(0, "decoder layers", low=0)
+    model_width: int = _key(64, "width of the residual stream", low=1)
+    num_heads: int = _key(4, "query heads", low=1)
+    num_kv_heads: int = _key(2, "key and value heads", low=1)
+    ffn_width: int = _key(256, "width of the feed-forward layer", low=1)
+    vocab_size: int = _key(0, "embedding rows; 0: as many as the tokenizer has", low=0)
+    tied: bool = _key(True, "share embedding and output head")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Supervised steps on the fixed data for a model made from scratch, before distillation."""
+
+    steps: int = _key(0, "supervised updates; 0 leaves random weights", low=0)
+    learning_rate: float = _key(1e-3, "peak learning rate of those updates", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    learning_rate: float = _key(2e-5, "peak learning rate", low=0)
+    schedule: str = _key("constant", "after warm-up", choices=("constant", "cosine", "linear"))
+    warmup_steps: int = _key(10, "linear warm-up, in updates", low=0)
+    beta1: float = _key(0.9, "Adam's first moment decay", low=0, high=1)
+    beta2: float = _key(0.999, "Adam's second moment decay", low=0, high=1)
+    eps: float = _key(1e-8, "Adam's epsilon", low=0)
+    weight_decay: float = _key(0.01, "decoupled decay of matrices (not norms or biases)", low=0)
+    max_grad_norm: float = _key(1.0, "clip the global gradient norm; 0 is off", low=0)
+    offload: str = _key("none", "where moments are between updates", choices=("none", "host"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Colocated:
+    enabled: bool = _key(True, "sampler and trainer share all devices; False: it has its own")
+    sampler_devices: int = _key(0, "devices of a sampler with its own; 0: half of all", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VllmServers:
+    """vLLM servers and how long they are waited for."""
+
+    urls: tuple[str, ...] = _key((), "servers that are running, such as http://127.0.0.1:8000")
+    api_key_variable: str = _key("", "NAME of the environment variable with the servers' API key")
+    request_timeout: float = _key(600.0, "seconds a server may take for one answer", low=0.1)
+    retry_timeout: float = _key(
+        300.0, "seconds a failing server is tried again, such as one that restarts", low=0
+    )
+    start_timeout: float = _key(600.0, "seconds a server may take until it is up", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VllmSampler(VllmServers):
+    """Servers that sample the student's answers."""
+
+    python: str = _key("", "interpreter with vLLM, to start one server here; '' uses urls")
+    server_args: tuple[str, ...] = _key((), "more arguments for that server")
+    weights_dir: str = _key("", "refits pass through it, servers read it; '': vllm in the workdir")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VllmTeacher(VllmServers):
+    """Servers that score tokens with the teacher."""
+
+    top_k: int = _key(20, "likeliest tokens known per position; others are one bucket", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    backend: str = _key("jax", "what samples rollouts: jax (here), vllm, or a plugin's own")
+    max_log_prob_gap: float = _key(
+        0.1, "stop when sampler and trainer disagree by more (mean |nats| per token)", low=0
+    )
+    async_steps: int = _key(
+        0, "updates by which rollouts may be stale; 1: sample during training", low=0, high=1
+    )
+    importance_clip: float = _key(
+        0.0, "weigh tokens by new / sampler's probability, at most this; 0: off", low=0
+    )
+    num_slots: int = _key(0, "answers decoded at once; 0: what cache_memory holds", low=0)
+    cache_memory: float = _key(4.0, "GB per device for keys and values, jax backend", low=0.001)
+    cache_dtype: str = _key(
+        "auto", "keys and values; auto: policy.precision", choices=("auto", "int8")
+    )
+    colocated: Colocated = _section(Colocated)
+    vllm: VllmSampler = _section(VllmSampler)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequencePacking:
+    """Several sequences in one row of max_total_sequence_length."""
+
+    enabled: bool = _key(False, "fill rows with sequences behind each other")
+    train_mb_tokens: int = _key(
+        0, "tokens at once over the whole mesh; 0: train_micro_batch_size full rows", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicBatching:
+    """One sequence in a row, but rows of three lengths: short ones many at a time."""
+
+    enabled: bool = _key(False, "cut batches by tokens instead of rows")
+    train_mb_tokens: int = _key(
+        0, "tokens at once over the whole mesh; 0: train_micro_batch_size full rows", low=0
+    )
+    sequence_length_round: int = _key(64, "rows have a multiple of this many tokens", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    model_name: str = _key("", "folder, hub id or embedded:NAME; '' builds policy.shape")
+    tokenizer: str = _key(
+        "", "for models made from scratch: characters:arithmetic, bpe:SIZE, folder or hub id"
+    )
+    shape: Shape = _section(Shape)
+    pretrain: Pretrain = _section(Pretrain)
+    max_total_sequence_length: int = _key(2048, "prompt and response tokens at most", low=2)
+    precision: str = _key("bfloat16", "compute dtype; master weights: float32", choices=PRECISIONS)
+    train_global_batch_size: int = _key(64, "sequences per update, all hosts", low=1)
+    train_micro_batch_size: int = _key(8, "sequences at once over the whole mesh", low=1)
+    sequence_packing: SequencePacking = _section(SequencePacking)
+    dynamic_batching: DynamicBatching = _section(DynamicBatching)
+    activation_checkpointing: str = _key(
+        "dots", "what the backward pass recomputes", choices=("none", "dots", "full")
+    )
+    optimizer: Optimizer = _section(Optimizer)
+    generation: Generation = _section(Generation)
+
+    @property
+    def cut_by_tokens(self) -> bool:
+        """Whether microbatches are so many tokens rather than train_micro_batch_size rows."""
+        return self.sequence_packing.enabled or self.dynamic_batching.enabled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    backend: str = _key("local", "where the teacher runs", choices=("local", "vllm"))
+    vllm: VllmTeacher = _section(VllmTeacher)
+    precision: str = _key(
+        "bfloat16",
+        "dtype of weights and compute; int8: weights in 8 bits, compute in bfloat16",
+        choices=(*PRECISIONS, "int8"),
+    )
+    offload: str = _key(
+        "none",
+        "weights in host memory: host: between uses; layers: streamed layer by layer when used",
+        choices=("none", "host", "layers"),
+    )
+    split_over_data: bool = _key(False, "split weights over mesh.data too, not only mesh.fsdp")
+    shape: Shape = _section(Shape)
+    pretrain: Pretrain = _section(Pretrain)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    name: str = _key("", "dataset of held-out prompts; '' is data.name")
+    path: str = _key("", "its local file or folder; '' is data.path when the name is the same")
+    split: str = _key("validation", "its split")
+    max_samples: int = _key(512, "held-out prompts evaluated; 0: no evaluation", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    name: str = _key(
+        "arithmetic",
+        "arithmetic, gsm8k, hf, jsonl, math_cl, parquet, tfds, or one that a plugin registers",
+    )
+    path: str = _key("", "local file or folder, or hub id for name=hf")
+    split: str = _key("train", "split to train on")
+    max_samples: int | None = _key(None, "first n examples only, for debugging", low=1)
+    shuffle: bool = _key(False, "reshuffle every epoch; False keeps the curriculum's order")
+    holdout_fraction: float = _key(
+        0.02, "unique prompts held out as split 'validation'", low=0, high=0.5
+    )
+    max_bad_rows: float = _key(
+        0.01, "share of rows that are skipped if unusable; more are an error", low=0, high=1
+    )
+    subset: str = _key("", "configuration of a hub dataset, for hf")
+    prompt_column: str = _key("prompt", "for hf, jsonl, parquet and tfds")
+    response_column: str = _key("response", "for hf, jsonl, parquet and tfds")
+    answer_column: str = _key("answer", "for hf, jsonl, parquet and tfds")
+    system_prompt: str = _key("", "system message of the chat template; '' is none")
+    prompt_template: str = _key("", "text with {problem}; '' is the dataset's own")
+    validation: Validation = _section(Validation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    batch_size: int = _key(64, "answers whose divergences are computed at once", low=1)
+    max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
+    answer_timeout: float = _key(5.0, "seconds per answer for math-verify", low=0.1)
+    metrics: tuple[str, ...] = _key((), "metrics of held-out answers that a plugin registers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSizes:
+    data: int = _key(-1, "devices over which batches are split; -1 takes the rest", low=-1)
+    fsdp: int = _key(1, "devices over which batches and weights are split", low=-1)
+    tensor: int = _key(1, "devices over which heads and vocabulary are split", low=-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    keep: int = _key(2, "newest checkpoints kept", low=1)
+    save_minutes: float = _key(
+        0.0, "a checkpoint is also due this long after the last; 0: off", low=0
+    )
+    best_metric: str = _key(
+        "", "evaluation whose best checkpoint is kept too; '': none", choices=("", *BEST_METRICS)
+    )
+    on_torn: str = _key(
+        "stop",
+        "newest checkpoint is damaged: stop, or set it aside for the previous",
+        choices=("stop", "previous"),
+    )
+    export_dtype: str = _key("bfloat16", "dtype of the exported student", choices=PRECISIONS)
+    export_shard_size: float = _key(5.0, "GB per file of the exported student", low=1e-6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Warn:
+    """When a step is worth a line on the console; 0 switches a warning off."""
+
+    loss_spike: float = _key(5.0, "loss, in medians of the last 50 steps", low=0)
+    length_spike: float = _key(
+        2.0, "mean length of sampled answers, in medians of the last 50 steps", low=0
+    )
+    truncated: float = _key(0.5, "share of sampled answers cut at the limit", low=0, high=1)
+    repetition: float = _key(0.5, "share of 4-grams that repeat within an answer", low=0, high=1)
+    low_entropy: float = _key(
+        0.0, "estimated entropy per sampled token, nats, warned of when below", low=0
+    )
+    every: int = _key(50, "log lines between two warnings of one kind", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logger:
+    wandb_enabled: bool = _key(False, "log to Weights & Biases too")
+    wandb_project: str = _key("distill", "Weights & Biases project")
+    progress_bar: bool = _key(True, "show a progress bar")
+    warn: Warn = _section(Warn)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = _key(0, "seed of everything random", low=0)
+    plugins: tuple[str, ...] = _key(
+        (), "modules that are imported first and register the user's own parts"
+    )
+    preflight: bool = _key(True, "check before the first step that everything agrees")
+    distillation: Distillation = _section(Distillation)
+    policy: Policy = _section(Policy)
+    teacher: Teacher = _section(Teacher)
+    data: Data = _section(Data)
+    evaluation: Evaluation = _section(Evaluation)
+    mesh: MeshSizes = _section(MeshSizes)
+    checkpointing: Checkpointing = _section(Checkpointing)
+    logger: Logger = _section(Logger)
+
+
+# Keys that may change between a run and its continuation: they do not alter what is computed.
+RESUMABLE_CHANGES = (
+    "preflight",
+    "checkpointing.",
+    "logger.",
+    "mesh.",
+    "policy.train_micro_batch_size",
+    "policy.sequence_packing.",
+    "policy.dynamic_batching.",
+    "policy.generation.colocated.",
+    "policy.optimizer.offload",
+    "teacher.offload",
+    "teacher.split_over_data",
+    "distillation.eval_steps",
+    "distillation.save_steps",
+    "distillation.logging_steps",
+    "distillation.max_skipped_steps",
+    "policy.generation.vllm.",
+    *(f"teacher.vllm.{field.name}" for field in dataclasses.fields(VllmServers)),
+)
+
+
+def tokens_per_microbatch(policy: Policy) -> int:
+    """Where batches are cut by tokens: how many are computed at once, over the whole mesh."""
+    keys = policy.sequence_packing if policy.sequence_packing.enabled else policy.dynamic_batching
+    rows = policy.train_micro_batch_size * policy.max_total_sequence_length
+    return keys.train_mb_tokens or rows
+
+
+def microbatch_values(policy: Policy, rows: int) -> dict[str, int]:
+    """The key that says how much is computed at once, with its value for `rows` full rows."""
+    for section in ("sequence_packing", "dynamic_batching"):
+        keys = getattr(policy, section)
+        if keys.enabled and keys.train_mb_tokens:
+            tokens = rows * policy.max_total_sequence_length
+            return {f"policy.{section}.train_mb_tokens": tokens}
+    return {"policy.train_micro_batch_size": rows}
+
+
+def rows_per_microbatch(policy: Policy) -> int:
+    """Rows of full length that are computed at once, over the whole mesh."""
+    if not policy.cut_by_tokens:
+        return policy.train_micro_batch_size
+    return max(tokens_per_microbatch(policy) // policy.max_total_sequence_length, 1)

@@ -1,0 +1,160 @@
+"""The schema in words: for --help, for completion in a shell, and as a page of the docs.
+
+python -m distill.config.words > docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from distill.config.schema import Config
+
+# What most runs set; --help shows these.
+COMMON = (
+    "distillation.teacher_model_path",
+    "distillation.lambda_",
+    "distillation.kl_type",
+    "distillation.max_steps",
+    "distillation.eval_steps",
+    "distillation.save_steps",
+    "distillation.generate_strategy.max_length",
+    "distillation.generate_strategy.temperature",
+    "policy.model_name",
+    "policy.max_total_sequence_length",
+    "policy.train_global_batch_size",
+    "policy.train_micro_batch_size",
+    "policy.activation_checkpointing",
+    "policy.optimizer.learning_rate",
+    "policy.generation.backend",
+    "teacher.precision",
+    "data.name",
+    "data.path",
+    "mesh.fsdp",
+    "plugins",
+)
+
+_PAGE = """\
+# Configuration
+
+All keys, written from [distill/config.py](../distill/config.py) by
+`python -m distill.config.words > docs/configuration.md`. A file in `configs/` edits what
+`default_config()` returns; the command line overrides single keys:
+
+    python -m distill.main --config=configs/gsm8k.py --workdir=runs/jsd \\
+        --config.distillation.kl_type=jsd --config.plugins="('my_data','my_losses')"
+
+Unknown keys, wrong types, values out of range and combinations that cannot work end a command with
+one line, before anything is loaded. `python -m distill.main --config=... --dry_run` prints the
+values that a run would have. To complete keys with the Tab key in bash:
+
+    eval "$(python -m distill.config.completion)"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of the schema: its dotted name, and the rest in words."""
+
+    name: str
+    kind: str
+    default: str
+    allowed: str
+    help: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Keys of one section, without those of the sections in it; the top level has no name."""
+
+    name: str
+    help: str
+    keys: tuple[Key, ...]
+
+
+def sections() -> Iterator[Section]:
+    """The schema in its order, a section before those in it."""
+    return _sections(Config, "")
+
+
+def all_keys() -> Iterator[Key]:
+    return (key for section in sections() for key in section.keys)
+
+
+def _sections(cls: type, name: str) -> Iterator[Section]:
+    hints, prefix = typing.get_type_hints(cls), f"{name}." if name else ""
+    inner = [each for each in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[each.name])]
+    keys = tuple(
+        _key(prefix, field, hints[field.name])
+        for field in dataclasses.fields(cls)
+        if field not in inner
+    )
+    yield Section(name, _documentation(cls), keys)
+    for field in inner:
+        yield from _sections(hints[field.name], prefix + field.name)
+
+
+def _key(prefix: str, field: dataclasses.Field, kind: Any) -> Key:
+    default, limits = show_value(field.default), field.metadata
+    return Key(prefix + field.name, _kind(kind), default, _allowed(limits), limits["help"])
+
+
+def show_value(value: Any) -> str:
+    """As it may stand behind --config.KEY=."""
+    if isinstance(value, (tuple, list)):
+        return str(tuple(value))
+    return str(value) if value != "" else "''"
+
+
+def _documentation(cls: type) -> str:
+    text = inspect.getdoc(cls) or ""
+    return "" if text.startswith(f"{cls.__name__}(") else text  # which dataclasses would make
+
+
+def _kind(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return f"{typing.get_args(kind)[0].__name__} or None"
+    return "texts" if typing.get_origin(kind) is tuple else kind.__name__
+
+
+def _allowed(limits: typing.Mapping[str, Any]) -> str:
+    choices, low, high = limits["choices"], limits["low"], limits["high"]
+    if choices is not None:
+        return ", ".join(choice or "''" for choice in choices)
+    if high is not None:
+        return f"{low:g} to {high:g}"
+    return "" if low is None else f"at least {low:g}"
+
+
+def help_lines() -> Iterator[str]:
+    """The common keys as options, for a terminal."""
+    by_name = {key.name: key for key in all_keys()}
+    for key in map(by_name.__getitem__, COMMON):
+        yield f"  --config.{key.name}={key.default}"
+        yield f"      {key.help} ({key.kind}{key.allowed and f': {key.allowed}'})"
+
+
+def page() -> str:
+    """docs/configuration.md."""
+    blocks = [_PAGE]
+    for section in sections():
+        if not section.keys:
+            continue
+        heading = f"\n## {section.name or 'Top level'}\n"
+        blocks += [heading, f"{section.help}\n"] if section.help else [heading]
+        blocks += ["| key | type | default | allowed | what it does |", "|---|---|---|---|---|"]
+        blocks += map(_row, section.keys)
+    return "\n".join(blocks) + "\n"
+
+
+def _row(key: Key) -> str:
+    name = key.name.rpartition(".")[2]
+    return f"| `{name}` | {key.kind} | `{key.default}` | {key.allowed} | {key.help} |"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

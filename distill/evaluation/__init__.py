@@ -1,0 +1,1 @@
+"""How good a model is: accuracy, divergences, responses token by token."""

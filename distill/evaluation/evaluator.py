@@ -1,0 +1,288 @@
+"""Held-out evaluation: greedy accuracy with intervals, and divergences to the teacher.
+
+Divergences are measured where distillation minimises them: on the evaluated model's own greedy
+responses to held-out prompts, in nats per response token, over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distill.base import processes
+from distill.base.errors import RunStopped
+from distill.base.sharding import constrain, constrain_whole
+from distill.data.base import DatasetInterface
+from distill.data.pipeline import eval_batches
+from distill.data.prompts import Prompts
+from distill.evaluation.grading import Grader, wilson_interval
+from distill.evaluation.metrics import Answer, measure
+from distill.kernels.linear_divergence import per_token_divergences
+from distill.losses.divergences import get_divergence
+from distill.models.model import Model
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine
+from distill.sampling.request import Rollout, RolloutRequest, to_sequences
+
+ROLES = ("base", "student", "teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results of one model on the held-out prompts.
+
+    Attributes:
+      accuracy: share of greedy answers that are right; None if the data has no answers.
+      accuracy_low, accuracy_high: its Wilson 95% interval.
+      examples: prompts evaluated.
+      forward_kl, reverse_kl: KL(teacher || model) and KL(model || teacher), nats per response
+        token of the model's own answers; None without a teacher.
+      mean_length: response tokens, EOS counted.
+      truncated: share of answers cut at the length limit.
+      metrics: numbers of the user's own, by METRIC/NUMBER.
+    """
+
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+    examples: int
+    forward_kl: float | None
+    reverse_kl: float | None
+    mean_length: float
+    truncated: float
+    metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers by name, as in results.json."""
+        fields = dataclasses.asdict(self)
+        return fields | fields.pop("metrics")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """A model's answers to the held-out prompts, in their order.
+
+    Attributes:
+      rollout: the answers' tokens.
+      texts: without special tokens.
+      correct: which of them are right; None if the data has no answers.
+    """
+
+    rollout: Rollout
+    texts: list[str]
+    correct: list[bool] | None
+
+
+class Evaluator:
+    """Evaluates models on one set of held-out prompts.
+
+    Args:
+      dataset: source of the examples, which may bring its own checker.
+      prompts: its tokenized prompts.
+      tokenizer: decodes the answers.
+      max_length: response tokens at most.
+      make_engine: the engine that samples from a model, of its graph.
+      vocab_size: ids in use.
+      batch_size: answers whose divergences are computed at once.
+      put: places a host array with batch rows first on the mesh.
+      answer_timeout: seconds allowed to check one answer.
+      metrics: names of registered metrics to measure, too.
+    """
+
+    def __init__(
+        self,
+        dataset: DatasetInterface,
+        prompts: Prompts,
+        tokenizer,
+        *,
+        max_length: int,
+        make_engine: Callable[[nnx.GraphDef], Engine],
+        vocab_size: int,
+        batch_size: int,
+        put: Callable[[np.ndarray], jax.Array],
+        answer_timeout: float,
+        metrics: tuple[str, ...] = (),
+    ):
+        self.prompts, self.tokenizer, self.vocab_size = prompts, tokenizer, vocab_size
+        self.batch_size, self.put = batch_size, put
+        self.greedy = SamplingParams(max_length=max_length, greedy=True)
+        self.dataset, self._timeout, self._metrics = dataset, answer_timeout, metrics
+        self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
+        self._divergence_sums = jax.jit(
+            functools.partial(
+                _divergence_sums, vocab_size=vocab_size, pad_id=tokenizer.pad_token_id
+            ),
+            static_argnums=(0, 2),
+        )
+
+    def __call__(self, model: Model, teacher: Model | None) -> Evaluation:
+        return self.examine(model, teacher)[0]
+
+    def examine(self, model: Model, teacher: Model | None) -> tuple[Evaluation, Answers]:
+        """The evaluation, and the answers that it is about."""
+        prompts, params = self.prompts, model.fetch()
+        rollout = self.answer(model.graph, params, self.greedy)
+        sums = np.zeros(2)
+        if teacher is not None:
+            teacher_params = params if teacher is model else teacher.fetch()
+            for batch, valid_b in eval_batches(prompts, self.batch_size):
+                answers = rollout.rows(batch.index_b % len(prompts))
+                arrays = batch.prompt_tokens_bp, batch.prompt_lengths_b, answers, valid_b
+                sums += self._divergence_sums(
+                    model.graph,
+                    params,
+                    teacher.graph,
+                    teacher_params,
+                    *jax.tree.map(self.put, arrays),
+                )
+        texts, lengths = decode_responses(self.tokenizer, rollout), rollout.lengths_b
+        answers = Answers(rollout, texts, self.grade(texts))
+        forward_kl, reverse_kl = (None, None) if teacher is None else sums / lengths.sum()
+        evaluation = Evaluation(
+            **_accuracy(answers.correct),
+            examples=len(texts),
+            forward_kl=None if forward_kl is None else float(forward_kl),
+            reverse_kl=None if reverse_kl is None else float(reverse_kl),
+            mean_length=float(np.mean(lengths)),
+            truncated=1.0 - float(np.mean(rollout.stopped_b)),
+            metrics=self._measure(rollout, texts),
+        )
+        return evaluation, answers
+
+    def answer(self, graph: nnx.GraphDef, params, sampling: SamplingParams) -> Rollout:
+        """A model's answers to the prompts, in their order."""
+        engine = self._engine_for(graph)
+        request = RolloutRequest(
+            tuple(self.prompts.prompt_tokens), np.arange(len(self.prompts)), sampling
+        )
+        rollout, _ = engine.generate(params, request)
+        engine.release()
+        return rollout
+
+    def grade(self, texts: list[str]) -> list[bool] | None:
+        """Whether each answer is right; None if the data has no answers.
+
+        Every process checks its share.
+        """
+        examples = [self.dataset[int(row)] for row in self.prompts.rows]
+        if any(example.answer is None for example in examples):
+            return None
+        mine = processes.share(len(texts))
+        with Grader(time_limit=self._timeout) as grader:
+            shares = processes.gather(grader.grade(self.dataset, examples[mine], texts[mine]))
+        correct = [False] * len(texts)
+        for process, verdicts in enumerate(shares):
+            correct[process :: len(shares)] = verdicts
+        return correct
+
+    def _measure(self, rollout: Rollout, texts: list[str]) -> dict[str, float | None]:
+        if not self._metrics:
+            return {}
+        values, failure = processes.from_first(lambda: self._try_metrics(rollout, texts))
+        if failure:
+            raise RunStopped(failure)
+        return values
+
+    def _try_metrics(self, rollout: Rollout, texts: list[str]) -> tuple[dict, str | None]:
+        """What the metrics say and None, or nothing and what went wrong."""
+        answers = []
+        for i, row in enumerate(self.prompts.rows):
+            kept = slice(rollout.lengths_b[i])
+            tokens, log_probs = rollout.tokens_br[i, kept], rollout.log_probs_br[i, kept]
+            stopped = bool(rollout.stopped_b[i])
+            answers.append(Answer(self.dataset[int(row)], texts[i], tokens, log_probs, stopped))
+        try:
+            return measure(self._metrics, answers), None
+        except RunStopped as error:
+            return {}, str(error)
+
+
+def _accuracy(correct: list[bool] | None) -> dict[str, float | None]:
+    if correct is None:
+        return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
+    low, high = wilson_interval(sum(correct), len(correct))
+    return dict(accuracy=sum(correct) / len(correct), accuracy_low=low, accuracy_high=high)
+
+
+def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
+    """Texts without special tokens."""
+    kept = [
+        tokens_r[:length].tolist()
+        for tokens_r, length in zip(rollout.tokens_br, rollout.lengths_b, strict=True)
+    ]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _divergence_sums(
+    graph,
+    params,
+    teacher_graph,
+    teacher_params,
+    prompts_bp,
+    prompt_lengths_b,
+    rollout,
+    valid_b,
+    *,
+    vocab_size: int,
+    pad_id: int,
+) -> jax.Array:
+    """Forward and reverse KL summed over the response tokens of valid rows, shape (2,)."""
+    tokens_bt, lengths_b = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
+    t = jnp.arange(tokens_bt.shape[1])
+    # A position predicts the next: those from a prompt's last token to an answer's last but one.
+    predicts_bt = (t >= prompt_lengths_b[:, None] - 1) & (t < lengths_b[:, None] - 1)
+    weights_bt = (predicts_bt & valid_b[:, None]).astype(jnp.float32)
+
+    def evaluate(graph, params):
+        model = nnx.merge(graph, params)
+        hidden_btd = model(tokens_bt)
+        hidden_td = hidden_btd.reshape(-1, hidden_btd.shape[-1])
+        return constrain(hidden_td, "token", "act_embed"), model.head()
+
+    hidden_s, head_s = evaluate(graph, params)
+    hidden_t, head_t = evaluate(teacher_graph, teacher_params)
+    values_nt = per_token_divergences(
+        hidden_s,
+        head_s,
+        hidden_t,
+        head_t,
+        divergences=(get_divergence("forward"), get_divergence("reverse")),
+        temperature=1.0,
+        vocab_size=vocab_size,
+        weights=weights_bt.reshape(-1),
+    )
+    return constrain_whole(values_nt.sum(axis=1))
+
+
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """The comparison of base, student and teacher as aligned text."""
+    header = ("model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off")
+    metrics = list(dict.fromkeys(n for fields in results.values() for n in fields if "/" in n))
+    rows = [(*header, *metrics)]
+    for role in (role for role in ROLES if role in results):
+        r = results[role]
+        has_accuracy, has_kl = r["accuracy"] is not None, r["forward_kl"] is not None
+        rows.append(
+            (
+                role,
+                f"{r['accuracy']:.1%}" if has_accuracy else "-",
+                f"{r['accuracy_low']:.1%} - {r['accuracy_high']:.1%}" if has_accuracy else "-",
+                f"{r['forward_kl']:.4f}" if has_kl else "-",
+                f"{r['reverse_kl']:.4f}" if has_kl else "-",
+                f"{r['mean_length']:.1f}",
+                f"{r['truncated']:.1%}",
+                *("-" if r.get(name) is None else f"{r[name]:.4g}" for name in metrics),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,95 @@
+"""Metrics of the user's own for held-out answers, found by name.
+
+A metric looks at all answers of an evaluation and needs neither a teacher nor a reference:
+
+    @register_metric("brevity")
+    def brevity(answers):
+        return {"words": sum(len(answer.text.split()) for answer in answers) / len(answers)}
+
+`evaluation.metrics=brevity` then adds brevity/words to results, log and table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from distill.base.errors import RunStopped, UserError
+from distill.data.base import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A model's greedy answer to one held-out prompt.
+
+    Attributes:
+      example: the prompt, and what the data has of its answer.
+      text: without special tokens.
+      tokens: ids, int32, with the EOS.
+      log_probs: of these under the model, in nats, float32.
+      stopped: whether it came to its end, rather than to the length limit.
+    """
+
+    example: Example
+    text: str
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    stopped: bool
+
+
+Metric = Callable[[Sequence[Answer]], Mapping[str, float]]
+
+_metrics: dict[str, Metric] = {}
+
+
+def register_metric(name: str) -> Callable[[Metric], Metric]:
+    """Decorator: makes a function of all answers available as `evaluation.metrics=name`."""
+
+    def register(metric: Metric) -> Metric:
+        _metrics[name] = metric
+        return metric
+
+    return register
+
+
+def get_metric(name: str) -> Metric:
+    """The metric registered under `name`; UserError when there is none."""
+    if name not in _metrics:
+        known = ", ".join(sorted(_metrics)) or "none is registered"
+        raise UserError(
+            f"evaluation.metrics names {name!r}: known are {known} (add your own with "
+            "distill.evaluation.metrics.register_metric, in a module that plugins names)"
+        )
+    return _metrics[name]
+
+
+def measure(names: Sequence[str], answers: Sequence[Answer]) -> dict[str, float | None]:
+    """What the metrics say, as METRIC/NUMBER; a number that is not finite is None.
+
+    Raises:
+      RunStopped: a metric fails, or does not return numbers by name.
+    """
+    values: dict[str, float | None] = {}
+    for name in names:
+        try:
+            found = get_metric(name)(answers)
+        except Exception as error:  # whatever the user's code raises
+            raise RunStopped(
+                f"the metric {name!r} failed: {type(error).__name__}: {error}; correct it"
+            ) from error
+        if not isinstance(found, Mapping) or not all(map(_is_number, found.values())):
+            raise RunStopped(
+                f"the metric {name!r} returned {str(found)[:100]}: it must return a dict of "
+                "numbers by name"
+            )
+        for key, value in found.items():
+            values[f"{name}/{key}"] = float(value) if math.isfinite(value) else None
+    return values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real | np.number)

@@ -1,0 +1,262 @@
+"""Answers token by token: how far student and teacher are apart, and what the teacher would say.
+
+Written at every evaluation of the student, for the first held-out prompts, as
+`rollouts/ROLE.json` in the run's folder; `report.html` shows them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distill.base import processes
+from distill.base.files import write_atomically
+from distill.base.sharding import constrain_whole, num_shards
+from distill.data.base import DatasetInterface, Example
+from distill.data.pipeline import PromptBatch, eval_batches
+from distill.data.prompts import Prompts
+from distill.evaluation.evaluator import Answers
+from distill.losses.objective import Objective
+from distill.models.model import Model
+from distill.sampling.request import Rollout, to_sequences
+
+FOLDER = "rollouts"
+# The first held-out prompts, with so many tokens of answers at most: some two megabytes.
+MOST_ANSWERS, MOST_TOKENS = 32, 16384
+TOP = 5  # choices of the teacher for every token
+_MOST_LOGITS = 2**26  # of one model in one group of devices at once, for the teacher's choices
+_DIGITS = 5
+_UNFINISHED = "\ufffd"  # how tokenizers show a part of a character
+
+
+class RolloutRecorder:
+    """Writes what both models think of every token of a model's answers.
+
+    Args:
+      workdir: of the run; only the first of several processes writes.
+      dataset: source of the held-out examples.
+      prompts: its tokenized prompts.
+      tokenizer: shows tokens as text.
+      objective: its divergence is what a token is coloured by.
+      vocab_size: ids in use.
+      batch_size: answers looked at at once.
+      put: places a host array with batch rows first on the mesh.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        dataset: DatasetInterface,
+        prompts: Prompts,
+        tokenizer,
+        *,
+        objective: Objective,
+        vocab_size: int,
+        batch_size: int,
+        put: Callable[[np.ndarray], jax.Array],
+    ):
+        self._folder = workdir / FOLDER
+        self._dataset, self._prompts, self._tokenizer = dataset, prompts, tokenizer
+        self._batch_size, self._put = batch_size, put
+        self._token_values = jax.jit(
+            functools.partial(
+                _token_values,
+                objective=objective,
+                vocab_size=vocab_size,
+                pad_id=tokenizer.pad_token_id,
+            ),
+            static_argnums=(0, 2),
+        )
+
+    def __call__(
+        self, role: str, step: int, model: Model, teacher: Model | None, answers: Answers
+    ) -> None:
+        """Looks at the first of `answers`, which `model` gave to all prompts, and writes them.
+
+        Without a teacher on the mesh, only the model's own probabilities are known.
+        """
+        values = self._values(model, teacher, answers.rollout)
+        if not processes.is_first():
+            return
+        lengths = answers.rollout.lengths_b[: _num_shown(answers.rollout.lengths_b)]
+        shown = [self._answer(i, answers, values) for i in range(len(lengths))]
+        listed = {token for answer in shown for top in answer.get("top", ()) for token, *_ in top}
+        record = dict(
+            role=role,
+            step=step,
+            answers_in_all=len(answers.texts),
+            has_teacher=teacher is not None,
+            answers=shown,
+            texts={token: self._text([token]) for token in sorted(listed)},
+        )
+        self._folder.mkdir(exist_ok=True)
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+        write_atomically(self._folder / f"{role}.json", text + "\n")
+
+    def _values(self, model: Model, teacher: Model | None, rollout: Rollout) -> dict[str, Any]:
+        """By name, arrays of the shown answers and perhaps more, (b, r) or (b, r, k)."""
+        params, teacher_params = model.fetch(), teacher and teacher.fetch()
+        count = math.ceil(_num_shown(rollout.lengths_b) / self._batch_size)
+        batches = itertools.islice(eval_batches(self._prompts, self._batch_size), count)
+        parts = []
+        for batch, _ in batches:
+            arrays = jax.tree.map(self._put, self._arrays(batch, rollout))
+            graph = teacher and teacher.graph
+            values = self._token_values(model.graph, params, graph, teacher_params, *arrays)
+            parts.append(jax.device_get(values))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
+
+    def _arrays(self, batch: PromptBatch, rollout: Rollout) -> tuple[Any, ...]:
+        answers = rollout.rows(batch.index_b % len(self._prompts))
+        return batch.prompt_tokens_bp, batch.prompt_lengths_b, answers
+
+    def _answer(self, i: int, answers: Answers, values: dict[str, Any]) -> dict[str, Any]:
+        example = self._dataset[int(self._prompts.rows[i])]
+        tokens = answers.rollout.tokens_br[i, : answers.rollout.lengths_b[i]].tolist()
+        of_tokens = {name: _rounded(array[i, : len(tokens)]) for name, array in values.items()}
+        if "top_ids" in of_tokens:
+            choices = (of_tokens.pop(name) for name in ("top_ids", "top_log_p", "top_log_q"))
+            of_tokens["top"] = [list(zip(*top, strict=True)) for top in zip(*choices, strict=True)]
+        return dict(
+            id=example.id,
+            question=_question(example),
+            prompt=self._text(self._prompts.prompt_tokens[i].tolist()),
+            expected=example.answer,
+            correct=None if answers.correct is None else answers.correct[i],
+            stopped=bool(answers.rollout.stopped_b[i]),
+            ids=tokens,
+            tokens=pieces(self._text, tokens),
+            **of_tokens,
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+def pieces(decode: Callable[[list[int]], str], tokens: list[int]) -> list[str]:
+    """Each token's part of the text; of those that share one character, the last has it."""
+    texts, waiting = [], []
+    for token in tokens:
+        waiting.append(token)
+        text = decode(waiting)
+        if text.endswith(_UNFINISHED) and len(waiting) < 4:  # bytes of a character at most
+            texts.append("")
+        else:
+            texts.append(text)
+            waiting = []
+    if waiting:
+        texts[-1] = decode(waiting)
+    return texts
+
+
+def _question(example: Example) -> str:
+    """The prompt without the chat template; of a conversation, what was said last."""
+    prompt = example.prompt
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _num_shown(lengths_b: np.ndarray) -> int:
+    """How many of the first answers are written: as many as fit, and one at least."""
+    fitting = np.cumsum(lengths_b[:MOST_ANSWERS]) <= MOST_TOKENS
+    return max(1, int(fitting.sum()))
+
+
+def _rounded(values: np.ndarray) -> list:
+    """As JSON, which has no NaN."""
+    if np.issubdtype(values.dtype, np.integer):
+        return values.tolist()
+    if values.ndim > 1:
+        return [_rounded(row) for row in values]
+    return [round(x, _DIGITS) if math.isfinite(x) else None for x in values.tolist()]
+
+
+def _token_values(
+    graph,
+    params,
+    teacher_graph,
+    teacher_params,
+    prompts_bp,
+    prompt_lengths_b,
+    rollout: Rollout,
+    *,
+    objective: Objective,
+    vocab_size: int,
+    pad_id: int,
+) -> dict[str, jax.Array]:
+    """Log-probabilities of the answers' tokens, divergences and the teacher's choices.
+
+    log_q, and with a teacher log_p and the objective's divergence, (b, r), anything behind an
+    answer's end; the teacher's likeliest tokens with both log-probabilities at temperature 1,
+    (b, r, k).
+    """
+    tokens_bt, _ = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
+    r = jnp.arange(rollout.tokens_br.shape[1])
+    predicting_br = prompt_lengths_b[:, None] - 1 + r
+    weights_br = (r < rollout.lengths_b[:, None]).astype(jnp.float32)
+
+    def evaluate(graph, params):
+        model = nnx.merge(graph, params)
+        hidden_btd = model(tokens_bt)
+        # Prompts need no head.
+        return jnp.take_along_axis(hidden_btd, predicting_br[..., None], axis=1), model.head()
+
+    hidden_s, head_s = evaluate(graph, params)
+    known = rollout.tokens_br, weights_br
+    if teacher_graph is None:
+        log_q_br = objective.log_probs(hidden_s, head_s, *known, vocab_size=vocab_size)
+        return constrain_whole({"log_q": log_q_br})
+    hidden_t, head_t = evaluate(teacher_graph, teacher_params)
+    _, values = objective(hidden_s, head_s, hidden_t, head_t, *known, vocab_size=vocab_size)
+    return constrain_whole(
+        {
+            "log_q": values.log_prob_s,
+            "log_p": values.log_prob_t,
+            "divergence": values.divergence,
+            **_top_choices((hidden_s, hidden_t), (head_s, head_t), vocab_size),
+        }
+    )
+
+
+def _top_choices(hidden_brd, heads_dv, vocab_size: int) -> dict[str, jax.Array]:
+    """The teacher's likeliest tokens and both models' log-probabilities of them, (b, r, k).
+
+    Args:
+      hidden_brd, heads_dv: of the student and of the teacher.
+    """
+    rows, width, _ = hidden_brd[0].shape
+    logits = rows * heads_dv[1].shape[1] // (num_shards("batch") * num_shards("act_vocab"))
+    size = min(width, max(1, _MOST_LOGITS // logits))
+    count = -(-width // size)
+
+    def cut(hidden_brd):
+        padded_brd = jnp.pad(hidden_brd, ((0, 0), (0, count * size - width), (0, 0)))
+        return padded_brd.reshape(rows, count, size, -1).swapaxes(0, 1)
+
+    def choices(chunk):
+        log_q_bcv, log_p_bcv = (
+            _log_probs(hidden_bcd, head_dv, vocab_size)
+            for hidden_bcd, head_dv in zip(chunk, heads_dv, strict=True)
+        )
+        log_p_bck, ids_bck = jax.lax.top_k(log_p_bcv, min(TOP, vocab_size))
+        return ids_bck, log_p_bck, jnp.take_along_axis(log_q_bcv, ids_bck, axis=-1)
+
+    chunks = jax.lax.map(choices, tuple(cut(x) for x in hidden_brd))
+    whole = (x.swapaxes(0, 1).reshape(rows, count * size, -1)[:, :width] for x in chunks)
+    return dict(zip(("top_ids", "top_log_p", "top_log_q"), whole, strict=True))
+
+
+def _log_probs(hidden_bcd, head_dv, vocab_size: int) -> jax.Array:
+    logits_bcv = jnp.einsum("bcd,dv->bcv", hidden_bcd, head_dv, preferred_element_type=jnp.float32)
+    # Not cut: the columns may be split over devices.
+    exists_v = jnp.arange(head_dv.shape[1]) < vocab_size
+    return jax.nn.log_softmax(jnp.where(exists_v, logits_bcv, -jnp.inf))

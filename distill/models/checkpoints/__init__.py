@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: finding, reading and writing them."""

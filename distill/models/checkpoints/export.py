@@ -1,0 +1,225 @@
+"""Writing Hugging Face folders: the inverse of hf.py, by the same key table."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+from safetensors.numpy import save_file
+
+from distill.base.errors import UserError
+from distill.base.sharding import layer_sharding, replicated
+from distill.models.checkpoints.hub import CARD, CONFIG
+from distill.models.checkpoints.keys import Weight, key_table
+from distill.models.checkpoints.load import INDEX
+from distill.models.facts import ARCHITECTURES, ModelConfig
+
+
+def export_model(
+    folder: str | Path,
+    params: nnx.State,
+    config: ModelConfig,
+    hf_config_dict: dict[str, Any],
+    tokenizer: Any,
+    dtype: jax.typing.DTypeLike,
+    generation_config: dict[str, Any] | None = None,
+    max_shard_bytes: float = 5e9,
+    untied_rows: int | None = None,
+    transform: Callable[[str, np.ndarray], np.ndarray] | None = None,
+    card: str | None = None,
+) -> None:
+    """Writes a folder that transformers, vLLM and `load_params` can read.
+
+    Written beside `folder` and renamed at the end: a killed export leaves nothing half-written
+    under the final name. Every process of a job must call this; the first one writes.
+
+    Args:
+      folder: replaced if it holds an earlier export.
+      params: the nnx.Param state of a `Transformer`.
+      config: of these parameters.
+      hf_config_dict: goes to config.json, with its dtype updated.
+      tokenizer: anything with `save_pretrained`.
+      dtype: of the written weights.
+      generation_config: goes to generation_config.json.
+      max_shard_bytes: weights beyond this are spread over several files, as huggingface_hub does;
+        the first process holds one file's weights at a time.
+      untied_rows: writes the head of a tied model too, and of it and the embedding this many rows.
+      transform: makes what is written from a tensor's key and value.
+      card: goes to README.md.
+
+    Raises:
+      UserError: `folder` exists and is not a model.
+    """
+    folder = Path(folder)
+    check_replaceable(folder)
+    dtype = np.dtype(dtype)
+    partial = folder.with_name(folder.name + ".partial")
+    if jax.process_index() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    exported = list(_exported(params, config, untied_rows))
+    _write_weights(partial, exported, dtype, max_shard_bytes, transform or (lambda _, value: value))
+    if jax.process_index() == 0:
+        _write_json(partial / CONFIG, _with_dtype(hf_config_dict, dtype))
+        if generation_config is not None:
+            _write_json(partial / "generation_config.json", generation_config)
+        tokenizer.save_pretrained(partial)
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
+        _replace(folder, partial)
+    multihost_utils.sync_global_devices(f"exported {folder}")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError unless an export to the folder overwrites nothing but an earlier one."""
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} is not empty and holds no {CONFIG}: export to another folder"
+            )
+    elif folder.exists():
+        raise UserError(f"{folder} is a file: export to a folder")
+
+
+def _write_weights(
+    folder: Path, exported: list[_Exported], dtype: np.dtype, max_shard_bytes: float, transform
+) -> None:
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    writes = jax.process_index() == 0
+    plan = split_state_dict_into_shards_factory(
+        {each.key: each for each in exported},
+        get_storage_size=lambda each: math.prod(each.shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=int(max_shard_bytes),
+    )
+    by_key = {each.key: each for each in exported}
+    for name, keys in plan.filename_to_tensors.items():
+        tensors = {}
+        for key in keys:
+            gathered = _gather(by_key[key], dtype)  # by all processes, in the same order
+            if writes:
+                value = _to_hf(gathered, by_key[key].weight)[: by_key[key].rows]
+                tensors[key] = transform(key, value)
+        if writes:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            # safetensors leaves it to its owner alone, whatever the umask that made the folder.
+            (folder / name).chmod(folder.stat().st_mode & 0o666)
+    if plan.is_sharded and writes:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / INDEX, index)
+
+
+class _Exported(NamedTuple):
+    """One tensor of the checkpoint: array[index] in our layout, then `rows` of it in theirs."""
+
+    key: str
+    weight: Weight
+    array: jax.Array
+    index: tuple[int, ...]
+    rows: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.weight.hf_shape(self.array.shape[len(self.index) :])
+        return (min(shape[0], self.rows or shape[0]), *shape[1:])
+
+
+def _exported(params: nnx.State, config: ModelConfig, rows: int | None) -> Iterator[_Exported]:
+    arrays = {"/".join(path): param.get_value() for path, param in nnx.to_flat_state(params)}
+    for path, weight in key_table(config).items():
+        for layer, key in enumerate(weight.keys(config.num_layers)):
+            cut = rows if path in ("embedding", "output_head") else None
+            yield _Exported(key, weight, arrays[path], (layer,) if weight.stacked else (), cut)
+    if rows is not None and config.tied:
+        table = key_table(config)["embedding"]
+        yield _Exported("lm_head.weight", table, arrays["embedding"], (), rows)
+
+
+def _gather(exported: _Exported, dtype: np.dtype) -> np.ndarray:
+    """The tensor in our layout, from the devices of all processes."""
+    place = exported.array.sharding
+    if not exported.array.is_fully_addressable:
+        # A process can read only what its own devices hold.
+        slicer = _slicer(dtype, replicated(place.mesh))
+    elif exported.index:
+        slicer = _slicer(dtype, layer_sharding(place))
+    else:
+        slicer = _slicer(dtype, place)
+    return np.asarray(slicer(exported.array, *exported.index))
+
+
+@functools.cache
+def _slicer(dtype: np.dtype, place: Sharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda array, *index: array[index].astype(dtype), out_shardings=place)
+
+
+def _to_hf(array: np.ndarray, weight: Weight) -> np.ndarray:
+    transposed = array.transpose([weight.ours.index(axis) for axis in "".join(weight.theirs)])
+    # safetensors writes the buffer as it lies, whatever the strides.
+    return np.ascontiguousarray(transposed.reshape(weight.hf_shape(array.shape)))
+
+
+def _with_dtype(hf_config: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """transformers 5 writes 'dtype'; every version reads 'torch_dtype'."""
+    names = {"dtype", "torch_dtype"} & hf_config.keys() or {"torch_dtype"}
+    return {**hf_config, **dict.fromkeys(names, dtype.name)}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Puts `new` in the place of `folder`; a folder with content cannot be renamed over."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def hf_config_dict(
+    config: ModelConfig, *, eos_token_id: int | list[int] | None, pad_token_id: int | None
+) -> dict[str, Any]:
+    """A config.json for a model that was not imported; the inverse of ModelConfig.from_hf."""
+    scaling = config.rope_scaling
+    return {
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.rms_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling
+        and {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        },
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "torch_dtype": "float32",
+    }

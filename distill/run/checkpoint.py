@@ -1,0 +1,270 @@
+"""Saving and restoring everything that a bit-exact resume needs.
+
+A checkpoint is a folder named after its step:
+
+    state/        the train state: sharded arrays, written by Orbax
+    record.json   flat config, position in the data, results, what the log has counted
+    arrays.npz    answers that were sampled ahead
+    SHA256SUMS    of all of these; `sha256sum -c SHA256SUMS` checks them too
+
+It is written as STEP.partial and renamed when it is whole, checksums included: whenever a run is
+killed, a folder named after a step was finished. Older ones are removed only after that.
+
+Several processes write into one folder, each its shards of the state; the first does the rest, and
+tells the others what it sees there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from distill.base import processes
+from distill.base.errors import RunStopped, UserError
+from distill.config.schema import BEST_METRICS
+from distill.run.manifest import find_damage, write_manifest
+
+Arrays = dict[str, np.ndarray]
+
+STATE, RECORD, ARRAYS = "state", "record.json", "arrays.npz"
+PARTIAL, REMOVED, TORN = ".partial", ".removed", ".torn"
+
+
+class Checkpoints:
+    """The checkpoints of a run; one save at a time goes on beside the loop.
+
+    Of several processes, all call `save`, `restore` and `close`; `sweep`, `latest_intact`, `best`
+    and `is_best` look into the folder and are for the first (`processes.from_first`).
+
+    Args:
+      folder: holds them; made by the first save.
+      keep: newest checkpoints to keep.
+      best_metric: keep the best by this number too; see `config.BEST_METRICS`. A checkpoint has it
+        if its step was evaluated.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, best_metric: str = ""):
+        self.folder, self._keep, self._best_metric = folder.absolute(), keep, best_metric
+        self._orbax = ocp.StandardCheckpointer()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future] | None = None
+
+    def path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+    def latest_intact(self, on_torn: str) -> int | None:
+        """The newest step whose files are all as they were written; None without checkpoints.
+
+        Args:
+          on_torn: 'previous' sets damaged newer ones aside, as STEP.torn; 'stop' does not.
+
+        Raises:
+          UserError: the newest is damaged and `on_torn` is 'stop', or all are.
+        """
+        torn: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            damage = find_damage(self.path(step))
+            if not damage:
+                break
+            torn.append((step, damage))
+            if on_torn == "stop":
+                break
+        else:
+            step = None
+        if not torn:
+            return step
+        step_torn, damage = torn[0]
+        message = f"the checkpoint {self.path(step_torn)} is damaged ({damage})"
+        if on_torn == "stop":
+            raise UserError(
+                f"{message}; nothing was changed: put back a copy of it, or pass "
+                "--config.checkpointing.on_torn=previous to go on from the one before"
+            )
+        if step is None:
+            raise UserError(f"{message}, and so are all others: pass another --workdir")
+        for step_torn, damage in torn:
+            aside = _set_aside(self.path(step_torn))
+            print(f"WARNING: checkpoint {step_torn} is damaged ({damage}) and set aside as {aside}")
+        print(f"WARNING: going on from checkpoint {step}")
+        return step
+
+    def sweep(self) -> None:
+        """Removes what a killed run was writing or removing."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name.endswith((PARTIAL, REMOVED)):
+                    shutil.rmtree(path)
+
+    def save(
+        self, step: int, state: Any, record: dict[str, Any], arrays: Arrays | None = None
+    ) -> None:
+        """Starts a save; returns when the state may be changed. Nothing if `step` is saved already.
+
+        Raises:
+          RunStopped: the save before has failed.
+        """
+        self._wait()
+        if processes.from_first(self.path(step).exists):
+            return
+        partial = self.folder / f"{step}{PARTIAL}"
+        try:
+            if processes.is_first():
+                partial.mkdir(parents=True)
+                (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+                if arrays:
+                    np.savez(partial / ARRAYS, **arrays)
+            processes.sync(f"saving {partial}")
+            self._orbax.save(partial / STATE, state)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._saving = step, self._thread.submit(self._finish, partial)
+
+    def check(self) -> None:
+        """Raises RunStopped if a save has failed in the meantime."""
+        if self._saving is not None and self._saving[1].done():
+            self._wait()
+
+    def record(self, step: int) -> dict[str, Any]:
+        return json.loads((self.path(step) / RECORD).read_text())
+
+    def arrays(self, step: int) -> Arrays:
+        """As given to `save`; {} for none."""
+        path = self.path(step) / ARRAYS
+        if not path.exists():
+            return {}
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """State of `step` in the shapes and shardings of `abstract_state`."""
+        return self._orbax.restore(self.path(step) / STATE, abstract_state)
+
+    def best(self) -> int | None:
+        """Step of the best checkpoint by the metric, the first of equals; None without any."""
+        sign = 1 if BEST_METRICS[self._best_metric] else -1
+        scores = {s: self.record(s)["scores"].get(self._best_metric) for s in self.steps()}
+        scores = {step: sign * score for step, score in scores.items() if score is not None}
+        return max(scores, key=lambda step: (scores[step], -step), default=None)
+
+    def is_best(self, scores: dict[str, float | None]) -> bool:
+        """Whether a checkpoint with these scores would be better than all that are here."""
+        score = scores.get(self._best_metric)
+        if score is None:
+            return False
+        self._wait()
+        if (best := self.best()) is None:
+            return True
+        old = self.record(best)["scores"][self._best_metric]
+        return score > old if BEST_METRICS[self._best_metric] else score < old
+
+    def close(self) -> None:
+        """Waits for the save under way; may be called more than once.
+
+        Raises:
+          RunStopped: it has failed.
+        """
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def _finish(self, partial: Path) -> None:
+        """The part of a save that runs in the thread."""
+        self._orbax.wait_until_finished()
+        if processes.is_first():
+            self._publish(partial)
+        # Nobody takes for saved what the first has not finished.
+        processes.sync(f"saved {partial}")
+
+    def _publish(self, partial: Path) -> None:
+        """Gives a whole checkpoint its name, and removes older ones."""
+        write_manifest(partial)
+        os.rename(partial, partial.with_suffix(""))
+        _sync(self.folder)
+        kept = set(self.steps()[-self._keep :])
+        if self._best_metric:
+            kept.add(self.best())  # None is no step
+        for step in set(self.steps()) - kept:
+            removed = self.path(step).with_suffix(REMOVED)
+            os.rename(self.path(step), removed)
+            shutil.rmtree(removed)
+
+    def _wait(self) -> None:
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def _failed(self, step: int, error: Exception) -> RunStopped:
+        # What is there of it may fill the disk that is full.
+        if processes.is_first():
+            shutil.rmtree(self.folder / f"{step}{PARTIAL}", ignore_errors=True)
+        steps = self.steps()
+        there = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier one"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return RunStopped(
+            f"step {step} could not be saved ({reason}); {there}: make room in {self.folder}, and "
+            "the same command goes on from there"
+        )
+
+
+class SaveSchedule:
+    """Which steps are saved; saving alters nothing that is computed, so this may follow a clock.
+
+    Of several processes, the first one's decides for all (`processes.from_first`).
+    """
+
+    def __init__(self, *, every_steps: int, every_minutes: float, max_steps: int):
+        self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
+        self._max_steps, self._saved = max_steps, time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        due = step == self._max_steps or (self._every_steps > 0 and step % self._every_steps == 0)
+        waited = time.monotonic() - self._saved
+        return due or 0 < self._every_seconds <= waited
+
+    def restart_clock(self) -> None:
+        """After a save."""
+        self._saved = time.monotonic()
+
+
+def shapes_on_mesh(state: Any) -> Any:
+    """Shapes, types and shardings: what `Checkpoints.restore` needs."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def _set_aside(path: Path) -> Path:
+    number, aside = 1, path.with_suffix(TORN)
+    while aside.exists():
+        number, aside = number + 1, path.with_name(f"{path.name}{TORN}-{number + 1}")
+    return path.rename(aside)
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename in it outlast a power failure."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

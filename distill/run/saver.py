@@ -1,0 +1,147 @@
+"""What is kept of a run under way: its evaluations so far, and all that it needs to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from distill.base import processes
+from distill.base.errors import RunStopped, UserError
+from distill.base.status import busy
+from distill.batches.source import BatchSource
+from distill.config.parse import check_same_run
+from distill.config.schema import RESUMABLE_CHANGES
+from distill.evaluation.evaluator import Evaluator
+from distill.evaluation.recorder import RolloutRecorder
+from distill.models.model import Model
+from distill.run.checkpoint import Checkpoints, SaveSchedule
+from distill.run.interrupts import Interrupts
+from distill.run.progress import Progress
+from distill.step import TrainState
+
+
+@dataclasses.dataclass
+class HeldOut:
+    """Evaluates models on the held-out prompts, and remembers what came of it.
+
+    Attributes:
+      evaluator, recorder: None without held-out prompts; then nothing is evaluated.
+      teacher: what models are compared with; None where it is not on the mesh.
+      results: evaluations so far, by role.
+      evaluated: the last step whose student was evaluated.
+    """
+
+    evaluator: Evaluator | None
+    recorder: RolloutRecorder | None
+    teacher: Model | None
+    progress: Progress
+    interrupts: Interrupts
+    results: dict[str, dict[str, Any]]
+    evaluated: int
+
+    def evaluate(self, role: str, step: int, model: Model) -> None:
+        if self.evaluator is None:
+            return
+        with busy(f"evaluating the {role}"):
+            evaluation, answers = self.evaluator.examine(model, self.teacher)
+        if self.interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
+            return
+        if role != "teacher":
+            self.recorder(role, step, model, self.teacher, answers)
+        self.results[role], self.evaluated = evaluation.to_dict(), step
+        self.progress.evaluation(step, role, self.results[role])
+
+    def scores(self, step: int) -> dict[str, float | None]:
+        """What the checkpoint of `step` may be the best by, if it was evaluated."""
+        if self.evaluated != step:
+            return {}
+        return {f"eval/student/{k}": v for k, v in self.results.get("student", {}).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Saver:
+    """Saves a run with all that it needs to go on."""
+
+    checkpoints: Checkpoints
+    schedule: SaveSchedule
+    batches: BatchSource
+    progress: Progress
+    held_out: HeldOut
+    interrupts: Interrupts
+    flat_config: dict[str, Any]
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` is to be saved; the same in all processes."""
+
+        def look() -> bool:
+            scores = self.held_out.scores(step)
+            return self.schedule.is_due(step) or self.checkpoints.is_best(scores)
+
+        return processes.from_first(look)
+
+    def save(self, step: int, state: TrainState, position: Any) -> None:
+        """Starts saving; `position` is where the data go on."""
+        arrays, measured = self.batches.answers_ahead()
+        record = dict(
+            config=self.flat_config,
+            iterator=position,
+            measured_ahead=measured,
+            results=self.held_out.results,
+            evaluated=self.held_out.evaluated,
+            scores=self.held_out.scores(step),
+            log_size=self.progress.log_size(),
+            progress=self.progress.state(),
+        )
+        self.checkpoints.save(step, state, record, arrays)
+        self.schedule.restart_clock()
+
+    def save_and_stop(
+        self, step: int, state: TrainState, position: Any, reason: UserError | RunStopped
+    ) -> NoReturn:
+        """Ends the run for a reason, but loses nothing."""
+        self.save(step, state, position)
+        self.checkpoints.close()
+        if self.interrupts.agree():  # the reason may be that servers were signalled too
+            raise self.interrupts.stop(how_to_go_on(step)) from reason
+        raise type(reason)(f"{reason} ({how_to_go_on(step)})") from reason
+
+    @contextlib.contextmanager
+    def saving_on(
+        self, *reasons: type[UserError | RunStopped], step: int, state: TrainState
+    ) -> Iterator[None]:
+        """One of `reasons` that is raised inside ends the run, but loses nothing."""
+        position = self.batches.position
+        try:
+            yield
+        except reasons as reason:
+            if not step:  # before the first update there is nothing to go on from
+                raise
+            # What was sampled but not trained on is sampled again.
+            self.save_and_stop(step, state, position, reason)
+
+
+def find_progress(
+    checkpoints: Checkpoints, flat_config: dict[str, Any], on_torn: str
+) -> tuple[int, dict[str, Any]]:
+    """Step and record of the checkpoint to go on from; (0, {}) for a new run.
+
+    Raises:
+      UserError: it is damaged, or belongs to a run with another config.
+    """
+
+    def find() -> int | None:
+        checkpoints.sweep()
+        return checkpoints.latest_intact(on_torn)
+
+    step = processes.from_first(find)
+    if step is None:
+        return 0, {}
+    record = checkpoints.record(step)
+    check_same_run(record["config"], flat_config, RESUMABLE_CHANGES)
+    return step, record
+
+
+def how_to_go_on(step: int) -> str:
+    return f"step {step} is saved: the same command goes on from it"

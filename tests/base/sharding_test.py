@@ -1,0 +1,124 @@
+"""No large array is silently on every device: what a run holds, as it was compiled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from step_test import make_rows, padded
+from tiny_runs import tiny_config
+
+from distill.build.data import build_vocabulary
+from distill.build.devices import build_mesh, put_batch
+from distill.build.models import build_optimizer, build_state, find_models
+from distill.build.objective import build_objective
+from distill.build.sampler import build_backend
+from distill.build.scratch import make_missing_models
+from distill.build.teachers import build_teacher
+from distill.config.parse import parse_config
+from distill.models.model import Model
+from distill.sampling.choice import SamplingParams
+from distill.sampling.request import RolloutRequest
+from distill.step import make_train_step
+
+LARGE = 100  # elements; norms and biases of the toy models have up to 32
+
+
+def too_large(shapes, shardings, parts: int) -> list[str]:
+    """Large arrays of which a device holds more than one of `parts`."""
+    names = []
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    for (path, shape), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        held = np.prod(sharding.shard_shape(shape.shape))
+        if shape.size >= LARGE and held * parts > shape.size:
+            names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return names
+
+
+def held(arrays, parts: int) -> list[str]:
+    return too_large(arrays, jax.tree.map(lambda x: x.sharding, arrays), parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run on 8 devices."""
+
+    config: object
+    mesh: object
+    vocabulary: object
+    teacher: Model
+    state: object
+    compiled: object
+    backend: object
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["as student", "spread"])
+def run(tmp_path_factory, request) -> Run:
+    config = tiny_config()
+    config.policy.shape.vocab_size = 24  # as many rows as the teacher has, which 2 divides
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+    config.teacher.split_over_data = request.param
+    workdir = tmp_path_factory.mktemp("sharding")
+    config = make_missing_models(parse_config(config), workdir, supervise=None)
+    mesh = build_mesh(config)
+    with jax.set_mesh(mesh):
+        folder, teacher_folder = find_models(config)
+        vocabulary = build_vocabulary(folder, teacher_folder)
+        optimizer, _ = build_optimizer(config)
+        graph, state = build_state(config, folder, optimizer, mesh)
+        teacher = build_teacher(config, teacher_folder, mesh)
+        step = make_train_step(
+            graph,
+            teacher.graph,
+            build_objective(config),
+            optimizer,
+            vocab_size=vocabulary.size,
+            state_shardings=jax.tree.map(lambda x: x.sharding, state),
+        )
+        batch = put_batch(mesh, make_rows().batch(padded(1)))
+        compiled = step.lower(state, teacher.params, batch).compile()
+        student = Model(graph, state.params)
+        folders = dict(student_folder=folder, workdir=None)
+        backend = build_backend(config, student, vocabulary, mesh, mesh, **folders)
+    return Run(config, mesh, vocabulary, teacher, state, compiled, backend)
+
+
+def test_student_and_optimizer_are_split_over_fsdp_and_tensor(run):
+    (state, _, _), _ = run.compiled.input_shardings
+    new_state, _ = run.compiled.output_shardings
+    assert not too_large(run.state, state, parts=4)
+    assert not too_large(run.state, new_state, parts=4)
+    # An array of 2 x 2 moments per parameter was looked at, and is not all there is.
+    assert len(jax.tree.leaves(run.state)) > 3 * len(jax.tree.leaves(run.state.params)) - 1
+    assert too_large(run.state, state, parts=8)
+
+
+def test_teacher_is_split_as_the_config_says(run):
+    (_, teacher, _), _ = run.compiled.input_shardings
+    parts = 8 if run.config.teacher.split_over_data else 4
+    assert not too_large(run.teacher.params, teacher, parts)
+    assert bool(too_large(run.teacher.params, teacher, 8)) == (parts == 4)
+
+
+def test_sampler_weights_and_cache_are_split(run):
+    """Its weights are gathered over fsdp on purpose; the cache is split by rows and heads."""
+    with jax.set_mesh(run.mesh):
+        run.backend.refit(run.state.params, 0)
+        assert not held(run.backend._weights, parts=2)
+        engine, weights = run.backend._engine, run.backend._weights
+        prompts = tuple(np.full(4, 3, np.int32) for _ in range(8))
+        engine.generate(
+            weights, RolloutRequest(prompts, np.arange(8), SamplingParams(max_length=4))
+        )
+        assert not held(engine._cache, parts=8)
+        engine.release()
+
+
+def test_replicated_parameter_is_found(run):
+    """What this file would not see, it could not forbid."""
+    everywhere = jax.device_put(
+        run.state.params["embedding"][...],
+        jax.sharding.NamedSharding(run.mesh, jax.sharding.PartitionSpec()),
+    )
+    assert held({"embedding": everywhere, "norm": jnp.ones(8)}, parts=2) == ["embedding"]

@@ -1,0 +1,161 @@
+"""The batch of a step, with a sampler that is none: what is drawn when, and what is handed out."""
+
+import jax
+import numpy as np
+import pytest
+
+from distill.batches.packing import Layout, Shape
+from distill.batches.source import BatchSource, repetition
+from distill.data.pipeline import PromptBatch
+from distill.sampling.choice import SamplingParams
+from distill.sampling.request import Rollout
+
+ROWS, WIDTH = 4, 3
+
+
+class Counter:
+    """Batches that say which they are; its state is the number of the next."""
+
+    def __init__(self, number: int = 0):
+        self.number = number
+
+    def get_state(self):
+        return {"next": self.number}
+
+    def __next__(self) -> PromptBatch:
+        self.number += 1
+        first = (self.number - 1) * ROWS
+        index_b = np.arange(first, first + ROWS)
+        ones_b = np.ones(ROWS, np.int32)
+        tokens_bp = index_b[:, None].astype(np.int32) + 100
+        return PromptBatch(index_b, index_b, tokens_bp, ones_b, tokens_bp + 100, ones_b)
+
+
+class Sampler:
+    """Answers with the version of its weights; fails when told to."""
+
+    def __init__(self):
+        self.version, self.error = None, None
+
+    def refit(self, student_params, version):
+        self.version = version
+
+    def generate(self, request):
+        if self.error:
+            raise self.error
+        tokens_br = np.full((request.num_rows, WIDTH), self.version, np.int32)
+        lengths_b = np.array([1, 2, 3, 2], np.int32)
+        zeros_br = np.zeros(tokens_br.shape, np.float32)
+        stopped_b = np.array([True, True, False, True])
+        rollout = Rollout(tokens_br, lengths_b, zeros_br, zeros_br, stopped_b)
+        return rollout, {"generation/slot_occupancy": 0.5}
+
+
+@pytest.fixture
+def sampler() -> Sampler:
+    return Sampler()
+
+
+@pytest.fixture
+def source(sampler):
+    source = make_source(sampler)
+    yield source
+    source.close()
+
+
+def make_source(sampler, **options) -> BatchSource:
+    defaults = dict(
+        params=SamplingParams(max_length=WIDTH), num_generations=1, seed=0, lambda_=1.0,
+        per_sample=False, response_width=WIDTH, layout=Layout((Shape(ROWS, 1 + WIDTH),)), pad_id=0,
+    )  # fmt: skip
+    iterator = options.pop("iterator", Counter())
+    return BatchSource(iterator, sampler, lambda batch: batch, **(defaults | options))
+
+
+def first_prompt(batch) -> int:
+    return int(batch[0].tokens_bt[0, 0, 0]) - 100
+
+
+def sampled_with(batch) -> int:
+    return int(batch[0].tokens_bt[0, 0, 1])
+
+
+def test_batch_sampled_ahead_is_handed_out_with_its_staleness(source):
+    batch, measured = source.next(5, None)
+    assert (first_prompt(batch), sampled_with(batch), measured["generation/staleness"]) == (0, 5, 0)
+    source.sample_ahead(6, None)
+    batch, measured = source.next(6, None)
+    assert (first_prompt(batch), sampled_with(batch), measured["generation/staleness"]) == (4, 5, 1)
+    batch, measured = source.next(7, None)
+    assert (first_prompt(batch), sampled_with(batch), measured["generation/staleness"]) == (8, 7, 0)
+
+
+def test_only_one_batch_is_under_way_and_only_its_step_may_ask(source):
+    source.sample_ahead(1, None)
+    with pytest.raises(RuntimeError, match="stale by more than 1"):
+        source.sample_ahead(2, None)
+    with pytest.raises(RuntimeError, match="update 1 is under way, not of 3"):
+        source.next(3, None)
+
+
+def test_position_is_behind_the_batches_handed_out(source, sampler):
+    """Not behind those drawn: a batch under way, or one whose sampling failed, comes again."""
+    assert source.position == {"next": 0}
+    source.next(0, None)
+    source.sample_ahead(1, None)
+    assert source.position == {"next": 1}
+    source.next(1, None)
+    assert source.position == {"next": 2}
+    sampler.error = ValueError("lost")
+    source.sample_ahead(2, None)
+    with pytest.raises(ValueError, match="lost"):
+        source.next(2, None)
+    assert source.position == {"next": 2}
+
+
+def test_measures_what_any_rollout_tells_and_passes_on_the_rest(source):
+    _, measured = source.next(0, None)
+    seconds = measured["generation/seconds"]
+    assert measured["generation/tokens_per_second"] == pytest.approx(8 / seconds)
+    assert measured["generation/refit_seconds"] > 0
+    exact = {"mean_length": 2, "max_length": 3, "truncated": 0.25, "slot_occupancy": 0.5}
+    assert {name: measured[f"generation/{name}"] for name in exact} == exact
+
+
+def test_fixed_data_measures_nothing_but_its_staleness(sampler):
+    source = make_source(sampler, lambda_=0.0)
+    batch, measured = source.next(0, None)
+    assert measured == {"generation/staleness": 0.0}
+    assert sampler.version is None and not batch[0].on_policy_bt.any()
+    np.testing.assert_array_equal(batch[0].tokens_bt[0, :, 1], np.arange(ROWS) + 200)
+    source.close()
+
+
+def test_answers_sampled_ahead_are_taken_up_by_another_source(source, sampler):
+    """What a checkpoint does; the other sampler is never asked."""
+    source.next(0, None)
+    assert source.answers_ahead() == ({}, {})
+    source.sample_ahead(1, None)
+    arrays, measured = source.answers_ahead()
+    other = make_source(None, iterator=Counter(source.position["next"]))
+    other.take_up(1, arrays, measured)
+    (ours, ours_measured), (theirs, theirs_measured) = source.next(1, None), other.next(1, None)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert ours_measured == theirs_measured and ours_measured["generation/staleness"] == 1
+    assert first_prompt(theirs) == 4 and source.position == other.position
+    np.testing.assert_array_equal(other.rows, np.arange(4, 8))
+    sampler.error = ValueError("lost")
+    source.sample_ahead(2, None)
+    assert source.answers_ahead() == ({}, {}), "next says it"
+    other.close()
+
+
+def test_repetition_counts_what_came_earlier_in_the_same_answer():
+    looping = [1, 2, 1, 2, 1, 2, 1, 2, 9, 9, 9, 9]
+    varied = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    # 8 tokens have 5 4-grams, of which 1212 and 2121 are new; what lies behind the end is not seen.
+    assert repetition(np.array([looping]), np.array([8])) == pytest.approx(3 / 5)
+    assert repetition(np.array([looping, varied]), np.array([8, 12])) == pytest.approx(3 / 14)
+    assert repetition(np.array([varied, varied]), np.array([12, 12])) == 0
+    assert repetition(np.array([looping]), np.array([3])) == 0
+    assert repetition(np.zeros((2, 3), np.int32), np.array([3, 3])) == 0

@@ -1,0 +1,268 @@
+"""Each check of the preflight, on a healthy run and on one that is broken in just that way."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_runs import tiny_config, with_models
+from tokenizers import Regex, normalizers
+
+import distill
+from distill import preflight
+from distill.base.errors import UserError
+from distill.batches import rows as microbatch
+from distill.build import models as build_models
+from distill.build import sampler as build_sampler
+from distill.checks import checks as preflight_checks
+from distill.data.tokenizer import load_tokenizer
+from distill.losses import divergences
+from distill.models.model import Model
+from distill.preflight import preflight_alone
+from distill.rollout.in_process import JaxBackend
+
+ROOT = Path(__file__).parents[2]
+
+
+def problem_of(config) -> str:
+    with pytest.raises(UserError, match="^preflight: ") as caught:
+        preflight_alone(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def copied(folder: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def with_template(folder: Path, template: str) -> str:
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+@pytest.fixture
+def config(models):
+    config = with_models(tiny_config(), models)
+    config.preflight = True
+    return config
+
+
+@pytest.mark.parametrize("lambda_", [1.0, 0.0])
+def test_healthy_run_passes_every_check(config, lambda_):
+    config.distillation.lambda_ = lambda_
+    findings = preflight_alone(config)
+    assert [finding.check for finding in findings] == list(preflight_checks.CHECKS)
+    assert all(finding.problem is None and finding.detail for finding in findings)
+
+
+@pytest.mark.parametrize("data, fsdp", [(2, 4), (1, 8)])
+def test_healthy_sharded_run_passes(config, data, fsdp, monkeypatch):
+    monkeypatch.setattr(preflight_checks, "LARGE_BYTES", 1000)
+    config.mesh.update(data=data, fsdp=fsdp)
+    assert "are split" in next(
+        finding.detail for finding in preflight_alone(config) if finding.check == "layout"
+    )
+
+
+def test_hard_labels_pass(config):
+    config.distillation.update(hard_labels=True, lambda_=0.0)
+    preflight_alone(config)
+
+
+def test_swapped_weights_after_refit(config, monkeypatch):
+    refit = JaxBackend.refit
+
+    def stale(self, student_params, version):
+        refit(self, jax.tree.map(lambda x: x + 0.05, student_params), version)
+
+    monkeypatch.setattr(JaxBackend, "refit", stale)
+    assert "a refit that did not arrive" in problem_of(config)
+
+
+@pytest.fixture
+def rounding_sampler(config, monkeypatch):
+    """A sampler in bfloat16 beside a trainer in float32."""
+    build_backend = build_sampler.build_backend
+
+    def rounding(config, student, *arguments, **folders):
+        model = nnx.merge(student.graph, student.params)
+        model.dtype = model.layers.dtype = jnp.dtype("bfloat16")
+        student = Model(nnx.split(model, nnx.Param)[0], student.params)
+        return build_backend(config, student, *arguments, **folders)
+
+    monkeypatch.setattr(preflight, "build_backend", rounding)
+    # Trained: the answers of random models are so uniform that rounding hardly shows.
+    config.policy.model_name = "embedded:arithmetic-student"
+    config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
+
+
+def test_sampler_of_another_precision(config, rounding_sampler):
+    assert "another precision" in problem_of(config)
+
+
+def test_accelerators_may_round_products_unless_forbidden(config, rounding_sampler, monkeypatch):
+    monkeypatch.setattr(preflight_checks, "platform", lambda: "gpu")
+    preflight_alone(config)
+    with jax.default_matmul_precision("highest"):
+        assert "another precision" in problem_of(config)
+
+
+def filled_differently(monkeypatch, change):
+    """Rows of a microbatch as `change(rows)` leaves them."""
+    fill = microbatch._fill
+
+    def differently(rows, *arguments):
+        fill(rows, *arguments)
+        change(rows)
+
+    monkeypatch.setattr(microbatch, "_fill", differently)
+
+
+def test_shifted_mask(config, monkeypatch):
+    def shift(rows):
+        rows.targets_bt[:] = np.roll(rows.targets_bt, 1, axis=1)
+
+    filled_differently(monkeypatch, shift)
+    assert "looks at other positions" in problem_of(config)
+
+
+def test_padding_that_is_trained_on(config, monkeypatch):
+    def unmask(rows):
+        for targets, tokens, length in zip(
+            rows.targets_bt, rows.tokens_bt, rows.lengths_b, strict=True
+        ):
+            targets[length - 1 : length + 1] = tokens[length : length + 2]
+
+    filled_differently(monkeypatch, unmask)
+    config.distillation.lambda_ = 0.0
+    assert "padding is attended to or trained on" in problem_of(config)
+
+
+def test_packed_sequences_that_see_each_other(config, monkeypatch):
+    config.policy.sequence_packing.enabled = True
+
+    def join(rows):
+        if rows.segment_ids_bt is not None:
+            rows.segment_ids_bt[:] = 1
+
+    filled_differently(monkeypatch, join)
+    # Trained: random models hardly notice what stands before.
+    config.policy.model_name = "embedded:arithmetic-student"
+    config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
+    assert "share a row see each other" in problem_of(config)
+
+
+def test_healthy_packed_run_passes(config):
+    config.policy.sequence_packing.enabled = True
+    assert any("as padded ones" in finding.detail for finding in preflight_alone(config))
+
+
+def test_loss_that_moves_a_perfect_student(config, monkeypatch):
+    monkeypatch.setattr(divergences, "_REGISTRY", dict(divergences._REGISTRY))
+    divergences.register_divergence("doubled")(lambda log_p, log_q: jnp.exp(2 * log_q))
+    config.distillation.kl_type = "doubled"
+    assert "is no divergence" in problem_of(config)
+
+
+def test_template_that_loses_the_problem(config, models, tmp_path):
+    folder = copied(models["student"], tmp_path)
+    config.policy.model_name = with_template(folder, "1+1\n")
+    assert "loses its text" in problem_of(config)
+
+
+def test_template_that_closes_the_prompt(config, models, tmp_path):
+    folder = copied(models["student"], tmp_path)
+    closing = "{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}"
+    config.policy.model_name = with_template(folder, closing)
+    assert "ends an answer before it has begun" in problem_of(config)
+
+
+def test_end_that_the_template_never_produces(config, models, tmp_path):
+    folder = copied(models["student"], tmp_path)
+    other_end = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|pad|>{% else %}\n{% endif %}{% endfor %}"
+    )
+    config.policy.model_name = with_template(folder, other_end)
+    problem = problem_of(config)
+    assert "closes an answer with '<|pad|>'" in problem and "max_length" in problem
+
+
+def test_end_outside_of_the_vocabulary(config, models, tmp_path):
+    folder = copied(models["student"], tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4096]}))
+    config.policy.model_name = str(folder)
+    assert "4096 is not in the vocabulary" in problem_of(config)
+
+
+def test_tokenizer_of_the_same_words_that_cuts_otherwise(config, monkeypatch):
+    """Equal vocabularies, which the comparison of ids cannot tell apart."""
+
+    def other(folder):
+        tokenizer = load_tokenizer(folder)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[0-9]"), "7")
+        return tokenizer
+
+    monkeypatch.setattr(preflight_checks, "load_tokenizer", other)  # the teacher's
+    assert "into other tokens" in problem_of(config)
+
+
+def test_tokenizer_of_equal_size_with_other_words(config, models, tmp_path):
+    folder = copied(models["teacher"], tmp_path)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["1"], words["2"] = words["2"], words["1"]
+    path.write_text(json.dumps(content))
+    config.distillation.teacher_model_path = str(folder)
+    with pytest.raises(UserError, match="different tokenizers: first difference at token '1'"):
+        preflight_alone(config)
+
+
+def test_teacher_with_another_template_is_warned_of(config, models, tmp_path, capsys):
+    folder = copied(models["teacher"], tmp_path)
+    template = "be kind\n{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
+    config.distillation.teacher_model_path = with_template(folder, template)
+    preflight_alone(config)
+    assert "warning: the teacher's chat template renders them otherwise" in capsys.readouterr().out
+
+
+def test_unsharded_copy(config, monkeypatch):
+    shardings = build_models.param_shardings
+
+    def whole(params, mesh, rules=None):
+        layout = shardings(params, mesh)
+        return jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.P()), layout)
+
+    monkeypatch.setattr(preflight_checks, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(build_models, "param_shardings", whole)
+    config.mesh.update(data=2, fsdp=4, tensor=1)
+    problem = problem_of(config)
+    assert "is whole on every device" in problem and "student and optimizer" in problem
+
+
+def test_too_little_memory(config, monkeypatch):
+    monkeypatch.setattr(preflight_checks, "_device_memory", lambda: 10_000)
+    assert "a step needs at least" in problem_of(config)
+
+
+def test_runs_begin_with_it_unless_told_not_to(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight_checks, "_device_memory", lambda: 10_000)
+    config.distillation.max_steps = 1
+    with pytest.raises(UserError, match="--config.preflight=False"):
+        distill.train(config, tmp_path / "checked")
+    config.preflight = False
+    assert distill.train(config, tmp_path / "unchecked").steps == 1
+
+
+def test_command_line(models):
+    command = [sys.executable, "-m", "distill.preflight", "--config=configs/arithmetic.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"preflight: {len(preflight_checks.CHECKS)} checks passed" in result.stdout

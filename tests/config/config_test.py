@@ -1,0 +1,132 @@
+"""The schema: what is refused, and how the message reads."""
+
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from distill.base.errors import UserError
+from distill.config.parse import default_config, known_keys, parse_config, to_flat_dict
+
+
+def valid_config() -> ConfigDict:
+    config = default_config()
+    config.policy.model_name = "student"
+    config.distillation.teacher_model_path = "teacher"
+    return config
+
+
+def set_key(config: ConfigDict, key: str, value) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    with config.unlocked(), config.ignore_type():
+        config[name] = value
+
+
+def test_defaults_with_field_evidence():
+    config = parse_config(valid_config())
+    optimizer = config.policy.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay) == (2e-5, 0.01)
+    assert (optimizer.warmup_steps, optimizer.max_grad_norm) == (10, 1.0)
+    assert config.distillation.generate_strategy.temperature == 1.0
+    assert config.distillation.kl_temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("distillation.lamda", 1.0, ["distillation.lamda", "did you mean 'distillation.lambda_'"]),
+        ("distillation.lambda_", 1.5, ["distillation.lambda_", "1.5", "between 0 and 1"]),
+        ("distillation.lambda_", float("nan"), ["distillation.lambda_", "between 0 and 1"]),
+        ("distillation.lambda_", "half", ["distillation.lambda_", "'half'", "float"]),
+        ("distillation.max_steps", 1.5, ["distillation.max_steps", "1.5", "int"]),
+        ("distillation.max_steps", True, ["distillation.max_steps", "int"]),
+        ("distillation.mix", "token", ["distillation.mix", "batch, sample"]),
+        ("policy.generation.backend", "megatron", ["'megatron'", "allowed is jax"]),
+        (
+            "policy.generation.importance_clip",
+            0.5,
+            ["importance_clip=0.5", "0 (off) or at least 1"],
+        ),
+        ("policy.generation.backend", "vllm", ["generation.vllm.urls", "generation.vllm.python"]),
+        ("teacher.backend", "vllm", ["teacher.vllm.urls"]),
+        ("teacher.vllm.top_k", 0, ["teacher.vllm.top_k", "at least 1"]),
+        ("policy.precision", "float16", ["policy.precision", "bfloat16, float32"]),
+        ("policy.train_micro_batch_size", 7, ["64", "7", "try train_micro_batch_size=4"]),
+        ("distillation.generate_strategy.num_generations", 3, ["64", "num_generations=3"]),
+        ("distillation.generate_strategy.max_length", 4096, ["max_length=4096", "2048"]),
+        ("distillation.generate_strategy.top_p", 0.0, ["top_p", "above 0"]),
+        ("distillation.hard_labels", True, ["hard_labels", "lambda_=0"]),
+        ("distillation.teacher_model_path", "", ["distillation.teacher_model_path", "empty"]),
+        ("policy.model_name", "", ["policy.model_name", "embedded:NAME"]),
+        ("data", 3, ["'data' is a section", "path"]),
+        ("data.max_samples", 0, ["data.max_samples", "at least 1"]),
+    ],
+)
+def test_bad_value_is_one_line_that_names_it(key, value, words):
+    config = valid_config()
+    set_key(config, key, value)
+    with pytest.raises(UserError) as error:
+        parse_config(config)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_groups_of_answers_need_on_policy_batches():
+    config = valid_config()
+    config.distillation.lambda_ = 0.5
+    config.distillation.generate_strategy.num_generations = 2
+    with pytest.raises(UserError, match="use lambda_=1"):
+        parse_config(config)
+
+
+def test_model_from_scratch_needs_a_tokenizer_and_fitting_heads():
+    config = valid_config()
+    config.policy.model_name = ""
+    config.policy.shape.num_layers = 2
+    with pytest.raises(UserError, match="needs policy.tokenizer"):
+        parse_config(config)
+    config.policy.tokenizer = "bpe:400"
+    config.policy.shape.num_heads = 3
+    with pytest.raises(UserError, match="multiple"):
+        parse_config(config)
+
+
+def test_vllm_sections_check_addresses_and_show_no_secrets():
+    def message(**values) -> str:
+        config = valid_config()
+        config.teacher.backend = "vllm"
+        config.teacher.vllm.update({"urls": ("http://127.0.0.1:8000",), **values})
+        with pytest.raises(UserError) as error:
+            parse_config(config)
+        return str(error.value)
+
+    assert "http://HOST:PORT" in message(urls=("127.0.0.1:8000",))
+    assert "passw0rd" not in message(urls=("http://me:passw0rd@10.0.0.1:8000",))
+    assert "twice" in message(urls=("http://a:1", "http://a:1"))
+    assert "sk-1234" not in message(api_key_variable="sk-1234")
+
+
+def test_vllm_teacher_refuses_what_a_tail_cannot_do():
+    config = valid_config()
+    config.teacher.backend, config.teacher.vllm.urls = "vllm", ("http://127.0.0.1:8000",)
+    config.distillation.teacher_model_path = ""  # its tokenizer is asked for over HTTP
+    parse_config(config)
+    config.distillation.kl_temperature = 2.0
+    with pytest.raises(UserError, match="kl_temperature=2.0 does not go with teacher.backend=vllm"):
+        parse_config(config)
+
+
+def test_flat_dict_has_every_leaf_key():
+    flat = to_flat_dict(parse_config(valid_config()))
+    sections = {key.rpartition(".")[0] for key in flat} | {"policy.optimizer"}
+    assert set(flat) == {key for key in known_keys() if key not in sections}
+    assert flat["plugins"] == []
+
+
+def test_parsed_config_is_frozen():
+    config = parse_config(valid_config())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1

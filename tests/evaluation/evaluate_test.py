@@ -1,0 +1,160 @@
+"""Evaluation against explicit formulas, and the printed table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_models import model_config
+
+from benchmarks.evidence_examination import TOP_K, examine
+from distill.data.arithmetic import CHARACTERS
+from distill.data.base import DatasetInterface, Example
+from distill.data.prompts import tokenize_prompts
+from distill.data.tokenizer import character_tokenizer, vocabulary_size
+from distill.evaluation.evaluator import Evaluator, format_table
+from distill.models.model import Model
+from distill.models.transformer import Transformer
+from distill.sampling.engine import Engine, EngineConfig
+
+MAX_LENGTH = 6
+
+
+class Sums(DatasetInterface):
+    """Graded by the dataset itself: right when the answer contains the digit asked for."""
+
+    def __init__(self, with_answers: bool = True):
+        self.with_answers = with_answers
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, i: int) -> Example:
+        return Example(f"{i}+{i}", None, str(i) if self.with_answers else None, str(i))
+
+    def is_correct(self, example: Example, response: str) -> bool:
+        return example.answer in response
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return character_tokenizer(CHARACTERS)
+
+
+def make_model(seed: int, vocab_size: int) -> Model:
+    config = model_config(vocab_size=vocab_size, num_layers=1, num_heads=2, ffn_width=32)
+    model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    graph, params = nnx.split(model, nnx.Param)
+    return Model(graph, jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params))
+
+
+def make_evaluator(tokenizer, dataset: DatasetInterface, batch_size: int) -> Evaluator:
+    return Evaluator(
+        dataset,
+        tokenize_prompts(dataset, tokenizer, max_prompt_length=10),
+        tokenizer,
+        max_length=MAX_LENGTH,
+        make_engine=lambda graph: Engine(
+            graph,
+            EngineConfig(max_length=32),
+            eos_ids=(tokenizer.eos_token_id,),
+            pad_id=tokenizer.pad_token_id,
+            vocab_size=vocabulary_size(tokenizer),
+        ),
+        vocab_size=vocabulary_size(tokenizer),
+        batch_size=batch_size,
+        put=jnp.asarray,
+        answer_timeout=5.0,
+    )
+
+
+def test_numbers_against_one_prompt_at_a_time(tokenizer):
+    """Greedy answers, divergences, length and accuracy by a plain loop over full forwards."""
+    dataset, student, teacher = Sums(), make_model(1, 24), make_model(2, 32)
+    size = vocabulary_size(tokenizer)
+
+    @jax.jit
+    def log_probs(tokens_bt):
+        models = (nnx.merge(model.graph, model.params) for model in (student, teacher))
+        return [jax.nn.log_softmax(m.logits(m(tokens_bt))[0, :, :size]) for m in models]
+
+    forward, reverse, lengths, right = 0.0, 0.0, [], 0
+    for i in range(len(dataset)):
+        prompt = tokenizer(f"{dataset[i].prompt}\n", add_special_tokens=False).input_ids
+        row = np.zeros((1, len(prompt) + MAX_LENGTH), np.int32)
+        row[0, : len(prompt)] = prompt
+        answer = []
+        while len(answer) < MAX_LENGTH and tokenizer.eos_token_id not in answer:
+            position = len(prompt) + len(answer) - 1
+            q, p = (np.asarray(x[position], np.float64) for x in log_probs(row))
+            forward += (np.exp(p) * (p - q)).sum()
+            reverse += (np.exp(q) * (q - p)).sum()
+            answer.append(int(q.argmax()))
+            row[0, position + 1] = answer[-1]
+        lengths.append(len(answer))
+        right += dataset.is_correct(dataset[i], tokenizer.decode(answer, skip_special_tokens=True))
+
+    # Five prompts in batches of two: the last batch is filled up, and must not count twice.
+    evaluation = make_evaluator(tokenizer, dataset, batch_size=2)(student, teacher)
+    assert evaluation.examples == 5
+    assert evaluation.accuracy == right / 5
+    assert evaluation.mean_length == pytest.approx(np.mean(lengths))
+    assert evaluation.forward_kl == pytest.approx(forward / sum(lengths), rel=1e-4)
+    assert evaluation.reverse_kl == pytest.approx(reverse / sum(lengths), rel=1e-4)
+
+
+def test_without_teacher_or_answers_those_numbers_are_absent(tokenizer):
+    evaluator = make_evaluator(tokenizer, Sums(with_answers=False), batch_size=5)
+    evaluation = evaluator(make_model(1, 24), None)
+    assert evaluation.accuracy is None and evaluation.accuracy_low is None
+    assert evaluation.forward_kl is None and evaluation.reverse_kl is None
+    assert 1 <= evaluation.mean_length <= MAX_LENGTH
+
+
+def test_table_shows_the_three_models_side_by_side():
+    row = dict(
+        accuracy=0.5, accuracy_low=0.4, accuracy_high=0.6, examples=100, forward_kl=0.125,
+        reverse_kl=0.25, mean_length=12.0, truncated=0.01,
+    )  # fmt: skip
+    missing = {**row, "accuracy": None, "forward_kl": None}
+    lines = format_table({"teacher": missing, "base": row}).splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "base", "teacher"]
+    assert "50.0%" in lines[1] and "40.0% - 60.0%" in lines[1] and "0.1250" in lines[1]
+    assert "0.1250" not in lines[2]
+    assert lines[1].index("12.0") == lines[2].index("12.0") == lines[0].index("length")
+
+
+def test_examination_against_one_answer_at_a_time(tokenizer):
+    student, other, size = make_model(1, 24), make_model(2, 24), vocabulary_size(tokenizer)
+    # So alike that they do not part at the first token of every answer.
+    params = jax.tree.map(lambda x, y: x + 0.3 * y, student.params, other.params)
+    teacher = Model(other.graph, params)
+    evaluator = make_evaluator(tokenizer, Sums(), batch_size=2)
+    rollout = evaluator.answer(student.graph, student.params, evaluator.greedy)
+    examination = examine(evaluator, student, teacher, rollout)
+    first = []
+    for i, length in enumerate(rollout.lengths_b):
+        prompt, answer = evaluator.prompts.prompt_tokens[i], rollout.tokens_br[i, :length]
+        row = jnp.asarray([*prompt, *answer])[None]
+        log_q, log_p = (
+            np.asarray(
+                jax.nn.log_softmax(module.logits(module(row))[0, len(prompt) - 1 : -1, :size])
+            )
+            for module in (nnx.merge(model.graph, model.params) for model in (student, teacher))
+        )
+        likeliest = [np.argsort(-x, axis=1)[:, :TOP_K] for x in (log_p, log_q)]
+        departs = answer != likeliest[0][:, 0]
+        first.append(int(departs.argmax()) if departs.any() else -1)
+        expected = dict(
+            forward_kl_br=(np.exp(log_p) * (log_p - log_q)).sum(axis=1),
+            reverse_kl_br=(np.exp(log_q) * (log_q - log_p)).sum(axis=1),
+            teacher_log_prob_br=log_p[np.arange(length), answer],
+            departs_br=departs,
+            overlap_br=[np.isin(*pair).mean() for pair in zip(*likeliest, strict=True)],
+        )
+        for name, values in expected.items():
+            row = getattr(examination, name)[i]
+            np.testing.assert_allclose(row[:length], values, rtol=1e-4, atol=1e-5, err_msg=name)
+            assert not row[length:].any(), name
+    assert len(set(first)) > 1
+    assert examination.first_departure_b().tolist() == first

@@ -1,0 +1,217 @@
+"""Every implementation of attention against the definition: values, gradients, meshes, memory."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from devices import needs_hopper
+from jax.experimental import topologies
+
+from distill.base.sharding import make_mesh, named_sharding
+from distill.base.topology import described_tpu
+from distill.kernels.attention import MOST_SEGMENTS, attention
+from distill.kernels.attention.api import _segments, splash
+from distill.kernels.attention.blockwise import BLOCK, _bounds, blockwise_attention
+from distill.models.transformer import REMAT_POLICIES
+
+# By dtype: of values and gradients that are of the order of one.
+TOLERANCES = {"float32": 2e-5, "bfloat16": 4e-2}
+IMPLEMENTATIONS = {
+    "blockwise": functools.partial(blockwise_attention, block=32),
+    "one block": blockwise_attention,
+    "splash": functools.partial(splash, interpret=True),
+}
+
+
+def arrays(batch, length, num_heads, num_kv_heads, width, dtype="float32", seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = [(batch, length, heads, width) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    shapes.append(shapes[0])
+    return [
+        jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def segments(batch, length, longest, seed=0):
+    """Rows packed with segments of mixed length, the rest of a row being padding, 0."""
+    random = np.random.default_rng(seed)
+    ids_bt = np.zeros((batch, length), np.int32)
+    for row in ids_bt:
+        start, number = 0, 1
+        while (size := int(random.integers(1, longest))) + start <= length:
+            row[start : start + size] = number
+            start, number = start + size, number + 1
+    return jnp.asarray(ids_bt)
+
+
+def value_and_gradients(function, q, k, v, cotangent, ids_bt, window):
+    @jax.jit
+    def run(q, k, v):
+        attended, pull = jax.vjp(lambda *x: function(*x, ids_bt, window=window), q, k, v)
+        return attended, *pull(cotangent)
+
+    return [np.asarray(x, np.float32) for x in run(q, k, v)]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_values_and_gradients(name, window, packed, dtype):
+    # 150 positions are no multiple of any block; three query heads share a key-value head.
+    *inputs, cotangent = arrays(2, 150, 6, 2, 16, dtype)
+    ids_bt = segments(2, 150, 60) if packed else None
+    reference = functools.partial(attention, implementation="reference")
+    expected = value_and_gradients(reference, *inputs, cotangent, ids_bt, window)
+    actual = value_and_gradients(IMPLEMENTATIONS[name], *inputs, cotangent, ids_bt, window)
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+needs_segments = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 1), reason="JAX before 0.11.1 gives cuDNN wrong keys of segments"
+)
+
+
+@needs_hopper
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_segments)])
+@pytest.mark.parametrize("width, length", [(64, 150), (128, 1024)])
+def test_cudnn(window, packed, width, length):
+    *inputs, cotangent = arrays(2, length, 6, 2, width, "bfloat16")
+    ids_bt = segments(2, length, length // 3) if packed else None
+    expected, actual = (
+        value_and_gradients(
+            functools.partial(attention, implementation=name), *inputs, cotangent, ids_bt, window
+        )
+        for name in ("reference", "cudnn")
+    )
+    for ours, theirs in zip(actual, expected, strict=True):
+        tolerance = TOLERANCES["bfloat16"]
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "ids, starts, sizes",
+    [
+        ([1] * 7 + [2] * 2 + [0] * 31, [0, 7, 9], [7, 2, 31]),
+        ([1] * 40, [0], [40]),
+        (range(MOST_SEGMENTS + 1), range(MOST_SEGMENTS + 1), [1] * (MOST_SEGMENTS + 1)),
+        (range(MOST_SEGMENTS + 2), None, None),
+    ],
+)
+def test_segments_as_cudnn_takes_them(ids, starts, sizes):
+    *found, fits = _segments(jnp.asarray(ids))
+    assert fits == (starts is not None)
+    if fits:
+        absent = [-1] * (MOST_SEGMENTS + 1 - len(starts))
+        assert [x.tolist() for x in found] == [[*starts, *absent], [*sizes, *absent]]
+
+
+@needs_hopper
+@needs_segments
+def test_a_row_of_too_many_segments_is_nan():
+    *inputs, _ = arrays(2, 128, 2, 2, 64, "bfloat16")
+    ids_bt = jnp.stack([jnp.arange(128), jnp.zeros(128, jnp.int32)])
+    attended = np.asarray(attention(*inputs, ids_bt, implementation="cudnn"), np.float32)
+    assert np.isnan(attended[0]).all() and np.isfinite(attended[1]).all()
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 2, 2)])
+def test_on_a_mesh(sizes):
+    """Rows and heads cut over devices; the bounds of the loops are each device's own."""
+    *inputs, cotangent = arrays(8, 600, 4, 2, 8)
+    ids_bt = segments(8, 600, 300)
+    expected = value_and_gradients(attention, *inputs, cotangent, ids_bt, None)
+    with jax.set_mesh(make_mesh(*sizes)):
+        actual = value_and_gradients(attention, *inputs, cotangent, ids_bt, None)
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def compiled_gradients(length, mesh=None, dtype="float32"):
+    """Of q, k, v of four rows on the mesh, of eight heads of width 128."""
+
+    def loss(q, k, v, ids_bt):
+        return attention(q, k, v, ids_bt).astype(jnp.float32).sum()
+
+    def shape(heads, *axes):
+        sharding = None if mesh is None else named_sharding(mesh, "batch", None, *axes)
+        sizes = (4, length, heads, 128) if axes else (4, length)
+        return jax.ShapeDtypeStruct(sizes, dtype if axes else "int32", sharding=sharding)
+
+    inputs = shape(8, "act_heads", None), *[shape(4, "act_kv_heads", None)] * 2, shape(0)
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs).compile()
+
+
+@pytest.mark.parametrize("name", ["one block", "splash"])
+def test_dots_does_not_compute_attention_again(name):
+    function = functools.partial(IMPLEMENTATIONS[name], segment_ids_bt=None, window=None)
+    length = {"one block": BLOCK, "splash": 128}[name]  # no loops within attention
+    q, k, v, _ = arrays(1, length, 2, 2, 16)
+
+    def gradient_flops(remat):
+        def layer(x, _):
+            return function(x, k, v), None
+
+        def loss(q):
+            step = layer
+            if remat != "none":
+                step = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            return jax.lax.scan(step, q, None, length=2)[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(q).compile().cost_analysis()["flops"]
+
+    flops = {remat: gradient_flops(remat) for remat in REMAT_POLICIES}
+    product = 2 * 2 * 16 * length**2
+    assert flops["full"] - flops["none"] > product
+    assert flops["dots"] - flops["none"] < product / 10
+
+
+def test_memory_is_linear_in_the_length():
+    bytes_of = {n: compiled_gradients(n).memory_analysis().temp_size_in_bytes for n in (1024, 4096)}
+    assert bytes_of[4096] < 4.5 * bytes_of[1024], bytes_of
+    assert bytes_of[4096] < 4 * 8 * 4096**2  # a byte for each of the scores
+
+
+def test_blocks_of_other_segments_are_not_computed():
+    """Sixteen segments of a block each: the blocks on the diagonal are all there is to enter."""
+    ids_bt = jnp.repeat(jnp.arange(16), BLOCK)[None]
+    first_i, last_j = _bounds(ids_bt, None, BLOCK)
+    assert first_i.tolist() == last_j.tolist() == list(range(16))
+    first_i, last_j = _bounds(jnp.zeros_like(ids_bt), 2 * BLOCK, BLOCK)
+    assert first_i.tolist() == [max(i - 2, 0) for i in range(16)]
+    assert last_j.tolist() == [min(j + 2, 15) for j in range(16)]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flash", "'flash' is unknown: .* blockwise, splash"),
+        ("splash", "'splash' cannot run on cpu"),
+        ("cudnn", "'cudnn' cannot run on (cpu|gpu) with heads of 8 float32 and packed rows"),
+    ],
+)
+def test_an_implementation_that_cannot_run_is_an_error(name, message):
+    *inputs, _ = arrays(1, 8, 2, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        attention(*inputs, segments(1, 8, 4), implementation=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is missing"
+)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_tpu_compiler_takes_the_kernel(topology):
+    described_tpu(topology)  # tells libtpu what it would ask the machine
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(1, 2, 2, devices)
+    with jax.set_mesh(mesh):
+        compiled = compiled_gradients(4096, mesh, "bfloat16")
+    assert "tpu_custom_call" in compiled.as_text()
+    # Two rows and four heads on a device: the float32 scores would be 512 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 100e6

@@ -1,0 +1,326 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill.base.errors import UserError
+from distill.kernels.linear_divergence import linear_divergence
+from distill.losses import divergences
+from distill.losses.divergences import (
+    get_divergence,
+    get_loss,
+    is_pointwise,
+    register_divergence,
+    register_loss,
+)
+from distill.losses.objective import lambda_coin, make_objective, sample_coins, token_weights
+
+# (name, parameter) with the parameter of the divergence that has one.
+CASES = [
+    ("forward", None),
+    ("reverse", None),
+    ("mixed", 0.3),
+    ("jsd", 0.0),
+    ("jsd", 0.1),
+    ("jsd", 0.5),
+    ("jsd", 1.0),
+    ("skew_forward", 0.0),
+    ("skew_forward", 0.1),
+    ("skew_reverse", 0.0),
+    ("skew_reverse", 0.1),
+]
+KEYS = {"mixed": "mixed_kl_weight", "jsd": "jsd_beta"}
+
+
+def divergence_of(name, parameter):
+    options = {} if parameter is None else {KEYS.get(name, "skew_alpha"): parameter}
+    return get_divergence(name, **options)
+
+
+def log_softmax64(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl64(log_a, log_b):
+    return (np.exp(log_a) * (log_a - log_b)).sum(-1, keepdims=True)
+
+
+def expected(name, parameter, logits_s, logits_t):
+    """Value and gradient by the student's logits in float64, each gradient derived by hand."""
+    log_q, log_p = log_softmax64(np.float64(logits_s)), log_softmax64(np.float64(logits_t))
+    p, q = np.exp(log_p), np.exp(log_q)
+    forward = kl64(log_p, log_q), q - p
+    reverse = kl64(log_q, log_p), q * (log_q - log_p - kl64(log_q, log_p))
+    if name == "forward" or (name, parameter) in [("jsd", 0.0), ("skew_forward", 0.0)]:
+        return forward
+    if name == "reverse" or (name, parameter) in [("jsd", 1.0), ("skew_reverse", 0.0)]:
+        return reverse
+    if name == "mixed":
+        return tuple(
+            parameter * f + (1 - parameter) * r for f, r in zip(forward, reverse, strict=True)
+        )
+    if name == "jsd":
+        log_m = np.logaddexp(np.log(parameter) + log_p, np.log(1 - parameter) + log_q)
+        kl_q = kl64(log_q, log_m)
+        value = parameter * kl64(log_p, log_m) + (1 - parameter) * kl_q
+        return value, (1 - parameter) * q * (log_q - log_m - kl_q)
+    if name == "skew_forward":
+        log_m = np.logaddexp(np.log(parameter) + log_p, np.log(1 - parameter) + log_q)
+        slope = -p * (1 - parameter) * np.exp(log_q - log_m)
+        return kl64(log_p, log_m), slope - q * slope.sum(-1, keepdims=True)
+    assert name == "skew_reverse"
+    log_m = np.logaddexp(np.log(1 - parameter) + log_p, np.log(parameter) + log_q)
+    slope = q * (log_q - log_m + 1 - parameter * np.exp(log_q - log_m))
+    return kl64(log_q, log_m), slope - q * slope.sum(-1, keepdims=True)
+
+
+def random_logits(seed, scale=3.0, shape=(5, 40)):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def evaluate(name, parameter, logits_s, logits_t):
+    """Values per token and gradients by the student's logits: heads that change nothing."""
+    num_tokens, vocab_size = logits_s.shape
+    identity = np.eye(vocab_size, dtype=np.float32)
+
+    def loss(logits_s):
+        return linear_divergence(
+            *(logits_s, identity, logits_t, identity, np.ones(num_tokens, np.float32)),
+            divergence=divergence_of(name, parameter),
+            vocab_size=vocab_size,
+        )
+
+    (_, values), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(logits_s))
+    return np.asarray(values.divergence), np.asarray(gradients)
+
+
+@pytest.mark.parametrize("name, parameter", CASES)
+class TestEveryDivergence:
+    def test_value_and_gradient_are_the_float64_formula(self, name, parameter):
+        logits_s, logits_t = random_logits(0), random_logits(1)
+        values, gradients = evaluate(name, parameter, logits_s, logits_t)
+        expected_values, expected_gradients = expected(name, parameter, logits_s, logits_t)
+        np.testing.assert_allclose(values, expected_values[:, 0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradients, expected_gradients, rtol=1e-4, atol=2e-6)
+
+    def test_is_zero_with_zero_gradient_for_equal_models(self, name, parameter):
+        logits = random_logits(2)
+        values, gradients = evaluate(name, parameter, logits, logits)
+        np.testing.assert_allclose(values, 0.0, atol=1e-6)
+        np.testing.assert_allclose(gradients, 0.0, atol=1e-6)
+
+    def test_ignores_a_shift_of_the_logits(self, name, parameter):
+        logits_s, logits_t = random_logits(3), random_logits(4)
+        shifted = evaluate(name, parameter, logits_s + 20.0, logits_t - 30.0)
+        still = evaluate(name, parameter, logits_s, logits_t)
+        for moved, unmoved in zip(shifted, still, strict=True):
+            np.testing.assert_allclose(moved, unmoved, rtol=1e-4, atol=2e-5)
+
+    @pytest.mark.parametrize("seed", [5, 6])
+    def test_extreme_logits(self, name, parameter, seed):
+        logits_t = np.full((5, 40), -80.0, np.float32)
+        logits_t[np.arange(5), [0, 3, 7, 7, 39]] = 80.0  # one-hot teacher
+        logits_s = np.clip(random_logits(seed, scale=60.0), -80.0, 80.0)
+        logits_s[4] = logits_t[3]  # a student as sure of another token
+        for first, second in [(logits_s, logits_t), (logits_t, logits_s)]:
+            values, gradients = evaluate(name, parameter, first, second)
+            expected_values, expected_gradients = expected(name, parameter, first, second)
+            np.testing.assert_allclose(values, expected_values[:, 0], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("log_p", [-1e30, -math.inf])
+    def test_impossible_for_both_is_free(self, name, parameter, log_p):
+        f = divergence_of(name, parameter)
+        value, slope = jax.value_and_grad(f, argnums=1)(jnp.float32(log_p), jnp.float32(-1e30))
+        assert (value, slope) == (0.0, 0.0)
+
+    def test_is_a_static_argument(self, name, parameter):
+        assert divergence_of(name, parameter) == divergence_of(name, parameter)
+        assert hash(divergence_of(name, parameter)) == hash(divergence_of(name, parameter))
+
+
+@pytest.mark.parametrize("log_p", [-200.0, -1e30, -math.inf])
+@pytest.mark.parametrize("name", ["forward", "skew_forward"])
+def test_impossible_for_the_teacher_costs_nothing(name, log_p):
+    value, slope = jax.value_and_grad(get_divergence(name), argnums=1)(log_p, -1.0)
+    assert (value, slope) == (0.0, 0.0)
+
+
+def test_parameters_are_not_mixed_up():
+    assert divergence_of("jsd", 0.2) != divergence_of("jsd", 0.3)
+    assert divergence_of("skew_forward", 0.2) != divergence_of("skew_reverse", 0.2)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(divergences, "_REGISTRY", dict(divergences._REGISTRY))
+
+
+class TestRegistry:
+    def test_unknown_name_lists_the_known(self):
+        with pytest.raises(UserError, match=r"'forwards'.*forward, jsd, mixed, reverse, skew_"):
+            get_divergence("forwards")
+
+    @pytest.mark.parametrize("key", ["mixed_kl_weight", "jsd_beta", "skew_alpha"])
+    @pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+    def test_parameter_out_of_range(self, key, value):
+        with pytest.raises(UserError, match=key):
+            get_divergence("forward", **{key: value})
+
+    def test_registered_divergence_is_found(self, registry):
+        @register_divergence("total_variation")
+        def total_variation(log_p, log_q):
+            return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+
+        assert get_divergence("total_variation") is total_variation
+        assert is_pointwise("total_variation")
+
+    def test_one_namespace_for_divergences_and_losses(self, registry):
+        @register_loss("mine")
+        def mine(log_p_cv, log_q_cv, targets_c):
+            return -log_q_cv[:, 0]
+
+        assert get_loss("mine") is mine
+        assert not is_pointwise("mine")
+        with pytest.raises(UserError, match="already taken"):
+            register_divergence("mine")(lambda log_p, log_q: log_p)
+        with pytest.raises(UserError, match="already taken"):
+            register_loss("jsd")(lambda log_p_cv, log_q_cv, targets_c: targets_c)
+        with pytest.raises(UserError, match="'mine'"):
+            get_divergence("mine")
+
+    def test_a_notebook_cell_may_run_twice(self, registry):
+        for _ in range(2):
+
+            @register_divergence("again")
+            def again(log_p, log_q):
+                return log_p - log_q
+
+        assert get_divergence("again") is again
+
+
+def objective_inputs():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    arrays = normal(4, 6, 3), normal(3, 11), normal(4, 6, 5), normal(5, 12)
+    targets_br = jnp.asarray(rng.integers(0, 10, (4, 6)))
+    mask_br = jnp.arange(6) < jnp.array([6, 1, 3, 0])[:, None]
+    return arrays, targets_br, mask_br
+
+
+class TestObjective:
+    def test_is_the_mean_over_the_valid_tokens(self):
+        arrays, targets_br, mask_br = objective_inputs()
+        objective = make_objective("reverse")
+        loss, values = objective(*arrays, targets_br, token_weights(mask_br, 10), vocab_size=10)
+        assert values.divergence.shape == values.log_prob_s.shape == (4, 6)
+        np.testing.assert_allclose(loss, values.divergence[mask_br].mean(), rtol=1e-6)
+
+    def test_value_and_gradient_do_not_depend_on_microbatches(self):
+        (hidden_s, head_s, hidden_t, head_t), targets_br, mask_br = objective_inputs()
+        objective = make_objective("jsd")
+        weights_br = token_weights(mask_br, mask_br.sum())
+
+        def loss(head_s, rows):
+            return objective(
+                hidden_s[rows],
+                head_s,
+                hidden_t[rows],
+                head_t,
+                targets_br[rows],
+                weights_br[rows],
+                vocab_size=10,
+            )[0]
+
+        value_and_grad = jax.jit(jax.value_and_grad(loss))
+        whole = value_and_grad(head_s, jnp.arange(4))
+        parts = [value_and_grad(head_s, rows) for rows in (jnp.arange(1), jnp.arange(1, 4))]
+        for first, second, total in zip(*parts, whole, strict=True):
+            np.testing.assert_allclose(first + second, total, rtol=1e-5, atol=1e-7)
+
+    def test_temperature_squared_scales_the_loss(self):
+        arrays, targets_br, mask_br = objective_inputs()
+        plain, squared = (
+            make_objective("forward", temperature=3.0, temperature_squared=flag)(
+                *arrays, targets_br, token_weights(mask_br, 10), vocab_size=10
+            )[0]
+            for flag in (False, True)
+        )
+        np.testing.assert_allclose(squared, 9.0 * plain, rtol=1e-6)
+
+    def test_hard_labels_need_no_teacher(self):
+        (hidden_s, head_s, _, _), targets_br, mask_br = objective_inputs()
+        objective = make_objective("forward", hard_labels=True, temperature=3.0)
+        assert not objective.needs_teacher
+        weights_br = token_weights(mask_br, 10)
+        loss, values = objective(
+            hidden_s, head_s, None, None, targets_br, weights_br, vocab_size=10
+        )
+        np.testing.assert_allclose(loss, -values.log_prob_s[mask_br].mean(), rtol=1e-6)
+
+    def test_kl_type_may_name_a_registered_loss(self, registry):
+        @register_loss("teacher_weighted")
+        def teacher_weighted(log_p_cv, log_q_cv, targets_c):
+            rows_c = jnp.arange(targets_c.size)
+            return -jnp.exp(log_p_cv[rows_c, targets_c]) * log_q_cv[rows_c, targets_c]
+
+        arrays, targets_br, mask_br = objective_inputs()
+        objective = make_objective("teacher_weighted")
+        loss, values = objective(*arrays, targets_br, token_weights(mask_br, 10), vocab_size=10)
+        losses_br = -jnp.exp(values.log_prob_t) * values.log_prob_s
+        np.testing.assert_allclose(loss, losses_br[mask_br].mean(), rtol=1e-6)
+
+    def test_no_valid_token_is_zero_not_nan(self):
+        assert token_weights(jnp.zeros((2, 3), bool), 0).tolist() == [[0.0] * 3] * 2
+
+    def test_equal_configurations_compile_once(self):
+        assert make_objective("jsd", jsd_beta=0.3) == make_objective("jsd", jsd_beta=0.3)
+        assert hash(make_objective("jsd")) == hash(make_objective("jsd"))
+        assert make_objective("jsd", jsd_beta=0.3) != make_objective("jsd")
+
+    def test_bad_arguments(self):
+        with pytest.raises(UserError, match="kl_temperature=0"):
+            make_objective("forward", temperature=0.0)
+        with pytest.raises(UserError, match="unknown kl_type 'kl'.*reverse"):
+            make_objective("kl")
+        with pytest.raises(UserError, match="'mosaic'.*reference, chunked"):
+            make_objective("forward", implementation="mosaic")
+
+
+def within_binomial_bounds(heads, tosses, probability):
+    deviation = math.sqrt(tosses * probability * (1 - probability))
+    return abs(heads - tosses * probability) <= 4 * deviation  # 6 in 100000 fail, for a fixed seed
+
+
+class TestCoins:
+    def test_frequency_over_steps(self):
+        heads = sum(lambda_coin(0, step, 0.3) for step in range(200))
+        assert within_binomial_bounds(heads, 200, 0.3)
+
+    def test_frequency_over_prompts(self):
+        coins_b = sample_coins(0, 7, jnp.arange(20_000), 0.7)
+        assert within_binomial_bounds(int(coins_b.sum()), 20_000, 0.7)
+
+    def test_certain_coins(self):
+        assert all(lambda_coin(1, step, 1.0) is True for step in range(100))
+        assert all(lambda_coin(1, step, 0.0) is False for step in range(100))
+        assert sample_coins(1, 0, jnp.arange(20_000), 1.0).all()
+        assert not sample_coins(1, 0, jnp.arange(20_000), 0.0).any()
+
+    def test_a_function_of_seed_and_step(self):
+        def tosses(seed):
+            return [lambda_coin(seed, step, 0.5) for step in range(40)]
+
+        assert tosses(3) == tosses(3)
+        assert tosses(3) != tosses(4)
+
+    def test_a_function_of_the_prompt_not_of_its_place_in_the_batch(self):
+        coins_b = sample_coins(0, 5, jnp.arange(64), 0.5)
+        np.testing.assert_array_equal(
+            sample_coins(0, 5, jnp.arange(63, -1, -1), 0.5), coins_b[::-1]
+        )
+        assert (coins_b != sample_coins(0, 6, jnp.arange(64), 0.5)).any()

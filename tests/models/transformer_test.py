@@ -1,0 +1,216 @@
+"""The decoder against itself: masks, cache, dtypes, remat, initial weights, frequencies."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_models import model_config
+
+from distill.base.sharding import make_mesh, param_shardings
+from distill.models.facts import RopeScaling
+from distill.models.transformer import REMAT_POLICIES, Transformer, init_cache, rope_frequencies
+
+VOCABULARY = 64
+CONFIG = model_config(
+    "qwen3",
+    vocab_size=VOCABULARY,
+    model_width=32,
+    head_width=16,
+    ffn_width=48,
+    tied=False,
+    max_positions=128,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Programs here run once or twice on tiny arrays: nearly all their time is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def construct(config, remat="none", dtype=jnp.float32):
+    return Transformer(config, dtype=dtype, param_dtype=jnp.float32, remat=remat, rngs=nnx.Rngs(0))
+
+
+@jax.jit
+def hidden_of(model, *arrays):
+    return model(*arrays)
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(1, VOCABULARY, shape)
+
+
+def randomised(config, **options):
+    """Weights large enough that every part of the model shows in the outputs."""
+    random = np.random.default_rng(1)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: construct(config, **options)), nnx.Param)
+
+    def value(x):
+        return jnp.asarray(0.2 * random.standard_normal(x.shape) + (x.ndim < 3), x.dtype)
+
+    return nnx.merge(graphdef, jax.tree.map(value, shapes))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomised(CONFIG)
+
+
+def test_later_tokens_do_not_change_earlier_outputs(model):
+    tokens = random_tokens(1, 12)
+    changed = tokens.copy()
+    changed[0, 7] = (tokens[0, 7] + 1) % VOCABULARY
+    difference = np.abs(hidden_of(model, tokens) - hidden_of(model, changed)).max(axis=-1)[0]
+    assert (difference[:7] == 0).all()
+    assert (difference[7:] > 1e-3).all()
+
+
+def test_segments_do_not_see_each_other(model):
+    first, second = random_tokens(1, 5), random_tokens(1, 6, seed=1)
+    packed = np.concatenate([first, second, np.zeros((1, 1), int)], axis=1)
+    segments = np.array([[1] * 5 + [2] * 6 + [0]])
+    positions = np.array([[*range(5), *range(6), 0]])
+    hidden = hidden_of(model, packed, positions, segments)
+    np.testing.assert_allclose(hidden[:, :5], hidden_of(model, first), atol=1e-5)
+    np.testing.assert_allclose(hidden[:, 5:11], hidden_of(model, second), atol=1e-5)
+
+
+def test_cached_decoding_equals_the_full_forward(model):
+    """Ragged prompts, then single tokens, one row stopping early; caches donated at each call."""
+    tokens = random_tokens(3, 12)
+    full = np.asarray(hidden_of(model, tokens))
+    extend = jax.jit(lambda *args: model.extend(*args), donate_argnums=2)
+    lengths = np.array([5, 2, 4])
+    prompts = np.where(np.arange(5) < lengths[:, None], tokens[:, :5], 0)
+    empty = init_cache(CONFIG, 3, 12, jnp.float32)
+    hidden, cache = extend(prompts, lengths, empty)
+    assert empty.k_lbskh.is_deleted()
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :length], full[row, :length], atol=1e-5)
+    for step in range(6):
+        new = np.array([1, 1, int(step < 2)])
+        hidden, cache = extend(tokens[np.arange(3), lengths][:, None], new, cache)
+        for row in np.flatnonzero(new):
+            np.testing.assert_allclose(hidden[row, 0], full[row, lengths[row]], atol=1e-5)
+        lengths = lengths + new
+    np.testing.assert_array_equal(cache.lengths_b, [11, 8, 6])
+
+
+def test_sharded_decoding_equals_the_full_forward(model):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    graphdef, params = nnx.split(model, nnx.Param)
+    params = jax.device_put(params, param_shardings(params, mesh))
+    tokens, lengths = random_tokens(4, 6), np.array([4, 1, 3, 2])
+
+    @jax.jit
+    def decode(params):
+        model = nnx.merge(graphdef, params)
+        cache = init_cache(CONFIG, 4, 8, jnp.float32)
+        _, cache = model.extend(tokens[:, :4], lengths, cache)
+        return model.extend(tokens[np.arange(4), lengths][:, None], np.ones(4, int), cache)
+
+    with jax.set_mesh(mesh):
+        hidden, cache = decode(params)
+    assert cache.k_lbskh.addressable_shards[0].data.shape == (2, 1, 8, 1, 16)
+    full = hidden_of(model, tokens)
+    np.testing.assert_allclose(hidden[:, 0], full[np.arange(4), lengths], atol=1e-5)
+
+
+def test_tokens_beyond_the_cache_are_dropped(model):
+    tokens = random_tokens(1, 6)
+    extend = jax.jit(model.extend)
+    _, cache = extend(tokens[:, :4], np.array([4]), init_cache(CONFIG, 1, 4, jnp.float32))
+    _, after = extend(tokens[:, 4:], np.array([0]), cache)
+    np.testing.assert_array_equal(after.k_lbskh, cache.k_lbskh)
+    np.testing.assert_array_equal(after.v_lbskh, cache.v_lbskh)
+    np.testing.assert_array_equal(after.lengths_b, [4])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_compute_dtype_and_stored_dtype_are_separate(tied):
+    config = dataclasses.replace(CONFIG, tied=tied)
+
+    def outputs():
+        model = construct(config, dtype=jnp.bfloat16)
+        tokens, cache = jnp.zeros((1, 4), jnp.int32), init_cache(config, 1, 4, jnp.bfloat16)
+        hidden = model(tokens)
+        stored = nnx.state(model)
+        return stored, (hidden, model.head(), *model.extend(tokens, 4, cache)), model.logits(hidden)
+
+    stored, (hidden, head, cached_hidden, cache), logits = jax.eval_shape(outputs)
+    assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype(jnp.float32)}
+    assert hidden.dtype == cached_hidden.dtype == head.dtype == jnp.bfloat16
+    assert cache.k_lbskh.dtype == cache.v_lbskh.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    assert head.shape == (CONFIG.model_width, VOCABULARY)
+
+
+def test_bfloat16_stays_near_float32():
+    exact, coarse = randomised(CONFIG), randomised(CONFIG, dtype=jnp.bfloat16)
+    tokens = random_tokens(2, 12)
+    error = np.abs(hidden_of(exact, tokens) - hidden_of(coarse, tokens).astype(jnp.float32))
+    assert 1e-4 < error.mean() < 3e-2
+
+
+def loss_and_gradient(remat):
+    graphdef, params = nnx.split(randomised(CONFIG, remat=remat), nnx.Param)
+
+    def loss(params):
+        return jnp.square(nnx.merge(graphdef, params)(random_tokens(2, 8))[..., 0]).mean()
+
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params)
+    return traced.lower().compile()(params), str(traced.jaxpr)
+
+
+@pytest.fixture(scope="module")
+def plain_loss_and_gradient():
+    return loss_and_gradient("none")
+
+
+@pytest.mark.parametrize("remat", sorted(REMAT_POLICIES.keys() - {"none"}))
+def test_remat_changes_neither_loss_nor_gradient(remat, plain_loss_and_gradient):
+    expected, plain_program = plain_loss_and_gradient
+    found, program = loss_and_gradient(remat)
+    assert "remat" in program and "remat" not in plain_program
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
+
+def test_unknown_remat_is_refused():
+    with pytest.raises(ValueError, match="'half' is not one of none, full, dots"):
+        construct(CONFIG, remat="half")
+
+
+def test_initial_weights():
+    config = dataclasses.replace(CONFIG, num_layers=8, qkv_bias=True)
+    layers = jax.jit(lambda: construct(config))().layers
+    assert np.std(layers.q_proj[...]) == pytest.approx(0.02, rel=0.05)
+    for residual in (layers.o_proj, layers.down_proj):
+        assert np.std(residual[...]) == pytest.approx(0.02 / 4, rel=0.05)
+    assert (layers.attention_norm[...] == 1).all() and (layers.q_bias[...] == 0).all()
+    assert np.abs(layers.up_proj[0] - layers.up_proj[1]).max() > 0.01
+
+
+def test_program_does_not_grow_with_depth():
+    def operations(num_layers):
+        config = dataclasses.replace(CONFIG, num_layers=num_layers)
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: construct(config)), nnx.Param)
+        forward = jax.make_jaxpr(lambda params: nnx.merge(graphdef, params)(random_tokens(1, 4)))
+        return len(str(forward(params)).splitlines())
+
+    assert operations(2) == operations(6)
+
+
+def test_llama3_frequencies_have_three_bands():
+    plain = rope_frequencies(CONFIG)
+    scaling = RopeScaling(8.0, 1.0, 4.0, original_max_positions=32)
+    scaled = rope_frequencies(dataclasses.replace(CONFIG, rope_scaling=scaling))
+    ratio = plain / scaled
+    assert ratio[0] == 1
+    assert 1 < ratio[1] < 8
+    np.testing.assert_allclose(ratio[2:], 8, rtol=1e-6)

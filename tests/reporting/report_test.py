@@ -1,0 +1,313 @@
+"""What a run leaves for its report, and what the report makes of whatever is in a folder."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from made_up_run import HOSTILE, write_run
+from tiny_models import model_config, random_model
+from tiny_runs import tiny_config
+
+import distill
+from distill.base.errors import UserError
+from distill.data.arithmetic import CHARACTERS
+from distill.data.base import DatasetInterface, Example
+from distill.data.prompts import tokenize_prompts
+from distill.data.tokenizer import character_tokenizer, train_bpe_tokenizer, vocabulary_size
+from distill.evaluation import recorder as tokens
+from distill.evaluation.evaluator import Answers
+from distill.evaluation.recorder import RolloutRecorder, pieces
+from distill.losses.objective import make_objective
+from distill.models.model import Model
+from distill.reporting import curves
+from distill.reporting.page import render, write_report
+from distill.reporting.read import read_run
+from distill.sampling.request import Rollout
+
+ROOT = Path(__file__).parents[2]
+
+
+# ------------------------------------------------------------------------- token by token
+
+
+class Questions(DatasetInterface):
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, i: int) -> Example:
+        return Example(f"{i}+{i}", None, str(2 * i), f"q{i}")
+
+
+def record(workdir, *, with_teacher=True, kl_type="reverse", batch_size=2) -> dict:
+    """`rollouts/student.json` of made-up answers to all questions, 6 tokens at most."""
+    tokenizer, questions = character_tokenizer(CHARACTERS), Questions()
+    size = vocabulary_size(tokenizer)
+    random = np.random.default_rng(0)
+    lengths_b = np.array([3, 6, 1, 5, 2], np.int32)
+    workdir.mkdir(exist_ok=True)
+    rollout = Rollout(
+        tokens_br=random.integers(2, size, (5, 6)).astype(np.int32),
+        lengths_b=lengths_b,
+        log_probs_br=np.zeros((5, 6), np.float32),
+        sampled_log_probs_br=np.zeros((5, 6), np.float32),
+        stopped_b=lengths_b < 6,
+    )
+    recorder = RolloutRecorder(
+        workdir,
+        questions,
+        tokenize_prompts(questions, tokenizer, max_prompt_length=10),
+        tokenizer,
+        objective=make_objective(kl_type, temperature=2.0),
+        vocab_size=size,
+        batch_size=batch_size,
+        put=jnp.asarray,
+    )
+    student, teacher = models()
+    answers = Answers(rollout, ["text"] * 5, [True, False, True, False, True])
+    recorder("student", 7, student, teacher if with_teacher else None, answers)
+    return json.loads((workdir / "rollouts/student.json").read_text())
+
+
+def models() -> tuple[Model, Model]:
+    """Student and teacher; the teacher's head has rows of padding."""
+    shapes = model_config(vocab_size=24), model_config(vocab_size=32)
+    return tuple(Model(*random_model(shape, seed=i)) for i, shape in enumerate(shapes))
+
+
+def plain_log_probs(prompt: str, ids: list[int]) -> list[np.ndarray]:
+    """Of student and teacher for every token of an answer, (r, v), by one plain forward pass."""
+    tokenizer = character_tokenizer(CHARACTERS)
+    size = vocabulary_size(tokenizer)
+    context = tokenizer(f"{prompt}\n", add_special_tokens=False).input_ids
+    row = jnp.asarray([context + ids])
+    found = []
+    for model in models():
+        module = nnx.merge(model.graph, model.params)
+        logits_tv = np.asarray(module.logits(module(row))[0], np.float64)[:, :size]
+        found.append(logits_tv[len(context) - 1 : -1])
+    return found
+
+
+def test_numbers_of_every_token_against_plain_formulas(tmp_path, monkeypatch):
+    """Log-probabilities and choices at temperature 1, the divergence at the run's (here 2)."""
+    monkeypatch.setattr(tokens, "_MOST_LOGITS", 2 * 32 * 4)  # two chunks, the second filled up
+    log = record(tmp_path)
+    tokenizer = character_tokenizer(CHARACTERS)
+    assert [len(answer["tokens"]) for answer in log["answers"]] == [3, 6, 1, 5, 2]
+    for i, answer in enumerate(log["answers"]):
+        ids = tokenizer("".join(answer["tokens"]), add_special_tokens=False).input_ids
+        logits = plain_log_probs(Questions()[i].prompt, ids)
+        log_q, log_p = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in logits)
+        tempered_q, tempered_p = (np.asarray(jax.nn.log_softmax(x / 2), float) for x in logits)
+        r = np.arange(len(ids))
+        assert answer["log_q"] == pytest.approx(log_q[r, ids], abs=2e-5)
+        assert answer["log_p"] == pytest.approx(log_p[r, ids], abs=2e-5)
+        reverse = (np.exp(tempered_q) * (tempered_q - tempered_p)).sum(axis=1)
+        assert answer["divergence"] == pytest.approx(reverse, abs=2e-5)
+        for position, top in enumerate(answer["top"]):
+            best = np.argsort(-log_p[position])[:5]
+            assert [token for token, _, _ in top] == best.tolist()
+            assert [p for _, p, _ in top] == pytest.approx(log_p[position, best], abs=2e-5)
+            assert [q for _, _, q in top] == pytest.approx(log_q[position, best], abs=2e-5)
+            assert all(log["texts"][str(token)] == tokenizer.decode([token]) for token in best)
+
+
+def test_what_is_known_of_answers(tmp_path):
+    log = record(tmp_path)
+    first, second = log["answers"][:2]
+    assert (first["question"], first["prompt"]) == ("0+0", "0+0\n")
+    assert first["expected"] == "0" and first["id"] == "q0"
+    assert first["correct"] and not second["correct"]
+    assert first["stopped"] and not second["stopped"]
+    assert (log["role"], log["step"], log["answers_in_all"]) == ("student", 7, 5)
+
+
+def test_a_mesh_and_other_batches_change_nothing(tmp_path):
+    from distill.base.sharding import make_mesh
+
+    with jax.set_mesh(make_mesh(2, 1, 2, jax.devices()[:4])):
+        sharded = record(tmp_path / "a", batch_size=4)
+    plain = record(tmp_path / "b", batch_size=2)
+    for ours, theirs in zip(sharded["answers"], plain["answers"], strict=True):
+        for name in ("log_q", "log_p", "divergence"):
+            assert ours[name] == pytest.approx(theirs[name], abs=2e-5)
+        assert [[i for i, _, _ in top] for top in ours["top"]] == [
+            [i for i, _, _ in top] for top in theirs["top"]
+        ]
+
+
+def test_without_a_teacher_only_the_student_is_known(tmp_path):
+    log = record(tmp_path, with_teacher=False)
+    assert not log["has_teacher"] and log["texts"] == {}
+    assert log["answers"][0].keys().isdisjoint({"divergence", "log_p", "top"})
+    with_teacher = record(tmp_path / "b")
+    for ours, theirs in zip(log["answers"], with_teacher["answers"], strict=True):
+        assert ours["log_q"] == pytest.approx(theirs["log_q"], abs=2e-5)
+
+
+def test_only_so_many_tokens_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "MOST_TOKENS", 9)
+    assert [len(a["tokens"]) for a in record(tmp_path / "a")["answers"]] == [3, 6]
+    monkeypatch.setattr(tokens, "MOST_TOKENS", 1)
+    assert [len(a["tokens"]) for a in record(tmp_path / "b")["answers"]] == [3]
+
+
+def test_pieces_of_a_byte_level_tokenizer_add_up_to_the_text():
+    tokenizer = train_bpe_tokenizer(["plain words"], 300)
+    text = "plain 🙂 wörds\n漢"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    texts = pieces(tokenizer.decode, ids)
+    assert len(texts) == len(ids) and "".join(texts) == text
+    assert texts[texts.index("🙂") - 1] == ""  # its first bytes
+    # Cut in the middle of a character, and bytes that are none.
+    assert pieces(tokenizer.decode, ids[:-1])[-1] == "\ufffd"
+    assert len(pieces(tokenizer.decode, ids[-1:] * 9)) == 9
+
+
+# ------------------------------------------------------------------------------ a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("report") / "run"
+    distill.train(tiny_config(max_steps=2), workdir)
+    return workdir
+
+
+def test_a_run_writes_its_report(finished):
+    run = read_run(finished)
+    assert run.notes == () and run.step == 2
+    assert run.config["distillation.max_steps"] == 2 and "cpu" in run.environment["devices"]
+    assert run.results == json.loads((finished / "results.json").read_text())
+    assert {chart["title"] for chart in curves.draw([run])} >= {
+        "Held-out accuracy", "Held-out divergence", "Training loss", "Length of answers",
+        "Gap between sampler and trainer", "Throughput", "Time of a step",
+    }  # fmt: skip
+    assert render([run], ["run"]) == (finished / "report.html").read_text()
+
+
+@pytest.mark.parametrize("role", ["base", "student"])
+def test_divergences_of_tokens_add_up_to_the_evaluation(finished, role):
+    """All 8 held-out answers are written, and the run minimises the forward KL."""
+    log, results = read_run(finished).rollouts[role], read_run(finished).results[role]
+    divergences = [value for answer in log["answers"] for value in answer["divergence"]]
+    assert len(log["answers"]) == results["examples"] == 8
+    assert len(divergences) == pytest.approx(8 * results["mean_length"])
+    assert np.mean(divergences) == pytest.approx(results["forward_kl"], rel=1e-4)
+    assert np.mean([a["correct"] for a in log["answers"]]) == results["accuracy"]
+    assert log["step"] == {"base": 0, "student": 2}[role]
+
+
+# --------------------------------------------------------------------------- what is in a folder
+
+
+def test_hostile_text_ends_no_tag_and_the_policy_names_the_script(tmp_path):
+    page = render([read_run(write_run(tmp_path / "run"))], [HOSTILE])
+    assert len(re.findall("<img|<!--|</script", page)) == 2  # the ends of the two scripts
+    style, data, script = re.search(
+        r"<style>(.*?)</style>.*id=\"data\">(.*?)</script>\s*<script>(.*?)</script>", page, re.S
+    ).groups()
+    for text, kind in ((style, "style"), (script, "script")):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in page
+    read = json.loads(data)
+    assert read["runs"][0]["name"] == HOSTILE
+    assert read["runs"][0]["rollouts"]["student"]["answers"][0]["tokens"][2] == HOSTILE
+    assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", style + script)
+
+
+def test_damaged_lines_and_files_are_left_out_and_counted(tmp_path):
+    folder = write_run(tmp_path / "run")
+    whole = read_run(folder)
+    with (folder / "metrics.jsonl").open("ab") as log:
+        log.write(b'{"step": 41, "loss"\n[1]\n\xff\xfe\n{"loss": 1}\n' + b"[" * 9999 + b"\n")
+        log.write(b'{"step": 50, "loss": NaN, "grad_norm": "x", "seconds/step": 1e999}\n')
+        log.write(b'{"step": 40, "loss": 0.5}\n')
+    (folder / "results.json").write_text("{")
+    (folder / "rollouts/base.json").write_text("[]")
+    (folder / "rollouts/student.json").write_bytes(b"\xff")
+    (folder / "rollouts/z.json").write_text('{"answers": [{}], "texts": {}, "answers_in_all": 1}')
+    run = read_run(folder)
+    assert run.series["loss"] == [*whole.series["loss"][:-1], (40, 0.5)]
+    assert run.notes == (
+        "5 of the lines in metrics.jsonl cannot be read and are left out.",
+        "results.json is damaged and left out.",
+        "base.json is damaged and left out.",
+        "student.json is damaged and left out.",
+        "z.json is damaged and left out.",
+    )
+    assert run.rollouts == {} and run.results == whole.results  # from the log
+    render([run], ["run"])
+
+
+def test_an_unfinished_run_shows_what_there_is(tmp_path):
+    folder = write_run(tmp_path / "run", steps=20)
+    (folder / "checkpoints/25").mkdir(parents=True)
+    run = read_run(folder)
+    assert run.notes == ("Not finished: step 25 of 40. This is what there is so far.",)
+    assert run.results.keys() == {"base", "teacher"}
+    (folder / "run.json").unlink()
+    assert "run.json cannot be read (No such file or directory)." in read_run(folder).notes
+    (folder / "metrics.jsonl").write_text("")
+    render([read_run(folder)], ["run"])
+
+
+def test_long_curves_are_thinned_to_what_a_screen_shows(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.writelines(json.dumps({"step": i, "loss": i}) + "\n" for i in range(41, 30_002))
+    chart = next(c for c in curves.draw([read_run(folder)]) if c["title"] == "Training loss")
+    points = chart["curves"][0]["points"]
+    assert 500 < len(points) <= 1001 and points[-1] == (30_001, 30_001.0)
+
+
+def test_accuracy_has_its_interval_from_the_base_student_on(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    curve, teacher = curves.draw([run])[0]["curves"]
+    assert curve["points"] == [[0, 0.4, 0.4 - 0.05, 0.4 + 0.05], [40, 0.8, 0.8 - 0.05, 0.8 + 0.05]]
+    assert teacher == {"run": 0, "label": "teacher", "level": 1.0}
+    assert math.isclose(run.results["student"]["accuracy"], 0.8)
+
+
+def test_folders_that_hold_no_run(tmp_path):
+    with pytest.raises(UserError, match="there is no folder .*nowhere: pass the --workdir"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run: there is no metrics.jsonl in it"):
+        read_run(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="there is no folder"):
+        write_report([tmp_path / "file"], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_command_line(tmp_path):
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "distill.report", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    a, b = write_run(tmp_path / "a/run"), write_run(tmp_path / "b/run", steps=10)
+    done = call(a)
+    assert done.returncode == 0 and done.stdout == f"report: {a}/report.html\n", done.stderr
+    done = call(a, b, f"--output={tmp_path}/both.html")
+    assert done.stdout.splitlines()[0].startswith(f"{b}: Not finished: step 10 of 40.")
+    page = (tmp_path / "both.html").read_text()
+    assert json.dumps(str(a)) in page and json.dumps(str(b)) in page  # folders called alike
+    for arguments, part in (
+        ((), "pass the folder of a run"),
+        ((tmp_path / "none",), "there is no folder"),
+        ((a, f"--output={tmp_path}/none/x.html"), "pass --output=FILE"),
+        (("--config=x",), "config"),
+    ):
+        done = call(*arguments)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert part in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,160 @@
+"""In-process backends: weights move only by refit."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_models import model_config, random_model
+
+from distill.base.sharding import make_mesh, make_sampler_mesh, named_sharding, replicated
+from distill.rollout.base import RolloutBackend
+from distill.rollout.in_process import JaxBackend
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
+from distill.sampling.request import Rollout, RolloutRequest
+
+CONFIG = model_config("qwen3", num_heads=2, num_kv_heads=1, tied=False)
+PARAMS = SamplingParams(max_length=6)
+OPTIONS = {"eos_ids": (3,), "pad_id": 0, "vocab_size": 32}
+PROMPTS = tuple(np.array(prompt, np.int32) for prompt in ([4, 5, 6], [7, 8], [9]))
+REQUEST = RolloutRequest(PROMPTS, np.array([0, 1, 2]), PARAMS, num_generations=2)
+
+
+@functools.cache
+def student(seed=0, dtype=jnp.float32):
+    return random_model(CONFIG, seed=seed, dtype=dtype)
+
+
+@functools.cache
+def backend(dtype=jnp.float32) -> RolloutBackend:
+    """One per type, to compile once; every test refits it first."""
+    return make_backend(dtype)
+
+
+def make_backend(dtype=jnp.float32, **placement) -> RolloutBackend:
+    engine = Engine(student(dtype=dtype)[0], EngineConfig(max_length=16), **OPTIONS)
+    made = JaxBackend(engine, dtype=dtype, **placement)
+    made.start()
+    return made
+
+
+def generate(sampler: RolloutBackend, **changes) -> Rollout:
+    return sampler.generate(dataclasses.replace(REQUEST, **changes))[0]
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_generates_with_cast_weights_and_request_keys():
+    dtype = jnp.bfloat16
+    graphdef, params = student(dtype=dtype)
+    sampler = backend(dtype)
+    sampler.refit(params, version=0)
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    request = dataclasses.replace(REQUEST, seed=7, step=3)
+    expected, _ = Engine(graphdef, EngineConfig(max_length=16), **OPTIONS).generate(cast, request)
+    assert_equal(generate(sampler, seed=7, step=3), expected)
+    assert {x.dtype for x in jax.tree.leaves(sampler._weights)} == {jnp.dtype(dtype)}
+
+
+def test_refit_makes_generation_use_the_new_weights():
+    sampler = backend()
+    rollouts = []
+    for seed in (0, 1, 0):
+        sampler.refit(student(seed)[1], version=0)
+        rollouts.append(generate(sampler))
+    assert (rollouts[0].log_probs_br != rollouts[1].log_probs_br).all(axis=1).any()
+    assert_equal(rollouts[0], rollouts[2])
+
+
+def test_held_weights_outlive_the_trainers_buffers():
+    """The trainer donates its parameters to the next step; float32 needs no cast, yet a copy."""
+    sampler = backend()
+    params = jax.tree.map(jnp.copy, student()[1])
+    sampler.refit(params, version=0)
+    before = generate(sampler)
+    jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(params)
+    assert jax.tree.leaves(params)[0].is_deleted()
+    assert_equal(generate(sampler), before)
+
+
+def test_randomness_comes_from_seed_step_and_indices():
+    sampler = backend()
+    sampler.refit(student()[1], version=0)
+
+    def tokens(**changes):
+        return generate(sampler, **changes).tokens_br.tolist()
+
+    first = tokens()
+    assert tokens() == first
+    assert tokens(seed=2**40) == first  # taken modulo 2**32
+    assert tokens(seed=1) != first
+    assert tokens(step=1) != first
+    assert tokens(prompt_index=np.array([3, 4, 5])) != first
+    assert first[0] != first[1]  # two answers to one prompt
+
+
+def test_generate_before_refit_and_after_stop_is_an_error():
+    sampler = make_backend()
+    with pytest.raises(RuntimeError, match="before refit"):
+        generate(sampler)
+    sampler.refit(student()[1], version=0)
+    sampler.stop()
+    with pytest.raises(RuntimeError, match="before refit"):
+        generate(sampler)
+
+
+def cut_output_head(mesh) -> nnx.State:
+    """Shardings of a student of which only the output head is split, by embed and vocabulary."""
+    shardings = jax.tree.map(lambda _: replicated(mesh), student()[1])
+    shardings["output_head"] = jax.tree.map(
+        lambda _: named_sharding(mesh, "embed", "vocab"), shardings["output_head"]
+    )
+    return shardings
+
+
+def assert_close(rollout: Rollout, expected: Rollout):
+    np.testing.assert_array_equal(rollout.tokens_br, expected.tokens_br)
+    np.testing.assert_allclose(rollout.log_probs_br, expected.log_probs_br, atol=2e-5)
+
+
+def test_refit_reshards_to_the_given_shardings():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    params = student()[1]
+    alone, sharded = backend(), make_backend(shardings=cut_output_head(mesh))
+    request = dict(num_generations=4, prompts=PROMPTS[:2], prompt_index=np.arange(2))
+    alone.refit(params, version=0)
+    expected = generate(alone, **request)
+    with jax.set_mesh(mesh):
+        sharded.refit(params, version=0)
+        rollout = generate(sharded, **request)
+    head = jax.tree.leaves(sharded._weights["output_head"])[0]
+    assert head.sharding.shard_shape(head.shape) == (8, 16)
+    assert_close(rollout, expected)
+
+
+def test_sampler_with_its_own_devices_gets_its_weights_there():
+    """Cut like the trainer's; the trainer's buffers may go as soon as refit has returned."""
+    devices = jax.devices()
+    mesh = make_mesh(1, 2, 2, devices[:4])
+    sampler_mesh = make_sampler_mesh(mesh, devices[4:])
+    sampler = make_backend(shardings=cut_output_head(mesh), mesh=sampler_mesh)
+    request = dict(num_generations=4)
+    alone = backend()
+    alone.refit(student()[1], version=0)
+    expected = generate(alone, **request)
+    with jax.set_mesh(mesh):  # as in the trainer: the backend must leave its caller's mesh
+        params = jax.device_put(student()[1], replicated(mesh))
+        sampler.refit(params, version=0)
+        jax.tree.map(lambda x: x.delete(), params)
+        rollout = generate(sampler, **request)
+    for weight in jax.tree.leaves(sampler._weights):
+        assert weight.sharding.device_set == set(devices[4:])
+    head = jax.tree.leaves(sampler._weights["output_head"])[0]
+    assert head.sharding.shard_shape(head.shape) == (16, 16)
+    assert_close(rollout, expected)

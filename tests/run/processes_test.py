@@ -1,0 +1,336 @@
+"""Several real processes are one run: its numbers, its checkpoints, its end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from processes_config import get_config
+from safetensors.numpy import load_file
+from tiny_runs import read_metrics
+
+import distill
+from distill.base import processes
+from distill.base.errors import UserError
+from distill.reporting.read import read_run
+
+ROOT = Path(__file__).parents[2]
+# float32: sums over devices come in another order; Adam divides by roots of tiny squares, so that
+# rounding grows from step to step.
+CURVE = dict(rel=2e-5)
+EVALUATION = dict(rel=1e-4, abs=1e-6)
+WEIGHTS = dict(rel=1e-4, abs=1e-5)
+# What Gloo's threads say about their connections, each word written by itself, among others' words.
+GLOO = re.compile(
+    r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+"
+)
+
+
+class Two:
+    """Starts a command in two processes with four devices each; they share compiled programs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(
+        self, workdir: Path, *flags: str, of_one: tuple[str, ...] = (), fault: str = ""
+    ) -> list[subprocess.CompletedProcess]:
+        """Runs `python -m distill.main`.
+
+        Args:
+          workdir: of the run.
+          flags: of both.
+          of_one: further flags of process 1.
+          fault: what happens to process 1; see tests/run/faults/fault_plugin.py.
+        """
+        address = f"--coordinator_address=127.0.0.1:{free_port()}"
+        flags = (f"--workdir={workdir}", address, "--num_processes=2", *flags)
+        started = [self._start(0, flags), self._start(1, (*flags, *of_one), fault)]
+        return [_finish(process) for process in started]
+
+    def _start(self, number: int, flags, fault: str = "") -> subprocess.Popen:
+        command = [
+            sys.executable, "-m", "distill.main", "--config=tests/run/processes_config.py",
+            f"--process_id={number}", *flags,
+        ]  # fmt: skip
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}/tests:{ROOT}/tests/run:{ROOT}/tests/run/faults",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4"),
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "FAULT": fault,
+            "FAULT_LOG": str(self.folder / "faults.log"),
+        }
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def _finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def statuses(done: list[subprocess.CompletedProcess]) -> list[int]:
+    return [each.returncode for each in done]
+
+
+def errors(done: subprocess.CompletedProcess) -> list[str]:
+    assert "Traceback" not in done.stderr and "Check failure" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if "error:" in line]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Loss curve, evaluations and exported weights, up to rounding."""
+    lines = list(zip(read_metrics(ours), read_metrics(theirs), strict=True))
+    assert len([1 for mine, _ in lines if "loss" in mine]) == 6
+    for mine, other in lines:
+        assert mine.keys() == other.keys()
+        for name in mine.keys() & {"loss", "grad_norm", "student_log_prob", "tokens", "on_policy"}:
+            assert mine[name] == pytest.approx(other[name], **CURVE), (mine["step"], name)
+    mine, other = (json.loads((folder / "results.json").read_text()) for folder in (ours, theirs))
+    assert mine.keys() == other.keys() == {"base", "student", "teacher"}
+    for role, values in other.items():
+        assert mine[role] == pytest.approx(values, **EVALUATION), role
+    assert 0 < other["student"]["accuracy"] < 1, "else shares of the grading could be lost"
+    for role in ("base", "student"):
+        mine, other = (read_run(folder).rollouts[role]["answers"] for folder in (ours, theirs))
+        assert len(mine) == len(other) > 4
+        for answer, same in zip(mine, other, strict=True):
+            assert answer["correct"] == same["correct"] and answer["tokens"] == same["tokens"]
+            assert answer["divergence"] == pytest.approx(same["divergence"], rel=1e-3, abs=1e-4)
+    mine, other = (load_file(folder / "student/model.safetensors") for folder in (ours, theirs))
+    assert mine.keys() == other.keys() and len(mine) > 10
+    for key, array in other.items():
+        assert mine[key] == pytest.approx(array, **WEIGHTS), key
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Two:
+    return Two(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def alone(two) -> Path:
+    """The workdir of one process with eight devices."""
+    workdir = two.folder / "alone"
+    distill.train(get_config(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(two) -> tuple[Path, list[subprocess.CompletedProcess]]:
+    workdir = two.folder / "together"
+    done = two.start(workdir)
+    assert statuses(done) == [0, 0], done
+    return workdir, done
+
+
+# ----------------------------------------------------------------------------- the same run
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(alone, together):
+    """Models from scratch, pretraining, training, evaluation, export; only the first speaks."""
+    workdir, (first, second) = together
+    assert_same_run(workdir, alone)
+    assert f"student: {workdir / 'student'}" in first.stdout
+    assert not GLOO.sub("", second.stdout).strip()
+    assert (workdir / "report.html").stat().st_size > 50_000
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
+
+
+@pytest.mark.slow
+def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, together, tmp_path):
+    """Told of the error, process 0 ends at once: it does not wait until a heartbeat is missed."""
+    shutil.copytree(together[0] / "scratch", tmp_path / "scratch")
+    first, second = two.start(tmp_path, fault="train:5:error")
+    assert statuses([first, second]) == [1, 1], (first, second)
+    assert errors(first) == ["process 1: error: RuntimeError: a fault"]
+    assert "Traceback" in second.stderr and "error: RuntimeError: a fault" in second.stderr
+    # From step 3 on, so that this is step 4.
+    done = two.start(tmp_path, fault="train:1:SIGTERM")
+    assert statuses(done) == [0, 0], done
+    assert "step 4 is saved: the same command goes on from it" in done[0].stdout
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 4
+    assert not (tmp_path / "student").exists() and not (tmp_path / ".lock").exists()
+    distill.train(get_config(), tmp_path)
+    assert_same_run(tmp_path, alone)
+
+
+# -------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.slow
+def test_killed_process_is_named_by_the_other(two, together, tmp_path):
+    """In one line, before JAX ends the other one with stack traces."""
+    shutil.copytree(together[0] / "scratch", tmp_path / "scratch")
+    first, second = two.start(tmp_path, "--heartbeat_timeout=20", fault="train:5:SIGKILL")
+    assert statuses([first, second]) == [1, -signal.SIGKILL], (first, second)
+    (line,) = errors(first)
+    assert "process 1 has shown no sign of life for 20 s" in line
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_another_config_is_named_by_both(two, tmp_path):
+    done = two.start(tmp_path / "run", of_one=("--config.seed=1",))
+    assert statuses(done) == [2, 2], done
+    for each in done:
+        (line,) = errors(each)
+        assert "process 1 has another config than process 0: seed is 1 there, 0 here" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_process_that_never_comes_is_named(tmp_path):
+    """Of three, two come; all that is waited for is the time-out."""
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    command = [
+        sys.executable, "-m", "distill.main", "--config=tests/run/processes_config.py",
+        f"--workdir={tmp_path / 'run'}", address, "--num_processes=3",
+        "--initialization_timeout=8",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [
+        subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, env=environment, **pipes)
+        for i in (0, 2)
+    ]
+    done = [_finish(process) for process in started]
+    assert statuses(done) == [2, 2], done
+    for each in done:
+        (line,) = errors(each)
+        assert f"process 1 did not come to {address.partition('=')[2]} within 8 s" in line
+        assert "2 of 3 are there" in line
+
+
+def test_first_process_that_never_comes_is_named():
+    with pytest.raises(
+        UserError, match="process 0 is not to be reached at 127.0.0.1:.* within 1 s"
+    ):
+        processes.join(f"127.0.0.1:{free_port()}", 2, 1, timeout=1)
+
+
+def test_taken_port_is_named():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port} .*Address already"):
+            processes.join(f"127.0.0.1:{port}", 2, 0, timeout=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            (None, 2, None),
+            ["--num_processes=2 came without", "--coordinator_address and --process"],
+        ),
+        (("host:1", None, 1), ["--process_id=1 came without --num_processes: pass all three"]),
+        (("host:1", 2, 2), ["--process_id=2 does not exist with --num_processes=2", "0 to 1"]),
+        (("host", 2, 0), ["--coordinator_address=host has no port: write HOST:PORT"]),
+    ],
+)
+def test_flags_that_contradict_each_other(arguments, words):
+    with pytest.raises(UserError) as error:
+        processes.join(*arguments)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [(), (None, 1), ("host:1", 1, 0)])
+def test_a_plain_process_joins_nothing(arguments):
+    processes.join(*arguments)
+    assert not processes.several() and processes.is_first()
+    assert processes.gather({"a": 1}) == [{"a": 1}] and processes.from_first(lambda: 2) == 2
+    assert list(range(5))[processes.share(5)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"}, None),
+        (
+            {
+                "SLURM_JOB_ID": "4097", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-2],m3",
+                "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+            },
+            ("n1:61441", 4, 3, [1], 9, 8),
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1,10.1.0.1:34911",
+            },
+            ("10.0.0.1:61441", 2, 1, [0], 9, 8),
+        ),
+    ],
+)  # fmt: skip
+def test_environment_says_what_is_not_given(monkeypatch, environment, expected):
+    calls = []
+    monkeypatch.setattr(processes, "_connect", lambda *values: calls.append(values))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.join(timeout=9, silence=8)
+    assert calls == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize(
+    "slices, expected",
+    [
+        (dict(COORDINATOR_ADDRESS="", NUM_SLICES="1", SLICE_ID="0"), ("127.0.0.2:8482", 2, 1)),
+        (dict(COORDINATOR_ADDRESS="127.0.0.1:8", NUM_SLICES="3", SLICE_ID="2"),
+         ("127.0.0.1:8482", 6, 5)),
+    ],
+)  # fmt: skip
+def test_hosts_of_a_tpu_pod_find_each_other(monkeypatch, slices, expected):
+    """All is said by the environment; that this is a TPU host is pretended."""
+    from jax._src.clusters import cloud_tpu_cluster
+
+    calls = []
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(processes, "_connect", lambda *values: calls.append(values))
+    environment = dict(TPU_WORKER_HOSTNAMES="127.0.0.2,127.0.0.3", TPU_WORKER_ID="1")
+    environment |= {f"MEGASCALE_{name}": value for name, value in slices.items()}
+    environment["TPU_SKIP_MDS_QUERY"] = "1"  # no server of the cloud to ask
+    monkeypatch.delenv("TPU_PROCESS_ADDRESSES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.join(timeout=9, silence=8)
+    assert calls == [(*expected, None, 9, 8)]
+
+
+def test_environment_that_jax_cannot_read_is_named(monkeypatch):
+    """Newer versions of Open MPI, and a pod without the cloud that answers."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="Open MPI speaks of several .*pass --coordinator_address"):
+        processes.join()
+
+
+def test_what_several_cannot_do_is_refused(tmp_path, monkeypatch):
+    config = get_config()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="2 processes see each other's devices, but cannot speak"):
+        distill.train(config, tmp_path / "run")
+    monkeypatch.setattr(processes, "several", lambda: True)
+    config.teacher.backend = "vllm"
+    config.teacher.vllm.urls = ("http://127.0.0.1:1",)
+    with pytest.raises(UserError, match="teacher.backend=vllm works within one process, and 2"):
+        distill.train(config, tmp_path / "run")

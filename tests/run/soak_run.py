@@ -1,0 +1,73 @@
+"""The run that soak_test.py watches: `python soak_run.py WORKDIR STEPS` prints JSON lines."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+from tiny_runs import tiny_config
+
+import distill
+from distill.run import progress as metrics
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def count_threads() -> int:
+    """Without TensorStore's pool: how many workers a save finds idle, and starts, is chance."""
+    names = []
+    for folder in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            names.append((folder / "comm").read_text().strip())
+    return len(names) - names.count("ts_pool_worker")
+
+
+def yardstick() -> None:
+    """A fixed piece of Python's work."""
+    for _ in range(4):
+        json.loads(json.dumps({str(i): [i] for i in range(300)}))
+
+
+def main() -> None:
+    workdir, steps = Path(sys.argv[1]), int(sys.argv[2])
+    programs, begun = [], [0.0]
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: programs.append(event) if event == COMPILED else None
+    )
+    begin_step, end_step = metrics.Progress.begin_step, metrics.Progress.end_step
+
+    def begin(self, *arguments):
+        begin_step(self, *arguments)
+        begun[0] = time.thread_time()
+
+    def end(self, step, *arguments):
+        end_step(self, step, *arguments)
+        ended = time.thread_time()
+        yardstick()
+        sample = dict(
+            step=step,
+            seconds=ended - begun[0],
+            yardstick_seconds=time.thread_time() - ended,
+            resident_bytes=resident_bytes(),
+            threads=count_threads(),
+            files=len(os.listdir("/proc/self/fd")),
+            programs=len(programs),
+        )
+        print(json.dumps(sample))
+
+    metrics.Progress.begin_step, metrics.Progress.end_step = begin, end
+    config = tiny_config(max_steps=steps, save_steps=100, logging_steps=10, lambda_=0.75)
+    config.distillation.eval_steps = steps // 3
+    distill.train(config, workdir)
+
+
+if __name__ == "__main__":
+    main()
