@@ -76,4 +76,4 @@ $(LAUNCH_VENV)/.installed: requirements-launch.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) .cache runs

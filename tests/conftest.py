@@ -1,7 +1,7 @@
 """Eight CPU devices for every test; set before jax is first imported."""
 
 import os
-import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +11,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("DISTILL_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
-# And each of them once: most runs at toy size compile what another test has compiled before.
-_programs = tempfile.TemporaryDirectory(prefix="distill-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+# And each of them once, also from one session of tests to the next.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

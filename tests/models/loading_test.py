@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory) -> tuple[Path, int]:
 def start(*arguments, devices: int) -> subprocess.Popen:
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(SCRIPT.parents[1]),
+        "PYTHONPATH": f"{SCRIPT.parents[2]}:{SCRIPT.parents[1]}",
         # Freed arrays go back to the system, instead of being kept for the next one.
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
