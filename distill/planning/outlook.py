@@ -17,7 +17,7 @@ from distill.planning.programs import (
     make_arrays,
 )
 from distill.planning.subject import Subject
-from distill.sampling.engine import TURNS_PER_CALL
+from distill.sampling.engine import STEPS_PER_CALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _outlook(
     phases = [costs.update_phase(subject, _sent("update", subject, arrays, programs))]
     if subject.samples:
         _, prompts, _ = arrays.reading
-        turn = _sent("decode", subject, arrays, programs) / TURNS_PER_CALL
+        turn = _sent("decode", subject, arrays, programs) / STEPS_PER_CALL
         reading = _sent("prefill", subject, arrays, programs)
         phases.append(costs.generation_phase(subject, prompts, _slots(arrays), reading, turn))
     memory = _memory(subject, topology, arrays, programs)
@@ -191,5 +191,5 @@ def _sent(name: str, subject: Subject, arrays: Arrays, programs: dict[str, Progr
     if name == "update":
         return costs.estimated_sent(subject)
     _, prompts, size = arrays.reading
-    tokens = prompts * size if name == "prefill" else TURNS_PER_CALL * _slots(arrays)
+    tokens = prompts * size if name == "prefill" else STEPS_PER_CALL * _slots(arrays)
     return costs.estimated_forward_sent(subject, tokens)

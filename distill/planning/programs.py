@@ -34,7 +34,7 @@ from distill.planning import costs
 from distill.planning.collectives import sent_bytes
 from distill.planning.subject import Subject
 from distill.sampling.cache import SlotCache
-from distill.sampling.engine import TURNS_PER_CALL, Engine
+from distill.sampling.engine import STEPS_PER_CALL, Engine
 from distill.sampling.request import Rollout
 from distill.step import TrainState, make_train_step
 
@@ -103,7 +103,7 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
         with _current(sampler_mesh):
             cache = engine.abstract_cache(sampler, tokens.rows)
             repeats = config.distillation.generate_strategy.num_generations
-            reading = engine.reading_shape(sampler, tokens.rows, repeats, tokens.prompt)
+            reading = engine.prefill_shape(sampler, tokens.rows, repeats, tokens.prompt)
     state = abstract_state(config, student, optimizer, mesh)
     batch = abstract_batch(config, mesh)
     return Arrays(student, state, teacher, batch, engine, sampler, loop_weights, cache, reading)
@@ -179,7 +179,7 @@ def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
             lambda: arrays.engine.lower_decode(arrays.sampler, rows, params),
             (arrays.sampler, arrays.loop_weights, arrays.cache),
             mesh,
-            [TURNS_PER_CALL],
+            [STEPS_PER_CALL],
         )
 
 

@@ -11,14 +11,14 @@ from distill.models.facts import ModelConfig
 from distill.planning import costs
 from distill.planning.changes import Change
 from distill.planning.outlook import Outlook
-from distill.sampling.engine import TURNS_PER_CALL
+from distill.sampling.engine import STEPS_PER_CALL
 
 _GB = 1e9
 
 _PROGRAMS = {
     "update": "the update",
     "prefill": "a reading of prompts",
-    "decode": f"{TURNS_PER_CALL} turns of the decode loop",
+    "decode": f"{STEPS_PER_CALL} decode steps",
 }
 
 

@@ -30,10 +30,10 @@ from distill.sampling import programs
 from distill.sampling.attention import Kernel, resolve_attention
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.sampling.schedule import Run, prompt_bucket, prompts_per_reading
+from distill.sampling.schedule import Run, prompt_bucket, prompts_per_prefill
 
 MAX_AUTO_SLOTS = 256  # per part; more rows gain little once products are efficient
-TURNS_PER_CALL = 32
+STEPS_PER_CALL = 32
 CACHE_BUCKETS = 4  # each twice as long as the one before; and three quarters of each
 CACHE_MULTIPLE = 32
 LONG_CACHE_MULTIPLE = 128  # lanes of a TPU, which otherwise would keep keys with positions first
@@ -62,7 +62,7 @@ class EngineConfig:
     @property
     def cache_size(self) -> int:
         """Positions of a slot: a call's turns must fit behind the longest row."""
-        size = self.max_length + TURNS_PER_CALL
+        size = self.max_length + STEPS_PER_CALL
         long = size > LONG_CACHE_MULTIPLE
         return _round_up(size, LONG_CACHE_MULTIPLE if long else CACHE_MULTIPLE)
 
@@ -159,7 +159,7 @@ class Engine:
         """The rows' next tokens (t, p, w) and the number of turns; see `programs.decode_rows`."""
         size = self._positions_read(rows.lengths_pw.max())
         self._cache, chosen, turns = self._decode(
-            weights, loop_weights, self._cache, rows, stop_at, params, size, TURNS_PER_CALL
+            weights, loop_weights, self._cache, rows, stop_at, params, size, STEPS_PER_CALL
         )
         return jax.device_get((chosen, turns))
 
@@ -229,13 +229,13 @@ class Engine:
 
         return jax.tree.map(placed, cache, caches.partition_specs(cache))
 
-    def reading_shape(
+    def prefill_shape(
         self, weights: nnx.State, num_rows: int, num_generations: int, length: int
     ) -> tuple[int, int, int]:
         """Parts, prompts and tokens of the largest reading of prompts of this length."""
         parts, slots = self._slots_for(self._facts.merge(weights), num_rows)
         size = prompt_bucket(length)
-        return parts, prompts_per_reading(size, slots, num_generations), size
+        return parts, prompts_per_prefill(size, slots, num_generations), size
 
     def lower_prefill(self, weights: nnx.State, shape: tuple[int, int, int]) -> jax.stages.Lowered:
         """A reading of this shape, lowered for shapes of weights on the mesh."""
@@ -261,7 +261,7 @@ class Engine:
             running_pw=of_rows(dtype=bool),
         )
         stop_at = jax.ShapeDtypeStruct((2,), np.int32)
-        sizes = dataclasses.replace(params, max_length=1), self.config.cache_size, TURNS_PER_CALL
+        sizes = dataclasses.replace(params, max_length=1), self.config.cache_size, STEPS_PER_CALL
         loop_weights = abstract_loop_weights(model)
         return self._decode.lower(weights, loop_weights, cache, rows, stop_at, *sizes)
 

@@ -132,7 +132,7 @@ class Run:
         """Prefills each part's next prompts, answers to which fill at most so many free slots."""
         prompts, repeats = self._request.prompts, self._request.num_generations
         size = prompt_bucket(len(prompts[self._queue[0]]))
-        most = prompts_per_reading(size, slots, repeats)
+        most = prompts_per_prefill(size, slots, repeats)
         taken: list[list[int]] = [[] for _ in range(self._parts)]
         free = free.copy()
         while self._queue:
@@ -292,7 +292,7 @@ class Run:
 _row_keys = jax.jit(row_keys)
 
 
-def prompts_per_reading(size: int, slots: int, num_generations: int) -> int:
+def prompts_per_prefill(size: int, slots: int, num_generations: int) -> int:
     """Prompts of a bucket that every part reads at once, to answer in `slots` slots at most."""
     return max(1, min(-(-slots // num_generations), PREFILL_TOKENS // size))
 
