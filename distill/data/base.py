@@ -2,14 +2,13 @@
 
 import abc
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distill.base.errors import UserError
+from distill.base.registry import Registry
 
-# Imported on first use, so that a source's optional packages are needed only by its users.
 _BUILT_IN_MODULES = {
     "arithmetic": "distill.data.arithmetic",
     "gsm8k": "distill.data.gsm8k",
@@ -19,8 +18,7 @@ _BUILT_IN_MODULES = {
     "parquet": "distill.data.files",
     "tfds": "distill.data.tfds",
 }
-
-_factories: dict[str, Callable[..., "DatasetInterface"]] = {}
+_DATASETS = Registry("data.name", "distill.data.base.register_dataset", _BUILT_IN_MODULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +82,9 @@ def register_dataset(name: str):
     """Registers a factory `make(split, seed, max_samples, path, **options)` under `name`.
 
     The factory may be a DatasetInterface class. `options` are the factory's own keyword arguments.
+    UserError when the name is taken.
     """
-
-    def register(factory: Callable[..., DatasetInterface]):
-        _factories[name] = factory
-        return factory
-
-    return register
+    return _DATASETS.register(name)
 
 
 def get_dataset(
@@ -117,7 +111,7 @@ def get_dataset(
     """
     if max_samples is not None and max_samples < 1:
         raise UserError(f"data.max_samples={max_samples} must be at least 1, or None for all")
-    factory = _find_factory(name)
+    factory: Callable[..., DatasetInterface] = _DATASETS.get(name)
     arguments = dict(split=split, seed=seed, max_samples=max_samples, path=path, **options)
     try:
         inspect.signature(factory).bind(**arguments)
@@ -129,18 +123,6 @@ def get_dataset(
 
 def dataset_options(name: str) -> set[str]:
     """Names of the keyword arguments that the source takes beside those that every source takes."""
-    parameters = inspect.signature(_find_factory(name)).parameters.values()
+    parameters = inspect.signature(_DATASETS.get(name)).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return named - {"split", "seed", "max_samples", "path"}
-
-
-def _find_factory(name: str) -> Callable[..., DatasetInterface]:
-    if name not in _factories and name in _BUILT_IN_MODULES:
-        importlib.import_module(_BUILT_IN_MODULES[name])
-    if name not in _factories:
-        known = ", ".join(sorted({*_factories, *_BUILT_IN_MODULES}))
-        raise UserError(
-            f"data.name={name!r} is not a known dataset; known are: {known} "
-            "(add your own with distill.data.base.register_dataset)"
-        )
-    return _factories[name]

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from distill.base.errors import RunStopped, UserError
+from distill.base.errors import RunStopped
+from distill.base.registry import Registry
 from distill.data.base import Example
 
 
@@ -43,28 +44,20 @@ class Answer:
 
 Metric = Callable[[Sequence[Answer]], Mapping[str, float]]
 
-_metrics: dict[str, Metric] = {}
+_METRICS = Registry("evaluation.metrics", "distill.evaluation.metrics.register_metric")
 
 
 def register_metric(name: str) -> Callable[[Metric], Metric]:
-    """Decorator: makes a function of all answers available as `evaluation.metrics=name`."""
+    """Decorator: makes a function of all answers available as `evaluation.metrics=name`.
 
-    def register(metric: Metric) -> Metric:
-        _metrics[name] = metric
-        return metric
-
-    return register
+    UserError when the name is taken.
+    """
+    return _METRICS.register(name)
 
 
 def get_metric(name: str) -> Metric:
     """The metric registered under `name`; UserError when there is none."""
-    if name not in _metrics:
-        known = ", ".join(sorted(_metrics)) or "none is registered"
-        raise UserError(
-            f"evaluation.metrics names {name!r}: known are {known} (add your own with "
-            "distill.evaluation.metrics.register_metric, in a module that plugins names)"
-        )
-    return _metrics[name]
+    return _METRICS.get(name)
 
 
 def measure(names: Sequence[str], answers: Sequence[Answer]) -> dict[str, float | None]:

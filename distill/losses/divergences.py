@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.base.errors import UserError
+from distill.base.registry import Registry
 
 PointwiseDivergence = Callable[[jax.Array, jax.Array], jax.Array]
 # (log_p_cv, log_q_cv, targets_c) -> loss_c; the loss of token c depends on row c alone.
@@ -52,26 +53,11 @@ class _Bound:
         return None if weights_of is None else weights_of(self.parameter)
 
 
-_REGISTRY: dict[str, _Registered] = {}
+_LOSSES = Registry("distillation.kl_type", "distill.losses.divergences.register_divergence")
 
 
 def _register(name: str, *, pointwise: bool, parameter: str | None = None):
-    def decorate(function: Callable) -> Callable:
-        known = _REGISTRY.get(name)
-        # A notebook cell run twice defines the same function again: that is no clash.
-        if known is not None and _origin(known.function) != _origin(function):
-            raise UserError(
-                f"loss name {name!r} is already taken by {'.'.join(_origin(known.function))}: "
-                f"choose a name other than {', '.join(sorted(_REGISTRY))}"
-            )
-        _REGISTRY[name] = _Registered(function, pointwise, parameter)
-        return function
-
-    return decorate
-
-
-def _origin(function: Callable) -> tuple[str, str]:
-    return function.__module__, getattr(function, "__qualname__", repr(function))
+    return _LOSSES.register(name, lambda function: _Registered(function, pointwise, parameter))
 
 
 def register_divergence(name: str):
@@ -93,12 +79,12 @@ def register_loss(name: str):
 
 def is_pointwise(name: str) -> bool:
     """Whether a name is a divergence rather than a loss; UserError when it is neither."""
-    return _lookup(name).pointwise
+    return _LOSSES.get(name).pointwise
 
 
 def get_loss(name: str) -> DistillationLossFn:
     """The function registered with `register_loss`; UserError when there is none."""
-    return _lookup(name, pointwise=False).function
+    return _LOSSES.get(name, lambda found: not found.pointwise).function
 
 
 def get_divergence(
@@ -123,18 +109,10 @@ def get_divergence(
     for key, value in parameters.items():
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{key}={value} is not between 0 and 1")
-    registered = _lookup(name, pointwise=True)
+    registered = _LOSSES.get(name, lambda found: found.pointwise)
     if registered.parameter is None:
         return registered.function
     return _Bound(registered.function, float(parameters[registered.parameter]))
-
-
-def _lookup(name: str, pointwise: bool | None = None) -> _Registered:
-    known = {key: value for key, value in _REGISTRY.items() if pointwise in (None, value.pointwise)}
-    if name not in known:
-        allowed = ", ".join(sorted(known)) or "none is registered"
-        raise UserError(f"unknown kl_type {name!r}: known are {allowed}")
-    return known[name]
 
 
 def _expectation_term(log_weight: jax.Array, log_ratio: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from flax import nnx
 
-from distill.base.errors import UserError
+from distill.base.registry import Registry
 from distill.config.schema import KNOWN_BACKENDS
 from distill.sampling.request import Rollout, RolloutRequest
 
@@ -86,30 +86,22 @@ class BackendParts:
 
 BackendMaker = Callable[[BackendParts], RolloutBackend]
 
-_makers: dict[str, BackendMaker] = {}
+# The built-in ones are made by build/sampler.py, which knows their sections of the config.
+_BACKENDS = Registry(
+    "policy.generation.backend",
+    "distill.rollout.base.register_backend",
+    dict.fromkeys(KNOWN_BACKENDS, "distill.rollout"),
+)
 
 
 def register_backend(name: str) -> Callable[[BackendMaker], BackendMaker]:
     """Decorator: makes what builds from `BackendParts` available as `generation.backend=name`.
 
-    UserError when the name is that of a built-in backend.
+    UserError when the name is taken.
     """
-    if name in KNOWN_BACKENDS:
-        raise UserError(f"the backend {name!r} is built in: choose another name for your own")
-
-    def register(make: BackendMaker) -> BackendMaker:
-        _makers[name] = make
-        return make
-
-    return register
+    return _BACKENDS.register(name)
 
 
 def get_backend(name: str) -> BackendMaker:
     """What was registered under `name`; UserError when there is nothing."""
-    if name not in _makers:
-        raise UserError(
-            f"config key 'policy.generation.backend' is {name!r}: known are "
-            f"{', '.join((*KNOWN_BACKENDS, *sorted(_makers)))} (add your own with "
-            "distill.rollout.base.register_backend, in a module that plugins names)"
-        )
-    return _makers[name]
+    return _BACKENDS.get(name)

@@ -86,8 +86,8 @@ def unique_ids(dataset):
 
 class TestRegistry:
     def test_own_dataset(self):
-        @register_dataset("squares")
-        class Squares(DatasetInterface):
+        @register_dataset("powers")
+        class Powers(DatasetInterface):
             def __init__(self, split, seed, max_samples, path, power=2):
                 self.length, self.power = max_samples or 10, power
 
@@ -97,9 +97,9 @@ class TestRegistry:
             def __getitem__(self, i):
                 return Example(f"{i}^{self.power}", None, str(i**self.power), str(i))
 
-        dataset = get_dataset("squares", "train", max_samples=4, power=3)
+        dataset = get_dataset("powers", "train", max_samples=4, power=3)
         assert [dataset[i].answer for i in range(len(dataset))] == ["0", "1", "8", "27"]
-        assert dataset_options("squares") == {"power"}
+        assert dataset_options("powers") == {"power"}
 
     def test_unknown_name_lists_the_known(self):
         with pytest.raises(UserError) as error:
