@@ -175,6 +175,7 @@ class Device:
         ("TPU v5", topology.CHIPS["v5p"]),
         ("TPU v5p", topology.CHIPS["v5p"]),
         ("TPU v6 lite", topology.CHIPS["v6e"]),
+        ("TPU7x", topology.CHIPS["tpu7x"]),
         ("NVIDIA H100 80GB HBM3", topology.GPUS["h100"]),
         ("NVIDIA A100-SXM4-80GB", topology.GPUS["a100"]),
     ],

@@ -20,6 +20,9 @@ from jax.experimental import topologies
 
 from distill.base.errors import UserError
 
+# A libtpu by itself would be the newest, which may not fit this JAX.
+INSTALL_COMPILER = f'pip install "jax[tpu]=={jax.__version__}"'
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -33,6 +36,7 @@ class Chip:
       source: where the numbers stand.
       node: devices that these links join; 0: all of a slice.
       across: bytes per second and device that leave the node.
+      per_chip: devices of one chip.
     """
 
     memory: float
@@ -42,6 +46,7 @@ class Chip:
     source: str
     node: int = 0
     across: float = 0.0
+    per_chip: int = 1
 
 
 # Google gives links in both directions together, NVIDIA too: half of it is what a device sends.
@@ -52,6 +57,14 @@ CHIPS = {
     "v5e": Chip(16e9, 197e12, 819e9, 200e9, _TPU_SOURCE + "v5e"),
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9, _TPU_SOURCE + "v5p"),
     "v6e": Chip(32e9, 918e12, 1638e9, 400e9, _TPU_SOURCE + "v6e"),
+    # Each of its chip's two devices has half of what the chip has.
+    "tpu7x": Chip(96 * 2**30, 1153.5e12, 3690e9, 300e9, _TPU_SOURCE + "tpu7x", per_chip=2),
+}
+GPUS = {
+    "a100": Chip(80e9, 312e12, 2.039e12, 300e9, _GPU_SOURCE + "A100 SXM 80 GB", 8, 25e9),
+    "h100": Chip(80e9, 989e12, 3.35e12, 450e9, _GPU_SOURCE + "H100 SXM", 8, 50e9),
+    "h200": Chip(141e9, 989e12, 4.8e12, 450e9, _GPU_SOURCE + "H200 SXM", 8, 50e9),
+    "b200": Chip(180e9, 2250e12, 8e12, 900e9, _GPU_SOURCE + "HGX B200", 8, 50e9),
 }
 # By a part of what JAX calls a device's kind; "TPU v5" would be found in "TPU v5 lite", too.
 _KINDS = {
@@ -60,23 +73,16 @@ _KINDS = {
     "TPU v5": "v5p",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
     "A100": "a100",
     "H100": "h100",
     "H200": "h200",
     "B200": "b200",
 }
-# The usual ones, by size.
-SLICES = {
-    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
-}
-GPUS = {
-    "a100": Chip(80e9, 312e12, 2.039e12, 300e9, _GPU_SOURCE + "A100 SXM 80 GB", 8, 25e9),
-    "h100": Chip(80e9, 989e12, 3.35e12, 450e9, _GPU_SOURCE + "H100 SXM", 8, 50e9),
-    "h200": Chip(141e9, 989e12, 4.8e12, 450e9, _GPU_SOURCE + "H200 SXM", 8, 50e9),
-    "b200": Chip(180e9, 2250e12, 8e12, 900e9, _GPU_SOURCE + "HGX B200", 8, 50e9),
-}
+# The usual slices, by size.
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+SLICES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "tpu7x": _CUBES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +133,8 @@ def parse_topology(name: str) -> Topology:
     """
     kind, colon, size = name.partition(":")
     if kind in CHIPS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size):
-        return Topology(name, "tpu", kind, math.prod(int(each) for each in size.split("x")))
+        chips = math.prod(int(each) for each in size.split("x"))
+        return Topology(name, "tpu", kind, chips * CHIPS[kind].per_chip)
     if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,3}", size):
         return Topology(name, "cpu", "cpu", int(size))
     gpu, _, count = size.rpartition("x")
@@ -135,8 +142,8 @@ def parse_topology(name: str) -> Topology:
         return Topology(name, "gpu", gpu, int(count))
     raise UserError(
         f"unknown topology {name!r}: known are {', '.join(f'{tpu}:AxB' for tpu in CHIPS)} "
-        "(v5p:AxBxC) for TPU slices such as v5p:4x4x4, v6e:8x8 or v5e:16x16, cpu:N for N devices "
-        f"of this host, and {', '.join(f'gpu:{gpu}xN' for gpu in GPUS)}"
+        "(v5p, tpu7x: AxBxC) for TPU slices such as v5p:4x4x4, v6e:8x8 or v5e:16x16, cpu:N for N "
+        f"devices of this host, and {', '.join(f'gpu:{gpu}xN' for gpu in GPUS)}"
     )
 
 
@@ -167,9 +174,7 @@ def described_tpu(topology: str) -> Sequence[jax.Device]:
       UserError: the TPU compiler is missing, or there is no such slice.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "the TPU compiler is missing, which needs no TPU: pip install 'jax[tpu]' (or libtpu)"
-        )
+        raise UserError(f"the TPU compiler is missing, which needs no TPU: {INSTALL_COMPILER}")
     # libtpu asks the machine what it is, slowly and with warnings, unless it is told; and it takes
     # a lock on the chips, which are not used here.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -183,7 +188,7 @@ def described_tpu(topology: str) -> Sequence[jax.Device]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"there is no TPU slice {topology} ({reason}): slices are such as v5e:4x4, v5e:16x16, "
-            "v6e:8x8, v5p:2x2x1 or v5p:4x4x4"
+            "v6e:8x8, v5p:4x4x4 or tpu7x:2x2x1"
         ) from None
 
 

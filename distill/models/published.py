@@ -7,92 +7,22 @@ rows than the tokenizers have ids.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
-from distill.models.facts import ModelConfig, RopeScaling
-
-QWEN2_5_IDS, QWEN3_IDS, LLAMA3_IDS = 151665, 151669, 128256
+from distill.models.facts import ModelConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A model's shape and the number of ids that its tokenizer has in use."""
 
     config: ModelConfig
     vocab_size: int
 
 
-def published(hub_id: str) -> Published | None:
-    """The model of that hub id; None if it is not in the table."""
-    return PUBLISHED.get(hub_id)
-
-
-def _qwen2_5(layers, width, heads, kv_heads, ffn, positions, *, small=False, eps=1e-6) -> Published:
-    config = ModelConfig(
-        family="qwen2",
-        vocab_size=151936 if small else 152064,
-        num_layers=layers,
-        model_width=width,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_width=width // heads,
-        ffn_width=ffn,
-        tied=small,
-        qkv_bias=True,
-        qk_norm=False,
-        rms_eps=eps,
-        rope_theta=1e6,
-        rope_scaling=None,
-        max_positions=positions,
-    )
-    return Published(config, QWEN2_5_IDS)
-
-
-def _qwen3(layers, width, heads, ffn, positions, *, tied=False) -> Published:
-    config = ModelConfig(
-        family="qwen3",
-        vocab_size=151936,
-        num_layers=layers,
-        model_width=width,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_width=128,
-        ffn_width=ffn,
-        tied=tied,
-        qkv_bias=False,
-        qk_norm=True,
-        rms_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=None,
-        max_positions=positions,
-    )
-    return Published(config, QWEN3_IDS)
-
-
-def _llama3(layers, width, heads, ffn, *, factor=8.0, tied=False) -> Published:
-    config = ModelConfig(
-        family="llama",
-        vocab_size=LLAMA3_IDS,
-        num_layers=layers,
-        model_width=width,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_width=width // heads,
-        ffn_width=ffn,
-        tied=tied,
-        qkv_bias=False,
-        qk_norm=False,
-        rms_eps=1e-5,
-        rope_theta=5e5,
-        rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
-        max_positions=131072,
-    )
-    return Published(config, LLAMA3_IDS)
-
-
-# Base and instruct models differ in what they were trained for: positions, and an epsilon.
-_SHORT, _LONG = 32768, 131072
-_QWEN2_5 = {  # layers, width, heads, key and value heads, feed-forward width
+_SHAPE_KEYS = (
+    "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size"
+).split()
+_QWEN2_5 = {
     "0.5B": (24, 896, 14, 2, 4864),
     "1.5B": (28, 1536, 12, 2, 8960),
     "3B": (36, 2048, 16, 2, 11008),
@@ -101,50 +31,75 @@ _QWEN2_5 = {  # layers, width, heads, key and value heads, feed-forward width
     "32B": (64, 5120, 40, 8, 27648),
     "72B": (80, 8192, 64, 8, 29568),
 }
-_QWEN3 = {  # layers, width, heads, feed-forward width
-    "0.6B": (28, 1024, 16, 3072),
-    "1.7B": (28, 2048, 16, 6144),
-    "4B": (36, 2560, 32, 9728),
-    "8B": (36, 4096, 32, 12288),
-    "14B": (40, 5120, 40, 17408),
-    "32B": (64, 5120, 64, 25600),
+_QWEN3 = {
+    "0.6B": (28, 1024, 16, 8, 3072),
+    "1.7B": (28, 2048, 16, 8, 6144),
+    "4B": (36, 2560, 32, 8, 9728),
+    "8B": (36, 4096, 32, 8, 12288),
+    "14B": (40, 5120, 40, 8, 17408),
+    "32B": (64, 5120, 64, 8, 25600),
 }
-_LLAMA3_1 = {"8B": (32, 4096, 32, 14336), "70B": (80, 8192, 64, 28672)}
-_LLAMA3_2 = {"1B": (16, 2048, 32, 8192), "3B": (28, 3072, 24, 8192)}
+_LLAMA3 = {
+    "3.1-8B": (32, 4096, 32, 8, 14336),
+    "3.1-70B": (80, 8192, 64, 8, 28672),
+    "3.2-1B": (16, 2048, 32, 8, 8192),
+    "3.2-3B": (28, 3072, 24, 8, 8192),
+}
+_SMALL = ("0.5B", "1.5B", "3B", "0.6B", "1.7B", "4B")  # of Qwen's: the head is the embedding
 
-PUBLISHED = (
-    {
-        f"Qwen/Qwen2.5-{size}-Instruct": _qwen2_5(
-            *shape, _SHORT, small=size in ("0.5B", "1.5B", "3B")
-        )
-        for size, shape in _QWEN2_5.items()
+
+def _qwen2_5(size: str, *, base: bool) -> Published:
+    """Base and instruct models differ in positions, and in an epsilon."""
+    facts = {
+        "model_type": "qwen2",
+        "vocab_size": 151936 if size in _SMALL else 152064,
+        "tie_word_embeddings": size in _SMALL,
+        "rms_norm_eps": 1e-5 if base and size in ("14B", "32B", "72B") else 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 131072 if base and size not in ("0.5B", "3B") else 32768,
     }
-    | {
-        f"Qwen/Qwen2.5-{size}": _qwen2_5(
-            *shape,
-            _SHORT if size in ("0.5B", "3B") else _LONG,
-            small=size in ("0.5B", "1.5B", "3B"),
-            eps=1e-5 if size in ("14B", "32B", "72B") else 1e-6,
-        )
-        for size, shape in _QWEN2_5.items()
+    return _published(_QWEN2_5[size], facts, 151665)
+
+
+def _qwen3(size: str, *, base: bool) -> Published:
+    facts = {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "head_dim": 128,
+        "tie_word_embeddings": size in _SMALL,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 32768 if base else 40960,
     }
-    | {
-        f"Qwen/Qwen3-{size}": _qwen3(*shape, 40960, tied=size in ("0.6B", "1.7B", "4B"))
-        for size, shape in _QWEN3.items()
+    return _published(_QWEN3[size], facts, 151669)
+
+
+def _llama3(size: str) -> Published:
+    small = size.startswith("3.2")
+    rope = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+    rope |= {"original_max_position_embeddings": 8192, "factor": 32.0 if small else 8.0}
+    facts = {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "tie_word_embeddings": small,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "rope_scaling": rope,
+        "max_position_embeddings": 131072,
     }
-    | {
-        f"Qwen/Qwen3-{size}-Base": _qwen3(*shape, _SHORT, tied=size in ("0.6B", "1.7B", "4B"))
-        for size, shape in _QWEN3.items()
-        if size != "32B"
-    }
-    | {
-        f"meta-llama/Llama-3.1-{size}{kind}": _llama3(*shape)
-        for size, shape in _LLAMA3_1.items()
-        for kind in ("", "-Instruct")
-    }
-    | {
-        f"meta-llama/Llama-3.2-{size}{kind}": _llama3(*shape, factor=32.0, tied=True)
-        for size, shape in _LLAMA3_2.items()
-        for kind in ("", "-Instruct")
-    }
-)
+    return _published(_LLAMA3[size], facts, 128256)
+
+
+def _published(shape: tuple[int, ...], facts: dict, vocab_size: int) -> Published:
+    config = facts | dict(zip(_SHAPE_KEYS, shape, strict=True))
+    return Published(ModelConfig.from_hf(config, "this table"), vocab_size)
+
+
+PUBLISHED = {
+    **{f"Qwen/Qwen2.5-{size}-Instruct": _qwen2_5(size, base=False) for size in _QWEN2_5},
+    **{f"Qwen/Qwen2.5-{size}": _qwen2_5(size, base=True) for size in _QWEN2_5},
+    **{f"Qwen/Qwen3-{size}": _qwen3(size, base=False) for size in _QWEN3},
+    **{f"Qwen/Qwen3-{size}-Base": _qwen3(size, base=True) for size in _QWEN3 if size != "32B"},
+    **{f"meta-llama/Llama-{size}": _llama3(size) for size in _LLAMA3},
+    **{f"meta-llama/Llama-{size}-Instruct": _llama3(size) for size in _LLAMA3},
+}

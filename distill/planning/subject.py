@@ -16,7 +16,7 @@ from distill.config.schema import Config, microbatch_values, rows_per_microbatch
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import find_config, read_json
 from distill.models.facts import ModelConfig
-from distill.models.published import PUBLISHED, published
+from distill.models.published import PUBLISHED
 
 
 class MeshSizes(NamedTuple):
@@ -107,7 +107,7 @@ class _Found(NamedTuple):
 
 
 def _find(name: str) -> _Found:
-    path, known = find_config(name), published(name)
+    path, known = find_config(name), PUBLISHED.get(name)
     if path is None and known is None:
         raise UserError(
             f"the shape of {name} is not known here: pass a folder with its config.json, download "

@@ -516,7 +516,7 @@ def test_exit_status_of_nonsense():
     done = command("--config=configs/math_cl.py", "--topology=v7:4x4")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1
-    for known in ("v5p", "v5e", "v6e", "cpu:N", "gpu:h200xN"):
+    for known in ("v5p", "v5e", "v6e", "tpu7x", "cpu:N", "gpu:h200xN"):
         assert known in done.stderr
 
 
@@ -542,7 +542,8 @@ def test_what_can_not_be_planned_is_said_in_one_line(changes_, name, pattern):
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]'"):
+    advice = f'pip install "jax[tpu]=={jax.__version__}"'
+    with pytest.raises(UserError, match=re.escape(advice)):
         plan(flagship(), "v5p:4x4x4")
 
 
@@ -613,6 +614,11 @@ def test_programs_that_the_compiler_refuses_for_their_size_are_measured_all_the_
 def test_what_a_refused_program_uses_includes_its_arguments():
     message = "Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded ..."
     assert programs._refused_temporaries(message, held=2**32) == 16 * 2**30
+
+
+@needs_tpu_compiler
+def test_a_chip_of_two_devices():
+    assert parse_topology("tpu7x:2x2x1").count == len(topology.described_tpu("tpu7x:2x2x1")) == 8
 
 
 @needs_tpu_compiler
