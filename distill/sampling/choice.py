@@ -22,7 +22,7 @@ MIN_TEMPERATURE = 1e-6
 # Tokens per block of the two-stage draw: about the root of a large vocabulary.
 _BLOCK = 128
 
-# Named: a flag may change the default generator, and answers must not depend on it.
+# Named: a flag may change the default generator, and responses must not depend on it.
 KEY_IMPL = "threefry2x32"
 
 
@@ -83,7 +83,7 @@ def row_keys(
     Args:
       seed, step: scalars.
       prompt_index_b: position of each row's prompt in the dataset.
-      generation_index_b: which of the answers to that prompt the row is.
+      generation_index_b: which of the responses to that prompt the row is.
 
     Returns:
       keys_b, an array of typed PRNG keys.

@@ -2,7 +2,7 @@
 
 Only the cache lives on the device between calls; what else a slot is (its newest token, its length,
 its key) is a few numbers that the host holds and passes in. p: part, c or w: slot, m: inserted row,
-g: prefilled prompt, t: turn of the decode loop.
+g: prefilled prompt, t: decode step of a call.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ModelFacts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """Prompts that have been read: their keys and values, and the scores of what follows."""
+    """Keys and values of prompts, and the scores of what follows them."""
 
     cache: SlotCache
     logits_pgv: jax.Array
@@ -63,13 +63,13 @@ class Prefilled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The answers in each part's first w slots.
+    """The responses in each part's first w slots.
 
     Attributes:
       token_pw: newest token, not in the cache yet.
       lengths_pw: tokens in the cache.
-      made_pw: tokens of the answer so far.
-      limit_pw: tokens that the answer may have.
+      made_pw: tokens of the response so far.
+      limit_pw: tokens that the response may have.
       key_pw2: data of the row's random key.
       running_pw: False for idle slots.
     """
@@ -85,7 +85,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Tokens of some turns, with their log-probabilities as `choose` gives them."""
+    """Tokens of some decode steps, with their log-probabilities as `choose` gives them."""
 
     token: jax.Array
     log_prob: jax.Array
@@ -95,7 +95,7 @@ class Chosen:
 def prefill_prompts(
     facts: ModelFacts, weights: nnx.State, tokens_pgs: jax.Array, lengths_pg: jax.Array
 ) -> Prefilled:
-    """Reads right-padded prompts."""
+    """Keys and values of right-padded prompts."""
     model = facts.merge(weights)
     parts, prompts, size = tokens_pgs.shape
     tokens_bs = constrain(tokens_pgs.reshape(-1, size), "batch", "position")
@@ -118,7 +118,7 @@ def insert_rows(
     key_pm2: jax.Array,
     params: SamplingParams,
 ) -> tuple[SlotCache, Chosen]:
-    """Gives prompts source_pm of each part slots slot_pm, and chooses the answers' first tokens."""
+    """Gives prompts source_pm of each part slots slot_pm, and chooses their first new tokens."""
     cache = caches.insert(cache, prefilled.cache, source_pm, slot_pm)
     logits_pmv = jnp.take_along_axis(prefilled.logits_pgv, source_pm[:, :, None], axis=1)
     keys_b = jax.random.wrap_key_data(key_pm2.reshape(-1, key_pm2.shape[-1]), impl=KEY_IMPL)
@@ -136,23 +136,23 @@ def decode_rows(
     stop_at: jax.Array,
     params: SamplingParams,
     size: int,
-    turns: int,
+    steps: int,
 ) -> tuple[SlotCache, Chosen, jax.Array]:
-    """Up to `turns` further tokens for every running row.
+    """Up to `steps` further tokens for every running row.
 
     Args:
       facts: static.
       weights: the model's.
       loop_weights: from `decoding.make_loop_weights`.
-      cache: donated; its slots have room for `turns` tokens behind their lengths.
+      cache: donated; its slots have room for `steps` tokens behind their lengths.
       rows: what is in the first w slots.
       stop_at: (2,): return early once at most this many rows run in all, or in every part.
       params: static.
       size: static, positions of the cache that may be read; no running row is longer.
-      turns: static.
+      steps: static.
 
     Returns:
-      The cache, tokens (turns, p, w), and the number of turns made; a row's tokens after its end
+      The cache, tokens (steps, p, w), and the number of steps made; a row's tokens after its end
       mean nothing.
     """
     model = facts.merge(weights)
@@ -167,40 +167,40 @@ def decode_rows(
     prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype)
     walk = make_walk(model, loop_weights, prefix_of)
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
-    # Of all turns at once: in the loop they are many small operations, which take longer to start
+    # Of all steps at once: in the loop they are many small operations, which take longer to start
     # than to run.
     keys_b = jax.random.wrap_key_data(key_b2, impl=KEY_IMPL)
-    uniform_tb2 = jax.vmap(uniforms, (None, 0))(keys_b, made_b + jnp.arange(turns)[:, None])
+    uniform_tb2 = jax.vmap(uniforms, (None, 0))(keys_b, made_b + jnp.arange(steps)[:, None])
 
     def goes_on(state):
-        turn, running_b, *_ = state
+        step, running_b, *_ = state
         in_part_p = running_b.reshape(parts, width).sum(axis=1)
-        return (turn < turns) & (in_part_p.sum() > stop_at[0]) & (in_part_p.max() > stop_at[1])
+        return (step < steps) & (in_part_p.sum() > stop_at[0]) & (in_part_p.max() > stop_at[1])
 
-    def take_turn(state):
-        turn, running_b, token_b, tail, chosen_tb = state
-        hidden_bd, tail = decode_turn(model, walk, token_b, lengths_b, turn, tail)
+    def decode_step(state):
+        step, running_b, token_b, tail, chosen_tb = state
+        hidden_bd, tail = decode_turn(model, walk, token_b, lengths_b, step, tail)
         logits_bv = model.logits(hidden_bd[:, None], loop_weights.head_dv)[:, 0]
-        chosen_b = Chosen(*choose(logits_bv, uniform_tb2[turn], params, facts.vocab_size))
-        chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[turn].set(x_b), chosen_tb, chosen_b)
-        ended_b = jnp.isin(chosen_b.token, eos_ids) | (made_b + turn + 1 >= limit_b)
-        return turn + 1, running_b & ~ended_b, chosen_b.token, tail, chosen_tb
+        chosen_b = Chosen(*choose(logits_bv, uniform_tb2[step], params, facts.vocab_size))
+        chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[step].set(x_b), chosen_tb, chosen_b)
+        ended_b = jnp.isin(chosen_b.token, eos_ids) | (made_b + step + 1 >= limit_b)
+        return step + 1, running_b & ~ended_b, chosen_b.token, tail, chosen_tb
 
     state = (
         jnp.int32(0),
         merged(rows.running_pw),
         merged(rows.token_pw),
-        empty_tail(model, parts * width, turns),
-        _no_tokens(turns, parts * width),
+        empty_tail(model, parts * width, steps),
+        _no_tokens(steps, parts * width),
     )
-    turn, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, take_turn, state)
+    step, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, decode_step, state)
     k_lbkht, v_lbkth = stack_tail(tail)
     split = [x.reshape(len(x), parts, width, *x.shape[2:]) for x in (k_lbkht, v_lbkth)]
     cache = caches.append(cache, caches.encode(*split, facts.int8), rows.lengths_pw)
-    chosen = jax.tree.map(lambda x: x.reshape(turns, parts, width), chosen_tb)
-    return cache, *constrain_whole((chosen, turn))
+    chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width), chosen_tb)
+    return cache, *constrain_whole((chosen, step))
 
 
-def _no_tokens(turns: int, batch: int) -> Chosen:
-    zeros = jnp.zeros((turns, batch), jnp.float32)
+def _no_tokens(steps: int, batch: int) -> Chosen:
+    zeros = jnp.zeros((steps, batch), jnp.float32)
     return Chosen(zeros.astype(jnp.int32), zeros, zeros)

@@ -1,61 +1,34 @@
-"""The host's side of the engine: which answer has which slot, and what is computed next."""
+"""The host's side of the engine: which response has which slot, and what is computed next."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import time
-from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 
 from distill.base.sharding import num_shards
-from distill.models.decoding import LoopWeights
 from distill.sampling import programs
-from distill.sampling.choice import SamplingParams, row_keys
+from distill.sampling.choice import row_keys
 from distill.sampling.request import Rollout, RolloutRequest
+from distill.sampling.slots import Slots
 
 INSERTED_PER_CALL = 16  # rows, per part
-PREFILL_TOKENS = 4096  # of a reading, per part
+PREFILL_TOKENS = 4096  # of a prefill, per part
 SMALLEST_PROMPT_BUCKET = 16
 WIDTHS = 5  # each half as wide as the one before, down to 4; and three quarters of all, and 1
 
 
-class Device(Protocol):
-    """The device's side: what `engine.Engine` computes for a run."""
-
-    num_slots: int
-    pad_id: int
-    eos_ids: tuple[int, ...]
-
-    def make_loop_weights(self, weights: nnx.State) -> LoopWeights: ...
-
-    def read(
-        self, weights: nnx.State, tokens_pgs: np.ndarray, lengths_pg: np.ndarray
-    ) -> programs.Prefilled: ...
-
-    def insert(self, reading: programs.Prefilled, *rows: Any) -> programs.Chosen: ...
-
-    def decode(
-        self,
-        weights: nnx.State,
-        loop_weights: LoopWeights,
-        rows: programs.Rows,
-        stop_at: np.ndarray,
-        params: SamplingParams,
-    ) -> tuple[programs.Chosen, int]: ...
-
-    def move(self, source_mp: np.ndarray, target_mp: np.ndarray, count: int) -> None: ...
-
-
 class Run:
-    """One request on its way through an engine: the host's side of every slot."""
+    """One request on its way through the slots."""
 
-    def __init__(self, engine: Device, weights: nnx.State, request: RolloutRequest):
-        self._engine, self._weights, self._request = engine, weights, request
-        self._loop_weights = engine.make_loop_weights(weights)
+    def __init__(self, slots: Slots, weights: nnx.State, request: RolloutRequest, pad_id: int):
+        self._slots, self._weights, self._request = slots, weights, request
+        self._pad_id = pad_id
+        self._loop_weights = slots.make_loop_weights(weights)
         self._params = dataclasses.replace(request.params, max_length=1)  # limits are per row
         rows, length = request.num_rows, request.params.max_length
         self._limits = request.limits
@@ -71,29 +44,29 @@ class Run:
             )
         )
         self._rollout = Rollout(
-            tokens_br=np.full((rows, length), engine.pad_id, np.int32),
+            tokens_br=np.full((rows, length), pad_id, np.int32),
             lengths_b=np.zeros(rows, np.int32),
             log_probs_br=np.zeros((rows, length), np.float32),
             sampled_log_probs_br=np.zeros((rows, length), np.float32),
             stopped_b=np.zeros(rows, bool),
         )
         self._parts = num_shards("batch")
-        slots = engine.num_slots
-        self._row = np.full((self._parts, slots), -1)  # -1: idle
-        self._token = np.zeros((self._parts, slots), np.int32)
-        # Longest prompts first: readings then have little padding.
+        count = slots.count
+        self._row = np.full((self._parts, count), -1)  # -1: idle
+        self._token = np.zeros((self._parts, count), np.int32)
+        # Longest prompts first: prefills then have little padding.
         order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
         self._queue = collections.deque(order)
-        # Rows of each part that have been read and wait for a slot: (reading, prompt in it, row).
+        # Rows of each part that are prefilled and want a slot: (prefilled, prompt in it, row).
         self._waiting = [collections.deque() for _ in range(self._parts)]
-        halves = [slots >> i for i in range(1, WIDTHS) if slots >> i >= 4]
-        # The widest turns take longest. The longest answer often ends alone, and without company a
-        # CPU need not repack the weights.
-        wide = [slots * 3 // 4] if halves else []
-        self._widths = list(dict.fromkeys([slots, *wide, *halves, 1]))
+        halves = [count >> i for i in range(1, WIDTHS) if count >> i >= 4]
+        # The widest steps take longest. The longest response often ends alone, and without company
+        # a CPU need not repack the weights.
+        wide = [count * 3 // 4] if halves else []
+        self._widths = list(dict.fromkeys([count, *wide, *halves, 1]))
         self._started = time.perf_counter()
         self._prefill_seconds = self._decode_seconds = self._wait_seconds = 0.0
-        self._slot_turns = self._kept_turns = 0
+        self._slot_steps = self._kept_steps = 0
 
     def finish(self) -> tuple[Rollout, dict[str, float]]:
         while self._queue or any(self._waiting) or self._running.any():
@@ -111,25 +84,25 @@ class Run:
     @property
     def _refill_size(self) -> int:
         """Slots of a part that are worth the interruption once they are free."""
-        return max(1, self._engine.num_slots // 8)
+        return max(1, self._slots.count // 8)
 
     def _refill(self) -> None:
         start = time.perf_counter()
         self._insert_waiting()
         repeats = self._request.num_generations
-        # Where nothing waits for it, few large readings.
-        at_once = self._refill_size if self._running.any() else self._engine.num_slots
+        # Where nothing waits for it, few large prefills.
+        at_once = self._refill_size if self._running.any() else self._slots.count
         while self._queue:
             free = (~self._running).sum(axis=1) - [len(rows) for rows in self._waiting]
             wanted = min(self._refill_size, len(self._queue) * repeats)
             if self._running.any() and free.max() < wanted or free.max() <= 0:
                 break
-            self._read(free, at_once)
+            self._prefill(free, at_once)
             self._insert_waiting()
         self._prefill_seconds += time.perf_counter() - start
 
-    def _read(self, free: np.ndarray, slots: int) -> None:
-        """Prefills each part's next prompts, answers to which fill at most so many free slots."""
+    def _prefill(self, free: np.ndarray, slots: int) -> None:
+        """Prefills each part's next prompts, responses to which fill at most so many slots."""
         prompts, repeats = self._request.prompts, self._request.num_generations
         size = prompt_bucket(len(prompts[self._queue[0]]))
         most = prompts_per_prefill(size, slots, repeats)
@@ -144,20 +117,20 @@ class Run:
             part = max(room, key=lambda part: free[part])
             taken[part].append(self._queue.popleft())
             free[part] -= repeats
-        tokens_pgs = np.full((self._parts, most, size), self._engine.pad_id, np.int32)
+        tokens_pgs = np.full((self._parts, most, size), self._pad_id, np.int32)
         lengths_pg = np.ones((self._parts, most), np.int32)
         for part, indices in enumerate(taken):
             for g, index in enumerate(indices):
                 lengths_pg[part, g] = len(prompts[index])
                 tokens_pgs[part, g, : len(prompts[index])] = prompts[index]
-        reading = self._engine.read(self._weights, tokens_pgs, lengths_pg)
+        prefilled = self._slots.prefill(self._weights, tokens_pgs, lengths_pg)
         for part, indices in enumerate(taken):
             for g, index in enumerate(indices):
                 rows = range(index * repeats, (index + 1) * repeats)
-                self._waiting[part].extend((reading, g, row) for row in rows)
+                self._waiting[part].extend((prefilled, g, row) for row in rows)
 
     def _insert_waiting(self) -> None:
-        """Gives waiting rows the free slots, a call per reading and INSERTED_PER_CALL rows."""
+        """Gives waiting rows the free slots, a call per prefill and INSERTED_PER_CALL rows."""
         while True:
             fronts = [
                 rows[0][0]
@@ -168,21 +141,21 @@ class Run:
                 return
             self._insert(fronts[0])
 
-    def _insert(self, reading: programs.Prefilled) -> None:
-        slots = self._engine.num_slots
-        most = min(INSERTED_PER_CALL, slots)
+    def _insert(self, prefilled: programs.Prefilled) -> None:
+        count = self._slots.count
+        most = min(INSERTED_PER_CALL, count)
         source = np.zeros((self._parts, most), np.int32)
-        slot = np.full((self._parts, most), slots, np.int32)  # a slot that does not exist
+        slot = np.full((self._parts, most), count, np.int32)  # a slot that does not exist
         rows = np.full((self._parts, most), -1)
         for part, waiting in enumerate(self._waiting):
             free = np.flatnonzero(self._row[part] < 0)
             for i, free_slot in enumerate(free[:most]):
-                if not waiting or waiting[0][0] is not reading:
+                if not waiting or waiting[0][0] is not prefilled:
                     break
                 _, source[part, i], rows[part, i] = waiting.popleft()
                 slot[part, i] = free_slot
         keys = np.where((rows >= 0)[:, :, None], self._keys[rows], 0)
-        chosen = self._engine.insert(reading, source, slot, keys, self._params)
+        chosen = self._slots.insert(prefilled, source, slot, keys, self._params)
         now = time.perf_counter() - self._started
         for part, i in zip(*np.nonzero(rows >= 0), strict=True):
             row = rows[part, i]
@@ -216,19 +189,19 @@ class Run:
             running_pw=running_pw,
         )
         stop_at = np.array(self._stop_at(width), np.int32)
-        chosen, turns = self._engine.decode(
+        chosen, steps = self._slots.decode(
             self._weights, self._loop_weights, rows, stop_at, self._params
         )
         kept_before = made.sum()
         for part, slot in zip(*np.nonzero(running_pw), strict=True):
             self._keep(
                 self._row[part, slot],
-                jax.tree.map(lambda x: x[:turns, part, slot], chosen),  # noqa: B023
+                jax.tree.map(lambda x: x[:steps, part, slot], chosen),  # noqa: B023
             )
-        self._token[:, :width] = chosen.token[turns - 1]
+        self._token[:, :width] = chosen.token[steps - 1]
         self._free_ended()
-        self._kept_turns += int(made.sum() - kept_before)
-        self._slot_turns += int(turns) * self._parts * width
+        self._kept_steps += int(made.sum() - kept_before)
+        self._slot_steps += int(steps) * self._parts * width
         self._decode_seconds += time.perf_counter() - start
 
     def _stop_at(self, width: int) -> tuple[int, int]:
@@ -248,7 +221,7 @@ class Run:
         count = max(map(len, outside))
         if count:
             # A part with fewer rows to move copies a slot onto itself.
-            source = np.zeros((self._engine.num_slots, self._parts), np.int32)
+            source = np.zeros((self._slots.count, self._parts), np.int32)
             target = np.zeros_like(source)
             for part, sources in enumerate(outside):
                 targets = np.flatnonzero(self._row[part, :width] < 0)[: len(sources)]
@@ -256,7 +229,7 @@ class Run:
                 self._row[part, targets] = self._row[part, sources]
                 self._token[part, targets] = self._token[part, sources]
                 self._row[part, sources] = -1
-            self._engine.move(source, target, count)
+            self._slots.move(source, target, count)
         return width
 
     # ------------------------------------------------------------------------------------ results
@@ -265,7 +238,7 @@ class Run:
         """Adds a row's tokens up to its end."""
         rollout, made = self._rollout, self._rollout.lengths_b[row]
         count = min(len(chosen.token), self._limits[row] - made)
-        ends = np.flatnonzero(np.isin(chosen.token[:count], self._engine.eos_ids))
+        ends = np.flatnonzero(np.isin(chosen.token[:count], self._slots.facts.eos_ids))
         if len(ends):
             count = ends[0] + 1
             rollout.stopped_b[row] = True
@@ -285,7 +258,7 @@ class Run:
             "generation/prefill_seconds": self._prefill_seconds,
             "generation/decode_seconds": self._decode_seconds,
             "generation/queue_wait": self._wait_seconds / self._request.num_rows,
-            "generation/slot_occupancy": self._kept_turns / max(self._slot_turns, 1),
+            "generation/slot_occupancy": self._kept_steps / max(self._slot_steps, 1),
         }
 
 
@@ -293,7 +266,7 @@ _row_keys = jax.jit(row_keys)
 
 
 def prompts_per_prefill(size: int, slots: int, num_generations: int) -> int:
-    """Prompts of a bucket that every part reads at once, to answer in `slots` slots at most."""
+    """Prompts of a bucket that a part prefills at once, responses to which fill `slots` slots."""
     return max(1, min(-(-slots // num_generations), PREFILL_TOKENS // size))
 
 

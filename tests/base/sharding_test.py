@@ -111,7 +111,7 @@ def test_sampler_weights_and_cache_are_split(run):
         engine.generate(
             weights, RolloutRequest(prompts, np.arange(8), SamplingParams(max_length=4))
         )
-        assert not held(engine._cache, parts=8)
+        assert not held(engine.slots.cache, parts=8)
         engine.release()
 
 

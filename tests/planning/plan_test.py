@@ -40,7 +40,7 @@ from distill.planning.collectives import sent_bytes
 from distill.planning.outlook import estimate
 from distill.planning.programs import compile_train_step, make_arrays
 from distill.planning.subject import Subject, find_subject, fit_to_devices, working_sizes
-from distill.sampling.engine import Engine
+from distill.sampling.slots import Slots
 
 ROOT = Path(__file__).parents[2]
 needs_tpu_compiler = pytest.mark.skipif(
@@ -115,7 +115,7 @@ def longest_prompt(config, tmp_path) -> int:
 def watch(monkeypatch) -> dict:
     """Copies of what the run gives its programs, and what the compiler says of these."""
     held = {}
-    make_train_step, allocate = trainer.make_train_step, Engine._allocate
+    make_train_step, allocate = trainer.make_train_step, Slots.allocate
 
     def watched_make(*args, **options):
         step = make_train_step(*args, **options)
@@ -128,10 +128,10 @@ def watch(monkeypatch) -> dict:
 
         return watched
 
-    def watched_allocate(engine, weights, num_rows):
-        allocate(engine, weights, num_rows)
-        held.update(sampler=weights, cache=engine._cache)
-        prefill, decode = engine._prefill, engine._decode
+    def watched_allocate(slots, weights, *sizes):
+        allocate(slots, weights, *sizes)
+        held.update(sampler=weights, cache=slots.cache)
+        prefill, decode = slots._prefill, slots._decode
 
         def keep_largest(name, lowered):
             size = temporaries(lowered.compile().memory_analysis())
@@ -147,10 +147,10 @@ def watch(monkeypatch) -> dict:
             held.update(loop_weights=layers, cache=jax.tree.map(jnp.copy, rest[0]))
             return decode(weights, layers, *rest)
 
-        engine._prefill, engine._decode = watched_prefill, watched_decode
+        slots._prefill, slots._decode = watched_prefill, watched_decode
 
     monkeypatch.setattr(trainer, "make_train_step", watched_make)
-    monkeypatch.setattr(Engine, "_allocate", watched_allocate)
+    monkeypatch.setattr(Slots, "allocate", watched_allocate)
     return held
 
 

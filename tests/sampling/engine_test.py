@@ -122,21 +122,21 @@ def test_sharded_over_a_mesh_with_the_same_answers():
     engine = make_engine(num_slots=16)
     with jax.set_mesh(mesh):
         rollout, _ = engine.generate(params, request(greedy=False))
-        cache = engine._cache.k_lpckhs
+        cache = engine.slots.cache.k_lpckhs
         assert cache.shape[1:4] == (4, 4, 2)  # 16 slots over data x fsdp, 2 heads over tensor
         assert cache.sharding.shard_shape(cache.shape)[1:4] == (1, 4, 1)
     assert_same(rollout, expected(greedy=False), request().max_lengths)
 
 
-def test_one_reading_for_all_answers_to_a_prompt():
-    engine, read = make_engine(num_slots=8), []
-    prefill = engine._prefill
+def test_one_prefill_for_all_responses_to_a_prompt():
+    engine, prefilled = make_engine(num_slots=8), []
+    prefill = engine.slots.prefill
 
     def counted(weights, tokens_pgs, lengths_pg):
-        read.extend(length for length in lengths_pg.ravel() if length > 1)
+        prefilled.extend(length for length in lengths_pg.ravel() if length > 1)
         return prefill(weights, tokens_pgs, lengths_pg)
 
-    engine._prefill = counted
+    engine.slots.prefill = counted
     asked = dataclasses.replace(
         request(greedy=False),
         prompts=tuple(prompt for prompt in request().prompts if len(prompt) > 1)[:6],
@@ -145,7 +145,7 @@ def test_one_reading_for_all_answers_to_a_prompt():
         max_lengths=None,
     )
     rollout, _ = engine.generate(model()[1], asked)
-    assert sorted(read) == sorted(len(prompt) for prompt in asked.prompts)
+    assert sorted(prefilled) == sorted(len(prompt) for prompt in asked.prompts)
     alone = dataclasses.replace(asked, prompts=asked.prompts[2:3], prompt_index=np.array([2]))
     again, _ = engine.generate(model()[1], alone)
     np.testing.assert_array_equal(again.tokens_br, rollout.tokens_br[10:15])
@@ -208,7 +208,7 @@ def test_8_bit_cache_is_smaller_and_close():
     reference, _ = exact.generate(model()[1], request())
     rollout, _ = small.generate(model()[1], request())
     # 8 numbers of a byte and a step of four bytes instead of 8 of four bytes
-    assert small._cache.num_bytes == exact._cache.num_bytes * 12 // 32
+    assert small.slots.cache.num_bytes == exact.slots.cache.num_bytes * 12 // 32
     same_br = np.cumprod(rollout.tokens_br == reference.tokens_br, axis=1).astype(bool)
     same_br &= np.arange(MAX_LENGTH) < reference.lengths_b[:, None]
     gap_br = np.abs(rollout.log_probs_br - reference.log_probs_br)[same_br]
@@ -220,18 +220,18 @@ def test_cache_is_made_once_and_given_back_on_request():
     engine = make_engine(num_slots=8)
     engine.generate(model()[1], request())
     programs = engine.num_programs
-    assert engine._cache.k_lpckhs.shape[2] == 8
+    assert engine.slots.cache.k_lpckhs.shape[2] == 8
     engine.release()
-    assert engine._cache is None
+    assert engine.slots.cache is None
     engine.generate(model()[1], request())
     assert engine.num_programs == programs
 
 
 def test_memory_decides_how_many_slots_there_are():
     token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
-    engine = make_engine(cache_memory=11.5 * token * 96)  # slots of 64 tokens and a call's turns
+    engine = make_engine(cache_memory=11.5 * token * 96)  # slots of 64 tokens and a call's steps
     engine.generate(model()[1], request())
-    assert engine._cache.k_lpckhs.shape == (2, 1, 11, 2, 8, 96)
+    assert engine.slots.cache.k_lpckhs.shape == (2, 1, 11, 2, 8, 96)
 
 
 def test_what_can_not_be_served_is_said_in_one_line():
