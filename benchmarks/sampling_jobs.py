@@ -254,6 +254,7 @@ VLLM_MODES = {"compiled": (), "eager": ("--enforce-eager",)}
 
 
 def build_vllm(workload: Workload, folder: Path, python: str, arguments: tuple[str, ...]):
+    from distill.rollout.vllm.checks import await_up
     from distill.rollout.vllm.client import VllmClient
     from distill.rollout.vllm.server import OwnServer
 
@@ -274,8 +275,8 @@ def build_vllm(workload: Workload, folder: Path, python: str, arguments: tuple[s
         ),
     )
     server.check()
-    client = VllmClient(server.launch(folder), server.api_key)
-    server.await_up(client, SERVER_START_SECONDS)
+    client = VllmClient(server.launch(folder), server.api_key, check_running=server.check_running)
+    await_up(client, SERVER_START_SECONDS, f"see {server.log}")
     pool = ThreadPoolExecutor(workload.num_prompts)
     prompts = [prompt.tolist() for prompt in workload.prompts]
     lengths = workload.lengths.tolist()

@@ -51,7 +51,7 @@ def export_server(config: ConfigDict, output: str | Path, model: str | None = No
         vocabulary = build_vocabulary(student_folder, teacher_folder)
         precision = parsed.policy.precision
         student = build_frozen_model(parsed, student_folder, mesh, precision)
-        build_export(parsed, student_folder, vocabulary).write(output, student.params)
+        build_export(parsed.policy, student_folder, vocabulary).write(output, student.params)
     return output
 
 

@@ -15,7 +15,7 @@ from distill.build.sampler import build_sampling_params
 from distill.config.schema import Config
 from distill.data.prompts import Prompts
 from distill.rollout.base import RolloutBackend
-from distill.teachers.server import VllmTeacher
+from distill.teachers.server import ServerTeacher
 
 
 def build_batches(
@@ -24,7 +24,7 @@ def build_batches(
     iterator,
     backend: RolloutBackend,
     mesh: Mesh,
-    remote_teacher: VllmTeacher | None,
+    remote_teacher: ServerTeacher | None,
 ) -> BatchSource:
     """The source of every step's batch; `iterator` stands where the run begins or goes on."""
     distillation = config.distillation

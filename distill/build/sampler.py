@@ -80,7 +80,7 @@ def build_backend(
     if config.policy.generation.backend == "vllm" and config.distillation.lambda_ > 0:
         params = build_sampling_params(config)
         folders = dict(student_folder=student_folder, workdir=workdir)
-        return build_vllm.build_backend(config, student, params, vocabulary, mesh, **folders)
+        return build_vllm.build_backend(config.policy, student, params, vocabulary, mesh, **folders)
 
     def build_in_process() -> JaxBackend:
         return JaxBackend(

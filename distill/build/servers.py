@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill.base.sharding import batch_parts
-from distill.config.schema import Config, VllmServers
+from distill.build.data import Vocabulary
+from distill.config.schema import Config, Policy, VllmServers
+from distill.models.checkpoints.load import load_model_config
 from distill.models.model import Model
-from distill.rollout.vllm.backend import SECTION, Limits, VllmBackend
+from distill.rollout.vllm import backend
+from distill.rollout.vllm.checks import check_sampler
 from distill.rollout.vllm.client import VllmClient, read_api_key
 from distill.rollout.vllm.probe import Probe
-from distill.rollout.vllm.rows import needs_scores
+from distill.rollout.vllm.rows import is_tempered
 from distill.rollout.vllm.server import OwnServer
 from distill.rollout.vllm.weights import ServerExport, WeightsFolder
 from distill.sampling.choice import SamplingParams
-from distill.teachers.server import VllmTeacher
-
-if TYPE_CHECKING:
-    from distill.build.data import Vocabulary
+from distill.teachers import server as teachers
 
 
 def build_backend(
-    config: Config,
+    policy: Policy,
     student: Model,
     params: SamplingParams,
     vocabulary: Vocabulary,
@@ -33,68 +33,74 @@ def build_backend(
     *,
     student_folder: Path,
     workdir: Path,
-) -> VllmBackend:
+) -> backend.VllmBackend:
     """The student's sampler: servers that run, or one that will be started."""
-    policy, servers = config.policy, config.policy.generation.vllm
+    servers, max_length = policy.generation.vllm, policy.max_total_sequence_length
     folder = Path(servers.weights_dir).expanduser() if servers.weights_dir else workdir / "vllm"
-    export = build_export(config, student_folder, vocabulary)
-    scored = needs_scores(params, vocabulary.size)
+    # A scored sequence is a prompt, after which one token is sampled.
+    tempered = is_tempered(params, vocabulary.size)
     own = servers.python and OwnServer(
         servers.python,
         folder / "server.log",
         dtype=policy.precision,
-        max_model_len=policy.max_total_sequence_length + scored,
-        api_key=read_api_key(servers.api_key_variable, SECTION),
+        max_model_len=max_length + tempered,
+        api_key=read_api_key(servers.api_key_variable, backend.SECTION),
         extra_args=servers.server_args,
     )
-    return VllmBackend(
-        build_clients(servers, SECTION),
-        own=own or None,
-        weights=WeightsFolder(folder.absolute(), export),
-        probe=Probe(
-            student.graph,
-            vocab_size=vocabulary.size,
-            max_length=policy.max_total_sequence_length,
-            row_multiple=batch_parts(mesh),
-            max_gap=policy.generation.max_log_prob_gap,
-            float32=policy.precision == "float32",
-        ),
-        student_config=export.model_config,
+    check = functools.partial(
+        check_sampler,
+        student=load_model_config(student_folder)[0],
         tokenizer=vocabulary.tokenizer,
+        vocab_size=vocabulary.size,
+        context=max_length + tempered,
+        tempered=tempered,
+    )
+    probe = Probe(
+        student.graph,
+        vocab_size=vocabulary.size,
+        max_length=max_length,
+        row_multiple=batch_parts(mesh),
+        max_gap=policy.generation.max_log_prob_gap,
+        float32=policy.precision == "float32",
+    )
+    return backend.VllmBackend(
+        build_clients(servers, backend.SECTION),
+        own=own or None,
+        check=check,
+        weights=WeightsFolder(folder.absolute(), build_export(policy, student_folder, vocabulary)),
+        probe=probe,
         params=params,
-        eos_ids=vocabulary.end_ids,
+        end_ids=vocabulary.end_ids,
         pad_id=vocabulary.tokenizer.pad_token_id,
         vocab_size=vocabulary.size,
-        max_length=policy.max_total_sequence_length,
-        limits=Limits(servers.request_timeout, servers.retry_timeout, servers.start_timeout),
+        max_length=max_length,
+        times=servers,
     )
 
 
-def build_export(config: Config, student_folder: Path, vocabulary: Vocabulary) -> ServerExport:
+def build_export(policy: Policy, student_folder: Path, vocabulary: Vocabulary) -> ServerExport:
     """How the student is written for servers; they may score, which takes one token more."""
     return ServerExport(
         student_folder,
         vocabulary.tokenizer,
         vocab_size=vocabulary.size,
         end_ids=vocabulary.end_ids,
-        max_length=config.policy.max_total_sequence_length + 1,
-        dtype=jnp.dtype(config.policy.precision),
+        max_length=policy.max_total_sequence_length + 1,
+        dtype=jnp.dtype(policy.precision),
     )
 
 
-def build_remote_teacher(config: Config, vocabulary: Vocabulary) -> VllmTeacher | None:
+def build_remote_teacher(config: Config, vocabulary: Vocabulary) -> teachers.ServerTeacher | None:
     """The teacher behind servers; None for one on the mesh, and for hard labels."""
     if config.teacher.backend != "vllm" or config.distillation.hard_labels:
         return None
     servers = config.teacher.vllm
-    return VllmTeacher(
-        build_clients(servers, "teacher.vllm"),
-        top_k=servers.top_k,
+    return teachers.ServerTeacher(
+        build_clients(servers, teachers.SECTION),
+        servers,
         tokenizer=vocabulary.tokenizer,
         vocab_size=vocabulary.size,
         max_length=config.policy.max_total_sequence_length,
-        retry_timeout=servers.retry_timeout,
-        start_timeout=servers.start_timeout,
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from distill.base.errors import UserError
+from distill.config.schema import VllmTeacher
 from distill.losses.objective import TopKScores
 from distill.rollout.vllm import checks
 from distill.rollout.vllm.client import RequestRefused, Scores, VllmClient
-from distill.rollout.vllm.dispatch import answer_all, keep_trying
+from distill.rollout.vllm.dispatch import ask_all, at_each
 from distill.sampling.request import Rollout
 
 SECTION = "teacher.vllm"
@@ -20,33 +20,30 @@ _ABSENT = -1
 _NEVER = -100.0  # log-probability beside an absent id: finite, and nothing
 
 
-class VllmTeacher:
+class ServerTeacher:
     """Scores sequences on vLLM servers that serve the teacher.
 
     Args:
       clients: one per server.
-      top_k: likeliest tokens asked for at every position.
+      servers: tokens asked for at every position, and how long servers are waited for.
       tokenizer: the student's, which must be the teacher's.
       vocab_size: ids in use.
       max_length: tokens of prompt and response at most.
-      retry_timeout, start_timeout: seconds.
     """
 
     def __init__(
         self,
         clients: Sequence[VllmClient],
+        servers: VllmTeacher,
         *,
-        top_k: int,
         tokenizer: Any,
         vocab_size: int,
         max_length: int,
-        retry_timeout: float,
-        start_timeout: float,
     ):
-        self._clients, self._top_k = list(clients), min(top_k, vocab_size)
+        self._clients, self._servers = list(clients), servers
+        self._top_k = min(servers.top_k, vocab_size)
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._max_length = max_length
-        self._retry_timeout, self._start_timeout = retry_timeout, start_timeout
 
     def start(self) -> None:
         """Checks the servers.
@@ -55,9 +52,10 @@ class VllmTeacher:
           UserError: one cannot be reached, has another tokenizer, too small a context, or does not
             list as many tokens.
         """
-        checks.await_up(self._clients, self._start_timeout, SECTION)
-        with ThreadPoolExecutor(len(self._clients)) as pool:
-            list(pool.map(self._check, self._clients))
+        remedy = f"start it, or correct {SECTION}.urls or raise {SECTION}.start_timeout"
+        for client in self._clients:
+            checks.await_up(client, self._servers.start_timeout, remedy)
+        at_each(self._clients, self._check, self._servers.retry_timeout)
 
     def score(
         self, prompts_bp: np.ndarray, prompt_lengths_b: np.ndarray, rollout: Rollout
@@ -82,13 +80,13 @@ class VllmTeacher:
                 prompts_bp, prompt_lengths_b, tokens_br, lengths_b, strict=True
             )
         ]
-        answers, _, _ = answer_all(
-            self._clients, rows, self._ask, checks.max_model_len, self._retry_timeout
+        replies, _ = ask_all(
+            self._clients, rows, self._ask, _is_another, self._servers.retry_timeout
         )
         shape = *tokens_br.shape, self._top_k + 1
         ids_brk = np.full(shape, _ABSENT, np.int32)
         log_probs_brk = np.full(shape, _NEVER, np.float32)
-        for row, positions in enumerate(answers):
+        for row, positions in enumerate(replies):
             for position, scores in enumerate(positions):
                 ids, log_probs = self._real(scores)
                 ids_brk[row, position, : len(ids)] = ids
@@ -110,15 +108,18 @@ class VllmTeacher:
         return [i for i, _ in pairs], [p - kept for _, p in pairs]
 
     def _check(self, client: VllmClient) -> None:
-        def check():
-            checks.check_context(client, self._max_length + 1)
-            checks.check_same_tokenizer(client, self._tokenizer, self._vocab_size)
-            try:
-                client.score([0, self._vocab_size - 1], self._top_k)
-            except RequestRefused as error:
-                raise UserError(
-                    f"{client.url} does not score tokens as teacher.vllm.top_k={self._top_k} asks: "
-                    f"{error}; start it with --max-logprobs {self._top_k} or more"
-                ) from None
+        checks.check_context(client, self._max_length + 1)
+        checks.check_same_tokenizer(client, self._tokenizer, self._vocab_size)
+        try:
+            client.score([0, self._vocab_size - 1], self._top_k)
+        except RequestRefused as error:
+            raise UserError(
+                f"{client.url} does not score tokens as teacher.vllm.top_k={self._top_k} asks: "
+                f"{error}; start it with --max-logprobs {self._top_k} or more"
+            ) from None
 
-        keep_trying(check, self._retry_timeout)
+
+def _is_another(client: VllmClient) -> bool:
+    """Readies a server that has failed; one that has restarted still serves the teacher."""
+    client.get("/health")
+    return False

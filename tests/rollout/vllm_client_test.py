@@ -16,14 +16,16 @@ import vllm_double as doubles
 from vllm_double import Double, answer_tokens
 
 from distill.base.errors import RunStopped, UserError
+from distill.config.schema import VllmServers
+from distill.config.schema import VllmTeacher as TeacherSection
 from distill.rollout.vllm import checks, guard
-from distill.rollout.vllm.backend import Limits, VllmBackend
+from distill.rollout.vllm.backend import VllmBackend
 from distill.rollout.vllm.client import VllmClient, read_api_key
-from distill.rollout.vllm.probe import Expected, Probe
+from distill.rollout.vllm.probe import Probe
 from distill.rollout.vllm.rows import request_seed
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.teachers.server import VllmTeacher
+from distill.teachers.server import ServerTeacher
 
 COMPLETIONS = "/v1/completions"
 PARAMS = SamplingParams(max_length=doubles.LENGTH)
@@ -49,15 +51,15 @@ class Believing:
     """A probe that finds every server right."""
 
     def expected(self, params):
-        return Expected(np.zeros((1, 1)))
+        return np.zeros((1, 1))
 
     expected_in_rehearsal = expected
 
-    def measure(self, client):
+    def look(self, client, expected):
         client.get("/health")
-        return np.zeros((1, 1))
 
-    def check(self, *args, **kwargs):
+    def verify(self, client, expected, far_apart):
+        self.look(client, expected)
         return 0.0
 
 
@@ -75,22 +77,19 @@ def servers():
 
 
 def make_backend(servers, *, params=PARAMS, retry=20.0, request=10.0, api_key="") -> VllmBackend:
-    backend = VllmBackend(
+    return VllmBackend(
         [VllmClient(server.url, api_key, request) for server in servers],
         own=None,
+        check=lambda client: None,
         weights=Folders(),
         probe=Believing(),
-        student_config=None,
-        tokenizer=None,
         params=params,
-        eos_ids=(1,),
+        end_ids=(1,),
         pad_id=0,
         vocab_size=doubles.VOCAB_SIZE,
-        max_length=32,
-        limits=Limits(request=request, retry=retry, start=1.0),
+        max_length=doubles.MAX_MODEL_LEN,
+        times=VllmServers(retry_timeout=retry, start_timeout=1.0),
     )
-    backend._room = doubles.MAX_MODEL_LEN  # `start` asks the server; here it is known
-    return backend
 
 
 def refitted(servers, **options) -> VllmBackend:
@@ -318,7 +317,9 @@ def test_prompt_longer_than_the_context(servers):
     backend = refitted(servers())
     long = (np.full(61, 5, np.int32),)
     request = dataclasses.replace(REQUEST, prompts=long, prompt_index=np.array([0]))
-    with pytest.raises(UserError, match="a prompt of 61 tokens and 4 .* --max-model-len 65"):
+    with pytest.raises(
+        UserError, match="a prompt of 61 tokens and 4 .*max_total_sequence_length=64"
+    ):
         backend.generate(request)
 
 
@@ -365,7 +366,7 @@ def closed_url() -> str:
 def test_unreachable_server():
     url = closed_url()
     with pytest.raises(UserError) as error:
-        checks.await_up([VllmClient(url)], 0.5, "teacher.vllm")
+        make_teacher(url, start_timeout=0.5).start()
     for words in (url, "0.5 s", "teacher.vllm.urls", "teacher.vllm.start_timeout"):
         assert words in str(error.value)
 
@@ -380,7 +381,7 @@ def test_server_without_dev_mode_small_context_or_of_another_kind(servers):
         checks.check_dev_mode(client)
     server.faults.append(("/v1/models", lambda handler: doubles.reply(handler, {"data": []})))
     with pytest.raises(UserError, match="not as a vLLM server"):
-        checks.max_model_len(client)
+        checks.check_context(client, 1)
 
 
 def test_raw_log_probs_will_not_do_for_tempered_sampling(servers):
@@ -420,11 +421,10 @@ def probe(**options) -> Probe:
     return Probe(None, **{**defaults, **options})
 
 
-def check(measured, new, before=None, kept_head=None, far_apart=False, **options):
-    arrays = [None if x is None else np.asarray(x, np.float32) for x in (measured, new, kept_head)]
+def check(measured, new, before=None, far_apart=False, **options):
+    measured, new = np.asarray(measured, np.float32), np.asarray(new, np.float32)
     before = before and tuple(np.asarray(x, np.float32) for x in before)
-    expected = Expected(arrays[1], arrays[2])
-    return probe(**options).check("http://s", arrays[0], expected, before, far_apart=far_apart)
+    return probe(**options).check("http://s", measured, new, before, far_apart=far_apart)
 
 
 def test_probe_believes_what_agrees():
@@ -459,26 +459,27 @@ def test_probe_of_weights_that_are_far_apart_allows_a_share_of_the_distance():
 
 def test_probe_names_the_tied_head():
     with pytest.raises(RunStopped, match="not take the new output head.*distill.export_server"):
-        check([-3.0, -4.0], [-1.0, -2.0], kept_head=[-3.01, -4.01])
-    with pytest.raises(RunStopped, match="not take the new output head"):
-        probe().check(
-            "http://s", np.ones(2), Expected(np.zeros(2)), None, far_apart=True, tied=True
-        )
+        check([-3.0, -4.0], [-1.0, -2.0])
+
+
+def test_probe_remembers_what_each_server_said_and_should_have_said(servers):
+    """The double scores token i with -0.5 - i, whatever it has loaded."""
+    client, other = (VllmClient(server.url) for server in servers(2))
+    fixed = probe(max_length=8, max_gap=9.0)
+    old = -0.5 - fixed.tokens_bt[:, 1:].astype(np.float32)
+    np.testing.assert_array_equal(fixed.look(client, old), old)
+    with pytest.raises(RunStopped, match="old one to the last bit"):
+        fixed.verify(client, old + 0.5, far_apart=False)
+    assert fixed.verify(other, old + 0.5, far_apart=False) == pytest.approx(0.5)
 
 
 # ---- teacher ----
 
 
-def make_teacher(server, top_k=3, vocab_size=doubles.VOCAB_SIZE) -> VllmTeacher:
-    return VllmTeacher(
-        [VllmClient(server.url)],
-        top_k=top_k,
-        tokenizer=Letters(),
-        vocab_size=vocab_size,
-        max_length=32,
-        retry_timeout=5.0,
-        start_timeout=1.0,
-    )
+def make_teacher(url, top_k=3, vocab_size=doubles.VOCAB_SIZE, start_timeout=1.0) -> ServerTeacher:
+    section = TeacherSection(top_k=top_k, retry_timeout=5.0, start_timeout=start_timeout)
+    options = dict(tokenizer=Letters(), vocab_size=vocab_size, max_length=32)
+    return ServerTeacher([VllmClient(url)], section, **options)
 
 
 def test_teacher_lists_the_likeliest_and_the_actual_token(servers):
@@ -492,7 +493,7 @@ def test_teacher_lists_the_likeliest_and_the_actual_token(servers):
         sampled_log_probs_br=None,
         stopped_b=None,
     )
-    teacher = make_teacher(server)
+    teacher = make_teacher(server.url)
     teacher.start()
     scores = teacher.score(prompts_bp, np.array([2, 3]), rollout)
     assert scores.ids_brk.shape == (2, 3, 4)
@@ -507,7 +508,7 @@ def test_teacher_lists_the_likeliest_and_the_actual_token(servers):
 
 def test_teacher_with_padding_rows_gives_their_probability_to_the_others(servers):
     (server,) = servers()
-    teacher = make_teacher(server, top_k=3, vocab_size=2)
+    teacher = make_teacher(server.url, top_k=3, vocab_size=2)
     ids, log_probs = teacher._real(([1, 0, 2], [np.log(0.2), np.log(0.3), np.log(0.5)]))
     assert ids == [1, 0]
     np.testing.assert_allclose(np.exp(log_probs), [0.4, 0.6], rtol=1e-6)
@@ -518,7 +519,7 @@ def test_teacher_that_lists_fewer_tokens(servers):
     refusal = {"error": {"message": "Requested prompt logprobs of 3, max allowed: 2"}}
     server.faults.append((COMPLETIONS, lambda handler: doubles.reply(handler, refusal, 400)))
     with pytest.raises(UserError, match="top_k=3.*max allowed: 2.*--max-logprobs 3"):
-        make_teacher(server).start()
+        make_teacher(server.url).start()
 
 
 # ---- the guard of an own server ----

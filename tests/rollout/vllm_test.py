@@ -28,6 +28,7 @@ from tiny_models import model_config
 import distill
 from distill.base.errors import RunStopped, UserError
 from distill.config import default_config
+from distill.config.schema import VllmServers
 from distill.data.arithmetic import CHARACTERS
 from distill.data.tokenizer import character_tokenizer, load_tokenizer
 from distill.export_server import export_server
@@ -37,9 +38,11 @@ from distill.models.checkpoints.load import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.transformer import Transformer
 from distill.rollout.vllm import guard
-from distill.rollout.vllm.backend import Limits, VllmBackend
+from distill.rollout.vllm.backend import VllmBackend
+from distill.rollout.vllm.checks import check_sampler
 from distill.rollout.vllm.client import VllmClient
 from distill.rollout.vllm.probe import Probe
+from distill.rollout.vllm.rows import is_tempered
 from distill.rollout.vllm.weights import ServerExport, WeightsFolder
 from distill.sampling.choice import SamplingParams, row_keys
 from distill.sampling.decode import make_generate
@@ -191,9 +194,18 @@ def servers(folders, tmp_path_factory):
 
 def make_backend(server: Server, folder: Path, weights: Path, params: SamplingParams):
     config, _ = load_model_config(folder)
+    tempered = is_tempered(params, VOCAB_SIZE)
     return VllmBackend(
         [VllmClient(server.url, API_KEY, 120.0)],
         own=None,
+        check=functools.partial(
+            check_sampler,
+            student=config,
+            tokenizer=load_tokenizer(folder),
+            vocab_size=VOCAB_SIZE,
+            context=MAX_TOTAL + tempered,
+            tempered=tempered,
+        ),
         weights=WeightsFolder(weights, make_export(folder)),
         probe=Probe(
             random_student(config, 0)[0],
@@ -203,14 +215,12 @@ def make_backend(server: Server, folder: Path, weights: Path, params: SamplingPa
             max_gap=0.1,
             float32=True,
         ),
-        student_config=config,
-        tokenizer=load_tokenizer(folder),
         params=params,
-        eos_ids=END_IDS,
+        end_ids=END_IDS,
         pad_id=0,
         vocab_size=VOCAB_SIZE,
         max_length=MAX_TOTAL,
-        limits=Limits(request=120.0, retry=20.0, start=5.0),
+        times=VllmServers(retry_timeout=20.0, start_timeout=5.0),
     )
 
 

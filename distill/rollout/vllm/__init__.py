@@ -1,1 +1,1 @@
-"""vLLM servers that sample the student's answers, or score tokens with the teacher, over HTTP."""
+"""vLLM servers that sample the student's responses, or score tokens with the teacher, over HTTP."""

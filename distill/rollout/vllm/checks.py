@@ -1,67 +1,85 @@
-"""What is asked of a server before it is relied on; each answer that will not do is one line."""
+"""What is asked of a server before it is relied on; each reply that will not do is one line."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.base.errors import UserError
 from distill.models.checkpoints.load import load_model_config
 from distill.models.facts import ModelConfig
-from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
-from distill.rollout.vllm.weights import architecture
+from distill.rollout.vllm.client import RequestRefused, VllmClient, VllmError
 
-_TEXTS = 24  # compared between tokenizers
-_TOKENS_A_TEXT = 16
+_TEXTS, _TOKENS_A_TEXT = 24, 16  # compared between tokenizers
+_MAY_DIFFER = ("vocab_size", "tied", "max_positions")  # of an export for servers from the student
+_REMEDY = "start it from a folder of `python -m distill.export_server`"
 
 
-def await_up(clients: Sequence[VllmClient], timeout: float, section: str) -> None:
-    """Waits until all servers answer.
+def await_up(client: VllmClient, timeout: float, remedy: str) -> None:
+    """Waits until the server answers.
 
     Raises:
-      UserError: one does not within `timeout` seconds.
+      UserError: it does not within `timeout` seconds; ends with the remedy.
     """
     deadline = time.monotonic() + timeout
-    for client in clients:
-        while True:
-            try:
-                client.get("/health", timeout=5)
-                break
-            except (ServerFailed, RequestRefused) as error:
-                if time.monotonic() >= deadline:
-                    raise UserError(
-                        f"no vLLM server answered within {timeout:g} s ({error}): start it, or "
-                        f"correct {section}.urls or raise {section}.start_timeout"
-                    ) from None
-            time.sleep(min(1.0, max(deadline - time.monotonic(), 0.0)))
+    while True:
+        try:
+            client.get("/health", timeout=5)
+            return
+        except VllmError as error:
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"no vLLM server answered within {timeout:g} s ({error}): {remedy}"
+                ) from None
+        time.sleep(min(0.5, max(deadline - time.monotonic(), 0.0)))
 
 
-def max_model_len(client: VllmClient) -> int:
-    """Tokens of prompt and answer that the server has room for.
+def check_sampler(
+    client: VllmClient,
+    *,
+    student: ModelConfig,
+    tokenizer: Any,
+    vocab_size: int,
+    context: int,
+    tempered: bool,
+) -> None:
+    """Checks a server that is to sample with the student's weights.
+
+    Args:
+      client: of the server, which is up.
+      student: sizes and variants.
+      tokenizer: the student's.
+      vocab_size: ids in use.
+      context: tokens that the server must have room for.
+      tempered: whether tokens are drawn from another distribution than the model's own.
 
     Raises:
-      UserError: this is no vLLM server.
+      UserError: the server will not do.
     """
-    try:
-        return int(client.get("/v1/models")["data"][0]["max_model_len"])
-    except (RequestRefused, KeyError, IndexError, TypeError, ValueError):
+    check_context(client, context)
+    check_dev_mode(client)
+    if tempered:
+        check_log_probs_mode(client)
+    client.post("/resume")  # a trainer that died during a refit left it paused
+    check_same_model(client, student, vocab_size)
+    check_same_tokenizer(client, tokenizer, vocab_size)
+
+
+def check_context(client: VllmClient, needed: int) -> None:
+    """Raises UserError unless this is a vLLM server with room for `needed` tokens."""
+    room = _model_card(client).get("max_model_len")
+    if not isinstance(room, int):
         raise UserError(
             f"{client.url} answers, but not as a vLLM server: /v1/models names no max_model_len"
-        ) from None
-
-
-def check_context(client: VllmClient, needed: int) -> int:
-    """The server's context, which must hold `needed` tokens."""
-    room = max_model_len(client)
+        )
     if room < needed:
         raise UserError(
             f"{client.url} has a context of {room} tokens, but needs {needed} (policy."
             "max_total_sequence_length, and one more where it scores): start it with "
             f"--max-model-len {needed}, or lower policy.max_total_sequence_length"
         )
-    return room
 
 
 def check_dev_mode(client: VllmClient) -> None:
@@ -78,9 +96,9 @@ def check_dev_mode(client: VllmClient) -> None:
 def check_log_probs_mode(client: VllmClient) -> None:
     """Raises UserError unless the server reports probabilities after temperature and truncation."""
     # Not for what other routes tell too: this one looks through the whole machine first.
-    answer = client.get("/server_info", config_format="json")
+    reply = client.get("/server_info?config_format=json")
     try:
-        mode = answer["vllm_config"]["model_config"]["logprobs_mode"]
+        mode = reply["vllm_config"]["model_config"]["logprobs_mode"]
     except (KeyError, TypeError):
         mode = "no logprobs_mode"
     if mode != "processed_logprobs":
@@ -91,48 +109,32 @@ def check_log_probs_mode(client: VllmClient) -> None:
         )
 
 
-def visible_folder(client: VllmClient) -> Path | None:
-    """The folder that the server was started from, if it can be seen from here."""
-    folder = Path(str(client.get("/v1/models")["data"][0].get("root", "")))
-    return folder if (folder / "config.json").is_file() else None
-
-
-def is_tied(client: VllmClient) -> bool:
-    """Whether the server's model is known to tie its output head to the embedding."""
-    folder = visible_folder(client)
-    return folder is not None and load_model_config(folder)[0].tied
-
-
 def check_same_model(client: VllmClient, student: ModelConfig, vocab_size: int) -> None:
     """Raises UserError if the student's weights would not fit into the server's model.
 
     The server's config.json is read where it is visible from here. Its vocabulary is asked for: ids
     are allowed or not.
     """
-    folder = visible_folder(client)
-    if folder is not None:
-        theirs, ours = architecture(load_model_config(folder)[0]), architecture(student)
-        for name, value in ours.items():
-            if theirs[name] != value:
+    folder = Path(str(_model_card(client).get("root", "")))
+    if (folder / "config.json").is_file():
+        theirs = dataclasses.asdict(load_model_config(folder)[0])
+        for name, value in dataclasses.asdict(student).items():
+            if name not in _MAY_DIFFER and theirs[name] != value:
                 raise UserError(
                     f"{client.url} serves another model than the student: {name} is "
-                    f"{theirs[name]} there and {value} here; start it from a folder of `python -m "
-                    "distill.export_server`"
+                    f"{theirs[name]} there and {value} here; {_REMEDY}"
                 )
-    fits = _knows_id(client, vocab_size - 1), not _knows_id(client, vocab_size)
-    if not all(fits):
-        size = "fewer" if not fits[0] else "more"
+    fewer = not _knows_id(client, vocab_size - 1)
+    if fewer or _knows_id(client, vocab_size):
         raise UserError(
-            f"{client.url} serves a model with {size} than the {vocab_size} ids of the student's "
-            "tokenizer (padding rows count): start it from a folder of `python -m "
-            "distill.export_server`"
+            f"{client.url} serves a model with {'fewer' if fewer else 'more'} than the "
+            f"{vocab_size} ids of the student's tokenizer (padding rows count): {_REMEDY}"
         )
 
 
 def check_same_tokenizer(client: VllmClient, tokenizer: Any, vocab_size: int) -> None:
     """Raises UserError if the server gives other ids to the same strings."""
-    starts = range(0, vocab_size, max(_TOKENS_A_TEXT, vocab_size // _TEXTS))
-    for start in starts:
+    for start in range(0, vocab_size, max(_TOKENS_A_TEXT, vocab_size // _TEXTS)):
         ids = range(start, min(start + _TOKENS_A_TEXT, vocab_size))
         text = tokenizer.decode([i for i in ids if i not in tokenizer.all_special_ids])
         if not text:
@@ -146,6 +148,14 @@ def check_same_tokenizer(client: VllmClient, tokenizer: Any, vocab_size: int) ->
                 f"{client.url} has another tokenizer than the student: of {text[:40]!r} it makes "
                 f"id {other} where the student's makes {mine}; serve a model of the same family"
             )
+
+
+def _model_card(client: VllmClient) -> dict[str, Any]:
+    """What the server says of the model that it serves; empty if it is no vLLM server."""
+    try:
+        return dict(client.get("/v1/models")["data"][0])
+    except (RequestRefused, KeyError, IndexError, TypeError, ValueError):
+        return {}
 
 
 def _tokenize(client: VllmClient, text: str) -> list[int]:
@@ -164,5 +174,5 @@ def _knows_id(client: VllmClient, token: int) -> bool:
     except RequestRefused as error:
         if "vocab" in str(error):
             return False
-        raise UserError(f"a trial request was refused: {error}") from None
+        raise
     return True

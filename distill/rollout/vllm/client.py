@@ -6,15 +6,13 @@ reused. The API key goes into a header and nowhere else.
 
 from __future__ import annotations
 
-import dataclasses
 import http.client
 import json
 import math
 import os
-import socket
-import threading
-from typing import Any
-from urllib.parse import urlencode, urlsplit
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from distill.base.errors import UserError
 
@@ -31,29 +29,24 @@ _PLAIN = {
 _TRY_AGAIN = (408, 425, 429)
 
 
-class ServerFailed(Exception):
-    """No usable answer: worth another try, as the server may be restarting.
-
-    Attributes:
-      status: of HTTP, None when there was no answer.
-    """
+class VllmError(Exception):
+    """No usable reply; `status` is that of HTTP, None when there was no reply at all."""
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
         self.status = status
 
 
-class RequestRefused(Exception):
-    """The server answered that it will not do this; another try would end the same way."""
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
+class ServerFailed(VllmError):
+    """Worth another try, as the server may be restarting."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One sampled answer: its token ids, and their log-probabilities as the server reports them."""
+class RequestRefused(VllmError):
+    """The server will not do this; another try would end the same way."""
+
+
+class Completion(NamedTuple):
+    """One sampled response: its token ids, and their log-probabilities as the server has them."""
 
     token_ids: list[int]
     log_probs: list[float]
@@ -69,47 +62,48 @@ class VllmClient:
     Args:
       url: http://HOST:PORT or https://HOST:PORT, perhaps with a path before the API's.
       api_key: sent as a bearer token; '' sends none.
-      timeout: seconds without an answer after which a request counts as failed.
+      timeout: seconds without a reply after which a request counts as failed.
+      check_running: called when there is no reply; raises if another try is in vain.
 
     Every method raises ServerFailed (try again), RequestRefused (do not), or UserError for a
     missing or wrong API key.
     """
 
-    def __init__(self, url: str, api_key: str = "", timeout: float = 600.0):
-        parts = urlsplit(url)
-        self.url = url
-        secure = parts.scheme == "https"
-        self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self._host, self._port = parts.hostname, parts.port or (443 if secure else 80)
-        self._prefix, self._timeout = parts.path.rstrip("/"), timeout
-        self._api_key = api_key
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._open: set[http.client.HTTPConnection] = set()
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        url: str,
+        api_key: str = "",
+        timeout: float = 600.0,
+        check_running: Callable[[], None] = lambda: None,
+    ):
+        self.url, self._api_key, self._timeout = url, api_key, timeout
+        self._check_running = check_running
 
-    def get(self, path: str, timeout: float | None = None, **query: str) -> Any:
-        return self._request("GET", path, query, None, timeout)
+    def get(self, path: str, timeout: float | None = None) -> Any:
+        return self._request("GET", path, None, timeout or self._timeout)
 
-    def post(self, path: str, body: dict[str, Any] | None = None, **query: str) -> Any:
-        return self._request("POST", path, query, body or {}, None)
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._request("POST", path, json.dumps(body or {}).encode(), self._timeout)
 
     def complete(self, prompt: list[int], **options: Any) -> Completion:
-        """Samples one answer; `options` are fields of the completions API."""
+        """Samples one response; `options` are fields of the completions API."""
         body = {**_PLAIN, "ignore_eos": True, "logprobs": 0, "return_token_ids": True, **options}
         choice = self._choice({"prompt": prompt, **body})
         if choice.get("finish_reason") not in ("stop", "length"):
-            raise self._failed(f"an answer ended by {choice.get('finish_reason')!r}")
-        token_ids, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {})
-        log_probs = log_probs.get("token_logprobs")
+            raise self._failed(f"a response ended by {choice.get('finish_reason')!r}")
+        token_ids = choice.get("token_ids")
+        log_probs = (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(token_ids, list) or not isinstance(log_probs, list):
-            raise RequestRefused(
-                f"{self.url} returns no token_ids or logprobs: it needs a vLLM that knows "
+            raise self._failed(
+                "a reply without token_ids or logprobs: it needs a vLLM that knows "
                 "return_token_ids (measured with 0.32)",
                 200,
             )
-        whole = token_ids and len(log_probs) == len(token_ids) and all(map(_is_id, token_ids))
-        if not whole or not all(map(_is_log_prob, log_probs)):
-            raise self._failed("a damaged answer: ids and log-probabilities do not match")
+        ids_are_ids = all(isinstance(token, int) and token >= 0 for token in token_ids)
+        if not token_ids or len(log_probs) != len(token_ids) or not ids_are_ids:
+            raise self._failed("a damaged reply: ids and log-probabilities do not match")
+        if not all(map(_is_log_prob, log_probs)):
+            raise self._failed("a damaged reply: log-probabilities that are none")
         return Completion(token_ids, log_probs)
 
     def score(self, tokens: list[int], top_k: int = 0) -> list[Scores]:
@@ -122,81 +116,61 @@ class VllmClient:
         options = {**_PLAIN, "max_tokens": 1, "prompt_logprobs": top_k}
         entries = self._choice({"prompt": tokens, **options}).get("prompt_logprobs")
         if not isinstance(entries, list) or len(entries) != len(tokens):
-            raise self._failed("a damaged answer: prompt_logprobs are not one for each token")
+            raise self._failed("a damaged reply: prompt_logprobs are not one for each token")
         try:
-            return [
-                _scores(token, entry) for token, entry in zip(tokens[1:], entries[1:], strict=True)
-            ]
+            return list(map(_scores, tokens[1:], entries[1:]))
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise self._failed("a damaged answer: prompt_logprobs without the tokens") from None
-
-    def close_connections(self) -> None:
-        """Ends the requests under way, whose threads get ServerFailed."""
-        with self._lock:
-            connections = list(self._open)
-        for connection in connections:
-            if connection.sock is not None:
-                try:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # it has just ended by itself
+            raise self._failed("a damaged reply: prompt_logprobs without the tokens") from None
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self.post("/v1/completions", body)
-        choices = answer.get("choices") if isinstance(answer, dict) else None
+        reply = self.post("/v1/completions", body)
+        choices = reply.get("choices") if isinstance(reply, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise self._failed("a damaged answer: not exactly one choice")
+            raise self._failed("a damaged reply: not exactly one choice")
         return choices[0]
 
-    def _request(self, method: str, path: str, query: dict, body: Any, timeout) -> Any:
-        target = self._prefix + path + (f"?{urlencode(query)}" if query else "")
-        headers = {**self._headers, "Connection": "close"}
-        if body is not None:
-            body, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
-        connection = self._connection(self._host, self._port, timeout=timeout or self._timeout)
-        with self._lock:
-            self._open.add(connection)
+    def _request(self, method: str, path: str, body: bytes | None, timeout: float) -> Any:
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "https"
+        connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        headers = {"Connection": "close", "Content-Type": "application/json"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        connection = connect(parts.hostname, parts.port, timeout=timeout)
         try:
-            connection.request(method, target, body, headers)
+            connection.request(method, parts.path.rstrip("/") + path, body, headers)
             response = connection.getresponse()
-            status, content = response.status, response.read()
+            return self._parsed(path, response.status, response.read())
         except TimeoutError:
-            seconds = timeout or self._timeout
-            raise self._failed(f"no answer to {path} within {seconds:g} s") from None
+            raise self._failed(f"no answer to {path} within {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
+            self._check_running()
             raise self._failed(f"{type(error).__name__} at {path}: {error}") from None
         finally:
-            with self._lock:
-                self._open.discard(connection)
             connection.close()
-        return self._parsed(path, status, content)
 
     def _parsed(self, path: str, status: int, content: bytes) -> Any:
         if status in (401, 403):
-            given = "does not accept the API key" if self._headers else "wants an API key"
+            given = "does not accept the API key" if self._api_key else "wants an API key"
             raise UserError(
                 f"{self.url} {given} (status {status}): put it into an environment variable, "
                 "whose name goes into api_key_variable"
             )
         try:
-            answer = json.loads(content) if content else None
+            reply = json.loads(content) if content else None
         except ValueError:
-            answer = content[:200].decode(errors="replace")
+            reply = content[:200].decode(errors="replace")
             if status < 400:
-                raise self._failed(f"an answer to {path} that is not JSON") from None
+                raise self._failed(f"a reply to {path} that is not JSON") from None
         if status < 400:
-            return answer
-        message = f"status {status} at {path}: {self._without_key(_message(answer))}"
-        if status >= 500 or status in _TRY_AGAIN:
-            raise self._failed(message, status)
-        raise RequestRefused(f"{self.url}: {message}", status)
+            return reply
+        raise self._failed(f"status {status} at {path}: {_message(reply)}", status)
 
-    def _without_key(self, message: str) -> str:
-        """Servers and proxies may repeat what they were sent."""
-        return message.replace(self._api_key, "...") if self._api_key else message
-
-    def _failed(self, message: str, status: int | None = None) -> ServerFailed:
-        return ServerFailed(f"{self.url}: {message}", status)
+    def _failed(self, message: str, status: int | None = None) -> VllmError:
+        if self._api_key:  # servers and proxies may repeat what they were sent
+            message = message.replace(self._api_key, "...")
+        refused = status is not None and status < 500 and status not in _TRY_AGAIN
+        return (RequestRefused if refused else ServerFailed)(f"{self.url}: {message}", status)
 
 
 def read_api_key(variable: str, section: str) -> str:
@@ -205,10 +179,8 @@ def read_api_key(variable: str, section: str) -> str:
     Raises:
       UserError: the variable is empty; it is not shown, as it may be the key itself.
     """
-    if not variable:
-        return ""
-    key = os.environ.get(variable, "")
-    if not key:
+    key = os.environ.get(variable, "") if variable else ""
+    if variable and not key:
         raise UserError(
             f"{section}.api_key_variable names an environment variable that is not set: export it "
             "with the API key as its value"
@@ -227,19 +199,15 @@ def _scores(token: int, entry: dict[str, Any]) -> Scores:
     return [token, *log_probs], [own, *log_probs.values()]
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _is_log_prob(value: Any) -> bool:
     # A little above 0 by rounding; NaN fails.
     return isinstance(value, int | float) and math.isfinite(value) and value <= 1e-3
 
 
-def _message(answer: Any) -> str:
+def _message(reply: Any) -> str:
     """The server's own words, on one line."""
-    if isinstance(answer, dict):
-        answer = answer.get("error", answer.get("detail", answer))
-    if isinstance(answer, dict):
-        answer = answer.get("message", answer)
-    return " ".join(str(answer).split())[:300]
+    if isinstance(reply, dict):
+        reply = reply.get("error", reply.get("detail", reply))
+    if isinstance(reply, dict):
+        reply = reply.get("message", reply)
+    return " ".join(str(reply).split())[:300]

@@ -1,6 +1,6 @@
-"""Spreads rows over servers: each is answered once, in order, whatever fails on the way.
+"""Spreads rows over servers: each gets one reply, in order, whatever fails on the way.
 
-A row is tried whole until it has an answer. A server that fails gets no further rows until it has
+A row is tried whole until it has a reply. A server that fails gets no further rows until it has
 recovered; other servers take its rows. What stays failing for longer than the retry time ends it
 all with one line.
 """
@@ -12,68 +12,42 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from distill.base.errors import RunStopped, UserError
 from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
 
-Row = TypeVar("Row")
-Answer = TypeVar("Answer")
-
 CONNECTIONS = 256  # requests at once to one server: what vLLM decodes together by default
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds
+_MOST_RESTARTS = 5  # of a server within one batch
 
 
-def answer_all(
-    clients: Sequence[VllmClient],
-    rows: Sequence[Row],
-    answer: Callable[[VllmClient, Row], Answer],
-    recover: Callable[[VllmClient], None],
+def at_each(
+    clients: Sequence[VllmClient], action: Callable[[VllmClient], Any], retry_timeout: float
+) -> list[Any]:
+    """Results of `action` for all servers at once, each tried again as by `keep_trying`."""
+    with ThreadPoolExecutor(len(clients)) as pool:
+        return list(pool.map(lambda c: keep_trying(lambda: action(c), retry_timeout), clients))
+
+
+def keep_trying(
+    action: Callable[[], Any],
     retry_timeout: float,
-) -> tuple[list[Answer], list[VllmClient], int]:
-    """Answers of all rows, the client that gave each, and how many tries failed.
-
-    Args:
-      clients: one per server.
-      rows: what to ask.
-      answer: asks one server for one row; ServerFailed is tried again, here or elsewhere.
-      recover: readies a server after a failure (new weights after a restart); may raise
-        ServerFailed, and is tried again then.
-      retry_timeout: seconds that a row or a server may go on failing.
-
-    Raises:
-      RunStopped: a row or a server went on failing; names the server and its last error.
-      Exception: what `answer` or `recover` raised otherwise.
-    """
-    if not rows:
-        return [], [], 0
-    shared = _Shared(rows, answer, recover, retry_timeout)
-    servers = [_Server(client) for client in clients]
-    for server in servers:
-        for _ in range(min(CONNECTIONS, len(rows))):
-            # Daemons: a hanging request must not keep a run alive that has stopped.
-            threading.Thread(target=shared.work, args=(server,), daemon=True).start()
-    with shared.changed:
-        shared.changed.wait_for(lambda: shared.over)
-    if shared.error is not None:
-        for client in clients:
-            client.close_connections()
-        raise shared.error
-    for server in servers:
-        with server.recovering:
-            pass  # nobody may still be refitting it
-    answers, answered_by = zip(*shared.results, strict=True)
-    return list(answers), list(answered_by), shared.failed_tries
-
-
-def keep_trying(action: Callable[[], Any], retry_timeout: float) -> Any:
+    pause: Callable[[float], bool | None] = time.sleep,
+) -> Any:
     """Result of `action`, tried again with growing pauses while it raises ServerFailed.
 
+    Args:
+      action: what to try.
+      retry_timeout: seconds that it may go on failing.
+      pause: waits so many seconds; may return True to give up, with the result None.
+
     Raises:
-      RunStopped: it went on failing for retry_timeout seconds.
+      RunStopped: it went on failing.
       UserError: a server refused the request.
     """
-    started, pause = time.monotonic(), _FIRST_PAUSE
+    started, seconds = time.monotonic(), _FIRST_PAUSE
     while True:
         try:
             return action()
@@ -81,105 +55,156 @@ def keep_trying(action: Callable[[], Any], retry_timeout: float) -> Any:
             raise UserError(f"a request was refused: {error}") from None
         except ServerFailed as error:
             if time.monotonic() - started >= retry_timeout:
-                raise stopped(error, retry_timeout) from None
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+                raise _stopped(error, retry_timeout) from None
+        if pause(seconds):
+            return None
+        seconds = min(2 * seconds, _LONGEST_PAUSE)
 
 
-def stopped(error: ServerFailed, retry_timeout: float) -> RunStopped:
-    return RunStopped(
-        f"a vLLM server stayed away for {retry_timeout:g} s (retry_timeout); its last error was: "
-        f"{error}"
-    )
+def ask_all(
+    clients: Sequence[VllmClient],
+    rows: Sequence[Any],
+    ask: Callable[[VllmClient, Any], Any],
+    recover: Callable[[VllmClient], bool],
+    retry_timeout: float,
+) -> tuple[list[Any], int]:
+    """Replies to all rows, and how many tries came to nothing.
+
+    Args:
+      clients: one per server.
+      rows: what to ask.
+      ask: asks one server for one row; ServerFailed is tried again, here or elsewhere.
+      recover: readies a server after a failure, and at the end, and says whether it had restarted:
+        then its earlier replies do not count. ServerFailed is tried again.
+      retry_timeout: seconds that a row or a server may go on failing.
+
+    Raises:
+      RunStopped: a row or a server went on failing; names the server and its last error.
+      Exception: what `ask` or `recover` raised otherwise.
+    """
+    servers = [_Server(client) for client in clients]
+    batch = _Batch(rows, ask, recover, retry_timeout)
+    while batch.left:
+        for server in servers:
+            for _ in range(min(CONNECTIONS, batch.left)):
+                # Daemons: a hanging request must not keep a run alive that has stopped.
+                threading.Thread(target=batch.work, args=(server,), daemon=True).start()
+        batch.await_end()
+        for server in servers:  # one that restarted between two requests failed none
+            with server.lock:
+                batch.ready(server, time.sleep)
+        batch.drop_stale()
+    return [batch.results[row][0] for row in range(len(rows))], batch.lost_tries
 
 
 @dataclasses.dataclass
 class _Server:
-    """A server as its threads see it; `recoveries` counts how often it was readied again."""
+    """A server as its threads see it: how often it was readied again, and had restarted."""
 
     client: VllmClient
-    recovering: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     recoveries: int = 0
+    restarts: int = 0
 
 
-class _Shared:
-    """What the threads of one call share; `changed` guards all of it."""
+class _Batch:
+    """What the threads of one call share; `_changed` guards all of it.
 
-    def __init__(self, rows, answer, recover, retry_timeout: float):
-        self._rows, self._answer, self._recover = rows, answer, recover
+    A result is the reply, the server that gave it, and how often that had restarted before.
+    """
+
+    def __init__(self, rows, ask, recover, retry_timeout: float):
+        self._rows, self._ask, self._recover = rows, ask, recover
         self._retry_timeout = retry_timeout
         self._waiting = deque(range(len(rows)))
         self._failing_since: dict[int, float] = {}
-        self._left = len(rows)
-        self.results: list[Any] = [None] * len(rows)
-        self.failed_tries = 0
-        self.error: Exception | None = None
-        self.changed = threading.Condition()
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self.results: dict[int, tuple[Any, _Server, int]] = {}
+        self.lost_tries = 0
 
     @property
-    def over(self) -> bool:
-        return self._left == 0 or self.error is not None
+    def left(self) -> int:
+        return len(self._rows) - len(self.results)
 
     def work(self, server: _Server) -> None:
-        """A thread: takes rows until all are answered."""
+        """A thread: takes rows until all have replies."""
         try:
             while (row := self._take()) is not None:
-                with server.recovering:
-                    recoveries, started = server.recoveries, time.monotonic()
+                with server.lock:  # nobody is readying it
+                    recoveries, restarts = server.recoveries, server.restarts
+                started = time.monotonic()
                 try:
-                    self._finish(row, self._answer(server.client, self._rows[row]), server)
+                    reply = self._ask(server.client, self._rows[row])
                 except ServerFailed as error:
                     self._put_back(row, started, error)
-                    self._await_recovery(server, recoveries)
+                    with server.lock:  # of the threads that saw it fail, one readies it
+                        if server.recoveries == recoveries and not self._is_over():
+                            self.ready(server, self._pause)
+                else:
+                    with self._changed:
+                        self.results[row] = reply, server, restarts
+                        self._changed.notify_all()
         except RequestRefused as error:
             self._end(RunStopped(f"a request was refused: {error}"))
         except Exception as error:
             self._end(error)
 
-    def _take(self) -> int | None:
-        with self.changed:
-            # Rows under way elsewhere may yet come back.
-            self.changed.wait_for(lambda: self.over or self._waiting)
-            return None if self.over else self._waiting.popleft()
+    def await_end(self) -> None:
+        with self._changed:
+            self._changed.wait_for(self._is_over)
+        if self._error is not None:
+            raise self._error
 
-    def _finish(self, row: int, result: Any, server: _Server) -> None:
-        with self.changed:
-            self.results[row] = result, server.client
-            self._left -= 1
-            self.changed.notify_all()
+    def ready(self, server: _Server, pause: Callable[[float], bool | None]) -> None:
+        """Recovers a server whose lock is held; counts the restarts that this brought to light."""
+        restarted = keep_trying(lambda: self._recover(server.client), self._retry_timeout, pause)
+        server.recoveries += 1
+        server.restarts += bool(restarted)
+        if server.restarts > _MOST_RESTARTS:
+            raise RunStopped(
+                f"{server.client.url} restarted {server.restarts} times in one batch: see its log"
+            )
+
+    def drop_stale(self) -> None:
+        """Puts back the rows of servers that have restarted since: their weights are unknown."""
+        stale = [row for row, (_, server, n) in self.results.items() if n != server.restarts]
+        for row in stale:
+            del self.results[row]
+        self._waiting.extend(stale)
+        self.lost_tries += len(stale)
+
+    def _is_over(self) -> bool:
+        return self.left == 0 or self._error is not None
+
+    def _take(self) -> int | None:
+        with self._changed:
+            # Rows under way elsewhere may yet come back.
+            self._changed.wait_for(lambda: self._is_over() or self._waiting)
+            return None if self._is_over() else self._waiting.popleft()
 
     def _put_back(self, row: int, started: float, error: ServerFailed) -> None:
-        with self.changed:
-            self.failed_tries += 1
-            since = self._failing_since.get(row)
-            self._failing_since.setdefault(row, started)
-            if since is not None and time.monotonic() - since >= self._retry_timeout:
-                raise stopped(error, self._retry_timeout)
+        with self._changed:
+            self.lost_tries += 1
+            since = self._failing_since.setdefault(row, started)
+            if since != started and time.monotonic() - since >= self._retry_timeout:
+                raise _stopped(error, self._retry_timeout)
             self._waiting.appendleft(row)
-            self.changed.notify_all()
-
-    def _await_recovery(self, server: _Server, recoveries: int) -> None:
-        """One thread readies the server; the others that saw it fail wait for that."""
-        with server.recovering:
-            if server.recoveries > recoveries:
-                return
-            started, pause = time.monotonic(), _FIRST_PAUSE
-            while not self._pause(pause):
-                try:
-                    self._recover(server.client)
-                    break
-                except ServerFailed as error:
-                    if time.monotonic() - started >= self._retry_timeout:
-                        raise stopped(error, self._retry_timeout) from None
-                pause = min(2 * pause, _LONGEST_PAUSE)
-            server.recoveries += 1
+            self._changed.notify_all()
 
     def _pause(self, seconds: float) -> bool:
         """Waits, or less if there is nothing left to do; then True."""
-        with self.changed:
-            return self.changed.wait_for(lambda: self.over, seconds)
+        with self._changed:
+            return self._changed.wait_for(self._is_over, seconds)
 
     def _end(self, error: Exception) -> None:
-        with self.changed:
-            self.error = self.error or error
-            self.changed.notify_all()
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+
+def _stopped(error: ServerFailed, retry_timeout: float) -> RunStopped:
+    return RunStopped(
+        f"a vLLM server stayed away for {retry_timeout:g} s (retry_timeout); its last error was: "
+        f"{error}"
+    )

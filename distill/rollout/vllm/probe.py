@@ -13,8 +13,6 @@ to more than closeness:
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,19 +32,6 @@ REMEDY = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Expected:
-    """The trainer's log-probabilities of the probe, float32 (rows, tokens - 1).
-
-    Attributes:
-      new: of the weights that the server should have.
-      kept_head: the same with the head from before the rehearsal; None where there was none.
-    """
-
-    new: np.ndarray
-    kept_head: np.ndarray | None = None
-
-
 class Probe:
     """Fixed tokens, scored by the trainer's model and by servers.
 
@@ -56,6 +41,7 @@ class Probe:
       max_length: tokens a row may have.
       row_multiple: parts into which the mesh splits rows.
       max_gap: mean |nats| by which trainer and server may differ.
+      float32: whether the student computes in float32.
     """
 
     def __init__(
@@ -71,12 +57,13 @@ class Probe:
         rows = row_multiple * -(-_ROWS // row_multiple)
         shape = rows, max(2, min(_LENGTH, max_length))
         self.tokens_bt = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
-        self._vocab_size, self._precision = vocab_size, "float32" if float32 else "bfloat16"
+        self._precision = "float32" if float32 else "bfloat16"
         self._max_gap = min(max_gap, _FLOAT32_LIMIT) if float32 else max_gap
+        # By URL, the last that was measured and expected.
+        self._before: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-        def log_probs(body, params, head_sign, tokens_bt):
+        def log_probs(body, head_dv, tokens_bt):
             hidden_btd = nnx.merge(graph, body)(tokens_bt)
-            head_dv = nnx.merge(graph, params).head() * head_sign.astype(hidden_btd.dtype)
             logits_btv = jnp.einsum(
                 "btd,dv->btv", hidden_btd, head_dv, preferred_element_type=jnp.float32
             )
@@ -84,57 +71,64 @@ class Probe:
             real_v = jnp.arange(logits_btv.shape[-1]) < vocab_size
             log_probs_btv = jax.nn.log_softmax(jnp.where(real_v, logits_btv, -jnp.inf))
             chosen_bt1 = jnp.take_along_axis(log_probs_btv[:, :-1], tokens_bt[:, 1:, None], axis=-1)
-            return chosen_bt1[..., 0]
+            return chosen_bt1[..., 0].astype(jnp.float32)
 
-        def rehearsed(params, head_sign, tokens_bt):
+        def true(params, tokens_bt):
+            return log_probs(params, nnx.merge(graph, params).head(), tokens_bt)
+
+        def rehearsed(params, tokens_bt):
             halved = jax.tree.map(lambda x: x * 0.5, params)
-            return log_probs(halved, params, head_sign, tokens_bt)
+            return log_probs(halved, -nnx.merge(graph, params).head(), tokens_bt)
 
-        self._true = jax.jit(lambda params, *rest: log_probs(params, params, *rest))
-        self._rehearsed = jax.jit(rehearsed)
+        self._true, self._rehearsed = jax.jit(true), jax.jit(rehearsed)
 
-    def expected(self, params: nnx.State) -> Expected:
-        return Expected(self._run(self._true, params, 1.0))
+    def expected(self, params: nnx.State) -> np.ndarray:
+        """The trainer's log-probabilities, float32 (rows, tokens - 1)."""
+        return np.asarray(self._true(params, self.tokens_bt))
 
-    def expected_in_rehearsal(self, params: nnx.State) -> Expected:
-        """See `weights.rehearse`."""
-        return Expected(
-            self._run(self._rehearsed, params, -1.0), self._run(self._rehearsed, params, 1.0)
-        )
+    def expected_in_rehearsal(self, params: nnx.State) -> np.ndarray:
+        """The same of the weights that `weights.rehearse` makes."""
+        return np.asarray(self._rehearsed(params, self.tokens_bt))
 
-    def measure(self, client: VllmClient) -> np.ndarray:
-        """The server's, one row after another: idle otherwise, it computes alike every time."""
+    def look(self, client: VllmClient, expected: np.ndarray) -> np.ndarray:
+        """The server's log-probabilities; it is remembered what was expected at the time."""
+        # One row after another: idle otherwise, a server computes alike every time.
         scores = [client.score(row_t.tolist()) for row_t in self.tokens_bt]
-        return np.array([[log_probs[0] for _, log_probs in row] for row in scores], np.float32)
+        measured = np.array([[log_probs[0] for _, log_probs in row] for row in scores], np.float32)
+        self._before[client.url] = measured, expected
+        return measured
+
+    def verify(self, client: VllmClient, expected: np.ndarray, *, far_apart: bool) -> float:
+        """Mean |nats| between server and trainer after a refit; see `check`."""
+        before = self._before.get(client.url)
+        measured = self.look(client, expected)
+        return self.check(client.url, measured, expected, before, far_apart=far_apart)
 
     def check(
         self,
         url: str,
         measured: np.ndarray,
-        expected: Expected,
+        expected: np.ndarray,
         before: tuple[np.ndarray, np.ndarray] | None,
         *,
         far_apart: bool,
-        tied: bool = False,
     ) -> float:
         """Mean |nats| between server and trainer.
 
         Args:
           url: for the message.
-          measured: from `measure`, after the refit.
+          measured: by the server, after the refit.
           expected: of the new weights.
           before: what was measured and expected before this refit, None if not known.
           far_apart: whether the weights before were or are the rehearsal's.
-          tied: whether the server's model is known to tie its output head to the embedding.
 
         Raises:
-          RunStopped: the server does not compute with the new weights; names the likely cause.
+          RunStopped: the server does not compute with the new weights; names the likely causes.
         """
-        gap = _gap(measured, expected.new)
-        limit = self._max_gap
-        if far_apart and before is not None:
-            limit = min(limit, max(_MISS * _gap(before[1], expected.new), 1e-5))
-        changed = before is not None and np.mean(before[1] != expected.new) > 0.5
+        gap, limit = _gap(measured, expected), self._max_gap
+        changed = before is not None and np.mean(before[1] != expected) > 0.5
+        if far_apart and changed:
+            limit = min(limit, max(_MISS * _gap(before[1], expected), 1e-5))
         stale = changed and np.array_equal(measured, before[0])
         if gap <= limit and not stale:
             return gap
@@ -143,26 +137,17 @@ class Probe:
                 "its answer is the old one to the last bit: it answered that it reloaded, and kept "
                 "the old weights; restart it, and see its log"
             )
-        elif tied or (
-            expected.kept_head is not None and _gap(measured, expected.kept_head) < 0.5 * gap
-        ):
-            cause = (
-                "it did not take the new output head, as vLLM does not if the model ties it to the "
-                f"embedding: {REMEDY}"
-            )
         else:
             cause = (
-                "it has another model, or other weights, or does not compute in policy.precision="
-                f"{self._precision} (--dtype {self._precision}), or keeps a tied output head: "
-                f"{REMEDY}, and check that nobody else refits it"
+                "it did not take the new output head, as vLLM does not if the model ties it to the "
+                "embedding, or it has another model, or other weights, or does not compute in "
+                f"policy.precision={self._precision} (--dtype {self._precision}): {REMEDY}, and "
+                "check that nobody else refits it"
             )
         raise RunStopped(
             f"after a refit, {url} and the trainer differ by {gap:.2g} nats per token (allowed: "
             f"{limit:.2g}): {cause}"
         )
-
-    def _run(self, function, params: nnx.State, head_sign: float) -> np.ndarray:
-        return np.asarray(function(params, jnp.float32(head_sign), self.tokens_bt), np.float32)
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:

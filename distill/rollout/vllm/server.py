@@ -2,117 +2,93 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import secrets
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from distill.base.errors import RunStopped, UserError
 from distill.rollout.vllm import guard
-from distill.rollout.vllm.client import ServerFailed, VllmClient
 
 
+@dataclasses.dataclass
 class OwnServer:
     """Starts `python -m vllm.entrypoints.openai.api_server`.
 
-    Args:
+    Attributes:
       python: interpreter that has vLLM.
       log: file that gets the server's output.
       dtype: bfloat16 or float32.
-      max_model_len: tokens of prompt and answer together.
+      max_model_len: tokens of prompt and response together.
       api_key: asked of every request; '' makes one up, since others may share the machine.
       extra_args: further arguments, such as --tensor-parallel-size=2.
     """
 
-    def __init__(
-        self,
-        python: str,
-        log: Path,
-        *,
-        dtype: str,
-        max_model_len: int,
-        api_key: str,
-        extra_args: Sequence[str],
-    ):
-        self._python, self._log = python, log
-        self._dtype, self._max_model_len = dtype, max_model_len
-        self._extra_args = tuple(extra_args)
-        self.api_key = api_key or secrets.token_urlsafe(32)
+    python: str
+    log: Path
+    dtype: str
+    max_model_len: int
+    api_key: str = ""
+    extra_args: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        self.api_key = self.api_key or secrets.token_urlsafe(32)
         self._process: subprocess.Popen | None = None
 
     def check(self) -> None:
         """Raises UserError unless the interpreter is there and has vLLM."""
         probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        name = f"policy.generation.vllm.python={self.python}"
         try:
-            done = subprocess.run([self._python, "-c", probe], capture_output=True, timeout=60)
+            done = subprocess.run([self.python, "-c", probe], capture_output=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(
-                f"policy.generation.vllm.python={self._python} cannot be run "
-                f"({type(error).__name__}): give the path of a Python interpreter that has vLLM"
+                f"{name} cannot be run ({type(error).__name__}): give the path of a Python "
+                "interpreter that has vLLM"
             ) from None
         if done.returncode:
             raise UserError(
-                f"policy.generation.vllm.python={self._python} has no package vllm: install it "
-                "there (it wants an environment of its own), or give another interpreter"
+                f"{name} has no package vllm: install it there (it wants an environment of its "
+                "own), or give another interpreter"
             )
 
     def launch(self, model: Path) -> str:
         """Starts serving a model folder and returns the URL, before the server is up."""
-        port = _free_port()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [
-            self._python, "-m", "vllm.entrypoints.openai.api_server",
+            self.python, "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(model), "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", self._dtype, "--max-model-len", str(self._max_model_len),
-            "--logprobs-mode", "processed_logprobs", *self._extra_args,
+            "--dtype", self.dtype, "--max-model-len", str(self.max_model_len),
+            "--logprobs-mode", "processed_logprobs", *self.extra_args,
         ]  # fmt: skip
         # The key goes through the environment: arguments are shown to everybody on the machine.
-        environment = {
-            **os.environ,
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_API_KEY": self.api_key,
-        }
-        with self._log.open("ab") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", guard.__file__, *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": self.api_key},
                 # Ctrl-C is for the trainer alone, which needs the server to finish its step.
                 start_new_session=True,
             )
         return f"http://127.0.0.1:{port}"
 
-    def await_up(self, client: VllmClient, timeout: float) -> None:
-        """Raises RunStopped if the server ends, or is not up in time."""
-        deadline = time.monotonic() + timeout
-        while True:
-            self.check_running()
-            try:
-                client.get("/health", timeout=5)
-                return
-            except ServerFailed:
-                if time.monotonic() > deadline:
-                    raise RunStopped(
-                        f"the vLLM server was not up within {timeout:g} s "
-                        f"(policy.generation.vllm.start_timeout): see {self._log}"
-                    ) from None
-            time.sleep(0.5)
-
     def check_running(self) -> None:
         """Raises RunStopped, with the end of the server's log, if it has ended by itself."""
         if self._process is not None and self._process.poll() is not None:
-            log = self._log.read_text(errors="replace")
+            log = self.log.read_text(errors="replace")
             errors = re.findall(r"\w+Error: .*", log) or ["no error in its log"]
             raise RunStopped(
                 f"the vLLM server that was started here ended with status "
-                f"{self._process.returncode}: {errors[-1][-200:]} (see {self._log})"
+                f"{self._process.returncode}: {errors[-1][-200:]} (see {self.log})"
             )
 
     def stop(self) -> None:
@@ -126,9 +102,3 @@ class OwnServer:
             self._process.terminate()
             self._process.wait(timeout=guard.PATIENCE + 5)
         self._process = None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -7,6 +7,7 @@ pad a vocabulary, so that a server neither samples padding ids nor gives them pr
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -18,77 +19,71 @@ from flax import nnx
 
 from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.load import load_model_config
-from distill.models.facts import ModelConfig
 
 _VERSION = re.compile(r"\d{8}")
-_KEPT = 2  # versions: a server may be reading the last while the next is written
+_KEPT = 2  # versions: a server may be loading the last while the next is written
 HEAD = "lm_head.weight"
 
 
+@dataclasses.dataclass(frozen=True)
 class ServerExport:
     """Writes a student's parameters as a model folder for vLLM.
 
-    Args:
+    Attributes:
       student_folder: the Hugging Face folder that the student came from.
       tokenizer: goes into the folder.
       vocab_size: ids in use.
-      end_ids: ids that end an answer.
+      end_ids: ids that end a response.
       max_length: tokens that a server must have room for.
       dtype: of the written weights.
     """
 
-    def __init__(
-        self,
-        student_folder: Path,
-        tokenizer: Any,
-        *,
-        vocab_size: int,
-        end_ids: tuple[int, ...],
-        max_length: int,
-        dtype: jax.typing.DTypeLike,
-    ):
-        self.model_config, hf_config = load_model_config(student_folder)
-        self.hf_config = {
-            **hf_config,
-            "tie_word_embeddings": False,
-            "vocab_size": vocab_size,
-            # vLLM refuses a longer context than this; positions are not embedded, only rotated.
-            "max_position_embeddings": max(self.model_config.max_positions, max_length),
-        }
-        self._tokenizer, self._dtype, self._rows = tokenizer, dtype, vocab_size
-        self._generation_config = {"eos_token_id": list(end_ids)}
+    student_folder: Path
+    tokenizer: Any
+    vocab_size: int
+    end_ids: tuple[int, ...]
+    max_length: int
+    dtype: jax.typing.DTypeLike
 
     def write(self, folder: Path, params: nnx.State, transform=None) -> None:
         """Replaces `folder`; `transform` as in `export_model`."""
+        model_config, hf_config = load_model_config(self.student_folder)
+        served = {
+            "tie_word_embeddings": False,
+            "vocab_size": self.vocab_size,
+            # vLLM refuses a longer context than this; positions are not embedded, only rotated.
+            "max_position_embeddings": max(model_config.max_positions, self.max_length),
+        }
         export_model(
             folder,
             params,
-            self.model_config,
-            self.hf_config,
-            self._tokenizer,
-            self._dtype,
-            self._generation_config,
-            untied_rows=self._rows,
+            model_config,
+            hf_config | served,
+            self.tokenizer,
+            self.dtype,
+            {"eos_token_id": list(self.end_ids)},
+            untied_rows=self.vocab_size,
             transform=transform,
         )
 
 
+@dataclasses.dataclass(frozen=True)
 class WeightsFolder:
     """The folder through which refits pass; it holds the last two versions.
 
-    Args:
+    Attributes:
       folder: absolute, and the same path for the servers.
       export: writes a version.
     """
 
-    def __init__(self, folder: Path, export: ServerExport):
-        self._folder, self._export = folder, export
+    folder: Path
+    export: ServerExport
 
     def write(self, params: nnx.State, version: int) -> Path:
         """Writes a version and drops older ones."""
-        target = self._folder / f"{version:08d}"
-        self._export.write(target, params)
-        others = [path for path in self._folder.iterdir() if _VERSION.fullmatch(path.name)]
+        target = self.folder / f"{version:08d}"
+        self.export.write(target, params)
+        others = [path for path in self.folder.iterdir() if _VERSION.fullmatch(path.name)]
         newest_first = sorted(others, key=lambda path: (path.stat().st_mtime, path.name))[::-1]
         for path in [path for path in newest_first if path != target][_KEPT - 1 :]:
             shutil.rmtree(path)
@@ -96,23 +91,14 @@ class WeightsFolder:
 
     def write_rehearsal(self, params: nnx.State) -> Path:
         """Writes the weights that `rehearse` describes."""
-        target = self._folder / "rehearsal"
-        self._export.write(target, params, transform=rehearse)
+        target = self.folder / "rehearsal"
+        self.export.write(target, params, transform=rehearse)
         return target
 
     def drop_rehearsal(self) -> None:
-        shutil.rmtree(self._folder / "rehearsal", ignore_errors=True)
+        shutil.rmtree(self.folder / "rehearsal", ignore_errors=True)
 
 
 def rehearse(key: str, value: np.ndarray) -> np.ndarray:
     """Every weight changed, exactly in any precision, and the head most visibly."""
     return -value if key == HEAD else value * value.dtype.type(0.5)
-
-
-def architecture(config: ModelConfig) -> dict[str, Any]:
-    """What must be equal in a server's model for the student's weights to fit."""
-    names = (
-        "family num_layers model_width num_heads num_kv_heads head_width ffn_width qkv_bias "
-        "qk_norm rope_theta rope_scaling rms_eps"
-    )
-    return {name: getattr(config, name) for name in names.split()}
