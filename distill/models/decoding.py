@@ -79,7 +79,8 @@ def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, jax.Ar
     def layer(x_gpd, layer_state):
         block = nnx.merge(graphdef, layer_state)
         q_gpnh, k_gpkh, v_gpkh = block.query_key_value(x_gpd, rotation)
-        x_gpd = block.finish(x_gpd, attention(q_gpnh, k_gpkh, v_gpkh))
+        attended_gpnh = attention(q_gpnh, k_gpkh, v_gpkh, block.config.attention)
+        x_gpd = block.finish(x_gpd, attended_gpnh)
         return x_gpd, (k_gpkh.transpose(0, 2, 3, 1), v_gpkh.transpose(0, 2, 1, 3))
 
     x_gpd, (k_lgkhp, v_lgkph) = jax.lax.scan(layer, model.embed(tokens_gp), stacked)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.base.errors import UserError
+from distill.kernels.attention import AttentionSpec
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
@@ -94,6 +95,11 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_positions: int
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """What every layer's attention computes."""
+        return AttentionSpec(scale=self.head_width**-0.5)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str) -> ModelConfig:

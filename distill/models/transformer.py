@@ -112,7 +112,7 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """One layer of the training form."""
         heads = self.query_key_value(x_btd, rotation)
-        return self.finish(x_btd, attention(*heads, segment_ids_bt))
+        return self.finish(x_btd, attention(*heads, self.config.attention, segment_ids_bt))
 
     def query_key_value(
         self, x_btd: jax.Array, rotation: Rotation

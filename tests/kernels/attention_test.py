@@ -12,7 +12,7 @@ from jax.experimental import topologies
 
 from distill.base.sharding import make_mesh, named_sharding
 from distill.base.topology import described_tpu
-from distill.kernels.attention import MOST_SEGMENTS, attention
+from distill.kernels.attention import MOST_SEGMENTS, AttentionSpec, api, attention
 from distill.kernels.attention.api import _segments, splash
 from distill.kernels.attention.blockwise import BLOCK, _bounds, blockwise_attention
 from distill.models.transformer import REMAT_POLICIES
@@ -47,28 +47,48 @@ def segments(batch, length, longest, seed=0):
     return jnp.asarray(ids_bt)
 
 
-def value_and_gradients(function, q, k, v, cotangent, ids_bt, window):
+def value_and_gradients(function, q, k, v, cotangent, ids_bt, spec, sinks_n=None):
     @jax.jit
-    def run(q, k, v):
-        attended, pull = jax.vjp(lambda *x: function(*x, ids_bt, window=window), q, k, v)
-        return attended, *pull(cotangent)
+    def run(*inputs):
+        def attended(q, k, v, sinks_n):
+            return function(q, k, v, segment_ids_bt=ids_bt, sinks_n=sinks_n, spec=spec)
 
-    return [np.asarray(x, np.float32) for x in run(q, k, v)]
+        value, pull = jax.vjp(attended, *inputs)
+        return value, *pull(cotangent)
+
+    return [np.asarray(x, np.float32) for x in run(q, k, v, sinks_n) if x is not None]
+
+
+SCALE = 0.2  # not 16**-0.5, that of most families
+PLAIN = AttentionSpec(SCALE)
+SINKS = jnp.linspace(-2.0, 3.0, 6)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(SCALE),
+        AttentionSpec(SCALE, window=1),
+        AttentionSpec(SCALE, window=40, soft_cap=1.5),
+        AttentionSpec(SCALE, window=40, sinks=True),
+        AttentionSpec(SCALE, soft_cap=1.5, sinks=True),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_values_and_gradients(name, window, packed, dtype):
+def test_values_and_gradients(name, spec, packed, dtype):
     # 150 positions are no multiple of any block; three query heads share a key-value head.
     *inputs, cotangent = arrays(2, 150, 6, 2, 16, dtype)
     ids_bt = segments(2, 150, 60) if packed else None
+    sinks_n = SINKS if spec.sinks else None
     reference = functools.partial(attention, implementation="reference")
-    expected = value_and_gradients(reference, *inputs, cotangent, ids_bt, window)
-    actual = value_and_gradients(IMPLEMENTATIONS[name], *inputs, cotangent, ids_bt, window)
+    expected = value_and_gradients(reference, *inputs, cotangent, ids_bt, spec, sinks_n)
+    actual = value_and_gradients(IMPLEMENTATIONS[name], *inputs, cotangent, ids_bt, spec, sinks_n)
     for ours, theirs in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+        tolerance = TOLERANCES[dtype]
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 needs_segments = pytest.mark.skipif(
@@ -83,9 +103,10 @@ needs_segments = pytest.mark.skipif(
 def test_cudnn(window, packed, width, length):
     *inputs, cotangent = arrays(2, length, 6, 2, width, "bfloat16")
     ids_bt = segments(2, length, length // 3) if packed else None
+    spec = AttentionSpec(SCALE, window=window)
     expected, actual = (
         value_and_gradients(
-            functools.partial(attention, implementation=name), *inputs, cotangent, ids_bt, window
+            functools.partial(attention, implementation=name), *inputs, cotangent, ids_bt, spec
         )
         for name in ("reference", "cudnn")
     )
@@ -116,7 +137,9 @@ def test_segments_as_cudnn_takes_them(ids, starts, sizes):
 def test_a_row_of_too_many_segments_is_nan():
     *inputs, _ = arrays(2, 128, 2, 2, 64, "bfloat16")
     ids_bt = jnp.stack([jnp.arange(128), jnp.zeros(128, jnp.int32)])
-    attended = np.asarray(attention(*inputs, ids_bt, implementation="cudnn"), np.float32)
+    attended = np.asarray(
+        attention(*inputs, AttentionSpec(SCALE), ids_bt, implementation="cudnn"), np.float32
+    )
     assert np.isnan(attended[0]).all() and np.isfinite(attended[1]).all()
 
 
@@ -125,18 +148,20 @@ def test_on_a_mesh(sizes):
     """Rows and heads cut over devices; the bounds of the loops are each device's own."""
     *inputs, cotangent = arrays(8, 600, 4, 2, 8)
     ids_bt = segments(8, 600, 300)
-    expected = value_and_gradients(attention, *inputs, cotangent, ids_bt, None)
+    arguments = *inputs, cotangent, ids_bt, AttentionSpec(SCALE, sinks=True), SINKS[:4]
+    expected = value_and_gradients(attention, *arguments)
     with jax.set_mesh(make_mesh(*sizes)):
-        actual = value_and_gradients(attention, *inputs, cotangent, ids_bt, None)
+        actual = value_and_gradients(attention, *arguments)
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
-def compiled_gradients(length, mesh=None, dtype="float32"):
+def compiled_gradients(length, mesh=None, dtype="float32", spec=PLAIN):
     """Of q, k, v of four rows on the mesh, of eight heads of width 128."""
 
     def loss(q, k, v, ids_bt):
-        return attention(q, k, v, ids_bt).astype(jnp.float32).sum()
+        sinks_n = jnp.zeros(8) if spec.sinks else None
+        return attention(q, k, v, spec, ids_bt, sinks_n).astype(jnp.float32).sum()
 
     def shape(heads, *axes):
         sharding = None if mesh is None else named_sharding(mesh, "batch", None, *axes)
@@ -149,7 +174,9 @@ def compiled_gradients(length, mesh=None, dtype="float32"):
 
 @pytest.mark.parametrize("name", ["one block", "splash"])
 def test_dots_does_not_compute_attention_again(name):
-    function = functools.partial(IMPLEMENTATIONS[name], segment_ids_bt=None, window=None)
+    function = functools.partial(
+        IMPLEMENTATIONS[name], segment_ids_bt=None, spec=AttentionSpec(SCALE)
+    )
     length = {"one block": BLOCK, "splash": 128}[name]  # no loops within attention
     q, k, v, _ = arrays(1, length, 2, 2, 16)
 
@@ -198,7 +225,30 @@ def test_blocks_of_other_segments_are_not_computed():
 def test_an_implementation_that_cannot_run_is_an_error(name, message):
     *inputs, _ = arrays(1, 8, 2, 2, 8)
     with pytest.raises(ValueError, match=message):
-        attention(*inputs, segments(1, 8, 4), implementation=name)
+        attention(*inputs, AttentionSpec(SCALE), segments(1, 8, 4), implementation=name)
+
+
+@pytest.mark.parametrize(
+    "platform, accelerated, spec, name",
+    [
+        ("tpu", "splash", AttentionSpec(SCALE, window=4, soft_cap=2.0, sinks=True), "splash"),
+        ("gpu", "cudnn", AttentionSpec(SCALE, window=4), "cudnn"),
+        ("gpu", "cudnn", AttentionSpec(SCALE, soft_cap=2.0), "blockwise"),
+        ("gpu", "cudnn", AttentionSpec(SCALE, sinks=True), "blockwise"),
+    ],
+    ids=str,
+)
+def test_a_kernel_is_chosen_where_it_computes_the_specification(
+    platform, accelerated, spec, name, monkeypatch
+):
+    monkeypatch.setattr(api, "platform", lambda: platform)
+    monkeypatch.setattr(api, "is_old_tpu", lambda: False)
+    monkeypatch.setattr(api, "cuda_capability", lambda: 9 if platform == "gpu" else 0)
+    heads = {"packed": False, "width": 64, "dtype": jnp.bfloat16}
+    assert api.resolve_implementation(None, spec, **heads) == name
+    if name != accelerated:
+        with pytest.raises(ValueError, match=f"{accelerated}.*and (a soft-cap|sinks): use"):
+            api.resolve_implementation(accelerated, spec, **heads)
 
 
 @pytest.mark.slow
@@ -211,7 +261,8 @@ def test_tpu_compiler_takes_the_kernel(topology):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(1, 2, 2, devices)
     with jax.set_mesh(mesh):
-        compiled = compiled_gradients(4096, mesh, "bfloat16")
+        spec = AttentionSpec(SCALE, window=1024, soft_cap=50.0, sinks=True)
+        compiled = compiled_gradients(4096, mesh, "bfloat16", spec)
     assert "tpu_custom_call" in compiled.as_text()
     # Two rows and four heads on a device: the float32 scores would be 512 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 100e6

@@ -1,13 +1,13 @@
 """Causal self-attention of packed rows, forward and backward in memory linear in their length.
 
 Shapes: queries q_btnh, keys and values k_btkh and v_btkh, n a multiple of k, all in one dtype;
-segment_ids_bt int. A token attends to itself and to tokens of its own row and segment before it, at
-most `window` tokens in all where that is given. Scores and sums are in float32.
+segment_ids_bt int. A token attends to itself and to tokens of its own row and segment before it, as
+its layer's `AttentionSpec` says. Scores and sums are in float32.
 
 `implementation`: `reference` (all scores, the definition), `blockwise` (plain XLA, any platform),
-`splash` (JAX's Pallas kernel for TPUs), `cudnn` (NVIDIA's library; 16-bit floats, at most
-`MOST_SEGMENTS` in a row, and NaN for a row that has more), or None for the best that runs here.
-ValueError for one that cannot run.
+`splash` (JAX's Pallas kernel for TPUs), `cudnn` (NVIDIA's library; 16-bit floats, no
+soft-cap, no sinks, at most `MOST_SEGMENTS` in a row, and NaN for a row that has more), or None for
+the best that computes the specification here. ValueError for one that cannot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.base.sharding import num_shards, partition_spec
-from distill.kernels.attention.blockwise import RESIDUALS, blockwise_attention
+from distill.kernels.attention.blockwise import RESIDUALS, blockwise_attention, cap_scores
+from distill.kernels.attention.spec import AttentionSpec
 from distill.kernels.platform import cuda_capability, is_old_tpu, platform
 
 IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn")
@@ -31,22 +32,27 @@ def attention(
     q_btnh: jax.Array,
     k_btkh: jax.Array,
     v_btkh: jax.Array,
+    spec: AttentionSpec,
     segment_ids_bt: jax.Array | None = None,
+    sinks_n: jax.Array | None = None,
     *,
-    window: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """attended_btnh; rows are cut over the devices of the current mesh, and so are heads.
 
     `segment_ids_bt=None` makes every row one segment. Padding behind a row's end needs no segment
-    of its own: nothing before it can attend to it.
+    of its own: nothing before it can attend to it. `sinks_n` are the scores of `spec.sinks`.
     """
+    if spec.sinks != (sinks_n is not None):
+        raise ValueError(f"sinks_n must be given where spec.sinks is True, which is {spec.sinks}")
     packed = segment_ids_bt is not None
     width = q_btnh.shape[-1]
-    name = resolve_implementation(implementation, packed=packed, width=width, dtype=q_btnh.dtype)
-    local = functools.partial(_LOCAL[name], window=window)
+    name = resolve_implementation(
+        implementation, spec, packed=packed, width=width, dtype=q_btnh.dtype
+    )
+    local = functools.partial(_LOCAL[name], spec=spec)
     if jax.sharding.get_abstract_mesh().empty:
-        return local(q_btnh, k_btkh, v_btkh, segment_ids_bt)
+        return local(q_btnh, k_btkh, v_btkh, segment_ids_bt, sinks_n)
     # What the mesh does not divide is whole on its devices.
     rows = "batch" if len(q_btnh) % num_shards("batch") == 0 else None
     divides = k_btkh.shape[2] % num_shards("act_kv_heads") == 0
@@ -54,26 +60,33 @@ def attention(
     q_spec = partition_spec((rows, "position", heads, None))
     kv_spec = partition_spec((rows, "position", kv_heads, None))
     ids_spec = partition_spec((rows, "position"))
-    return jax.shard_map(
-        local, in_specs=(q_spec, kv_spec, kv_spec, ids_spec), out_specs=q_spec, check_vma=False
-    )(q_btnh, k_btkh, v_btkh, segment_ids_bt)
+    in_specs = q_spec, kv_spec, kv_spec, ids_spec, partition_spec((heads,))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=q_spec, check_vma=False)(
+        q_btnh, k_btkh, v_btkh, segment_ids_bt, sinks_n
+    )
 
 
-def resolve_implementation(implementation: str | None, *, packed: bool, width: int, dtype) -> str:
+def resolve_implementation(
+    implementation: str | None, spec: AttentionSpec, *, packed: bool, width: int, dtype
+) -> str:
     """The implementation that will run; ValueError when the one asked for cannot."""
-    tpu = platform() == "tpu" and not is_old_tpu()
+    splash = platform() == "tpu" and not is_old_tpu()
     cudnn = _has_cudnn(width, jnp.dtype(dtype), packed)
+    cudnn = cudnn and spec.soft_cap is None and not spec.sinks
     if implementation is None:
-        return "splash" if tpu else "cudnn" if cudnn else "blockwise"
+        return "splash" if splash else "cudnn" if cudnn else "blockwise"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention {implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}, "
             "or None"
         )
-    if (implementation == "splash" and not tpu) or (implementation == "cudnn" and not cudnn):
+    if (implementation == "splash" and not splash) or (implementation == "cudnn" and not cudnn):
+        facts = [f"heads of {width} {jnp.dtype(dtype)}"]
+        facts += ["packed rows"] * packed + ["a soft-cap"] * (spec.soft_cap is not None)
+        facts += ["sinks"] * spec.sinks
         raise ValueError(
-            f"attention {implementation!r} cannot run on {platform()} with heads of {width} "
-            f"{jnp.dtype(dtype)}{' and packed rows' if packed else ''}: use 'blockwise', or None"
+            f"attention {implementation!r} cannot run on {platform()} with {' and '.join(facts)}: "
+            "use 'blockwise', or None"
         )
     return implementation
 
@@ -97,25 +110,38 @@ def attention_mask(
     return mask_bts
 
 
-def _reference(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
-    mask_bts = attention_mask(q_btnh.shape[1], segment_ids_bt, window)
-    return jax.nn.dot_product_attention(q_btnh, k_btkh, v_btkh, mask=mask_bts[:, None])
+def _reference(q_btnh, k_btkh, v_btkh, segment_ids_bt, sinks_n, *, spec: AttentionSpec):
+    batch, length, num_heads, width = q_btnh.shape
+    q_btkgh = q_btnh.reshape(batch, length, k_btkh.shape[2], -1, width)
+    scores_bkgts = jnp.einsum(
+        "btkgh,bskh->bkgts", q_btkgh, k_btkh, preferred_element_type=jnp.float32
+    )
+    scores_bkgts = cap_scores(scores_bkgts * spec.scale, spec.soft_cap)
+    mask_bts = attention_mask(length, segment_ids_bt, spec.window)
+    scores_bkgts = jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf)
+    if sinks_n is not None:
+        sinks_kg11 = sinks_n.astype(jnp.float32).reshape(*scores_bkgts.shape[1:3], 1, 1)
+        sinks_bkgt1 = jnp.broadcast_to(sinks_kg11, (*scores_bkgts.shape[:-1], 1))
+        scores_bkgts = jnp.concatenate([scores_bkgts, sinks_bkgt1], axis=-1)
+    weights_bkgts = jax.nn.softmax(scores_bkgts, axis=-1)[..., :length].astype(v_btkh.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights_bkgts, v_btkh).reshape(q_btnh.shape)
 
 
-def _cudnn(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
+def _cudnn(q_btnh, k_btkh, v_btkh, segment_ids_bt, _, *, spec: AttentionSpec):
     if segment_ids_bt is not None:
-        return _cudnn_packed(q_btnh, k_btkh, v_btkh, segment_ids_bt, window=window)
+        return _cudnn_packed(q_btnh, k_btkh, v_btkh, segment_ids_bt, spec)
     return jax.nn.dot_product_attention(
         q_btnh,
         k_btkh,
         v_btkh,
+        scale=spec.scale,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=None if spec.window is None else (spec.window - 1, 0),
         implementation="cudnn",
     )
 
 
-def _cudnn_packed(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None):
+def _cudnn_packed(q_btnh, k_btkh, v_btkh, segment_ids_bt, spec: AttentionSpec):
     """Row by row: the backward pass takes memory for all segments that its rows may have."""
     # What jax.nn's function calls, which has no argument for segments.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
@@ -130,9 +156,9 @@ def _cudnn_packed(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None)
             kv_seqlen=sizes_1m,
             q_offsets=offsets_1m,
             kv_offsets=offsets_1m,
-            scale=q_btnh.shape[-1] ** -0.5,
+            scale=spec.scale,
             mask_type=MaskType.PADDING_CAUSAL,
-            sliding_window_length=window,
+            sliding_window_length=spec.window,
         )
         return jnp.where(fits, attended_1tnh[0], jnp.nan)
 
@@ -150,7 +176,16 @@ def _segments(ids_t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return starts_m, sizes_m, number_t[-1] <= MOST_SEGMENTS
 
 
-def splash(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None, interpret: bool = False):
+def splash(
+    q_btnh,
+    k_btkh,
+    v_btkh,
+    segment_ids_bt,
+    sinks_n=None,
+    *,
+    spec: AttentionSpec,
+    interpret: bool = False,
+):
     """JAX's kernel; `interpret` runs it without a TPU, for tests."""
     batch, length = q_btnh.shape[:2]
     size = -(-length // LANES) * LANES
@@ -162,9 +197,9 @@ def splash(q_btnh, k_btkh, v_btkh, segment_ids_bt, *, window: int | None, interp
         x_btnh = jnp.pad(x_btnh, ((0, 0), (0, size - length), (0, 0), (0, 0)))
         return x_btnh.swapaxes(1, 2)
 
-    kernel = _splash_kernel(q_btnh.shape[2], size, window, interpret)
-    scaled_btnh = q_btnh * jnp.asarray(q_btnh.shape[-1] ** -0.5, q_btnh.dtype)
-    attended_bnth = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _splash_ids(ids)))(
+    kernel = _splash_kernel(q_btnh.shape[2], size, spec, interpret)
+    scaled_btnh = q_btnh * jnp.asarray(spec.scale, q_btnh.dtype)
+    attended_bnth = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _splash_ids(ids), sinks_n))(
         *map(heads_first, (scaled_btnh, k_btkh, v_btkh)), ids_bt
     )
     return attended_bnth.swapaxes(1, 2)[:, :length]
@@ -176,15 +211,15 @@ def _splash_ids(ids_t: jax.Array):
     return SegmentIds(ids_t, ids_t)
 
 
-def _splash_kernel(num_heads: int, size: int, window: int | None, interpret: bool):
+def _splash_kernel(num_heads: int, size: int, spec: AttentionSpec, interpret: bool):
     # Imported here: Pallas is slow to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     shape = size, size
-    if window is None:
+    if spec.window is None:
         mask = splash_attention.CausalMask(shape)
     else:
-        mask = splash_attention.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+        mask = splash_attention.LocalMask(shape, window_size=(spec.window - 1, 0), offset=0)
     block = int(np.gcd(size, 512))
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * num_heads),
@@ -198,6 +233,7 @@ def _splash_kernel(num_heads: int, size: int, window: int | None, interpret: boo
             block_kv_dq=block,
         ),
         residual_checkpoint_name=RESIDUALS,
+        attn_logits_soft_cap=spec.soft_cap,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from distill.kernels.attention.spec import AttentionSpec
+
 # What the backward pass needs beside its inputs, by the name that a checkpoint policy keeps it by.
 RESIDUALS = "attention_residuals"
 
@@ -28,8 +30,9 @@ def blockwise_attention(
     k_btkh: jax.Array,
     v_btkh: jax.Array,
     segment_ids_bt: jax.Array | None,
+    sinks_n: jax.Array | None = None,
     *,
-    window: int | None,
+    spec: AttentionSpec,
     block: int = BLOCK,
 ) -> jax.Array:
     """attended_btnh; see api.attention."""
@@ -51,18 +54,21 @@ def blockwise_attention(
         pad(k_btkh).swapaxes(1, 2),
         pad(v_btkh).swapaxes(1, 2),
     )
-    attended_bkgth = _attend(q_bkgth, k_bkth, v_bkth, ids_bt, window, size)
+    sinks_kg = None
+    if sinks_n is not None:
+        sinks_kg = sinks_n.astype(jnp.float32).reshape(num_kv_heads, -1)
+    attended_bkgth = _attend(q_bkgth, k_bkth, v_bkth, ids_bt, sinks_kg, spec, size)
     attended_btkgh = attended_bkgth.transpose(0, 3, 1, 2, 4)[:, :length]
     return attended_btkgh.reshape(batch, length, num_heads, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_bkgth, k_bkth, v_bkth, ids_bt, window: int | None, size: int) -> jax.Array:
-    return _forward(q_bkgth, k_bkth, v_bkth, ids_bt, window, size)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q_bkgth, k_bkth, v_bkth, ids_bt, sinks_kg, spec: AttentionSpec, size: int) -> jax.Array:
+    return _forward(q_bkgth, k_bkth, v_bkth, ids_bt, sinks_kg, spec, size)[0]
 
 
-def _forward(q_bkgth, k_bkth, v_bkth, ids_bt, window: int | None, size: int):
-    first_i, _ = _bounds(ids_bt, window, size)
+def _forward(q_bkgth, k_bkth, v_bkth, ids_bt, sinks_kg, spec: AttentionSpec, size: int):
+    first_i, _ = _bounds(ids_bt, spec.window, size)
     blocks = jnp.arange(ids_bt.shape[1] // size)
     width = q_bkgth.shape[-1]
 
@@ -71,7 +77,7 @@ def _forward(q_bkgth, k_bkth, v_bkth, ids_bt, window: int | None, size: int):
 
         def key_block(j, state):
             highest_bkgc, sum_bkgc, values_bkgch = state
-            scores_bkgcs = _scores(q_bkgch, _slice(k_bkth, j, size), ids_bt, i, j, window)
+            scores_bkgcs = _scores(q_bkgch, _slice(k_bkth, j, size), ids_bt, i, j, spec)
             new_bkgc = jnp.maximum(highest_bkgc, scores_bkgcs.max(axis=-1))
             # Rows of which nothing has been seen yet have no maximum.
             safe_bkgc = jnp.where(jnp.isfinite(new_bkgc), new_bkgc, 0.0)
@@ -83,6 +89,8 @@ def _forward(q_bkgth, k_bkth, v_bkth, ids_bt, window: int | None, size: int):
 
         rows = jnp.zeros(q_bkgch.shape[:-1], jnp.float32)
         start = rows - jnp.inf, rows, jnp.zeros((*rows.shape, width), jnp.float32)
+        if sinks_kg is not None:
+            start = rows + sinks_kg[..., None], rows + 1.0, start[2]
         highest, total, values = _loop(first_i[i], i + 1, key_block, start, blocks.size)
         return None, ((values / total[..., None]).astype(q_bkgth.dtype), highest + jnp.log(total))
 
@@ -90,14 +98,14 @@ def _forward(q_bkgth, k_bkth, v_bkth, ids_bt, window: int | None, size: int):
     attended_bkgth = checkpoint_name(_join(attended_ibkgch, q_bkgth.shape), RESIDUALS)
     log_sum_bkgt = _join(log_sum_ibkgc, q_bkgth.shape[:-1], axis=-1)
     log_sum_bkgt = checkpoint_name(log_sum_bkgt, RESIDUALS)
-    return attended_bkgth, (q_bkgth, k_bkth, v_bkth, ids_bt, attended_bkgth, log_sum_bkgt)
+    saved = q_bkgth, k_bkth, v_bkth, ids_bt, sinks_kg, attended_bkgth, log_sum_bkgt
+    return attended_bkgth, saved
 
 
-def _backward(window: int | None, size: int, saved, gradient_bkgth):
-    q_bkgth, k_bkth, v_bkth, ids_bt, attended_bkgth, log_sum_bkgt = saved
-    _, last_j = _bounds(ids_bt, window, size)
+def _backward(spec: AttentionSpec, size: int, saved, gradient_bkgth):
+    q_bkgth, k_bkth, v_bkth, ids_bt, sinks_kg, attended_bkgth, log_sum_bkgt = saved
+    _, last_j = _bounds(ids_bt, spec.window, size)
     blocks = jnp.arange(ids_bt.shape[1] // size)
-    scale = q_bkgth.shape[-1] ** -0.5
     # sum_s p_s dp_s, which the softmax's gradient subtracts
     inner_bkgt = jnp.sum(
         gradient_bkgth.astype(jnp.float32) * attended_bkgth.astype(jnp.float32), axis=-1
@@ -110,12 +118,15 @@ def _backward(window: int | None, size: int, saved, gradient_bkgth):
             q_gradient_bkgth, k_gradient_bksh, v_gradient_bksh = state
             q_bkgch, gradient_bkgch = _slice(q_bkgth, i, size), _slice(gradient_bkgth, i, size)
             log_sum_bkgc = _slice(log_sum_bkgt, i, size, axis=-1)
-            scores_bkgcs = _scores(q_bkgch, k_bksh, ids_bt, i, j, window)
+            scores_bkgcs = _scores(q_bkgch, k_bksh, ids_bt, i, j, spec)
             weights_bkgcs = jnp.exp(scores_bkgcs - log_sum_bkgc[..., None])
             v_gradient_bksh += _product("bkgcs,bkgch->bksh", weights_bkgcs, gradient_bkgch)
             slope_bkgcs = _product("bkgch,bksh->bkgcs", gradient_bkgch, v_bksh)
             slope_bkgcs -= _slice(inner_bkgt, i, size, axis=-1)[..., None]
-            slope_bkgcs *= weights_bkgcs * scale
+            slope_bkgcs *= weights_bkgcs * spec.scale
+            if spec.soft_cap is not None:  # where there is no attention, the weight is 0
+                bounded_bkgcs = jnp.where(jnp.isfinite(scores_bkgcs), scores_bkgcs, 0.0)
+                slope_bkgcs *= 1 - jnp.square(bounded_bkgcs / spec.soft_cap)
             k_gradient_bksh += _product("bkgcs,bkgch->bksh", slope_bkgcs, q_bkgch)
             here_bkgch = _slice(q_gradient_bkgth, i, size)
             here_bkgch += _product("bkgcs,bksh->bkgch", slope_bkgcs, k_bksh)
@@ -137,23 +148,34 @@ def _backward(window: int | None, size: int, saved, gradient_bkgth):
         blocks,
     )
     k_gradient_bkth, v_gradient_bkth = (_join(x, k_bkth.shape) for x in key_value_gradients)
-    return q_gradient_bkgth.astype(q_bkgth.dtype), k_gradient_bkth, v_gradient_bkth, None
+    sinks_gradient_kg = None
+    if sinks_kg is not None:
+        weights_bkgt = jnp.exp(sinks_kg[..., None] - log_sum_bkgt)
+        sinks_gradient_kg = -jnp.sum(weights_bkgt * inner_bkgt, axis=(0, 3))
+    q_gradient_bkgth = q_gradient_bkgth.astype(q_bkgth.dtype)
+    return q_gradient_bkgth, k_gradient_bkth, v_gradient_bkth, None, sinks_gradient_kg
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(q_bkgch, k_bksh, ids_bt, i, j, window: int | None):
+def cap_scores(scores: jax.Array, soft_cap: float | None) -> jax.Array:
+    """c tanh(scores / c) (Gemma 2, arXiv:2408.00118), or the scores where c is None."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def _scores(q_bkgch, k_bksh, ids_bt, i, j, spec: AttentionSpec):
     """Scaled scores of a query block and a key block, -inf where there is no attention."""
     size = k_bksh.shape[-2]
-    scores_bkgcs = _product("bkgch,bksh->bkgcs", q_bkgch, k_bksh) * q_bkgch.shape[-1] ** -0.5
+    scores_bkgcs = _product("bkgch,bksh->bkgcs", q_bkgch, k_bksh) * spec.scale
+    scores_bkgcs = cap_scores(scores_bkgcs, spec.soft_cap)
     offset_cs = (i - j) * size + jnp.arange(size)[:, None] - jnp.arange(size)
     allowed_bcs = (
         _slice(ids_bt, i, size, axis=1)[:, :, None] == (_slice(ids_bt, j, size, axis=1)[:, None, :])
     )
     allowed_bcs &= offset_cs >= 0
-    if window is not None:
-        allowed_bcs &= offset_cs < window
+    if spec.window is not None:
+        allowed_bcs &= offset_cs < spec.window
     return jnp.where(allowed_bcs[:, None, None], scores_bkgcs, -jnp.inf)
 
 
