@@ -26,14 +26,29 @@ Params = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes: float32 master weights, optimizer state, number of steps.
+    """The student and all that its updates need.
 
-    `step` counts batches, skipped ones included; the optimizer counts its own updates.
+    Attributes:
+      step: batches seen, skipped ones included; the optimizer counts its own updates.
+      trainable: parameters that updates change, float32; gradients and `opt_state` are of them.
+      opt_state: of the optimizer.
+      frozen: parameters that no update changes, stored as they come; none in full training.
     """
 
     step: jax.Array
-    params: Params
+    trainable: Params
     opt_state: optax.OptState
+    frozen: Params = dataclasses.field(default_factory=lambda: nnx.State({}))
+
+    @property
+    def params(self) -> Params:
+        """All parameters of the student, as its graph takes them."""
+        return whole_params(self.trainable, self.frozen)
+
+
+def whole_params(trainable: Params, frozen: Params) -> Params:
+    """One tree of both; differentiable by the trainable ones."""
+    return nnx.merge_state(trainable, frozen)
 
 
 def make_loss(
@@ -140,14 +155,17 @@ def make_train_step(
         total = jnp.maximum(total, 1).astype(jnp.float32)
 
         def evaluate(microbatch):
-            value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-            return value_and_grad(state.params, teacher_params, microbatch, total)
+            def loss_of(trainable):
+                params = whole_params(trainable, state.frozen)
+                return loss_fn(params, teacher_params, microbatch, total)
+
+            return jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
 
         (loss, sums), grads = _sum_over_microbatches(evaluate, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         update = _update_from_host if is_in_host_memory(state.opt_state) else _update
-        params, opt_state, update_norm = update(optimizer, grads, state, finite)
+        trainable, opt_state, update_norm = update(optimizer, grads, state, finite)
         sampled_tokens = sums["sampled_tokens"]
         metrics = {
             "loss": loss,
@@ -166,7 +184,10 @@ def make_train_step(
             metrics["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)
             clipped = sums["importance_clipped"] / jnp.maximum(sampled_tokens, 1.0)
             metrics["importance_clipped"] = clipped
-        return TrainState(state.step + 1, params, opt_state), metrics
+        new = dataclasses.replace(
+            state, step=state.step + 1, trainable=trainable, opt_state=opt_state
+        )
+        return new, metrics
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
@@ -216,16 +237,16 @@ def _describe(batch: Batch, total: jax.Array) -> dict[str, jax.Array]:
 
 
 def _update(optimizer, grads, state: TrainState, finite: jax.Array):
-    """Parameters, optimizer state, norm of the update; the old ones if the gradient is no good."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    """Trainable parameters, optimizer state, norm of the update; the old ones if it is no good."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
     # Part of the loop that writes the new values, which has read the old ones anyway: free.
-    params, opt_state = jax.tree.map(
+    trainable, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
+        (trainable, opt_state),
+        (state.trainable, state.opt_state),
     )
-    return params, opt_state, jnp.where(finite, optax.tree.norm(updates), 0.0)
+    return trainable, opt_state, jnp.where(finite, optax.tree.norm(updates), 0.0)
 
 
 def _update_from_host(optimizer, grads, state: TrainState, finite: jax.Array):
@@ -235,12 +256,12 @@ def _update_from_host(optimizer, grads, state: TrainState, finite: jax.Array):
     hold it there together with the activations.
     """
 
-    def update(grads, params, held_state):
-        updates, opt_state = optimizer.update(grads, in_device_memory(held_state), params)
-        new_params = optax.apply_updates(params, updates)
-        return new_params, in_memory_of(opt_state, held_state), optax.tree.norm(updates)
+    def update(grads, trainable, held_state):
+        updates, opt_state = optimizer.update(grads, in_device_memory(held_state), trainable)
+        new_trainable = optax.apply_updates(trainable, updates)
+        return new_trainable, in_memory_of(opt_state, held_state), optax.tree.norm(updates)
 
-    def skip(grads, params, held_state):
-        return params, held_state, jnp.zeros(())
+    def skip(grads, trainable, held_state):
+        return trainable, held_state, jnp.zeros(())
 
-    return jax.lax.cond(finite, update, skip, grads, state.params, state.opt_state)
+    return jax.lax.cond(finite, update, skip, grads, state.trainable, state.opt_state)

@@ -551,3 +551,24 @@ def test_indivisible_parameter_is_named():
 def test_error_says_which_sizes_work(changes, sizes, expected):
     with pytest.raises(UserError, match=expected):
         param_shardings(random_model(model_config(**changes))[1], make_mesh(*sizes))
+
+
+def test_frozen_parameters_stay_and_take_part(student, teacher):
+    """The others move as in full training, and the moments are theirs only."""
+    graph, params = student
+    frozen, trainable = nnx.split_state(params, lambda path, _: path[0] == "embedding", ...)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    objective, batch = make_objective("forward"), make_rows().batch(padded(2))
+    step = make_train_step(graph, teacher[0], objective, optimizer, vocab_size=VOCAB_SIZE)
+
+    def run(trainable, *frozen):
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(zero, trainable, optimizer.init(trainable), *frozen)
+        return step(jax.tree.map(jnp.copy, state), teacher[1], batch)[0]
+
+    whole, part = run(params), run(trainable, frozen)
+    assert jax.tree.structure(part.params) == jax.tree.structure(params)
+    assert len(jax.tree.leaves(part.opt_state)) == len(jax.tree.leaves(trainable))
+    for path, array in nnx.to_flat_state(part.params):
+        source = params if path[0] == "embedding" else whole.params
+        np.testing.assert_array_equal(array[...], dict(nnx.to_flat_state(source))[path][...])

@@ -214,7 +214,7 @@ def check_memory(subject: Subject) -> str:
     needs = {
         "student and optimizer": held,
         "teacher": teacher,
-        "gradients": bytes_per_device(subject.state.params),
+        "gradients": bytes_per_device(subject.state.trainable),
     }
     generation = subject.config.policy.generation
     if _samples_here(subject) and generation.colocated.enabled:
