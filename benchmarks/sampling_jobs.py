@@ -24,8 +24,7 @@ from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.load import load_params
 from distill.models.facts import ModelConfig
 from distill.models.transformer import Transformer
-from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import make_generate
+from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import RolloutRequest
 
@@ -155,7 +154,17 @@ def load_weights(
 # ------------------------------------------------------------------------------------- the runs
 
 
+def build_static(workload: Workload, folder: Path):
+    """The engine with a slot for every prompt, all rows as long as the longest."""
+    lengths = np.full(workload.num_prompts, MAX_LENGTH, np.int32)
+    return _build_engine(workload, folder, workload.num_prompts, lengths)
+
+
 def build_engine(workload: Workload, folder: Path, slots: int):
+    return _build_engine(workload, folder, slots, workload.lengths)
+
+
+def _build_engine(workload: Workload, folder: Path, slots: int, lengths: np.ndarray):
     graphdef, params = load_weights(workload.config, workload.dtype, folder)
     config = EngineConfig(max_length=LONGEST_PROMPT + MAX_LENGTH, num_slots=slots)
     facts = dict(eos_ids=(), pad_id=0, vocab_size=workload.config.vocab_size)
@@ -164,45 +173,27 @@ def build_engine(workload: Workload, folder: Path, slots: int):
         workload.prompts,
         np.arange(workload.num_prompts),
         SamplingParams(max_length=MAX_LENGTH),
-        max_lengths=workload.lengths,
+        max_lengths=lengths,
     )
 
     def run():
         rollout, _ = engine.generate(params, request)  # on the host
-        _check_lengths(rollout.lengths_b, workload)
+        _check_lengths(rollout.lengths_b, lengths)
 
     return run
 
 
-def build_static(workload: Workload, folder: Path):
-    graphdef, params = load_weights(workload.config, workload.dtype, folder)
-    prompts_bp, prompt_lengths_b = _padded(workload, left=False)
-    generate = make_generate(
-        graphdef,
-        SamplingParams(max_length=MAX_LENGTH),
-        eos_ids=(),
-        pad_id=0,
-        vocab_size=workload.config.vocab_size,
-    )
-    keys_b = row_keys(0, 0, np.arange(workload.num_prompts), np.zeros(workload.num_prompts, int))
-
-    def run():
-        jax.device_get(generate(params, prompts_bp, prompt_lengths_b, keys_b))
-
-    return run
-
-
-def _padded(workload: Workload, left: bool) -> tuple[np.ndarray, np.ndarray]:
+def _left_padded(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
     """Prompts in one array, and their lengths."""
     prompts_bp = np.zeros((workload.num_prompts, LONGEST_PROMPT), np.int32)
     for row, prompt in zip(prompts_bp, workload.prompts, strict=True):
-        row[slice(-len(prompt), None) if left else slice(len(prompt))] = prompt
+        row[-len(prompt) :] = prompt
     return prompts_bp, np.array([len(prompt) for prompt in workload.prompts], np.int32)
 
 
-def _check_lengths(lengths, workload: Workload) -> None:
-    if list(lengths) != list(workload.lengths):
-        raise RuntimeError("answers have other lengths than were asked for")
+def _check_lengths(lengths, asked) -> None:
+    if list(lengths) != list(asked):
+        raise RuntimeError("responses have other lengths than were asked for")
 
 
 # The cache of transformers: how it is asked for, and whether the decode step is compiled.
@@ -221,7 +212,7 @@ def build_transformers(workload: Workload, folder: Path, cache: str):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, workload.dtype))
     model = model.to(device).eval()
-    prompts_bp, prompt_lengths_b = _padded(workload, left=True)
+    prompts_bp, prompt_lengths_b = _left_padded(workload)
     given_bp = np.arange(LONGEST_PROMPT) >= LONGEST_PROMPT - prompt_lengths_b[:, None]
     inputs = {
         "input_ids": torch.from_numpy(prompts_bp.astype(np.int64)).to(device),
@@ -286,7 +277,7 @@ def build_vllm(workload: Workload, folder: Path, python: str, arguments: tuple[s
 
     def run():
         answers = list(pool.map(answer, prompts, lengths))
-        _check_lengths([len(each.log_probs) for each in answers], workload)
+        _check_lengths([len(each.log_probs) for each in answers], lengths)
         server.check_running()  # also holds on to it: it ends with this process
 
     return run

@@ -39,31 +39,11 @@ _INIT_STD = 0.02
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class KVCache:
-    """Keys and values seen so far; row b means something up to position lengths_b[b]."""
-
-    k_lbskh: jax.Array
-    v_lbskh: jax.Array
-    lengths_b: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class Rotation:
     """Cosines and sines of the rotary angles, float32, one per pair of head channels."""
 
     cos_bth: jax.Array
     sin_bth: jax.Array
-
-
-def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache for `batch` rows of at most `size` tokens."""
-    shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_width)
-    return KVCache(
-        k_lbskh=_constrain_cache(jnp.zeros(shape, dtype)),
-        v_lbskh=_constrain_cache(jnp.zeros(shape, dtype)),
-        lengths_b=jnp.zeros(batch, jnp.int32),
-    )
 
 
 class Block(nnx.Module):
@@ -215,38 +195,6 @@ class Transformer(nnx.Module):
         x_btd, _ = jax.lax.scan(layer, self.embed(tokens_bt), stacked)
         return self.normalize(x_btd)
 
-    def extend(
-        self, tokens_bt: jax.Array, new_lengths_b: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """Appends t tokens to every row of the cache and returns their hidden_btd.
-
-        Serves prefill (t = longest prompt, rows right-padded) and decoding (t = 1). Row b keeps the
-        first new_lengths_b[b] (0 to t) of its tokens: outputs after them mean nothing, and what
-        they left in the cache is never read, because later tokens overwrite it first. Tokens beyond
-        the size of the cache are dropped.
-        """
-        offsets_t = jnp.arange(tokens_bt.shape[1])
-        positions_bt = cache.lengths_b[:, None] + offsets_t
-        mask_bts = jnp.arange(cache.k_lbskh.shape[2]) <= positions_bt[:, :, None]
-        rotation = make_rotation(self.config, positions_bt)
-        graphdef, stacked = nnx.split(self.layers)
-
-        # The cache is carried, not stacked from per-layer outputs, so that XLA updates it in place.
-        def layer(carry, indexed_state):
-            x_btd, k_lbskh, v_lbskh = carry
-            index, layer_state = indexed_state
-            block = nnx.merge(graphdef, layer_state)
-            q_btnh, k_btkh, v_btkh = block.query_key_value(x_btd, rotation)
-            k_lbskh = _write_cache(k_lbskh, index, positions_bt, k_btkh)
-            v_lbskh = _write_cache(v_lbskh, index, positions_bt, v_btkh)
-            attended_btnh = attend(q_btnh, k_lbskh[index], v_lbskh[index], mask_bts)
-            return (block.finish(x_btd, attended_btnh), k_lbskh, v_lbskh), None
-
-        carry = self.embed(tokens_bt), cache.k_lbskh, cache.v_lbskh
-        indices_l = jnp.arange(self.config.num_layers)
-        (x_btd, k_lbskh, v_lbskh), _ = jax.lax.scan(layer, carry, (indices_l, stacked))
-        return self.normalize(x_btd), KVCache(k_lbskh, v_lbskh, cache.lengths_b + new_lengths_b)
-
     def head(self) -> jax.Array:
         """The output head w_dv in `dtype`; the transposed embedding when tied."""
         w_dv = self.embedding[...].T if self.config.tied else self.output_head[...]
@@ -322,22 +270,6 @@ def make_rotation(config: ModelConfig, positions_bt: jax.Array) -> Rotation:
     return Rotation(cos_bth=jnp.cos(angles_bth), sin_bth=jnp.sin(angles_bth))
 
 
-def attend(
-    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array
-) -> jax.Array:
-    """Attention over the keys and values that the mask lets through, attended_btnh."""
-    attended = jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
-    return constrain(attended, "batch", "position", "act_heads", None)
-
-
-def _write_cache(
-    cache_lbskh: jax.Array, layer: jax.Array, positions_bt: jax.Array, new_btkh: jax.Array
-) -> jax.Array:
-    rows_b1 = jnp.arange(positions_bt.shape[0])[:, None]
-    written = cache_lbskh.at[layer, rows_b1, positions_bt].set(new_btkh, mode="drop")
-    return _constrain_cache(written)
-
-
 def _normal(
     rngs: nnx.Rngs,
     shape: tuple[int, ...],
@@ -351,7 +283,3 @@ def _normal(
 
 def _constrain_residual(x_btd: jax.Array) -> jax.Array:
     return constrain(x_btd, "batch", "position", "act_embed")
-
-
-def _constrain_cache(cache_lbskh: jax.Array) -> jax.Array:
-    return constrain(cache_lbskh, "layers", "batch", "position", "act_kv_heads", None)

@@ -15,7 +15,10 @@ from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.load import load_model_config, load_params
 from distill.models.facts import ModelConfig
-from distill.models.transformer import Transformer, init_cache
+from distill.models.transformer import Transformer
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
+from distill.sampling.request import RolloutRequest
 
 VOCABULARY, LENGTH = 64, 48
 TOLERANCE = 1e-4
@@ -134,28 +137,6 @@ def test_left_padded_logits_equal_torch(case):
     np.testing.assert_allclose(ours[mask == 1], theirs[mask == 1], atol=TOLERANCE, rtol=0)
 
 
-@jax.jit
-def next_token(model, tokens, new_lengths, cache):
-    hidden, cache = model.extend(tokens, new_lengths, cache)
-    last = jnp.take_along_axis(hidden, (new_lengths - 1)[:, None, None], axis=1)
-    return jnp.argmax(model.logits(last), axis=-1), cache
-
-
-def greedy(model, prompts, count):
-    """Greedy continuations of ragged prompts, through the cache."""
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    cache = init_cache(model.config, len(prompts), lengths.max() + count, jnp.float32)
-    token, cache = next_token(model, tokens, lengths, cache)
-    generated = [token]
-    for _ in range(count - 1):
-        token, cache = next_token(model, token, np.ones_like(lengths), cache)
-        generated.append(token)
-    return np.concatenate(generated, axis=1)
-
-
 def test_greedy_tokens_equal_torch_generate(case):
     import torch
 
@@ -168,7 +149,12 @@ def test_greedy_tokens_equal_torch_generate(case):
     expected = case.torch_model.generate(
         padded, attention_mask=mask, max_new_tokens=24, do_sample=False
     )[:, 11:]
-    np.testing.assert_array_equal(greedy(case.model, prompts, 24), expected.numpy())
+    graphdef, weights = nnx.split(case.model, nnx.Param)
+    ends = dict(eos_ids=(), pad_id=0, vocab_size=case.config.vocab_size)
+    engine = Engine(graphdef, EngineConfig(max_length=48), **ends)
+    params = SamplingParams(max_length=24, greedy=True)
+    rollout, _ = engine.generate(weights, RolloutRequest(tuple(prompts), np.arange(3), params))
+    np.testing.assert_array_equal(rollout.tokens_br, expected.numpy())
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5e9, 20_000], ids=["one-file", "sharded"])

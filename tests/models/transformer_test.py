@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 from tiny_models import model_config
 
-from distill.base.sharding import make_mesh, param_shardings
 from distill.models.facts import RopeScaling
-from distill.models.transformer import REMAT_POLICIES, Transformer, init_cache, rope_frequencies
+from distill.models.transformer import REMAT_POLICIES, Transformer, rope_frequencies
 
 VOCABULARY = 64
 CONFIG = model_config(
@@ -81,72 +80,19 @@ def test_segments_do_not_see_each_other(model):
     np.testing.assert_allclose(hidden[:, 5:11], hidden_of(model, second), atol=1e-5)
 
 
-def test_cached_decoding_equals_the_full_forward(model):
-    """Ragged prompts, then single tokens, one row stopping early; caches donated at each call."""
-    tokens = random_tokens(3, 12)
-    full = np.asarray(hidden_of(model, tokens))
-    extend = jax.jit(lambda *args: model.extend(*args), donate_argnums=2)
-    lengths = np.array([5, 2, 4])
-    prompts = np.where(np.arange(5) < lengths[:, None], tokens[:, :5], 0)
-    empty = init_cache(CONFIG, 3, 12, jnp.float32)
-    hidden, cache = extend(prompts, lengths, empty)
-    assert empty.k_lbskh.is_deleted()
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(hidden[row, :length], full[row, :length], atol=1e-5)
-    for step in range(6):
-        new = np.array([1, 1, int(step < 2)])
-        hidden, cache = extend(tokens[np.arange(3), lengths][:, None], new, cache)
-        for row in np.flatnonzero(new):
-            np.testing.assert_allclose(hidden[row, 0], full[row, lengths[row]], atol=1e-5)
-        lengths = lengths + new
-    np.testing.assert_array_equal(cache.lengths_b, [11, 8, 6])
-
-
-def test_sharded_decoding_equals_the_full_forward(model):
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    graphdef, params = nnx.split(model, nnx.Param)
-    params = jax.device_put(params, param_shardings(params, mesh))
-    tokens, lengths = random_tokens(4, 6), np.array([4, 1, 3, 2])
-
-    @jax.jit
-    def decode(params):
-        model = nnx.merge(graphdef, params)
-        cache = init_cache(CONFIG, 4, 8, jnp.float32)
-        _, cache = model.extend(tokens[:, :4], lengths, cache)
-        return model.extend(tokens[np.arange(4), lengths][:, None], np.ones(4, int), cache)
-
-    with jax.set_mesh(mesh):
-        hidden, cache = decode(params)
-    assert cache.k_lbskh.addressable_shards[0].data.shape == (2, 1, 8, 1, 16)
-    full = hidden_of(model, tokens)
-    np.testing.assert_allclose(hidden[:, 0], full[np.arange(4), lengths], atol=1e-5)
-
-
-def test_tokens_beyond_the_cache_are_dropped(model):
-    tokens = random_tokens(1, 6)
-    extend = jax.jit(model.extend)
-    _, cache = extend(tokens[:, :4], np.array([4]), init_cache(CONFIG, 1, 4, jnp.float32))
-    _, after = extend(tokens[:, 4:], np.array([0]), cache)
-    np.testing.assert_array_equal(after.k_lbskh, cache.k_lbskh)
-    np.testing.assert_array_equal(after.v_lbskh, cache.v_lbskh)
-    np.testing.assert_array_equal(after.lengths_b, [4])
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_compute_dtype_and_stored_dtype_are_separate(tied):
     config = dataclasses.replace(CONFIG, tied=tied)
 
     def outputs():
         model = construct(config, dtype=jnp.bfloat16)
-        tokens, cache = jnp.zeros((1, 4), jnp.int32), init_cache(config, 1, 4, jnp.bfloat16)
-        hidden = model(tokens)
+        hidden = model(jnp.zeros((1, 4), jnp.int32))
         stored = nnx.state(model)
-        return stored, (hidden, model.head(), *model.extend(tokens, 4, cache)), model.logits(hidden)
+        return stored, hidden, model.head(), model.logits(hidden)
 
-    stored, (hidden, head, cached_hidden, cache), logits = jax.eval_shape(outputs)
+    stored, hidden, head, logits = jax.eval_shape(outputs)
     assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype(jnp.float32)}
-    assert hidden.dtype == cached_hidden.dtype == head.dtype == jnp.bfloat16
-    assert cache.k_lbskh.dtype == cache.v_lbskh.dtype == jnp.bfloat16
+    assert hidden.dtype == head.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     assert head.shape == (CONFIG.model_width, VOCABULARY)
 

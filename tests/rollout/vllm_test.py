@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
+from simple_decode import simple_decode
 from tiny_models import model_config
 
 import distill
@@ -44,8 +45,7 @@ from distill.rollout.vllm.client import VllmClient
 from distill.rollout.vllm.probe import Probe
 from distill.rollout.vllm.rows import is_tempered
 from distill.rollout.vllm.weights import ServerExport, WeightsFolder
-from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import make_generate
+from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
 
 PYTHON = os.environ.get("DISTILL_VLLM_PYTHON", "")
@@ -232,17 +232,9 @@ def make_request(params: SamplingParams, seed=0, count=24) -> RolloutRequest:
 
 
 def jax_rollout(config: ModelConfig, params, request: RolloutRequest) -> Rollout:
-    count, width = len(request.prompts), max(map(len, request.prompts))
-    prompts_bp = np.zeros((count, width), np.int32)
-    for row, prompt in zip(prompts_bp, request.prompts, strict=True):
-        row[: len(prompt)] = prompt
     graph = random_student(config, 0)[0]
-    generate = make_generate(
-        graph, request.params, eos_ids=END_IDS, pad_id=0, vocab_size=VOCAB_SIZE
-    )
-    lengths_b = np.array([len(prompt) for prompt in request.prompts], np.int32)
-    keys_b = row_keys(request.seed, request.step, request.prompt_index, np.zeros(count, np.int32))
-    return jax.device_get(generate(params, prompts_bp, lengths_b, keys_b))
+    ends = dict(eos_ids=END_IDS, pad_id=0, vocab_size=VOCAB_SIZE)
+    return simple_decode(graph, params, request, **ends)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The engine against the simple decode loop, and against itself with other slots, order, mesh."""
+"""The engine against sampling as defined, and against itself with other slots, order, mesh."""
 
 import dataclasses
 import functools
@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
+from simple_decode import simple_decode
 from tiny_models import model_config, random_model
 
 from distill.base.errors import UserError
 from distill.base.sharding import SAMPLER_RULES, make_mesh, param_shardings
 from distill.models.decoding import UNROLLED_LAYERS
 from distill.sampling import schedule
-from distill.sampling.choice import SamplingParams, row_keys
-from distill.sampling.decode import make_generate
+from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import RolloutRequest
 
@@ -40,7 +40,7 @@ def make_engine(num_layers=CONFIG.num_layers, eos_ids=(EOS,), **sizes) -> Engine
 
 @functools.cache
 def request(greedy=True) -> RolloutRequest:
-    """64 prompts of mixed length whose answers are cut at mixed lengths, if nothing ends them."""
+    """64 prompts of mixed length whose responses are cut at mixed lengths, if nothing ends them."""
     random = np.random.default_rng(0)
     prompts = tuple(
         random.integers(1, VOCAB, size).astype(np.int32) for size in random.integers(1, 24, ROWS)
@@ -52,42 +52,27 @@ def request(greedy=True) -> RolloutRequest:
 
 @functools.cache
 def expected(num_layers=CONFIG.num_layers, greedy=True):
-    """The same answers from the simple loop, uncut."""
-    graphdef, params = model(num_layers)
-    asked = request(greedy)
-    prompts_bp = np.zeros((ROWS, 24), np.int32)
-    for row, prompt in zip(prompts_bp, asked.prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths_b = np.array([len(prompt) for prompt in asked.prompts], np.int32)
-    generate = make_generate(graphdef, asked.params, eos_ids=(EOS,), pad_id=PAD, vocab_size=VOCAB)
-    keys_b = row_keys(5, 2, asked.prompt_index, np.zeros(ROWS, int))
-    return jax.device_get(generate(params, prompts_bp, lengths_b, keys_b))
+    """The same responses as they are defined."""
+    ends = dict(eos_ids=(EOS,), pad_id=PAD, vocab_size=VOCAB)
+    return simple_decode(*model(num_layers), request(greedy), **ends)
 
 
-def assert_same(rollout, reference, cut_b):
-    """Equal up to the forced ends, log-probabilities up to rounding."""
-    lengths_b = np.minimum(reference.lengths_b, cut_b)
-    np.testing.assert_array_equal(rollout.lengths_b, lengths_b)
-    np.testing.assert_array_equal(
-        rollout.stopped_b, reference.stopped_b & (reference.lengths_b <= cut_b)
-    )
-    valid_br = np.arange(MAX_LENGTH) < lengths_b[:, None]
-    np.testing.assert_array_equal(rollout.tokens_br, np.where(valid_br, reference.tokens_br, PAD))
+def assert_same(rollout, reference):
+    """Equal, log-probabilities up to rounding."""
+    for name in ("lengths_b", "stopped_b", "tokens_br"):
+        np.testing.assert_array_equal(getattr(rollout, name), getattr(reference, name), name)
     for name in ("log_probs_br", "sampled_log_probs_br"):
-        np.testing.assert_allclose(
-            getattr(rollout, name),
-            np.where(valid_br, getattr(reference, name), 0.0),
-            atol=LOG_PROB_TOLERANCE,
-        )
+        actual, desired = getattr(rollout, name), getattr(reference, name)
+        np.testing.assert_allclose(actual, desired, rtol=0, atol=LOG_PROB_TOLERANCE)
 
 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("num_slots", [0, 5, 24])
-def test_same_answers_as_the_simple_loop(num_slots, greedy):
+def test_same_responses_as_defined(num_slots, greedy):
     """Whatever the number of slots: auto (all rows at once), few, or fewer than rows."""
     engine = make_engine(num_slots=num_slots)
     rollout, measured = engine.generate(model()[1], request(greedy))
-    assert_same(rollout, expected(greedy=greedy), request().max_lengths)
+    assert_same(rollout, expected(greedy=greedy))
     assert len(set(rollout.lengths_b.tolist())) > 10 and rollout.stopped_b.any()
     assert 0 < measured["generation/slot_occupancy"] <= 1
     # More prompts than slots: they wait, and slots hardly ever do.
@@ -96,10 +81,10 @@ def test_same_answers_as_the_simple_loop(num_slots, greedy):
         assert measured["generation/queue_wait"] > 0
 
 
-def test_deep_models_are_scanned_with_the_same_answers():
+def test_deep_models_are_scanned_with_the_same_responses():
     layers = UNROLLED_LAYERS + 1
     rollout, _ = make_engine(layers, num_slots=24).generate(model(layers)[1], request())
-    assert_same(rollout, expected(layers), request().max_lengths)
+    assert_same(rollout, expected(layers))
 
 
 def test_order_and_company_do_not_matter():
@@ -112,10 +97,10 @@ def test_order_and_company_do_not_matter():
         prompt_index=asked.prompt_index[chosen],
         max_lengths=asked.max_lengths[chosen],
     )
-    assert_same(engine.generate(model()[1], apart)[0], together.rows(chosen), apart.max_lengths)
+    assert_same(engine.generate(model()[1], apart)[0], together.rows(chosen))
 
 
-def test_sharded_over_a_mesh_with_the_same_answers():
+def test_sharded_over_a_mesh_with_the_same_responses():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     graphdef, params = model()
     params = jax.device_put(params, param_shardings(params, mesh, SAMPLER_RULES))
@@ -125,7 +110,7 @@ def test_sharded_over_a_mesh_with_the_same_answers():
         cache = engine.slots.cache.k_lpckhs
         assert cache.shape[1:4] == (4, 4, 2)  # 16 slots over data x fsdp, 2 heads over tensor
         assert cache.sharding.shard_shape(cache.shape)[1:4] == (1, 4, 1)
-    assert_same(rollout, expected(greedy=False), request().max_lengths)
+    assert_same(rollout, expected(greedy=False))
 
 
 def test_one_prefill_for_all_responses_to_a_prompt():
@@ -177,7 +162,7 @@ def test_programs_are_few_and_do_not_grow_with_lengths():
 
 
 def test_sampling_follows_the_models_distribution():
-    """2000 answers to one prompt: frequencies of pairs of tokens against exact probabilities."""
+    """2000 responses to one prompt: frequencies of pairs of tokens against exact probabilities."""
     answers, prompt = 2000, np.array([4, 8, 15], np.int32)
     engine = make_engine(num_slots=64, eos_ids=())
     params = SamplingParams(max_length=2, temperature=1.5)
