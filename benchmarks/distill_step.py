@@ -224,7 +224,6 @@ def _make_batches(student, vocab_size: int) -> BatchSource:
         seed=0,
         lambda_=1.0,
         per_sample=False,
-        response_width=RESPONSE,
         layout=Layout((Shape(MICROBATCH, longest),)),
         pad_id=0,
     )

@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 
 from distill.base.sharding import constrain_whole
-from distill.data.pipeline import eval_batches
-from distill.evaluation.evaluator import Evaluator
+from distill.batches.rows import Rows, of_responses
+from distill.evaluation.evaluator import Evaluator, rows_of
 from distill.losses.divergences import get_divergence
 from distill.models.model import Model
-from distill.sampling.request import Rollout, to_sequences
+from distill.sampling.request import Rollout
 
 # Of the likeliest tokens of both models, as many are compared.
 TOP_K = 5
@@ -54,35 +54,22 @@ def examine(evaluator: Evaluator, model: Model, teacher: Model, rollout: Rollout
     """Measures `rollout`, anybody's answers to the evaluator's prompts."""
     params = model.fetch()
     teacher_params = params if teacher is model else teacher.fetch()
-    parts = []
-    for batch, valid_b in eval_batches(evaluator.prompts, evaluator.batch_size):
-        rows = rollout.rows(batch.index_b % len(evaluator.prompts))
-        arrays = jax.tree.map(evaluator.put, (batch.prompt_tokens_bp, batch.prompt_lengths_b, rows))
-        part = _measure(
-            model.graph,
-            params,
-            teacher.graph,
-            teacher_params,
-            *arrays,
-            vocab_size=evaluator.vocab_size,
-            pad_id=evaluator.tokenizer.pad_token_id,
-        )
-        parts.append(jax.tree.map(lambda x, valid_b=valid_b: x[valid_b], jax.device_get(part)))
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    models = model.graph, params, teacher.graph, teacher_params
+    sizes = dict(width=rollout.tokens_br.shape[1], vocab_size=evaluator.vocab_size)
+    parts = [
+        jax.device_get(_measure(*models, jax.tree.map(evaluator.put, rows), **sizes))
+        for rows in rows_of(evaluator.prompts, rollout, evaluator.batch_size)
+    ]
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(evaluator.prompts)], *parts)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "teacher_graph", "vocab_size", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("graph", "teacher_graph", "width", "vocab_size"))
 def _measure(
-    graph, params, teacher_graph, teacher_params, prompts_bp, prompt_lengths_b, rollout, *,
-    vocab_size: int, pad_id: int,
-) -> Examination:  # fmt: skip
-    tokens_bt, _ = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
-    r = jnp.arange(rollout.tokens_br.shape[1])
-    before_br1 = (prompt_lengths_b[:, None] - 1 + r)[:, :, None]  # a position predicts the next
-
+    graph, params, teacher_graph, teacher_params, rows: Rows, *, width: int, vocab_size: int
+) -> Examination:
     def evaluate(graph, params):
         model = nnx.merge(graph, params)
-        hidden_brd = jnp.take_along_axis(model(tokens_bt), before_br1, axis=1)
+        hidden_brd = of_responses(rows, model(rows.tokens_bt), width)
         return hidden_brd.reshape(-1, hidden_brd.shape[-1]), model.head()[:, :vocab_size]
 
     hidden_sd, head_s = evaluate(graph, params)
@@ -94,9 +81,9 @@ def _measure(
         log_p_v = _log_probs(hidden_t, head_t)
         return _measure_token(log_p_v, log_q_v, token)
 
-    arguments = hidden_sd, hidden_td, rollout.tokens_br.reshape(-1)
+    arguments = hidden_sd, hidden_td, of_responses(rows, rows.targets_bt, width).reshape(-1)
     measures = jax.lax.map(of_token, arguments, batch_size=_CHUNK)
-    valid_br = r < rollout.lengths_b[:, None]
+    valid_br = of_responses(rows, rows.mask_bt, width)
 
     def arrange(values):
         return constrain_whole(jnp.where(valid_br, values.reshape(valid_br.shape), 0))

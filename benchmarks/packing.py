@@ -33,12 +33,13 @@ from benchmarks.train_step_jobs import (
     GPU_WORKLOAD,
     Workload,
     check_same_loss,
+    join,
     make_state_and_step,
 )
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.config import cli
-from distill.sampling.request import Rollout
+from distill.data.sequences import Sequences
 
 SEQUENCES, ROWS = 32, 4
 BASELINE = "padded rows"
@@ -85,28 +86,20 @@ def layouts(scale: int) -> dict[str, Layout]:
     }
 
 
-def arrays(vocab_size: int, scale: int) -> tuple:
-    """Arguments of `make_batch`."""
+def make_sequences(vocab_size: int, scale: int) -> Sequences:
     random = np.random.default_rng(0)
     prompt, response = 64 * scale, 512 * scale
     lengths_b = np.clip(random.lognormal(np.log(128 * scale) - 0.32, 0.8, SEQUENCES), 1, response)
-    shape = SEQUENCES, response
-    rollout = Rollout(
-        tokens_br=random.integers(1, vocab_size, shape).astype(np.int32),
-        lengths_b=lengths_b.astype(np.int32),
-        log_probs_br=np.zeros(shape, np.float32),
-        sampled_log_probs_br=np.zeros(shape, np.float32),
-        stopped_b=np.ones(SEQUENCES, bool),
-    )
-    prompts_bp = random.integers(1, vocab_size, (SEQUENCES, prompt)).astype(np.int32)
-    prompt_lengths_b = random.integers(prompt // 4, prompt + 1, SEQUENCES).astype(np.int32)
-    return prompts_bp, prompt_lengths_b, rollout, np.zeros(SEQUENCES, bool)
+    tokens_br = random.integers(1, vocab_size, (SEQUENCES, response))
+    prompts_bp = random.integers(1, vocab_size, (SEQUENCES, prompt))
+    prompt_lengths_b = random.integers(prompt // 4, prompt + 1, SEQUENCES)
+    return join(prompts_bp, prompt_lengths_b, tokens_br, lengths_b.astype(int))
 
 
 def build_step(workload: Workload, scale: int, layout: Layout, folder: Path):
     state, step = make_state_and_step(workload, folder)
-    batch = make_batch(*arrays(workload.student.vocab_size, scale), layout=layout, pad_id=0)
-    batch = jax.device_put(batch)
+    sequences = make_sequences(workload.student.vocab_size, scale)
+    batch = jax.device_put(make_batch(sequences, layout=layout, pad_id=0))
     state, metrics = step(state, batch)
     check_same_loss(folder / "loss.txt", float(metrics["loss"]), workload.dtype)
     _padding_file(folder, layout).write_text(str(float(metrics["padding"])))

@@ -17,11 +17,11 @@ import numpy as np
 
 from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, load_weights
 from distill.batches.packing import Layout, Shape
-from distill.batches.rows import Microbatch, make_batch
+from distill.batches.rows import Rows, make_batch
 from distill.build.optimizer import make_optimizer, make_schedule
+from distill.data.sequences import Sequences
 from distill.losses.objective import make_objective
 from distill.models.facts import ModelConfig
-from distill.sampling.request import Rollout
 from distill.step import TrainState, make_train_step
 
 CPUS = 2
@@ -42,38 +42,28 @@ class Workload:
     microbatches: int
     matrix: int  # size of the product that measures the device's rate
 
-    def arrays(self) -> tuple:
-        """Arguments of `make_batch`."""
+    def sequences(self) -> Sequences:
         random = np.random.default_rng(0)
         prompt_lengths_b = random.integers(self.prompt // 4, self.prompt + 1, self.rows)
         lengths_b = random.integers(self.response // 4, self.response + 1, self.rows)
-        shape = self.rows, self.response
-        rollout = Rollout(
-            tokens_br=random.integers(1, self.student.vocab_size, shape).astype(np.int32),
-            lengths_b=lengths_b.astype(np.int32),
-            log_probs_br=np.zeros(shape, np.float32),
-            sampled_log_probs_br=np.zeros(shape, np.float32),
-            stopped_b=np.ones(self.rows, bool),
-        )
+        tokens_br = random.integers(1, self.student.vocab_size, (self.rows, self.response))
         prompts_bp = random.integers(1, self.student.vocab_size, (self.rows, self.prompt))
-        arrays = prompts_bp.astype(np.int32), prompt_lengths_b.astype(np.int32)
-        return *arrays, rollout, np.zeros(self.rows, bool)
+        return join(prompts_bp, prompt_lengths_b, tokens_br, lengths_b)
 
     @property
     def row_length(self) -> int:
         return self.prompt + self.response
 
-    def batch(self, packed: bool = False) -> Microbatch:
+    def batch(self, packed: bool = False) -> Rows:
         """Microbatches of padded rows, or of half as many packed ones of twice the length."""
         rows = self.rows // self.microbatches
         shape = Shape(rows // 2, 2 * self.row_length) if packed else Shape(rows, self.row_length)
-        return make_batch(*self.arrays(), layout=Layout((shape,), packed), pad_id=0)[0]
+        return make_batch(self.sequences(), layout=Layout((shape,), packed), pad_id=0)[0]
 
     def flops(self) -> float:
         """Of the real tokens: padding counts for nobody."""
-        _, prompt_lengths_b, rollout, _ = self.arrays()
-        lengths = (prompt_lengths_b + rollout.lengths_b).astype(float)
-        responses = rollout.lengths_b.sum()
+        sequences = self.sequences()
+        lengths, responses = sequences.lengths_b.astype(float), int(sequences["weight"].sum())
         total = 0.0
         for config, passes in ((self.student, 3), (self.teacher, 1)):
             products = 2 * sum(map(math.prod, linear_layers(config, lengths.sum(), responses)))
@@ -82,6 +72,16 @@ class Workload:
             attention = 2 * config.num_layers * heads * (lengths**2).sum()
             total += passes * (products + attention)
         return total
+
+
+def join(prompts_bp, prompt_lengths_b, tokens_br, lengths_b) -> Sequences:
+    """Of padded prompts and padded responses."""
+
+    def of_tokens(tokens_bx, lengths_b, weight: int) -> Sequences:
+        rows = zip(tokens_bx, lengths_b, strict=True)
+        return Sequences.of_tokens([tokens_x[:length] for tokens_x, length in rows], weight=weight)
+
+    return of_tokens(prompts_bp, prompt_lengths_b, 0).join(of_tokens(tokens_br, lengths_b, 1))
 
 
 def linear_layers(model: ModelConfig, tokens: int, responses: int) -> list[tuple[int, int, int]]:
@@ -251,10 +251,10 @@ def build_torch(workload: Workload, folder: Path, compiled: bool):
     return step
 
 
-def _torch_rows(rows: Microbatch, device: str):
+def _torch_rows(rows: Rows, device: str):
     """Tokens, which are given, and at which positions a response token is predicted."""
     import torch
 
     given_bt = np.arange(rows.tokens_bt.shape[1]) < rows.lengths_b[:, None]
-    arrays = rows.tokens_bt.astype(np.int64), given_bt.astype(np.int64), rows.targets_bt >= 0
+    arrays = rows.tokens_bt.astype(np.int64), given_bt.astype(np.int64), rows.mask_bt
     return tuple(torch.from_numpy(array).to(device) for array in arrays)

@@ -17,8 +17,8 @@ import optax
 from flax import nnx
 
 from distill.base.sharding import in_device_memory, in_memory_of, is_in_host_memory
-from distill.batches.rows import NO_TARGET, Batch, Microbatch, num_filled
-from distill.losses.objective import Objective, importance_weights, token_weights
+from distill.batches.rows import Batch, Rows, num_filled
+from distill.losses.objective import Objective, TopKScores, importance_weights, token_weights
 
 Params = Any
 
@@ -58,35 +58,35 @@ def make_loss(
     *,
     vocab_size: int,
     importance_clip: float = 0.0,
-) -> Callable[[Params, Params, Microbatch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns `loss_fn(params, teacher_params, microbatch, total) -> (loss, sums)`.
+) -> Callable[[Params, Params, Rows, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns `loss_fn(params, teacher_params, rows, total) -> (loss, sums)`.
 
     The arguments are those of `make_train_step`; `total` is the number of response tokens of the
     whole batch, by which the loss is divided. Differentiable by `params`. The sums of microbatches
     add up, but for `gap_max`, a maximum.
     """
 
-    def loss_fn(params, teacher_params, microbatch: Microbatch, total):
-        mask_bt = microbatch.targets_bt != NO_TARGET
+    def loss_fn(params, teacher_params, rows: Rows, total):
+        columns, mask_bt = rows.columns, rows.mask_bt
 
         def evaluate(graph, params):
             model = nnx.merge(graph, params)
-            hidden_btd = model(
-                microbatch.tokens_bt, microbatch.positions_bt, microbatch.segment_ids_bt
-            )
-            return hidden_btd, model.head()
+            return model(rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt), model.head()
 
         hidden_s, head_s = evaluate(student, params)
         hidden_t, head_t = (None, None) if teacher is None else evaluate(teacher, teacher_params)
-        weights_bt = token_weights(mask_bt, total)
-        sampled_bt = mask_bt & microbatch.on_policy_bt
+        weights_bt = token_weights(columns["weight"], total)
+        sampled_bt = mask_bt & columns["sampled"]
+        scores = None
+        if "teacher_ids" in columns:
+            scores = TopKScores(columns["teacher_ids"], columns["teacher_log_probs"])
         sums = {}
         if importance_clip:
             importance_bt = importance_weights(
                 objective.log_probs(
-                    hidden_s, head_s, microbatch.targets_bt, weights_bt, vocab_size=vocab_size
+                    hidden_s, head_s, rows.targets_bt, weights_bt, vocab_size=vocab_size
                 ),
-                microbatch.log_probs_bt,
+                columns["log_prob"],
                 sampled_bt,
                 importance_clip,
             )
@@ -98,12 +98,12 @@ def make_loss(
             head_s,
             jax.lax.stop_gradient(hidden_t),
             jax.lax.stop_gradient(head_t),
-            microbatch.targets_bt,
+            rows.targets_bt,
             weights_bt,
             vocab_size=vocab_size,
-            scores=microbatch.scores,
+            scores=scores,
         )
-        gap_bt = jnp.abs(values.log_prob_s - microbatch.log_probs_bt)
+        gap_bt = jnp.abs(values.log_prob_s - columns["log_prob"])
         gap_bt = jnp.where(sampled_bt, gap_bt, 0.0)
         return loss, sums | {
             "gap_sum": gap_bt.sum(),
@@ -151,7 +151,7 @@ def make_train_step(
     )
 
     def train_step(state: TrainState, teacher_params, batch: Batch):
-        total = sum(jnp.sum(part.targets_bt != NO_TARGET) for part in batch)
+        total = sum(jnp.sum(part.mask_bt) for part in batch)
         total = jnp.maximum(total, 1).astype(jnp.float32)
 
         def evaluate(microbatch):
@@ -206,7 +206,7 @@ def _sum_over_microbatches(evaluate: Callable, batch: Batch):
         sums = jax.tree.map(jnp.add, sums, more_sums) | {"gap_max": highest}
         return (loss + more_loss, sums), jax.tree.map(jnp.add, grads, more_grads)
 
-    def one(microbatches: Microbatch, number) -> Microbatch:
+    def one(microbatches: Rows, number) -> Rows:
         return jax.tree.map(lambda x: x[number], microbatches)
 
     if len(batch) == 1 and len(batch[0].tokens_bt) == 1:

@@ -76,6 +76,8 @@ def engine_artefacts(folder: Path) -> None:
         )
         rollout, _ = engine.generate(params, request)
         for field, array in vars(rollout).items():
+            if field == "columns":  # what the engine does not fill
+                continue
             made[f"{name}_{field}"] = hashlib.sha256(
                 np.ascontiguousarray(array).tobytes()
             ).hexdigest()

@@ -23,6 +23,7 @@ from distill.base.sharding import (
 )
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
+from distill.data.sequences import Sequences
 from distill.losses.objective import TopKScores, make_objective
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
@@ -52,7 +53,7 @@ def make_model(
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Arguments of `make_batch`."""
+    """Prompts with responses, padded."""
 
     prompts_bp: np.ndarray
     prompt_lengths_b: np.ndarray
@@ -69,8 +70,14 @@ class Rows:
         return self.batch(padded(1))[0].tokens_bt[0]
 
     def batch(self, layout: Layout):
-        return make_batch(*(getattr(self, f.name) for f in dataclasses.fields(self)),
-                          layout=layout, pad_id=PAD)  # fmt: skip
+        columns = {"sampled": np.tile(self.on_policy_b, (RESPONSE, 1)).T}
+        if self.scores is not None:
+            columns["teacher_ids"] = self.scores.ids_brk
+            columns["teacher_log_probs"] = self.scores.log_probs_brk
+        lengths = zip(self.prompts_bp, self.prompt_lengths_b, strict=True)
+        prompts = Sequences.of_tokens([tokens_p[:length] for tokens_p, length in lengths])
+        sequences = dataclasses.replace(self.rollout, columns=columns).sequences(prompts)
+        return make_batch(sequences, layout=layout, pad_id=PAD)
 
 
 def padded(num_microbatches: int) -> Layout:

@@ -1,82 +1,71 @@
-"""What the train step sees of a batch: rows of sequences, already cut into microbatches.
+"""What the models see of sequences: rows of tokens, already cut into microbatches.
 
-Made on the host, in numpy, where the answers are: which token a position predicts, and whether
-that counts, is settled here once, for padded rows and packed ones.
+Made on the host, in numpy. Which token a position predicts is settled here and nowhere else, for
+training, evaluation and report, for padded rows and packed ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from distill.batches.packing import Layout, Placement, Shape, place
-from distill.losses.objective import TopKScores
-from distill.sampling.request import Rollout
-
-NO_TARGET = -1
-_ABSENT = TopKScores(ids_brk=-1, log_probs_brk=0.0)
+from distill.data.sequences import Sequences, columns_of_rows, get_column, positions
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Microbatch:
-    """Rows to learn from; a batch has them stacked, (m, b, t) instead of (b, t).
-
-    Position t of a row predicts the row's token t + 1.
+class Rows:
+    """Rows of a microbatch; a batch has them stacked, (m, b, t) instead of (b, t).
 
     Attributes:
-      tokens_bt: prompts with their responses, one or several to a row, then padding.
+      tokens_bt: one or several sequences to a row, then padding.
       positions_bt: of tokens in their sequences. None: every row is one sequence.
       segment_ids_bt: numbers of the sequences in a row, from 1, padding being 0; None likewise.
-      targets_bt: the response token that the position predicts, EOS included; NO_TARGET at the
-        positions that predict none.
-      log_probs_bt: the sampler's untruncated log-probabilities of the targets.
-      on_policy_bt: whether the student sampled the target.
+      columns: by name, what is known of the token that a position predicts, which is the next of
+        its sequence; (b, t) or (b, t, k). 'tokens' are the targets, 'weight' is not 0 where they
+        are trained on; where nothing is predicted, a column has its fill.
       lengths_b: tokens of a row, padding not counted.
       sequences_b, sampled_b, truncated_b: a row's sequences, those of them that the student
         sampled, and those of the sampled that stopped at the length limit.
-      scores: what is known of a teacher that is not here, (b, t, k); None when the teacher is.
     """
 
     tokens_bt: ArrayLike
     positions_bt: ArrayLike | None
     segment_ids_bt: ArrayLike | None
-    targets_bt: ArrayLike
-    log_probs_bt: ArrayLike
-    on_policy_bt: ArrayLike
+    columns: dict[str, ArrayLike]
     lengths_b: ArrayLike
     sequences_b: ArrayLike
     sampled_b: ArrayLike
     truncated_b: ArrayLike
-    scores: TopKScores | None = None
+
+    @property
+    def targets_bt(self) -> ArrayLike:
+        """The tokens that positions predict."""
+        return self.columns["tokens"]
+
+    @property
+    def mask_bt(self) -> ArrayLike:
+        """Whether a target is trained on."""
+        return self.columns["weight"] != 0
 
 
-# Microbatches of each of the layout's shapes, stacked. The last of them may be empty.
-Batch = tuple[Microbatch, ...]
+# Rows of each of the layout's shapes, stacked. The last of the microbatches may be empty.
+Batch = tuple[Rows, ...]
 
 
-def make_batch(
-    prompts_bp: np.ndarray,
-    prompt_lengths_b: np.ndarray,
-    rollout: Rollout,
-    on_policy_b: np.ndarray,
-    scores: TopKScores | None = None,
-    *,
-    layout: Layout,
-    pad_id: int,
-) -> Batch:
-    """Joins prompts and responses and lays them out; host arrays in, host arrays out.
-
-    Validity comes from the lengths and never from token ids, because pad may equal EOS. Without a
-    prompt nothing predicts the first response token, which then does not count.
+def make_batch(sequences: Sequences, *, layout: Layout, pad_id: int) -> Batch:
+    """Lays out sequences; host arrays in, host arrays out.
 
     Raises:
       ValueError: a sequence is longer than the longest rows.
     """
-    lengths_b = np.asarray(prompt_lengths_b) + rollout.lengths_b
+    lengths_b = sequences.lengths_b
     if lengths_b.max() > layout.shapes[-1].length:
         raise ValueError(
             f"a sequence of {lengths_b.max()} tokens in rows of {layout.shapes[-1].length}"
@@ -84,77 +73,69 @@ def make_batch(
     batch = []
     for shape, placement in zip(layout.shapes, place(lengths_b, layout), strict=True):
         number = -(-len(lengths_b) // shape.rows)  # whatever the lengths
-        rows = _empty(number * shape.rows, shape.length, layout.packed, pad_id, scores)
-        _fill(rows, placement, prompts_bp, prompt_lengths_b, rollout, on_policy_b, scores)
+        placed = sequences.take(placement.sequence_i)
+        rows = _fill(placed, placement, number * shape.rows, shape.length, layout.packed, pad_id)
         batch.append(jax.tree.map(lambda x, shape=shape: _stack(x, shape), rows))
     return tuple(batch)
 
 
-def num_filled(microbatches: Microbatch) -> ArrayLike:
+def padded_rows(sequences: Sequences, rows: int, length: int, pad_id: int) -> Iterator[Rows]:
+    """Rows of one sequence each, in their order, so many at a time; the last may be empty."""
+    layout = Layout((Shape(rows, length),))
+    for start in range(0, len(sequences), rows):
+        some = sequences.take(np.arange(len(sequences))[start : start + rows])
+        (stacked,) = make_batch(some, layout=layout, pad_id=pad_id)
+        yield jax.tree.map(lambda x: x[0], stacked)
+
+
+def of_responses(rows: Rows, values_btx: jax.Array, width: int) -> jax.Array:
+    """Of rows of one sequence: `width` positions from the first that is trained on, (b, r, ...)."""
+    start_b1 = jnp.argmax(rows.mask_bt, axis=1)[:, None]
+    index_br = start_b1 + jnp.arange(width)
+    index_brx = index_br.reshape(*index_br.shape, *[1] * (values_btx.ndim - 2))
+    return jnp.take_along_axis(values_btx, index_brx, axis=1)
+
+
+def num_filled(microbatches: Rows) -> ArrayLike:
     """How many of stacked microbatches have sequences: they come first."""
     return (microbatches.sequences_b > 0).any(axis=1).sum()
 
 
-def _empty(
-    rows: int, length: int, packed: bool, pad_id: int, scores: TopKScores | None
-) -> Microbatch:
-    def full(value, dtype=np.int32, *axes: int) -> np.ndarray:
-        return np.full((rows, *(axes or (length,))), value, dtype)
-
-    def of_row() -> np.ndarray:
-        return np.zeros(rows, np.int32)
-
-    return Microbatch(
-        tokens_bt=full(pad_id),
-        positions_bt=full(0) if packed else None,
-        segment_ids_bt=full(0) if packed else None,
-        targets_bt=full(NO_TARGET),
-        log_probs_bt=full(0, np.float32),
-        on_policy_bt=full(False, bool),
-        lengths_b=of_row(),
-        sequences_b=of_row(),
-        sampled_b=of_row(),
-        truncated_b=of_row(),
-        scores=scores
-        and jax.tree.map(
-            lambda x, absent: full(absent, x.dtype, length, x.shape[-1]), scores, _ABSENT
-        ),
-    )
-
-
 def _fill(
-    rows: Microbatch,
-    placement: Placement,
-    prompts_bp: np.ndarray,
-    prompt_lengths_b: np.ndarray,
-    rollout: Rollout,
-    on_policy_b: np.ndarray,
-    scores: TopKScores | None,
-) -> None:
-    """Writes the placed sequences into the rows, in place."""
-    indices = placement.sequence_i, placement.row_i, placement.start_i
-    for b, row, start in zip(*indices, strict=True):
-        prompt, response = int(prompt_lengths_b[b]), int(rollout.lengths_b[b])
-        tokens = np.concatenate([prompts_bp[b, :prompt], rollout.tokens_br[b, :response]])
-        sequence = slice(start, start + len(tokens))
-        rows.tokens_bt[row, sequence] = tokens
-        rows.lengths_b[row] += len(tokens)
-        rows.sequences_b[row] += 1
-        rows.sampled_b[row] += on_policy_b[b]
-        rows.truncated_b[row] += on_policy_b[b] and not rollout.stopped_b[b]
-        if rows.segment_ids_bt is not None:
-            rows.segment_ids_bt[row, sequence] = rows.sequences_b[row]
-            rows.positions_bt[row, sequence] = np.arange(len(tokens))
-        # The state at a position predicts the next token.
-        first = max(prompt, 1)
-        predicting = slice(start + first - 1, start + len(tokens) - 1)
-        answer = slice(first - prompt, response)
-        rows.targets_bt[row, predicting] = tokens[first:]
-        rows.log_probs_bt[row, predicting] = rollout.log_probs_br[b, answer]
-        rows.on_policy_bt[row, predicting] = on_policy_b[b]
-        if scores is not None:
-            rows.scores.ids_brk[row, predicting] = scores.ids_brk[b, answer]
-            rows.scores.log_probs_brk[row, predicting] = scores.log_probs_brk[b, answer]
+    sequences: Sequences, placement: Placement, rows: int, length: int, packed: bool, pad_id: int
+) -> Rows:
+    """The sequences in the places that `placement` gives them."""
+    lengths_b, row_b = sequences.lengths_b, placement.row_i
+    position_n = positions(lengths_b)
+    place_n = np.repeat(row_b * length + placement.start_i, lengths_b) + position_n
+
+    def spread(values_n, place_n, fill) -> np.ndarray:
+        spread_n = np.full((rows * length, *values_n.shape[1:]), fill, values_n.dtype)
+        spread_n[place_n] = values_n
+        return spread_n.reshape(rows, length, *values_n.shape[1:])
+
+    def of_targets(name: str) -> np.ndarray:
+        # A position predicts the next token of its sequence, whose first nothing predicts.
+        is_target_n = position_n > 0
+        fill = get_column(name).fill
+        return spread(sequences[name][is_target_n], place_n[is_target_n] - 1, fill)
+
+    def count(values_b) -> np.ndarray:
+        return np.bincount(row_b, values_b, rows).astype(np.int32)
+
+    number_b = np.zeros(len(row_b), np.int32)
+    number_b[np.argsort(row_b, kind="stable")] = positions(np.bincount(row_b)) + 1
+    sampled_b = np.array([sampled_t.any() for sampled_t in sequences.split("sampled")], bool)
+    return Rows(
+        tokens_bt=spread(sequences["tokens"], place_n, pad_id),
+        positions_bt=spread(position_n.astype(np.int32), place_n, 0) if packed else None,
+        segment_ids_bt=spread(np.repeat(number_b, lengths_b), place_n, 0) if packed else None,
+        columns={name: of_targets(name) for name in columns_of_rows(sequences.columns)},
+        lengths_b=count(lengths_b),
+        sequences_b=count(None),
+        sampled_b=count(sampled_b),
+        truncated_b=count(sampled_b & sequences["truncated"]),
+    )
 
 
 def _stack(rows_bx: np.ndarray, shape: Shape) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""The batch of every step: the student's own answers or fixed data, sampled ahead if asked.
+"""The batch of every step: the student's own responses or fixed data, sampled ahead if asked.
 
-Sampling ahead, the answers to the next step's prompts are generated in a thread while the current
+Sampling ahead, the responses to the next step's prompts are generated in a thread while the current
 step trains. They are stale by one update, never more, because only one batch is ever under way.
 Everything that touches the trainer's devices, refits included, stays in the trainer's thread: two
 threads that start programs on the same devices could start them in different orders on each.
@@ -8,10 +8,9 @@ threads that start programs on the same devices could start them in different or
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -20,8 +19,8 @@ import numpy as np
 
 from distill.batches.packing import Layout
 from distill.batches.rows import Batch, make_batch
-from distill.data.pipeline import PromptBatch
-from distill.losses.objective import TopKScores, lambda_coin, sample_coins
+from distill.data.sequences import Sequences, concatenate
+from distill.losses.objective import lambda_coin, sample_coins
 from distill.rollout.base import RolloutBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
@@ -29,42 +28,20 @@ from distill.sampling.request import Rollout, RolloutRequest
 Measured = dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Draft:
-    """Rows of one step that wait for their answers.
-
-    Attributes:
-      step: the update they are for.
-      rows: prompts, each as often as it is answered.
-      coins_b: True where the student answers.
-      request: None if it answers nothing.
-      position: of the data behind these rows.
-      measured: of the refit.
-    """
-
-    step: int
-    rows: PromptBatch
-    coins_b: np.ndarray
-    request: RolloutRequest | None
-    position: Any
-    measured: Measured
-
-
 class BatchSource:
-    """Makes the batch of a step: from the student's own answers or from the fixed data.
+    """Makes the batch of a step: from the student's own responses or from the fixed data.
 
     Args:
-      iterator: of PromptBatch, with `get_state`; not to be moved by others any more.
-      backend: samples the answers.
+      iterator: of Sequences, with `get_state`; not to be moved by others any more.
+      backend: samples the responses.
       put: places a host's batch on the trainer's mesh.
-      score: what a teacher that is not on the mesh knows of a rollout, from prompt tokens, prompt
-        lengths and the rollout; None without one. Called where the rollout was sampled.
-      params: how answers are sampled.
-      num_generations: answers per prompt.
+      score: columns that a teacher that is not on the mesh adds; None without one. Called where the
+        sequences were sampled.
+      params: how responses are sampled.
+      num_generations: responses per prompt.
       seed: of coins and sampling.
-      lambda_: probability that the student answers.
+      lambda_: probability that the student responds.
       per_sample: toss `lambda_` for every row instead of once per batch.
-      response_width: columns of the responses.
       layout: of the microbatches.
       pad_id: fills rows after their end.
 
@@ -77,13 +54,12 @@ class BatchSource:
         backend: RolloutBackend,
         put: Callable[[Batch], Batch],
         *,
-        score: Callable[[np.ndarray, np.ndarray, Rollout], TopKScores] | None = None,
+        score: Callable[[Sequences], Mapping[str, np.ndarray]] | None = None,
         params: SamplingParams,
         num_generations: int,
         seed: int,
         lambda_: float,
         per_sample: bool,
-        response_width: int,
         layout: Layout,
         pad_id: int,
     ):
@@ -91,10 +67,10 @@ class BatchSource:
         self._score = score
         self._params, self._num_generations, self._seed = params, num_generations, seed
         self._lambda, self._per_sample = lambda_, per_sample
-        self._response_width, self._pad_id = response_width, pad_id
         self._make_batch = functools.partial(make_batch, layout=layout, pad_id=pad_id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
-        self._ahead: tuple[_Draft, Future] | None = None
+        # The update that a batch is under way for, where the data go on behind it, and the batch.
+        self._ahead: tuple[int, Any, Future] | None = None
         self._position, self._rows = iterator.get_state(), np.zeros(0, np.int64)
 
     @property
@@ -114,26 +90,24 @@ class BatchSource:
 
         Returns:
           The batch on the trainer's mesh; metrics named 'generation/...', all but staleness only if
-          the student answered: staleness (updates between the sampler's weights and the trainer's),
-          seconds (of generating), refit_seconds, tokens_per_second (response tokens, padding not
-          counted), mean_length and max_length (tokens, EOS counted), truncated (share of answers
-          cut at the length limit), and the backend's own.
+          the student responded: staleness (updates between the sampler's weights and the
+          trainer's), seconds (of generating), refit_seconds, tokens_per_second (response tokens,
+          padding not counted), mean_length and max_length (tokens, EOS counted), truncated (share
+          of responses cut at the length limit), and the backend's own.
 
         Raises:
           UserError, RunStopped: as they came from the backend, in whichever thread.
         """
         if self._ahead is None:
-            draft = self._draw(step, student_params, version=step)
-            rollout, scores, measured = self._answer(draft)
+            position, finish = self._begin(step, student_params, version=step)
+            sequences, measured = finish()
         else:
-            (draft, future), self._ahead = self._ahead, None
-            if draft.step != step:
-                raise RuntimeError(f"the batch of update {draft.step} is under way, not of {step}")
-            rollout, scores, measured = future.result()
-        rows = draft.rows
-        arrays = rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout, draft.coins_b, scores
-        batch = self._put(self._make_batch(*arrays))
-        self._position, self._rows = draft.position, rows.row_b
+            (begun, position, future), self._ahead = self._ahead, None
+            if begun != step:
+                raise RuntimeError(f"the batch of update {begun} is under way, not of {step}")
+            sequences, measured = future.result()
+        batch = self._put(self._make_batch(sequences))
+        self._position, self._rows = position, sequences["row"]
         return batch, measured
 
     def sample_ahead(self, step: int, student_params) -> None:
@@ -144,41 +118,45 @@ class BatchSource:
         """
         if self._ahead is not None:
             raise RuntimeError("a batch is under way: another would be stale by more than 1 update")
-        draft = self._draw(step, student_params, version=step - 1)
-        self._ahead = draft, self._thread.submit(self._answer, draft)
+        position, finish = self._begin(step, student_params, version=step - 1)
+        self._ahead = step, position, self._thread.submit(finish)
 
-    def answers_ahead(self) -> tuple[dict[str, np.ndarray], Measured]:
-        """The answers that are being sampled ahead, once they are there, for `take_up`.
+    def sequences_ahead(self) -> tuple[dict[str, np.ndarray], Measured]:
+        """The sequences that are being sampled ahead, once they are there, for `take_up`.
 
         They cannot be sampled again: their weights are gone. Empty if nothing is under way, or if
         its sampling failed, which `next` will say.
         """
-        if self._ahead is None or self._ahead[1].exception() is not None:
+        if self._ahead is None or self._ahead[-1].exception() is not None:
             return {}, {}
-        rollout, scores, measured = self._ahead[1].result()
-        return {**vars(rollout), **(vars(scores) if scores is not None else {})}, measured
+        sequences, measured = self._ahead[-1].result()
+        return sequences.arrays(), measured
 
     def take_up(self, step: int, arrays: dict[str, np.ndarray], measured: Measured) -> None:
-        """Goes on with saved `answers_ahead` to the prompts of update `step`."""
-        _, rows, coins_b, position = self._draw_rows(step)
-        draft = _Draft(step, rows, coins_b, None, position, measured)
-        fields = {field.name for field in dataclasses.fields(Rollout)}
-        rollout = Rollout(**{name: array for name, array in arrays.items() if name in fields})
-        scores = {name: array for name, array in arrays.items() if name not in fields}
+        """Goes on with saved `sequences_ahead`, which are those of update `step`."""
+        next(self._iterator)
         future: Future = Future()
-        future.set_result((rollout, TopKScores(**scores) if scores else None, measured))
-        self._ahead = draft, future
+        future.set_result((Sequences.of_arrays(arrays), measured))
+        self._ahead = step, self._iterator.get_state(), future
 
     def close(self) -> None:
-        """Waits for a generation under way, whose answers are dropped; its thread ends."""
+        """Waits for a generation under way, whose responses are dropped; its thread ends."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._ahead = None
 
-    def _draw(self, step: int, student_params, version: int) -> _Draft:
-        """Takes the prompts of `step`, tosses its coins and, if it samples, refits the sampler."""
-        prompts, rows, coins_b, position = self._draw_rows(step)
+    def _begin(
+        self, step: int, student_params, version: int
+    ) -> tuple[Any, Callable[[], tuple[Sequences, Measured]]]:
+        """Takes the prompts of `step`, tosses its coins and, if it samples, refits the sampler.
+
+        Returns:
+          Where the data go on, and what is left to do, which may be done in the thread.
+        """
+        prompts, position = next(self._iterator), self._iterator.get_state()
+        fixed = prompts.take(np.repeat(np.arange(len(prompts)), self._num_generations))
+        coins_b = self._toss(step, fixed["index"])
         if not coins_b.any():
-            return _Draft(step, rows, coins_b, None, position, {"generation/staleness": 0.0})
+            return position, lambda: self._scored(fixed, {"generation/staleness": 0.0})
         # The last update must have ended before the refit can begin: not part of its time.
         jax.block_until_ready(student_params)
         start = time.perf_counter()
@@ -187,45 +165,15 @@ class BatchSource:
             "generation/staleness": float(step - version),
             "generation/refit_seconds": time.perf_counter() - start,
         }
-        lengths_b = prompts.prompt_lengths_b
         request = RolloutRequest(
-            tuple(
-                tokens_p[:length]
-                for tokens_p, length in zip(prompts.prompt_tokens_bp, lengths_b, strict=True)
-            ),
-            prompts.index_b,
+            tuple(prompts.prompts().split("tokens")),
+            prompts["index"],
             self._params,
             num_generations=self._num_generations,
             seed=self._seed,
             step=step,
         )
-        return _Draft(step, rows, coins_b, request, position, measured)
-
-    def _draw_rows(self, step: int) -> tuple[PromptBatch, PromptBatch, np.ndarray, Any]:
-        """The prompts of `step`, as often as each is answered, their coins, and what comes next."""
-        prompts = next(self._iterator)
-        rows = jax.tree.map(lambda x: np.repeat(x, self._num_generations, axis=0), prompts)
-        return prompts, rows, self._toss(step, rows.index_b), self._iterator.get_state()
-
-    def _answer(self, draft: _Draft) -> tuple[Rollout, TopKScores | None, Measured]:
-        """Responses of all rows, scored if need be; the part that may run in the thread."""
-        rollout, measured = self._respond(draft)
-        if self._score is None:
-            return rollout, None, measured
-        rows, start = draft.rows, time.perf_counter()
-        scores = self._score(rows.prompt_tokens_bp, rows.prompt_lengths_b, rollout)
-        return rollout, scores, {**measured, "teacher/seconds": time.perf_counter() - start}
-
-    def _respond(self, draft: _Draft) -> tuple[Rollout, Measured]:
-        if draft.request is None:
-            return self._fixed(draft.rows), draft.measured
-        start = time.perf_counter()
-        rollout, measured = self._backend.generate(draft.request)
-        seconds = time.perf_counter() - start
-        measured = {**draft.measured, **_describe(rollout, seconds), **measured}
-        if not draft.coins_b.all():
-            rollout = _select_rows(draft.coins_b, rollout, self._fixed(draft.rows))
-        return rollout, measured
+        return position, functools.partial(self._sample, request, fixed, coins_b, measured)
 
     def _toss(self, step: int, index_b: np.ndarray) -> np.ndarray:
         if self._per_sample:
@@ -233,21 +181,23 @@ class BatchSource:
             return np.asarray(sample_coins(self._seed, step, index_b, self._lambda))
         return np.full(len(index_b), lambda_coin(self._seed, step, self._lambda))
 
-    def _fixed(self, prompts: PromptBatch) -> Rollout:
-        """The data's own responses in the form of a rollout."""
-        tokens_br = prompts.response_tokens_br
-        missing = self._response_width - tokens_br.shape[1]
-        tokens_br = np.pad(tokens_br, ((0, 0), (0, max(missing, 0))), constant_values=self._pad_id)[
-            :, : self._response_width
-        ]
-        zeros_br = np.zeros(tokens_br.shape, np.float32)
-        return Rollout(
-            tokens_br=tokens_br,
-            lengths_b=prompts.response_lengths_b,
-            log_probs_br=zeros_br,
-            sampled_log_probs_br=zeros_br,
-            stopped_b=np.ones(len(tokens_br), bool),
-        )
+    def _sample(
+        self, request: RolloutRequest, fixed: Sequences, coins_b: np.ndarray, measured: Measured
+    ) -> tuple[Sequences, Measured]:
+        """The student's sequences where the coin says so, else the fixed ones."""
+        start = time.perf_counter()
+        rollout, by_backend = self._backend.generate(request)
+        seconds = time.perf_counter() - start
+        both = concatenate([fixed, rollout.sequences(fixed)])
+        sequences = both.take(np.arange(len(fixed)) + len(fixed) * coins_b)
+        return self._scored(sequences, {**measured, **_describe(rollout, seconds), **by_backend})
+
+    def _scored(self, sequences: Sequences, measured: Measured) -> tuple[Sequences, Measured]:
+        if self._score is None:
+            return sequences, measured
+        start = time.perf_counter()
+        sequences = sequences.with_columns(**self._score(sequences))
+        return sequences, {**measured, "teacher/seconds": time.perf_counter() - start}
 
 
 def _describe(rollout: Rollout, seconds: float) -> Measured:
@@ -271,7 +221,7 @@ def _masked_sum(rollout: Rollout) -> float:
 
 
 def repetition(tokens_br: np.ndarray, lengths_b: np.ndarray, n: int = 4) -> float:
-    """Share of the n-grams of all answers that came earlier in the same answer."""
+    """Share of the n-grams of all responses that came earlier in the same response."""
     windows = tokens_br.shape[1] - n + 1
     if windows < 1:
         return 0.0
@@ -285,12 +235,3 @@ def repetition(tokens_br: np.ndarray, lengths_b: np.ndarray, n: int = 4) -> floa
     hashes = np.sort(np.where(valid, hashes >> np.uint64(1), np.uint64(2**64 - 1)), axis=1)
     repeats = (hashes[:, 1:] == hashes[:, :-1]) & valid[:, 1:]
     return float(repeats.sum() / max(counts_b.sum(), 1))
-
-
-def _select_rows(coins_b: np.ndarray, sampled: Rollout, fixed: Rollout) -> Rollout:
-    """Row by row the sampled response where the coin says so, else the fixed one."""
-
-    def select(ours, theirs):
-        return np.where(coins_b.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
-
-    return jax.tree.map(select, sampled, fixed)

@@ -41,7 +41,6 @@ def build_batches(
         seed=config.seed,
         lambda_=distillation.lambda_,
         per_sample=distillation.mix == "sample",
-        response_width=width,
         layout=build_layout(config, prompts.prompt_width + width, mesh),
         pad_id=prompts.pad_id,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -22,10 +23,10 @@ from distill.base.sharding import (
     in_host_memory,
     on_device_memory,
 )
+from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
 from distill.build.models import abstract_model, build_model, frozen_options, teacher_dtype
 from distill.config.schema import Config
-from distill.data.pipeline import eval_batches
 from distill.data.prompts import Prompts
 from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
@@ -129,9 +130,10 @@ def _quantize_and_compare(
     full: Model, keep: Keep, mesh: Mesh, config: Config, prompts: Prompts, vocab_size: int
 ) -> Model:
     """The model in 8 bits, and its divergence from itself on a batch of prompts."""
-    put = make_put(mesh)
-    batch, _ = next(eval_batches(prompts, config.evaluation.batch_size))
-    tokens_bt, lengths_b = put(batch.prompt_tokens_bp), put(batch.prompt_lengths_b)
+    size = config.evaluation.batch_size
+    texts = prompts.sequences(np.arange(size) % len(prompts)).prompts()
+    (rows,) = padded_rows(texts, size, prompts.prompt_width, prompts.pad_id)
+    tokens_bt, lengths_b = map(make_put(mesh), (rows.tokens_bt, rows.lengths_b))
     before_btd = _hidden(full.graph, full.params, tokens_bt)
     flat, graph = dict(nnx.to_flat_state(full.params)), full.graph
     del full

@@ -20,25 +20,25 @@ from jax.sharding import Mesh
 
 from distill.base.sharding import bytes_per_device, num_shards
 from distill.batches.packing import Layout
-from distill.batches.rows import NO_TARGET, Microbatch, make_batch
+from distill.batches.rows import Rows, make_batch
 from distill.build.data import Vocabulary
 from distill.build.devices import put_batch
 from distill.build.layout import build_layout
 from distill.build.sampler import build_engine, build_sampling_params
 from distill.config.schema import Config
 from distill.data.base import DatasetInterface
-from distill.data.pipeline import PromptBatch, eval_batches
 from distill.data.prompts import Prompts
+from distill.data.sequences import Sequences
 from distill.data.tokenizer import load_tokenizer
 from distill.kernels.platform import platform
 from distill.losses.objective import Objective, make_objective
 from distill.models.model import Model
 from distill.models.quantization import without_scales
 from distill.rollout.base import RolloutBackend
-from distill.sampling.request import Rollout, RolloutRequest
+from distill.sampling.request import RolloutRequest
 from distill.step import TrainState, make_loss
 
-ANSWER_TOKENS = 16
+RESPONSE_TOKENS = 16
 SAMPLED_PROMPTS = 8
 # Nats per token, and norm of the gradient, of a student that is its own teacher: rounding.
 ZERO_LOSS, ZERO_GRADIENT = 1e-4, 1e-3
@@ -256,14 +256,14 @@ def _device_memory() -> int | None:
 
 
 def check_numbers(subject: Subject) -> str:
-    """The train step's own loss on answers that the sampler has just given.
+    """The train step's own loss on responses that the sampler has just given.
 
     With the student as its own teacher, loss and gradient are zero; the log-probabilities that the
     step computes are the sampler's; what stands behind a row's end changes nothing, and neither
     does packing.
     """
-    arrays = _sampled_answers(subject)
-    padded = _laid_out(subject, arrays, packed=False)
+    sequences = _short_sequences(subject)
+    padded = _laid_out(subject, sequences, packed=False)
     own_teacher = subject.objective.divergence is not None
     loss_fn = make_loss(
         subject.graph,
@@ -273,10 +273,10 @@ def check_numbers(subject: Subject) -> str:
     )
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     params = subject.state.params
-    total = jnp.maximum((padded.targets_bt != NO_TARGET).sum(), 1).astype(jnp.float32)
+    total = jnp.maximum(padded.mask_bt.sum(), 1).astype(jnp.float32)
 
-    def evaluate(microbatch: Microbatch):
-        return value_and_grad(params, params if own_teacher else None, microbatch, total)
+    def evaluate(rows: Rows):
+        return value_and_grad(params, params if own_teacher else None, rows, total)
 
     (loss, sums), grads = evaluate(padded)
     details = []
@@ -286,67 +286,53 @@ def check_numbers(subject: Subject) -> str:
         details.append(_check_gap(subject, sums))
     details.append(_check_padding(sums, evaluate(_stirred(padded))[0][1]))
     if subject.config.policy.sequence_packing.enabled:
-        packed = _laid_out(subject, arrays, packed=True)
+        packed = _laid_out(subject, sequences, packed=True)
         details.append(_check_packing(subject, sums, evaluate(packed)[0][1]))
     return "; ".join(details)
 
 
-def _sampled_answers(subject: Subject) -> tuple:
-    """Arguments of `make_batch`: the first prompts with short answers, sampled where there are any.
+def _short_sequences(subject: Subject) -> Sequences:
+    """The first prompts with short responses, sampled where any are.
 
     The sampler is asked for a whole batch, so that it compiles what the run will need anyway.
     """
     config = subject.config
-    policy, repeats = config.policy, config.distillation.generate_strategy.num_generations
-    prompts, _ = next(eval_batches(subject.prompts, policy.train_global_batch_size // repeats))
-    rows = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), prompts)
-    params = build_sampling_params(config)
-    length = min(ANSWER_TOKENS, params.max_length)
+    repeats = config.distillation.generate_strategy.num_generations
+    number = config.policy.train_global_batch_size // repeats
+    prompts = subject.prompts.sequences(np.arange(number) % len(subject.prompts))
+    sequences = prompts.take(np.repeat(np.arange(number), repeats))
+    starts_b = sequences.prompts().lengths_b
     if _samples(subject):
         subject.backend.refit(subject.state.params, version=subject.step)
-        lengths = zip(prompts.prompt_tokens_bp, prompts.prompt_lengths_b, strict=True)
         request = RolloutRequest(
-            tuple(tokens_p[:size] for tokens_p, size in lengths),
-            prompts.index_b,
-            params,
+            tuple(prompts.prompts().split("tokens")),
+            np.arange(number),
+            build_sampling_params(config),
             num_generations=repeats,
             seed=config.seed,
             step=subject.step,
-            max_lengths=np.full(len(rows.index_b), length, np.int32),
+            max_lengths=np.full(len(sequences), RESPONSE_TOKENS, np.int32),
         )
         rollout, _ = subject.backend.generate(request)
-    else:
-        rollout = _fixed_answers(rows)
-    cut = jax.tree.map(lambda x: x[:, :length] if x.ndim == 2 else x, rollout)
-    cut = dataclasses.replace(cut, lengths_b=np.minimum(rollout.lengths_b, length))
-    on_policy_b = np.full(len(rows.index_b), _samples(subject))
-    return rows.prompt_tokens_bp, rows.prompt_lengths_b, cut, on_policy_b
+        sequences = rollout.sequences(sequences)
+    return sequences.first(starts_b + RESPONSE_TOKENS)
 
 
-def _laid_out(subject: Subject, arrays: tuple, *, packed: bool) -> Microbatch:
-    """As many answers as a microbatch surely holds, in one microbatch on the mesh."""
-    prompts_bp, _, rollout, _ = arrays
-    longest = prompts_bp.shape[1] + rollout.tokens_br.shape[1]
+def _laid_out(subject: Subject, sequences: Sequences, *, packed: bool) -> Rows:
+    """As many sequences as a microbatch surely holds, in one microbatch on the mesh."""
+    longest = subject.prompts.prompt_width + RESPONSE_TOKENS
     shape = build_layout(subject.config, longest, subject.mesh).shapes[-1]
     if not packed:
         shape = dataclasses.replace(shape, length=longest)
     batch = make_batch(
-        *jax.tree.map(lambda x: x[: shape.rows], arrays),
+        sequences.take(np.arange(len(sequences))[: shape.rows]),
         layout=Layout((shape,), packed),
         pad_id=subject.prompts.pad_id,
     )
     return jax.tree.map(lambda x: x[0], put_batch(subject.mesh, batch)[0])
 
 
-def _fixed_answers(rows: PromptBatch) -> Rollout:
-    """The data's own responses."""
-    zeros_br = np.zeros(rows.response_tokens_br.shape, np.float32)
-    stopped_b = np.ones(len(zeros_br), bool)
-    lengths_b = rows.response_lengths_b
-    return Rollout(rows.response_tokens_br, lengths_b, zeros_br, zeros_br, stopped_b)
-
-
-def _stirred(rows: Microbatch) -> Microbatch:
+def _stirred(rows: Rows) -> Rows:
     """The rows with other tokens behind their ends."""
     t = jnp.arange(rows.tokens_bt.shape[1])
     behind_bt = t >= rows.lengths_b[:, None]

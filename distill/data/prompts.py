@@ -12,6 +12,7 @@ import numpy as np
 
 from distill.base.errors import UserError, printable
 from distill.data.base import DatasetInterface, Dropped, Example, count_drops
+from distill.data.sequences import Sequences
 
 _WIDTH_MULTIPLE = 8
 
@@ -48,6 +49,15 @@ class Prompts:
     def response_width(self) -> int:
         """Longest kept response, rounded up to a multiple of 8; 0 when there are none."""
         return _width(self.response_tokens or [])
+
+    def sequences(self, positions: Sequence[int]) -> Sequences:
+        """These rows, with the responses behind the prompts where there are any."""
+        tokens = [self.prompt_tokens[i] for i in positions]
+        prompts = Sequences.of_tokens(tokens, row=self.rows[positions])
+        if self.response_tokens is None:
+            return prompts
+        responses = [self.response_tokens[i] for i in positions]
+        return prompts.join(Sequences.of_tokens(responses, weight=1))
 
     def digest(self) -> str:
         """The same for the same rows and tokens only."""

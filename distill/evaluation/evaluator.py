@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ from flax import nnx
 from distill.base import processes
 from distill.base.errors import RunStopped
 from distill.base.sharding import constrain, constrain_whole
+from distill.batches.rows import Rows, padded_rows
 from distill.data.base import DatasetInterface
-from distill.data.pipeline import eval_batches
 from distill.data.prompts import Prompts
 from distill.evaluation.grading import Grader, wilson_interval
 from distill.evaluation.metrics import Answer, measure
@@ -29,7 +29,7 @@ from distill.losses.divergences import get_divergence
 from distill.models.model import Model
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine
-from distill.sampling.request import Rollout, RolloutRequest, to_sequences
+from distill.sampling.request import Rollout, RolloutRequest
 
 ROLES = ("base", "student", "teacher")
 
@@ -116,10 +116,7 @@ class Evaluator:
         self.dataset, self._timeout, self._metrics = dataset, answer_timeout, metrics
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
         self._divergence_sums = jax.jit(
-            functools.partial(
-                _divergence_sums, vocab_size=vocab_size, pad_id=tokenizer.pad_token_id
-            ),
-            static_argnums=(0, 2),
+            functools.partial(_divergence_sums, vocab_size=vocab_size), static_argnums=(0, 2)
         )
 
     def __call__(self, model: Model, teacher: Model | None) -> Evaluation:
@@ -127,20 +124,18 @@ class Evaluator:
 
     def examine(self, model: Model, teacher: Model | None) -> tuple[Evaluation, Answers]:
         """The evaluation, and the answers that it is about."""
-        prompts, params = self.prompts, model.fetch()
+        params = model.fetch()
         rollout = self.answer(model.graph, params, self.greedy)
         sums = np.zeros(2)
         if teacher is not None:
             teacher_params = params if teacher is model else teacher.fetch()
-            for batch, valid_b in eval_batches(prompts, self.batch_size):
-                answers = rollout.rows(batch.index_b % len(prompts))
-                arrays = batch.prompt_tokens_bp, batch.prompt_lengths_b, answers, valid_b
+            for rows in rows_of(self.prompts, rollout, self.batch_size):
                 sums += self._divergence_sums(
                     model.graph,
                     params,
                     teacher.graph,
                     teacher_params,
-                    *jax.tree.map(self.put, arrays),
+                    jax.tree.map(self.put, rows),
                 )
         texts, lengths = decode_responses(self.tokenizer, rollout), rollout.lengths_b
         answers = Answers(rollout, texts, self.grade(texts))
@@ -220,29 +215,27 @@ def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
+def rows_of(prompts: Prompts, rollout: Rollout, batch_size: int) -> Iterator[Rows]:
+    """All prompts with anybody's responses, in their order, so many at a time."""
+    sequences = rollout.sequences(prompts.sequences(range(len(prompts))))
+    width = prompts.prompt_width + rollout.tokens_br.shape[1]
+    return padded_rows(sequences, batch_size, width, prompts.pad_id)
+
+
 def _divergence_sums(
     graph,
     params,
     teacher_graph,
     teacher_params,
-    prompts_bp,
-    prompt_lengths_b,
-    rollout,
-    valid_b,
+    rows: Rows,
     *,
     vocab_size: int,
-    pad_id: int,
 ) -> jax.Array:
-    """Forward and reverse KL summed over the response tokens of valid rows, shape (2,)."""
-    tokens_bt, lengths_b = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
-    t = jnp.arange(tokens_bt.shape[1])
-    # A position predicts the next: those from a prompt's last token to an answer's last but one.
-    predicts_bt = (t >= prompt_lengths_b[:, None] - 1) & (t < lengths_b[:, None] - 1)
-    weights_bt = (predicts_bt & valid_b[:, None]).astype(jnp.float32)
+    """Forward and reverse KL summed over the response tokens, shape (2,)."""
 
     def evaluate(graph, params):
         model = nnx.merge(graph, params)
-        hidden_btd = model(tokens_bt)
+        hidden_btd = model(rows.tokens_bt)
         hidden_td = hidden_btd.reshape(-1, hidden_btd.shape[-1])
         return constrain(hidden_td, "token", "act_embed"), model.head()
 
@@ -256,7 +249,7 @@ def _divergence_sums(
         divergences=(get_divergence("forward"), get_divergence("reverse")),
         temperature=1.0,
         vocab_size=vocab_size,
-        weights=weights_bt.reshape(-1),
+        weights=rows.mask_bt.astype(jnp.float32).reshape(-1),
     )
     return constrain_whole(values_nt.sum(axis=1))
 

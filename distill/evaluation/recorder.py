@@ -22,13 +22,13 @@ from flax import nnx
 from distill.base import processes
 from distill.base.files import write_atomically
 from distill.base.sharding import constrain_whole, num_shards
+from distill.batches.rows import Rows, of_responses
 from distill.data.base import DatasetInterface, Example
-from distill.data.pipeline import PromptBatch, eval_batches
 from distill.data.prompts import Prompts
-from distill.evaluation.evaluator import Answers
+from distill.evaluation.evaluator import Answers, rows_of
 from distill.losses.objective import Objective
 from distill.models.model import Model
-from distill.sampling.request import Rollout, to_sequences
+from distill.sampling.request import Rollout
 
 FOLDER = "rollouts"
 # The first held-out prompts, with so many tokens of answers at most: some two megabytes.
@@ -69,13 +69,8 @@ class RolloutRecorder:
         self._dataset, self._prompts, self._tokenizer = dataset, prompts, tokenizer
         self._batch_size, self._put = batch_size, put
         self._token_values = jax.jit(
-            functools.partial(
-                _token_values,
-                objective=objective,
-                vocab_size=vocab_size,
-                pad_id=tokenizer.pad_token_id,
-            ),
-            static_argnums=(0, 2),
+            functools.partial(_token_values, objective=objective, vocab_size=vocab_size),
+            static_argnums=(0, 2, 5),
         )
 
     def __call__(
@@ -107,18 +102,13 @@ class RolloutRecorder:
         """By name, arrays of the shown answers and perhaps more, (b, r) or (b, r, k)."""
         params, teacher_params = model.fetch(), teacher and teacher.fetch()
         count = math.ceil(_num_shown(rollout.lengths_b) / self._batch_size)
-        batches = itertools.islice(eval_batches(self._prompts, self._batch_size), count)
+        models = model.graph, params, teacher and teacher.graph, teacher_params
         parts = []
-        for batch, _ in batches:
-            arrays = jax.tree.map(self._put, self._arrays(batch, rollout))
-            graph = teacher and teacher.graph
-            values = self._token_values(model.graph, params, graph, teacher_params, *arrays)
+        for rows in itertools.islice(rows_of(self._prompts, rollout, self._batch_size), count):
+            rows = jax.tree.map(self._put, rows)
+            values = self._token_values(*models, rows, rollout.tokens_br.shape[1])
             parts.append(jax.device_get(values))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
-
-    def _arrays(self, batch: PromptBatch, rollout: Rollout) -> tuple[Any, ...]:
-        answers = rollout.rows(batch.index_b % len(self._prompts))
-        return batch.prompt_tokens_bp, batch.prompt_lengths_b, answers
 
     def _answer(self, i: int, answers: Answers, values: dict[str, Any]) -> dict[str, Any]:
         example = self._dataset[int(self._prompts.rows[i])]
@@ -185,13 +175,11 @@ def _token_values(
     params,
     teacher_graph,
     teacher_params,
-    prompts_bp,
-    prompt_lengths_b,
-    rollout: Rollout,
+    rows: Rows,
+    width: int,
     *,
     objective: Objective,
     vocab_size: int,
-    pad_id: int,
 ) -> dict[str, jax.Array]:
     """Log-probabilities of the answers' tokens, divergences and the teacher's choices.
 
@@ -199,19 +187,15 @@ def _token_values(
     answer's end; the teacher's likeliest tokens with both log-probabilities at temperature 1,
     (b, r, k).
     """
-    tokens_bt, _ = to_sequences(prompts_bp, prompt_lengths_b, rollout, pad_id)
-    r = jnp.arange(rollout.tokens_br.shape[1])
-    predicting_br = prompt_lengths_b[:, None] - 1 + r
-    weights_br = (r < rollout.lengths_b[:, None]).astype(jnp.float32)
 
     def evaluate(graph, params):
         model = nnx.merge(graph, params)
-        hidden_btd = model(tokens_bt)
         # Prompts need no head.
-        return jnp.take_along_axis(hidden_btd, predicting_br[..., None], axis=1), model.head()
+        return of_responses(rows, model(rows.tokens_bt), width), model.head()
 
     hidden_s, head_s = evaluate(graph, params)
-    known = rollout.tokens_br, weights_br
+    weights_bt = rows.mask_bt.astype(jnp.float32)
+    known = [of_responses(rows, x_bt, width) for x_bt in (rows.targets_bt, weights_bt)]
     if teacher_graph is None:
         log_q_br = objective.log_probs(hidden_s, head_s, *known, vocab_size=vocab_size)
         return constrain_whole({"log_q": log_q_br})

@@ -27,7 +27,7 @@ from distill.build.objective import build_objective
 from distill.build.sampler import build_sampling_params, engine_sizes
 from distill.build.teachers import abstract_teacher
 from distill.config.schema import Config
-from distill.losses.objective import TopKScores
+from distill.data.sequences import Sequences
 from distill.models.decoding import abstract_loop_weights
 from distill.models.model import Model
 from distill.planning import costs
@@ -35,7 +35,6 @@ from distill.planning.collectives import sent_bytes
 from distill.planning.subject import Subject
 from distill.sampling.cache import SlotCache
 from distill.sampling.engine import STEPS_PER_CALL, Engine
-from distill.sampling.request import Rollout
 from distill.step import TrainState, make_train_step
 
 AnyMesh = Mesh | AbstractMesh
@@ -110,29 +109,17 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
 
 
 def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
-    """A batch of full rows: the longest prompts, answered to the limit."""
+    """A batch of full rows: the longest prompts with responses up to the limit."""
     rows, length = config.policy.train_global_batch_size, config.policy.max_total_sequence_length
     response = config.distillation.generate_strategy.max_length
 
-    def zeros(dtype, *shape: int) -> np.ndarray:
-        return np.zeros((rows, *shape), dtype)
-
-    scores = None
+    columns = {"weight": 1}
     if config.teacher.backend == "vllm":
-        known = response, config.teacher.vllm.top_k + 1  # and the sampled token
-        scores = TopKScores(zeros(np.int32, *known), zeros(np.float32, *known))
-    log_probs_br = zeros(np.float32, response)
-    lengths_b, stopped_b = np.full(rows, response), zeros(bool)
-    tokens_br = zeros(np.int32, response)
-    batch = make_batch(
-        zeros(np.int32, length - response),
-        np.full(rows, length - response),
-        Rollout(tokens_br, lengths_b, log_probs_br, log_probs_br, stopped_b),
-        zeros(bool),
-        scores,
-        layout=build_layout(config, length, mesh),
-        pad_id=0,
-    )
+        known = rows * response, config.teacher.vllm.top_k + 1  # and the sampled token
+        columns |= {name: np.zeros(known) for name in ("teacher_ids", "teacher_log_probs")}
+    prompts = Sequences.of_tokens(np.zeros((rows, length - response)))
+    responses = Sequences.of_tokens(np.zeros((rows, response)), **columns)
+    batch = make_batch(prompts.join(responses), layout=build_layout(config, length, mesh), pad_id=0)
 
     def on_mesh(x: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.ndim))

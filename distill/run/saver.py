@@ -83,7 +83,7 @@ class Saver:
 
     def save(self, step: int, state: TrainState, position: Any) -> None:
         """Starts saving; `position` is where the data go on."""
-        arrays, measured = self.batches.answers_ahead()
+        arrays, measured = self.batches.sequences_ahead()
         record = dict(
             config=self.flat_config,
             iterator=position,

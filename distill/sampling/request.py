@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from distill.data.sequences import Sequences, get_column
 from distill.sampling.choice import SamplingParams
 
 
@@ -57,6 +58,8 @@ class Rollout:
       log_probs_br: float32, under the model's own distribution (temperature 1, untruncated).
       sampled_log_probs_br: float32, under the distribution the tokens were drawn from; 0 if greedy.
       stopped_b: True where an EOS ended the response, False where max_length cut it.
+      columns: further ones of the sequences, by name, (b, r, ...), or (b,) if they are of whole
+        sequences: of a backend that knows more, such as rewards or an environment's tokens.
     """
 
     tokens_br: ArrayLike
@@ -64,25 +67,15 @@ class Rollout:
     log_probs_br: ArrayLike
     sampled_log_probs_br: ArrayLike
     stopped_b: ArrayLike
+    columns: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
 
-    def rows(self, index_b: np.ndarray) -> Rollout:
-        """Some rows of the host's arrays."""
-        return jax.tree.map(lambda x: x[index_b], self)
-
-
-def to_sequences(
-    prompts_bp: jax.Array, prompt_lengths_b: jax.Array, rollout: Rollout, pad_id: int
-) -> tuple[jax.Array, jax.Array]:
-    """Joins each prompt and its response into one right-padded row.
-
-    Returns:
-      tokens_bt (t = p + r) and lengths_b; the response starts at the row's prompt length.
-    """
-    prompt_size = prompts_bp.shape[1]
-    joined_bt = jnp.concatenate([prompts_bp, rollout.tokens_br], axis=1)
-    t = jnp.arange(joined_bt.shape[1])
-    prompt_lengths_b1 = prompt_lengths_b[:, None]
-    source_bt = jnp.where(t < prompt_lengths_b1, t, t - prompt_lengths_b1 + prompt_size)
-    lengths_b = prompt_lengths_b + rollout.lengths_b
-    tokens_bt = jnp.take_along_axis(joined_bt, source_bt, axis=1, mode="clip")
-    return jnp.where(t < lengths_b[:, None], tokens_bt, pad_id), lengths_b
+    def sequences(self, prompts: Sequences) -> Sequences:
+        """The prompts with these responses behind them, in place of any of their own."""
+        mask_br = np.arange(self.tokens_br.shape[1]) < self.lengths_b[:, None]
+        known = dict(tokens=self.tokens_br, log_prob=self.log_probs_br) | dict(self.columns)
+        flat = {
+            name: np.asarray(values)[mask_br] if get_column(name).per_token else values
+            for name, values in known.items()
+        }
+        defaults = dict(sampled=True, weight=1, truncated=~self.stopped_b)
+        return prompts.prompts().join(Sequences(self.lengths_b, defaults | flat))

@@ -9,11 +9,10 @@ import numpy as np
 
 from distill.base.errors import UserError
 from distill.config.schema import VllmTeacher
-from distill.losses.objective import TopKScores
+from distill.data.sequences import Sequences
 from distill.rollout.vllm import checks
 from distill.rollout.vllm.client import RequestRefused, Scores, VllmClient
 from distill.rollout.vllm.dispatch import ask_all, at_each
-from distill.sampling.request import Rollout
 
 SECTION = "teacher.vllm"
 _ABSENT = -1
@@ -57,45 +56,34 @@ class ServerTeacher:
             checks.await_up(client, self._servers.start_timeout, remedy)
         at_each(self._clients, self._check, self._servers.retry_timeout)
 
-    def score(
-        self, prompts_bp: np.ndarray, prompt_lengths_b: np.ndarray, rollout: Rollout
-    ) -> TopKScores:
-        """The top_k tokens, and the actual one if it is another, at every response position.
-
-        Args:
-          prompts_bp: prompts, right-padded.
-          prompt_lengths_b: their lengths.
-          rollout: the responses, host arrays.
+    def score(self, sequences: Sequences) -> dict[str, np.ndarray]:
+        """The top_k tokens, and the actual one if it is another, in place of every trained token.
 
         Returns:
-          Numpy arrays (b, r, top_k + 1), of padding only beyond each response.
+          The columns teacher_ids and teacher_log_probs, of top_k + 1 values for each token.
 
         Raises:
           RunStopped: a server stayed away.
         """
-        tokens_br, lengths_b = np.asarray(rollout.tokens_br), np.asarray(rollout.lengths_b)
-        rows = [
-            (prompt_p[:size].tolist() + tokens_r[:length].tolist(), int(size))
-            for prompt_p, size, tokens_r, length in zip(
-                prompts_bp, prompt_lengths_b, tokens_br, lengths_b, strict=True
-            )
-        ]
+        # Nothing predicts a first token.
+        wanted = [1 + np.flatnonzero(weight_t[1:]) for weight_t in sequences.split("weight")]
+        rows = list(zip(sequences.split("tokens"), wanted, strict=True))
         replies, _ = ask_all(
             self._clients, rows, self._ask, _is_another, self._servers.retry_timeout
         )
-        shape = *tokens_br.shape, self._top_k + 1
-        ids_brk = np.full(shape, _ABSENT, np.int32)
-        log_probs_brk = np.full(shape, _NEVER, np.float32)
-        for row, positions in enumerate(replies):
-            for position, scores in enumerate(positions):
+        shape = sequences.lengths_b.sum(), self._top_k + 1
+        ids_nk, log_probs_nk = np.full(shape, _ABSENT, np.int32), np.full(shape, _NEVER, np.float32)
+        starts_b = np.cumsum(sequences.lengths_b) - sequences.lengths_b
+        for start, position_r, scores_r in zip(starts_b, wanted, replies, strict=True):
+            for token, scores in zip(start + position_r, scores_r, strict=True):
                 ids, log_probs = self._real(scores)
-                ids_brk[row, position, : len(ids)] = ids
-                log_probs_brk[row, position, : len(ids)] = log_probs
-        return TopKScores(ids_brk, log_probs_brk)
+                ids_nk[token, : len(ids)], log_probs_nk[token, : len(ids)] = ids, log_probs
+        return {"teacher_ids": ids_nk, "teacher_log_probs": log_probs_nk}
 
-    def _ask(self, client: VllmClient, row: tuple[list[int], int]) -> list[Scores]:
-        tokens, prompt_length = row
-        return client.score(tokens, self._top_k)[prompt_length - 1 :]
+    def _ask(self, client: VllmClient, row: tuple[np.ndarray, np.ndarray]) -> list[Scores]:
+        tokens_t, position_r = row
+        scores = client.score(tokens_t.tolist(), self._top_k)
+        return [scores[position - 1] for position in position_r]
 
     def _real(self, scores: Scores) -> Scores:
         """Without ids that pad the teacher's vocabulary, whose probability the others get."""

@@ -6,11 +6,13 @@ import pytest
 
 from distill.batches.packing import Layout, Shape
 from distill.batches.source import BatchSource, repetition
-from distill.data.pipeline import PromptBatch
+from distill.data.sequences import Column, Sequences, declare_column
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout
 
 ROWS, WIDTH = 4, 3
+declare_column("test_of_token", Column(np.float32, fill=-1))
+declare_column("test_of_sequence", Column(np.int32, per_token=False))
 
 
 class Counter:
@@ -22,20 +24,19 @@ class Counter:
     def get_state(self):
         return {"next": self.number}
 
-    def __next__(self) -> PromptBatch:
+    def __next__(self) -> Sequences:
         self.number += 1
         first = (self.number - 1) * ROWS
         index_b = np.arange(first, first + ROWS)
-        ones_b = np.ones(ROWS, np.int32)
-        tokens_bp = index_b[:, None].astype(np.int32) + 100
-        return PromptBatch(index_b, index_b, tokens_bp, ones_b, tokens_bp + 100, ones_b)
+        prompts = Sequences.of_tokens(index_b[:, None] + 100, index=index_b, row=index_b)
+        return prompts.join(Sequences.of_tokens(index_b[:, None] + 200, weight=1))
 
 
 class Sampler:
     """Answers with the version of its weights; fails when told to."""
 
-    def __init__(self):
-        self.version, self.error = None, None
+    def __init__(self, **columns):
+        self.version, self.error, self.columns = None, None, columns
 
     def refit(self, student_params, version):
         self.version = version
@@ -47,7 +48,7 @@ class Sampler:
         lengths_b = np.array([1, 2, 3, 2], np.int32)
         zeros_br = np.zeros(tokens_br.shape, np.float32)
         stopped_b = np.array([True, True, False, True])
-        rollout = Rollout(tokens_br, lengths_b, zeros_br, zeros_br, stopped_b)
+        rollout = Rollout(tokens_br, lengths_b, zeros_br, zeros_br, stopped_b, self.columns)
         return rollout, {"generation/slot_occupancy": 0.5}
 
 
@@ -66,7 +67,7 @@ def source(sampler):
 def make_source(sampler, **options) -> BatchSource:
     defaults = dict(
         params=SamplingParams(max_length=WIDTH), num_generations=1, seed=0, lambda_=1.0,
-        per_sample=False, response_width=WIDTH, layout=Layout((Shape(ROWS, 1 + WIDTH),)), pad_id=0,
+        per_sample=False, layout=Layout((Shape(ROWS, 1 + WIDTH),)), pad_id=0,
     )  # fmt: skip
     iterator = options.pop("iterator", Counter())
     return BatchSource(iterator, sampler, lambda batch: batch, **(defaults | options))
@@ -126,17 +127,17 @@ def test_fixed_data_measures_nothing_but_its_staleness(sampler):
     source = make_source(sampler, lambda_=0.0)
     batch, measured = source.next(0, None)
     assert measured == {"generation/staleness": 0.0}
-    assert sampler.version is None and not batch[0].on_policy_bt.any()
+    assert sampler.version is None and not batch[0].columns["sampled"].any()
     np.testing.assert_array_equal(batch[0].tokens_bt[0, :, 1], np.arange(ROWS) + 200)
     source.close()
 
 
-def test_answers_sampled_ahead_are_taken_up_by_another_source(source, sampler):
+def test_sequences_sampled_ahead_are_taken_up_by_another_source(source, sampler):
     """What a checkpoint does; the other sampler is never asked."""
     source.next(0, None)
-    assert source.answers_ahead() == ({}, {})
+    assert source.sequences_ahead() == ({}, {})
     source.sample_ahead(1, None)
-    arrays, measured = source.answers_ahead()
+    arrays, measured = source.sequences_ahead()
     other = make_source(None, iterator=Counter(source.position["next"]))
     other.take_up(1, arrays, measured)
     (ours, ours_measured), (theirs, theirs_measured) = source.next(1, None), other.next(1, None)
@@ -146,8 +147,50 @@ def test_answers_sampled_ahead_are_taken_up_by_another_source(source, sampler):
     np.testing.assert_array_equal(other.rows, np.arange(4, 8))
     sampler.error = ValueError("lost")
     source.sample_ahead(2, None)
-    assert source.answers_ahead() == ({}, {}), "next says it"
+    assert source.sequences_ahead() == ({}, {}), "next says it"
     other.close()
+
+
+def make_plugin() -> Sampler:
+    """Knows a number of every token of its responses, and one of every response."""
+    return Sampler(test_of_token=np.arange(12.0).reshape(4, 3), test_of_sequence=np.arange(4))
+
+
+def test_column_of_a_plugin_reaches_the_rows(tmp_path):
+    """Through a checkpoint of a batch sampled ahead, too, and beside fixed data that lack it."""
+    options = dict(lambda_=0.5, per_sample=True)
+    source = make_source(make_plugin(), **options)
+    source.sample_ahead(1, None)
+    arrays, measured = source.sequences_ahead()
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    other = make_source(None, **options)
+    other.take_up(1, dict(np.load(tmp_path / "arrays.npz")), measured)
+    (ours, _), (theirs, _) = source.next(1, None), other.next(1, None)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    numbers_bt = theirs[0].columns["test_of_token"][0]
+    sampled_b = theirs[0].sampled_b[0].astype(bool)
+    assert sampled_b.any() and not sampled_b.all()
+    lengths = [1, 2, 3, 2]
+    for row in range(ROWS):
+        known = [3 * row + r for r in range(lengths[row])] if sampled_b[row] else []
+        assert numbers_bt[row].tolist() == known + [-1] * (1 + WIDTH - len(known))
+    of_sequences = np.where(sampled_b, np.arange(ROWS), 0)
+    np.testing.assert_array_equal(arrays["test_of_sequence"], of_sequences)
+    source.close()
+    other.close()
+
+
+def test_a_teachers_scores_are_columns(source):
+    def score(sequences: Sequences) -> dict[str, np.ndarray]:
+        return {"teacher_ids": sequences["tokens"][:, None] + [[0, 1]], "advantage": 2.0}
+
+    source = make_source(Sampler(), score=score)
+    batch, measured = source.next(3, None)
+    assert "teacher/seconds" in measured
+    ids_btk = batch[0].columns["teacher_ids"][0]
+    assert ids_btk[3].tolist() == [[3, 4], [3, 4], [-1, -1], [-1, -1]]
+    assert batch[0].columns["advantage"][0, 3].tolist() == [2, 2, 0, 0]
+    source.close()
 
 
 def test_repetition_counts_what_came_earlier_in_the_same_answer():

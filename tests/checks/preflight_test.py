@@ -117,16 +117,18 @@ def filled_differently(monkeypatch, change):
     """Rows of a microbatch as `change(rows)` leaves them."""
     fill = microbatch._fill
 
-    def differently(rows, *arguments):
-        fill(rows, *arguments)
+    def differently(*arguments):
+        rows = fill(*arguments)
         change(rows)
+        return rows
 
     monkeypatch.setattr(microbatch, "_fill", differently)
 
 
 def test_shifted_mask(config, monkeypatch):
     def shift(rows):
-        rows.targets_bt[:] = np.roll(rows.targets_bt, 1, axis=1)
+        for name in ("tokens", "weight"):
+            rows.columns[name][:] = np.roll(rows.columns[name], 1, axis=1)
 
     filled_differently(monkeypatch, shift)
     assert "looks at other positions" in problem_of(config)
@@ -134,10 +136,8 @@ def test_shifted_mask(config, monkeypatch):
 
 def test_padding_that_is_trained_on(config, monkeypatch):
     def unmask(rows):
-        for targets, tokens, length in zip(
-            rows.targets_bt, rows.tokens_bt, rows.lengths_b, strict=True
-        ):
-            targets[length - 1 : length + 1] = tokens[length : length + 2]
+        for row, length in enumerate(rows.lengths_b):
+            rows.columns["weight"][row, length - 1 : length + 1] = 1
 
     filled_differently(monkeypatch, unmask)
     config.distillation.lambda_ = 0.0

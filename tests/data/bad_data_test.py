@@ -3,7 +3,6 @@
 import json
 import time
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,18 +12,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distill.base.errors import UserError
-from distill.batches.packing import Layout, Shape
-from distill.batches.rows import make_batch
+from distill.batches.rows import padded_rows
 from distill.build.scratch import _make_tokenizer
 from distill.config.parse import parse_config
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import Dropped, Example, get_dataset
 from distill.data.gsm8k import final_number
-from distill.data.pipeline import eval_batches, make_train_iterator
+from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.table import InMemoryDataset
 from distill.data.tokenizer import character_tokenizer, train_bpe_tokenizer
-from distill.sampling.request import Rollout, to_sequences
 
 GOOD = b'{"prompt": "3+4", "response": "7"}'
 BAD = {
@@ -297,8 +294,8 @@ def make_prompts(rows) -> Prompts:
     return Prompts(5 + np.arange(len(rows)), prompts, responses, dropped={}, pad_id=7)
 
 
-def unpadded(tokens_bt, lengths_b) -> list[list[int]]:
-    return [row[:n].tolist() for row, n in zip(np.asarray(tokens_bt), lengths_b, strict=True)]
+def listed(arrays) -> list[list[int]]:
+    return [array.tolist() for array in arrays]
 
 
 @given(ROWS, st.integers(1, 12), st.booleans(), st.integers(0, 2**40))
@@ -309,49 +306,23 @@ def test_training_batches_hold_every_token_once_an_epoch(rows, size, shuffle, se
     batches = make_train_iterator(prompts, batch_size=size, seed=seed, shuffle=shuffle)
     for _ in range(-(-epochs * len(rows) // size)):
         batch = next(batches)
-        questions = unpadded(batch.prompt_tokens_bp, batch.prompt_lengths_b)
-        answers = unpadded(batch.response_tokens_br, batch.response_lengths_b)
-        served += zip(questions, answers, strict=True)
+        questions, whole = (listed(x.split("tokens")) for x in (batch.prompts(), batch))
+        served += [(q, tokens[len(q) :]) for q, tokens in zip(questions, whole, strict=True)]
     for start in range(0, epochs * len(rows), len(rows)):
         epoch = served[start : start + len(rows)]
         assert sorted(epoch) == sorted(rows)
         assert shuffle or epoch == rows
 
 
-@given(ROWS, st.integers(1, 12))
+@given(ROWS, st.integers(1, 12), st.sampled_from([0, 7, 99]))
 @FAST
-def test_evaluation_batches_hold_every_token_once(rows, size):
-    served = []
-    for batch, valid_b in eval_batches(make_prompts(rows), size):
-        questions = unpadded(batch.prompt_tokens_bp, batch.prompt_lengths_b)
-        served += [row for row, valid in zip(questions, valid_b, strict=True) if valid]
-    assert served == [prompt for prompt, _ in rows]
-
-
-SHAPE = (4, 11)  # one, so that nothing is compiled twice
-
-
-@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=4, max_size=4), st.sampled_from([0, 7, 99]))
-@FAST
-def test_joined_sequences_hold_every_token_once(rows, pad_id):
+def test_padded_rows_hold_every_token_once(rows, size, pad_id):
     """`pad_id` may be a token of the row, as where padding is the end token."""
-
-    def padded(column):
-        tokens_bt = np.full(SHAPE, pad_id, np.int32)
-        for row, tokens in zip(tokens_bt, column, strict=True):
-            row[: len(tokens)] = tokens
-        return tokens_bt, np.array([len(tokens) for tokens in column], np.int32)
-
-    (prompts_bp, prompt_lengths_b), (tokens_br, lengths_b) = map(padded, zip(*rows, strict=True))
-    zeros_br = np.zeros(SHAPE, np.float32)
-    rollout = Rollout(tokens_br, lengths_b, zeros_br, zeros_br, np.ones(4, bool))
-    tokens_bt, total_b = JOIN(prompts_bp, prompt_lengths_b, rollout, pad_id)
-    assert unpadded(tokens_bt, total_b) == [prompt + response for prompt, response in rows]
-    outside_bt = np.arange(22) >= np.asarray(total_b)[:, None]
-    assert (np.asarray(tokens_bt)[outside_bt] == pad_id).all()
-    arrays = prompts_bp, prompt_lengths_b, rollout, np.ones(4, bool)
-    (batch,) = make_batch(*arrays, layout=Layout((Shape(4, 22),)), pad_id=pad_id)
-    assert unpadded(batch.tokens_bt[0], batch.lengths_b[0]) == [p + r for p, r in rows]
-
-
-JOIN = jax.jit(to_sequences)
+    sequences, served = make_prompts(rows).sequences(range(len(rows))), []
+    for batch in padded_rows(sequences, size, 22, pad_id):
+        assert batch.tokens_bt.shape == (size, 22)
+        filled = zip(batch.tokens_bt, batch.lengths_b, strict=True)
+        served += [tokens_t[:length].tolist() for tokens_t, length in filled if length]
+        outside_bt = np.arange(22) >= batch.lengths_b[:, None]
+        assert (batch.tokens_bt[outside_bt] == pad_id).all()
+    assert served == [prompt + response for prompt, response in rows]

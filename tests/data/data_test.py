@@ -20,7 +20,7 @@ from distill.data.base import (
 )
 from distill.data.gsm8k import final_number
 from distill.data.math_cl import MATH500_HUB_ID, MathCLDataset
-from distill.data.pipeline import eval_batches, make_train_iterator
+from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.table import InMemoryDataset, holdout_split
 
@@ -647,8 +647,9 @@ def take(iterator, steps):
 def assert_same(batches, others):
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
-        for name, value in vars(batch).items():
-            np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
+        assert batch.arrays().keys() == other.arrays().keys()
+        for name, value in batch.arrays().items():
+            np.testing.assert_array_equal(value, other.arrays()[name], err_msg=name)
 
 
 class TestPipeline:
@@ -656,24 +657,28 @@ class TestPipeline:
     def test_batch_contents(self, responses):
         prompts = make_prompts(3, responses)
         batch = next(make_train_iterator(prompts, batch_size=3, seed=0, shuffle=False))
-        assert batch.row_b.tolist() == [0, 10, 20]
-        assert batch.prompt_lengths_b.tolist() == [1, 2, 3]
-        assert batch.prompt_tokens_bp.shape == (3, 8)
-        assert batch.prompt_tokens_bp[1].tolist() == [101, 101, 7, 7, 7, 7, 7, 7]
-        assert batch.response_tokens_br.shape == (3, 8 if responses else 0)
-        assert batch.response_lengths_b.tolist() == ([1, 1, 1] if responses else [0, 0, 0])
-        assert batch.prompt_tokens_bp.dtype == batch.response_lengths_b.dtype == np.int32
-        assert batch.index_b.dtype == np.int64
+        assert batch["row"].tolist() == [0, 10, 20]
+        response = [[200], [201], [202]] if responses else [[]] * 3
+        assert [tokens_t.tolist() for tokens_t in batch.split("tokens")] == [
+            [100, *response[0]],
+            [101, 101, *response[1]],
+            [102, 102, 102, *response[2]],
+        ]
+        assert [weight_t.tolist() for weight_t in batch.split("weight")] == [
+            [0] * (number + 1) + [1] * responses for number in range(3)
+        ]
+        assert batch.prompts().lengths_b.tolist() == [1, 2, 3]
+        assert batch["tokens"].dtype == np.int32 and batch["index"].dtype == np.int64
 
     def test_order_is_kept_over_epochs(self):
         iterator = make_train_iterator(make_prompts(5), batch_size=3, seed=0, shuffle=False)
-        rows = np.concatenate([batch.row_b for batch in take(iterator, 5)])
+        rows = np.concatenate([batch["row"] for batch in take(iterator, 5)])
         assert rows.tolist() == [0, 10, 20, 30, 40] * 3
 
     def test_shuffle_visits_every_row_once_an_epoch_in_new_orders(self):
         def epochs(seed):
             iterator = make_train_iterator(make_prompts(12), batch_size=4, seed=seed, shuffle=True)
-            rows = np.concatenate([batch.row_b for batch in take(iterator, 9)])
+            rows = np.concatenate([batch["row"] for batch in take(iterator, 9)])
             return [tuple(epoch) for epoch in rows.reshape(3, 12).tolist()]
 
         assert all(sorted(epoch) == list(range(0, 120, 10)) for epoch in epochs(0))
@@ -682,14 +687,14 @@ class TestPipeline:
 
     def test_index_is_unique_over_epochs(self):
         iterator = make_train_iterator(make_prompts(5), batch_size=3, seed=0, shuffle=True)
-        index = np.concatenate([batch.index_b for batch in take(iterator, 10)])
+        index = np.concatenate([batch["index"] for batch in take(iterator, 10)])
         assert index.tolist() == list(range(30))
 
     def test_batch_larger_than_the_dataset(self):
         iterator = make_train_iterator(make_prompts(2), batch_size=5, seed=0, shuffle=False)
         batch = next(iterator)
-        assert batch.row_b.tolist() == [0, 10, 0, 10, 0]
-        assert batch.index_b.tolist() == [0, 1, 2, 3, 4]
+        assert batch["row"].tolist() == [0, 10, 0, 10, 0]
+        assert batch["index"].tolist() == [0, 1, 2, 3, 4]
 
     @pytest.mark.parametrize("shuffle", [False, True])
     @pytest.mark.parametrize("done", range(6))
@@ -707,9 +712,3 @@ class TestPipeline:
         assert_same(take(resumed, 6), expected)
         iterator.set_state(state)
         assert_same(take(iterator, 6), expected)
-
-    def test_eval_batches(self):
-        batches = list(eval_batches(make_prompts(5), 3))
-        assert [batch.row_b.tolist() for batch, _ in batches] == [[0, 10, 20], [30, 40, 0]]
-        assert [valid.tolist() for _, valid in batches] == [[True] * 3, [True, True, False]]
-        assert batches[1][0].prompt_tokens_bp.shape == (3, 8)

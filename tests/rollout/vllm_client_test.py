@@ -18,6 +18,7 @@ from vllm_double import Double, answer_tokens
 from distill.base.errors import RunStopped, UserError
 from distill.config.schema import VllmServers
 from distill.config.schema import VllmTeacher as TeacherSection
+from distill.data.sequences import Sequences
 from distill.rollout.vllm import checks, guard
 from distill.rollout.vllm.backend import VllmBackend
 from distill.rollout.vllm.client import VllmClient, read_api_key
@@ -485,25 +486,20 @@ def make_teacher(url, top_k=3, vocab_size=doubles.VOCAB_SIZE, start_timeout=1.0)
 def test_teacher_lists_the_likeliest_and_the_actual_token(servers):
     """The double's likeliest are 0, 1, 2 and token i has log-probability -0.5 - i."""
     (server,) = servers()
-    prompts_bp = np.array([[4, 4, 0], [5, 6, 7]], np.int32)
-    rollout = Rollout(
-        tokens_br=np.array([[2, 9, 0], [8, 0, 0]], np.int32),
-        lengths_b=np.array([2, 1]),
-        log_probs_br=None,
-        sampled_log_probs_br=None,
-        stopped_b=None,
-    )
+    prompts = Sequences.of_tokens([[4, 4], [5, 6, 7]])
+    sequences = prompts.join(Sequences.of_tokens([[2, 9], [8]], weight=1))
     teacher = make_teacher(server.url)
     teacher.start()
-    scores = teacher.score(prompts_bp, np.array([2, 3]), rollout)
-    assert scores.ids_brk.shape == (2, 3, 4)
-    assert sorted(scores.ids_brk[0, 0]) == [-1, 0, 1, 2]  # the actual token is among the three
-    assert sorted(scores.ids_brk[0, 1]) == [0, 1, 2, 9]
-    assert sorted(scores.ids_brk[1, 0]) == [0, 1, 2, 8]
-    assert (scores.ids_brk[0, 2] == -1).all() and (scores.ids_brk[1, 1:] == -1).all()
-    known = scores.ids_brk >= 0
-    np.testing.assert_allclose(scores.log_probs_brk[known], -0.5 - scores.ids_brk[known])
-    assert np.isfinite(scores.log_probs_brk).all()
+    scores = teacher.score(sequences)
+    ids_nk, log_probs_nk = scores["teacher_ids"], scores["teacher_log_probs"]
+    assert ids_nk.shape == log_probs_nk.shape == (8, 4)
+    assert sorted(ids_nk[2]) == [-1, 0, 1, 2]  # the actual token is among the three
+    assert sorted(ids_nk[3]) == [0, 1, 2, 9]
+    assert sorted(ids_nk[7]) == [0, 1, 2, 8]
+    assert (ids_nk[[0, 1, 4, 5, 6]] == -1).all()  # prompts
+    known = ids_nk >= 0
+    np.testing.assert_allclose(log_probs_nk[known], -0.5 - ids_nk[known])
+    assert np.isfinite(log_probs_nk).all()
 
 
 def test_teacher_with_padding_rows_gives_their_probability_to_the_others(servers):
