@@ -134,7 +134,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             if evaluating and held_out.evaluated < step and not interrupts.agree():
                 with saver.saving_on(RunStopped, step=step, state=state):
                     held_out.evaluate("student", step, Model(graph, state.params))
-            stopping = interrupts.agree()
+            stopping = interrupts.agree_by_first()
             if stopping or (step and saver.is_due(step)):
                 saver.save(step, state, batches.position)
             if stopping or step == max_steps:

@@ -4,6 +4,9 @@ Every process runs the same program on the same host data, and arrays span the d
 one process alone knows (its clock, its files, a signal) is agreed on here, through the key-value
 store that JAX runs in process 0. That needs no device: nobody waits for a step under way. A run of
 one process joins nothing, and all of this is free.
+
+JAX's own preemption sync hears SIGTERM only, and its heartbeat ends the other processes with stack
+traces. So signals and deaths are told here, and JAX's heartbeat is left for the death of process 0.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import glob
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -31,7 +35,8 @@ T = TypeVar("T")
 _LONGEST_WAIT = 3600  # seconds by which one process may be ahead of another
 _PARTING = 10  # seconds for all to hear that the run ends
 _HEARING = 0.5  # seconds between two looks for that
-_LEFT, _ALIVE = "distill/left/", "distill/alive/"
+_ROUNDS = 1000  # exchanges after which the older ones are removed
+_LEFT, _ALIVE, _STOP = "distill/left/", "distill/alive/", "distill/stop/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,22 +106,25 @@ def join(
 def _check_arguments(given: dict[str, Any], starter: str) -> None:
     address, count, number = given.values()
     missing = [f"--{name}" for name, value in given.items() if value is None]
+    problem = ""
     if 0 < len(missing) < 3 and not starter and count != 1:
         there = ", ".join(f"--{name}={x}" for name, x in given.items() if x is not None)
-        raise UserError(
+        problem = (
             f"{there} came without {' and '.join(missing)}: pass all three, or none where Slurm, "
             "Open MPI or a TPU pod starts the processes"
         )
-    if count is not None and number is not None and number >= count:
-        raise UserError(
+    elif None not in (count, number) and number >= count:
+        problem = (
             f"--process_id={number} does not exist with --num_processes={count}: they are 0 to "
             f"{count - 1}"
         )
-    if address is not None and not re.fullmatch(r".+:\d+", address):
-        raise UserError(
+    elif address is not None and not re.fullmatch(r".+:\d+", address):
+        problem = (
             f"--coordinator_address={address} has no port: write HOST:PORT, a port of process 0 "
             "that is free and that the others can reach"
         )
+    if problem:
+        raise UserError(problem)
 
 
 def _starter() -> str:
@@ -187,16 +195,13 @@ def _connect(
         devices,
         "deactivate",
         initialization_timeout=timeout,
-        # JAX ends a process with stack traces that name nobody: only where `_keep_alive` has not.
+        # JAX ends a process with stack traces: only where `_watch` has not.
         heartbeat_timeout_seconds=2 * silence + _PARTING,
     )
     _run = _Run(distributed.global_state.client, number, count, silence)
-    threads = [
-        threading.Thread(target=task, args=(_run,), daemon=True) for task in (_listen, _keep_alive)
-    ]
-    for thread in threads:
-        thread.start()
-    atexit.register(_hang_up, _run, threads)
+    watcher = threading.Thread(target=_watch, args=(_run,), daemon=True)
+    watcher.start()
+    atexit.register(_hang_up, _run, watcher)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
 
@@ -234,19 +239,49 @@ def gather(value: Any) -> list[Any]:
         return [value]
     import jax
 
-    number = next(_run.rounds)
-    folder = f"distill/round/{number}/"
+    folder = _next_round() + "/"
     _run.client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
-    _meet("distill/round")
+    _meet("distill/gather")
     said = dict(_run.client.key_value_dir_get(folder))
-    if is_first():  # all are here, so all have read the round before
-        _run.client.key_value_delete(f"distill/round/{number - 1}/")
     return [json.loads(said[f"{folder}{process}"]) for process in range(_run.num_processes)]
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """What the first process's call of `function` returns; the others do not call it."""
-    return gather(function() if is_first() else None)[0]
+    """What the first process's call of `function` returns; the others do not call it.
+
+    All processes call this as they do `gather`, but the first one waits for nobody.
+    """
+    if _run is None:
+        return function()
+    key = _next_round()
+    if is_first():
+        said = json.dumps(function())
+        _run.client.key_value_set(key, said)
+    else:
+        said = _run.client.blocking_key_value_get(key, _LONGEST_WAIT * 1000)
+    return json.loads(said)
+
+
+def _next_round() -> str:
+    """The key of this exchange, the same in all processes."""
+    generation, place = divmod(next(_run.rounds), _ROUNDS)
+    if generation and not place:
+        _meet("distill/generation")  # all are here, so all have read what came before
+        if is_first():
+            _run.client.key_value_delete(f"distill/round/{generation - 1}/")
+    return f"distill/round/{generation}/{place}"
+
+
+def ask_to_stop(reason: str) -> None:
+    """Lets `stop_asked` say so in the first process, whatever this one is doing."""
+    if _run is not None:
+        _run.client.key_value_set(f"{_STOP}reason", reason, allow_overwrite=True)
+
+
+def stop_asked() -> str:
+    """What some process has given to `ask_to_stop`, '' before; for the first."""
+    asked = [] if _run is None else _run.client.key_value_dir_get(_STOP)
+    return asked[0][1] if asked else ""
 
 
 def check_same(what: str, values: dict[str, Any]) -> None:
@@ -284,36 +319,39 @@ def leave(line: str, status: int) -> NoReturn:
     _part(line, status, lambda: _run.client.key_value_set(f"{_LEFT}{_run.process}", said))
 
 
-def _listen(run: _Run) -> None:
-    """Ends this process when another one leaves: the main thread may be waiting for it."""
+def wait_for_the_cause(error: BaseException) -> None:
+    """Ends this process if `error` comes of the end of another one, which is noticed later."""
+    import jax
+
+    comes_of_it = isinstance(error, jax.errors.JaxRuntimeError)
+    if _run is not None and comes_of_it and "RESOURCE_EXHAUSTED" not in str(error):
+        time.sleep(1.5 * _run.silence + _PARTING + 2)
+
+
+def _watch(run: _Run) -> None:
+    """Tells that this process is there; ends it when another one has left or, in process 0, died.
+
+    The main thread may be waiting for that one.
+    """
+    mine, heard, last = f"{_ALIVE}{run.process}", {}, -math.inf
     while not run.ended.wait(_HEARING):
-        try:
-            said = run.client.key_value_dir_get(_LEFT)
-        except Exception:  # process 0 is gone: JAX, which notices, ends this one
-            return
-        if said:
-            number, line, status = json.loads(said[0][1])
-            _part(f"process {number}: {line}", status)
-
-
-def _keep_alive(run: _Run) -> None:
-    """Tells that this process is there; process 0 ends the run when another one no longer does."""
-    mine, heard = f"{_ALIVE}{run.process}", {}
-    for number in itertools.count():
-        # One that fails is followed by others; where process 0 is gone, JAX ends this one.
+        # A look that fails is followed by others; where process 0 is gone, JAX ends this one.
         with contextlib.suppress(Exception):
-            run.client.key_value_set(mine, str(number), allow_overwrite=True)
+            if said := run.client.key_value_dir_get(_LEFT):
+                number, line, status = json.loads(said[0][1])
+                _part(f"process {number}: {line}", status)
+            now = time.monotonic()
+            if now - last < run.silence / 10:
+                continue
+            last = now
+            run.client.key_value_set(mine, str(now), allow_overwrite=True)
             if run.process == 0:
-                now = time.monotonic()
-                # When each process's last number came, of those that have not ended.
-                heard = {
-                    beat: heard.get(beat, now) for beat in run.client.key_value_dir_get(_ALIVE)
-                }
+                # When each process's last sign came, of those that have not ended.
+                signs = run.client.key_value_dir_get(_ALIVE)
+                heard = {sign: heard.get(sign, now) for sign in signs}
                 (process, _), since = min(heard.items(), key=lambda item: item[1])
                 if now - since > run.silence:
                     leave(_death(process.removeprefix(_ALIVE), run.silence), 1)
-        if run.ended.wait(run.silence / 10):
-            break
     with contextlib.suppress(Exception):
         run.client.key_value_delete(mine)
 
@@ -345,8 +383,7 @@ def _exit(line: str, status: int) -> NoReturn:
     os._exit(status)
 
 
-def _hang_up(run: _Run, threads: Sequence[threading.Thread]) -> None:
-    """Before JAX closes the line on which the threads speak."""
+def _hang_up(run: _Run, watcher: threading.Thread) -> None:
+    """Before JAX closes the line on which the thread speaks."""
     run.ended.set()
-    for thread in threads:
-        thread.join()
+    watcher.join()

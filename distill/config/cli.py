@@ -168,6 +168,7 @@ def _call(main: Callable[[], None]) -> None:
             line = f"the disk has no room left{where}: make room, and give the same command"
             _fail(line, status=1)
         if processes.several():  # the others would wait for this one
+            processes.wait_for_the_cause(error)
             traceback.print_exc()
             _fail(f"{type(error).__name__}: {error}", status=1)
         raise

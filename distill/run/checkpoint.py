@@ -230,17 +230,21 @@ class Checkpoints:
 class SaveSchedule:
     """Which steps are saved; saving alters nothing that is computed, so this may follow a clock.
 
-    Of several processes, the first one's decides for all (`processes.from_first`).
+    Of several processes, the first one's clock goes for all (`processes.from_first`).
     """
 
     def __init__(self, *, every_steps: int, every_minutes: float, max_steps: int):
         self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
         self._max_steps, self._saved = max_steps, time.monotonic()
+        self.has_clock = every_minutes > 0
 
-    def is_due(self, step: int) -> bool:
-        due = step == self._max_steps or (self._every_steps > 0 and step % self._every_steps == 0)
-        waited = time.monotonic() - self._saved
-        return due or 0 < self._every_seconds <= waited
+    def counts(self, step: int) -> bool:
+        """Whether `step` is due by its number."""
+        return step >= self._max_steps or (self._every_steps > 0 and step % self._every_steps == 0)
+
+    def has_come(self) -> bool:
+        """Whether a save is due by the clock."""
+        return self.has_clock and time.monotonic() - self._saved >= self._every_seconds
 
     def restart_clock(self) -> None:
         """After a save."""

@@ -24,7 +24,8 @@ class Interrupts:
     a compilation for minutes. Of several processes, all end as the one that is signalled does.
 
     Attributes:
-      requested: name of the signal, '' before; of one sent to another process, from `agree` on.
+      requested: name of the signal, '' before; of one sent to another process, once that is agreed
+        on.
     """
 
     def __init__(self):
@@ -40,9 +41,18 @@ class Interrupts:
         self._held = False
 
     def agree(self) -> str:
-        """Exchanges `requested` with the other processes, all of which call this at one point."""
+        """`requested` of any process, all of which wait for each other here."""
         self.requested = next(filter(None, processes.gather(self.requested)), "")
         return self.requested
+
+    def agree_by_first(self) -> str:
+        """What the first process knows of `requested`, '' perhaps for one sent to another just now.
+
+        Every step can afford this: the first process waits for nobody, the others for one word.
+        """
+        agreed = processes.from_first(lambda: self.requested or processes.stop_asked())
+        self.requested = self.requested or agreed
+        return agreed
 
     def stop(self, what_is_saved: str) -> RunInterrupted:
         """The exception that ends the run."""
@@ -79,6 +89,7 @@ class Interrupts:
                 f"stopped by {number.name}: nothing was lost, the same command goes on", 0
             )
         self._received, self.requested = True, number.name
+        processes.ask_to_stop(number.name)
         line = f"{number.name}: finishing the step and saving; a second signal ends the run at once"
         os.write(2, f"\n{line}\n".encode())
 

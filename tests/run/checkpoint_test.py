@@ -209,14 +209,16 @@ def test_saves_follow_steps_clock_and_the_end(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("distill.run.checkpoint.time.monotonic", lambda: clock[0])
     schedule = SaveSchedule(every_steps=4, every_minutes=1.0, max_steps=10)
-    assert [step for step in range(1, 11) if schedule.is_due(step)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if schedule.counts(step)] == [4, 8, 10]
+    assert not schedule.has_come()
     clock[0] = 61.0
-    assert schedule.is_due(1)
+    assert schedule.has_come()
     schedule.restart_clock()
-    assert not schedule.is_due(1)
+    assert not schedule.has_come()
     only_last = SaveSchedule(every_steps=0, every_minutes=0.0, max_steps=10)
     clock[0] = 1e6
-    assert [step for step in range(1, 11) if only_last.is_due(step)] == [10]
+    assert [step for step in range(1, 11) if only_last.counts(step)] == [10]
+    assert not only_last.has_come()
 
 
 def test_checksums_are_those_of_sha256sum(tmp_path):

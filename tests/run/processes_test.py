@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from tiny_runs import read_metrics
 import distill
 from distill.base import processes
 from distill.base.errors import UserError
+from distill.base.roll_call import call_the_roll
 from distill.reporting.read import read_run
 
 ROOT = Path(__file__).parents[2]
@@ -164,11 +166,12 @@ def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, together
     assert statuses([first, second]) == [1, 1], (first, second)
     assert errors(first) == ["process 1: error: RuntimeError: a fault"]
     assert "Traceback" in second.stderr and "error: RuntimeError: a fault" in second.stderr
-    # From step 3 on, so that this is step 4.
+    # In step 4, from 3 on; the first process may already have decided to make step 5.
     done = two.start(tmp_path, fault="train:1:SIGTERM")
     assert statuses(done) == [0, 0], done
-    assert "step 4 is saved: the same command goes on from it" in done[0].stdout
-    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 4
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved in (4, 5)
+    assert f"step {saved} is saved: the same command goes on from it" in done[0].stdout
     assert not (tmp_path / "student").exists() and not (tmp_path / ".lock").exists()
     distill.train(get_config(), tmp_path)
     assert_same_run(tmp_path, alone)
@@ -231,6 +234,60 @@ def test_taken_port_is_named():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port} .*Address already"):
             processes.join(f"127.0.0.1:{port}", 2, 0, timeout=1)
+
+
+@pytest.mark.parametrize(
+    "comers, words",
+    [
+        ([(1, 3), (1, 3)], "two processes came as number 1"),
+        ([(1, 2)], "process 1 was started for a run of 2, process 0 for one of 3"),
+    ],
+)
+def test_wrong_numbers_are_named_by_all(comers, words):
+    address, said = f"127.0.0.1:{free_port()}", []
+
+    def come(number: int, count: int) -> None:
+        with pytest.raises(UserError) as error:
+            call_the_roll(address, count, number, 20)
+        said.append(str(error.value))
+
+    threads = [threading.Thread(target=come, args=comer) for comer in ((0, 3), *comers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == len(threads) and len(set(said)) == 1 and words in said[0]
+
+
+@pytest.fixture
+def first_of_one(monkeypatch):
+    """The key-value store of a run that this process has to itself."""
+    from jax._src.lib import _jax
+
+    address = f"127.0.0.1:{free_port()}"
+    service = _jax.get_distributed_runtime_service(address, 1)
+    client = _jax.get_distributed_runtime_client(address, 0)
+    client.connect()
+    monkeypatch.setattr(processes, "_run", processes._Run(client, 0, 1, 100))
+    yield client
+    client.shutdown()
+    service.shutdown()
+
+
+def test_what_was_said_is_removed_when_all_have_read_it(first_of_one, monkeypatch):
+    monkeypatch.setattr(processes, "_ROUNDS", 4)
+    for number in range(10):
+        assert processes.from_first(lambda number=number: [number]) == [number]
+    assert processes.gather("x") == ["x"]
+    keys = [key for key, _ in first_of_one.key_value_dir_get("distill/round/")]
+    assert sorted(keys) == [f"distill/round/2/{place}" for place in ("0", "1", "2/0")]
+
+
+def test_the_first_is_asked_to_stop(first_of_one):
+    assert not processes.stop_asked()
+    for name in ("SIGTERM", "SIGINT"):
+        processes.ask_to_stop(name)
+    assert processes.stop_asked() == "SIGINT"
 
 
 @pytest.mark.parametrize(

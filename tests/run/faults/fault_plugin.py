@@ -15,24 +15,25 @@ import time
 
 import jax
 
-from distill import evaluate, metrics, trainer
+from distill import trainer
+from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import RolloutRecorder
 from distill.models.checkpoints import export as hf_export
 from distill.rollout.in_process import JaxBackend
-from distill.run import checkpoint, manifest
+from distill.run import checkpoint, manifest, progress, writers
 from distill.sampling.engine import Engine
 
 # name: (owner, attribute, whether the moment is after the call instead of before it)
 POINTS = {
-    "evaluate": (evaluate.Evaluator, "examine", False),
-    "evaluate-sampled": (evaluate.Evaluator, "grade", False),
-    "evaluated": (evaluate.Evaluator, "examine", True),
+    "evaluate": (Evaluator, "examine", False),
+    "evaluate-sampled": (Evaluator, "grade", False),
+    "evaluated": (Evaluator, "examine", True),
     "rollouts": (RolloutRecorder, "__call__", True),
     "generate": (JaxBackend, "generate", False),
     "generate-prefilled": (Engine, "decode", False),
     "generate-decoded": (Engine, "decode", True),
-    "train": (metrics.Progress, "end_step", False),
-    "logged": (metrics.MetricsWriter, "note", True),
+    "train": (progress.Progress, "end_step", False),
+    "logged": (writers.MetricsWriter, "note", True),
     "save": (checkpoint.Checkpoints, "save", False),
     "save-started": (checkpoint.Checkpoints, "save", True),
     "save-committed": (checkpoint, "write_manifest", False),
@@ -47,7 +48,7 @@ POINTS = {
     "export-rename": (hf_export, "_replace", False),
     "exported": (trainer, "export_student", True),
     "report": (trainer, "write_report", False),
-    "results": (metrics.os, "replace", False),
+    "results": (writers.os, "replace", False),
 }
 
 
@@ -85,7 +86,7 @@ def install(name: str, call: int, action: str) -> None:
 
 def install_delay(seconds: float, action: str) -> None:
     """Some time after the first step."""
-    end_step = metrics.Progress.end_step
+    end_step = progress.Progress.end_step
 
     def wrapped(self, *args):
         end_step(self, *args)
@@ -96,7 +97,7 @@ def install_delay(seconds: float, action: str) -> None:
             timer.start()
 
     wrapped.begun = False
-    metrics.Progress.end_step = wrapped
+    progress.Progress.end_step = wrapped
 
 
 for fault in filter(None, os.environ.get("FAULT", "").split(",")):
