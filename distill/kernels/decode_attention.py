@@ -5,8 +5,8 @@ steps are is worked out once, where the lengths are known. A block's index names
 that the kernel reads from the whole cache and nothing is sliced out of it first. Queries of a
 key-value head's group are filled up to the 8 rows of a register.
 
-Cache arrays are those of `sampling.cache.SlotCache`, of one part (p = 1); w: slot, one of the first
-few of the cache; i: step.
+Cache arrays are those of `models.cache.AttentionCache`, of one part (p = 1); w: slot, one of the
+first few of the cache; i: step.
 """
 
 from __future__ import annotations

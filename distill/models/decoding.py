@@ -20,14 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import attention
+from distill.models.cache import KeysAndValues
 from distill.models.transformer import Block, Rotation, Transformer, make_rotation
 
 # Up to this depth the decode loop's layers are unrolled, with `LoopWeights` made before: XLA for
 # CPUs multiplies no slice without copying it. Beyond, they are scanned over: the time to compile
 # does not grow.
 UNROLLED_LAYERS = 12
-
-KeysAndValues = tuple[jax.Array, jax.Array]
 
 
 class LoopWeights(NamedTuple):

@@ -33,7 +33,7 @@ from distill.models.model import Model
 from distill.planning import costs
 from distill.planning.collectives import sent_bytes
 from distill.planning.subject import Subject
-from distill.sampling.cache import SlotCache
+from distill.sampling.cache import Cache
 from distill.sampling.engine import STEPS_PER_CALL, Engine
 from distill.step import TrainState, make_train_step
 
@@ -58,7 +58,7 @@ class Arrays:
     engine: Engine | None
     sampler: Any
     loop_weights: Any
-    cache: SlotCache | None
+    cache: Cache | None
     reading: tuple[int, int, int] | None
 
 

@@ -18,9 +18,9 @@ from distill.base.sharding import num_shards, partition_spec
 from distill.kernels import decode_attention
 from distill.kernels.decode_attention import Kernel
 from distill.kernels.platform import device_kind, is_old_tpu, platform
+from distill.models.cache import AttentionCache
 from distill.models.decoding import Attended, Part, Prefix
-from distill.sampling import cache as caches
-from distill.sampling.cache import SlotCache
+from distill.sampling.cache import partition_specs
 
 IMPLEMENTATIONS = ("xla", "pallas")
 
@@ -42,7 +42,7 @@ def resolve_attention(attention: str | Kernel | None, head_width: int) -> str | 
 
 
 def prefix_attention(
-    attention: str | Kernel | None, cache: SlotCache, lengths_pw: jax.Array, size: int, dtype
+    attention: str | Kernel | None, cache: AttentionCache, lengths_pw: jax.Array, size: int, dtype
 ) -> Callable[[Any], Prefix]:
     """Attention of one query per row to the row's first lengths_pw positions, by layer.
 
@@ -69,17 +69,17 @@ def _obstacle(head_width: int) -> str | None:
     return None
 
 
-def _xla(cache: SlotCache, lengths_pw, size: int, dtype) -> Callable[[Any], Prefix]:
+def _xla(cache: AttentionCache, lengths_pw, size: int, dtype) -> Callable[[Any], Prefix]:
     valid_bs = jnp.arange(size) < lengths_pw.reshape(-1, 1)
 
     def prefix_of(layer):
-        k_bkhs, v_bksh = caches.read(cache, layer, lengths_pw.shape[1], size, dtype)
+        k_bkhs, v_bksh = cache.read(layer, lengths_pw.shape[1], size, dtype)
         return Part(k_bkhs, v_bksh, valid_bs)
 
     return prefix_of
 
 
-def _kernel(kernel: Kernel, cache: SlotCache, lengths_pw) -> Callable[[Any], Prefix]:
+def _kernel(kernel: Kernel, cache: AttentionCache, lengths_pw) -> Callable[[Any], Prefix]:
     if lengths_pw.shape[0] != num_shards("batch"):
         raise ValueError(f"{lengths_pw.shape[0]} parts on {num_shards('batch')} groups of devices")
     *_, heads, width, size = cache.k_lpckhs.shape
@@ -96,7 +96,7 @@ def _kernel(kernel: Kernel, cache: SlotCache, lengths_pw) -> Callable[[Any], Pre
         heads, part = partition_spec(("batch", "act_kv_heads")), partition_spec(("batch",))
         local = jax.shard_map(
             local,
-            in_specs=(heads, caches.partition_specs(cache), partition_spec(()), part, part),
+            in_specs=(heads, partition_specs(cache), partition_spec(()), part, part),
             out_specs=heads,
             check_vma=False,
         )

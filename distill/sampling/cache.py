@@ -1,112 +1,80 @@
-"""Keys and values of the engine's slots, donated from call to call; optionally as 8-bit integers.
+"""Slots of a model's cache: inserting, appending and moving rows, whatever its layers remember.
 
-Slots are laid out (parts, slots): a part is what one group of devices holds of the batch. Every
-operation works within a part, so none moves keys and values between devices.
+A cache is a tree of `models.cache.LayerCache`, donated from call to call. Slots are laid out
+(parts, slots): a part (p) is what one group of devices holds of the batch. Every operation works
+within a part, so none moves anything between devices. c: slot, w: slot, one of the first few.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from distill.base.sharding import constrain, partition_spec
-from distill.models.decoding import KeysAndValues
+from distill.base.sharding import constrain, num_shards, partition_spec
+from distill.models.cache import LayerCache, empty_cache
 from distill.models.facts import ModelConfig
 
+Cache = Any  # a tree of LayerCache
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotCache:
-    """What all slots hold (p: part, c: slot, s: position).
 
-    Attributes:
-      k_lpckhs, v_lpcksh: in the model's dtype, or int8.
-      k_scale_lpcks, v_scale_lpcks: float32 step of the 8-bit integers, one per token and head.
-    """
+def map_arrays(function: Callable[..., Any], cache: Cache, *others: Cache) -> Cache:
+    """`function(array, axes, *arrays of others)` of each array of a cache."""
+    return jax.tree.map(
+        lambda layer, *rest: layer.map(function, *rest),
+        cache,
+        *others,
+        is_leaf=lambda x: isinstance(x, LayerCache),
+    )
 
-    k_lpckhs: jax.Array
-    v_lpcksh: jax.Array
-    k_scale_lpcks: jax.Array | None = None
-    v_scale_lpcks: jax.Array | None = None
 
-    def map(self, function: Callable[..., jax.Array], *others: SlotCache) -> SlotCache:
-        """`function(array, position axis, *arrays of others)` of each array there is."""
-        axes = SlotCache(k_lpckhs=5, v_lpcksh=4, k_scale_lpcks=4, v_scale_lpcks=4)
-
-        def apply(name):
-            arrays = [getattr(cache, name) for cache in (self, *others)]
-            if arrays[0] is None:
-                return None
-            return function(arrays[0], getattr(axes, name), *arrays[1:])
-
-        return SlotCache(*(apply(field.name) for field in dataclasses.fields(self)))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+def make_cache(
+    config: ModelConfig, parts: int, slots: int, size: int, dtype: jnp.dtype, int8: bool
+) -> Cache:
+    """An empty cache on the current mesh."""
+    return _constrain(empty_cache(config, parts, slots, size, dtype, int8))
 
 
 def bytes_per_token(config: ModelConfig, dtype: jnp.dtype, int8: bool) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    per_head = config.head_width + 4 if int8 else config.head_width * np.dtype(dtype).itemsize
-    return 2 * config.num_layers * config.num_kv_heads * per_head
+    """Bytes of one token in all layers."""
+    return num_bytes(jax.eval_shape(lambda: empty_cache(config, 1, 1, 1, dtype, int8)))
 
 
-def empty_cache(
-    config: ModelConfig, parts: int, slots: int, size: int, dtype: jnp.dtype, int8: bool
-) -> SlotCache:
-    """`slots` slots of `size` tokens in each part."""
-    layers, heads, width = config.num_layers, config.num_kv_heads, config.head_width
-    k_lpckhs = jnp.zeros((layers, parts, slots, heads, width, size), dtype)
-    v_lpcksh = jnp.zeros((layers, parts, slots, heads, size, width), dtype)
-    return _constrain(encode(k_lpckhs, v_lpcksh, int8))
+def num_bytes(cache: Cache) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
-def partition_specs(cache: SlotCache) -> SlotCache:
+def shard_bytes(cache: Cache) -> float:
+    """Bytes on each device of the current mesh."""
+
+    def of_array(array, axes):
+        shards = math.prod(num_shards(name) for name in axes.names if name is not None)
+        return array.size * array.dtype.itemsize / shards
+
+    return sum(jax.tree.leaves(map_arrays(of_array, cache)))
+
+
+def partition_specs(cache: Cache) -> Cache:
     """Mesh axes that hold the cache."""
-    return cache.map(lambda array, _: partition_spec(_logical_axes(array)))
+    return map_arrays(lambda _, axes: partition_spec(axes.names), cache)
 
 
-def encode(k_lpckhs: jax.Array, v_lpcksh: jax.Array, int8: bool) -> SlotCache:
-    """Keys and values in the form in which they are kept."""
-    if not int8:
-        return SlotCache(k_lpckhs, v_lpcksh)
-    k, k_scale = _to_int8(k_lpckhs, axis=-2)
-    v, v_scale = _to_int8(v_lpcksh, axis=-1)
-    return SlotCache(k, v, k_scale, v_scale)
-
-
-def read(cache: SlotCache, layer, width: int, size: int, dtype: jnp.dtype) -> KeysAndValues:
-    """k_bkhs and v_bksh of a layer: of the first `width` slots of each part, `size` positions."""
-
-    def cut(array, axis):
-        start, shape = [layer, *[0] * (array.ndim - 1)], list(array.shape)
-        shape[0], shape[2], shape[axis] = 1, width, size
-        rows = jax.lax.dynamic_slice(array, start, shape)[0]
-        return rows.reshape(-1, *rows.shape[2:])
-
-    part = cache.map(cut)
-    if part.k_scale_lpcks is None:
-        return part.k_lpckhs, part.v_lpcksh
-    k_bkhs = part.k_lpckhs * part.k_scale_lpcks[:, :, None, :]
-    v_bksh = part.v_lpcksh * part.v_scale_lpcks[:, :, :, None]
-    return k_bkhs.astype(dtype), v_bksh.astype(dtype)
-
-
-def insert(cache: SlotCache, new: SlotCache, source_pm: jax.Array, slot_pm: jax.Array) -> SlotCache:
+def insert(cache: Cache, new: Cache, source_pm: jax.Array, slot_pm: jax.Array) -> Cache:
     """Copies rows source_pm of `new`, from position 0 on, to slots slot_pm of the same part.
 
     Slots that do not exist are skipped: they fill up an insertion of fewer than m rows.
     """
 
-    def one(i, array, axis, new_array):
+    def one(i, array, axes, new_array):
         slot_p = slot_pm[:, i]
         # A write beyond the last slot would hit the last one: there, what it holds is written.
-        held = jax.lax.slice_in_dim(_rows(array, slot_p), 0, new_array.shape[axis], axis=axis)
+        held = _rows(array, slot_p)
+        if axes.position is not None:
+            size = new_array.shape[axes.position]
+            held = jax.lax.slice_in_dim(held, 0, size, axis=axes.position)
         exists_p = (slot_p < array.shape[2]).reshape(-1, *[1] * (array.ndim - 2))
         row = jnp.where(exists_p, _rows(new_array, source_pm[:, i]), held)
         return _write(array, row, slot_p, ())
@@ -114,17 +82,21 @@ def insert(cache: SlotCache, new: SlotCache, source_pm: jax.Array, slot_pm: jax.
     return _for_each(source_pm.shape[1], one, cache, new)
 
 
-def append(cache: SlotCache, tail: SlotCache, lengths_pw: jax.Array) -> SlotCache:
-    """Writes a tail behind the lengths_pw tokens of each part's first w slots."""
+def append(cache: Cache, tail: Cache, lengths_pw: jax.Array) -> Cache:
+    """Writes a tail behind the lengths_pw tokens of each part's first w slots.
 
-    def one(slot, array, axis, new_array):
+    What has no positions takes the place of what was there.
+    """
+
+    def one(slot, array, axes, new_array):
         slots_p = jnp.full(lengths_pw.shape[0], slot)
-        return _write(array, _rows(new_array, slots_p), slots_p, ((axis, lengths_pw[:, slot]),))
+        at = () if axes.position is None else ((axes.position, lengths_pw[:, slot]),)
+        return _write(array, _rows(new_array, slots_p), slots_p, at)
 
     return _for_each(lengths_pw.shape[1], one, cache, tail)
 
 
-def move(cache: SlotCache, source_mp: jax.Array, target_mp: jax.Array, count) -> SlotCache:
+def move(cache: Cache, source_mp: jax.Array, target_mp: jax.Array, count) -> Cache:
     """Copies, one after the other, `count` slots of each part onto others."""
 
     def one(i, array, _):
@@ -133,15 +105,15 @@ def move(cache: SlotCache, source_mp: jax.Array, target_mp: jax.Array, count) ->
     return _for_each(count, one, cache)
 
 
-def _for_each(count, function, cache: SlotCache, *others: SlotCache) -> SlotCache:
-    """Applies `function(i, array, position axis, *arrays of others)` for i in turn, in place.
+def _for_each(count, function, cache: Cache, *others: Cache) -> Cache:
+    """Applies `function(i, array, axes, *arrays of others)` for one i after the other, in place.
 
     One slot after the other: a scatter would do it at once, but XLA transposes the whole cache for
     it and back.
     """
 
     def body(i, cache):
-        return cache.map(lambda array, axis, *rest: function(i, array, axis, *rest), *others)
+        return map_arrays(lambda *arrays: function(i, *arrays), cache, *others)
 
     return _constrain(jax.lax.fori_loop(0, count, body, cache))
 
@@ -167,18 +139,5 @@ def _write(array: jax.Array, row: jax.Array, slot_p: jax.Array, at: tuple) -> ja
     return jax.vmap(of_part, (1, 1, 0, *[0] * len(at)), 1)(array, row, slot_p, *starts)
 
 
-def _to_int8(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Rounds to 255 steps between plus and minus the largest magnitude along `axis`."""
-    values = values.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(values), axis=axis)
-    scale = jnp.where(largest == 0, 1.0, largest) / 127
-    steps = jnp.round(values / jnp.expand_dims(scale, axis)).astype(jnp.int8)
-    return steps, scale
-
-
-def _constrain(cache: SlotCache) -> SlotCache:
-    return cache.map(lambda array, _: constrain(array, *_logical_axes(array)))
-
-
-def _logical_axes(array: jax.Array) -> tuple[str | None, ...]:
-    return "layers", "batch", None, "act_kv_heads", *[None] * (array.ndim - 4)
+def _constrain(cache: Cache) -> Cache:
+    return map_arrays(lambda array, axes: constrain(array, *axes.names), cache)

@@ -21,7 +21,7 @@ from flax import nnx
 from distill.base.errors import UserError
 from distill.base.sharding import num_shards
 from distill.sampling.attention import Kernel
-from distill.sampling.cache import SlotCache
+from distill.sampling.cache import Cache
 from distill.sampling.choice import SamplingParams
 from distill.sampling.programs import ModelFacts
 from distill.sampling.request import Rollout, RolloutRequest
@@ -157,7 +157,7 @@ class Engine:
         """Bytes per device of the cache that a request of `num_rows` rows calls for."""
         return self._slots_for(weights, num_rows)[1] * self.slots.slot_bytes(weights)
 
-    def abstract_cache(self, weights: nnx.State, num_rows: int) -> SlotCache:
+    def abstract_cache(self, weights: nnx.State, num_rows: int) -> Cache:
         """Shapes of that cache, where `weights` are (shapes, too) on the current mesh."""
         return self.slots.abstract_cache(weights, *self._slots_for(weights, num_rows))
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from distill.base.sharding import constrain, constrain_whole
+from distill.models.cache import AttentionCache
 from distill.models.decoding import (
     LoopWeights,
     decode_turn,
@@ -25,7 +26,7 @@ from distill.models.decoding import (
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling.attention import Kernel, prefix_attention
-from distill.sampling.cache import SlotCache
+from distill.sampling.cache import Cache
 from distill.sampling.choice import KEY_IMPL, SamplingParams, choose, uniforms
 
 
@@ -56,7 +57,7 @@ class ModelFacts:
 class Prefilled:
     """Keys and values of prompts, and the scores of what follows them."""
 
-    cache: SlotCache
+    cache: Cache
     logits_pgv: jax.Array
 
 
@@ -105,19 +106,20 @@ def prefill_prompts(
     logits_bv = model.logits(jnp.take_along_axis(hidden_bsd, last_b11, axis=1))[:, 0]
     split = [x.reshape(len(x), parts, prompts, *x.shape[2:]) for x in (k_lbkhs, v_lbksh)]
     return Prefilled(
-        caches.encode(*split, facts.int8), logits_bv.reshape(parts, prompts, logits_bv.shape[-1])
+        AttentionCache.encode(*split, facts.int8),
+        logits_bv.reshape(parts, prompts, logits_bv.shape[-1]),
     )
 
 
 def insert_rows(
     facts: ModelFacts,
-    cache: SlotCache,
+    cache: Cache,
     prefilled: Prefilled,
     source_pm: jax.Array,
     slot_pm: jax.Array,
     key_pm2: jax.Array,
     params: SamplingParams,
-) -> tuple[SlotCache, Chosen]:
+) -> tuple[Cache, Chosen]:
     """Gives prompts source_pm of each part slots slot_pm, and chooses their first new tokens."""
     cache = caches.insert(cache, prefilled.cache, source_pm, slot_pm)
     logits_pmv = jnp.take_along_axis(prefilled.logits_pgv, source_pm[:, :, None], axis=1)
@@ -131,13 +133,13 @@ def decode_rows(
     facts: ModelFacts,
     weights: nnx.State,
     loop_weights: LoopWeights,
-    cache: SlotCache,
+    cache: Cache,
     rows: Rows,
     stop_at: jax.Array,
     params: SamplingParams,
     size: int,
     steps: int,
-) -> tuple[SlotCache, Chosen, jax.Array]:
+) -> tuple[Cache, Chosen, jax.Array]:
     """Up to `steps` further tokens for every running row.
 
     Args:
@@ -196,7 +198,7 @@ def decode_rows(
     step, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, decode_step, state)
     k_lbkht, v_lbkth = stack_tail(tail)
     split = [x.reshape(len(x), parts, width, *x.shape[2:]) for x in (k_lbkht, v_lbkth)]
-    cache = caches.append(cache, caches.encode(*split, facts.int8), rows.lengths_pw)
+    cache = caches.append(cache, AttentionCache.encode(*split, facts.int8), rows.lengths_pw)
     chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width), chosen_tb)
     return cache, *constrain_whole((chosen, step))
 

@@ -32,8 +32,8 @@ class Slots:
     def __init__(self, facts: programs.ModelFacts, size: int, buckets: list[int]):
         self.facts, self.size, self._buckets = facts, size, buckets
         self.count = 0  # of every part
-        self.cache: caches.SlotCache | None = None
-        self._make_cache = jax.jit(caches.empty_cache, static_argnums=range(6))
+        self.cache: caches.Cache | None = None
+        self._make_cache = jax.jit(caches.make_cache, static_argnums=range(6))
         self._prefill = jax.jit(functools.partial(programs.prefill_prompts, facts))
         self._make_loop_weights = jax.jit(lambda weights: make_loop_weights(facts.merge(weights)))
         self._insert = jax.jit(
@@ -62,14 +62,14 @@ class Slots:
 
     def slot_bytes(self, weights: nnx.State) -> float:
         """Bytes of a slot on each of the devices that share it."""
-        model = self.facts.merge(weights)
-        token = caches.bytes_per_token(model.config, model.dtype, self.facts.int8)
-        return token * self.size / num_shards("act_kv_heads")
+        parts = num_shards("batch")
+        cache = jax.eval_shape(lambda: caches.make_cache(*self._sizes(weights, parts, 1)))
+        return caches.shard_bytes(cache)
 
-    def abstract_cache(self, weights: nnx.State, parts: int, count: int) -> caches.SlotCache:
+    def abstract_cache(self, weights: nnx.State, parts: int, count: int) -> caches.Cache:
         """Shapes of a cache, where `weights` are (shapes, too) on the current mesh."""
         sizes = self._sizes(weights, parts, count)
-        cache = jax.eval_shape(functools.partial(caches.empty_cache, *sizes))
+        cache = jax.eval_shape(functools.partial(caches.make_cache, *sizes))
         mesh = jax.tree.leaves(weights)[0].sharding.mesh
 
         def placed(x, spec):

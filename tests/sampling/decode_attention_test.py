@@ -14,13 +14,13 @@ from tpu_compile_test import needs_tpu_compiler, num_kernels, temporary_bytes, t
 
 from distill.base.sharding import SAMPLER_RULES, make_mesh, named_sharding, param_shardings
 from distill.kernels.decode_attention import Kernel
+from distill.models.cache import AttentionCache
 from distill.models.decoding import UNROLLED_LAYERS, Part, attend_part, make_loop_weights
 from distill.models.facts import ModelConfig
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling import programs
 from distill.sampling.attention import prefix_attention, resolve_attention
-from distill.sampling.cache import SlotCache
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import RolloutRequest
@@ -33,12 +33,12 @@ INTERPRETED = Kernel(block=BLOCK, interpret=True)
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
 
 
-def random_cache(heads, width, dtype, int8=False, lengths=LENGTHS, parts=1) -> SlotCache:
+def random_cache(heads, width, dtype, int8=False, lengths=LENGTHS, parts=1) -> AttentionCache:
     random = np.random.default_rng(0)
     rows = LAYERS, parts, len(lengths) // parts + SPARE_SLOTS, heads
     k_lpckhs = jnp.asarray(random.normal(0, 2, (*rows, width, SIZE)), dtype)
     v_lpcksh = jnp.asarray(random.normal(0, 1, (*rows, SIZE, width)), dtype)
-    return caches.encode(k_lpckhs, v_lpcksh, int8)
+    return AttentionCache.encode(k_lpckhs, v_lpcksh, int8)
 
 
 def random_queries(heads, group, width, dtype, lengths=LENGTHS):
@@ -78,7 +78,7 @@ def test_what_stands_behind_the_end_of_a_row_does_not_matter():
     cache = random_cache(heads, width, dtype)
     ends_c = np.array([*LENGTHS, *[0] * SPARE_SLOTS])
     behind_cs = np.arange(SIZE) >= ends_c[:, None]
-    garbage = SlotCache(
+    garbage = AttentionCache(
         jnp.where(behind_cs[:, None, None], jnp.nan, cache.k_lpckhs),
         jnp.where(behind_cs[:, None, :, None], jnp.nan, cache.v_lpcksh),
     )
@@ -106,7 +106,7 @@ def test_kernel_is_free_of_races_and_reads_nothing_uninitialised(int8):
     lengths, dtype = [130, 0, 256, 5], "float32"
     cache = random_cache(2, 128, dtype, int8, lengths)
     # The simulation reads no block that goes beyond the end of the cache.
-    cache = cache.map(lambda x, axis: jax.lax.slice_in_dim(x, 0, 2 * BLOCK, axis=axis))
+    cache = cache.map(lambda x, axes: jax.lax.slice_in_dim(x, 0, 2 * BLOCK, axis=axes.position))
     q_bkgh = random_queries(2, 6, 128, dtype, lengths)
     kernel = Kernel(block=BLOCK, interpret=interpret)
     prefix_of = prefix_attention(kernel, cache, jnp.array([lengths]), 2 * BLOCK, dtype)
@@ -206,7 +206,7 @@ def compile_decoding(mesh, attention, config=QWEN, int8=False):
         graphdef, weights = nnx.split(shapes, nnx.Param)
         weights = placed(weights, param_shardings(weights, mesh, SAMPLER_RULES))
         arguments = config, parts, SLOTS, sizes.cache_size, jnp.bfloat16, int8
-        cache = jax.eval_shape(lambda: caches.empty_cache(*arguments))
+        cache = jax.eval_shape(lambda: caches.make_cache(*arguments))
         specs = caches.partition_specs(cache)
         cache = placed(cache, jax.tree.map(lambda x: jax.sharding.NamedSharding(mesh, x), specs))
         numbers = jax.ShapeDtypeStruct((parts, SLOTS), jnp.int32, sharding=named_sharding(mesh))
@@ -230,7 +230,7 @@ def compile_decoding(mesh, attention, config=QWEN, int8=False):
         )
         stop_at = jax.ShapeDtypeStruct((2,), jnp.int32)
         program = decode.lower(weights, cache, rows, stop_at).compile()
-    return program, cache.num_bytes // mesh.size
+    return program, caches.num_bytes(cache) // mesh.size
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ class TestCompiledForTpu:
             return prefix_of(layer)(q_bkgh)
 
         cache = jax.eval_shape(
-            lambda: caches.encode(
+            lambda: AttentionCache.encode(
                 jnp.zeros((2, 1, SLOTS, heads, width, size), jnp.bfloat16),
                 jnp.zeros((2, 1, SLOTS, heads, size, width), jnp.bfloat16),
                 int8,
@@ -262,7 +262,7 @@ class TestCompiledForTpu:
         with jax.set_mesh(mesh):
             program = jax.jit(attend).lower(q_bkgh, cache, *numbers).compile()
         assert num_kernels(program) == 1
-        assert temporary_bytes(program) < 0.1 * cache.num_bytes
+        assert temporary_bytes(program) < 0.1 * caches.num_bytes(cache)
 
     @pytest.mark.parametrize(
         "topology, heads, block", [("v5e:2x2", 2, 256), ("v6e:2x2", 2, 512), ("v5e:2x2", 8, 128)]

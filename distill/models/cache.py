@@ -1,0 +1,119 @@
+"""What layers remember of a row's tokens while it is sampled: one class per kind of layer.
+
+A model's cache is a tree of these. Their arrays begin with the same axes: layers (l), parts of the
+mesh (p), slots (c). What follows is the kind's own, and `axes` says what it is, so that those who
+copy, cut, shard or count a cache know no kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from distill.models.facts import ModelConfig
+
+KeysAndValues = tuple[jax.Array, jax.Array]
+
+
+class Axes(NamedTuple):
+    """Of one array of a cache.
+
+    Attributes:
+      names: logical axes, which say how it is sharded.
+      position: the axis of positions; None: a state, which the next token replaces.
+    """
+
+    names: tuple[str | None, ...]
+    position: int | None = None
+
+
+class LayerCache:
+    """Base of the classes, which are dataclasses of arrays; an array may be None."""
+
+    def axes(self) -> dict[str, Axes]:
+        """Of each array by its name."""
+        raise NotImplementedError
+
+    def map(self, function: Callable[..., Any], *others: LayerCache) -> LayerCache:
+        """`function(array, axes, *arrays of others)` of each array there is."""
+        made = {
+            name: function(array, axes, *(getattr(other, name) for other in others))
+            for name, axes in self.axes().items()
+            if (array := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **made)
+
+
+_HEADS = "layers", "batch", None, "act_kv_heads"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionCache(LayerCache):
+    """Keys and values, optionally as 8-bit integers.
+
+    Attributes:
+      k_lpckhs, v_lpcksh: in the model's dtype, or int8.
+      k_scale_lpcks, v_scale_lpcks: float32 step of the 8-bit integers, one per token and head.
+    """
+
+    k_lpckhs: jax.Array
+    v_lpcksh: jax.Array
+    k_scale_lpcks: jax.Array | None = None
+    v_scale_lpcks: jax.Array | None = None
+
+    def axes(self) -> dict[str, Axes]:
+        return {
+            "k_lpckhs": Axes((*_HEADS, None, "position"), 5),
+            "v_lpcksh": Axes((*_HEADS, "position", None), 4),
+            "k_scale_lpcks": Axes((*_HEADS, "position"), 4),
+            "v_scale_lpcks": Axes((*_HEADS, "position"), 4),
+        }
+
+    @classmethod
+    def encode(cls, k_lpckhs: jax.Array, v_lpcksh: jax.Array, int8: bool) -> AttentionCache:
+        """Keys and values in the form in which they are kept."""
+        if not int8:
+            return cls(k_lpckhs, v_lpcksh)
+        k, k_scale = _to_int8(k_lpckhs, axis=-2)
+        v, v_scale = _to_int8(v_lpcksh, axis=-1)
+        return cls(k, v, k_scale, v_scale)
+
+    def read(self, layer, width: int, size: int, dtype: jnp.dtype) -> KeysAndValues:
+        """k_bkhs and v_bksh of a layer: of each part's first `width` slots, `size` positions."""
+
+        def cut(array, axes):
+            start, shape = [layer, *[0] * (array.ndim - 1)], list(array.shape)
+            shape[0], shape[2], shape[axes.position] = 1, width, size
+            rows = jax.lax.dynamic_slice(array, start, shape)[0]
+            return rows.reshape(-1, *rows.shape[2:])
+
+        part = self.map(cut)
+        if part.k_scale_lpcks is None:
+            return part.k_lpckhs, part.v_lpcksh
+        k_bkhs = part.k_lpckhs * part.k_scale_lpcks[:, :, None, :]
+        v_bksh = part.v_lpcksh * part.v_scale_lpcks[:, :, :, None]
+        return k_bkhs.astype(dtype), v_bksh.astype(dtype)
+
+
+def empty_cache(
+    config: ModelConfig, parts: int, slots: int, size: int, dtype: jnp.dtype, int8: bool
+) -> AttentionCache:
+    """Of a model, for `slots` slots of `size` tokens in each part."""
+    layers, heads, width = config.num_layers, config.num_kv_heads, config.head_width
+    k_lpckhs = jnp.zeros((layers, parts, slots, heads, width, size), dtype)
+    v_lpcksh = jnp.zeros((layers, parts, slots, heads, size, width), dtype)
+    return AttentionCache.encode(k_lpckhs, v_lpcksh, int8)
+
+
+def _to_int8(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Rounds to 255 steps between plus and minus the largest magnitude along `axis`."""
+    values = values.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(values), axis=axis)
+    scale = jnp.where(largest == 0, 1.0, largest) / 127
+    steps = jnp.round(values / jnp.expand_dims(scale, axis)).astype(jnp.int8)
+    return steps, scale
