@@ -29,6 +29,7 @@ from benchmarks.evidence_methods import (
     METHODS,
     MORE_UPDATES,
     ROUNDS,
+    SMALL_SHAPE,
     SMALL_STUDENT,
     STUDENTS,
     UPDATES,
@@ -149,7 +150,11 @@ def find_student(output: Path, name: str) -> str:
         return STUDENTS[name]
     folder = output / "students" / name
     folder.mkdir(parents=True, exist_ok=True)
-    return train_once(folder, "training", "configs/sft.py:arithmetic_student", SMALL_STUDENT)
+    config, weights = "configs/sft.py:arithmetic_student", folder / "random"
+    if not weights.exists():
+        command(folder, "distill.scratch", config, {}, f"--output={weights}", *SMALL_SHAPE)
+    overrides = {**SMALL_STUDENT, "policy.model_name": str(weights)}
+    return train_once(folder, "training", config, overrides)
 
 
 def distil(folder: Path, name: str, overrides: Overrides, student: str, data: Path) -> str:

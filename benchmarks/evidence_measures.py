@@ -17,13 +17,8 @@ import numpy as np
 from benchmarks.evidence_examination import Examination, examine
 from benchmarks.evidence_methods import GENERATIONS, METHODS, POSITIONS, Run
 from configs import arithmetic
-from distill.build.data import build_vocabulary
-from distill.build.devices import build_mesh
-from distill.build.evaluation import build_evaluator
-from distill.build.models import build_frozen_model, find_models
-from distill.build.teachers import build_teacher
+from distill.build.session import Session
 from distill.config.parse import parse_config
-from distill.config.schema import Config
 from distill.data.arithmetic import LEVELS, ArithmeticDataset
 from distill.data.base import DatasetInterface, Example
 from distill.evaluation.evaluator import Evaluator, decode_responses
@@ -84,9 +79,10 @@ def _seconds(folder: Path, kind: str) -> float:
 
 def evaluate_student(path: str) -> Row:
     """Everything that is measured of a student: the same problems and settings for all."""
-    config, mesh, evaluator, teacher, teacher_answers = _fixtures()
-    with jax.set_mesh(mesh):
-        student = build_frozen_model(config, resolve_model(path), mesh, "float32")
+    session, teacher_answers = _fixtures()
+    evaluator, teacher = session.evaluator, session.teacher
+    with jax.set_mesh(session.mesh):
+        student = session.load_frozen(resolve_model(path), "float32")
 
         def rollout(sampling: SamplingParams) -> Rollout:
             return evaluator.answer(student.graph, student.params, sampling)
@@ -103,19 +99,16 @@ def evaluate_student(path: str) -> Row:
 
 
 @functools.cache
-def _fixtures() -> tuple[Config, Any, Evaluator, Model, Rollout]:
-    """Config, mesh, evaluator, teacher and the teacher's greedy answers."""
+def _fixtures() -> tuple[Session, Rollout]:
+    """A session that evaluates on distinct problems, and its teacher's greedy answers."""
     values = arithmetic.get_config()
     values.data.validation.split, values.data.validation.max_samples = "test", 2000
-    config = parse_config(values)
-    mesh = build_mesh(config)
-    with jax.set_mesh(mesh):
-        student_folder, teacher_folder = find_models(config)
-        vocabulary = build_vocabulary(student_folder, teacher_folder)
-        evaluator = build_evaluator(config, DistinctProblems(), vocabulary, mesh)
-        teacher = build_teacher(config, teacher_folder, mesh)
+    session = Session(parse_config(values))
+    session.validation = DistinctProblems()
+    with jax.set_mesh(session.mesh):
+        teacher, evaluator = session.load_teacher(), session.evaluator
         answers = evaluator.answer(teacher.graph, teacher.params, evaluator.greedy)
-    return config, mesh, evaluator, teacher, answers
+    return session, answers
 
 
 class DistinctProblems(DatasetInterface):

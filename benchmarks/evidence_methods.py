@@ -70,16 +70,12 @@ METHODS[CACHED] = dataclasses.replace(
 # What the teacher did for them can be used again and again.
 KEPT = ("sequence_kd", CACHED)
 
-# Weights in the table's words, and where the student comes from: an embedded model, or a shape to
-# be trained on labels as configs/sft.py:arithmetic_student trains the embedded one.
+# Weights in the table's words, and where the student comes from: an embedded model, or random
+# weights, trained on labels as configs/sft.py:arithmetic_student trains the embedded one.
 STUDENTS = {"112k": "embedded:arithmetic-student", "33k": ""}
 FIRST_STUDENT = "112k"
+SMALL_SHAPE = ("--tokenizer=characters:arithmetic", "--layers=2", "--width=32", "--heads=2")
 SMALL_STUDENT: Overrides = {
-    "policy.shape.num_layers": 2,
-    "policy.shape.model_width": 32,
-    "policy.shape.num_heads": 2,
-    "policy.shape.num_kv_heads": 2,
-    "policy.shape.ffn_width": 128,
     "distillation.eval_steps": 0,
     "checkpointing.export_dtype": "float32",
 }

@@ -7,6 +7,10 @@ student and optimizer (float32), and activations; weights are split over all dev
 Validation: MATH-500, greedy accuracy and divergences to the teacher before and after.
 No result is stated here because none has been measured yet.
 
+    python -m distill.scratch --config=configs/math_cl.py:smoke --tokenizer=bpe:400 \
+        --width=32 --vocab_size=416
+    python -m distill.scratch --config=configs/math_cl.py:smoke --tokenizer=bpe:400 --seed=1 \
+        --layers=3 --vocab_size=448 --output=runs/random/math_cl_teacher
     python -m distill.main --config=configs/math_cl.py:smoke --workdir=runs/math_cl_smoke
 
 runs the same code in about a minute on a CPU: tiny random models with differently padded
@@ -46,20 +50,13 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _shrink(config: ConfigDict) -> ConfigDict:
-    config.distillation.teacher_model_path = ""
+    config.distillation.teacher_model_path = "runs/random/math_cl_teacher"
     config.distillation.max_steps = 4
     config.distillation.eval_steps = 2
     config.distillation.save_steps = 2
     config.distillation.logging_steps = 1
     config.distillation.generate_strategy.max_length = 24
-    config.policy.model_name = ""
-    config.policy.tokenizer = "bpe:400"
-    config.policy.shape.num_layers = 2
-    config.policy.shape.model_width = 32
-    config.policy.shape.vocab_size = 416
-    config.teacher.shape.num_layers = 3
-    config.teacher.shape.model_width = 64
-    config.teacher.shape.vocab_size = 448
+    config.policy.model_name = "runs/random/math_cl_student"
     config.policy.max_total_sequence_length = 160
     config.policy.train_global_batch_size = 8
     config.policy.train_micro_batch_size = 4

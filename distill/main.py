@@ -10,36 +10,42 @@ from absl import flags
 from distill.config import cli
 from distill.run.interrupts import Interrupts
 
-_CONFIG = cli.define_config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; an existing run is continued.")
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print the resolved config and the plan for these devices, and end."
-)
 
+def run() -> None:
+    config_flag = cli.define_config_flag()
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder of the run; an existing run is continued."
+    )
+    dry_run = flags.DEFINE_bool(
+        "dry_run", False, "Print the resolved config and the plan for these devices, and end."
+    )
 
-def main() -> None:
-    config = cli.required_config(_CONFIG)
-    if _DRY_RUN.value:
-        _dry_run(config)
-        return
-    if not _WORKDIR.value:
-        raise cli.UserError("pass --workdir=FOLDER, where checkpoints and results go")
-    with Interrupts() as interrupts:
-        cli.join_processes()
-        # Imported late: a wrong flag should not wait for JAX.
-        from distill.trainer import train
+    def main() -> None:
+        config = cli.required_config(config_flag)
+        if dry_run.value:
+            _dry_run(config)
+            return
+        if not workdir.value:
+            raise cli.UserError("pass --workdir=FOLDER, where checkpoints and results go")
+        with Interrupts() as interrupts:
+            cli.join_processes()
+            # Imported late: a wrong flag should not wait for JAX.
+            from distill.trainer import train
 
-        train(config, _WORKDIR.value, interrupts)
+            train(config, workdir.value, interrupts)
+
+    cli.run(main)
 
 
 def _dry_run(config) -> None:
     """Exit status 3, as of `distill.plan`, if the run would not fit."""
     cli.join_processes()
-    from distill.plan import DOES_NOT_FIT, dry_run
+    from distill.plan import DOES_NOT_FIT
+    from distill.planning.run import dry_run
 
     if not dry_run(config).fits:
         sys.exit(DOES_NOT_FIT)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run()

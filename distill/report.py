@@ -1,40 +1,43 @@
-"""One HTML file of one run or several: curves, tables, and answers token by token.
+"""One HTML file of one run or several: curves, tables, and responses token by token.
 
 python -m distill.report runs/forward
 python -m distill.report runs/forward runs/reverse runs/jsd --output=comparison.html
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from absl import flags
 
-from distill.base.errors import UserError, printable
+from distill.base.errors import printable
 from distill.config import cli
-from distill.reporting.page import REPORT, write_report
 
 
-def main(folders: list[str]) -> None:
-    if not folders:
-        raise UserError("pass the folder of a run, or of several to compare: runs/a runs/b")
-    workdirs = [Path(folder).expanduser() for folder in folders]
-    default = workdirs[0] / REPORT if len(workdirs) == 1 else Path(REPORT)
-    output = Path(output_flag.value).expanduser() if output_flag.value else default
-    try:
-        notes = write_report(workdirs, output)
-    except OSError as error:
-        raise UserError(
-            f"cannot read the runs or write {output} ({error.strerror}: {error.filename}): pass "
-            "--output=FILE in a folder that may be written to"
-        ) from None
-    for note in notes:
-        print(printable(note))
-    print(f"report: {output}")
-
-
-if __name__ == "__main__":
+def run() -> None:
     output_flag = flags.DEFINE_string(
         "output", None, "HTML file; by default report.html, in the run's folder if there is one."
     )
+
+    def main(folders: list[str]) -> None:
+        from distill.reporting.page import REPORT, write_report
+
+        if not folders:
+            raise cli.UserError("pass the folder of a run, or of several to compare: runs/a runs/b")
+        workdirs = [Path(folder).expanduser() for folder in folders]
+        default = workdirs[0] / REPORT if len(workdirs) == 1 else Path(REPORT)
+        output = Path(output_flag.value).expanduser() if output_flag.value else default
+        try:
+            notes = write_report(workdirs, output)
+        except OSError as error:
+            raise cli.UserError(
+                f"cannot read the runs or write {output} ({error.strerror}: {error.filename}): "
+                "pass --output=FILE in a folder that may be written to"
+            ) from None
+        for note in notes:
+            print(printable(note))
+        print(f"report: {output}")
+
     cli.run_with_arguments(main)
+
+
+if __name__ == "__main__":
+    run()

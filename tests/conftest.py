@@ -18,18 +18,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, str]:
+def models() -> dict[str, str]:
     """Folders of a tiny student and teacher with one tokenizer."""
     # Imported here: the lines above must run before jax is.
     from tiny_runs import tiny_config
 
-    import distill
-
-    workdir = tmp_path_factory.mktemp("models")
-    config = tiny_config(max_steps=1)
-    config.data.validation.max_samples = 0
-    distill.train(config, workdir)
-    return {role: str(workdir / "scratch" / role / "initial") for role in ("student", "teacher")}
+    config = tiny_config()
+    return dict(student=config.policy.model_name, teacher=config.distillation.teacher_model_path)
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_own_backend(models, tmp_path, monkeypatch):
         (
             "policy.generation.backend",
             "recordd",
-            "'recordd': known are jax, vllm.*register_backend",
+            "'recordd': known are jax, .*vllm.*register_backend",
         ),
         ("evaluation.metrics", ("styl",), "names 'styl': known are .*register_metric"),
     ],

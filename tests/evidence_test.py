@@ -57,7 +57,7 @@ def test_a_run_is_a_config_of_its_method(run):
 
 def test_the_small_student_is_a_config_too():
     config = parsed(sft.get_config("arithmetic_student"), SMALL_STUDENT)
-    assert config.policy.shape.model_width == 32
+    assert config.distillation.hard_labels and config.distillation.eval_steps == 0
 
 
 def test_budgets():

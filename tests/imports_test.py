@@ -24,7 +24,7 @@ LEVELS = (
     {"checks", "planning"},
     {"trainer"},
     {"__init__", "evaluate", "export", "export_server", "generate", "main", "plan", "preflight"}
-    | {"report"},
+    | {"report", "scratch"},
 )
 # Who may know the whole config; everybody else takes a section or plain arguments.
 KNOW_CONFIG = LEVELS[-1] | LEVELS[-2] | {"build", "checks", "config", "planning"}

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import tiny_config
 
 from distill.base import topology
 from distill.base.errors import UserError
@@ -127,6 +128,7 @@ def files(folder: Path) -> set[Path]:
 
 
 def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
+    tiny_config()  # makes the models
     (tmp_path / "tiny.py").write_text(TINY.format(tests=str(ROOT / "tests")))
     before = files(tmp_path), files(ROOT / "distill")
     arguments = (f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/run", "--dry_run")

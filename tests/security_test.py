@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 from tiny_runs import tiny_config
 
 import distill
-from distill import generate
 from distill.base.errors import UserError, printable
 from distill.base.sharding import make_mesh
+from distill.build import fixed_data
 from distill.build.models import build_model
 from distill.config import cli
 from distill.config.parse import parse_config
@@ -31,6 +31,7 @@ from distill.data.base import Example
 from distill.data.table import InMemoryDataset
 from distill.data.tokenizer import load_tokenizer
 from distill.evaluation.grading import Grader
+from distill.generate import generate
 from distill.models.checkpoints.hub import ASSETS
 from distill.rollout.vllm.client import RequestRefused, ServerFailed, VllmClient
 from distill.rollout.vllm.server import OwnServer
@@ -466,14 +467,14 @@ def test_answers_of_models_reach_files_escaped_and_terminals_not_at_all(
     tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setattr(
-        generate, "decode_responses", lambda _, rollout: [ESCAPES] * len(rollout.lengths_b)
+        fixed_data, "decode_responses", lambda _, rollout: [ESCAPES] * len(rollout.lengths_b)
     )
     config = tiny_config()
     config.data.max_samples = 8
     config.distillation.generate_strategy.max_length = 24
     config.policy.max_total_sequence_length = 48
     output = tmp_path / "answers.jsonl"
-    counts = generate.generate(config, "embedded:arithmetic-student", output)
+    counts = generate(config, "embedded:arithmetic-student", output)
     assert counts["written"] > 0
     lines = output.read_bytes().decode("ascii").splitlines()
     assert all(line.isprintable() for line in lines)

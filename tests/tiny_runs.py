@@ -1,25 +1,47 @@
 """Whole runs at toy size, for the tests that make them."""
 
+import atexit
+import fcntl
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from distill.config import default_config
 
+_MODELS = "DISTILL_TEST_MODELS"
+if _MODELS not in os.environ:  # processes that this one starts find it set
+    os.environ[_MODELS] = tempfile.mkdtemp(prefix="tiny-models-")
+    atexit.register(shutil.rmtree, os.environ[_MODELS], ignore_errors=True)
+
+
+def random_model(**sizes) -> str:
+    """The folder of a model with random weights and the characters of arithmetic, made once."""
+    sizes = dict(num_layers=1, num_heads=2, num_kv_heads=2, max_positions=64) | sizes
+    name = "-".join(f"{key}{value}" for key, value in sorted(sizes.items()))
+    folder = Path(os.environ[_MODELS], name)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            # Imported here: where the folder is made already, JAX may not be touched yet.
+            from distill.build.scratch import make_random_model
+            from distill.data.arithmetic import CHARACTERS
+            from distill.data.tokenizer import character_tokenizer
+
+            make_random_model(folder, character_tokenizer(CHARACTERS), **sizes)
+    return str(folder)
+
 
 def tiny_config(**distillation) -> ConfigDict:
     """Random models on arithmetic: every part is real, nothing is learned."""
     config = default_config()
     config.preflight = False  # preflight_test.py has it; elsewhere it would only take time
-    config.policy.tokenizer = "characters:arithmetic"
-    for section, width in ((config.policy, 16), (config.teacher, 32)):
-        section.shape.num_layers = 1
-        section.shape.model_width = width
-        section.shape.num_heads = section.shape.num_kv_heads = 2
-        section.shape.ffn_width = 2 * width
-        section.precision = "float32"
-    config.teacher.shape.vocab_size = 24
+    config.policy.model_name = random_model(model_width=16)
+    config.distillation.teacher_model_path = random_model(model_width=32, vocab_size=24, seed=1)
+    config.policy.precision = config.teacher.precision = "float32"
     config.policy.max_total_sequence_length = 36
     config.policy.train_global_batch_size = 8
     config.policy.train_micro_batch_size = 8

@@ -19,12 +19,12 @@ from distill.base.sharding import (
 )
 from distill.batches.rows import Batch
 from distill.build.layout import build_layout
-from distill.config.schema import Config
+from distill.config.schema import Config, Generation
 
 
 def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The trainer's mesh of all `devices`, by default JAX's; batches must be split over it."""
-    devices, sampler_devices = split_devices(config, devices)
+    devices, sampler_devices = split_devices(config.policy.generation, devices)
     _check_processes(config)
     try:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
@@ -37,7 +37,7 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> M
         ) from None
     parts = batch_parts(mesh)
     policy = config.policy
-    build_layout(config, policy.max_total_sequence_length, mesh)  # says so if no row fits
+    build_layout(policy, policy.max_total_sequence_length, mesh)  # says so if no row fits
     if policy.train_micro_batch_size % parts and not policy.cut_by_tokens:
         micro = -(-policy.train_micro_batch_size // parts) * parts
         count = -(-policy.train_global_batch_size // micro)
@@ -73,18 +73,18 @@ def _check_processes(config: Config) -> None:
 
 
 def build_sampler_mesh(
-    config: Config, mesh: Mesh, devices: Sequence[jax.Device] | None = None
+    generation: Generation, mesh: Mesh, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """Where the jax backend samples: on the trainer's `mesh`, or on others of all `devices`."""
-    _, devices = split_devices(config, devices)
+    _, devices = split_devices(generation, devices)
     return make_sampler_mesh(mesh, devices) if devices else mesh
 
 
 def split_devices(
-    config: Config, devices: Sequence[jax.Device] | None
+    generation: Generation, devices: Sequence[jax.Device] | None
 ) -> tuple[list[jax.Device], list[jax.Device]]:
     """Devices of the trainer, and those of a sampler that has its own."""
-    devices, generation = list(devices or jax.devices()), config.policy.generation
+    devices = list(devices or jax.devices())
     if generation.backend != "jax" or generation.colocated.enabled:
         return devices, []
     key = "policy.generation.colocated"

@@ -5,17 +5,14 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from distill.base.errors import UserError
-from distill.base.sharding import (
-    batch_parts,
-)
+from distill.base.sharding import batch_parts
 from distill.batches.packing import Layout, Shape
-from distill.config.schema import Config, tokens_per_microbatch
+from distill.config.schema import Policy, tokens_per_microbatch
 
 
-def build_layout(config: Config, longest: int, mesh: Mesh) -> Layout:
+def build_layout(policy: Policy, longest: int, mesh: Mesh) -> Layout:
     """The microbatches of a batch; `longest` is the most tokens that a sequence can have."""
-    policy, parts = config.policy, batch_parts(mesh)
-    budget = tokens_per_microbatch(policy)
+    parts, budget = batch_parts(mesh), tokens_per_microbatch(policy)
     if policy.sequence_packing.enabled:
         length = policy.max_total_sequence_length
         return Layout((Shape(_rows(budget, length, parts), length),), packed=True)

@@ -15,27 +15,16 @@ from distill.base.errors import UserError
 from distill.base.sharding import (
     HOST_MEMORY,
     RULES,
-    check_host_memory,
     optimizer_shardings,
     param_shardings,
     replicated,
 )
-from distill.build import optimizer as optimizers
-from distill.config.schema import Config
-from distill.models.checkpoints.hub import resolve_model
+from distill.config.schema import Policy
 from distill.models.checkpoints.load import load_model_config, load_params
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
 from distill.models.transformer import Transformer
 from distill.step import TrainState
-
-
-def find_models(config: Config) -> tuple[Path, Path | None]:
-    """Local folders of student and teacher; no teacher for hard labels."""
-    student = resolve_model(config.policy.model_name)
-    if config.distillation.hard_labels or not config.distillation.teacher_model_path:
-        return student, None
-    return student, resolve_model(config.distillation.teacher_model_path)
 
 
 def abstract_model(
@@ -110,9 +99,8 @@ def build_model(
     return Model(model.graph, params)
 
 
-def student_options(config: Config) -> dict[str, Any]:
+def student_options(policy: Policy) -> dict[str, Any]:
     """Of `abstract_model`, for the model that is trained: float32 master weights."""
-    policy = config.policy
     return dict(
         dtype=policy.precision,
         param_dtype="float32",
@@ -121,62 +109,38 @@ def student_options(config: Config) -> dict[str, Any]:
     )
 
 
-def frozen_options(config: Config, precision: str) -> dict[str, Any]:
+def frozen_options(policy: Policy, precision: str) -> dict[str, Any]:
     """Of `abstract_model`, for a model that is not trained: stored as it computes."""
     return dict(
         dtype=precision,
         param_dtype=precision,
         remat="none",
-        max_length=config.policy.max_total_sequence_length,
+        max_length=policy.max_total_sequence_length,
     )
 
 
-def build_student(config: Config, folder: Path, mesh: Mesh) -> Model:
-    return build_model(folder, mesh, **student_options(config))
+def build_frozen_model(policy: Policy, folder: Path, mesh: Mesh, precision: str) -> Model:
+    return build_model(folder, mesh, **frozen_options(policy, precision))
 
 
-def build_frozen_model(config: Config, folder: Path, mesh: Mesh, precision: str) -> Model:
-    return build_model(folder, mesh, **frozen_options(config, precision))
+def abstract_state(student: Model, optimizer, mesh: Mesh, offload: str) -> TrainState:
+    """Shapes of the train state on the mesh, moments laid out like the student's parameters.
 
-
-def teacher_dtype(config: Config) -> str:
-    """What the teacher computes in."""
-    return "bfloat16" if config.teacher.precision == "int8" else config.teacher.precision
-
-
-def abstract_state(config: Config, student: Model, optimizer, mesh: Mesh) -> TrainState:
-    """Shapes of the train state on the mesh, moments laid out like the student's parameters."""
+    Args:
+      student: its graph, and the shapes of its parameters.
+      optimizer: of optax.
+      mesh: the trainer's.
+      offload: where moments are between updates, `policy.optimizer.offload`.
+    """
     opt_state = jax.eval_shape(optimizer.init, student.params)
-    memory = HOST_MEMORY if config.policy.optimizer.offload == "host" else "device"
+    memory = HOST_MEMORY if offload == "host" else "device"
     layout = optimizer_shardings(optimizer, opt_state, student.params, mesh, memory)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return TrainState(step, student.params, on_mesh(opt_state, layout))
 
 
-def build_state(config: Config, folder: Path, optimizer, mesh: Mesh):
-    """(graph, first train state) of the student."""
-    if config.policy.optimizer.offload == "host":
-        check_host_memory(mesh, "policy.optimizer.offload")
-    student = build_student(config, folder, mesh)
-    abstract = abstract_state(config, student, optimizer, mesh)
-    layout = jax.tree.map(lambda x: x.sharding, abstract)
-    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(student.params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), layout.step)
-    return student.graph, TrainState(step, student.params, opt_state)
-
-
-def build_optimizer(config: Config):
-    """The optax chain, and the schedule for the log."""
-    values = config.policy.optimizer
-    schedule = optimizers.make_schedule(
-        values.learning_rate, values.schedule, values.warmup_steps, config.distillation.max_steps
-    )
-    optimizer = optimizers.make_optimizer(
-        schedule,
-        beta1=values.beta1,
-        beta2=values.beta2,
-        eps=values.eps,
-        weight_decay=values.weight_decay,
-        max_grad_norm=values.max_grad_norm,
-    )
-    return optimizer, schedule
+def first_state(params: nnx.State, optimizer, shapes: TrainState) -> TrainState:
+    """The train state before the first update, laid out like `shapes`."""
+    layout = jax.tree.map(lambda x: x.sharding, shapes)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), layout.step), params, opt_state)

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import optax
 
+from distill.config.schema import Optimizer
 
-def make_schedule(learning_rate: float, kind: str, warmup_steps: int, max_steps: int):
-    """Linear warm-up to `learning_rate`, then constant, or cosine or linear down to 0."""
+
+def build_schedule(section: Optimizer, max_steps: int) -> Callable:
+    """Linear warm-up to the learning rate, then constant, or cosine or linear down to 0."""
+    peak, warmup_steps = section.learning_rate, section.warmup_steps
     decay_steps = max(max_steps - warmup_steps, 1)
     after = {
-        "constant": lambda: optax.constant_schedule(learning_rate),
-        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, decay_steps),
-        "linear": lambda: optax.linear_schedule(learning_rate, 0.0, decay_steps),
-    }[kind]()
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, decay_steps),
+    }[section.schedule]()
     if warmup_steps == 0:
         return after
     # The first update already moves: step 0 uses 1/warmup of the peak, not 0.
-    warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-def make_optimizer(
-    schedule,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    max_grad_norm: float,
-) -> optax.GradientTransformation:
+def build_optimizer(section: Optimizer, max_steps: int) -> optax.GradientTransformation:
     """Clip by global norm (0 is off), then AdamW; norms and biases are not decayed."""
-    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
+    norm = section.max_grad_norm
+    clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
     adamw = optax.adamw(
-        schedule, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=_is_matrix
+        build_schedule(section, max_steps),
+        b1=section.beta1,
+        b2=section.beta2,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        mask=_is_matrix,
     )
     return optax.chain(clip, adamw)
 

@@ -8,15 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from distill.base.sharding import (
-    SAMPLER_RULES,
-    param_shardings,
-)
+from distill.base.sharding import SAMPLER_RULES, param_shardings
 from distill.build import servers as build_vllm
-from distill.build.data import (
-    Vocabulary,
-)
-from distill.config.schema import KNOWN_BACKENDS, Config
+from distill.build.data import Vocabulary
+from distill.config.schema import KNOWN_BACKENDS, Config, GenerateStrategy, Policy
 from distill.models.model import Model
 from distill.rollout.base import BackendParts, RolloutBackend, get_backend
 from distill.rollout.in_process import JaxBackend
@@ -24,8 +19,7 @@ from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 
 
-def build_sampling_params(config: Config) -> SamplingParams:
-    strategy = config.distillation.generate_strategy
+def build_sampling_params(strategy: GenerateStrategy) -> SamplingParams:
     return SamplingParams(
         max_length=strategy.max_length,
         greedy=strategy.decoding_method == "greedy",
@@ -36,21 +30,21 @@ def build_sampling_params(config: Config) -> SamplingParams:
     )
 
 
-def engine_sizes(config: Config) -> EngineConfig:
-    generation = config.policy.generation
+def engine_sizes(policy: Policy) -> EngineConfig:
+    generation = policy.generation
     return EngineConfig(
-        max_length=config.policy.max_total_sequence_length,
+        max_length=policy.max_total_sequence_length,
         num_slots=generation.num_slots,
         cache_memory=generation.cache_memory * 1e9,
         int8=generation.cache_dtype == "int8",
     )
 
 
-def build_engine(config: Config, graph: nnx.GraphDef, vocabulary: Vocabulary) -> Engine:
-    """What samples from a model: rollouts, held-out answers, fixed data."""
+def build_engine(policy: Policy, graph: nnx.GraphDef, vocabulary: Vocabulary) -> Engine:
+    """What samples from a model: rollouts, responses to held-out prompts, fixed data."""
     return Engine(
         graph,
-        engine_sizes(config),
+        engine_sizes(policy),
         eos_ids=vocabulary.end_ids,
         pad_id=vocabulary.tokenizer.pad_token_id,
         vocab_size=vocabulary.size,
@@ -67,7 +61,7 @@ def build_backend(
     student_folder: Path,
     workdir: Path,
 ) -> RolloutBackend:
-    """What samples the student's answers.
+    """What samples the student's responses.
 
     Args:
       student: its graph, and parameters or their shapes on the mesh.
@@ -77,21 +71,22 @@ def build_backend(
       workdir: the run's.
     """
     # With lambda_=0 nothing is sampled: no server is asked for anything.
-    if config.policy.generation.backend == "vllm" and config.distillation.lambda_ > 0:
-        params = build_sampling_params(config)
+    policy = config.policy
+    if policy.generation.backend == "vllm" and config.distillation.lambda_ > 0:
+        params = build_sampling_params(config.distillation.generate_strategy)
         folders = dict(student_folder=student_folder, workdir=workdir)
         return build_vllm.build_backend(config.policy, student, params, vocabulary, mesh, **folders)
 
     def build_in_process() -> JaxBackend:
         return JaxBackend(
-            build_engine(config, student.graph, vocabulary),
-            dtype=jnp.dtype(config.policy.precision),
+            build_engine(policy, student.graph, vocabulary),
+            dtype=jnp.dtype(policy.precision),
             shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
             mesh=sampler_mesh,
-            keep_cache=not config.policy.generation.colocated.enabled,
+            keep_cache=not policy.generation.colocated.enabled,
         )
 
-    if config.policy.generation.backend in KNOWN_BACKENDS:
+    if policy.generation.backend in KNOWN_BACKENDS:
         return build_in_process()
     parts = BackendParts(
         graph=student.graph,
@@ -102,4 +97,4 @@ def build_backend(
         workdir=workdir,
         build_in_process=build_in_process,
     )
-    return get_backend(config.policy.generation.backend)(parts)
+    return get_backend(policy.generation.backend)(parts)

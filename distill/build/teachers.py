@@ -25,7 +25,7 @@ from distill.base.sharding import (
 )
 from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
-from distill.build.models import abstract_model, build_model, frozen_options, teacher_dtype
+from distill.build.models import abstract_model, build_model, frozen_options
 from distill.config.schema import Config
 from distill.data.prompts import Prompts
 from distill.kernels.linear_divergence import per_token_divergences
@@ -75,7 +75,7 @@ def build_teacher(
 def teacher_options(config: Config) -> dict[str, Any]:
     """Of `abstract_model`."""
     rules = SPREAD_RULES if config.teacher.split_over_data else RULES
-    return frozen_options(config, teacher_dtype(config)) | dict(rules=rules)
+    return frozen_options(config.policy, config.teacher.dtype) | dict(rules=rules)
 
 
 def abstract_teacher(config: Config, model_config: ModelConfig, mesh) -> Model:

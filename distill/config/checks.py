@@ -154,26 +154,12 @@ def _check_servers(section: str, servers: VllmServers) -> None:
 
 
 def _check_models(config: Config) -> None:
-    policy, teacher = config.policy, config.teacher
-    models = [("policy.model_name", policy.model_name, "policy", policy.shape)]
-    if not config.distillation.hard_labels and teacher.backend == "local":
-        path = config.distillation.teacher_model_path
-        models.append(("distillation.teacher_model_path", path, "teacher", teacher.shape))
-    for key, path, section, shape in models:
-        if path:
-            continue
-        if shape.num_layers == 0:
+    paths = {"policy.model_name": config.policy.model_name}
+    if not config.distillation.hard_labels and config.teacher.backend == "local":
+        paths["distillation.teacher_model_path"] = config.distillation.teacher_model_path
+    for key, path in paths.items():
+        if not path:
             raise UserError(
                 f"config key '{key}' is empty: pass a folder with config.json and *.safetensors, "
-                f"a hub id or embedded:NAME, or give {section}.shape to make a model from scratch"
-            )
-        if not policy.tokenizer:
-            raise UserError(
-                f"{section}.shape makes a model from scratch, which needs policy.tokenizer: "
-                "characters:arithmetic, bpe:SIZE, a folder or a hub id"
-            )
-        if shape.model_width % shape.num_heads or shape.num_heads % shape.num_kv_heads:
-            raise UserError(
-                f"{section}.shape: model_width={shape.model_width} must be a multiple of "
-                f"num_heads={shape.num_heads}, and that of num_kv_heads={shape.num_kv_heads}"
+                "a hub id or embedded:NAME"
             )

@@ -75,21 +75,24 @@ def join_processes() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`; never returns."""
+    """Parses the flags and calls `main`, of the command's module; never returns."""
     _define_process_flags()
-    _protect_files()
+    _begin(main)
     app.run(lambda _: _call(main), flags_parser=_parse_flags)
 
 
 def run_with_arguments(main: Callable[[list[str]], None]) -> None:
     """`run` for a command of one process whose `main` takes the arguments that are no flags."""
-    _protect_files()
+    _begin(main)
     app.run(lambda argv: _call(lambda: main(argv[1:])), flags_parser=_parse_flags_among_arguments)
 
 
-def _protect_files() -> None:
+def _begin(main: Callable) -> None:
     # The user's own choice, but for one thing: nobody else may write to what a run leaves.
     os.umask(os.umask(0o077) | 0o002)
+    if not _HELP.isdisjoint(sys.argv[1:]):
+        _print_to_pipe("\n".join(_help_lines(main.__module__)))
+        sys.exit(0)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -100,9 +103,6 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
-    if not _HELP.isdisjoint(argv[1:]):
-        _print_to_pipe("\n".join(_help_lines(argv[0])))
-        sys.exit(0)
     try:
         _check_override_names(argv)
         rest = flags.FLAGS(argv)
@@ -125,12 +125,14 @@ def _print_to_pipe(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
 
 
-def _help_lines(program: str) -> Iterator[str]:
+def _help_lines(module: str) -> Iterator[str]:
     """What --help prints: absl would list the flags of every library, and no key of the config."""
-    yield (sys.modules["__main__"].__doc__ or "").strip()
+    yield (sys.modules[module].__doc__ or "").strip()
     by_module = flags.FLAGS.flags_by_module_dict()
     shared = [flag for flag in by_module.get(__name__, ()) if flag.name not in _PROCESS_FLAGS]
-    yield from _flag_lines("options", [*shared, *by_module.get(program, ())])
+    yield from _flag_lines(
+        "options", [*shared, *by_module.get(sys.argv[0] if module == "__main__" else module, ())]
+    )
     if _PROCESS_FLAGS[0] not in flags.FLAGS:  # nor a config: a command that reads what runs left
         return
     yield from _flag_lines(

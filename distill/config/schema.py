@@ -41,7 +41,7 @@ class GenerateStrategy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation:
-    teacher_model_path: str = _key("", "folder, hub id or embedded:NAME; '' builds teacher.shape")
+    teacher_model_path: str = _key("", "folder, hub id or embedded:NAME")
     lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
     mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
     kl_type: str = _key(
@@ -67,27 +67,6 @@ class Distillation:
     max_skipped_steps: int = _key(
         10, "steps in a row whose loss or gradient may be NaN or infinite, and skipped", low=0
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Size of a model made from scratch (Qwen2 layout); num_layers=0 means none is made."""
-
-    num_layers: int = _key(0, "decoder layers", low=0)
-    model_width: int = _key(64, "width of the residual stream", low=1)
-    num_heads: int = _key(4, "query heads", low=1)
-    num_kv_heads: int = _key(2, "key and value heads", low=1)
-    ffn_width: int = _key(256, "width of the feed-forward layer", low=1)
-    vocab_size: int = _key(0, "embedding rows; 0: as many as the tokenizer has", low=0)
-    tied: bool = _key(True, "share embedding and output head")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrain:
-    """Supervised steps on the fixed data for a model made from scratch, before distillation."""
-
-    steps: int = _key(0, "supervised updates; 0 leaves random weights", low=0)
-    learning_rate: float = _key(1e-3, "peak learning rate of those updates", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,12 +161,7 @@ class DynamicBatching:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    model_name: str = _key("", "folder, hub id or embedded:NAME; '' builds policy.shape")
-    tokenizer: str = _key(
-        "", "for models made from scratch: characters:arithmetic, bpe:SIZE, folder or hub id"
-    )
-    shape: Shape = _section(Shape)
-    pretrain: Pretrain = _section(Pretrain)
+    model_name: str = _key("", "folder, hub id or embedded:NAME")
     max_total_sequence_length: int = _key(2048, "prompt and response tokens at most", low=2)
     precision: str = _key("bfloat16", "compute dtype; master weights: float32", choices=PRECISIONS)
     train_global_batch_size: int = _key(64, "sequences per update, all hosts", low=1)
@@ -221,8 +195,11 @@ class Teacher:
         choices=("none", "host", "layers"),
     )
     split_over_data: bool = _key(False, "split weights over mesh.data too, not only mesh.fsdp")
-    shape: Shape = _section(Shape)
-    pretrain: Pretrain = _section(Pretrain)
+
+    @property
+    def dtype(self) -> str:
+        """What the teacher computes in."""
+        return "bfloat16" if self.precision == "int8" else self.precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,6 @@ from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine
 from distill.sampling.request import Rollout, RolloutRequest
 
-ROLES = ("base", "student", "teacher")
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -252,30 +250,3 @@ def _divergence_sums(
         weights=rows.mask_bt.astype(jnp.float32).reshape(-1),
     )
     return constrain_whole(values_nt.sum(axis=1))
-
-
-def format_table(results: dict[str, dict[str, Any]]) -> str:
-    """The comparison of base, student and teacher as aligned text."""
-    header = ("model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off")
-    metrics = list(dict.fromkeys(n for fields in results.values() for n in fields if "/" in n))
-    rows = [(*header, *metrics)]
-    for role in (role for role in ROLES if role in results):
-        r = results[role]
-        has_accuracy, has_kl = r["accuracy"] is not None, r["forward_kl"] is not None
-        rows.append(
-            (
-                role,
-                f"{r['accuracy']:.1%}" if has_accuracy else "-",
-                f"{r['accuracy_low']:.1%} - {r['accuracy_high']:.1%}" if has_accuracy else "-",
-                f"{r['forward_kl']:.4f}" if has_kl else "-",
-                f"{r['reverse_kl']:.4f}" if has_kl else "-",
-                f"{r['mean_length']:.1f}",
-                f"{r['truncated']:.1%}",
-                *("-" if r.get(name) is None else f"{r[name]:.4g}" for name in metrics),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )

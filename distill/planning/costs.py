@@ -12,7 +12,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from distill.build.models import teacher_dtype
 from distill.config.schema import rows_per_microbatch
 from distill.kernels.attention import MOST_SEGMENTS
 from distill.models.facts import ModelConfig
@@ -151,7 +150,7 @@ def _update_traffic(subject: Subject) -> float:
     per_microbatch += 2 * FLOAT32 * weights / (sizes.fsdp * sizes.tensor)  # gradients are added up
     if subject.teacher is not None:
         quantized = config.teacher.precision == "int8"
-        size = 1 if quantized else jnp.dtype(teacher_dtype(config)).itemsize
+        size = 1 if quantized else jnp.dtype(config.teacher.dtype).itemsize
         per_microbatch += num_weights(subject.teacher) * size / sizes.tensor
     kept = 2 * subject.student.num_layers * subject.student.model_width * compute
     optimizer = OPTIMIZER_PASSES * FLOAT32 * weights / (sizes.fsdp * sizes.tensor)
@@ -206,7 +205,7 @@ def estimated_sent(subject: Subject) -> float:
     passes = 6 if config.policy.activation_checkpointing == "full" else 4
     summed = passes * subject.student.num_layers * subject.student.model_width * compute
     if subject.teacher is not None:
-        size = jnp.dtype(teacher_dtype(config)).itemsize
+        size = jnp.dtype(config.teacher.dtype).itemsize
         gathered += num_weights(subject.teacher) / sizes.tensor * size
         summed += 2 * subject.teacher.num_layers * subject.teacher.model_width * size
     activations = 2 * over_tensor * summed * tokens.total / sizes.parts
@@ -243,7 +242,7 @@ def estimated_temporaries(subject: Subject, platform: str) -> float:
     heads = FLOAT32 + compute
     tables = heads * student.vocab_size * student.model_width / sizes.tensor
     if subject.teacher is not None:
-        size, teacher = jnp.dtype(teacher_dtype(config)).itemsize, subject.teacher
+        size, teacher = jnp.dtype(config.teacher.dtype).itemsize, subject.teacher
         working = _layer_activations(teacher, sizes.tensor) * size * at_once
         at_work.append(working + _layer_copies(teacher, 2 * size, sizes.tensor))
         tables += size * teacher.vocab_size * teacher.model_width / sizes.tensor

@@ -127,7 +127,7 @@ def compile_programs(subject: Subject, topology: Topology) -> Outlook:
     """From the run's programs, compiled for the topology, whose devices the subject fits."""
     devices = topology.devices()
     mesh = build_mesh(subject.config, devices)
-    sampler_mesh = build_sampler_mesh(subject.config, mesh, devices)
+    sampler_mesh = build_sampler_mesh(subject.config.policy.generation, mesh, devices)
     arrays = make_arrays(subject, mesh, sampler_mesh)
     programs = {"update": compile_train_step(subject, arrays, mesh)}
     if subject.samples:

@@ -19,11 +19,11 @@ from distill.build.layout import build_layout
 from distill.build.models import (
     abstract_model,
     abstract_state,
-    build_optimizer,
     on_mesh,
     student_options,
 )
 from distill.build.objective import build_objective
+from distill.build.optimizer import build_optimizer
 from distill.build.sampler import build_sampling_params, engine_sizes
 from distill.build.teachers import abstract_teacher
 from distill.config.schema import Config
@@ -82,8 +82,8 @@ class Program:
 def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arrays:
     """All arrays of a run on meshes that may be described or abstract."""
     config = subject.config
-    student = abstract_model(subject.student, "the student", mesh, **student_options(config))
-    optimizer, _ = build_optimizer(config)
+    student = abstract_model(subject.student, "the student", mesh, **student_options(config.policy))
+    optimizer = build_optimizer(config.policy.optimizer, config.distillation.max_steps)
     teacher = None
     if subject.teacher is not None:
         teacher = abstract_teacher(config, subject.teacher, mesh)
@@ -92,7 +92,7 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
         tokens = costs.count_tokens(subject)
         engine = Engine(
             student.graph,
-            engine_sizes(config),
+            engine_sizes(config.policy),
             eos_ids=(0,),
             pad_id=0,
             vocab_size=subject.vocab_size,
@@ -103,7 +103,7 @@ def make_arrays(subject: Subject, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Array
             cache = engine.abstract_cache(sampler, tokens.rows)
             repeats = config.distillation.generate_strategy.num_generations
             reading = engine.prefill_shape(sampler, tokens.rows, repeats, tokens.prompt)
-    state = abstract_state(config, student, optimizer, mesh)
+    state = abstract_state(student, optimizer, mesh, config.policy.optimizer.offload)
     batch = abstract_batch(config, mesh)
     return Arrays(student, state, teacher, batch, engine, sampler, loop_weights, cache, reading)
 
@@ -119,7 +119,8 @@ def abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
         columns |= {name: np.zeros(known) for name in ("teacher_ids", "teacher_log_probs")}
     prompts = Sequences.of_tokens(np.zeros((rows, length - response)))
     responses = Sequences.of_tokens(np.zeros((rows, response)), **columns)
-    batch = make_batch(prompts.join(responses), layout=build_layout(config, length, mesh), pad_id=0)
+    layout = build_layout(config.policy, length, mesh)
+    batch = make_batch(prompts.join(responses), layout=layout, pad_id=0)
 
     def on_mesh(x: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.ndim))
@@ -137,7 +138,7 @@ def compile_train_step(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
             arrays.student.graph,
             teacher and teacher.graph,
             build_objective(config),
-            build_optimizer(config)[0],
+            build_optimizer(config.policy.optimizer, config.distillation.max_steps),
             vocab_size=subject.vocab_size,
             state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
             importance_clip=config.policy.generation.importance_clip,
@@ -160,7 +161,7 @@ def compile_prefill(arrays: Arrays, mesh: Mesh) -> Program:
 def compile_decode(subject: Subject, arrays: Arrays, mesh: Mesh) -> Program:
     """The sampler's decode loop, at its widest; one call of it."""
     rows = subject.config.policy.train_global_batch_size
-    params = build_sampling_params(subject.config)
+    params = build_sampling_params(subject.config.distillation.generate_strategy)
     with jax.set_mesh(mesh):
         return _compile(
             lambda: arrays.engine.lower_decode(arrays.sampler, rows, params),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.base.errors import UserError
 from distill.base.sharding import mesh_sizes, sampler_mesh_sizes
 from distill.build.devices import split_devices
-from distill.build.scratch import make_missing_models, without_pretraining
 from distill.config.schema import Config, microbatch_values, rows_per_microbatch
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import find_config, read_json
@@ -81,17 +79,12 @@ class Subject:
         return self.samples and not self.config.policy.generation.colocated.enabled
 
 
-def find_subject(config: Config, workdir: Path) -> Subject:
+def find_subject(config: Config) -> Subject:
     """Reads the models' shapes; downloads nothing.
-
-    Args:
-      config: as a run would take it.
-      workdir: for models made from scratch, which are made, with random weights.
 
     Raises:
       UserError: the shape of a model is unknown here.
     """
-    config = make_missing_models(without_pretraining(config), workdir, supervise=None)
     student = _find(config.policy.model_name)
     teacher = None
     if not config.distillation.hard_labels and config.teacher.backend == "local":
@@ -133,7 +126,7 @@ def fit_to_devices(subject: Subject, count: int) -> Subject:
       UserError: the mesh does not match the number of devices, or does not divide the models.
     """
     config = subject.config
-    trainers, samplers = split_devices(config, range(count))
+    trainers, samplers = split_devices(config.policy.generation, range(count))
     sizes = MeshSizes(
         *mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, len(trainers))
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.base.errors import printable
 from distill.data import gsm8k, math_cl
-from distill.evaluation.evaluator import format_table
+from distill.evaluation.table import format_table
 from distill.models.checkpoints.hub import EMBEDDED, is_hub_id
 
 _HUB_DATASETS = {"gsm8k": gsm8k.HUB_ID, "math_cl": math_cl.HUB_ID}

@@ -7,15 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from step_test import make_rows, padded
-from tiny_runs import tiny_config
+from tiny_runs import random_model, tiny_config
 
-from distill.build.data import build_vocabulary
-from distill.build.devices import build_mesh, put_batch
-from distill.build.models import build_optimizer, build_state, find_models
-from distill.build.objective import build_objective
-from distill.build.sampler import build_backend
-from distill.build.scratch import make_missing_models
-from distill.build.teachers import build_teacher
+from distill.build.devices import put_batch
+from distill.build.session import open_session
 from distill.config.parse import parse_config
 from distill.models.model import Model
 from distill.sampling.choice import SamplingParams
@@ -54,34 +49,26 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["as student", "spread"])
-def run(tmp_path_factory, request) -> Run:
+def run(request) -> Run:
     config = tiny_config()
-    config.policy.shape.vocab_size = 24  # as many rows as the teacher has, which 2 divides
+    # As many rows as the teacher has, which 2 divides.
+    config.policy.model_name = random_model(model_width=16, vocab_size=24)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
     config.teacher.split_over_data = request.param
-    workdir = tmp_path_factory.mktemp("sharding")
-    config = make_missing_models(parse_config(config), workdir, supervise=None)
-    mesh = build_mesh(config)
-    with jax.set_mesh(mesh):
-        folder, teacher_folder = find_models(config)
-        vocabulary = build_vocabulary(folder, teacher_folder)
-        optimizer, _ = build_optimizer(config)
-        graph, state = build_state(config, folder, optimizer, mesh)
-        teacher = build_teacher(config, teacher_folder, mesh)
+    with open_session(parse_config(config)) as session:
+        state, teacher = session.load_state(), session.load_teacher()
         step = make_train_step(
-            graph,
+            session.student.graph,
             teacher.graph,
-            build_objective(config),
-            optimizer,
-            vocab_size=vocabulary.size,
+            session.objective,
+            session.optimizer,
+            vocab_size=session.vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        batch = put_batch(mesh, make_rows().batch(padded(1)))
+        batch = put_batch(session.mesh, make_rows().batch(padded(1)))
         compiled = step.lower(state, teacher.params, batch).compile()
-        student = Model(graph, state.params)
-        folders = dict(student_folder=folder, workdir=None)
-        backend = build_backend(config, student, vocabulary, mesh, mesh, **folders)
-    return Run(config, mesh, vocabulary, teacher, state, compiled, backend)
+        backend = session.backend
+    return Run(session.config, session.mesh, session.vocabulary, teacher, state, compiled, backend)
 
 
 def test_student_and_optimizer_are_split_over_fsdp_and_tensor(run):

@@ -15,11 +15,8 @@ from tiny_runs import read_metrics, tiny_config, with_models
 import distill
 from distill.base.errors import UserError
 from distill.base.sharding import HOST_MEMORY, check_host_memory, make_mesh, param_shardings
-from distill.build.data import build_dataset, build_prompts, build_vocabulary
-from distill.build.devices import build_mesh, put_batch
-from distill.build.models import build_frozen_model, build_optimizer, build_state, find_models
-from distill.build.objective import build_objective
-from distill.build.teachers import build_teacher
+from distill.build.devices import put_batch
+from distill.build.session import open_session
 from distill.config.parse import parse_config
 from distill.models.quantization import dequantize, quantize
 
@@ -62,10 +59,8 @@ def test_run_with_an_offloaded_optimizer_is_the_same(models, plain, tmp_path):
 
 @pytest.mark.parametrize("offload", ["none", "host", "layers"])
 def test_teacher_is_where_the_config_says(models, offload):
-    config = parse_config(small_config(models, offload=offload))
-    mesh = build_mesh(config)
-    with jax.set_mesh(mesh):
-        teacher = build_teacher(config, find_models(config)[1], mesh)
+    with open_session(parse_config(small_config(models, offload=offload))) as session:
+        teacher = session.load_teacher()
         layers = teacher.params["layers"]
         matrices = {name: layers[name] for name in ("q_proj", "o_proj", "down_proj", "q_bias")}
         assert memory_kinds(matrices) == {"device" if offload == "none" else HOST_MEMORY}
@@ -82,15 +77,10 @@ def test_moments_are_in_host_memory_before_and_after_a_step(models):
 
     config = small_config(models)
     config.policy.optimizer.offload = "host"
-    config = parse_config(config)
-    mesh = build_mesh(config)
-    with jax.set_mesh(mesh):
-        folder, teacher_folder = find_models(config)
-        optimizer, _ = build_optimizer(config)
-        graph, state = build_state(config, folder, optimizer, mesh)
-        teacher = build_teacher(config, teacher_folder, mesh)
+    with open_session(parse_config(config)) as session:
+        state, teacher = session.load_state(), session.load_teacher()
         step = make_train_step(
-            graph, teacher.graph, build_objective(config), optimizer,
+            session.student.graph, teacher.graph, session.objective, session.optimizer,
             vocab_size=17,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )  # fmt: skip
@@ -101,7 +91,7 @@ def test_moments_are_in_host_memory_before_and_after_a_step(models):
         assert memory_kinds(large(state)) == {HOST_MEMORY}
         (rows,) = make_rows().batch(padded(1))
         rows = dataclasses.replace(rows, tokens_bt=rows.tokens_bt % 17)
-        batch = put_batch(mesh, (rows,))
+        batch = put_batch(session.mesh, (rows,))
         before = jax.device_get(large(state))
         state, metrics = step(state, teacher.params, batch)
         assert float(metrics["update_norm"]) > 0
@@ -181,14 +171,10 @@ def test_logged_divergence_is_that_of_the_two_teachers(models):
     config = small_config(models, precision="int8")
     config.policy.model_name = "embedded:arithmetic-student"
     config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
-    config = parse_config(config)
-    mesh = build_mesh(config)
-    with jax.set_mesh(mesh):
-        folder, teacher_folder = find_models(config)
-        vocabulary = build_vocabulary(folder, teacher_folder)
-        prompts = build_prompts(config, build_dataset(config), vocabulary.tokenizer)
-        teacher = build_teacher(config, teacher_folder, mesh, prompts, vocabulary.size)
-        full = build_frozen_model(config, teacher_folder, mesh, "bfloat16")
+    with open_session(parse_config(config)) as session:
+        prompts, vocabulary = session.prompts, session.vocabulary
+        teacher = session.load_teacher(compared_on=prompts)
+        full = session.load_frozen(session.teacher_folder, "bfloat16")
         assert isinstance(teacher.params["layers"]["q_proj"].get_value(), qwix.QArray)
         size = config.evaluation.batch_size
         lengths_b = np.array([len(prompt) for prompt in prompts.prompt_tokens[:size]])

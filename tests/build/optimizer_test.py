@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill.build.optimizer import make_optimizer, make_schedule
+from distill.build.optimizer import build_optimizer, build_schedule
+from distill.config.schema import Optimizer
 
 
 @pytest.mark.parametrize(
@@ -16,21 +17,20 @@ from distill.build.optimizer import make_optimizer, make_schedule
     ],
 )
 def test_first_update_moves_and_the_peak_is_reached_after_warmup(kind, expected):
-    schedule = make_schedule(1.0, kind, warmup_steps=4, max_steps=8)
+    schedule = build_schedule(Optimizer(learning_rate=1.0, schedule=kind, warmup_steps=4), 8)
     assert [float(schedule(step)) for step in range(7)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 def test_short_warmup(warmup_steps):
-    schedule = make_schedule(3.0, "constant", warmup_steps, 10)
+    schedule = build_schedule(Optimizer(learning_rate=3.0, warmup_steps=warmup_steps), 10)
     assert [float(schedule(step)) for step in (0, 1, 9)] == [3.0] * 3
 
 
 def make(weight_decay: float, max_grad_norm: float):
-    return make_optimizer(
-        lambda step: 1.0, beta1=0.0, beta2=0.0, eps=1.0, weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-    )  # fmt: skip
+    decays = dict(beta1=0.0, beta2=0.0, eps=1.0, weight_decay=weight_decay)
+    section = Optimizer(learning_rate=1.0, warmup_steps=0, max_grad_norm=max_grad_norm, **decays)
+    return build_optimizer(section, max_steps=10)
 
 
 def test_norms_and_biases_do_not_decay():

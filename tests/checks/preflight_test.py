@@ -15,12 +15,12 @@ from tiny_runs import tiny_config, with_models
 from tokenizers import Regex, normalizers
 
 import distill
-from distill import preflight
 from distill.base.errors import UserError
 from distill.batches import rows as microbatch
 from distill.build import models as build_models
-from distill.build import sampler as build_sampler
-from distill.checks import checks as preflight_checks
+from distill.build import session as build_session
+from distill.checks import layout, numbers, texts
+from distill.checks.run import STATE_CHECKS, TEXT_CHECKS
 from distill.data.tokenizer import load_tokenizer
 from distill.losses import divergences
 from distill.models.model import Model
@@ -28,6 +28,7 @@ from distill.preflight import preflight_alone
 from distill.rollout.in_process import JaxBackend
 
 ROOT = Path(__file__).parents[2]
+CHECKS = [*TEXT_CHECKS, *STATE_CHECKS]
 
 
 def problem_of(config) -> str:
@@ -57,13 +58,13 @@ def config(models):
 def test_healthy_run_passes_every_check(config, lambda_):
     config.distillation.lambda_ = lambda_
     findings = preflight_alone(config)
-    assert [finding.check for finding in findings] == list(preflight_checks.CHECKS)
+    assert [finding.check for finding in findings] == CHECKS
     assert all(finding.problem is None and finding.detail for finding in findings)
 
 
 @pytest.mark.parametrize("data, fsdp", [(2, 4), (1, 8)])
 def test_healthy_sharded_run_passes(config, data, fsdp, monkeypatch):
-    monkeypatch.setattr(preflight_checks, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(layout, "LARGE_BYTES", 1000)
     config.mesh.update(data=data, fsdp=fsdp)
     assert "are split" in next(
         finding.detail for finding in preflight_alone(config) if finding.check == "layout"
@@ -88,7 +89,7 @@ def test_swapped_weights_after_refit(config, monkeypatch):
 @pytest.fixture
 def rounding_sampler(config, monkeypatch):
     """A sampler in bfloat16 beside a trainer in float32."""
-    build_backend = build_sampler.build_backend
+    build_backend = build_session.build_backend
 
     def rounding(config, student, *arguments, **folders):
         model = nnx.merge(student.graph, student.params)
@@ -96,7 +97,7 @@ def rounding_sampler(config, monkeypatch):
         student = Model(nnx.split(model, nnx.Param)[0], student.params)
         return build_backend(config, student, *arguments, **folders)
 
-    monkeypatch.setattr(preflight, "build_backend", rounding)
+    monkeypatch.setattr(build_session, "build_backend", rounding)
     # Trained: the answers of random models are so uniform that rounding hardly shows.
     config.policy.model_name = "embedded:arithmetic-student"
     config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
@@ -107,7 +108,7 @@ def test_sampler_of_another_precision(config, rounding_sampler):
 
 
 def test_accelerators_may_round_products_unless_forbidden(config, rounding_sampler, monkeypatch):
-    monkeypatch.setattr(preflight_checks, "platform", lambda: "gpu")
+    monkeypatch.setattr(numbers, "platform", lambda: "gpu")
     preflight_alone(config)
     with jax.default_matmul_precision("highest"):
         assert "another precision" in problem_of(config)
@@ -180,7 +181,7 @@ def test_template_that_closes_the_prompt(config, models, tmp_path):
     folder = copied(models["student"], tmp_path)
     closing = "{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}"
     config.policy.model_name = with_template(folder, closing)
-    assert "ends an answer before it has begun" in problem_of(config)
+    assert "ends a response before it has begun" in problem_of(config)
 
 
 def test_end_that_the_template_never_produces(config, models, tmp_path):
@@ -191,7 +192,7 @@ def test_end_that_the_template_never_produces(config, models, tmp_path):
     )
     config.policy.model_name = with_template(folder, other_end)
     problem = problem_of(config)
-    assert "closes an answer with '<|pad|>'" in problem and "max_length" in problem
+    assert "closes a response with '<|pad|>'" in problem and "max_length" in problem
 
 
 def test_end_outside_of_the_vocabulary(config, models, tmp_path):
@@ -209,7 +210,7 @@ def test_tokenizer_of_the_same_words_that_cuts_otherwise(config, monkeypatch):
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[0-9]"), "7")
         return tokenizer
 
-    monkeypatch.setattr(preflight_checks, "load_tokenizer", other)  # the teacher's
+    monkeypatch.setattr(texts, "load_tokenizer", other)  # the teacher's
     assert "into other tokens" in problem_of(config)
 
 
@@ -237,10 +238,10 @@ def test_unsharded_copy(config, monkeypatch):
     shardings = build_models.param_shardings
 
     def whole(params, mesh, rules=None):
-        layout = shardings(params, mesh)
-        return jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.P()), layout)
+        replicated = jax.sharding.NamedSharding(mesh, jax.P())
+        return jax.tree.map(lambda _: replicated, shardings(params, mesh))
 
-    monkeypatch.setattr(preflight_checks, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(layout, "LARGE_BYTES", 1000)
     monkeypatch.setattr(build_models, "param_shardings", whole)
     config.mesh.update(data=2, fsdp=4, tensor=1)
     problem = problem_of(config)
@@ -248,12 +249,12 @@ def test_unsharded_copy(config, monkeypatch):
 
 
 def test_too_little_memory(config, monkeypatch):
-    monkeypatch.setattr(preflight_checks, "_device_memory", lambda: 10_000)
+    monkeypatch.setattr(layout, "_device_memory", lambda: 10_000)
     assert "a step needs at least" in problem_of(config)
 
 
 def test_runs_begin_with_it_unless_told_not_to(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight_checks, "_device_memory", lambda: 10_000)
+    monkeypatch.setattr(layout, "_device_memory", lambda: 10_000)
     config.distillation.max_steps = 1
     with pytest.raises(UserError, match="--config.preflight=False"):
         distill.train(config, tmp_path / "checked")
@@ -265,4 +266,4 @@ def test_command_line(models):
     command = [sys.executable, "-m", "distill.preflight", "--config=configs/arithmetic.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert f"preflight: {len(preflight_checks.CHECKS)} checks passed" in result.stdout
+    assert f"preflight: {len(CHECKS)} checks passed" in result.stdout

@@ -13,7 +13,6 @@ from absl.testing import flagsaver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill import main
 from distill.base.errors import UserError
 from distill.config import cli
 from distill.config.parse import default_config, known_keys, parse_config, to_flat_dict
@@ -21,6 +20,7 @@ from distill.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = str(ROOT / "configs/arithmetic.py")
+_CONFIG = cli.define_config_flag()  # of `distill.main`, which defines it when it runs
 OVERRIDES = 2500
 VALUES = [
     "", " ", "=", "''", '"', "\\", "0", "1", "-1", "-0.0", "1.5", "1e999", "-1e999", "1e-999",
@@ -71,7 +71,7 @@ def status_of(arguments: list[str], monkeypatch) -> int:
     saved = flagsaver.save_flag_values()
     try:
         cli._parse_flags(argv)
-        cli._call(lambda: parse_config(cli.required_config(main._CONFIG)))
+        cli._call(lambda: parse_config(cli.required_config(_CONFIG)))
     except SystemExit as end:
         return end.code
     finally:

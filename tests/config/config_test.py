@@ -82,15 +82,11 @@ def test_groups_of_answers_need_on_policy_batches():
         parse_config(config)
 
 
-def test_model_from_scratch_needs_a_tokenizer_and_fitting_heads():
+@pytest.mark.parametrize("key", ["policy.model_name", "distillation.teacher_model_path"])
+def test_models_are_named(key):
     config = valid_config()
-    config.policy.model_name = ""
-    config.policy.shape.num_layers = 2
-    with pytest.raises(UserError, match="needs policy.tokenizer"):
-        parse_config(config)
-    config.policy.tokenizer = "bpe:400"
-    config.policy.shape.num_heads = 3
-    with pytest.raises(UserError, match="multiple"):
+    config.update_from_flattened_dict({key: ""})
+    with pytest.raises(UserError, match=f"'{key}' is empty: pass a folder"):
         parse_config(config)
 
 

@@ -12,7 +12,8 @@ from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
 from distill.data.prompts import tokenize_prompts
 from distill.data.tokenizer import character_tokenizer, vocabulary_size
-from distill.evaluation.evaluator import Evaluator, format_table
+from distill.evaluation.evaluator import Evaluator
+from distill.evaluation.table import format_table
 from distill.models.model import Model
 from distill.models.transformer import Transformer
 from distill.sampling.engine import Engine, EngineConfig

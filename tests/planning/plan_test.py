@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from tiny_models import model_config
-from tiny_runs import tiny_config, with_models
+from tiny_runs import random_model, tiny_config, with_models
 
 import configs.math_cl
 import distill
@@ -25,20 +25,18 @@ from distill.base.errors import UserError
 from distill.base.sharding import bytes_per_device, make_abstract_mesh, make_mesh
 from distill.base.topology import CHIPS, GPUS, SLICES, parse_topology
 from distill.batches.packing import place
-from distill.build.data import build_dataset, build_prompts
-from distill.build.devices import build_mesh
 from distill.build.layout import build_layout
-from distill.build.models import abstract_model, find_models
-from distill.build.teachers import abstract_teacher, build_teacher
+from distill.build.models import abstract_model
+from distill.build.session import Session, open_session
+from distill.build.teachers import abstract_teacher
 from distill.config.parse import parse_config
-from distill.data.tokenizer import load_tokenizer
 from distill.models.checkpoints.load import load_model_config
 from distill.models.published import PUBLISHED
-from distill.plan import plan
 from distill.planning import changes, costs, programs
 from distill.planning.collectives import sent_bytes
 from distill.planning.outlook import estimate
 from distill.planning.programs import compile_train_step, make_arrays
+from distill.planning.run import plan
 from distill.planning.subject import Subject, find_subject, fit_to_devices, working_sizes
 from distill.sampling.slots import Slots
 
@@ -52,8 +50,8 @@ def flagship():
     return configs.math_cl.get_config()
 
 
-def subject_of(config, name, tmp_path) -> Subject:
-    return fit_to_devices(find_subject(parse_config(config), tmp_path), parse_topology(name).count)
+def subject_of(config, name) -> Subject:
+    return fit_to_devices(find_subject(parse_config(config)), parse_topology(name).count)
 
 
 # ----------------------------------------------------------------- against what a run allocates
@@ -61,12 +59,9 @@ def subject_of(config, name, tmp_path) -> Subject:
 
 def with_shapes(config):
     """Models in which weights, moments and activations all weigh something."""
-    for section, width in ((config.policy, 64), (config.teacher, 128)):
-        section.shape.num_layers = 3
-        section.shape.model_width = width
-        section.shape.num_heads = section.shape.num_kv_heads = 2
-        section.shape.ffn_width = 4 * width
-    config.policy.shape.vocab_size = config.teacher.shape.vocab_size = 512
+    sizes = dict(num_layers=3, vocab_size=512)
+    config.policy.model_name = random_model(model_width=64, **sizes)
+    config.distillation.teacher_model_path = random_model(model_width=128, **sizes)
     return config
 
 
@@ -77,7 +72,7 @@ def test_figures_are_what_a_run_allocates(tmp_path, monkeypatch):
     config.data.validation.max_samples = 0
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
     config.policy.train_global_batch_size, config.policy.train_micro_batch_size = 32, 16
-    config.policy.max_total_sequence_length = longest_prompt(config, tmp_path) + 12
+    config.policy.max_total_sequence_length = longest_prompt(config) + 12
     held = watch(monkeypatch)
     distill.train(config, tmp_path / "run")
     outlook = plan(config, "cpu:8")
@@ -105,11 +100,9 @@ def test_figures_are_what_a_run_allocates(tmp_path, monkeypatch):
     assert sum(outlook.compiled["prefill"].sent.values()) == pytest.approx(summed, rel=0.05)
 
 
-def longest_prompt(config, tmp_path) -> int:
+def longest_prompt(config) -> int:
     """As wide as the run will pad prompts: a plan reckons with prompts that fill their room."""
-    parsed = find_subject(parse_config(config), tmp_path).config
-    tokenizer = load_tokenizer(parsed.policy.model_name)
-    return build_prompts(parsed, build_dataset(parsed), tokenizer).prompt_width
+    return Session(parse_config(config)).prompts.prompt_width
 
 
 def watch(monkeypatch) -> dict:
@@ -193,11 +186,10 @@ def test_8_bit_teacher_is_laid_out_as_a_run_loads_it(models, sizes, offload):
     config.teacher.precision, config.teacher.offload = "int8", offload
     config.teacher.split_over_data = offload == "none"
     config = parse_config(config)
-    mesh = build_mesh(config)
-    with jax.set_mesh(mesh):
-        folder = find_models(config)[1]
-        loaded = build_teacher(config, folder, mesh).fetch()
-    planned = abstract_teacher(config, load_model_config(folder)[0], mesh).params
+    with open_session(config) as session:
+        loaded = session.load_teacher().fetch()
+    model = load_model_config(session.teacher_folder)[0]
+    planned = abstract_teacher(config, model, session.mesh).params
     assert jax.tree.structure(planned) == jax.tree.structure(loaded)
     leaves = jax.tree_util.tree_leaves_with_path(loaded)
     assert sum(path[-1].name == "scale" for path, _ in leaves) == 7
@@ -318,7 +310,7 @@ def test_loops_over_rows_of_three_lengths_count_as_full_rows_run_them():
 
     rows, longest = 32, 44
     subject, sent = planned(rows, 8, longest, dynamic=True)
-    layout = build_layout(subject.config, longest, mesh)
+    layout = build_layout(subject.config.policy, longest, mesh)
     assert [(shape.rows, shape.length) for shape in layout.shapes] == [(28, 12), (12, 24), (8, 44)]
     placements = place(np.full(rows, longest), layout)
     expected = {"sent": 0.0, "flops": 0.0}
@@ -360,12 +352,12 @@ def test_published_shapes_have_the_published_number_of_weights(name, weights):
     assert costs.num_weights(config) == pytest.approx(weights, rel=1e-3)
 
 
-def test_operations_are_twice_the_weights_per_token_and_pass(tmp_path):
+def test_operations_are_twice_the_weights_per_token_and_pass():
     """With short rows, where attention counts for nothing."""
     config = flagship()
     config.policy.max_total_sequence_length = 8
     config.distillation.generate_strategy.max_length = 4
-    subject = subject_of(config, "gpu:h100x8", tmp_path)
+    subject = subject_of(config, "gpu:h100x8")
     parts, tokens = costs.flops(subject), costs.count_tokens(subject)
     student, teacher = (
         model.num_layers * costs.layer_weights(model) for model in subject.models.values()
@@ -378,8 +370,8 @@ def test_operations_are_twice_the_weights_per_token_and_pass(tmp_path):
     assert parts["generation"] == pytest.approx(generated, rel=1e-3)
 
 
-def test_phases_are_bound_by_the_slowest_of_three(tmp_path):
-    outlook = estimate(subject_of(flagship(), "gpu:h200x8", tmp_path), parse_topology("gpu:h200x8"))
+def test_phases_are_bound_by_the_slowest_of_three():
+    outlook = estimate(subject_of(flagship(), "gpu:h200x8"), parse_topology("gpu:h200x8"))
     update, generation = outlook.bounds.values()
     parts = costs.flops(outlook.subject)
     assert update == (
@@ -391,8 +383,8 @@ def test_phases_are_bound_by_the_slowest_of_three(tmp_path):
     assert outlook.seconds == update[1] + generation[1]
 
 
-def test_larger_batches_are_planned_where_the_mesh_has_more_parts(tmp_path):
-    subject = subject_of(flagship(), "v5e:16x16", tmp_path)
+def test_larger_batches_are_planned_where_the_mesh_has_more_parts():
+    subject = subject_of(flagship(), "v5e:16x16")
     policy = subject.config.policy
     assert (policy.train_micro_batch_size, policy.train_global_batch_size) == (256, 256)
     assert any("--config.policy.train_global_batch_size=256" in note for note in subject.notes)
@@ -413,12 +405,12 @@ def test_slices_are_of_known_chips_and_grow():
 # ---------------------------------------------------------------- what would help, what is best
 
 
-def test_remedies_really_fit(tmp_path):
+def test_remedies_really_fit():
     """All that the backward pass may keep is too much; less of it, or of other things, is not."""
     config = flagship()
     config.policy.activation_checkpointing = "none"
     topology_ = parse_topology("gpu:h100x4")
-    outlook = estimate(subject_of(config, "gpu:h100x4", tmp_path), topology_)
+    outlook = estimate(subject_of(config, "gpu:h100x4"), topology_)
     assert not outlook.fits
     remedies = changes.find_remedies(outlook)
     assert {"policy.activation_checkpointing": "dots"} in [each.values for each in remedies]
@@ -430,10 +422,10 @@ def test_remedies_really_fit(tmp_path):
             assert f"--config.{key}={value}" in remedy.words
 
 
-def test_when_no_single_change_suffices_several_do(tmp_path, monkeypatch):
+def test_when_no_single_change_suffices_several_do(monkeypatch):
     config = flagship()
     config.policy.activation_checkpointing = "none"
-    outlook = estimate(subject_of(config, "gpu:h100x8", tmp_path), parse_topology("gpu:h100x8"))
+    outlook = estimate(subject_of(config, "gpu:h100x8"), parse_topology("gpu:h100x8"))
     kinds = changes._more_checkpointing, changes._smaller_microbatches, lambda outlook: iter(())
     alone = [each.outlook.memory.peak for kind in kinds for each in kind(outlook)]
     chip = dataclasses.replace(GPUS["h100"], memory=0.95 * min(alone))
@@ -443,10 +435,10 @@ def test_when_no_single_change_suffices_several_do(tmp_path, monkeypatch):
     assert len(remedy.values) == 2 and remedy.outlook.memory.peak <= chip.memory
 
 
-def test_where_compiling_refutes_a_size_the_next_is_tried(tmp_path, monkeypatch):
+def test_where_compiling_refutes_a_size_the_next_is_tried(monkeypatch):
     config = flagship()
     config.policy.activation_checkpointing = "none"
-    outlook = estimate(subject_of(config, "v5e:4x4", tmp_path), parse_topology("v5e:4x4"))
+    outlook = estimate(subject_of(config, "v5e:4x4"), parse_topology("v5e:4x4"))
     monkeypatch.setattr(changes, "_KINDS", (changes._other_meshes, changes._more_devices))
     monkeypatch.setattr(changes, "_fits", lambda outlook, correction: True)
     tried = []
@@ -464,9 +456,9 @@ def test_where_compiling_refutes_a_size_the_next_is_tried(tmp_path, monkeypatch)
     assert devices.words == "--topology=v5e:4x8"
 
 
-def test_sweep_ranks_all_meshes(tmp_path):
+def test_sweep_ranks_all_meshes():
     topology_ = parse_topology("gpu:h200x8")
-    subject = subject_of(flagship(), "gpu:h200x8", tmp_path)
+    subject = subject_of(flagship(), "gpu:h200x8")
     best, tried = changes.sweep(subject, topology_)
     assert len(best) == changes.COMPILED and tried > 10
     assert [each.seconds for each in best] == sorted(each.seconds for each in best)
@@ -547,8 +539,8 @@ def test_a_missing_compiler_is_named(monkeypatch):
         plan(flagship(), "v5p:4x4x4")
 
 
-def test_sizes_that_work_divide_both_models(tmp_path):
-    subject = subject_of(flagship(), "gpu:h200x8", tmp_path)
+def test_sizes_that_work_divide_both_models():
+    subject = subject_of(flagship(), "gpu:h200x8")
     assert working_sizes(subject, "tensor") == [1, 2]  # 12 heads over 2
     assert 512 in working_sizes(subject, "fsdp")  # widths 1536 and 5120
 
@@ -627,16 +619,16 @@ def test_slices_that_do_not_exist_are_refused():
         plan(flagship(), "v5e:3x5")
 
 
-def test_microbatches_of_tokens_are_changed_by_their_own_key(tmp_path):
+def test_microbatches_of_tokens_are_changed_by_their_own_key():
     """Where train_mb_tokens is set, it and not the unused number of rows is raised and lowered."""
     config = flagship()
     config.policy.sequence_packing.train_mb_tokens = 8 * 3072
-    subject = subject_of(config, "v5e:4x4", tmp_path)
+    subject = subject_of(config, "v5e:4x4")
     policy = subject.config.policy
     assert policy.sequence_packing.train_mb_tokens == 16 * 3072
     assert (policy.train_micro_batch_size, policy.train_global_batch_size) == (32, 64)
     assert any("sequence_packing.train_mb_tokens=49152" in note for note in subject.notes)
     config.policy.sequence_packing.train_mb_tokens = 64 * 3072
-    outlook = estimate(subject_of(config, "v5e:4x4", tmp_path), parse_topology("v5e:4x4"))
+    outlook = estimate(subject_of(config, "v5e:4x4"), parse_topology("v5e:4x4"))
     values = [change.values for change in changes._smaller_microbatches(outlook)]
     assert values == [{"policy.sequence_packing.train_mb_tokens": n * 3072} for n in (32, 16)]

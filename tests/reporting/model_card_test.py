@@ -10,7 +10,7 @@ from tiny_runs import tiny_config, with_models
 import distill
 from distill.base.errors import UserError
 from distill.config.parse import parse_config, to_flat_dict
-from distill.evaluation.evaluator import format_table
+from distill.evaluation.table import format_table
 from distill.export import export_checkpoint
 from distill.reporting.model_card import model_card
 

@@ -1,7 +1,7 @@
-"""A tiny run for several processes: models from scratch, cut over them as the batches are."""
+"""A tiny run for several processes: models are cut over them as the batches are."""
 
 from ml_collections import ConfigDict
-from tiny_runs import tiny_config
+from tiny_runs import random_model, tiny_config
 
 
 def get_config() -> ConfigDict:
@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config.data.validation.max_samples = 9  # not as many for each
     # Of eight devices, the first four have half of fsdp and all of tensor.
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 4, 2
-    config.policy.shape.vocab_size = 24  # the tokenizer's 17 ids could not be cut
-    config.teacher.pretrain.steps = 1
+    # The tokenizer's 17 ids could not be cut.
+    config.policy.model_name = random_model(model_width=16, vocab_size=24)
     config.checkpointing.export_dtype = "float32"
     return config

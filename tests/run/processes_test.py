@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -124,6 +123,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Two:
+    get_config()  # makes the models, which processes that have not joined could not
     return Two(tmp_path_factory.mktemp("processes"))
 
 
@@ -148,7 +148,7 @@ def together(two) -> tuple[Path, list[subprocess.CompletedProcess]]:
 
 @pytest.mark.slow
 def test_two_processes_make_the_run_of_one(alone, together):
-    """Models from scratch, pretraining, training, evaluation, export; only the first speaks."""
+    """Training, evaluation, export; only the first speaks."""
     workdir, (first, second) = together
     assert_same_run(workdir, alone)
     assert f"student: {workdir / 'student'}" in first.stdout
@@ -159,9 +159,8 @@ def test_two_processes_make_the_run_of_one(alone, together):
 
 
 @pytest.mark.slow
-def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, together, tmp_path):
+def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, tmp_path):
     """Told of the error, process 0 ends at once: it does not wait until a heartbeat is missed."""
-    shutil.copytree(together[0] / "scratch", tmp_path / "scratch")
     first, second = two.start(tmp_path, fault="train:5:error")
     assert statuses([first, second]) == [1, 1], (first, second)
     assert errors(first) == ["process 1: error: RuntimeError: a fault"]
@@ -181,9 +180,8 @@ def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, together
 
 
 @pytest.mark.slow
-def test_killed_process_is_named_by_the_other(two, together, tmp_path):
+def test_killed_process_is_named_by_the_other(two, tmp_path):
     """In one line, before JAX ends the other one with stack traces."""
-    shutil.copytree(together[0] / "scratch", tmp_path / "scratch")
     first, second = two.start(tmp_path, "--heartbeat_timeout=20", fault="train:5:SIGKILL")
     assert statuses([first, second]) == [1, -signal.SIGKILL], (first, second)
     (line,) = errors(first)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
-from tiny_runs import read_metrics, tiny_config, with_models
+from tiny_runs import random_model, read_metrics, tiny_config, with_models
 
 import distill
 from distill import trainer
@@ -164,7 +164,7 @@ def test_a_run_without_a_report_is_finished(models, tmp_path, capsys, monkeypatc
 def test_run_goes_on_with_another_mesh_within_rounding(tmp_path, monkeypatch):
     """From (8, 1, 1) to (2, 2, 2): the order of sums differs, nothing else."""
     config = tiny_config(lambda_=0.5)
-    config.policy.shape.vocab_size = 24
+    config.policy.model_name = random_model(model_width=16, vocab_size=24)
     whole = distill.train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         die_after(5, patch)

@@ -1,0 +1,102 @@
+"""The student of a run or of a checkpoint, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from distill.base import processes
+from distill.base.errors import UserError
+from distill.build.run import build_checkpoints
+from distill.build.session import Session
+from distill.config.parse import check_same_run, to_flat_dict
+from distill.config.schema import BEST_METRICS, RESUMABLE_CHANGES
+from distill.models.checkpoints.export import export_model
+from distill.models.checkpoints.hub import read_json
+from distill.models.checkpoints.load import load_model_config
+from distill.reporting.model_card import model_card
+from distill.run.checkpoint import Checkpoints
+from distill.run.manifest import find_damage
+
+
+def export_student(session: Session, folder: Path, params: nnx.State, card: str) -> None:
+    """Writes the student as a Hugging Face folder, with its card."""
+    source, checkpointing = session.student_folder, session.config.checkpointing
+    model_config, hf_config = load_model_config(source)
+    path = source / "generation_config.json"
+    generation_config = read_json(path) if path.exists() else {}
+    export_model(
+        folder,
+        params,
+        model_config,
+        hf_config,
+        session.vocabulary.tokenizer,
+        jnp.dtype(checkpointing.export_dtype),
+        {**generation_config, "eos_token_id": list(session.vocabulary.end_ids)},
+        max_shard_bytes=checkpointing.export_shard_size * 1e9,
+        card=card,
+    )
+
+
+def export_saved(session: Session, folder: Path, checkpoint: str) -> int:
+    """`export_student` for a checkpoint of the session's run; returns its step.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged, or the config is of another run.
+    """
+    config = session.config
+    checkpoints = build_checkpoints(config, session.workdir)
+
+    def find() -> int:
+        step = _find_step(checkpoints, checkpoint, config.checkpointing.best_metric)
+        if damage := find_damage(checkpoints.path(step)):
+            raise UserError(
+                f"the checkpoint {checkpoints.path(step)} is damaged ({damage}): put back a copy "
+                "of it, or pass another --checkpoint"
+            )
+        return step
+
+    step = processes.from_first(find)
+    record = checkpoints.record(step)
+    check_same_run(record["config"], to_flat_dict(config), RESUMABLE_CHANGES)
+    state = checkpoints.restore(step, session.state_shapes)
+    card = model_card(record["config"], _results_at(step, record), step)
+    export_student(session, folder, state.params, card)
+    return step
+
+
+def _results_at(step: int, record: dict[str, Any]) -> dict[str, Any]:
+    """Evaluations that a checkpoint holds, but not that of an earlier student."""
+    results = record["results"]
+    if record["evaluated"] == step:
+        return results
+    return {role: result for role, result in results.items() if role != "student"}
+
+
+def _find_step(checkpoints: Checkpoints, checkpoint: str, best_metric: str) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(
+            f"there is no checkpoint in {checkpoints.folder}: pass the --workdir of a run that has "
+            "saved one (distillation.save_steps)"
+        )
+    if checkpoint == "best":
+        if not best_metric:
+            raise UserError(
+                f"--checkpoint=best needs to know by what: pass --config.checkpointing.best_metric="
+                f"{'|'.join(BEST_METRICS)}, or --checkpoint={steps[-1]}"
+            )
+        step = checkpoints.best()
+        if step is None:
+            raise UserError(
+                f"no checkpoint was made at a step with {best_metric}: pass --checkpoint=STEP, one "
+                f"of {', '.join(map(str, steps))}"
+            )
+        return step
+    if not checkpoint.isdecimal() or int(checkpoint) not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"--checkpoint={checkpoint} is not there: pass best, or one of {there}")
+    return int(checkpoint)

@@ -1,0 +1,248 @@
+"""One session: what a command sets up of a config, each part built when it is first asked for.
+
+    with open_session(config, workdir) as session:
+        session.evaluator(session.load_student(precision), session.load_teacher())
+
+Properties are built once and kept. What `load_...` returns is large and belongs to the caller, but
+for the teacher, which the session keeps too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from distill.base.sharding import batch_parts, check_host_memory
+from distill.base.status import busy
+from distill.build.data import Vocabulary, build_dataset, build_validation, build_vocabulary
+from distill.build.devices import build_mesh, build_sampler_mesh, make_put
+from distill.build.models import (
+    abstract_model,
+    abstract_state,
+    build_frozen_model,
+    build_model,
+    first_state,
+    student_options,
+)
+from distill.build.objective import build_objective
+from distill.build.optimizer import build_optimizer
+from distill.build.plugins import import_plugins
+from distill.build.sampler import build_backend, build_engine
+from distill.build.servers import build_remote_teacher
+from distill.build.teachers import build_teacher
+from distill.config.schema import Config
+from distill.data.base import DatasetInterface
+from distill.data.prompts import Prompts, tokenize_prompts
+from distill.evaluation.evaluator import Evaluator
+from distill.evaluation.recorder import MOST_ANSWERS, RolloutRecorder
+from distill.losses.objective import Objective
+from distill.models.checkpoints.hub import resolve_model
+from distill.models.checkpoints.load import load_model_config
+from distill.models.model import Model
+from distill.rollout.base import RolloutBackend
+from distill.sampling.engine import Engine
+from distill.step import TrainState
+from distill.teachers.server import ServerTeacher
+
+
+@contextlib.contextmanager
+def open_session(config: Config, workdir: Path | None = None) -> Iterator[Session]:
+    """A session on the devices that are here; whatever it has begun ends with the block.
+
+    Raises:
+      UserError: a plugin cannot be imported, or batches cannot be split over the devices.
+    """
+    import_plugins(config)
+    session = Session(config, workdir)
+    with jax.set_mesh(session.mesh), session.cleanup:
+        yield session
+
+
+class Session:
+    """Parts of a config that several commands need.
+
+    Attributes:
+      config: whose parts they are.
+      workdir: the run's folder; None for a command that needs none.
+      cleanup: what ends with the session.
+      teacher: as loaded last; None before, and where it is not on the mesh.
+    """
+
+    def __init__(self, config: Config, workdir: Path | None = None):
+        self.config, self.workdir = config, workdir
+        self.cleanup = contextlib.ExitStack()
+        self.teacher: Model | None = None
+
+    # ------------------------------------------------------------------------------- devices
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The trainer's."""
+        return build_mesh(self.config)
+
+    @functools.cached_property
+    def sampler_mesh(self) -> Mesh:
+        """Where the jax backend samples."""
+        return build_sampler_mesh(self.config.policy.generation, self.mesh)
+
+    # ---------------------------------------------------------------------------------- data
+
+    @functools.cached_property
+    def student_folder(self) -> Path:
+        return resolve_model(self.config.policy.model_name)
+
+    @functools.cached_property
+    def teacher_folder(self) -> Path | None:
+        """None for hard labels, and where nothing of the teacher is here."""
+        distillation = self.config.distillation
+        if distillation.hard_labels or not distillation.teacher_model_path:
+            return None
+        return resolve_model(distillation.teacher_model_path)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        return build_vocabulary(self.student_folder, self.teacher_folder)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the student is sampled from; otherwise all batches are fixed data."""
+        return self.config.distillation.lambda_ > 0
+
+    @functools.cached_property
+    def dataset(self) -> DatasetInterface:
+        return build_dataset(self.config.data, self.config.seed)
+
+    @functools.cached_property
+    def prompts(self) -> Prompts:
+        """What is trained on."""
+        return self.tokenize(self.dataset, needs_responses=self.config.distillation.lambda_ < 1)
+
+    def tokenize(self, dataset: DatasetInterface, *, needs_responses: bool = False) -> Prompts:
+        """Prompts that leave room for a response of full length."""
+        data, max_length = self.config.data, self.config.distillation.generate_strategy.max_length
+        return tokenize_prompts(
+            dataset,
+            self.vocabulary.tokenizer,
+            max_prompt_length=self.config.policy.max_total_sequence_length - max_length,
+            max_response_length=max_length,
+            needs_responses=needs_responses,
+            system_prompt=data.system_prompt,
+            prompt_template=data.prompt_template,
+        )
+
+    # -------------------------------------------------------------------------------- models
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        return build_objective(self.config)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return build_optimizer(self.config.policy.optimizer, self.config.distillation.max_steps)
+
+    @functools.cached_property
+    def student(self) -> Model:
+        """The graph, and the shapes of the parameters on the mesh: nothing is loaded."""
+        folder, options = self.student_folder, student_options(self.config.policy)
+        return abstract_model(load_model_config(folder)[0], folder, self.mesh, **options)
+
+    @functools.cached_property
+    def state_shapes(self) -> TrainState:
+        """What a checkpoint is restored to."""
+        offload = self.config.policy.optimizer.offload
+        if offload == "host":
+            check_host_memory(self.mesh, "policy.optimizer.offload")
+        return abstract_state(self.student, self.optimizer, self.mesh, offload)
+
+    def load_state(self) -> TrainState:
+        """The state before the first update."""
+        shapes, options = self.state_shapes, student_options(self.config.policy)
+        with busy("loading the student"):
+            student = build_model(self.student_folder, self.mesh, **options)
+            return first_state(student.params, self.optimizer, shapes)
+
+    def load_frozen(self, folder: Path, precision: str) -> Model:
+        """A model that is not trained, stored in the precision in which it computes."""
+        return build_frozen_model(self.config.policy, folder, self.mesh, precision)
+
+    def load_teacher(self, compared_on: Prompts | None = None) -> Model | None:
+        """The teacher on the mesh, if it is there.
+
+        Args:
+          compared_on: text on which one in 8 bits is compared with itself in bfloat16.
+        """
+        with busy("loading the teacher"):
+            self.teacher = build_teacher(
+                self.config, self.teacher_folder, self.mesh, compared_on, self.vocabulary.size
+            )
+        return self.teacher
+
+    @functools.cached_property
+    def remote_teacher(self) -> ServerTeacher | None:
+        """The teacher behind servers, not yet asked for anything; None for any other."""
+        return build_remote_teacher(self.config, self.vocabulary)
+
+    # -------------------------------------------------------------------------------- sampler
+
+    def build_engine(self, graph) -> Engine:
+        """What samples from a model of this graph."""
+        return build_engine(self.config.policy, graph, self.vocabulary)
+
+    @functools.cached_property
+    def backend(self) -> RolloutBackend:
+        """What samples the student's responses: not started, and stopped with the session."""
+        backend = build_backend(
+            self.config,
+            self.student,
+            self.vocabulary,
+            self.mesh,
+            self.sampler_mesh,
+            student_folder=self.student_folder,
+            workdir=self.workdir,
+        )
+        self.cleanup.callback(backend.stop)
+        return backend
+
+    # ---------------------------------------------------------------------- held-out prompts
+
+    @functools.cached_property
+    def validation(self) -> DatasetInterface | None:
+        """None where data.validation.max_samples is 0: then nothing is evaluated."""
+        return build_validation(self.config.data, self.config.seed)
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        config = self.config
+        strategy = config.distillation.generate_strategy
+        return Evaluator(
+            self.validation,
+            self.tokenize(self.validation),
+            self.vocabulary.tokenizer,
+            max_length=config.evaluation.max_length or strategy.max_length,
+            make_engine=self.build_engine,
+            vocab_size=self.vocabulary.size,
+            batch_size=config.evaluation.batch_size,
+            put=make_put(self.mesh),
+            answer_timeout=config.evaluation.answer_timeout,
+            metrics=config.evaluation.metrics,
+        )
+
+    def build_recorder(self) -> RolloutRecorder:
+        """Writes responses token by token; as many at once as fit in the evaluation."""
+        parts = batch_parts(self.mesh)
+        return RolloutRecorder(
+            self.workdir,
+            self.validation,
+            self.evaluator.prompts,
+            self.vocabulary.tokenizer,
+            objective=self.objective,
+            vocab_size=self.vocabulary.size,
+            batch_size=min(self.config.evaluation.batch_size, -(-MOST_ANSWERS // parts) * parts),
+            put=make_put(self.mesh),
+        )

@@ -1,0 +1,176 @@
+"""Numbers that must agree: one loss computed in several ways, on responses of the sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from distill.batches.packing import Layout
+from distill.batches.rows import Rows, make_batch
+from distill.build.devices import put_batch
+from distill.build.layout import build_layout
+from distill.build.sampler import build_sampling_params
+from distill.build.session import Session
+from distill.checks.problem import Problem
+from distill.config.schema import Config
+from distill.data.sequences import Sequences
+from distill.kernels.platform import platform
+from distill.losses.objective import make_objective
+from distill.sampling.request import RolloutRequest
+from distill.step import TrainState, make_loss
+
+RESPONSE_TOKENS = 16
+# Nats per token, and norm of the gradient, of a student that is its own teacher: rounding.
+ZERO_LOSS, ZERO_GRADIENT = 1e-4, 1e-3
+# Mean nats per token between two exact float32 computations of the same model.
+FLOAT32_GAP = 2e-4
+
+
+def check_numbers(session: Session, state: TrainState) -> str:
+    """The train step's own loss on responses that the sampler has just given.
+
+    With the student as its own teacher, loss and gradient are zero; the log-probabilities that the
+    step computes are the sampler's; what stands behind a row's end changes nothing, and neither
+    does packing.
+    """
+    sequences = _short_sequences(session, state)
+    padded = _laid_out(session, sequences, packed=False)
+    own_teacher = session.objective.divergence is not None
+    loss_fn = make_loss(
+        session.student.graph,
+        session.student.graph if own_teacher else None,
+        session.objective if own_teacher else make_objective("forward", hard_labels=True),
+        vocab_size=session.vocabulary.size,
+    )
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    params = state.params
+    total = jnp.maximum(padded.mask_bt.sum(), 1).astype(jnp.float32)
+
+    def evaluate(rows: Rows):
+        return value_and_grad(params, params if own_teacher else None, rows, total)
+
+    (loss, sums), grads = evaluate(padded)
+    details = []
+    if own_teacher:
+        details.append(_check_zero(float(loss), float(optax.tree.norm(grads))))
+    if session.samples:
+        details.append(_check_gap(session, sums))
+    details.append(_check_padding(sums, evaluate(_stirred(padded))[0][1]))
+    if session.config.policy.sequence_packing.enabled:
+        packed = _laid_out(session, sequences, packed=True)
+        details.append(_check_packing(session, sums, evaluate(packed)[0][1]))
+    return "; ".join(details)
+
+
+def _short_sequences(session: Session, state: TrainState) -> Sequences:
+    """The first prompts with short responses, sampled where any are.
+
+    The sampler is asked for a whole batch, so that it compiles what the run will need anyway.
+    """
+    config = session.config
+    repeats = config.distillation.generate_strategy.num_generations
+    number = config.policy.train_global_batch_size // repeats
+    prompts = session.prompts.sequences(np.arange(number) % len(session.prompts))
+    sequences = prompts.take(np.repeat(np.arange(number), repeats))
+    starts_b = sequences.prompts().lengths_b
+    if session.samples:
+        step = int(state.step)
+        session.backend.refit(state.params, version=step)
+        request = RolloutRequest(
+            tuple(prompts.prompts().split("tokens")),
+            np.arange(number),
+            build_sampling_params(config.distillation.generate_strategy),
+            num_generations=repeats,
+            seed=config.seed,
+            step=step,
+            max_lengths=np.full(len(sequences), RESPONSE_TOKENS, np.int32),
+        )
+        rollout, _ = session.backend.generate(request)
+        sequences = rollout.sequences(sequences)
+    return sequences.first(starts_b + RESPONSE_TOKENS)
+
+
+def _laid_out(session: Session, sequences: Sequences, *, packed: bool) -> Rows:
+    """As many sequences as a microbatch surely holds, in one microbatch on the mesh."""
+    longest = session.prompts.prompt_width + RESPONSE_TOKENS
+    shape = build_layout(session.config.policy, longest, session.mesh).shapes[-1]
+    if not packed:
+        shape = dataclasses.replace(shape, length=longest)
+    batch = make_batch(
+        sequences.take(np.arange(len(sequences))[: shape.rows]),
+        layout=Layout((shape,), packed),
+        pad_id=session.prompts.pad_id,
+    )
+    return jax.tree.map(lambda x: x[0], put_batch(session.mesh, batch)[0])
+
+
+def _stirred(rows: Rows) -> Rows:
+    """The rows with other tokens behind their ends."""
+    t = jnp.arange(rows.tokens_bt.shape[1])
+    behind_bt = t >= rows.lengths_b[:, None]
+    return dataclasses.replace(
+        rows, tokens_bt=jnp.where(behind_bt, rows.tokens_bt[:, :1], rows.tokens_bt)
+    )
+
+
+def _check_zero(loss: float, gradient: float) -> str:
+    if not (abs(loss) <= ZERO_LOSS and gradient <= ZERO_GRADIENT):
+        raise Problem(
+            f"with the student as its own teacher the loss is {loss:.3g} and its gradient "
+            f"{gradient:.3g} instead of 0: distillation.kl_type is no divergence (what is not zero "
+            "for equal distributions is registered with register_loss), or the loss is computed "
+            "wrongly; try distillation.loss_implementation=reference"
+        )
+    return f"own teacher: loss {loss:.1e}, gradient {gradient:.1e}"
+
+
+def _check_gap(session: Session, sums: dict[str, jax.Array]) -> str:
+    generation = session.config.policy.generation
+    gap = float(sums["gap_sum"] / jnp.maximum(sums["sampled_tokens"], 1))
+    exact = (
+        _is_exact(session.config)
+        and generation.backend == "jax"
+        and generation.cache_dtype == "auto"
+    )
+    limit = min(FLOAT32_GAP, generation.max_log_prob_gap) if exact else generation.max_log_prob_gap
+    if not gap <= limit:
+        raise Problem(
+            f"sampler and trainer give the same tokens log-probabilities {gap:.3g} nats apart "
+            f"(at most {limit:g}): the sampler has other weights (a refit that did not arrive), "
+            "computes in another precision, or the trainer looks at other positions"
+        )
+    return f"sampler and trainer {gap:.1e} nats apart"
+
+
+def _is_exact(config: Config) -> bool:
+    """Whether products are of float32: by default, accelerators round their operands."""
+    unrounded = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    return config.policy.precision == "float32" and (platform() == "cpu" or unrounded)
+
+
+def _check_padding(sums: dict[str, jax.Array], other: dict[str, jax.Array]) -> str:
+    ours, theirs = float(sums["student_log_prob"]), float(other["student_log_prob"])
+    if not math.isclose(ours, theirs, rel_tol=1e-5, abs_tol=1e-6):
+        raise Problem(
+            f"what stands behind a row's end changes the mean log-probability from {ours:.6f} to "
+            f"{theirs:.6f}: padding is attended to or trained on"
+        )
+    return "padding has no influence"
+
+
+def _check_packing(
+    session: Session, sums: dict[str, jax.Array], packed: dict[str, jax.Array]
+) -> str:
+    ours, theirs = float(sums["student_log_prob"]), float(packed["student_log_prob"])
+    exact = _is_exact(session.config)
+    if not math.isclose(ours, theirs, rel_tol=1e-4 if exact else 1e-2, abs_tol=1e-5):
+        raise Problem(
+            f"packed rows have a mean log-probability of {theirs:.6f}, padded ones of {ours:.6f}: "
+            "sequences that share a row see each other; set policy.sequence_packing.enabled=False"
+        )
+    return "packed rows are as padded ones"

@@ -1,0 +1,5 @@
+"""How a check says no."""
+
+
+class Problem(Exception):
+    """What a check found wrong: one line with the likely cause and the remedy."""

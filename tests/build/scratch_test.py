@@ -1,0 +1,52 @@
+"""Models of random weights, and their tokenizers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.base.errors import UserError
+from distill.build.scratch import make_random_model, make_tokenizer
+from distill.data.arithmetic import CHARACTERS
+from distill.data.base import get_dataset
+from distill.data.tokenizer import character_tokenizer, load_tokenizer, vocabulary_size
+from distill.models.checkpoints.load import load_model_config
+
+ROOT = Path(__file__).parents[2]
+SIZES = dict(num_layers=1, model_width=16, num_heads=2, num_kv_heads=2, max_positions=8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (dict(vocab_size=5), "vocab_size=5 is smaller than the tokenizer's 17 ids"),
+        (dict(num_heads=3), "--width=16 must be a multiple of --heads=3"),
+        (dict(num_heads=4, num_kv_heads=3), "--kv_heads=3"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        make_random_model(tmp_path / "model", character_tokenizer(CHARACTERS), **(SIZES | sizes))
+    assert not (tmp_path / "model").exists()
+
+
+def test_tokenizers_of_a_size():
+    dataset = get_dataset("arithmetic", "train", max_samples=50)
+    assert 256 < vocabulary_size(make_tokenizer("bpe:300", dataset)) <= 300
+    with pytest.raises(UserError, match="bpe:10: write bpe:SIZE with at least 300"):
+        make_tokenizer("bpe:10", dataset)
+
+
+@pytest.mark.slow
+def test_command_writes_the_model_that_the_config_names(tmp_path):
+    command = [
+        sys.executable, "-m", "distill.scratch", "--config=configs/math_cl.py:smoke",
+        f"--config.policy.model_name={tmp_path / 'student'}", "--tokenizer=bpe:400", "--width=32",
+        "--vocab_size=416",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model, _ = load_model_config(tmp_path / "student")
+    assert (model.vocab_size, model.num_layers, model.model_width) == (416, 2, 32)
+    assert vocabulary_size(load_tokenizer(tmp_path / "student")) <= 400
