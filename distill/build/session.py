@@ -18,6 +18,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from distill.base.compilation import keep_compiled_programs
 from distill.base.sharding import batch_parts, check_host_memory
 from distill.base.status import busy
 from distill.build.data import Vocabulary, build_dataset, build_validation, build_vocabulary
@@ -59,6 +60,7 @@ def open_session(config: Config, workdir: Path | None = None) -> Iterator[Sessio
       UserError: a plugin cannot be imported, or batches cannot be split over the devices.
     """
     import_plugins(config)
+    keep_compiled_programs(config.compilation_cache)
     session = Session(config, workdir)
     with jax.set_mesh(session.mesh), session.cleanup:
         yield session

@@ -299,6 +299,11 @@ class Config:
         (), "modules that are imported first and register the user's own parts"
     )
     preflight: bool = _key(True, "check before the first step that everything agrees")
+    compilation_cache: str = _key(
+        "default",
+        "folder of compiled programs, which later runs load; 'default': in the user's cache folder "
+        "or JAX_COMPILATION_CACHE_DIR; 'off': none",
+    )
     distillation: Distillation = _section(Distillation)
     policy: Policy = _section(Policy)
     teacher: Teacher = _section(Teacher)
@@ -312,6 +317,7 @@ class Config:
 # Keys that may change between a run and its continuation: they do not alter what is computed.
 RESUMABLE_CHANGES = (
     "preflight",
+    "compilation_cache",
     "checkpointing.",
     "logger.",
     "mesh.",
