@@ -32,7 +32,7 @@ from distill.reporting.page import REPORT, write_report
 from distill.run.interrupts import Interrupts
 from distill.run.saver import HeldOut, Saver, find_progress, how_to_go_on
 from distill.run.workdir import claim_workdir
-from distill.run.writers import import_wandb
+from distill.run.writers.weights_and_biases import import_wandb
 from distill.step import make_train_step
 
 

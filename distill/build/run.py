@@ -19,7 +19,10 @@ from distill.data.pipeline import make_train_iterator
 from distill.run.checkpoint import Checkpoints, SaveSchedule
 from distill.run.health import Health
 from distill.run.progress import Progress
-from distill.run.writers import MetricsWriter, NoWriter
+from distill.run.writers import MetricsWriter
+from distill.run.writers.json_lines import JsonLines
+from distill.run.writers.tensorboard import TensorBoard
+from distill.run.writers.weights_and_biases import WeightsAndBiases
 
 
 def build_batches(session: Session, position: Any = None) -> BatchSource:
@@ -75,19 +78,14 @@ def build_progress(session: Session, step: int, record: dict[str, Any]) -> Progr
     """The run's log, from `step` on; `record` is that of its checkpoint, {} at the start."""
     config, dataset = session.config, session.dataset
     logger, distillation = config.logger, config.distillation
-    writer = (
-        MetricsWriter(
-            session.workdir,
-            resume_step=step,
-            resume_size=record.get("log_size", 0),
-            wandb_project=logger.wandb_project if logger.wandb_enabled else None,
-            config=to_flat_dict(config),
-        )
-        if processes.is_first()
-        else NoWriter()
-    )
+    writers = []
+    if processes.is_first():
+        workdir, size = session.workdir, record.get("log_size", 0)
+        writers = [JsonLines(workdir, size), TensorBoard(workdir, step)]
+        if logger.wandb_enabled:
+            writers.append(WeightsAndBiases(workdir, logger.wandb_project, to_flat_dict(config)))
     progress = Progress(
-        writer,
+        MetricsWriter(*writers),
         build_schedule(config.policy.optimizer, distillation.max_steps),
         first_step=step,
         max_steps=distillation.max_steps,

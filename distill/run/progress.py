@@ -15,7 +15,7 @@ from tqdm import tqdm
 from distill.base.errors import RunStopped
 from distill.base.status import busy, shows_bars
 from distill.run.health import Health
-from distill.run.writers import MetricsWriter, NoWriter
+from distill.run.writers import MetricsWriter
 
 
 class _Step(NamedTuple):
@@ -48,7 +48,7 @@ class Progress:
 
     def __init__(
         self,
-        writer: MetricsWriter | NoWriter,
+        writer: MetricsWriter,
         schedule: Callable[[int], Any],
         *,
         first_step: int,

@@ -12,6 +12,9 @@ from distill.config.schema import Warn
 from distill.run.health import Health
 from distill.run.progress import Progress
 from distill.run.writers import MetricsWriter
+from distill.run.writers.json_lines import JsonLines
+from distill.run.writers.tensorboard import TensorBoard
+from distill.run.writers.weights_and_biases import WeightsAndBiases
 
 
 def steps_in(path) -> list[int]:
@@ -21,7 +24,7 @@ def steps_in(path) -> list[int]:
 def test_resume_keeps_what_was_there_when_the_run_was_saved(tmp_path):
     """Lines of that very step that came later, such as its evaluation, come again."""
     path = tmp_path / "metrics.jsonl"
-    writer = MetricsWriter(tmp_path, resume_step=0, resume_size=0)
+    writer = JsonLines(tmp_path, 0)
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step)})
     size = writer.size()
@@ -30,7 +33,7 @@ def test_resume_keeps_what_was_there_when_the_run_was_saved(tmp_path):
     writer.close()
     with path.open("a") as file:
         file.write('{"step": 6, "lo')
-    writer = MetricsWriter(tmp_path, resume_step=3, resume_size=size)
+    writer = JsonLines(tmp_path, size)
     assert writer.size() == size
     writer.write(3, {"eval/student/accuracy": 0.5})
     writer.close()
@@ -39,14 +42,14 @@ def test_resume_keeps_what_was_there_when_the_run_was_saved(tmp_path):
 
 def test_new_run_in_a_folder_without_checkpoint_starts_over(tmp_path):
     for _ in range(2):
-        writer = MetricsWriter(tmp_path, resume_step=0, resume_size=0)
+        writer = JsonLines(tmp_path, 0)
         writer.write(1, {"loss": 1.0})
         writer.close()
     assert steps_in(tmp_path / "metrics.jsonl") == [1]
 
 
 def test_lines_are_json_even_without_numbers(tmp_path):
-    writer = MetricsWriter(tmp_path, resume_step=0, resume_size=0)
+    writer = JsonLines(tmp_path, 0)
     writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 8.0})
     writer.close()
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -56,12 +59,12 @@ def test_lines_are_json_even_without_numbers(tmp_path):
 def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        MetricsWriter(tmp_path, resume_step=0, resume_size=0, wandb_project="p")
+        WeightsAndBiases(tmp_path, "p", {})
 
 
 def make_progress(workdir, logging_steps=2, show_bar=False, **warn) -> Progress:
     return Progress(
-        MetricsWriter(workdir, resume_step=0, resume_size=0),
+        MetricsWriter(JsonLines(workdir, 0), TensorBoard(workdir, 0)),
         lambda step: 0.1 * step,
         first_step=0,
         max_steps=4,

@@ -20,7 +20,8 @@ from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import RolloutRecorder
 from distill.models.checkpoints import export as hf_export
 from distill.rollout.in_process import JaxBackend
-from distill.run import checkpoint, manifest, progress, writers
+from distill.run import checkpoint, manifest, progress
+from distill.run.writers.json_lines import JsonLines
 from distill.sampling.engine import Engine
 
 # name: (owner, attribute, whether the moment is after the call instead of before it)
@@ -33,7 +34,7 @@ POINTS = {
     "generate-prefilled": (Engine, "decode", False),
     "generate-decoded": (Engine, "decode", True),
     "train": (progress.Progress, "end_step", False),
-    "logged": (writers.MetricsWriter, "note", True),
+    "logged": (JsonLines, "note", True),
     "save": (checkpoint.Checkpoints, "save", False),
     "save-started": (checkpoint.Checkpoints, "save", True),
     "save-committed": (checkpoint, "write_manifest", False),
@@ -48,7 +49,7 @@ POINTS = {
     "export-rename": (hf_export, "_replace", False),
     "exported": (trainer, "export_student", True),
     "report": (trainer, "write_report", False),
-    "results": (writers.os, "replace", False),
+    "results": (os, "replace", False),
 }
 
 
