@@ -144,7 +144,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         if teacher and "teacher" not in held_out.results:
             held_out.evaluate("teacher", step, teacher)
         while True:
-            evaluating = step == max_steps or (eval_steps > 0 and step % eval_steps == 0)
+            evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
             # One that a signal prevented or spoilt is made up for when the run goes on.
             if evaluating and held_out.evaluated < step and not interrupts.agree():
                 with saver.saving_on(RunStopped, step=step, state=state):
@@ -152,7 +152,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
             stopping = interrupts.agree_by_first()
             if stopping or (step and saver.is_due(step)):
                 saver.save(step, state, batches.position)
-            if stopping or step == max_steps:
+            if stopping or step >= max_steps:
                 break
             progress.begin_step(step, state)
             with saver.saving_on(RunStopped, UserError, step=step, state=state):

@@ -19,7 +19,6 @@ from distill.models.checkpoints.hub import read_json
 from distill.models.checkpoints.load import load_model_config
 from distill.reporting.model_card import model_card
 from distill.run.checkpoint import Checkpoints
-from distill.run.manifest import find_damage
 
 
 def export_student(session: Session, folder: Path, params: nnx.State, card: str) -> None:
@@ -52,7 +51,7 @@ def export_saved(session: Session, folder: Path, checkpoint: str) -> int:
 
     def find() -> int:
         step = _find_step(checkpoints, checkpoint, config.checkpointing.best_metric)
-        if damage := find_damage(checkpoints.path(step)):
+        if damage := checkpoints.damage(step):
             raise UserError(
                 f"the checkpoint {checkpoints.path(step)} is damaged ({damage}): put back a copy "
                 "of it, or pass another --checkpoint"

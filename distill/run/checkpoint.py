@@ -4,7 +4,7 @@ A checkpoint is a folder named after its step:
 
     state/        the train state: sharded arrays, written by Orbax
     record.json   flat config, position in the data, results, what the log has counted
-    arrays.npz    answers that were sampled ahead
+    arrays.npz    responses that were sampled ahead
     SHA256SUMS    of all of these; `sha256sum -c SHA256SUMS` checks them too
 
 It is written as STEP.partial and renamed when it is whole, checksums included: whenever a run is
@@ -76,9 +76,9 @@ class Checkpoints:
         Raises:
           UserError: the newest is damaged and `on_torn` is 'stop', or all are.
         """
-        torn: list[tuple[int, str]] = []
+        torn = []
         for step in reversed(self.steps()):
-            damage = find_damage(self.path(step))
+            damage = self.damage(step)
             if not damage:
                 break
             torn.append((step, damage))
@@ -86,22 +86,28 @@ class Checkpoints:
                 break
         else:
             step = None
-        if not torn:
-            return step
-        step_torn, damage = torn[0]
-        message = f"the checkpoint {self.path(step_torn)} is damaged ({damage})"
-        if on_torn == "stop":
-            raise UserError(
-                f"{message}; nothing was changed: put back a copy of it, or pass "
+        if torn and (step is None or on_torn == "stop"):
+            newest, damage = torn[0]
+            advice = (
+                "; nothing was changed: put back a copy of it, or pass "
                 "--config.checkpointing.on_torn=previous to go on from the one before"
+                if on_torn == "stop"
+                else ", and so are all others: pass another --workdir"
             )
-        if step is None:
-            raise UserError(f"{message}, and so are all others: pass another --workdir")
-        for step_torn, damage in torn:
-            aside = _set_aside(self.path(step_torn))
-            print(f"WARNING: checkpoint {step_torn} is damaged ({damage}) and set aside as {aside}")
-        print(f"WARNING: going on from checkpoint {step}")
+            raise UserError(f"the checkpoint {self.path(newest)} is damaged ({damage}){advice}")
+        for number, damage in torn:
+            aside = _set_aside(self.path(number))
+            print(f"WARNING: checkpoint {number} is damaged ({damage}) and set aside as {aside}")
+        if torn:
+            print(f"WARNING: going on from checkpoint {step}")
         return step
+
+    def damage(self, step: int) -> str:
+        """What is wrong with a checkpoint; '' if it is whole, and of this step."""
+        if damage := find_damage(self.path(step)):
+            return damage
+        number = self.record(step).get("step", step)
+        return "" if number == step else f"{RECORD} is of step {number}"
 
     def sweep(self) -> None:
         """Removes what a killed run was writing or removing."""
@@ -156,21 +162,23 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Step of the best checkpoint by the metric, the first of equals; None without any."""
-        sign = 1 if BEST_METRICS[self._best_metric] else -1
-        scores = {s: self.record(s)["scores"].get(self._best_metric) for s in self.steps()}
-        scores = {step: sign * score for step, score in scores.items() if score is not None}
-        return max(scores, key=lambda step: (scores[step], -step), default=None)
+        marks = {step: self._mark(self.record(step)["scores"]) for step in self.steps()}
+        marks = {step: mark for step, mark in marks.items() if mark is not None}
+        return max(marks, key=lambda step: (marks[step], -step), default=None)
 
     def is_best(self, scores: dict[str, float | None]) -> bool:
         """Whether a checkpoint with these scores would be better than all that are here."""
-        score = scores.get(self._best_metric)
-        if score is None:
+        mark = self._mark(scores)
+        if mark is None:
             return False
         self._wait()
-        if (best := self.best()) is None:
-            return True
-        old = self.record(best)["scores"][self._best_metric]
-        return score > old if BEST_METRICS[self._best_metric] else score < old
+        best = self.best()
+        return best is None or mark > self._mark(self.record(best)["scores"])
+
+    def _mark(self, scores: dict[str, float | None]) -> float | None:
+        """The metric, so that more is better; None where it was not measured."""
+        score = scores.get(self._best_metric)
+        return score if score is None or BEST_METRICS[self._best_metric] else -score
 
     def close(self) -> None:
         """Waits for the save under way; may be called more than once.

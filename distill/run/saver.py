@@ -87,6 +87,7 @@ class Saver:
         """Starts saving; `position` is where the data go on."""
         arrays, measured = self.batches.sequences_ahead()
         record = dict(
+            step=step,
             config=self.flat_config,
             iterator=position,
             measured_ahead=measured,

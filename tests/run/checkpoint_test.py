@@ -130,6 +130,15 @@ def test_surplus_file_is_a_damage_too(tmp_path):
         checkpoints.latest_intact("stop")
 
 
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(2, make_state(2), {"step": 2, "scores": {}})
+    checkpoints.close()
+    checkpoints.path(2).rename(checkpoints.path(3))
+    with pytest.raises(UserError, match="3 is damaged .record.json is of step 2"):
+        checkpoints.latest_intact("stop")
+
+
 def test_previous_is_used_when_asked_and_nothing_is_deleted(tmp_path, capsys):
     checkpoints = filled(tmp_path)
     path = checkpoints.path(2) / "record.json"
