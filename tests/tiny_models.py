@@ -22,7 +22,7 @@ def model_config(family: str = "qwen2", **changes) -> ModelConfig:
         ffn_width=24,
         tied=True,
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm="head" if family == "qwen3" else None,
         rms_eps=1e-6,
         rope_theta=1e4,
         rope_scaling=None,

@@ -183,12 +183,12 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def layer_sharding(stacked: Sharding) -> Sharding:
-    """Layout of one layer of an array with a leading axis of layers."""
+def inner_sharding(stacked: Sharding, num_axes: int) -> Sharding:
+    """Layout of one entry of an array with so many leading axes, as of layers and experts."""
     if not isinstance(stacked, NamedSharding):
         return stacked
     return NamedSharding(
-        stacked.mesh, PartitionSpec(*stacked.spec[1:]), memory_kind=stacked.memory_kind
+        stacked.mesh, PartitionSpec(*stacked.spec[num_axes:]), memory_kind=stacked.memory_kind
     )
 
 

@@ -91,7 +91,7 @@ def make_random_model(
         ffn_width=4 * model_width,
         tied=True,
         qkv_bias=True,
-        qk_norm=False,
+        qk_norm=None,
         rms_eps=1e-6,
         rope_theta=10_000.0,
         rope_scaling=None,

@@ -10,7 +10,7 @@ kernel of its own, whose result is merged with the tail's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +19,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distill.base.sharding import constrain, in_device_memory
-from distill.kernels.attention import attention
+from distill.kernels.attention import AttentionSpec
+from distill.kernels.attention.blockwise import cap_scores
+from distill.models.attention import Rotation, make_rotations
 from distill.models.cache import KeysAndValues
-from distill.models.transformer import Block, Rotation, Transformer, make_rotation
+from distill.models.transformer import Block, Transformer, scan_layers
 
 # Up to this depth the decode loop's layers are unrolled, with `LoopWeights` made before: XLA for
 # CPUs multiplies no slice without copying it. Beyond, they are scanned over: the time to compile
@@ -61,8 +63,22 @@ class Part(NamedTuple):
 
 # A layer's prefix: in plain arrays, or as attention of q_bkgh to it.
 Prefix = Part | Callable[[jax.Array], Attended]
-# One turn through all layers: (x_b1d, rotation, turn, tail) -> (x_b1d, tail).
-Walk = Callable[[jax.Array, Rotation, jax.Array, Any], tuple[jax.Array, Any]]
+# One step through all layers: (x_b1d, step, tail) -> (x_b1d, tail).
+Walk = Callable[[jax.Array, "Step", Any], tuple[jax.Array, Any]]
+
+
+class Step(NamedTuple):
+    """What all layers know of a decode step.
+
+    Attributes:
+      number: of the step, from 0.
+      lengths_b: tokens of each row's prefix.
+      rotations: of the newest tokens, for the layers of one period.
+    """
+
+    number: jax.Array
+    lengths_b: jax.Array
+    rotations: tuple[Rotation | None, ...]
 
 
 def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -71,18 +87,17 @@ def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, jax.Ar
     Returns:
       hidden_gpd, k_lgkhp, v_lgkph; what stands behind a prompt's end means nothing.
     """
-    batch, length = tokens_gp.shape
-    rotation = make_rotation(model.config, jnp.broadcast_to(jnp.arange(length), (batch, length)))
+    (batch, length), kinds = tokens_gp.shape, model.config.kinds
+    positions_gp = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    rotations = make_rotations(model.config, positions_gp)
     graphdef, stacked = nnx.split(model.layers)
 
-    def layer(x_gpd, layer_state):
-        block = nnx.merge(graphdef, layer_state)
-        q_gpnh, k_gpkh, v_gpkh = block.query_key_value(x_gpd, rotation)
-        attended_gpnh = attention(q_gpnh, k_gpkh, v_gpkh, block.config.attention)
-        x_gpd = block.finish(x_gpd, attended_gpnh)
+    def layer(place, x_gpd, state):
+        block = nnx.merge(graphdef, state)
+        x_gpd, (k_gpkh, v_gpkh) = block(x_gpd, kinds[place], rotations[place])
         return x_gpd, (k_gpkh.transpose(0, 2, 3, 1), v_gpkh.transpose(0, 2, 1, 3))
 
-    x_gpd, (k_lgkhp, v_lgkph) = jax.lax.scan(layer, model.embed(tokens_gp), stacked)
+    x_gpd, (k_lgkhp, v_lgkph) = scan_layers(layer, model.embed(tokens_gp), stacked, len(kinds))
     return model.normalize(x_gpd), k_lgkhp, v_lgkph
 
 
@@ -144,21 +159,31 @@ def make_walk(model: Transformer, weights: LoopWeights, prefix_of: Callable[[Any
       prefix_of: of a layer's number, which may be traced.
     """
     graphdef, stacked = nnx.split(model.layers)
-    num_layers = model.config.num_layers
+    num_layers, kinds = model.config.num_layers, model.config.kinds
     if num_layers <= UNROLLED_LAYERS:
         layers = [
             (nnx.merge(graphdef, state), prefix_of(layer))
             for layer, state in enumerate(weights.layers)
         ]
-        return lambda x_b1d, *step: _walk_unrolled(layers, x_b1d, *step)
 
-    def walk(x_b1d, rotation, turn, tail):
-        def layer(x_b1d, scanned):
-            index, layer_state, layer_tail = scanned
-            block, prefix = nnx.merge(graphdef, layer_state), prefix_of(index)
-            return _decode_layer(block, prefix, x_b1d, rotation, turn, layer_tail)
+        def walk_unrolled(x_b1d, step, tail):
+            new_tail = []
+            for i, (block, prefix) in enumerate(layers):
+                place = i % len(kinds)
+                x_b1d, layer_tail = _decode_layer(block, kinds, place, prefix, x_b1d, step, tail[i])
+                new_tail.append(layer_tail)
+            return x_b1d, new_tail
 
-        return jax.lax.scan(layer, x_b1d, (jnp.arange(num_layers), stacked, tail))
+        return walk_unrolled
+
+    def walk(x_b1d, step, tail):
+        def layer(place, x_b1d, scanned):
+            index, state, layer_tail = scanned
+            block, prefix = nnx.merge(graphdef, state), prefix_of(index)
+            return _decode_layer(block, kinds, place, prefix, x_b1d, step, layer_tail)
+
+        scanned = jnp.arange(num_layers), stacked, tail
+        return scan_layers(layer, x_b1d, scanned, len(kinds))
 
     return walk
 
@@ -176,14 +201,15 @@ def decode_turn(
       turn: number of the turn, from 0.
       tail: keys and values of the turns before.
     """
-    rotation = make_rotation(model.config, (lengths_b + turn)[:, None])
-    x_b1d, tail = walk(model.embed(token_b[:, None]), rotation, turn, tail)
+    rotations = make_rotations(model.config, (lengths_b + turn)[:, None])
+    step = Step(turn, lengths_b, rotations)
+    x_b1d, tail = walk(model.embed(token_b[:, None]), step, tail)
     return model.normalize(x_b1d)[:, 0], tail
 
 
-def attend_part(q_bkgh: jax.Array, part: Part) -> Attended:
+def attend_part(q_bkgh: jax.Array, part: Part, spec: AttentionSpec) -> Attended:
     """Attention to one part; to zeros, of sum 0, where nothing in it is valid."""
-    scores_bkgs = _scores(q_bkgh, part)
+    scores_bkgs = _scores(q_bkgh, part, spec)
     # Finite even where nothing is valid; elsewhere, the sum is at least 1.
     highest_bkg = jnp.maximum(jnp.max(scores_bkgs, axis=-1), jnp.finfo(jnp.float32).min)
     weights_bkgs = jnp.exp(scores_bkgs - highest_bkg[..., None])
@@ -192,28 +218,42 @@ def attend_part(q_bkgh: jax.Array, part: Part) -> Attended:
     return Attended(values_bkgh, highest_bkg + jnp.log(sum_bkg))
 
 
-def _attend_together(q_bkgh: jax.Array, one: Part, other: Part) -> jax.Array:
+def _attend_together(
+    q_bkgh: jax.Array, one: Part, other: Part, spec: AttentionSpec, sinks_n: jax.Array | None
+) -> jax.Array:
     """values_bkgh of both parts under one softmax, in float32."""
-    scores_bkgs = jnp.concatenate([_scores(q_bkgh, one), _scores(q_bkgh, other)], axis=-1)
-    probs_bkgs = jax.nn.softmax(scores_bkgs, axis=-1)
-    size = one.valid_bs.shape[1]
-    return _weighted_sum(probs_bkgs[..., :size], one) + _weighted_sum(probs_bkgs[..., size:], other)
+    scores = [_scores(q_bkgh, one, spec), _scores(q_bkgh, other, spec)]
+    if sinks_n is not None:
+        scores.append(
+            jnp.broadcast_to(_sinks_kg(q_bkgh, sinks_n)[..., None], (*q_bkgh.shape[:3], 1))
+        )
+    probs_bkgs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    first, both = one.valid_bs.shape[1], one.valid_bs.shape[1] + other.valid_bs.shape[1]
+    return _weighted_sum(probs_bkgs[..., :first], one) + _weighted_sum(
+        probs_bkgs[..., first:both], other
+    )
 
 
-def _merge(one: Attended, other: Attended) -> jax.Array:
+def _sinks_kg(q_bkgh: jax.Array, sinks_n: jax.Array) -> jax.Array:
+    return sinks_n.astype(jnp.float32).reshape(q_bkgh.shape[1:3])
+
+
+def _merge(one: Attended, other: Attended, sinks_n: jax.Array | None) -> jax.Array:
     """values_bkgh of the positions of both, of which at least one has any."""
     log_sum_bkg = jnp.logaddexp(one.log_sum_bkg, other.log_sum_bkg)
+    if sinks_n is not None:
+        log_sum_bkg = jnp.logaddexp(log_sum_bkg, _sinks_kg(one.values_bkgh, sinks_n))
     return sum(
         part.values_bkgh * jnp.exp(part.log_sum_bkg - log_sum_bkg)[..., None]
         for part in (one, other)
     )
 
 
-def _scores(q_bkgh: jax.Array, part: Part) -> jax.Array:
+def _scores(q_bkgh: jax.Array, part: Part, spec: AttentionSpec) -> jax.Array:
     scores_bkgs = jnp.einsum(
         "bkgh,bkhs->bkgs", q_bkgh, part.k_bkhs, preferred_element_type=jnp.float32
     )
-    scores_bkgs = scores_bkgs * q_bkgh.shape[-1] ** -0.5
+    scores_bkgs = cap_scores(scores_bkgs * spec.scale, spec.soft_cap)
     return jnp.where(part.valid_bs[:, None, None], scores_bkgs, -jnp.inf)
 
 
@@ -226,31 +266,39 @@ def _weighted_sum(weights_bkgs: jax.Array, part: Part) -> jax.Array:
     )
 
 
-def _walk_unrolled(layers: Iterable, x_b1d, rotation, turn, tail):
-    new_tail = []
-    for (block, prefix), layer_tail in zip(layers, tail, strict=True):
-        x_b1d, layer_tail = _decode_layer(block, prefix, x_b1d, rotation, turn, layer_tail)
-        new_tail.append(layer_tail)
-    return x_b1d, new_tail
-
-
-def _decode_layer(block: Block, prefix: Prefix, x_b1d, rotation, turn, tail):
-    q_b1nh, k_b1kh, v_b1kh = block.query_key_value(x_b1d, rotation)
+def _decode_layer(block: Block, kinds, place: int, prefix: Prefix, x_b1d, step: Step, tail):
+    """One layer of a decode step, whose kind stands at `place` of `kinds`."""
+    spec = kinds[place].attention
+    q_b1nh, k_b1kh, v_b1kh = block.query_key_value(x_b1d, step.rotations[place])
     tail_k_bkht, tail_v_bkth = tail
     tail_k_bkht = jax.lax.dynamic_update_slice_in_dim(
-        tail_k_bkht, k_b1kh.transpose(0, 2, 3, 1), turn, axis=3
+        tail_k_bkht, k_b1kh.transpose(0, 2, 3, 1), step.number, axis=3
     )
     tail_v_bkth = jax.lax.dynamic_update_slice_in_dim(
-        tail_v_bkth, v_b1kh.transpose(0, 2, 1, 3), turn, axis=2
+        tail_v_bkth, v_b1kh.transpose(0, 2, 1, 3), step.number, axis=2
     )
     tail = tail_k_bkht, tail_v_bkth
     batch, num_kv_heads, width, size = tail_k_bkht.shape
     q_bkgh = q_b1nh.reshape(batch, num_kv_heads, -1, width)
-    tail_part = Part(*tail, jnp.broadcast_to(jnp.arange(size) <= turn, (batch, size)))
+    valid_t = jnp.arange(size) <= step.number
+    if spec.window is not None:
+        valid_t &= jnp.arange(size) > step.number - spec.window
+    tail_part = Part(*tail, jnp.broadcast_to(valid_t, (batch, size)))
     if isinstance(prefix, Part):
-        attended_bkgh = _attend_together(q_bkgh, prefix, tail_part)
+        prefix = _in_window(prefix, step, spec)
+        attended_bkgh = _attend_together(q_bkgh, prefix, tail_part, spec, block.sinks_n())
     else:
-        attended_bkgh = _merge(prefix(q_bkgh), attend_part(q_bkgh, tail_part))
+        attended = prefix(q_bkgh), attend_part(q_bkgh, tail_part, spec)
+        attended_bkgh = _merge(*attended, block.sinks_n())
     attended_b1nh = attended_bkgh.astype(q_b1nh.dtype).reshape(q_b1nh.shape)
     attended_b1nh = constrain(attended_b1nh, "batch", "position", "act_heads", None)
     return block.finish(x_b1d, attended_b1nh), tail
+
+
+def _in_window(prefix: Part, step: Step, spec: AttentionSpec) -> Part:
+    """The prefix, of which what the window has left behind is not valid."""
+    if spec.window is None:
+        return prefix
+    first_b = step.lengths_b + step.number - spec.window + 1
+    seen_bs = jnp.arange(prefix.valid_bs.shape[1]) >= first_b[:, None]
+    return prefix._replace(valid_bs=prefix.valid_bs & seen_bs)

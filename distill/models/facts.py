@@ -10,12 +10,8 @@ from typing import Any
 
 from distill.base.errors import UserError
 from distill.kernels.attention import AttentionSpec
-
-ARCHITECTURES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
+from distill.models.families import FAMILIES
+from distill.models.fields import READERS, brief, positive, required, size
 
 # Fields that become part of ModelConfig, read one by one below.
 _READ = frozenset(
@@ -55,9 +51,6 @@ _HARMLESS = frozenset(
     "remove_invalid_values exponential_decay_length_penalty unsloth_fixed unsloth_version".split()
 )
 
-# Read by transformers only when use_sliding_window is true, which _ONLY refuses.
-_HARMLESS_QWEN = frozenset({"sliding_window", "max_window_layers"})
-
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -70,14 +63,45 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding of the first `width` channels of every head."""
+
+    width: int
+    theta: float
+    scaling: RopeScaling | None
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What tells the layers of one decoder apart."""
+
+    attention: AttentionSpec
+    rotary: Rotary | None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and variants of one decoder; hashable, so it can be a static argument of jit.
 
     Attributes:
       tied: the output head is the transposed embedding.
-      qkv_bias: the query, key and value projections have a bias (Qwen2).
-      qk_norm: queries and keys pass an RMSNorm over the head width (Qwen3).
+      qkv_bias: the query, key and value projections have a bias.
+      qk_norm: queries and keys pass an RMSNorm over each 'head', over 'all' heads, or none.
       max_positions: longest sequence the weights were made for, in tokens.
+      pattern: kinds of the layers, repeated over the depth: 'full' attention, 'sliding' attention
+        to `window` tokens, or 'unrotated', full without rotary embedding.
+      sliding_rope_theta: rotary base of sliding layers, which then have no scaling.
+      rotary_fraction: of a head's channels that are rotated.
+      attention_scale: of scores; None: 1 / sqrt(head_width).
+      attention_soft_cap: see `AttentionSpec`.
+      sinks: every layer has a learned score per query head; see `AttentionSpec`.
+      activation: of the feed-forward's gate, as named in `mlp.ACTIVATIONS`.
+      o_bias, mlp_bias: those projections have a bias.
+      norms: each of attention and feed-forward has an RMSNorm 'before', 'after' or 'both'.
+      norm_offset: RMSNorms multiply by their weight plus this.
+      embedding_scale: the embedding's rows are multiplied by this,
+      residual_scale: what a layer adds to the residual stream by this,
+      logit_scale: and logits by this.
     """
 
     family: str
@@ -90,20 +114,50 @@ class ModelConfig:
     ffn_width: int
     tied: bool
     qkv_bias: bool
-    qk_norm: bool
+    qk_norm: str | None
     rms_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_positions: int
+    pattern: tuple[str, ...] = ("full",)
+    window: int | None = None
+    sliding_rope_theta: float | None = None
+    rotary_fraction: float = 1.0
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    sinks: bool = False
+    activation: str = "silu"
+    o_bias: bool = False
+    mlp_bias: bool = False
+    norms: str = "before"
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @property
-    def attention(self) -> AttentionSpec:
-        """What every layer's attention computes."""
-        return AttentionSpec(scale=self.head_width**-0.5)
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Of one period of the pattern, which repeats itself over the depth."""
+        return tuple(self._kind(name) for name in self.pattern)
+
+    def _kind(self, name: str) -> LayerKind:
+        attention = AttentionSpec(
+            scale=self.head_width**-0.5 if self.attention_scale is None else self.attention_scale,
+            window=self.window if name == "sliding" else None,
+            soft_cap=self.attention_soft_cap,
+            sinks=self.sinks,
+        )
+        if name == "unrotated":
+            return LayerKind(attention, None)
+        theta, scaling = self.rope_theta, self.rope_scaling
+        if name == "sliding" and self.sliding_rope_theta is not None:
+            theta, scaling = self.sliding_rope_theta, None
+        width = int(self.head_width * self.rotary_fraction)
+        return LayerKind(attention, Rotary(width, theta, scaling))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str) -> ModelConfig:
-        """Reads a parsed config.json of a Qwen2, Qwen3 or Llama 3 model.
+        """Reads a parsed config.json of a model of one of the families.
 
         Args:
           config: the parsed file; both the `rope_theta`/`rope_scaling` style and the
@@ -115,96 +169,107 @@ class ModelConfig:
             not compute.
         """
         family = _family(config, source)
+        row = FAMILIES[family]
         _check_supported(config, family, source)
-        width, heads = (
-            _size(config, key, source) for key in ("hidden_size", "num_attention_heads")
+        for name in row.required:
+            required(config, name, source)
+        heads, kv_heads = (
+            size(config, name, source) for name in ("num_attention_heads", "num_key_value_heads")
         )
-        kv_heads = _size(config, "num_key_value_heads", source)
         if heads % kv_heads:
             raise UserError(
                 f"{source}: num_attention_heads={heads} is not a multiple of "
                 f"num_key_value_heads={kv_heads}"
             )
         theta, scaling = _rope(config, source)
-        model = cls(
+        facts = dict(
             family=family,
-            vocab_size=_size(config, "vocab_size", source),
-            num_layers=_size(config, "num_hidden_layers", source),
-            model_width=_size(config, "hidden_size", source),
+            vocab_size=size(config, "vocab_size", source),
+            num_layers=size(config, "num_hidden_layers", source),
+            model_width=size(config, "hidden_size", source),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_width=_head_width(config, family, source),
-            ffn_width=_size(config, "intermediate_size", source),
+            head_width=_head_width(config, source),
+            ffn_width=size(config, "intermediate_size", source),
             tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            rms_eps=_positive(config, "rms_norm_eps", source),
+            qkv_bias=False,
+            qk_norm=None,
+            rms_eps=positive(config, "rms_norm_eps", source),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_positions=_size(config, "max_position_embeddings", source),
+            max_positions=size(config, "max_position_embeddings", source),
         )
-        _check_layer_types(config, model.num_layers, source)
-        return model
+        facts |= {name: fact(facts) if callable(fact) else fact for name, fact in row.facts.items()}
+        for name in row.fields:
+            if config.get(name) is not None:
+                fact, read = READERS[name]
+                facts[fact] = read(config, name, source)
+        return _checked(cls(**facts), source)
+
+
+def _checked(model: ModelConfig, source: str) -> ModelConfig:
+    """The model, if its facts fit each other."""
+    if "sliding" in model.pattern and model.window is None:
+        raise UserError(f"{source}: the required field sliding_window is missing")
+    rotated = model.head_width * model.rotary_fraction
+    if rotated % 2:
+        raise UserError(
+            f"{source}: head_dim={model.head_width} must be even, rotary embeddings pair its "
+            f"halves{'' if rotated == model.head_width else f', here of {rotated:g} channels'}"
+        )
+    return model
 
 
 def _family(config: dict[str, Any], source: str) -> str:
     family = config.get("model_type")
-    if family not in ARCHITECTURES:
+    if family not in FAMILIES:
         raise UserError(
-            f"{source}: model_type={family!r} is not supported, only {', '.join(ARCHITECTURES)}; "
+            f"{source}: model_type={family!r} is not supported, only {', '.join(FAMILIES)}; "
             "choose a model of these families (Qwen2.5, Qwen3, Llama 3)"
         )
-    architectures = config.get("architectures")
-    if architectures and list(architectures) != [ARCHITECTURES[family]]:
+    architectures, known = config.get("architectures"), FAMILIES[family].architecture
+    if architectures and list(architectures) != [known]:
         raise UserError(
             f"{source}: architectures={architectures!r} is not supported, "
-            f"model_type {family!r} must be ['{ARCHITECTURES[family]}']"
+            f"model_type {family!r} must be [{known!r}]"
         )
     return family
 
 
 def _check_supported(config: dict[str, Any], family: str, source: str) -> None:
+    row = FAMILIES[family]
     for name, only in _ONLY.items():
         value = config.get(name)
-        if value is not None and value != only:
-            raise UserError(f"{source}: {name}={_brief(value)} is not supported, only {only!r}")
-    known = _READ | _ONLY.keys() | _HARMLESS
-    if family != "llama":
-        known |= _HARMLESS_QWEN
+        if name not in row.fields and value is not None and value != only:
+            raise UserError(f"{source}: {name}={brief(value)} is not supported, only {only!r}")
+    known = {*_READ, *_ONLY, *_HARMLESS, *row.fields, *row.ignored}
     for name, value in config.items():
         if name not in known and value:
             raise UserError(
-                f"{source}: {name}={_brief(value)} is a field unknown for {family} that may change "
+                f"{source}: {name}={brief(value)} is a field unknown for {family} that may change "
                 "what the model computes; remove it from config.json if it does not"
             )
-
-
-def _check_layer_types(config: dict[str, Any], num_layers: int, source: str) -> None:
-    layer_types = config.get("layer_types")
-    if layer_types is not None and layer_types != ["full_attention"] * num_layers:
+    layer_types, num_layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if "layer_types" in row.fields or layer_types is None or type(num_layers) is not int:
+        return
+    if layer_types != ["full_attention"] * num_layers:
         raise UserError(
-            f"{source}: layer_types={_brief(layer_types)} is not supported, "
+            f"{source}: layer_types={brief(layer_types)} is not supported, "
             f"only 'full_attention' in each of the {num_layers} layers"
         )
 
 
-def _head_width(config: dict[str, Any], family: str, source: str) -> int:
-    """`head_dim`, which only Qwen3 requires; the others default to hidden_size / heads."""
-    if config.get("head_dim") is not None or family == "qwen3":
-        head_width = _size(config, "head_dim", source)
-    else:
-        width, heads = config["hidden_size"], config["num_attention_heads"]
-        if width % heads:
-            raise UserError(
-                f"{source}: hidden_size={width} is not a multiple of num_attention_heads={heads}, "
-                "and head_dim is not given"
-            )
-        head_width = width // heads
-    if head_width % 2:
+def _head_width(config: dict[str, Any], source: str) -> int:
+    """`head_dim`, by default hidden_size / heads."""
+    if config.get("head_dim") is not None:
+        return size(config, "head_dim", source)
+    width, heads = size(config, "hidden_size", source), config["num_attention_heads"]
+    if width % heads:
         raise UserError(
-            f"{source}: head_dim={head_width} must be even, rotary embeddings pair its halves"
+            f"{source}: hidden_size={width} is not a multiple of num_attention_heads={heads}, "
+            "and head_dim is not given"
         )
-    return head_width
+    return width // heads
 
 
 def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
@@ -214,12 +279,12 @@ def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | Non
         raise UserError(f"{source}: rope_parameters and rope_scaling are both given; remove one")
     rope = config.get(style) or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{source}: {style}={_brief(rope)} must be an object")
+        raise UserError(f"{source}: {style}={brief(rope)} must be an object")
     where = f"{source}: {style}"
     rope = dict(rope)
-    theta = _positive(rope, "rope_theta", where) if "rope_theta" in rope else None
+    theta = positive(rope, "rope_theta", where) if "rope_theta" in rope else None
     if "rope_theta" in config or theta is None:
-        outer_theta = _positive(config, "rope_theta", source)
+        outer_theta = positive(config, "rope_theta", source)
         if theta not in (None, outer_theta):
             raise UserError(f"{where}: rope_theta={theta} contradicts rope_theta={outer_theta}")
         theta = outer_theta
@@ -229,10 +294,10 @@ def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | Non
     if kind == "default":
         return theta, None
     scaling = RopeScaling(
-        factor=_positive(rope, "factor", where),
-        low_freq_factor=_positive(rope, "low_freq_factor", where),
-        high_freq_factor=_positive(rope, "high_freq_factor", where),
-        original_max_positions=_size(rope, "original_max_position_embeddings", where),
+        factor=positive(rope, "factor", where),
+        low_freq_factor=positive(rope, "low_freq_factor", where),
+        high_freq_factor=positive(rope, "high_freq_factor", where),
+        original_max_positions=size(rope, "original_max_position_embeddings", where),
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise UserError(
@@ -247,7 +312,7 @@ def _check_rope(rope: dict[str, Any], kind: str, where: str) -> None:
         raise UserError(f"{where}: rope_type={kind!r} is not supported, only 'default' or 'llama3'")
     if rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(
-            f"{where}: partial_rotary_factor={_brief(rope['partial_rotary_factor'])} "
+            f"{where}: partial_rotary_factor={brief(rope['partial_rotary_factor'])} "
             "is not supported, only 1"
         )
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -257,31 +322,6 @@ def _check_rope(rope: dict[str, Any], kind: str, where: str) -> None:
     for name, value in rope.items():
         if name not in known and value:
             raise UserError(
-                f"{where}: {name}={_brief(value)} is unknown for rope_type {kind!r}, "
+                f"{where}: {name}={brief(value)} is unknown for rope_type {kind!r}, "
                 f"only {', '.join(sorted(known))}"
             )
-
-
-def _size(config: dict[str, Any], name: str, source: str) -> int:
-    value = _required(config, name, source)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{source}: {name}={_brief(value)} must be a positive integer")
-    return value
-
-
-def _positive(config: dict[str, Any], name: str, source: str) -> float:
-    value = _required(config, name, source)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise UserError(f"{source}: {name}={_brief(value)} must be a positive number")
-    return float(value)
-
-
-def _required(config: dict[str, Any], name: str, source: str) -> Any:
-    if config.get(name) is None:
-        raise UserError(f"{source}: the required field {name} is missing")
-    return config[name]
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -50,7 +50,9 @@ def _channels(config: ModelConfig, name: str) -> tuple[int, ...]:
     if not weight.stacked or len(weight.theirs) < 2:
         return ()
     # The last axis of theirs is what a product sums over.
-    return 0, *(i for i, axis in enumerate(weight.ours, 1) if axis not in weight.theirs[-1])
+    leading = len(weight.stacked)
+    inner = (i for i, axis in enumerate(weight.ours, leading) if axis not in weight.theirs[-1])
+    return *range(leading), *inner
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

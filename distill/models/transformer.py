@@ -1,28 +1,32 @@
-"""The one decoder: Qwen2, Qwen3 and Llama 3 differ only by facts in ModelConfig.
+"""The one decoder: families differ only by facts in ModelConfig.
 
 Shape suffixes, used in the whole project:
   b batch          t query position   s key position     d model width    n query heads
   k kv heads       h head width       f ffn width        v vocabulary     l layers
 
 All layers live in one `Block` whose parameters have a leading 'layers' axis; the forward pass scans
-over it, so compile time does not grow with depth. Parameters keep `param_dtype` (float32 masters)
-and are cast to `dtype` where they are used; norms, rotary embeddings and softmax run in float32.
+over the periods of the layers' pattern, so compile time does not grow with depth. Parameters keep
+`param_dtype` (float32 masters) and are cast to `dtype` where they are used; norms, rotary
+embeddings and softmax run in float32.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from distill.base.sharding import constrain, in_device_memory
-from distill.kernels.attention import RESIDUALS, attention
-from distill.models.facts import ModelConfig
+from distill.kernels.attention import RESIDUALS
+from distill.kernels.attention import attention as attention_kernel
+from distill.models import attention, mlp
+from distill.models.attention import Rotation, make_rotations
+from distill.models.facts import LayerKind, ModelConfig
+from distill.models.primitives import INIT_STD, ParamMaker, normal, project, rms_norm
 from distill.models.quantization import dequantize
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -34,20 +38,9 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     ),
 }
 
-_INIT_STD = 0.02
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Rotation:
-    """Cosines and sines of the rotary angles, float32, one per pair of head channels."""
-
-    cos_bth: jax.Array
-    sin_bth: jax.Array
-
 
 class Block(nnx.Module):
-    """All decoder layers at once: attention and gated feed-forward, each behind an RMSNorm.
+    """All decoder layers at once: attention and feed-forward, each with its norms.
 
     Constructed with stacked parameters; the methods are called on a copy that holds one layer's.
     """
@@ -57,77 +50,64 @@ class Block(nnx.Module):
     ):
         self.config = config
         self.dtype = dtype
-        layers, d, f = config.num_layers, config.model_width, config.ffn_width
-        n, k, h = config.num_heads, config.num_kv_heads, config.head_width
-        # Each layer adds two terms to the residual stream; this keeps its variance from growing.
-        residual_std = _INIT_STD / math.sqrt(2 * layers)
-
-        def normal(std: float, **axes: int) -> nnx.Param:
-            shape = (layers, *axes.values())
-            return _normal(rngs, shape, std, param_dtype, ("layers", *axes))
-
-        def filled(value: float, axis_names: tuple[str | None, ...], *shape: int) -> nnx.Param:
-            full = jnp.full((layers, *shape), value, param_dtype)
-            return nnx.Param(full, logical_axes=("layers", *axis_names))
-
-        self.attention_norm = filled(1.0, (None,), d)
-        self.q_proj = normal(_INIT_STD, embed=d, heads=n, head_width=h)
-        self.k_proj = normal(_INIT_STD, embed=d, kv_heads=k, head_width=h)
-        self.v_proj = normal(_INIT_STD, embed=d, kv_heads=k, head_width=h)
-        self.o_proj = normal(residual_std, heads=n, head_width=h, embed=d)
-        if config.qkv_bias:
-            self.q_bias = filled(0.0, ("heads", "head_width"), n, h)
-            self.k_bias = filled(0.0, ("kv_heads", "head_width"), k, h)
-            self.v_bias = filled(0.0, ("kv_heads", "head_width"), k, h)
-        if config.qk_norm:
-            self.q_norm = filled(1.0, (None,), h)
-            self.k_norm = filled(1.0, (None,), h)
-        self.ffn_norm = filled(1.0, (None,), d)
-        self.gate_proj = normal(_INIT_STD, embed=d, ffn=f)
-        self.up_proj = normal(_INIT_STD, embed=d, ffn=f)
-        self.down_proj = normal(residual_std, ffn=f, embed=d)
+        make = ParamMaker(config.num_layers, param_dtype, rngs)
+        params = attention.parameters(config, make) | mlp.parameters(config, make)
+        for name in _norm_names(config):
+            params[name] = make.filled(1.0 - config.norm_offset, (None,), config.model_width)
+        for name, param in params.items():
+            setattr(self, name, param)
 
     def __call__(
-        self, x_btd: jax.Array, rotation: Rotation, segment_ids_bt: jax.Array | None
-    ) -> jax.Array:
-        """One layer of the training form."""
-        heads = self.query_key_value(x_btd, rotation)
-        return self.finish(x_btd, attention(*heads, self.config.attention, segment_ids_bt))
+        self,
+        x_btd: jax.Array,
+        kind: LayerKind,
+        rotation: Rotation | None,
+        segment_ids_bt: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """One layer over whole rows: the residual stream after it, and its k_btkh and v_btkh."""
+        q_btnh, k_btkh, v_btkh = self.query_key_value(x_btd, rotation)
+        attended_btnh = attention_kernel(
+            q_btnh, k_btkh, v_btkh, kind.attention, segment_ids_bt, self.sinks_n()
+        )
+        return self.finish(x_btd, attended_btnh), (k_btkh, v_btkh)
 
     def query_key_value(
-        self, x_btd: jax.Array, rotation: Rotation
+        self, x_btd: jax.Array, rotation: Rotation | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Normalised, projected and rotated inputs of attention."""
-        x_btd = rms_norm(x_btd, self.attention_norm[...], self.config.rms_eps)
-        q_btnh = _project(x_btd, self._cast(self.q_proj))
-        k_btkh = _project(x_btd, self._cast(self.k_proj))
-        v_btkh = _project(x_btd, self._cast(self.v_proj))
-        if self.config.qkv_bias:
-            q_btnh = q_btnh + self._cast(self.q_bias)
-            k_btkh = k_btkh + self._cast(self.k_bias)
-            v_btkh = v_btkh + self._cast(self.v_bias)
-        if self.config.qk_norm:
-            q_btnh = rms_norm(q_btnh, self.q_norm[...], self.config.rms_eps)
-            k_btkh = rms_norm(k_btkh, self.k_norm[...], self.config.rms_eps)
-        return (
-            constrain(rotate(q_btnh, rotation), "batch", "position", "act_heads", None),
-            constrain(rotate(k_btkh, rotation), "batch", "position", "act_kv_heads", None),
-            constrain(v_btkh, "batch", "position", "act_kv_heads", None),
-        )
+        """Inputs of attention's scores, q_btnh, k_btkh and v_btkh, from the residual stream."""
+        if self.config.norms != "after":
+            x_btd = self.normalize("attention_norm", x_btd)
+        return attention.query_key_value(self, x_btd, rotation)
+
+    def sinks_n(self) -> jax.Array | None:
+        """Scores of the attention's sinks, where it has some."""
+        return self.sinks[...] if self.config.sinks else None
 
     def finish(self, x_btd: jax.Array, attended_btnh: jax.Array) -> jax.Array:
         """Adds the attention output and then the feed-forward output to the residual stream."""
-        x_btd = x_btd + _project(attended_btnh, self._cast(self.o_proj))
-        x_btd = _constrain_residual(x_btd)
-        y_btd = rms_norm(x_btd, self.ffn_norm[...], self.config.rms_eps)
-        gate_btf = _project(y_btd, self._cast(self.gate_proj))
-        up_btf = _project(y_btd, self._cast(self.up_proj))
-        gated_btf = constrain(jax.nn.silu(gate_btf) * up_btf, "batch", "position", "act_ffn")
-        x_btd = x_btd + _project(gated_btf, self._cast(self.down_proj))
-        return _constrain_residual(x_btd)
+        x_btd = self._add(x_btd, attention.output(self, attended_btnh), "attention_out_norm")
+        y_btd = x_btd if self.config.norms == "after" else self.normalize("ffn_norm", x_btd)
+        return self._add(x_btd, mlp.output(self, y_btd), "ffn_out_norm")
 
-    def _cast(self, param: nnx.Param) -> jax.Array:
-        return dequantize(in_device_memory(param.get_value()), self.dtype)
+    def _add(self, x_btd: jax.Array, added_btd: jax.Array, norm: str) -> jax.Array:
+        if self.config.norms != "before":
+            added_btd = self.normalize(norm, added_btd)
+        return constrain_residual(x_btd + _scaled(added_btd, self.config.residual_scale))
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        return project(x, self.weight(name))
+
+    def weight(self, name: str) -> jax.Array:
+        return dequantize(in_device_memory(getattr(self, name).get_value()), self.dtype)
+
+    def normalize(self, name: str, x: jax.Array) -> jax.Array:
+        scale = getattr(self, name)[...]
+        return rms_norm(x, scale, self.config.rms_eps, self.config.norm_offset)
+
+
+def _norm_names(config: ModelConfig) -> list[str]:
+    before, after = ["attention_norm", "ffn_norm"], ["attention_out_norm", "ffn_out_norm"]
+    return {"before": before, "after": after, "both": before + after}[config.norms]
 
 
 class Transformer(nnx.Module):
@@ -160,11 +140,13 @@ class Transformer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         d, v = config.model_width, config.vocab_size
-        self.embedding = _normal(rngs, (v, d), _INIT_STD, param_dtype, ("vocab", "embed"))
+        self.embedding = normal(rngs, (v, d), INIT_STD, param_dtype, ("vocab", "embed"))
         self.layers = Block(config, self.dtype, param_dtype, rngs)
-        self.final_norm = nnx.Param(jnp.ones(d, param_dtype), logical_axes=(None,))
+        self.final_norm = nnx.Param(
+            jnp.full(d, 1.0 - config.norm_offset, param_dtype), logical_axes=(None,)
+        )
         if not config.tied:
-            self.output_head = _normal(rngs, (d, v), _INIT_STD, param_dtype, ("embed", "vocab"))
+            self.output_head = normal(rngs, (d, v), INIT_STD, param_dtype, ("embed", "vocab"))
 
     def __call__(
         self,
@@ -183,16 +165,20 @@ class Transformer(nnx.Module):
         batch, length = tokens_bt.shape
         if positions_bt is None:
             positions_bt = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        rotation = make_rotation(self.config, positions_bt)
+        rotations = make_rotations(self.config, positions_bt)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x_btd, layer_state):
-            return nnx.merge(graphdef, layer_state)(x_btd, rotation, segment_ids_bt), None
+        def layer(place, x_btd, state):
+            def run(x_btd, state):
+                block, kind = nnx.merge(graphdef, state), self.config.kinds[place]
+                return block(x_btd, kind, rotations[place], segment_ids_bt)[0], None
 
-        if self.remat != "none":
-            # Inside scan nothing can be merged across iterations, so no barrier is needed.
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x_btd, _ = jax.lax.scan(layer, self.embed(tokens_bt), stacked)
+            if self.remat != "none":
+                # Inside scan nothing can be merged across iterations, so no barrier is needed.
+                run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            return run(x_btd, state)
+
+        x_btd, _ = scan_layers(layer, self.embed(tokens_bt), stacked, len(self.config.kinds))
         return self.normalize(x_btd)
 
     def head(self) -> jax.Array:
@@ -212,74 +198,63 @@ class Transformer(nnx.Module):
         table_vd = constrain(self.embedding[...], "vocab", None)
         tokens_bt = constrain(tokens_bt, "batch", "position")
         # Cast after the lookup: its gradient adds up many tokens, which bfloat16 would lose.
-        return _constrain_residual(jnp.take(table_vd, tokens_bt, axis=0).astype(self.dtype))
+        x_btd = jnp.take(table_vd, tokens_bt, axis=0).astype(self.dtype)
+        return constrain_residual(_scaled(x_btd, self.config.embedding_scale))
 
     def normalize(self, x_btd: jax.Array) -> jax.Array:
         """Hidden states from the residual stream after the last layer."""
-        return rms_norm(x_btd, self.final_norm[...], self.config.rms_eps)
+        config = self.config
+        hidden_btd = rms_norm(x_btd, self.final_norm[...], config.rms_eps, config.norm_offset)
+        return _scaled(hidden_btd, config.logit_scale)
 
 
-def _project(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x (b, t, inputs...) times w (inputs..., outputs...), as one product of two matrices.
+def scan_layers(
+    layer: Callable[[int, Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, period: int
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over layers of which each `period` are of the same kinds.
 
-    The same as an einsum, but the gradient of w contracts over one merged token axis: with b and t
-    apart, XLA's CPU backend takes three times as long for it.
+    The program holds one period, and the layers that a last, shorter one has: it does not grow with
+    depth.
+
+    Args:
+      layer: of a layer's place in its period, the carry and the layer's part of `stacked`.
+      carry: before the first layer.
+      stacked: arrays with a leading axis of layers.
+      period: number of layers.
+
+    Returns:
+      The carry after the last layer, and the layers' second results, stacked.
     """
-    num_inputs = x.ndim - 2
-    inputs, outputs = w.shape[:num_inputs], w.shape[num_inputs:]
-    product = x.reshape(-1, math.prod(inputs)) @ w.reshape(math.prod(inputs), -1)
-    return product.reshape(*x.shape[:2], *outputs)
+    if period == 1:
+        return jax.lax.scan(functools.partial(layer, 0), carry, stacked)
+    num_layers = len(jax.tree.leaves(stacked)[0])
+    whole = num_layers // period
+
+    def pick(tree, i):
+        return jax.tree.map(lambda x: x[i], tree)
+
+    def walk(carry, stacked, count):
+        stacked, results = in_device_memory(stacked), []
+        for place in range(count):
+            carry, result = layer(place, carry, pick(stacked, place))
+            results.append(result)
+        return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+    periods = jax.tree.map(
+        lambda x: x[: whole * period].reshape(whole, period, *x.shape[1:]), stacked
+    )
+    carry, results = jax.lax.scan(functools.partial(walk, count=period), carry, periods)
+    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+    if rest := num_layers % period:
+        carry, last = walk(carry, pick(stacked, slice(whole * period, None)), rest)
+        results = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, last)
+    return carry, results
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype (1910.07467)."""
-    x_f32 = x.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
-    return (x_f32 * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    """x times a scale that is rounded to its dtype, as the families' own code does it."""
+    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
-def rotate(x_btnh: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotary embedding of queries or keys; channel i is paired with i + h/2 (2104.09864)."""
-    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rotation.cos_bth[:, :, None], rotation.sin_bth[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_btnh.dtype)
-
-
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each channel pair, float32, shape (head_width / 2,).
-
-    Llama 3.1 slows a pair down by `factor` if it turns less than low_freq_factor times in the
-    original context, not at all above high_freq_factor turns, and interpolates linearly between
-    (transformers, modeling_rope_utils._compute_llama3_parameters).
-    """
-    exponents = np.arange(0, config.head_width, 2) / config.head_width
-    frequencies = config.rope_theta**-exponents
-    scaling = config.rope_scaling
-    if scaling is not None:
-        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        keep = np.clip((turns - low) / (high - low), 0, 1)
-        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
-    return frequencies.astype(np.float32)
-
-
-def make_rotation(config: ModelConfig, positions_bt: jax.Array) -> Rotation:
-    """Rotary angles of the given positions."""
-    angles_bth = positions_bt[:, :, None].astype(jnp.float32) * rope_frequencies(config)
-    return Rotation(cos_bth=jnp.cos(angles_bth), sin_bth=jnp.sin(angles_bth))
-
-
-def _normal(
-    rngs: nnx.Rngs,
-    shape: tuple[int, ...],
-    std: float,
-    dtype: jnp.dtype,
-    logical_axes: tuple[str, ...],
-) -> nnx.Param:
-    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value.astype(dtype), logical_axes=logical_axes)
-
-
-def _constrain_residual(x_btd: jax.Array) -> jax.Array:
+def constrain_residual(x_btd: jax.Array) -> jax.Array:
     return constrain(x_btd, "batch", "position", "act_embed")

@@ -8,7 +8,7 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from distill.base.sharding import num_shards, partition_spec
 from distill.kernels import decode_attention
+from distill.kernels.attention import AttentionSpec
 from distill.kernels.decode_attention import Kernel
 from distill.kernels.platform import device_kind, is_old_tpu, platform
 from distill.models.cache import AttentionCache
@@ -25,10 +26,15 @@ from distill.sampling.cache import partition_specs
 IMPLEMENTATIONS = ("xla", "pallas")
 
 
-def resolve_attention(attention: str | Kernel | None, head_width: int) -> str | Kernel:
-    """'xla' or the kernel that will run; ValueError when the one asked for cannot."""
+def resolve_attention(
+    attention: str | Kernel | None, head_width: int, specs: Sequence[AttentionSpec] = ()
+) -> str | Kernel:
+    """'xla' or the kernel that will run; ValueError when the one asked for cannot.
+
+    `specs` are what the layers' attention computes, where it is more than softmax(q k / sqrt(h)) v.
+    """
     if attention is None:
-        return "xla" if _obstacle(head_width) else Kernel()
+        return "xla" if _obstacle(head_width, specs) else Kernel()
     if attention not in IMPLEMENTATIONS and not isinstance(attention, Kernel):
         raise ValueError(
             f"attention={attention!r} is unknown: "
@@ -36,13 +42,18 @@ def resolve_attention(attention: str | Kernel | None, head_width: int) -> str | 
         )
     if attention != "pallas":
         return attention
-    if obstacle := _obstacle(head_width):
+    if obstacle := _obstacle(head_width, specs):
         raise ValueError(f"attention='pallas' {obstacle}; use 'xla', or None")
     return Kernel()
 
 
 def prefix_attention(
-    attention: str | Kernel | None, cache: AttentionCache, lengths_pw: jax.Array, size: int, dtype
+    attention: str | Kernel | None,
+    cache: AttentionCache,
+    lengths_pw: jax.Array,
+    size: int,
+    dtype,
+    specs: Sequence[AttentionSpec] = (),
 ) -> Callable[[Any], Prefix]:
     """Attention of one query per row to the row's first lengths_pw positions, by layer.
 
@@ -52,15 +63,19 @@ def prefix_attention(
       lengths_pw: at most `size`.
       size: static.
       dtype: of queries.
+      specs: see `resolve_attention`.
     """
-    attention = resolve_attention(attention, cache.v_lpcksh.shape[-1])
+    attention = resolve_attention(attention, cache.v_lpcksh.shape[-1], specs)
     if attention == "xla":
         return _xla(cache, lengths_pw, size, dtype)
     return _kernel(attention, cache, lengths_pw)
 
 
-def _obstacle(head_width: int) -> str | None:
+def _obstacle(head_width: int, specs: Sequence[AttentionSpec]) -> str | None:
     """Why the kernel cannot run here."""
+    for spec in specs:  # sinks are added outside of it
+        if spec != AttentionSpec(head_width**-0.5, sinks=spec.sinks):
+            return f"computes no {spec}"
     if platform() != "tpu" or is_old_tpu():
         kind = device_kind() if is_old_tpu() else platform()
         return f"cannot run on {kind}: it needs a TPU from v5e on"

@@ -166,7 +166,8 @@ def decode_rows(
     lengths_b, made_b, limit_b, key_b2 = map(
         merged, (rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2)
     )
-    prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype)
+    specs = [kind.attention for kind in model.config.kinds]
+    prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype, specs)
     walk = make_walk(model, loop_weights, prefix_of)
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
     # Of all steps at once: in the loop they are many small operations, which take longer to start

@@ -54,7 +54,9 @@ class Slots:
         if count > self.count:
             self.count, self.cache = count, None
         if self.cache is None:
-            self.cache = self._make_cache(*self._sizes(weights, parts, self.count))
+            config, *sizes = self._sizes(weights, parts, self.count)
+            self.cache = self._make_cache(config, *sizes)
+            self._specs = [kind.attention for kind in config.kinds]
 
     def release(self) -> None:
         """Frees the cache until the next request."""
@@ -126,7 +128,7 @@ class Slots:
     def _positions_read(self, longest: int) -> int:
         """At most, of a row: a call of the decode loop is compiled for it."""
         head_width = self.cache.v_lpcksh.shape[-1]
-        if resolve_attention(self.facts.attention, head_width) != "xla":
+        if resolve_attention(self.facts.attention, head_width, self._specs) != "xla":
             return self.size  # every row is read to its own end
         return next(size for size in self._buckets if size >= longest)
 

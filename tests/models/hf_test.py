@@ -90,7 +90,12 @@ def rewrite(folder, change):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_key_table_covers_exactly_the_parameters(family, tied):
-    flags = dict(qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tied=tied, family=family)
+    flags = dict(
+        qkv_bias=family == "qwen2",
+        qk_norm="head" if family == "qwen3" else None,
+        tied=tied,
+        family=family,
+    )
     config = ModelConfig(**{**vars(CONFIG), **flags})
     paths = {"/".join(path) for path, _ in nnx.to_flat_state(abstract_params(config))}
     assert key_table(config).keys() == paths

@@ -42,9 +42,10 @@ def checkpoint(tmp_path_factory) -> tuple[Path, int]:
     files: dict[str, dict] = {}
     for weight in key_table(CONFIG).values():
         shape = weight.hf_shape(tuple(SIZES[axis] for axis in weight.ours))
-        for layer, key in enumerate(weight.keys(CONFIG.num_layers)):
+        for index, key in weight.tensors((CONFIG.num_layers,)):
             tensor = random.standard_normal(shape, np.float32)
-            files.setdefault(f"layer-{layer}.safetensors", {})[key] = tensor
+            file = f"layer-{index[0] if index else 0}.safetensors"
+            files.setdefault(file, {})[key] = tensor
     for name, tensors in files.items():
         save_file(tensors, folder / name)
     index = {"weight_map": {key: name for name, tensors in files.items() for key in tensors}}

@@ -112,7 +112,7 @@ def test_published_qwen2_5():
         ffn_width=8960,
         tied=True,
         qkv_bias=True,
-        qk_norm=False,
+        qk_norm=None,
         rms_eps=1e-6,
         rope_theta=1e6,
         rope_scaling=None,

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from tiny_models import model_config
 
+from distill.models.attention import rope_frequencies
 from distill.models.facts import RopeScaling
-from distill.models.transformer import REMAT_POLICIES, Transformer, rope_frequencies
+from distill.models.transformer import REMAT_POLICIES, Transformer
 
 VOCABULARY = 64
 CONFIG = model_config(
@@ -153,9 +154,10 @@ def test_program_does_not_grow_with_depth():
 
 
 def test_llama3_frequencies_have_three_bands():
-    plain = rope_frequencies(CONFIG)
+    plain = rope_frequencies(CONFIG.kinds[0].rotary)
     scaling = RopeScaling(8.0, 1.0, 4.0, original_max_positions=32)
-    scaled = rope_frequencies(dataclasses.replace(CONFIG, rope_scaling=scaling))
+    scaled = dataclasses.replace(CONFIG, rope_scaling=scaling)
+    scaled = rope_frequencies(scaled.kinds[0].rotary)
     ratio = plain / scaled
     assert ratio[0] == 1
     assert 1 < ratio[1] < 8

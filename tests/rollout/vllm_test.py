@@ -73,7 +73,7 @@ STUDENT = model_config(
     head_width=32,
     ffn_width=128,
 )
-QWEN3 = dataclasses.replace(STUDENT, family="qwen3", qkv_bias=False, qk_norm=True)
+QWEN3 = dataclasses.replace(STUDENT, family="qwen3", qkv_bias=False, qk_norm="head")
 
 
 class Server:

@@ -22,7 +22,7 @@ from distill.rollout.vllm.weights import HEAD, ServerExport, WeightsFolder, rehe
 
 VOCAB_SIZE, PADDED = 13, 16
 TIED = model_config(vocab_size=PADDED, head_width=4, max_positions=24)
-UNTIED = dataclasses.replace(TIED, family="qwen3", tied=False, qkv_bias=False, qk_norm=True)
+UNTIED = dataclasses.replace(TIED, family="qwen3", tied=False, qkv_bias=False, qk_norm="head")
 TOKENIZER = character_tokenizer("0123456789+")
 
 

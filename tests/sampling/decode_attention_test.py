@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tpu_compile_test import needs_tpu_compiler, num_kernels, temporary_bytes, tpu_mesh
 
 from distill.base.sharding import SAMPLER_RULES, make_mesh, named_sharding, param_shardings
+from distill.kernels.attention import AttentionSpec
 from distill.kernels.decode_attention import Kernel
 from distill.models.cache import AttentionCache
 from distill.models.decoding import UNROLLED_LAYERS, Part, attend_part, make_loop_weights
@@ -52,7 +53,8 @@ def attend(attention, q_bkgh, cache, lengths_pw):
 
 
 def attended(q_bkgh, prefix):
-    return attend_part(q_bkgh, prefix) if isinstance(prefix, Part) else prefix(q_bkgh)
+    spec = AttentionSpec(q_bkgh.shape[-1] ** -0.5)
+    return attend_part(q_bkgh, prefix, spec) if isinstance(prefix, Part) else prefix(q_bkgh)
 
 
 def assert_same(actual, expected, dtype):
@@ -179,7 +181,7 @@ QWEN = ModelConfig(  # 1.5B, but for its depth
     ffn_width=8960,
     tied=True,
     qkv_bias=True,
-    qk_norm=False,
+    qk_norm=None,
     rms_eps=1e-6,
     rope_theta=1e6,
     rope_scaling=None,

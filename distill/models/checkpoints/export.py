@@ -1,4 +1,4 @@
-"""Writing Hugging Face folders: the inverse of hf.py, by the same key table."""
+"""Writing Hugging Face folders: the inverse of load.py, by the same key table."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from jax.sharding import Sharding
 from safetensors.numpy import save_file
 
 from distill.base.errors import UserError
-from distill.base.sharding import layer_sharding, replicated
+from distill.base.sharding import inner_sharding, replicated
 from distill.models.checkpoints.hub import CARD, CONFIG
-from distill.models.checkpoints.keys import Weight, key_table
+from distill.models.checkpoints.keys import Weight, mapped_params
 from distill.models.checkpoints.load import INDEX
-from distill.models.facts import ARCHITECTURES, ModelConfig
+from distill.models.facts import ModelConfig
+from distill.models.families import FAMILIES
 
 
 def export_model(
@@ -136,14 +137,13 @@ class _Exported(NamedTuple):
 
 
 def _exported(params: nnx.State, config: ModelConfig, rows: int | None) -> Iterator[_Exported]:
-    arrays = {"/".join(path): param.get_value() for path, param in nnx.to_flat_state(params)}
-    for path, weight in key_table(config).items():
-        for layer, key in enumerate(weight.keys(config.num_layers)):
-            cut = rows if path in ("embedding", "output_head") else None
-            yield _Exported(key, weight, arrays[path], (layer,) if weight.stacked else (), cut)
+    params = mapped_params(config, params)
+    for path, (weight, array) in params.items():
+        cut = rows if path in ("embedding", "output_head") else None
+        for index, key in weight.tensors(array.shape):
+            yield _Exported(key, weight, array, index, cut)
     if rows is not None and config.tied:
-        table = key_table(config)["embedding"]
-        yield _Exported("lm_head.weight", table, arrays["embedding"], (), rows)
+        yield _Exported("lm_head.weight", *params["embedding"], (), rows)
 
 
 def _gather(exported: _Exported, dtype: np.dtype) -> np.ndarray:
@@ -153,7 +153,7 @@ def _gather(exported: _Exported, dtype: np.dtype) -> np.ndarray:
         # A process can read only what its own devices hold.
         slicer = _slicer(dtype, replicated(place.mesh))
     elif exported.index:
-        slicer = _slicer(dtype, layer_sharding(place))
+        slicer = _slicer(dtype, inner_sharding(place, len(exported.index)))
     else:
         slicer = _slicer(dtype, place)
     return np.asarray(slicer(exported.array, *exported.index))
@@ -193,10 +193,14 @@ def _replace(folder: Path, new: Path) -> None:
 def hf_config_dict(
     config: ModelConfig, *, eos_token_id: int | list[int] | None, pad_token_id: int | None
 ) -> dict[str, Any]:
-    """A config.json for a model that was not imported; the inverse of ModelConfig.from_hf."""
+    """A config.json for a model that was not imported; the inverse of ModelConfig.from_hf.
+
+    Raises:
+      ValueError: the model has facts that are not written here.
+    """
     scaling = config.rope_scaling
-    return {
-        "architectures": [ARCHITECTURES[config.family]],
+    written = {
+        "architectures": [FAMILIES[config.family].architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.model_width,
@@ -223,3 +227,6 @@ def hf_config_dict(
         "pad_token_id": pad_token_id,
         "torch_dtype": "float32",
     }
+    if ModelConfig.from_hf(written, "this function") != config:
+        raise ValueError(f"config.json of {config} cannot be written")
+    return written

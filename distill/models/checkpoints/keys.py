@@ -1,11 +1,17 @@
-"""Which Hugging Face key holds which parameter, and in which layout: one table per family."""
+"""Which Hugging Face key holds which parameter, and in which layout: one table for all families."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import NamedTuple
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from flax import nnx
 
 from distill.models.facts import ModelConfig
+from distill.models.families import FAMILIES
 
 
 class Weight(NamedTuple):
@@ -13,8 +19,9 @@ class Weight(NamedTuple):
 
     Attributes:
       path: our parameter, as in the nnx State.
-      key: the Hugging Face key; '{layer}' counts through the leading axis of a stacked parameter.
-      axes: 'ours -> theirs' for one layer, a letter per axis (the shape suffixes of
+      key: the Hugging Face key; '{layer}' and '{expert}' count through the leading axes of a
+        stacked parameter, in this order.
+      axes: 'ours -> theirs' for one of its tensors, a letter per axis (the shape suffixes of
         transformer.py); letters written together are merged into one axis there.
     """
 
@@ -23,8 +30,9 @@ class Weight(NamedTuple):
     axes: str
 
     @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.key
+    def stacked(self) -> tuple[str, ...]:
+        """What the parameter's leading axes count."""
+        return tuple(re.findall(r"{(\w+)}", self.key))
 
     @property
     def ours(self) -> str:
@@ -35,17 +43,19 @@ class Weight(NamedTuple):
         """Their axes, each as the letters of ours that are merged into it."""
         return self.axes.partition(" -> ")[2].split()
 
-    def keys(self, num_layers: int) -> list[str]:
-        return [self.key.format(layer=i) for i in range(num_layers if self.stacked else 1)]
+    def tensors(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Index and key of every tensor that a parameter of this shape is made of."""
+        for index in itertools.product(*map(range, shape[: len(self.stacked)])):
+            yield index, self.key.format(**dict(zip(self.stacked, index, strict=True)))
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Their shape of one layer, from ours."""
+        """Their shape of one tensor, from ours of it."""
         size = dict(zip(self.ours, shape, strict=True))
         return tuple(math.prod(size[axis] for axis in group) for group in self.theirs)
 
 
 _BLOCK = "model.layers.{layer}."
-_LLAMA = (
+_ROWS = (
     Weight("embedding", "model.embed_tokens.weight", "vd -> v d"),
     Weight("layers/attention_norm", _BLOCK + "input_layernorm.weight", "d -> d"),
     Weight("layers/q_proj", _BLOCK + "self_attn.q_proj.weight", "dnh -> nh d"),
@@ -58,24 +68,70 @@ _LLAMA = (
     Weight("layers/down_proj", _BLOCK + "mlp.down_proj.weight", "fd -> d f"),
     Weight("final_norm", "model.norm.weight", "d -> d"),
     Weight("output_head", "lm_head.weight", "dv -> v d"),
-)
-_QWEN2 = (
-    *_LLAMA,
     Weight("layers/q_bias", _BLOCK + "self_attn.q_proj.bias", "nh -> nh"),
     Weight("layers/k_bias", _BLOCK + "self_attn.k_proj.bias", "kh -> kh"),
     Weight("layers/v_bias", _BLOCK + "self_attn.v_proj.bias", "kh -> kh"),
-)
-_QWEN3 = (
-    *_LLAMA,
+    Weight("layers/o_bias", _BLOCK + "self_attn.o_proj.bias", "d -> d"),
     Weight("layers/q_norm", _BLOCK + "self_attn.q_norm.weight", "h -> h"),
     Weight("layers/k_norm", _BLOCK + "self_attn.k_norm.weight", "h -> h"),
+    Weight("layers/sinks", _BLOCK + "self_attn.sinks", "n -> n"),
+    Weight("layers/gate_bias", _BLOCK + "mlp.gate_proj.bias", "f -> f"),
+    Weight("layers/up_bias", _BLOCK + "mlp.up_proj.bias", "f -> f"),
+    Weight("layers/down_bias", _BLOCK + "mlp.down_proj.bias", "d -> d"),
 )
-_TABLES = {"llama": _LLAMA, "qwen2": _QWEN2, "qwen3": _QWEN3}
+# Where there is a norm behind attention, it has the key that the feed-forward's has elsewhere.
+_NORMS_AFTER = (
+    Weight("layers/ffn_norm", _BLOCK + "pre_feedforward_layernorm.weight", "d -> d"),
+    Weight("layers/attention_out_norm", _BLOCK + "post_attention_layernorm.weight", "d -> d"),
+    Weight("layers/ffn_out_norm", _BLOCK + "post_feedforward_layernorm.weight", "d -> d"),
+)
+_NORMS_OVER_HEADS = (
+    Weight("layers/q_norm", _BLOCK + "self_attn.q_norm.weight", "nh -> nh"),
+    Weight("layers/k_norm", _BLOCK + "self_attn.k_norm.weight", "kh -> kh"),
+)
 
 
 def key_table(config: ModelConfig) -> dict[str, Weight]:
-    """The rows of this model's family, by the path of our parameter."""
-    rows = {weight.path: weight for weight in _TABLES[config.family]}
-    if config.tied:
-        del rows["output_head"]
+    """The rows of this model's parameters, by path; ValueError if two have one key."""
+    rows = {weight.path: weight for weight in _ROWS}
+    if config.norms != "before":
+        rows |= {weight.path: weight for weight in _NORMS_AFTER}
+    if config.qk_norm == "all":
+        rows |= {weight.path: weight for weight in _NORMS_OVER_HEADS}
+    for path, key in FAMILIES[config.family].keys.items():
+        rows[path] = rows[path]._replace(key=key)
+    for path in _absent(config):
+        rows.pop(path, None)
+    keys = [weight.key for weight in rows.values()]
+    if twice := sorted(key for key in set(keys) if keys.count(key) > 1):
+        raise ValueError(f"{config.family}: more than one parameter is mapped to {twice[0]}")
     return rows
+
+
+def mapped_params(config: ModelConfig, params: nnx.State) -> dict[str, tuple[Weight, Any]]:
+    """The row and the value of each parameter, by path.
+
+    Raises:
+      ValueError: a parameter has no row, or a row no parameter.
+    """
+    table = key_table(config)
+    values = {"/".join(path): param.get_value() for path, param in nnx.to_flat_state(params)}
+    if odd := sorted(table.keys() ^ values.keys()):
+        which = "no parameter" if odd[0] in table else "no Hugging Face key"
+        raise ValueError(f"{config.family}: {which} is known for {odd[0]}: see the key table")
+    return {path: (weight, values[path]) for path, weight in table.items()}
+
+
+def _absent(config: ModelConfig) -> list[str]:
+    """Paths of parameters that some models have and this one lacks."""
+    optional = [
+        (not config.tied, ["output_head"]),
+        (config.norms != "after", ["layers/attention_norm", "layers/ffn_norm"]),
+        (config.norms != "before", ["layers/attention_out_norm", "layers/ffn_out_norm"]),
+        (config.qkv_bias, ["layers/q_bias", "layers/k_bias", "layers/v_bias"]),
+        (config.o_bias, ["layers/o_bias"]),
+        (config.qk_norm is not None, ["layers/q_norm", "layers/k_norm"]),
+        (config.sinks, ["layers/sinks"]),
+        (config.mlp_bias, ["layers/gate_bias", "layers/up_bias", "layers/down_bias"]),
+    ]
+    return [path for present, paths in optional if not present for path in paths]

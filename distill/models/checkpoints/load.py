@@ -1,6 +1,6 @@
 """Hugging Face folders: reading their weights into shards.
 
-Import and export (hf_export.py) follow the same key table (hf_keys.py). Only safetensors are read,
+Import and export (export.py) follow the same key table (keys.py). Only safetensors are read,
 so loading a checkpoint never runs code from it.
 """
 
@@ -21,9 +21,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from distill.base.errors import UserError
-from distill.base.sharding import layer_sharding
+from distill.base.sharding import inner_sharding
 from distill.models.checkpoints.hub import CONFIG, first_line, read_json, resolve_model
-from distill.models.checkpoints.keys import Weight, key_table
+from distill.models.checkpoints.keys import Weight, mapped_params
 from distill.models.facts import ModelConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -78,21 +78,19 @@ def load_params(
     """
     folder = resolve_model(path_or_id)
     tensors = _find_tensors(folder)
-    table = key_table(config)
-    _check_keys(folder, tensors, config, table)
-    _check_tensors(tensors, abstract_params, table)
+    expected = mapped_params(config, abstract_params)
+    _check_keys(folder, tensors, config, expected)
+    _check_tensors(tensors, expected)
 
     def load(path, param: nnx.Variable, sharding: nnx.Variable | None = None) -> nnx.Variable:
-        weight = table[name := jax.tree_util.keystr(path, simple=True, separator="/")]
+        weight, shape = expected[name := jax.tree_util.keystr(path, simple=True, separator="/")]
         place = (
             sharding.get_value() if sharding is not None else SingleDeviceSharding(jax.devices()[0])
         )
-        target = weight, param.get_value().shape, place, np.dtype(dtype)
-        if weight.stacked:
-            layers = [tensors[key] for key in weight.keys(config.num_layers)]
-            loaded = param.replace(_read_stack(layers, *target))
-        else:
-            loaded = param.replace(_read_tensor(tensors[weight.key], *target))
+        target = weight, shape.shape, place, np.dtype(dtype)
+        read = _read_stack if weight.stacked else _read_tensor
+        source = tensors if weight.stacked else tensors[weight.key]
+        loaded = param.replace(read(source, *target))
         return loaded if finish is None else finish(name, loaded)
 
     trees = (abstract_params,) if shardings is None else (abstract_params, shardings)
@@ -164,9 +162,12 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _check_keys(
-    folder: Path, tensors: dict[str, _Tensor], config: ModelConfig, table: dict[str, Weight]
+    folder: Path,
+    tensors: dict[str, _Tensor],
+    config: ModelConfig,
+    params: dict[str, tuple[Weight, jax.ShapeDtypeStruct]],
 ) -> None:
-    expected = {key for weight in table.values() for key in weight.keys(config.num_layers)}
+    expected = {key for weight, array in params.values() for _, key in weight.tensors(array.shape)}
     missing = sorted(expected - tensors.keys())
     if missing:
         raise UserError(
@@ -191,12 +192,11 @@ def _listed(keys: list[str]) -> str:
 
 
 def _check_tensors(
-    tensors: dict[str, _Tensor], abstract_params: nnx.State, table: dict[str, Weight]
+    tensors: dict[str, _Tensor], params: dict[str, tuple[Weight, jax.ShapeDtypeStruct]]
 ) -> None:
-    for path, param in nnx.to_flat_state(abstract_params):
-        weight, shape = table["/".join(path)], param.get_value().shape
-        expected = weight.hf_shape(shape[1:] if weight.stacked else shape)
-        for key in weight.keys(shape[0]):
+    for weight, array in params.values():
+        expected = weight.hf_shape(array.shape[len(weight.stacked) :])
+        for _, key in weight.tensors(array.shape):
             _, file, found, kind = tensors[key]
             if found != expected:
                 raise UserError(f"{file}: {key} has shape {found}, {CONFIG} calls for {expected}")
@@ -205,22 +205,28 @@ def _check_tensors(
 
 
 def _read_stack(
-    layers: list[_Tensor], weight: Weight, shape: tuple[int, ...], place: Sharding, dtype: np.dtype
+    tensors: dict[str, _Tensor],
+    weight: Weight,
+    shape: tuple[int, ...],
+    place: Sharding,
+    dtype: np.dtype,
 ) -> jax.Array:
-    """The tensors of all layers as one parameter, filled layer by layer on the devices."""
+    """The tensors of all layers as one parameter, filled one by one on the devices."""
     stack = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
-    write = _layer_writer(place)
-    for layer, tensor in enumerate(layers):
-        block = _read_tensor(tensor, weight, shape[1:], layer_sharding(place), dtype)
+    write, leading = _writer(place), len(weight.stacked)
+    inner = shape[leading:], inner_sharding(place, leading), dtype
+    for index, key in weight.tensors(shape):
+        block = _read_tensor(tensors[key], weight, *inner)
         # One at a time: else the host runs ahead, and layers wait in its memory for the devices.
-        stack = jax.block_until_ready(write(stack, block, layer))
+        stack = jax.block_until_ready(write(stack, block, *index))
     return stack
 
 
 @functools.cache
-def _layer_writer(place: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    def write(stack, block, layer):
-        return jax.lax.dynamic_update_index_in_dim(stack, block, layer, axis=0)
+def _writer(place: Sharding) -> Callable[..., jax.Array]:
+    def write(stack, block, *index):
+        start = *index, *[0] * block.ndim
+        return jax.lax.dynamic_update_slice(stack, block[(None,) * len(index)], start)
 
     return jax.jit(write, donate_argnums=0, out_shardings=place)
 

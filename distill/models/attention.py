@@ -1,0 +1,127 @@
+"""Self-attention of a layer: its parameters, and what comes before and after the scores.
+
+Scores, masks and sums are `kernels.attention`'s in training and prefill, `decoding`'s after that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distill.base.sharding import constrain
+from distill.models.facts import ModelConfig, Rotary
+from distill.models.primitives import INIT_STD, Layer, ParamMaker
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of the rotary angles, float32, one per pair of rotated channels."""
+
+    cos_bth: jax.Array
+    sin_bth: jax.Array
+
+
+def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
+    """All layers' parameters by name."""
+    d, h = config.model_width, config.head_width
+    n, k = config.num_heads, config.num_kv_heads
+    params = {
+        "q_proj": make.normal(INIT_STD, embed=d, heads=n, head_width=h),
+        "k_proj": make.normal(INIT_STD, embed=d, kv_heads=k, head_width=h),
+        "v_proj": make.normal(INIT_STD, embed=d, kv_heads=k, head_width=h),
+        "o_proj": make.residual(heads=n, head_width=h, embed=d),
+    }
+    if config.qkv_bias:
+        params["q_bias"] = make.filled(0.0, ("heads", "head_width"), n, h)
+        params["k_bias"] = make.filled(0.0, ("kv_heads", "head_width"), k, h)
+        params["v_bias"] = make.filled(0.0, ("kv_heads", "head_width"), k, h)
+    if config.o_bias:
+        params["o_bias"] = make.filled(0.0, (None,), d)
+    if config.qk_norm == "head":
+        params["q_norm"] = make.filled(1.0 - config.norm_offset, (None,), h)
+        params["k_norm"] = make.filled(1.0 - config.norm_offset, (None,), h)
+    elif config.qk_norm == "all":
+        axes = ("heads", "head_width"), ("kv_heads", "head_width")
+        params["q_norm"] = make.filled(1.0 - config.norm_offset, axes[0], n, h)
+        params["k_norm"] = make.filled(1.0 - config.norm_offset, axes[1], k, h)
+    if config.sinks:
+        params["sinks"] = make.filled(0.0, ("heads",), n)
+    return params
+
+
+def query_key_value(
+    layer: Layer, x_btd: jax.Array, rotation: Rotation | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Projected, normalised and rotated inputs of the scores; no rotation leaves them."""
+    config = layer.config
+    q_btnh = layer.project("q_proj", x_btd)
+    k_btkh = layer.project("k_proj", x_btd)
+    v_btkh = layer.project("v_proj", x_btd)
+    if config.qkv_bias:
+        q_btnh = q_btnh + layer.weight("q_bias")
+        k_btkh = k_btkh + layer.weight("k_bias")
+        v_btkh = v_btkh + layer.weight("v_bias")
+    if config.qk_norm:
+        q_btnh = layer.normalize("q_norm", q_btnh)
+        k_btkh = layer.normalize("k_norm", k_btkh)
+    return (
+        constrain(rotate(q_btnh, rotation), "batch", "position", "act_heads", None),
+        constrain(rotate(k_btkh, rotation), "batch", "position", "act_kv_heads", None),
+        constrain(v_btkh, "batch", "position", "act_kv_heads", None),
+    )
+
+
+def output(layer: Layer, attended_btnh: jax.Array) -> jax.Array:
+    """What attention adds to the residual stream, before any norm or scale."""
+    out_btd = layer.project("o_proj", attended_btnh)
+    return out_btd + layer.weight("o_bias") if layer.config.o_bias else out_btd
+
+
+def rotate(x_btnh: jax.Array, rotation: Rotation | None) -> jax.Array:
+    """Rotary embedding of queries or keys (2104.09864).
+
+    Of the first h' channels of a head, channel i is paired with i + h'/2; others stay.
+    """
+    if rotation is None:
+        return x_btnh
+    width = 2 * rotation.cos_bth.shape[-1]
+    rest = [] if width == x_btnh.shape[-1] else [x_btnh[..., width:].astype(jnp.float32)]
+    first, second = jnp.split(x_btnh[..., :width].astype(jnp.float32), 2, axis=-1)
+    cos, sin = rotation.cos_bth[:, :, None], rotation.sin_bth[:, :, None]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated + rest, axis=-1).astype(x_btnh.dtype)
+
+
+def rope_frequencies(rotary: Rotary) -> np.ndarray:
+    """Radians per position of each channel pair, float32, shape (width / 2,).
+
+    Llama 3.1 slows a pair down by `factor` if it turns less than low_freq_factor times in the
+    original context, not at all above high_freq_factor turns, and interpolates linearly between
+    (transformers, modeling_rope_utils._compute_llama3_parameters).
+    """
+    exponents = np.arange(0, rotary.width, 2) / rotary.width
+    frequencies = rotary.theta**-exponents
+    scaling = rotary.scaling
+    if scaling is not None:
+        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def make_rotations(config: ModelConfig, positions_bt: jax.Array) -> tuple[Rotation | None, ...]:
+    """Rotary angles of the given positions, for the layers of one period."""
+    positions_bt1 = positions_bt[:, :, None].astype(jnp.float32)
+
+    def make(rotary: Rotary) -> Rotation:
+        angles_bth = positions_bt1 * rope_frequencies(rotary)
+        return Rotation(cos_bth=jnp.cos(angles_bth), sin_bth=jnp.sin(angles_bth))
+
+    made = {kind.rotary: make(kind.rotary) for kind in config.kinds if kind.rotary is not None}
+    return tuple(made.get(kind.rotary) for kind in config.kinds)

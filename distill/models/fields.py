@@ -1,0 +1,83 @@
+"""Single fields of a config.json: how each is read, and the error that names it otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from distill.base.errors import UserError
+
+
+def size(config: dict[str, Any], name: str, source: str) -> int:
+    value = required(config, name, source)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{source}: {name}={brief(value)} must be a positive integer")
+    return value
+
+
+def positive(config: dict[str, Any], name: str, source: str) -> float:
+    value = required(config, name, source)
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise UserError(f"{source}: {name}={brief(value)} must be a positive number")
+    return float(value)
+
+
+def required(config: dict[str, Any], name: str, source: str) -> Any:
+    if config.get(name) is None:
+        raise UserError(f"{source}: the required field {name} is missing")
+    return config[name]
+
+
+def brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _pattern(config: dict[str, Any], name: str, source: str) -> tuple[str, ...]:
+    """The shortest pattern that, repeated, gives a kind for every layer."""
+    types, num_layers = config[name], size(config, "num_hidden_layers", source)
+    known = {"full_attention": "full", "sliding_attention": "sliding"}
+    fits = isinstance(types, list) and len(types) == num_layers
+    if not fits or not all(each in known for each in types):
+        raise UserError(
+            f"{source}: {name}={brief(types)} is not supported, only {' or '.join(known)} for "
+            f"each of the {num_layers} layers"
+        )
+    kinds = [known[each] for each in types]
+    period = next(p for p in range(1, num_layers + 1) if kinds[p:] == kinds[:-p])
+    return tuple(kinds[:period])
+
+
+def _one_of(*choices: str):
+    def read(config: dict[str, Any], name: str, source: str) -> str:
+        if config[name] not in choices:
+            raise UserError(
+                f"{source}: {name}={brief(config[name])} is not supported, only "
+                f"{' or '.join(choices)}"
+            )
+        return config[name]
+
+    return read
+
+
+def _power(exponent: float):
+    return lambda config, name, source: positive(config, name, source) ** exponent
+
+
+_activation = _one_of("silu", "gelu", "gelu_pytorch_tanh")
+
+# Fields of config.json that some families have: the fact that each is, and how it is read.
+READERS: dict[str, tuple[str, Callable[[dict[str, Any], str, str], Any]]] = {
+    "hidden_act": ("activation", _activation),
+    "hidden_activation": ("activation", _activation),
+    "layer_types": ("pattern", _pattern),
+    "sliding_window": ("window", size),
+    "rope_local_base_freq": ("sliding_rope_theta", positive),
+    "partial_rotary_factor": ("rotary_fraction", positive),
+    "query_pre_attn_scalar": ("attention_scale", _power(-0.5)),
+    "attention_multiplier": ("attention_scale", positive),
+    "attn_logit_softcapping": ("attention_soft_cap", positive),
+    "embedding_multiplier": ("embedding_scale", positive),
+    "residual_multiplier": ("residual_scale", positive),
+    "logits_scaling": ("logit_scale", _power(-1)),
+}

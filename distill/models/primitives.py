@@ -1,0 +1,87 @@
+"""What attention and feed-forward are made of: parameters, products, norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distill.models.facts import ModelConfig
+
+INIT_STD = 0.02
+
+
+class Layer(Protocol):
+    """One layer's weights, as attention and feed-forward use them; by their names."""
+
+    config: ModelConfig
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        """x (b, t, inputs...) times a matrix (inputs..., outputs...)."""
+
+    def weight(self, name: str) -> jax.Array:
+        """Any weight, in the dtype of the computation."""
+
+    def normalize(self, name: str, x: jax.Array) -> jax.Array:
+        """RMSNorm over the axes that the norm's weight has."""
+
+
+@dataclass
+class ParamMaker:
+    """Initial parameters of all layers at once, with a leading 'layers' axis."""
+
+    num_layers: int
+    dtype: jnp.dtype
+    rngs: nnx.Rngs
+
+    def normal(self, std: float, **axes: int) -> nnx.Param:
+        """Gaussian; `axes` are the sizes by logical axis."""
+        shape = (self.num_layers, *axes.values())
+        return normal(self.rngs, shape, std, self.dtype, ("layers", *axes))
+
+    def residual(self, **axes: int) -> nnx.Param:
+        """`normal`, for what is added to the residual stream: twice by each layer.
+
+        The smaller deviation keeps the stream's variance from growing with depth.
+        """
+        return self.normal(INIT_STD / math.sqrt(2 * self.num_layers), **axes)
+
+    def filled(self, value: float, logical_axes: Sequence[str | None], *shape: int) -> nnx.Param:
+        full = jnp.full((self.num_layers, *shape), value, self.dtype)
+        return nnx.Param(full, logical_axes=("layers", *logical_axes))
+
+
+def normal(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    std: float,
+    dtype: jnp.dtype,
+    logical_axes: tuple[str, ...],
+) -> nnx.Param:
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), logical_axes=logical_axes)
+
+
+def project(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x (b, t, inputs...) times w (inputs..., outputs...), as one product of two matrices.
+
+    The same as an einsum, but the gradient of w contracts over one merged token axis: with b and t
+    apart, XLA's CPU backend takes three times as long for it.
+    """
+    num_inputs = x.ndim - 2
+    inputs, outputs = w.shape[:num_inputs], w.shape[num_inputs:]
+    product = x.reshape(-1, math.prod(inputs)) @ w.reshape(math.prod(inputs), -1)
+    return product.reshape(*x.shape[:2], *outputs)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (scale + offset) over scale's axes, in float32, in x's dtype (1910.07467)."""
+    x_f32, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=axes, keepdims=True) + eps)
+    scale_f32 = scale.astype(jnp.float32) + offset if offset else scale.astype(jnp.float32)
+    return (x_f32 * inverse_rms * scale_f32).astype(x.dtype)
