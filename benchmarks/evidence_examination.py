@@ -55,10 +55,10 @@ def examine(evaluator: Evaluator, model: Model, teacher: Model, rollout: Rollout
     params = model.fetch()
     teacher_params = params if teacher is model else teacher.fetch()
     models = model.graph, params, teacher.graph, teacher_params
-    sizes = dict(width=rollout.tokens_br.shape[1], vocab_size=evaluator.vocab_size)
+    sizes = dict(width=rollout.tokens_br.shape[1], vocab_size=evaluator.vocabulary.size)
     parts = [
         jax.device_get(_measure(*models, jax.tree.map(evaluator.put, rows), **sizes))
-        for rows in rows_of(evaluator.prompts, rollout, evaluator.batch_size)
+        for rows in rows_of(evaluator.prompts, rollout, evaluator.settings.batch_size)
     ]
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(evaluator.prompts)], *parts)
 

@@ -85,7 +85,7 @@ def evaluate_student(path: str) -> Row:
         student = session.load_frozen(resolve_model(path), "float32")
 
         def rollout(sampling: SamplingParams) -> Rollout:
-            return evaluator.answer(student.graph, student.params, sampling)
+            return evaluator.respond(student.graph, student.params, sampling)
 
         greedy = rollout(evaluator.greedy)
         sampled = rollout(SamplingParams(max_length=evaluator.greedy.max_length))
@@ -107,7 +107,7 @@ def _fixtures() -> tuple[Session, Rollout]:
     session.validation = DistinctProblems()
     with jax.set_mesh(session.mesh):
         teacher, evaluator = session.load_teacher(), session.evaluator
-        answers = evaluator.answer(teacher.graph, teacher.params, evaluator.greedy)
+        answers = evaluator.respond(teacher.graph, teacher.params, evaluator.greedy)
     return session, answers
 
 
@@ -136,7 +136,7 @@ class DistinctProblems(DatasetInterface):
 
 def _measure(evaluator: Evaluator, model: Model, teacher: Model, rollout: Rollout) -> Row:
     examination = examine(evaluator, model, teacher, rollout)
-    right_b = np.array(evaluator.grade(decode_responses(evaluator.tokenizer, rollout)))
+    right_b = np.array(evaluator.grade(decode_responses(evaluator.vocabulary.tokenizer, rollout)))
     levels_b = np.array([evaluator.dataset.level(int(row)) for row in evaluator.prompts.rows])
     return {
         **accuracies(right_b, levels_b),

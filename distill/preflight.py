@@ -15,8 +15,8 @@ from distill.config import cli
 from distill.config.parse import parse_config
 
 
-def preflight_alone(config: ConfigDict) -> list:
-    """Builds what a new run of `config` would begin with; returns the findings of all checks.
+def preflight_alone(config: ConfigDict) -> dict[str, str]:
+    """Builds what a new run of `config` would begin with; returns what each check found.
 
     Raises:
       UserError: the first problem, of the checks or of the config.

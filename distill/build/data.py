@@ -1,15 +1,11 @@
-"""Dataset, tokenizer, tokenized prompts, and their order."""
+"""The sources of examples: what is trained on, and the held-out prompts."""
 
 from __future__ import annotations
-
-import dataclasses
-from pathlib import Path
 
 from distill.base import processes
 from distill.config.schema import Data
 from distill.data.base import DatasetInterface, dataset_options, get_dataset
 from distill.data.prompts import Prompts
-from distill.data.tokenizer import check_same_vocabulary, end_ids, load_tokenizer, vocabulary_size
 
 # Keys of the config's data section that a source may take.
 _DATA_KEYS = {
@@ -20,36 +16,6 @@ _DATA_KEYS = {
     "response_column",
     "answer_column",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer that student and teacher share.
-
-    Attributes:
-      tokenizer: the student's.
-      size: ids in use; output heads may be padded beyond it.
-      end_ids: ids that end an answer.
-    """
-
-    tokenizer: object
-    size: int
-    end_ids: tuple[int, ...]
-
-
-def build_vocabulary(student_folder: Path, teacher_folder: Path | None) -> Vocabulary:
-    """The student's tokenizer; the ids at which either model ends an answer.
-
-    A base model and an instruction-tuned one of one family end their answers differently: what
-    the student learns from the teacher must end its answers too.
-    """
-    tokenizer = load_tokenizer(student_folder)
-    ends = set(end_ids(tokenizer, student_folder))
-    if teacher_folder is not None:
-        teacher_tokenizer = load_tokenizer(teacher_folder)
-        check_same_vocabulary(tokenizer, teacher_tokenizer)
-        ends.update(end_ids(teacher_tokenizer, teacher_folder))
-    return Vocabulary(tokenizer, vocabulary_size(tokenizer), tuple(sorted(ends)))
 
 
 def build_dataset(data: Data, seed: int) -> DatasetInterface:

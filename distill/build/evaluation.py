@@ -26,5 +26,5 @@ def evaluate_models(session: Session) -> dict[str, dict[str, Any]]:
     results = {}
     for role, model in models.items():
         with busy(f"evaluating the {role}"):
-            results[role] = evaluator(model, teacher).to_dict()
+            results[role] = evaluator(model, teacher)[0].to_dict()
     return results

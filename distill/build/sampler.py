@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from distill.base.sharding import SAMPLER_RULES, param_shardings
 from distill.build import servers as build_vllm
-from distill.build.data import Vocabulary
 from distill.config.schema import KNOWN_BACKENDS, Config, GenerateStrategy, Policy
+from distill.data.tokenizer import Vocabulary
 from distill.models.model import Model
 from distill.rollout.base import BackendParts, RolloutBackend, get_backend
 from distill.rollout.in_process import JaxBackend
@@ -46,7 +46,7 @@ def build_engine(policy: Policy, graph: nnx.GraphDef, vocabulary: Vocabulary) ->
         graph,
         engine_sizes(policy),
         eos_ids=vocabulary.end_ids,
-        pad_id=vocabulary.tokenizer.pad_token_id,
+        pad_id=vocabulary.pad_id,
         vocab_size=vocabulary.size,
     )
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill.base.sharding import batch_parts
-from distill.build.data import Vocabulary
 from distill.config.schema import Config, Policy, VllmServers
+from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.load import load_model_config
 from distill.models.model import Model
 from distill.rollout.vllm import backend
@@ -71,7 +71,7 @@ def build_backend(
         probe=probe,
         params=params,
         end_ids=vocabulary.end_ids,
-        pad_id=vocabulary.tokenizer.pad_token_id,
+        pad_id=vocabulary.pad_id,
         vocab_size=vocabulary.size,
         max_length=max_length,
         times=servers,

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from distill.base.compilation import keep_compiled_programs
 from distill.base.sharding import batch_parts, check_host_memory
 from distill.base.status import busy
-from distill.build.data import Vocabulary, build_dataset, build_validation, build_vocabulary
+from distill.build.data import build_dataset, build_validation
 from distill.build.devices import build_mesh, build_sampler_mesh, make_put
 from distill.build.models import (
     abstract_model,
@@ -40,6 +40,7 @@ from distill.build.teachers import build_teacher
 from distill.config.schema import Config
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts, tokenize_prompts
+from distill.data.tokenizer import Vocabulary, shared_vocabulary
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import MOST_ANSWERS, RolloutRecorder
 from distill.losses.objective import Objective
@@ -109,7 +110,7 @@ class Session:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        return build_vocabulary(self.student_folder, self.teacher_folder)
+        return shared_vocabulary(self.student_folder, self.teacher_folder)
 
     @property
     def samples(self) -> bool:
@@ -220,19 +221,15 @@ class Session:
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
-        config = self.config
-        strategy = config.distillation.generate_strategy
+        settings, strategy = self.config.evaluation, self.config.distillation.generate_strategy
         return Evaluator(
             self.validation,
             self.tokenize(self.validation),
-            self.vocabulary.tokenizer,
-            max_length=config.evaluation.max_length or strategy.max_length,
+            self.vocabulary,
+            settings,
+            max_length=settings.max_length or strategy.max_length,
             make_engine=self.build_engine,
-            vocab_size=self.vocabulary.size,
-            batch_size=config.evaluation.batch_size,
             put=make_put(self.mesh),
-            answer_timeout=config.evaluation.answer_timeout,
-            metrics=config.evaluation.metrics,
         )
 
     def build_recorder(self) -> RolloutRecorder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -27,18 +26,8 @@ STATE_CHECKS: dict[str, Callable[[Session, TrainState], str]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Result of one check; `problem` is None if it passed."""
-
-    check: str
-    detail: str
-    problem: str | None
-    seconds: float
-
-
-def preflight(session: Session, state: TrainState, say: Callable[[str], None]) -> list[Finding]:
-    """Runs all checks and says what they found.
+def preflight(session: Session, state: TrainState, say: Callable[[str], None]) -> dict[str, str]:
+    """Runs all checks, says what they found, and returns it by name.
 
     A check returns what it saw, in words, or raises `Problem`.
 
@@ -50,26 +39,19 @@ def preflight(session: Session, state: TrainState, say: Callable[[str], None]) -
     Raises:
       UserError: the first problem.
     """
-    checks = {name: functools.partial(check, session) for name, check in TEXT_CHECKS.items()} | {
+    started = time.perf_counter()
+    checks = {name: functools.partial(check, session) for name, check in TEXT_CHECKS.items()}
+    checks |= {
         name: functools.partial(check, session, state) for name, check in STATE_CHECKS.items()
     }
-    findings = []
+    found, problems = {}, []
     for name, check in checks.items():
-        start = time.perf_counter()
-        detail, problem = "", None
         try:
-            detail = check()
-        except Problem as error:
-            problem = str(error)
-        findings.append(Finding(name, detail, problem, time.perf_counter() - start))
-    seconds = sum(finding.seconds for finding in findings)
-    for finding in findings:
-        say(f"preflight: {finding.check}: {finding.problem or finding.detail}")
-    failed = [finding for finding in findings if finding.problem]
-    if failed:
-        raise UserError(
-            f"preflight: {failed[0].check}: {failed[0].problem} "
-            "(--config.preflight=False skips the checks)"
-        )
-    say(f"preflight: {len(findings)} checks passed in {seconds:.1f} s")
-    return findings
+            found[name] = check()
+        except Problem as problem:
+            problems.append(f"preflight: {name}: {problem}")
+        say(problems[-1] if name not in found else f"preflight: {name}: {found[name]}")
+    if problems:
+        raise UserError(f"{problems[0]} (--config.preflight=False skips the checks)")
+    say(f"preflight: {len(found)} checks passed in {time.perf_counter() - started:.1f} s")
+    return found

@@ -5,6 +5,7 @@ A tokenizer is a `transformers` fast tokenizer everywhere in the project; nothin
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from distill.base.errors import UserError
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-# For models made from scratch: prompt, one separator, answer.
+# For models of random weights: prompt, one separator, response.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
@@ -40,7 +41,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer in {folder} has no eos_token: answers could never end; set it in "
+            f"the tokenizer in {folder} has no eos_token: responses could never end; set it in "
             "tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
@@ -82,6 +83,40 @@ def end_ids(tokenizer, folder: str | Path) -> tuple[int, ...]:
             raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
         ids.update([listed] if isinstance(listed, int) else listed or [])
     return tuple(sorted(ids))
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer that student and teacher share.
+
+    Attributes:
+      tokenizer: the student's.
+      size: ids in use; output heads may be padded beyond it.
+      end_ids: ids that end a response.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    size: int
+    end_ids: tuple[int, ...]
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+
+def shared_vocabulary(student_folder: Path, teacher_folder: Path | None) -> Vocabulary:
+    """The student's tokenizer; the ids at which either model ends a response.
+
+    A base model and an instruction-tuned one of one family end responses differently: what the
+    student learns from the teacher must end its own too.
+    """
+    tokenizer = load_tokenizer(student_folder)
+    ends = set(end_ids(tokenizer, student_folder))
+    if teacher_folder is not None:
+        teacher_tokenizer = load_tokenizer(teacher_folder)
+        check_same_vocabulary(tokenizer, teacher_tokenizer)
+        ends.update(end_ids(teacher_tokenizer, teacher_folder))
+    return Vocabulary(tokenizer, vocabulary_size(tokenizer), tuple(sorted(ends)))
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:

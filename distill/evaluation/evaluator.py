@@ -20,10 +20,12 @@ from distill.base import processes
 from distill.base.errors import RunStopped
 from distill.base.sharding import constrain, constrain_whole
 from distill.batches.rows import Rows, padded_rows
+from distill.config import schema
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
+from distill.data.tokenizer import Vocabulary
 from distill.evaluation.grading import Grader, wilson_interval
-from distill.evaluation.metrics import Answer, measure
+from distill.evaluation.metrics import Response, measure
 from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
 from distill.models.model import Model
@@ -37,13 +39,13 @@ class Evaluation:
     """Results of one model on the held-out prompts.
 
     Attributes:
-      accuracy: share of greedy answers that are right; None if the data has no answers.
+      accuracy: share of greedy responses that are right; None if the data has no answers.
       accuracy_low, accuracy_high: its Wilson 95% interval.
       examples: prompts evaluated.
       forward_kl, reverse_kl: KL(teacher || model) and KL(model || teacher), nats per response
-        token of the model's own answers; None without a teacher.
+        token of the model's own responses; None without a teacher.
       mean_length: response tokens, EOS counted.
-      truncated: share of answers cut at the length limit.
+      truncated: share of responses cut at the length limit.
       metrics: numbers of the user's own, by METRIC/NUMBER.
     """
 
@@ -64,11 +66,11 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """A model's answers to the held-out prompts, in their order.
+class Responses:
+    """A model's responses to the held-out prompts, in their order.
 
     Attributes:
-      rollout: the answers' tokens.
+      rollout: their tokens.
       texts: without special tokens.
       correct: which of them are right; None if the data has no answers.
     """
@@ -84,73 +86,50 @@ class Evaluator:
     Args:
       dataset: source of the examples, which may bring its own checker.
       prompts: its tokenized prompts.
-      tokenizer: decodes the answers.
+      vocabulary: of all models that are evaluated.
+      settings: batch size, metrics and time limit of the config.
       max_length: response tokens at most.
       make_engine: the engine that samples from a model, of its graph.
-      vocab_size: ids in use.
-      batch_size: answers whose divergences are computed at once.
       put: places a host array with batch rows first on the mesh.
-      answer_timeout: seconds allowed to check one answer.
-      metrics: names of registered metrics to measure, too.
     """
 
     def __init__(
         self,
         dataset: DatasetInterface,
         prompts: Prompts,
-        tokenizer,
+        vocabulary: Vocabulary,
+        settings: schema.Evaluation,
         *,
         max_length: int,
         make_engine: Callable[[nnx.GraphDef], Engine],
-        vocab_size: int,
-        batch_size: int,
         put: Callable[[np.ndarray], jax.Array],
-        answer_timeout: float,
-        metrics: tuple[str, ...] = (),
     ):
-        self.prompts, self.tokenizer, self.vocab_size = prompts, tokenizer, vocab_size
-        self.batch_size, self.put = batch_size, put
+        self.dataset, self.prompts, self.vocabulary = dataset, prompts, vocabulary
+        self.settings, self.put = settings, put
         self.greedy = SamplingParams(max_length=max_length, greedy=True)
-        self.dataset, self._timeout, self._metrics = dataset, answer_timeout, metrics
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
         self._divergence_sums = jax.jit(
-            functools.partial(_divergence_sums, vocab_size=vocab_size), static_argnums=(0, 2)
+            functools.partial(_divergence_sums, vocab_size=vocabulary.size), static_argnums=(0, 2)
         )
 
-    def __call__(self, model: Model, teacher: Model | None) -> Evaluation:
-        return self.examine(model, teacher)[0]
-
-    def examine(self, model: Model, teacher: Model | None) -> tuple[Evaluation, Answers]:
-        """The evaluation, and the answers that it is about."""
+    def __call__(self, model: Model, teacher: Model | None) -> tuple[Evaluation, Responses]:
+        """The evaluation, and the greedy responses that it is about."""
         params = model.fetch()
-        rollout = self.answer(model.graph, params, self.greedy)
-        sums = np.zeros(2)
-        if teacher is not None:
-            teacher_params = params if teacher is model else teacher.fetch()
-            for rows in rows_of(self.prompts, rollout, self.batch_size):
-                sums += self._divergence_sums(
-                    model.graph,
-                    params,
-                    teacher.graph,
-                    teacher_params,
-                    jax.tree.map(self.put, rows),
-                )
-        texts, lengths = decode_responses(self.tokenizer, rollout), rollout.lengths_b
-        answers = Answers(rollout, texts, self.grade(texts))
-        forward_kl, reverse_kl = (None, None) if teacher is None else sums / lengths.sum()
+        rollout = self.respond(model.graph, params, self.greedy)
+        texts = decode_responses(self.vocabulary.tokenizer, rollout)
+        responses = Responses(rollout, texts, self.grade(texts))
         evaluation = Evaluation(
-            **_accuracy(answers.correct),
+            **_accuracy(responses.correct),
+            **self._divergences(model, params, teacher, rollout),
             examples=len(texts),
-            forward_kl=None if forward_kl is None else float(forward_kl),
-            reverse_kl=None if reverse_kl is None else float(reverse_kl),
-            mean_length=float(np.mean(lengths)),
+            mean_length=float(np.mean(rollout.lengths_b)),
             truncated=1.0 - float(np.mean(rollout.stopped_b)),
-            metrics=self._measure(rollout, texts),
+            metrics=self._measure(responses),
         )
-        return evaluation, answers
+        return evaluation, responses
 
-    def answer(self, graph: nnx.GraphDef, params, sampling: SamplingParams) -> Rollout:
-        """A model's answers to the prompts, in their order."""
+    def respond(self, graph: nnx.GraphDef, params, sampling: SamplingParams) -> Rollout:
+        """A model's responses to the prompts, in their order."""
         engine = self._engine_for(graph)
         request = RolloutRequest(
             tuple(self.prompts.prompt_tokens), np.arange(len(self.prompts)), sampling
@@ -160,7 +139,7 @@ class Evaluator:
         return rollout
 
     def grade(self, texts: list[str]) -> list[bool] | None:
-        """Whether each answer is right; None if the data has no answers.
+        """Whether each response is right; None if the data has no answers.
 
         Every process checks its share.
         """
@@ -168,33 +147,47 @@ class Evaluator:
         if any(example.answer is None for example in examples):
             return None
         mine = processes.share(len(texts))
-        with Grader(time_limit=self._timeout) as grader:
+        with Grader(time_limit=self.settings.answer_timeout) as grader:
             shares = processes.gather(grader.grade(self.dataset, examples[mine], texts[mine]))
         correct = [False] * len(texts)
         for process, verdicts in enumerate(shares):
             correct[process :: len(shares)] = verdicts
         return correct
 
-    def _measure(self, rollout: Rollout, texts: list[str]) -> dict[str, float | None]:
-        if not self._metrics:
+    def _divergences(
+        self, model: Model, params, teacher: Model | None, rollout: Rollout
+    ) -> dict[str, float | None]:
+        if teacher is None:
+            return dict(forward_kl=None, reverse_kl=None)
+        teacher_params = params if teacher is model else teacher.fetch()
+        models, sums = (model.graph, params, teacher.graph, teacher_params), np.zeros(2)
+        for rows in rows_of(self.prompts, rollout, self.settings.batch_size):
+            sums += self._divergence_sums(*models, jax.tree.map(self.put, rows))
+        forward_kl, reverse_kl = (sums / rollout.lengths_b.sum()).tolist()
+        return dict(forward_kl=forward_kl, reverse_kl=reverse_kl)
+
+    def _measure(self, responses: Responses) -> dict[str, float | None]:
+        """What the user's own metrics say, in the first process."""
+        if not self.settings.metrics:
             return {}
-        values, failure = processes.from_first(lambda: self._try_metrics(rollout, texts))
+
+        def measure_all() -> tuple[dict[str, float | None], str]:
+            """The numbers, or nothing and what went wrong."""
+            rollout, listed = responses.rollout, []
+            for i, row in enumerate(self.prompts.rows):
+                kept = slice(rollout.lengths_b[i])
+                tokens, log_probs = rollout.tokens_br[i, kept], rollout.log_probs_br[i, kept]
+                stopped, example = bool(rollout.stopped_b[i]), self.dataset[int(row)]
+                listed.append(Response(example, responses.texts[i], tokens, log_probs, stopped))
+            try:
+                return measure(self.settings.metrics, listed), ""
+            except RunStopped as error:
+                return {}, str(error)
+
+        values, failure = processes.from_first(measure_all)
         if failure:
             raise RunStopped(failure)
         return values
-
-    def _try_metrics(self, rollout: Rollout, texts: list[str]) -> tuple[dict, str | None]:
-        """What the metrics say and None, or nothing and what went wrong."""
-        answers = []
-        for i, row in enumerate(self.prompts.rows):
-            kept = slice(rollout.lengths_b[i])
-            tokens, log_probs = rollout.tokens_br[i, kept], rollout.log_probs_br[i, kept]
-            stopped = bool(rollout.stopped_b[i])
-            answers.append(Answer(self.dataset[int(row)], texts[i], tokens, log_probs, stopped))
-        try:
-            return measure(self._metrics, answers), None
-        except RunStopped as error:
-            return {}, str(error)
 
 
 def _accuracy(correct: list[bool] | None) -> dict[str, float | None]:
@@ -206,10 +199,8 @@ def _accuracy(correct: list[bool] | None) -> dict[str, float | None]:
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
     """Texts without special tokens."""
-    kept = [
-        tokens_r[:length].tolist()
-        for tokens_r, length in zip(rollout.tokens_br, rollout.lengths_b, strict=True)
-    ]
+    rows = zip(rollout.tokens_br, rollout.lengths_b, strict=True)
+    kept = [tokens_r[:length].tolist() for tokens_r, length in rows]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
@@ -221,13 +212,7 @@ def rows_of(prompts: Prompts, rollout: Rollout, batch_size: int) -> Iterator[Row
 
 
 def _divergence_sums(
-    graph,
-    params,
-    teacher_graph,
-    teacher_params,
-    rows: Rows,
-    *,
-    vocab_size: int,
+    graph, params, teacher_graph, teacher_params, rows: Rows, *, vocab_size: int
 ) -> jax.Array:
     """Forward and reverse KL summed over the response tokens, shape (2,)."""
 

@@ -1,10 +1,10 @@
-"""Metrics of the user's own for held-out answers, found by name.
+"""Metrics of the user's own of responses to held-out prompts, found by name.
 
-A metric looks at all answers of an evaluation and needs neither a teacher nor a reference:
+A metric looks at all responses of an evaluation and needs neither a teacher nor a reference:
 
     @register_metric("brevity")
-    def brevity(answers):
-        return {"words": sum(len(answer.text.split()) for answer in answers) / len(answers)}
+    def brevity(responses):
+        return {"words": sum(len(each.text.split()) for each in responses) / len(responses)}
 
 `evaluation.metrics=brevity` then adds brevity/words to results, log and table.
 """
@@ -24,8 +24,8 @@ from distill.data.base import Example
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """A model's greedy answer to one held-out prompt.
+class Response:
+    """A model's greedy response to one held-out prompt.
 
     Attributes:
       example: the prompt, and what the data has of its answer.
@@ -42,7 +42,7 @@ class Answer:
     stopped: bool
 
 
-Metric = Callable[[Sequence[Answer]], Mapping[str, float]]
+Metric = Callable[[Sequence[Response]], Mapping[str, float]]
 
 _METRICS = Registry("evaluation.metrics", "distill.evaluation.metrics.register_metric")
 
@@ -60,7 +60,7 @@ def get_metric(name: str) -> Metric:
     return _METRICS.get(name)
 
 
-def measure(names: Sequence[str], answers: Sequence[Answer]) -> dict[str, float | None]:
+def measure(names: Sequence[str], responses: Sequence[Response]) -> dict[str, float | None]:
     """What the metrics say, as METRIC/NUMBER; a number that is not finite is None.
 
     Raises:
@@ -69,7 +69,7 @@ def measure(names: Sequence[str], answers: Sequence[Answer]) -> dict[str, float 
     values: dict[str, float | None] = {}
     for name in names:
         try:
-            found = get_metric(name)(answers)
+            found = get_metric(name)(responses)
         except Exception as error:  # whatever the user's code raises
             raise RunStopped(
                 f"the metric {name!r} failed: {type(error).__name__}: {error}; correct it"

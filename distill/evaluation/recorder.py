@@ -25,7 +25,7 @@ from distill.base.sharding import constrain_whole, num_shards
 from distill.batches.rows import Rows, of_responses
 from distill.data.base import DatasetInterface, Example
 from distill.data.prompts import Prompts
-from distill.evaluation.evaluator import Answers, rows_of
+from distill.evaluation.evaluator import Responses, rows_of
 from distill.losses.objective import Objective
 from distill.models.model import Model
 from distill.sampling.request import Rollout
@@ -74,7 +74,7 @@ class RolloutRecorder:
         )
 
     def __call__(
-        self, role: str, step: int, model: Model, teacher: Model | None, answers: Answers
+        self, role: str, step: int, model: Model, teacher: Model | None, answers: Responses
     ) -> None:
         """Looks at the first of `answers`, which `model` gave to all prompts, and writes them.
 
@@ -110,7 +110,7 @@ class RolloutRecorder:
             parts.append(jax.device_get(values))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
 
-    def _answer(self, i: int, answers: Answers, values: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, i: int, answers: Responses, values: dict[str, Any]) -> dict[str, Any]:
         example = self._dataset[int(self._prompts.rows[i])]
         tokens = answers.rollout.tokens_br[i, : answers.rollout.lengths_b[i]].tolist()
         of_tokens = {name: _rounded(array[i, : len(tokens)]) for name, array in values.items()}

@@ -45,7 +45,7 @@ class HeldOut:
         if self.evaluator is None:
             return
         with busy(f"evaluating the {role}"):
-            evaluation, answers = self.evaluator.examine(model, self.teacher)
+            evaluation, answers = self.evaluator(model, self.teacher)
         if self.interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
             return
         if role != "teacher":

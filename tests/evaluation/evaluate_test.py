@@ -8,10 +8,11 @@ from flax import nnx
 from tiny_models import model_config
 
 from benchmarks.evidence_examination import TOP_K, examine
+from distill.config import schema
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
 from distill.data.prompts import tokenize_prompts
-from distill.data.tokenizer import character_tokenizer, vocabulary_size
+from distill.data.tokenizer import Vocabulary, character_tokenizer, vocabulary_size
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.table import format_table
 from distill.models.model import Model
@@ -53,7 +54,8 @@ def make_evaluator(tokenizer, dataset: DatasetInterface, batch_size: int) -> Eva
     return Evaluator(
         dataset,
         tokenize_prompts(dataset, tokenizer, max_prompt_length=10),
-        tokenizer,
+        Vocabulary(tokenizer, vocabulary_size(tokenizer), (tokenizer.eos_token_id,)),
+        schema.Evaluation(batch_size=batch_size),
         max_length=MAX_LENGTH,
         make_engine=lambda graph: Engine(
             graph,
@@ -62,10 +64,7 @@ def make_evaluator(tokenizer, dataset: DatasetInterface, batch_size: int) -> Eva
             pad_id=tokenizer.pad_token_id,
             vocab_size=vocabulary_size(tokenizer),
         ),
-        vocab_size=vocabulary_size(tokenizer),
-        batch_size=batch_size,
         put=jnp.asarray,
-        answer_timeout=5.0,
     )
 
 
@@ -96,7 +95,7 @@ def test_numbers_against_one_prompt_at_a_time(tokenizer):
         right += dataset.is_correct(dataset[i], tokenizer.decode(answer, skip_special_tokens=True))
 
     # Five prompts in batches of two: the last batch is filled up, and must not count twice.
-    evaluation = make_evaluator(tokenizer, dataset, batch_size=2)(student, teacher)
+    evaluation = make_evaluator(tokenizer, dataset, batch_size=2)(student, teacher)[0]
     assert evaluation.examples == 5
     assert evaluation.accuracy == right / 5
     assert evaluation.mean_length == pytest.approx(np.mean(lengths))
@@ -106,7 +105,7 @@ def test_numbers_against_one_prompt_at_a_time(tokenizer):
 
 def test_without_teacher_or_answers_those_numbers_are_absent(tokenizer):
     evaluator = make_evaluator(tokenizer, Sums(with_answers=False), batch_size=5)
-    evaluation = evaluator(make_model(1, 24), None)
+    evaluation, _ = evaluator(make_model(1, 24), None)
     assert evaluation.accuracy is None and evaluation.accuracy_low is None
     assert evaluation.forward_kl is None and evaluation.reverse_kl is None
     assert 1 <= evaluation.mean_length <= MAX_LENGTH
@@ -131,7 +130,7 @@ def test_examination_against_one_answer_at_a_time(tokenizer):
     params = jax.tree.map(lambda x, y: x + 0.3 * y, student.params, other.params)
     teacher = Model(other.graph, params)
     evaluator = make_evaluator(tokenizer, Sums(), batch_size=2)
-    rollout = evaluator.answer(student.graph, student.params, evaluator.greedy)
+    rollout = evaluator.respond(student.graph, student.params, evaluator.greedy)
     examination = examine(evaluator, student, teacher, rollout)
     first = []
     for i, length in enumerate(rollout.lengths_b):

@@ -122,7 +122,7 @@ def test_worker_module_is_light_and_limits_memory():
     program = """
 import mmap
 import sys
-from distill import math_check
+from distill.evaluation import math_check
 assert "jax" not in sys.modules and "numpy" not in sys.modules
 math_check.prepare_worker()
 assert "jax" not in sys.modules

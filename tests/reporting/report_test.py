@@ -25,7 +25,7 @@ from distill.data.base import DatasetInterface, Example
 from distill.data.prompts import tokenize_prompts
 from distill.data.tokenizer import character_tokenizer, train_bpe_tokenizer, vocabulary_size
 from distill.evaluation import recorder as tokens
-from distill.evaluation.evaluator import Answers
+from distill.evaluation.evaluator import Responses
 from distill.evaluation.recorder import RolloutRecorder, pieces
 from distill.losses.objective import make_objective
 from distill.models.model import Model
@@ -73,7 +73,7 @@ def record(workdir, *, with_teacher=True, kl_type="reverse", batch_size=2) -> di
         put=jnp.asarray,
     )
     student, teacher = models()
-    answers = Answers(rollout, ["text"] * 5, [True, False, True, False, True])
+    answers = Responses(rollout, ["text"] * 5, [True, False, True, False, True])
     recorder("student", 7, student, teacher if with_teacher else None, answers)
     return json.loads((workdir / "rollouts/student.json").read_text())
 

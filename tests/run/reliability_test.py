@@ -238,7 +238,7 @@ def test_signal_at_an_evaluation_leaves_it_to_the_next_start(models, tmp_path, m
     """During one, grading processes may have been signalled too: its numbers may be wrong."""
     config = with_models(tiny_config(lambda_=0.5, eval_steps=3), models)
     whole = distill.train(config, tmp_path / "whole")
-    interrupts, evaluate, end_step = Interrupts(), Evaluator.examine, metrics.Progress.end_step
+    interrupts, evaluate, end_step = Interrupts(), Evaluator.__call__, metrics.Progress.end_step
     stop, stops, steps = JaxBackend.stop, [], []
 
     def counting(self, step, *values):
@@ -256,7 +256,7 @@ def test_signal_at_an_evaluation_leaves_it_to_the_next_start(models, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Progress, "end_step", counting)
-        patch.setattr(Evaluator, "examine", spoilt)
+        patch.setattr(Evaluator, "__call__", spoilt)
         patch.setattr(JaxBackend, "stop", lambda self: stops.append(stop(self)))
         with pytest.raises(RunInterrupted, match="SIGTERM: step 3 is saved: the same command"):
             distill.train(config, tmp_path / "run", interrupts)

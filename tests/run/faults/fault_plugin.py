@@ -26,9 +26,9 @@ from distill.sampling.engine import Engine
 
 # name: (owner, attribute, whether the moment is after the call instead of before it)
 POINTS = {
-    "evaluate": (Evaluator, "examine", False),
+    "evaluate": (Evaluator, "__call__", False),
     "evaluate-sampled": (Evaluator, "grade", False),
-    "evaluated": (Evaluator, "examine", True),
+    "evaluated": (Evaluator, "__call__", True),
     "rollouts": (RolloutRecorder, "__call__", True),
     "generate": (JaxBackend, "generate", False),
     "generate-prefilled": (Engine, "decode", False),
