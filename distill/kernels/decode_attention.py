@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from distill.kernels.attention import AttentionSpec
+from distill.kernels.attention.blockwise import cap_scores
+
 LANES, SUBLANES = 128, 8
 
 # What a step takes beside its transfers, by Pallas' documentation. A block smaller than what is
@@ -90,6 +93,7 @@ def attend_cache(
     layer: jax.Array,
     lengths_w: jax.Array,
     steps: Steps,
+    spec: AttentionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """Attended values (w, k, g, h) and the log of the sum of exponentials (w, k, g), in float32.
 
@@ -101,6 +105,7 @@ def attend_cache(
       layer: its number.
       lengths_w: positions of each row; without any, it attends to zeros, of sum 0.
       steps: from `kernel.plan`, of the same lengths.
+      spec: without a window; its sinks are the caller's, who has the sums.
     """
     (rows, heads, group, width), block = q_wkgh.shape, steps.block
     num_cached = rows * heads * width * k_lpckhs.shape[-1]  # keys of the layer
@@ -137,7 +142,7 @@ def attend_cache(
         inputs += [(scale_lpcks, of_scales) for scale_lpcks in scales]
     arrays, in_specs = zip(*inputs, strict=True)
     attended_wkgh, log_sum_wkg1 = pl.pallas_call(
-        functools.partial(_kernel, block=block, positions_last=positions_last),
+        functools.partial(_kernel, spec=spec, block=block, positions_last=positions_last),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(heads // heads_of_core, steps.count),
@@ -164,7 +169,17 @@ def attend_cache(
 
 
 def _kernel(
-    layer_ref, slot_ref, block_ref, lengths_ref, q_ref, k_ref, v_ref, *refs, block, positions_last
+    layer_ref,
+    slot_ref,
+    block_ref,
+    lengths_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    *refs,
+    spec: AttentionSpec,
+    block: int,
+    positions_last: bool,
 ):
     del layer_ref  # only the indices of blocks have it
     *scale_refs, attended_ref, log_sum_ref, max_ref, sum_ref, total_ref = refs
@@ -187,13 +202,13 @@ def _kernel(
             # What stands behind the row's end, or the cache's, may be anything.
             v = jnp.where(in_row(v.shape, int(positions_last)), v.astype(q_gh.dtype), 0)
             scores_gs = jnp.dot(q_gh, k_hs, preferred_element_type=jnp.float32)
-            scores_gs = scores_gs * q_gh.shape[1] ** -0.5
+            scores_gs = scores_gs * spec.scale
             valid_gs = in_row(scores_gs.shape, 1)
             if scale_refs:
                 head_of_all = pl.ds(core * num_heads + head, 1)
                 k_scale_1s, v_scale_1s = (ref[head_of_all] for ref in scale_refs)
                 scores_gs = scores_gs * k_scale_1s
-            scores_gs = jnp.where(valid_gs, scores_gs, -jnp.inf)
+            scores_gs = jnp.where(valid_gs, cap_scores(scores_gs, spec.soft_cap), -jnp.inf)
             old_max_g1 = max_ref[head]
             max_g1 = jnp.maximum(old_max_g1, jnp.max(scores_gs, axis=1, keepdims=True))
             kept_g1, weights_gs = jnp.exp(old_max_g1 - max_g1), jnp.exp(scores_gs - max_g1)

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from distill.kernels.attention import AttentionSpec
 from distill.models.facts import ModelConfig
+
+RING_MULTIPLE = 32
 
 KeysAndValues = tuple[jax.Array, jax.Array]
 
@@ -25,10 +28,12 @@ class Axes(NamedTuple):
     Attributes:
       names: logical axes, which say how it is sharded.
       position: the axis of positions; None: a state, which the next token replaces.
+      ring: position p lies at p modulo the axis' size, in place of the one so far before it.
     """
 
     names: tuple[str | None, ...]
     position: int | None = None
+    ring: bool = False
 
 
 class LayerCache:
@@ -59,19 +64,21 @@ class AttentionCache(LayerCache):
     Attributes:
       k_lpckhs, v_lpcksh: in the model's dtype, or int8.
       k_scale_lpcks, v_scale_lpcks: float32 step of the 8-bit integers, one per token and head.
+      ring: of sliding attention, the window and no more; see `Axes`.
     """
 
     k_lpckhs: jax.Array
     v_lpcksh: jax.Array
     k_scale_lpcks: jax.Array | None = None
     v_scale_lpcks: jax.Array | None = None
+    ring: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def axes(self) -> dict[str, Axes]:
         return {
-            "k_lpckhs": Axes((*_HEADS, None, "position"), 5),
-            "v_lpcksh": Axes((*_HEADS, "position", None), 4),
-            "k_scale_lpcks": Axes((*_HEADS, "position"), 4),
-            "v_scale_lpcks": Axes((*_HEADS, "position"), 4),
+            "k_lpckhs": Axes((*_HEADS, None, "position"), 5, self.ring),
+            "v_lpcksh": Axes((*_HEADS, "position", None), 4, self.ring),
+            "k_scale_lpcks": Axes((*_HEADS, "position"), 4, self.ring),
+            "v_scale_lpcks": Axes((*_HEADS, "position"), 4, self.ring),
         }
 
     @classmethod
@@ -82,6 +89,15 @@ class AttentionCache(LayerCache):
         k, k_scale = _to_int8(k_lpckhs, axis=-2)
         v, v_scale = _to_int8(v_lpcksh, axis=-1)
         return cls(k, v, k_scale, v_scale)
+
+    @property
+    def size(self) -> int:
+        """Positions that there is room for."""
+        return self.v_lpcksh.shape[4]
+
+    @property
+    def head_width(self) -> int:
+        return self.v_lpcksh.shape[5]
 
     def read(self, layer, width: int, size: int, dtype: jnp.dtype) -> KeysAndValues:
         """k_bkhs and v_bksh of a layer: of each part's first `width` slots, `size` positions."""
@@ -100,14 +116,48 @@ class AttentionCache(LayerCache):
         return k_bkhs.astype(dtype), v_bksh.astype(dtype)
 
 
+def ring_positions(lengths: jax.Array, index_s: jax.Array, size: int) -> jax.Array:
+    """Which position lies at an index of a ring, (..., s); negative where none does.
+
+    Args:
+      lengths: tokens of each row.
+      index_s: indices.
+      size: of the ring; rows that are no longer than it lie as if it were none.
+    """
+    last = lengths[..., None] - 1
+    return last - (last - index_s) % size
+
+
+def ring_size(spec: AttentionSpec, size: int) -> int:
+    """Positions that a layer keeps of rows of at most `size`; fewer than all in a ring only."""
+    if spec.window is None:
+        return size
+    return min(size, -(-spec.window // RING_MULTIPLE) * RING_MULTIPLE)
+
+
 def empty_cache(
     config: ModelConfig, parts: int, slots: int, size: int, dtype: jnp.dtype, int8: bool
-) -> AttentionCache:
-    """Of a model, for `slots` slots of `size` tokens in each part."""
-    layers, heads, width = config.num_layers, config.num_kv_heads, config.head_width
-    k_lpckhs = jnp.zeros((layers, parts, slots, heads, width, size), dtype)
-    v_lpcksh = jnp.zeros((layers, parts, slots, heads, size, width), dtype)
-    return AttentionCache.encode(k_lpckhs, v_lpcksh, int8)
+) -> tuple[AttentionCache, ...]:
+    """For `slots` slots of `size` tokens in each part: a stack for each place in the pattern."""
+    heads, width, period = config.num_kv_heads, config.head_width, len(config.kinds)
+
+    def make(place: int, spec: AttentionSpec) -> AttentionCache:
+        stack, kept = len(range(place, config.num_layers, period)), ring_size(spec, size)
+        k_lpckhs = jnp.zeros((stack, parts, slots, heads, width, kept), dtype)
+        v_lpcksh = jnp.zeros((stack, parts, slots, heads, kept, width), dtype)
+        empty = AttentionCache.encode(k_lpckhs, v_lpcksh, int8)
+        return dataclasses.replace(empty, ring=kept < size)
+
+    return tuple(make(place, kind.attention) for place, kind in enumerate(config.kinds))
+
+
+def new_cache(
+    config: ModelConfig, parts: int, k_lbkhs: jax.Array, v_lbksh: jax.Array, int8: bool
+) -> tuple[AttentionCache, ...]:
+    """What a model's layers keep of some tokens, one after the other; b: parts and slots."""
+    k_lpckhs, v_lpcksh = (x.reshape(len(x), parts, -1, *x.shape[2:]) for x in (k_lbkhs, v_lbksh))
+    layers, period = AttentionCache.encode(k_lpckhs, v_lpcksh, int8), len(config.kinds)
+    return tuple(layers.map(lambda x, _: x[place::period]) for place in range(period))  # noqa: B023
 
 
 def _to_int8(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

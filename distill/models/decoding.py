@@ -59,6 +59,7 @@ class Part(NamedTuple):
     k_bkhs: jax.Array
     v_bksh: jax.Array
     valid_bs: jax.Array
+    position_bs: jax.Array | None = None  # of a prefix
 
 
 # A layer's prefix: in plain arrays, or as attention of q_bkgh to it.
@@ -150,26 +151,30 @@ def abstract_loop_weights(model: Transformer) -> LoopWeights:
     return LoopWeights(layers, head_dv if model.config.tied else None)
 
 
-def make_walk(model: Transformer, weights: LoopWeights, prefix_of: Callable[[Any], Prefix]) -> Walk:
+def make_walk(
+    model: Transformer, weights: LoopWeights, prefix_of: Callable[[int, Any], Prefix]
+) -> Walk:
     """The layers of a decode loop; call it outside of the loop, for what is read once only.
 
     Args:
       model: has the layers.
       weights: from `make_loop_weights`.
-      prefix_of: of a layer's number, which may be traced.
+      prefix_of: of a layer's place in the pattern, and of its number among those of that place,
+        which may be traced.
     """
     graphdef, stacked = nnx.split(model.layers)
     num_layers, kinds = model.config.num_layers, model.config.kinds
+    period = len(kinds)
     if num_layers <= UNROLLED_LAYERS:
         layers = [
-            (nnx.merge(graphdef, state), prefix_of(layer))
+            (nnx.merge(graphdef, state), prefix_of(layer % period, layer // period))
             for layer, state in enumerate(weights.layers)
         ]
 
         def walk_unrolled(x_b1d, step, tail):
             new_tail = []
             for i, (block, prefix) in enumerate(layers):
-                place = i % len(kinds)
+                place = i % period
                 x_b1d, layer_tail = _decode_layer(block, kinds, place, prefix, x_b1d, step, tail[i])
                 new_tail.append(layer_tail)
             return x_b1d, new_tail
@@ -179,11 +184,11 @@ def make_walk(model: Transformer, weights: LoopWeights, prefix_of: Callable[[Any
     def walk(x_b1d, step, tail):
         def layer(place, x_b1d, scanned):
             index, state, layer_tail = scanned
-            block, prefix = nnx.merge(graphdef, state), prefix_of(index)
+            block, prefix = nnx.merge(graphdef, state), prefix_of(place, index // period)
             return _decode_layer(block, kinds, place, prefix, x_b1d, step, layer_tail)
 
         scanned = jnp.arange(num_layers), stacked, tail
-        return scan_layers(layer, x_b1d, scanned, len(kinds))
+        return scan_layers(layer, x_b1d, scanned, period)
 
     return walk
 
@@ -300,5 +305,5 @@ def _in_window(prefix: Part, step: Step, spec: AttentionSpec) -> Part:
     if spec.window is None:
         return prefix
     first_b = step.lengths_b + step.number - spec.window + 1
-    seen_bs = jnp.arange(prefix.valid_bs.shape[1]) >= first_b[:, None]
+    seen_bs = prefix.position_bs >= first_b[:, None]
     return prefix._replace(valid_bs=prefix.valid_bs & seen_bs)

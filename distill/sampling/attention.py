@@ -2,8 +2,8 @@
 
 `attention` is `xla` (plain, any platform: reads the first `size` positions of every row), `pallas`
 (a kernel for TPUs from v5e: reads every row to its own end), a `Kernel` (with another block size,
-or interpreted), or None for the best that runs here. An explicit request that cannot run is an
-error.
+or interpreted), or None for the best that each layer can have here. An explicit request that cannot
+run is an error. The kernel has no windows: what a window needs is little, and read whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill.kernels import decode_attention
 from distill.kernels.attention import AttentionSpec
 from distill.kernels.decode_attention import Kernel
 from distill.kernels.platform import device_kind, is_old_tpu, platform
-from distill.models.cache import AttentionCache
+from distill.models.cache import AttentionCache, ring_positions
 from distill.models.decoding import Attended, Part, Prefix
 from distill.sampling.cache import partition_specs
 
@@ -27,74 +27,95 @@ IMPLEMENTATIONS = ("xla", "pallas")
 
 
 def resolve_attention(
-    attention: str | Kernel | None, head_width: int, specs: Sequence[AttentionSpec] = ()
+    attention: str | Kernel | None, head_width: int, spec: AttentionSpec
 ) -> str | Kernel:
-    """'xla' or the kernel that will run; ValueError when the one asked for cannot.
-
-    `specs` are what the layers' attention computes, where it is more than softmax(q k / sqrt(h)) v.
-    """
+    """'xla' or the kernel that a layer runs; ValueError when the one asked for cannot."""
+    if attention == "xla":
+        return "xla"
     if attention is None:
-        return "xla" if _obstacle(head_width, specs) else Kernel()
-    if attention not in IMPLEMENTATIONS and not isinstance(attention, Kernel):
+        return "xla" if _obstacle(head_width, spec) else Kernel()
+    if attention != "pallas" and not isinstance(attention, Kernel):
         raise ValueError(
             f"attention={attention!r} is unknown: "
             f"choose one of {', '.join(IMPLEMENTATIONS)}, a Kernel, or None"
         )
-    if attention != "pallas":
-        return attention
-    if obstacle := _obstacle(head_width, specs):
+    interpreted = isinstance(attention, Kernel) and attention.interpret
+    if obstacle := _window(spec) if interpreted else _obstacle(head_width, spec):
         raise ValueError(f"attention='pallas' {obstacle}; use 'xla', or None")
-    return Kernel()
+    return attention if isinstance(attention, Kernel) else Kernel()
+
+
+def reads_buckets(
+    attention: str | Kernel | None, cache: Sequence[AttentionCache], specs: Sequence[AttentionSpec]
+) -> bool:
+    """Whether rows are read up to a common number of positions; else, to the end of each."""
+    return any(
+        resolve_attention(attention, layer.head_width, spec) == "xla" and not layer.ring
+        for layer, spec in zip(cache, specs, strict=True)
+    )
 
 
 def prefix_attention(
     attention: str | Kernel | None,
-    cache: AttentionCache,
+    cache: Sequence[AttentionCache],
     lengths_pw: jax.Array,
     size: int,
     dtype,
-    specs: Sequence[AttentionSpec] = (),
-) -> Callable[[Any], Prefix]:
-    """Attention of one query per row to the row's first lengths_pw positions, by layer.
+    specs: Sequence[AttentionSpec],
+) -> Callable[[int, Any], Prefix]:
+    """Attention of one query per row to the row's first lengths_pw positions.
 
     Args:
       attention: see above.
-      cache: rows are the first w slots of each part.
+      cache: for each place in the layers' pattern; rows are the first w slots of each part.
       lengths_pw: at most `size`.
       size: static.
       dtype: of queries.
-      specs: see `resolve_attention`.
+      specs: what the layers of each place compute.
+
+    Returns:
+      A function of a place, and of a layer's number among those of that place.
     """
-    attention = resolve_attention(attention, cache.v_lpcksh.shape[-1], specs)
-    if attention == "xla":
-        return _xla(cache, lengths_pw, size, dtype)
-    return _kernel(attention, cache, lengths_pw)
+
+    def make(layers: AttentionCache, spec: AttentionSpec) -> Callable[[Any], Prefix]:
+        resolved = resolve_attention(attention, layers.head_width, spec)
+        if resolved == "xla":
+            return _xla(layers, lengths_pw, size, dtype)
+        return _kernel(resolved, layers, lengths_pw, spec)
+
+    places = [make(layers, spec) for layers, spec in zip(cache, specs, strict=True)]
+    return lambda place, layer: places[place](layer)
 
 
-def _obstacle(head_width: int, specs: Sequence[AttentionSpec]) -> str | None:
+def _window(spec: AttentionSpec) -> str | None:
+    """Why the kernel cannot compute what is asked."""
+    return None if spec.window is None else f"cannot attend to a window of {spec.window} tokens"
+
+
+def _obstacle(head_width: int, spec: AttentionSpec) -> str | None:
     """Why the kernel cannot run here."""
-    for spec in specs:  # sinks are added outside of it
-        if spec != AttentionSpec(head_width**-0.5, sinks=spec.sinks):
-            return f"computes no {spec}"
     if platform() != "tpu" or is_old_tpu():
         kind = device_kind() if is_old_tpu() else platform()
         return f"cannot run on {kind}: it needs a TPU from v5e on"
     if not decode_attention.can_tile(head_width):
         return f"cannot run with heads of width {head_width}: it needs a multiple of 16"
-    return None
+    return _window(spec)
 
 
 def _xla(cache: AttentionCache, lengths_pw, size: int, dtype) -> Callable[[Any], Prefix]:
-    valid_bs = jnp.arange(size) < lengths_pw.reshape(-1, 1)
+    size = min(size, cache.size)
+    position_bs = ring_positions(lengths_pw.reshape(-1), jnp.arange(size), cache.size)
 
     def prefix_of(layer):
         k_bkhs, v_bksh = cache.read(layer, lengths_pw.shape[1], size, dtype)
-        return Part(k_bkhs, v_bksh, valid_bs)
+        return Part(k_bkhs, v_bksh, position_bs >= 0, position_bs)
 
     return prefix_of
 
 
-def _kernel(kernel: Kernel, cache: AttentionCache, lengths_pw) -> Callable[[Any], Prefix]:
+def _kernel(
+    kernel: Kernel, cache: AttentionCache, lengths_pw, spec: AttentionSpec
+) -> Callable[[Any], Prefix]:
     if lengths_pw.shape[0] != num_shards("batch"):
         raise ValueError(f"{lengths_pw.shape[0]} parts on {num_shards('batch')} groups of devices")
     *_, heads, width, size = cache.k_lpckhs.shape
@@ -105,7 +126,7 @@ def _kernel(kernel: Kernel, cache: AttentionCache, lengths_pw) -> Callable[[Any]
         (lengths_w,), steps = lengths_pw, jax.tree.map(lambda x: x[0], steps)
         scales = None if cache.k_scale_lpcks is None else (cache.k_scale_lpcks, cache.v_scale_lpcks)
         arrays = cache.k_lpckhs, cache.v_lpcksh, scales
-        return decode_attention.attend_cache(kernel, q_wkgh, *arrays, layer, lengths_w, steps)
+        return decode_attention.attend_cache(kernel, q_wkgh, *arrays, layer, lengths_w, steps, spec)
 
     if not jax.sharding.get_abstract_mesh().empty:
         heads, part = partition_spec(("batch", "act_kv_heads")), partition_spec(("batch",))

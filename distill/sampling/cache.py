@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.base.sharding import constrain, num_shards, partition_spec
-from distill.models.cache import LayerCache, empty_cache
+from distill.models.cache import LayerCache, empty_cache, ring_positions
 from distill.models.facts import ModelConfig
 
 Cache = Any  # a tree of LayerCache
@@ -62,36 +62,43 @@ def partition_specs(cache: Cache) -> Cache:
     return map_arrays(lambda _, axes: partition_spec(axes.names), cache)
 
 
-def insert(cache: Cache, new: Cache, source_pm: jax.Array, slot_pm: jax.Array) -> Cache:
-    """Copies rows source_pm of `new`, from position 0 on, to slots slot_pm of the same part.
+def insert(
+    cache: Cache, new: Cache, source_pm: jax.Array, slot_pm: jax.Array, lengths_pm: jax.Array
+) -> Cache:
+    """Copies rows source_pm of `new`, of lengths_pm tokens, to slots slot_pm of the same part.
 
     Slots that do not exist are skipped: they fill up an insertion of fewer than m rows.
     """
 
     def one(i, array, axes, new_array):
-        slot_p = slot_pm[:, i]
+        slot_p, row = slot_pm[:, i], _rows(new_array, source_pm[:, i])
         # A write beyond the last slot would hit the last one: there, what it holds is written.
         held = _rows(array, slot_p)
         if axes.position is not None:
-            size = new_array.shape[axes.position]
+            size = min(new_array.shape[axes.position], array.shape[axes.position])
             held = jax.lax.slice_in_dim(held, 0, size, axis=axes.position)
+            if size < new_array.shape[axes.position]:
+                row = _into_ring(held, row, axes.position, 0 * slot_p, lengths_pm[:, i])
         exists_p = (slot_p < array.shape[2]).reshape(-1, *[1] * (array.ndim - 2))
-        row = jnp.where(exists_p, _rows(new_array, source_pm[:, i]), held)
-        return _write(array, row, slot_p, ())
+        return _write(array, jnp.where(exists_p, row, held), slot_p, ())
 
     return _for_each(source_pm.shape[1], one, cache, new)
 
 
-def append(cache: Cache, tail: Cache, lengths_pw: jax.Array) -> Cache:
-    """Writes a tail behind the lengths_pw tokens of each part's first w slots.
+def append(cache: Cache, tail: Cache, lengths_pw: jax.Array, count: jax.Array) -> Cache:
+    """Writes a tail of `count` tokens behind the lengths_pw tokens of each part's first w slots.
 
-    What has no positions takes the place of what was there.
+    What has no positions takes the place of what was there. What stands in the tail from `count` on
+    means nothing; where nothing is in its place, it may be written, too.
     """
 
     def one(slot, array, axes, new_array):
-        slots_p = jnp.full(lengths_pw.shape[0], slot)
-        at = () if axes.position is None else ((axes.position, lengths_pw[:, slot]),)
-        return _write(array, _rows(new_array, slots_p), slots_p, at)
+        slots_p, start_p = jnp.full(lengths_pw.shape[0], slot), lengths_pw[:, slot]
+        row = _rows(new_array, slots_p)
+        if axes.ring:
+            row = _into_ring(_rows(array, slots_p), row, axes.position, start_p, count)
+        at = () if axes.ring or axes.position is None else ((axes.position, start_p),)
+        return _write(array, row, slots_p, at)
 
     return _for_each(lengths_pw.shape[1], one, cache, tail)
 
@@ -116,6 +123,19 @@ def _for_each(count, function, cache: Cache, *others: Cache) -> Cache:
         return map_arrays(lambda *arrays: function(i, *arrays), cache, *others)
 
     return _constrain(jax.lax.fori_loop(0, count, body, cache))
+
+
+def _into_ring(
+    row: jax.Array, tail: jax.Array, axis: int, start_p: jax.Array, count_p: jax.Array
+) -> jax.Array:
+    """One slot's ring of each part, after count_p tokens of the tail from positions start_p on."""
+    size, room = row.shape[axis], tail.shape[axis]
+    position_ps = ring_positions(start_p + count_p, jnp.arange(size), size)
+    shape = [1] * row.ndim
+    shape[1], shape[axis] = position_ps.shape
+    index = (position_ps - start_p[:, None]).reshape(shape)
+    new = jnp.take_along_axis(tail, jnp.clip(index, 0, room - 1), axis=axis)
+    return jnp.where(index >= 0, new, row)
 
 
 def _rows(array: jax.Array, slot_p: jax.Array) -> jax.Array:

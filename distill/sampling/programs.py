@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from distill.base.sharding import constrain, constrain_whole
-from distill.models.cache import AttentionCache
+from distill.models.cache import new_cache
 from distill.models.decoding import (
     LoopWeights,
     decode_turn,
@@ -55,9 +55,10 @@ class ModelFacts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """Keys and values of prompts, and the scores of what follows them."""
+    """What layers keep of prompts, and the scores of what follows them."""
 
     cache: Cache
+    lengths_pg: jax.Array
     logits_pgv: jax.Array
 
 
@@ -96,19 +97,16 @@ class Chosen:
 def prefill_prompts(
     facts: ModelFacts, weights: nnx.State, tokens_pgs: jax.Array, lengths_pg: jax.Array
 ) -> Prefilled:
-    """Keys and values of right-padded prompts."""
+    """Prefills right-padded prompts."""
     model = facts.merge(weights)
     parts, prompts, size = tokens_pgs.shape
     tokens_bs = constrain(tokens_pgs.reshape(-1, size), "batch", "position")
-    hidden_bsd, k_lbkhs, v_lbksh = prefill(model, tokens_bs)
+    hidden_bsd, *new = prefill(model, tokens_bs)
     # the head sees one position per prompt
     last_b11 = (lengths_pg.reshape(-1) - 1)[:, None, None]
     logits_bv = model.logits(jnp.take_along_axis(hidden_bsd, last_b11, axis=1))[:, 0]
-    split = [x.reshape(len(x), parts, prompts, *x.shape[2:]) for x in (k_lbkhs, v_lbksh)]
-    return Prefilled(
-        AttentionCache.encode(*split, facts.int8),
-        logits_bv.reshape(parts, prompts, logits_bv.shape[-1]),
-    )
+    cache = new_cache(model.config, parts, *new, facts.int8)
+    return Prefilled(cache, lengths_pg, logits_bv.reshape(parts, prompts, logits_bv.shape[-1]))
 
 
 def insert_rows(
@@ -121,7 +119,8 @@ def insert_rows(
     params: SamplingParams,
 ) -> tuple[Cache, Chosen]:
     """Gives prompts source_pm of each part slots slot_pm, and chooses their first new tokens."""
-    cache = caches.insert(cache, prefilled.cache, source_pm, slot_pm)
+    lengths_pm = jnp.take_along_axis(prefilled.lengths_pg, source_pm, axis=1)
+    cache = caches.insert(cache, prefilled.cache, source_pm, slot_pm, lengths_pm)
     logits_pmv = jnp.take_along_axis(prefilled.logits_pgv, source_pm[:, :, None], axis=1)
     keys_b = jax.random.wrap_key_data(key_pm2.reshape(-1, key_pm2.shape[-1]), impl=KEY_IMPL)
     logits_bv = logits_pmv.reshape(-1, logits_pmv.shape[-1])
@@ -197,9 +196,8 @@ def decode_rows(
         _no_tokens(steps, parts * width),
     )
     step, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, decode_step, state)
-    k_lbkht, v_lbkth = stack_tail(tail)
-    split = [x.reshape(len(x), parts, width, *x.shape[2:]) for x in (k_lbkht, v_lbkth)]
-    cache = caches.append(cache, AttentionCache.encode(*split, facts.int8), rows.lengths_pw)
+    new = new_cache(model.config, parts, *stack_tail(tail), facts.int8)
+    cache = caches.append(cache, new, rows.lengths_pw, step)
     chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width), chosen_tb)
     return cache, *constrain_whole((chosen, step))
 

@@ -14,7 +14,7 @@ from distill.base.sharding import num_shards
 from distill.models.decoding import LoopWeights, abstract_loop_weights, make_loop_weights
 from distill.sampling import cache as caches
 from distill.sampling import programs
-from distill.sampling.attention import resolve_attention
+from distill.sampling.attention import reads_buckets
 from distill.sampling.choice import SamplingParams
 
 STEPS_PER_CALL = 32
@@ -56,7 +56,9 @@ class Slots:
         if self.cache is None:
             config, *sizes = self._sizes(weights, parts, self.count)
             self.cache = self._make_cache(config, *sizes)
-            self._specs = [kind.attention for kind in config.kinds]
+            specs = [kind.attention for kind in config.kinds]
+            if not reads_buckets(self.facts.attention, self.cache, specs):
+                self._buckets = [self.size]
 
     def release(self) -> None:
         """Frees the cache until the next request."""
@@ -109,7 +111,8 @@ class Slots:
         params: SamplingParams,
     ) -> tuple[programs.Chosen, int]:
         """The rows' next tokens (t, p, w) and the number of steps; see `programs.decode_rows`."""
-        size = self._positions_read(rows.lengths_pw.max())
+        # Positions read of a row, at most: the loop is compiled for it.
+        size = next(size for size in self._buckets if size >= rows.lengths_pw.max())
         self.cache, chosen, steps = self._decode(
             weights, loop_weights, self.cache, rows, stop_at, params, size, STEPS_PER_CALL
         )
@@ -124,13 +127,6 @@ class Slots:
         """Programs compiled so far."""
         made = self._make_loop_weights, self._prefill, self._insert, self._decode, self._move
         return sum(program._cache_size() for program in made)
-
-    def _positions_read(self, longest: int) -> int:
-        """At most, of a row: a call of the decode loop is compiled for it."""
-        head_width = self.cache.v_lpcksh.shape[-1]
-        if resolve_attention(self.facts.attention, head_width, self._specs) != "xla":
-            return self.size  # every row is read to its own end
-        return next(size for size in self._buckets if size >= longest)
 
     # ------------------------------------------------------------------- for who only compiles them
 

@@ -47,14 +47,16 @@ def random_queries(heads, group, width, dtype, lengths=LENGTHS):
     return jnp.asarray(np.random.default_rng(1).normal(0, 1, shape), dtype)
 
 
-def attend(attention, q_bkgh, cache, lengths_pw):
-    prefix_of = prefix_attention(attention, cache, jnp.asarray(lengths_pw), SIZE, q_bkgh.dtype)
-    return jax.jit(lambda layer: attended(q_bkgh, prefix_of(layer)))(LAYER)
+def attend(attention, q_bkgh, cache, lengths_pw, spec=None, size=SIZE):
+    spec = spec or AttentionSpec(q_bkgh.shape[-1] ** -0.5)
+    arguments = (cache,), jnp.asarray(lengths_pw), size, q_bkgh.dtype, (spec,)
+    prefix_of = prefix_attention(attention, *arguments)
 
+    def attended(layer):
+        prefix = prefix_of(0, layer)
+        return attend_part(q_bkgh, prefix, spec) if isinstance(prefix, Part) else prefix(q_bkgh)
 
-def attended(q_bkgh, prefix):
-    spec = AttentionSpec(q_bkgh.shape[-1] ** -0.5)
-    return attend_part(q_bkgh, prefix, spec) if isinstance(prefix, Part) else prefix(q_bkgh)
+    return jax.jit(attended)(LAYER)
 
 
 def assert_same(actual, expected, dtype):
@@ -73,6 +75,17 @@ def test_same_values_as_plain_xla(heads, group, width, dtype, int8):
     assert_same(actual, expected, dtype)
     assert (actual.log_sum_bkg[0] == -jnp.inf).all() and (actual.values_bkgh[0] == 0).all()
     assert len(np.unique(np.asarray(actual.log_sum_bkg[1:]))) > 7
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["exact", "int8"])
+def test_scale_and_soft_cap(int8):
+    """Sinks are not the kernel's: the decode loop adds them to its sums."""
+    dtype, spec = "float32", AttentionSpec(0.3, soft_cap=2.0, sinks=True)
+    cache, q_bkgh = random_cache(2, 64, dtype, int8), random_queries(2, 3, 64, dtype)
+    actual, expected = (attend(x, q_bkgh, cache, [LENGTHS], spec) for x in (INTERPRETED, "xla"))
+    assert_same(actual, expected, dtype)
+    plain = attend("xla", q_bkgh, cache, [LENGTHS])
+    assert np.abs(expected.values_bkgh - plain.values_bkgh).max() > 0.1
 
 
 def test_what_stands_behind_the_end_of_a_row_does_not_matter():
@@ -111,9 +124,10 @@ def test_kernel_is_free_of_races_and_reads_nothing_uninitialised(int8):
     cache = cache.map(lambda x, axes: jax.lax.slice_in_dim(x, 0, 2 * BLOCK, axis=axes.position))
     q_bkgh = random_queries(2, 6, 128, dtype, lengths)
     kernel = Kernel(block=BLOCK, interpret=interpret)
-    prefix_of = prefix_attention(kernel, cache, jnp.array([lengths]), 2 * BLOCK, dtype)
-    reference_of = prefix_attention("xla", cache, jnp.array([lengths]), 2 * BLOCK, dtype)
-    assert_same(prefix_of(LAYER)(q_bkgh), attended(q_bkgh, reference_of(LAYER)), dtype)
+    actual, expected = (
+        attend(x, q_bkgh, cache, [lengths], size=2 * BLOCK) for x in (kernel, "xla")
+    )
+    assert_same(actual, expected, dtype)
     assert interpret_pallas_call.races is not None  # that is, the detector ran
     assert not interpret_pallas_call.races.races_found
 
@@ -160,14 +174,15 @@ def test_the_engine_answers_alike(num_layers):
 
 
 def test_what_cannot_run_is_said():
-    assert resolve_attention(None, 128) == "xla"
+    spec = AttentionSpec(0.1)
+    assert resolve_attention(None, 128, spec) == "xla"
     with pytest.raises(ValueError, match="'pallas' cannot run on cpu: it needs a TPU from v5e"):
-        resolve_attention("pallas", 128)
+        resolve_attention("pallas", 128, spec)
     with pytest.raises(ValueError, match="attention='flash' is unknown: choose one of xla, pallas"):
-        resolve_attention("flash", 128)
+        resolve_attention("flash", 128, spec)
     with pytest.raises(ValueError, match="2 parts on 1 groups of devices"):
         cache = random_cache(1, 16, "float32", parts=2)
-        prefix_attention(INTERPRETED, cache, jnp.array([[1], [2]]), SIZE, jnp.float32)
+        prefix_attention(INTERPRETED, (cache,), jnp.array([[1], [2]]), SIZE, jnp.float32, (spec,))
 
 
 QWEN = ModelConfig(  # 1.5B, but for its depth
@@ -249,8 +264,9 @@ class TestCompiledForTpu:
         mesh, size = tpu_mesh(topology, 1, 1, 1), EngineConfig(max_length=2048).cache_size
 
         def attend(q_bkgh, cache, layer, lengths_pw):
-            prefix_of = prefix_attention(None, cache, lengths_pw, size, q_bkgh.dtype)
-            return prefix_of(layer)(q_bkgh)
+            spec = AttentionSpec(width**-0.5, soft_cap=50.0)
+            arguments = (cache,), lengths_pw, size, q_bkgh.dtype, (spec,)
+            return prefix_attention(None, *arguments)(0, layer)(q_bkgh)
 
         cache = jax.eval_shape(
             lambda: AttentionCache.encode(
@@ -293,9 +309,12 @@ class TestCompiledForTpu:
 
     def test_heads_that_cannot_be_tiled_are_left_to_xla(self):
         with jax.set_mesh(tpu_mesh("v5e:2x2", 1, 1, 1)):
-            assert resolve_attention(None, 128) == resolve_attention("pallas", 128) == Kernel()
-            assert resolve_attention(None, 100) == "xla"
+            spec, window = AttentionSpec(0.1), AttentionSpec(0.1, window=8)
+            assert resolve_attention(None, 128, spec) == Kernel()
+            assert resolve_attention("pallas", 128, spec) == Kernel()
+            assert resolve_attention(None, 100, spec) == "xla"
+            assert resolve_attention(None, 128, window) == "xla"
             with pytest.raises(ValueError, match="heads of width 100: it needs a multiple of 16"):
-                resolve_attention("pallas", 100)
+                resolve_attention("pallas", 100, spec)
         with jax.set_mesh(tpu_mesh("v4:2x2x1", 1, 1, 1)):
-            assert resolve_attention(None, 128) == "xla"
+            assert resolve_attention(None, 128, spec) == "xla"
