@@ -22,7 +22,7 @@ from distill.models.checkpoints import export as hf_export
 from distill.rollout.in_process import JaxBackend
 from distill.run import checkpoint, manifest, progress
 from distill.run.writers.json_lines import JsonLines
-from distill.sampling.engine import Engine
+from distill.sampling.schedule import Run
 
 # name: (owner, attribute, whether the moment is after the call instead of before it)
 POINTS = {
@@ -31,8 +31,8 @@ POINTS = {
     "evaluated": (Evaluator, "__call__", True),
     "rollouts": (RolloutRecorder, "__call__", True),
     "generate": (JaxBackend, "generate", False),
-    "generate-prefilled": (Engine, "decode", False),
-    "generate-decoded": (Engine, "decode", True),
+    "generate-prefilled": (Run, "_decode", False),
+    "generate-decoded": (Run, "_decode", True),
     "train": (progress.Progress, "end_step", False),
     "logged": (JsonLines, "note", True),
     "save": (checkpoint.Checkpoints, "save", False),
