@@ -24,7 +24,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from distill.base.errors import UserError
@@ -41,25 +41,15 @@ _LEFT, _ALIVE, _STOP = "distill/left/", "distill/alive/", "distill/stop/"
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """This process in a run of several.
+    """This process in a run of several."""
 
-    Attributes:
-      client: of the coordination service. JAX has no public name for it; Orbax takes the same one.
-      process: this one's number there.
-      num_processes: in all.
-      silence: seconds without a sign of life after which a process counts as dead.
-      rounds: numbers of the exchanges, the same in all processes.
-      leaving: held by the thread that ends this process.
-      ended: set when the run has ended well.
-    """
-
-    client: Any
-    process: int
+    client: Any  # of the coordination service; JAX has no public name for it, Orbax takes the same
+    process: int  # this one's number there
     num_processes: int
-    silence: int
-    rounds: itertools.count = dataclasses.field(default_factory=itertools.count)
-    leaving: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+    silence: int  # seconds without a sign of life after which a process counts as dead
+    rounds: itertools.count = dataclasses.field(default_factory=itertools.count)  # of exchanges
+    leaving: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # by this process
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)  # well
 
 
 _run: _Run | None = None
@@ -172,14 +162,7 @@ def _find_and_connect(given: dict[str, Any], starter: str, timeout: int, silence
         )
 
 
-def _connect(
-    address: str,
-    count: int,
-    number: int,
-    devices: Sequence[int] | None,
-    timeout: int,
-    silence: int,
-) -> None:
+def _connect(address: str, count: int, number: int, devices, timeout: int, silence: int) -> None:
     """Connects this process, which has these local devices or all, to the others."""
     import jax
     from jax._src import distributed
@@ -188,16 +171,9 @@ def _connect(
     call_the_roll(address, count, number, timeout)
     # JAX would take SIGTERM from `Interrupts`.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        address,
-        count,
-        number,
-        devices,
-        "deactivate",
-        initialization_timeout=timeout,
-        # JAX ends a process with stack traces: only where `_watch` has not.
-        heartbeat_timeout_seconds=2 * silence + _PARTING,
-    )
+    # JAX ends a process with stack traces: only where `_watch` has not.
+    waits = dict(initialization_timeout=timeout, heartbeat_timeout_seconds=2 * silence + _PARTING)
+    jax.distributed.initialize(address, count, number, devices, "deactivate", **waits)
     _run = _Run(distributed.global_state.client, number, count, silence)
     watcher = threading.Thread(target=_watch, args=(_run,), daemon=True)
     watcher.start()
@@ -275,7 +251,8 @@ def _next_round() -> str:
 def ask_to_stop(reason: str) -> None:
     """Lets `stop_asked` say so in the first process, whatever this one is doing."""
     if _run is not None:
-        _run.client.key_value_set(f"{_STOP}reason", reason, allow_overwrite=True)
+        with contextlib.suppress(Exception):  # process 0 is gone: this one will be ended
+            _run.client.key_value_set(f"{_STOP}reason", reason, allow_overwrite=True)
 
 
 def stop_asked() -> str:
@@ -323,8 +300,7 @@ def wait_for_the_cause(error: BaseException) -> None:
     """Ends this process if `error` comes of the end of another one, which is noticed later."""
     import jax
 
-    comes_of_it = isinstance(error, jax.errors.JaxRuntimeError)
-    if _run is not None and comes_of_it and "RESOURCE_EXHAUSTED" not in str(error):
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         time.sleep(1.5 * _run.silence + _PARTING + 2)
 
 
