@@ -30,7 +30,7 @@ from distill.reporting.facts import write_facts
 from distill.reporting.model_card import model_card
 from distill.reporting.page import REPORT, write_report
 from distill.run.interrupts import Interrupts
-from distill.run.saver import HeldOut, Saver, find_progress, how_to_go_on
+from distill.run.saver import Evaluations, Saver, find_progress, how_to_go_on
 from distill.run.workdir import claim_workdir
 from distill.run.writers.weights_and_biases import import_wandb
 from distill.step import make_train_step
@@ -134,21 +134,21 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         if evaluator is not None:
             progress.say(f"validation data: {evaluator.prompts.summary()}")
         so_far = record.get("results", {}), record.get("evaluated", 0)
-        held_out = HeldOut(evaluator, recorder, teacher, progress, interrupts, *so_far)
+        evaluations = Evaluations(evaluator, recorder, teacher, progress, interrupts, *so_far)
         saves = build_save_schedule(config)
-        saver = Saver(checkpoints, saves, batches, progress, held_out, interrupts, flat_config)
+        saver = Saver(checkpoints, saves, batches, progress, evaluations, interrupts, flat_config)
 
         # ---------------------------------------------------------------------------- loop
-        if "base" not in held_out.results:
-            held_out.evaluate("base", step, Model(graph, state.params))
-        if teacher and "teacher" not in held_out.results:
-            held_out.evaluate("teacher", step, teacher)
+        if "base" not in evaluations.results:
+            evaluations.evaluate("base", step, Model(graph, state.params))
+        if teacher and "teacher" not in evaluations.results:
+            evaluations.evaluate("teacher", step, teacher)
         while True:
             evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
             # One that a signal prevented or spoilt is made up for when the run goes on.
-            if evaluating and held_out.evaluated < step and not interrupts.agree():
+            if evaluating and evaluations.evaluated < step and not interrupts.agree():
                 with saver.saving_on(RunStopped, step=step, state=state):
-                    held_out.evaluate("student", step, Model(graph, state.params))
+                    evaluations.evaluate("student", step, Model(graph, state.params))
             stopping = interrupts.agree_by_first()
             if stopping or (step and saver.is_due(step)):
                 saver.save(step, state, batches.position)
@@ -177,7 +177,7 @@ def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
         session.backend.stop()
 
         # -------------------------------------------------------------------------- export
-        folder, results = workdir / "student", held_out.results
+        folder, results = workdir / "student", evaluations.results
         card = model_card(saver.flat_config, results, step)
         with busy("exporting the student"):
             export_student(session, folder, state.params, card)

@@ -16,18 +16,21 @@ _SPIKES = {
     "loss_spike": ("loss", "the learning rate may be too high, or this batch unlike the others"),
     "length_spike": (
         "generation/mean_length",
-        "the student may be forgetting to end its answers: look at truncated and repetition",
+        "the student may be forgetting to end its responses: look at truncated and repetition",
     ),
 }
 _ABOVE = {
     "truncated": (
         "generation/truncated",
-        "raise generate_strategy.max_length, or check that the template lets answers end",
+        "raise generate_strategy.max_length, or check that the template lets responses end",
     ),
-    "repetition": ("generation/repetition", "the student may be looping: read its answers"),
+    "repetition": ("generation/repetition", "the student may be looping: read its responses"),
 }
 _BELOW = {
-    "low_entropy": ("generation/entropy_estimate", "the student may have collapsed: read answers"),
+    "low_entropy": (
+        "generation/entropy_estimate",
+        "the student may have collapsed: read responses",
+    ),
 }
 
 

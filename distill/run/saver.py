@@ -23,7 +23,7 @@ from distill.step import TrainState
 
 
 @dataclasses.dataclass
-class HeldOut:
+class Evaluations:
     """Evaluates models on the held-out prompts, and remembers what came of it.
 
     Attributes:
@@ -45,11 +45,11 @@ class HeldOut:
         if self.evaluator is None:
             return
         with busy(f"evaluating the {role}"):
-            evaluation, answers = self.evaluator(model, self.teacher)
+            evaluation, responses = self.evaluator(model, self.teacher)
         if self.interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
             return
         if role != "teacher":
-            self.recorder(role, step, model, self.teacher, answers)
+            self.recorder(role, step, model, self.teacher, responses)
         self.results[role], self.evaluated = evaluation.to_dict(), step
         self.progress.evaluation(step, role, self.results[role])
 
@@ -68,13 +68,13 @@ class Saver:
     schedule: SaveSchedule
     batches: BatchSource
     progress: Progress
-    held_out: HeldOut
+    evaluations: Evaluations
     interrupts: Interrupts
     flat_config: dict[str, Any]
 
     def is_due(self, step: int) -> bool:
         """Whether `step` is to be saved; the same in all processes."""
-        scores = self.held_out.scores(step)
+        scores = self.evaluations.scores(step)
         if self.schedule.counts(step):
             return True
         if not scores and not self.schedule.has_clock:  # every process knows that by itself
@@ -91,9 +91,9 @@ class Saver:
             config=self.flat_config,
             iterator=position,
             measured_ahead=measured,
-            results=self.held_out.results,
-            evaluated=self.held_out.evaluated,
-            scores=self.held_out.scores(step),
+            results=self.evaluations.results,
+            evaluated=self.evaluations.evaluated,
+            scores=self.evaluations.scores(step),
             log_size=self.progress.log_size(),
             progress=self.progress.state(),
         )
