@@ -2,11 +2,8 @@
 
     python -m distill.generate --config=configs/gsm8k.py --output=runs/teacher.jsonl
 
-The model is the config's teacher unless --model names another; sampling follows
-distillation.generate_strategy, and the engine is the trainer's. Each line has id, prompt, response
-and answer, so `data.name=jsonl data.path=runs/teacher.jsonl` reads it, with
-`data.validation.name=gsm8k` for the held-out prompts. Responses cut off at the length limit are
-left out and counted: trained on, they would teach the student to stop anywhere.
+The model is the teacher unless --model names another; `data.name=jsonl data.path=FILE` reads the
+lines. Responses cut off at the limit would teach a student to stop anywhere: they are left out.
 """
 
 from pathlib import Path
@@ -26,18 +23,16 @@ def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, in
       model: folder or hub id of the model that responds.
       output: JSONL file, which appears when it is complete.
 
-    Returns:
-      {'written': lines, 'truncated': responses left out}.
+    Returns {'written': lines, 'truncated': responses left out}.
     """
     from distill.build.fixed_data import write_responses  # late: flags come before JAX
     from distill.build.session import open_session
 
     config = config.copy_and_resolve_references()
-    config.policy.model_name = model
-    config.distillation.hard_labels, config.distillation.lambda_ = True, 0.0
-    config.teacher.backend = "local"  # this program is what responds
     repeats = config.distillation.generate_strategy.num_generations
+    config.distillation.update(hard_labels=True, lambda_=0.0)
     config.distillation.generate_strategy.num_generations = 1
+    config.policy.model_name, config.teacher.backend = model, "local"
     with open_session(parse_config(config)) as session:
         return write_responses(session, Path(output), repeats)
 
@@ -51,9 +46,7 @@ def run() -> None:
         config = cli.required_config(config_flag)
         responder = model.value or config.distillation.teacher_model_path
         if not responder:
-            raise cli.UserError(
-                "pass --model=PATH: the config names no distillation.teacher_model_path"
-            )
+            raise cli.UserError("pass --model=PATH: the config names no teacher_model_path")
         if not output.value:
             raise cli.UserError("pass --output=FILE.jsonl")
         cli.join_processes()

@@ -18,10 +18,10 @@ def run() -> None:
     )
 
     def main(folders: list[str]) -> None:
-        from distill.reporting.page import REPORT, write_report
-
         if not folders:
             raise cli.UserError("pass the folder of a run, or of several to compare: runs/a runs/b")
+        from distill.reporting.page import REPORT, write_report  # late: it imports JAX
+
         workdirs = [Path(folder).expanduser() for folder in folders]
         default = workdirs[0] / REPORT if len(workdirs) == 1 else Path(REPORT)
         output = Path(output_flag.value).expanduser() if output_flag.value else default

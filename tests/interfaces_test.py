@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,33 @@ def test_help_is_short_and_shows_the_commands_own_flags_and_common_keys(command)
     own = {"main": "--workdir", "plan": "--topology", "export": "--checkpoint"}
     assert f"  {own[command]}" in lines
     assert "run_with_pdb" not in done.stdout, "absl's own"
+
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("arguments", [["--help"], ["--config.nosuch=1"], []], ids=str)
+def test_entry_points_speak_before_jax_is_imported(script, arguments):
+    """The command's own help, or one line that says what is wrong."""
+    module, _, function = SCRIPTS[script].partition(":")
+    program = f"""
+import sys
+from {module} import {function}
+sys.argv = [{script!r}, *{arguments!r}]
+try:
+    {function}()
+finally:
+    assert "jax" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    if arguments == ["--help"]:
+        assert done.returncode == 0 and not done.stderr
+        own = {"train": "--workdir", "evaluate": "--model", "plan": "--topology"}
+        assert f"python -m {module} " in done.stdout
+        assert f"  {own.get(script.removeprefix('distill-'), '--output')}\n" in done.stdout
+    else:
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
 
 
 def test_help_to_a_reader_that_has_gone():

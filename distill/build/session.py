@@ -42,7 +42,7 @@ from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.tokenizer import Vocabulary, shared_vocabulary
 from distill.evaluation.evaluator import Evaluator
-from distill.evaluation.recorder import MOST_ANSWERS, RolloutRecorder
+from distill.evaluation.recorder import MOST_RESPONSES, RolloutRecorder
 from distill.losses.objective import Objective
 from distill.models.checkpoints.hub import resolve_model
 from distill.models.checkpoints.load import load_model_config
@@ -242,6 +242,6 @@ class Session:
             self.vocabulary.tokenizer,
             objective=self.objective,
             vocab_size=self.vocabulary.size,
-            batch_size=min(self.config.evaluation.batch_size, -(-MOST_ANSWERS // parts) * parts),
+            batch_size=min(self.config.evaluation.batch_size, -(-MOST_RESPONSES // parts) * parts),
             put=make_put(self.mesh),
         )

@@ -69,9 +69,9 @@ def _check_combinations(config: Config) -> None:
         )
     if strategy.num_generations > 1 and distillation.lambda_ < 1:
         raise UserError(
-            "distillation.generate_strategy.num_generations > 1 samples several answers to one "
+            "distillation.generate_strategy.num_generations > 1 samples several responses to one "
             f"prompt, but with lambda_={distillation.lambda_} batches come from fixed data with "
-            "one answer each: use lambda_=1 or num_generations=1"
+            "one response each: use lambda_=1 or num_generations=1"
         )
     if strategy.max_length >= policy.max_total_sequence_length:
         raise UserError(

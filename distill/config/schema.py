@@ -36,7 +36,7 @@ class GenerateStrategy:
     top_k: int = _key(0, "keep the k likeliest tokens; 0 is off", low=0)
     top_p: float = _key(1.0, "keep the smallest set with this probability; 1 is off", low=0, high=1)
     min_p: float = _key(0.0, "keep tokens above this share of the likeliest's", low=0, high=1)
-    num_generations: int = _key(1, "answers sampled per prompt", low=1)
+    num_generations: int = _key(1, "responses sampled per prompt", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class VllmServers:
 
     urls: tuple[str, ...] = _key((), "servers that are running, such as http://127.0.0.1:8000")
     api_key_variable: str = _key("", "NAME of the environment variable with the servers' API key")
-    request_timeout: float = _key(600.0, "seconds a server may take for one answer", low=0.1)
+    request_timeout: float = _key(600.0, "seconds a server may take for one reply", low=0.1)
     retry_timeout: float = _key(
         300.0, "seconds a failing server is tried again, such as one that restarts", low=0
     )
@@ -103,7 +103,7 @@ class VllmServers:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VllmSampler(VllmServers):
-    """Servers that sample the student's answers."""
+    """Servers that sample the student's responses."""
 
     python: str = _key("", "interpreter with vLLM, to start one server here; '' uses urls")
     server_args: tuple[str, ...] = _key((), "more arguments for that server")
@@ -129,7 +129,7 @@ class Generation:
     importance_clip: float = _key(
         0.0, "weigh tokens by new / sampler's probability, at most this; 0: off", low=0
     )
-    num_slots: int = _key(0, "answers decoded at once; 0: what cache_memory holds", low=0)
+    num_slots: int = _key(0, "responses decoded at once; 0: what cache_memory holds", low=0)
     cache_memory: float = _key(4.0, "GB per device for keys and values, jax backend", low=0.001)
     cache_dtype: str = _key(
         "auto", "keys and values; auto: policy.precision", choices=("auto", "int8")
@@ -237,10 +237,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    batch_size: int = _key(64, "answers whose divergences are computed at once", low=1)
+    batch_size: int = _key(64, "responses whose divergences are computed at once", low=1)
     max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
-    answer_timeout: float = _key(5.0, "seconds per answer for math-verify", low=0.1)
-    metrics: tuple[str, ...] = _key((), "metrics of held-out answers that a plugin registers")
+    answer_timeout: float = _key(5.0, "seconds per response for math-verify", low=0.1)
+    metrics: tuple[str, ...] = _key((), "metrics of the responses that a plugin registers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,10 +274,10 @@ class Warn:
 
     loss_spike: float = _key(5.0, "loss, in medians of the last 50 steps", low=0)
     length_spike: float = _key(
-        2.0, "mean length of sampled answers, in medians of the last 50 steps", low=0
+        2.0, "mean length of sampled responses, in medians of the last 50 steps", low=0
     )
-    truncated: float = _key(0.5, "share of sampled answers cut at the limit", low=0, high=1)
-    repetition: float = _key(0.5, "share of 4-grams that repeat within an answer", low=0, high=1)
+    truncated: float = _key(0.5, "share of sampled responses cut at the limit", low=0, high=1)
+    repetition: float = _key(0.5, "share of 4-grams that repeat within a response", low=0, high=1)
     low_entropy: float = _key(
         0.0, "estimated entropy per sampled token, nats, warned of when below", low=0
     )

@@ -48,7 +48,7 @@ _METRICS = Registry("evaluation.metrics", "distill.evaluation.metrics.register_m
 
 
 def register_metric(name: str) -> Callable[[Metric], Metric]:
-    """Decorator: makes a function of all answers available as `evaluation.metrics=name`.
+    """Decorator: makes a function of all responses available as `evaluation.metrics=name`.
 
     UserError when the name is taken.
     """

@@ -1,4 +1,4 @@
-"""Answers token by token: how far student and teacher are apart, and what the teacher would say.
+"""Responses token by token: how far student and teacher are apart, and what the teacher would say.
 
 Written at every evaluation of the student, for the first held-out prompts, as
 `rollouts/ROLE.json` in the run's folder; `report.html` shows them.
@@ -31,8 +31,8 @@ from distill.models.model import Model
 from distill.sampling.request import Rollout
 
 FOLDER = "rollouts"
-# The first held-out prompts, with so many tokens of answers at most: some two megabytes.
-MOST_ANSWERS, MOST_TOKENS = 32, 16384
+# The first held-out prompts, with so many tokens of responses at most: some two megabytes.
+MOST_RESPONSES, MOST_TOKENS = 32, 16384
 TOP = 5  # choices of the teacher for every token
 _MOST_LOGITS = 2**26  # of one model in one group of devices at once, for the teacher's choices
 _DIGITS = 5
@@ -40,7 +40,7 @@ _UNFINISHED = "\ufffd"  # how tokenizers show a part of a character
 
 
 class RolloutRecorder:
-    """Writes what both models think of every token of a model's answers.
+    """Writes what both models think of every token of a model's responses.
 
     Args:
       workdir: of the run; only the first of several processes writes.
@@ -49,7 +49,7 @@ class RolloutRecorder:
       tokenizer: shows tokens as text.
       objective: its divergence is what a token is coloured by.
       vocab_size: ids in use.
-      batch_size: answers looked at at once.
+      batch_size: responses looked at at once.
       put: places a host array with batch rows first on the mesh.
     """
 
@@ -74,22 +74,24 @@ class RolloutRecorder:
         )
 
     def __call__(
-        self, role: str, step: int, model: Model, teacher: Model | None, answers: Responses
+        self, role: str, step: int, model: Model, teacher: Model | None, responses: Responses
     ) -> None:
-        """Looks at the first of `answers`, which `model` gave to all prompts, and writes them.
+        """Looks at the first of `responses`, which `model` gave to all prompts, and writes them.
 
         Without a teacher on the mesh, only the model's own probabilities are known.
         """
-        values = self._values(model, teacher, answers.rollout)
+        values = self._values(model, teacher, responses.rollout)
         if not processes.is_first():
             return
-        lengths = answers.rollout.lengths_b[: _num_shown(answers.rollout.lengths_b)]
-        shown = [self._answer(i, answers, values) for i in range(len(lengths))]
-        listed = {token for answer in shown for top in answer.get("top", ()) for token, *_ in top}
+        lengths = responses.rollout.lengths_b[: _num_shown(responses.rollout.lengths_b)]
+        shown = [self._response(i, responses, values) for i in range(len(lengths))]
+        listed = {
+            token for response in shown for top in response.get("top", ()) for token, *_ in top
+        }
         record = dict(
             role=role,
             step=step,
-            answers_in_all=len(answers.texts),
+            answers_in_all=len(responses.texts),
             has_teacher=teacher is not None,
             answers=shown,
             texts={token: self._text([token]) for token in sorted(listed)},
@@ -99,7 +101,7 @@ class RolloutRecorder:
         write_atomically(self._folder / f"{role}.json", text + "\n")
 
     def _values(self, model: Model, teacher: Model | None, rollout: Rollout) -> dict[str, Any]:
-        """By name, arrays of the shown answers and perhaps more, (b, r) or (b, r, k)."""
+        """By name, arrays of the shown responses and perhaps more, (b, r) or (b, r, k)."""
         params, teacher_params = model.fetch(), teacher and teacher.fetch()
         count = math.ceil(_num_shown(rollout.lengths_b) / self._batch_size)
         models = model.graph, params, teacher and teacher.graph, teacher_params
@@ -110,9 +112,9 @@ class RolloutRecorder:
             parts.append(jax.device_get(values))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
 
-    def _answer(self, i: int, answers: Responses, values: dict[str, Any]) -> dict[str, Any]:
+    def _response(self, i: int, responses: Responses, values: dict[str, Any]) -> dict[str, Any]:
         example = self._dataset[int(self._prompts.rows[i])]
-        tokens = answers.rollout.tokens_br[i, : answers.rollout.lengths_b[i]].tolist()
+        tokens = responses.rollout.tokens_br[i, : responses.rollout.lengths_b[i]].tolist()
         of_tokens = {name: _rounded(array[i, : len(tokens)]) for name, array in values.items()}
         if "top_ids" in of_tokens:
             choices = (of_tokens.pop(name) for name in ("top_ids", "top_log_p", "top_log_q"))
@@ -122,8 +124,8 @@ class RolloutRecorder:
             question=_question(example),
             prompt=self._text(self._prompts.prompt_tokens[i].tolist()),
             expected=example.answer,
-            correct=None if answers.correct is None else answers.correct[i],
-            stopped=bool(answers.rollout.stopped_b[i]),
+            correct=None if responses.correct is None else responses.correct[i],
+            stopped=bool(responses.rollout.stopped_b[i]),
             ids=tokens,
             tokens=pieces(self._text, tokens),
             **of_tokens,
@@ -156,8 +158,8 @@ def _question(example: Example) -> str:
 
 
 def _num_shown(lengths_b: np.ndarray) -> int:
-    """How many of the first answers are written: as many as fit, and one at least."""
-    fitting = np.cumsum(lengths_b[:MOST_ANSWERS]) <= MOST_TOKENS
+    """How many of the first responses are written: as many as fit, and one at least."""
+    fitting = np.cumsum(lengths_b[:MOST_RESPONSES]) <= MOST_TOKENS
     return max(1, int(fitting.sum()))
 
 
@@ -181,10 +183,10 @@ def _token_values(
     objective: Objective,
     vocab_size: int,
 ) -> dict[str, jax.Array]:
-    """Log-probabilities of the answers' tokens, divergences and the teacher's choices.
+    """Log-probabilities of the responses' tokens, divergences and the teacher's choices.
 
     log_q, and with a teacher log_p and the objective's divergence, (b, r), anything behind an
-    answer's end; the teacher's likeliest tokens with both log-probabilities at temperature 1,
+    response's end; the teacher's likeliest tokens with both log-probabilities at temperature 1,
     (b, r, k).
     """
 

@@ -32,12 +32,12 @@ CHARTS = (
     Chart("Held-out accuracy", "share right, 95% interval", evaluated={"accuracy": "accuracy"}),
     Chart(
         "Held-out divergence",
-        "nats per token of own answers",
+        "nats per token of own responses",
         evaluated={"forward KL": "forward_kl", "reverse KL": "reverse_kl"},
     ),
     Chart("Training loss", "nats per token", {"loss": "loss"}),
     Chart(
-        "Length of answers",
+        "Length of responses",
         "tokens, EOS counted",
         {"in training": "response_length"},
         {"held-out": "mean_length"},

@@ -49,8 +49,8 @@ messages = [{"role": "user", "content": "..."}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )
-answer = model.generate(**inputs, max_new_tokens=MAX_LENGTH)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+response = model.generate(**inputs, max_new_tokens=MAX_LENGTH)
+print(tokenizer.decode(response[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
 
 
@@ -101,17 +101,17 @@ def _title(settings: Mapping[str, Any]) -> str:
 def _summary(settings: Mapping[str, Any], step: int) -> str:
     student, data = _model(settings["policy.model_name"]), _data(settings)
     if settings["distillation.hard_labels"]:
-        return f"{student}, after {step} updates of fine-tuning on the answers in {data}."
+        return f"{student}, after {step} updates of fine-tuning on the responses in {data}."
     lambda_ = settings["distillation.lambda_"]
-    answers = (
-        "on its own answers"
+    source = (
+        "on its own responses"
         if lambda_ == 1
-        else "on given answers"
+        else "on given responses"
         if lambda_ == 0
-        else f"on its own answers with probability {lambda_:g}, else on given ones,"
+        else f"on its own responses with probability {lambda_:g}, else on given ones,"
     )
     return (
-        f"{student}, after {step} updates of distillation {answers} to the prompts of {data}. "
+        f"{student}, after {step} updates of distillation {source} to the prompts of {data}. "
         f"At every response token it learned the next-token distribution of {_teacher(settings)}, "
         f"by the divergence {_divergence(settings)}."
     )
@@ -128,7 +128,7 @@ def _results(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     return (
         f"{examples} prompts of `{_plain(name)}`, split "
         f"`{_plain(settings['data.validation.split'])}`, answered greedily. The interval is "
-        "Wilson's; divergences from the teacher are in nats per token of the model's own answers.\n"
+        "Wilson's; divergences from the teacher are in nats per token of a model's own responses.\n"
         f"\n```\n{format_table(results)}\n```"
     )
 

@@ -68,7 +68,7 @@ def test_supervised_student_has_no_teacher():
 
 
 @pytest.mark.parametrize(
-    ("lambda_", "words"), [(0.0, "on given answers"), (0.25, "with probability 0.25, else")]
+    ("lambda_", "words"), [(0.0, "on given responses"), (0.25, "with probability 0.25, else")]
 )
 def test_card_says_whose_answers(lambda_, words):
     assert words in card_of(**{"distillation.lambda_": lambda_}).text
@@ -113,7 +113,7 @@ def test_card_says_how_to_load_the_student(finished):
     source = source.replace('"."', repr(str(finished[1].student))).replace('"..."', '"3+4="')
     values: dict = {}
     exec(compile(source, "README.md", "exec"), values)
-    assert values["answer"].shape[1] > values["inputs"]["input_ids"].shape[1]
+    assert values["response"].shape[1] > values["inputs"]["input_ids"].shape[1]
 
 
 def test_export_of_an_earlier_checkpoint_has_no_results_of_a_later_student(

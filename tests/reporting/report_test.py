@@ -190,7 +190,7 @@ def test_a_run_writes_its_report(finished):
     assert run.config["distillation.max_steps"] == 2 and "cpu" in run.environment["devices"]
     assert run.results == json.loads((finished / "results.json").read_text())
     assert {chart["title"] for chart in curves.draw([run])} >= {
-        "Held-out accuracy", "Held-out divergence", "Training loss", "Length of answers",
+        "Held-out accuracy", "Held-out divergence", "Training loss", "Length of responses",
         "Gap between sampler and trainer", "Throughput", "Time of a step",
     }  # fmt: skip
     assert render([run], ["run"]) == (finished / "report.html").read_text()

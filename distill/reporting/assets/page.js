@@ -50,7 +50,7 @@ function results(runs) {
   if (runs.length > 1) names.unshift("run");
   return el("section", { id: "results" }, el("h2", {}, "Results"),
     el("p", { class: "lead" }, "Greedy answers to held-out prompts; divergences to the teacher in nats per " +
-      "token of the model's own answers, over the whole vocabulary."),
+      "token of the model's own responses, over the whole vocabulary."),
     el("div", { class: "card scroll" }, el("table", { class: "results" },
       el("thead", {}, el("tr", {}, names.map((name) => el("th", { scope: "col" }, name)))),
       el("tbody", {}, rows))));
