@@ -9,17 +9,31 @@ from distill.config import default_config
 from distill.losses.divergences import get_divergence
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n# (\w+)\.py.*?\n(.*?)```", README, re.DOTALL)
+EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py.*?\n(.*?)```", README, re.DOTALL))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def executed_examples():
-    assert [name for name, _ in EXAMPLES] == ["my_losses"] and README.count("```python") == 1
-    for _, source in EXAMPLES:
-        exec(compile(source, "README.md", "exec"), {})
+def test_every_example_is_run_here():
+    assert list(EXAMPLES) == ["quickstart", "my_losses"]
+    assert README.count("```python") == len(EXAMPLES)
+
+
+def run_example(source: str) -> None:
+    exec(compile(source, "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_quickstart_from_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = EXAMPLES["quickstart"]
+    assert "max_steps = 100\n" in source
+    run_example(source.replace("max_steps = 100", "max_steps = 1"))
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split(":")[0] for line in lines] == ["base", "teacher", "student"]
+    assert (tmp_path / "runs/from_python/student/model.safetensors").exists()
 
 
 def test_own_divergence():
+    run_example(EXAMPLES["my_losses"])
     hellinger = get_divergence("half_squared_hellinger")
     assert float(hellinger(0.0, -1.0)) == pytest.approx(0.5 * (1 - 2.718281828**-0.5) ** 2)
 
