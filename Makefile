@@ -24,6 +24,7 @@ test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck $$(grep -rlE '^#!/usr/bin/env bash$$' .ci launch tests)
 	$(BIN)/python tests/jobset_check.py launch/gke_jobset.yaml
 
@@ -53,7 +54,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
 	@touch $@
 
 $(VLLM_VENV)/.installed: requirements-vllm.txt
