@@ -41,7 +41,7 @@ COMMON = (
 _PAGE = """\
 # Configuration
 
-All keys, written from [distill/config.py](../distill/config.py) by
+All keys, written from [distill/config/schema.py](../distill/config/schema.py) by
 `python -m distill.config.words > docs/configuration.md`. A file in `configs/` edits what
 `default_config()` returns; the command line overrides single keys:
 
