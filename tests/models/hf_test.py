@@ -16,7 +16,7 @@ from distill.base.errors import UserError
 from distill.base.sharding import make_mesh, param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints import export as hf_export
-from distill.models.checkpoints import hub
+from distill.models.checkpoints import hub, keys
 from distill.models.checkpoints import load as hf
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.hub import resolve_model
@@ -118,6 +118,48 @@ def test_load_is_the_inverse_of_export(tmp_path, params, max_shard_bytes):
     loaded = load(folder)
     assert_same(loaded, params)
     assert loaded["embedding"].get_metadata()["logical_axes"] == ("vocab", "embed")
+
+
+def with_experts(params):
+    """The parameters and three experts of every layer."""
+    values = np.random.default_rng(1).standard_normal((2, 3, 8, 12)).astype(np.float32)
+    layers = nnx.State(
+        {
+            **params["layers"],
+            "experts": nnx.Param(
+                jnp.asarray(values), logical_axes=("layers", None, "embed", "ffn")
+            ),
+        }
+    )
+    return nnx.State({**params, "layers": layers})
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_expert_has_a_key(tmp_path, params, sharded, monkeypatch):
+    key = "model.layers.{layer}.mlp.experts.{expert}.w.weight"
+    row = keys.Weight("layers/experts", key, "df -> f d")
+    monkeypatch.setattr(keys, "_ROWS", (*keys._ROWS, row))
+    params = with_experts(params)
+    folder = export(tmp_path / "model", params)
+    tensors, experts = load_file(folder / "model.safetensors"), params["layers"]["experts"][...]
+    for layer, expert in np.ndindex(2, 3):
+        stored = tensors[key.format(layer=layer, expert=expert)]
+        np.testing.assert_array_equal(stored, experts[layer, expert].T)
+    shapes = jax.eval_shape(lambda: params)
+    shardings = param_shardings(shapes, make_mesh(data=2, fsdp=2, tensor=2)) if sharded else None
+    assert_same(load_params(folder, CONFIG, shapes, shardings, jnp.float32), params)
+    rewrite(folder, lambda tensors: tensors.pop(key.format(layer=1, expert=2)))
+    with pytest.raises(UserError, match=r"lacks .*layers\.1\.mlp\.experts\.2"):
+        load_params(folder, CONFIG, shapes, None, jnp.float32)
+
+
+def test_parameters_and_rows_without_each_other_are_errors(tmp_path, params, monkeypatch):
+    with pytest.raises(ValueError, match="no Hugging Face key is known for layers/experts"):
+        export(tmp_path / "model", with_experts(params))
+    row = keys.Weight("layers/another", "another.{layer}", "d -> d")
+    monkeypatch.setattr(keys, "_ROWS", (*keys._ROWS, row))
+    with pytest.raises(ValueError, match="no parameter is known for layers/another"):
+        export(tmp_path / "model", params)
 
 
 @pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16, jnp.float32])

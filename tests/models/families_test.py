@@ -1,0 +1,361 @@
+"""Two imaginary families, each a row of the table and nothing else, against a slow definition."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from simple_decode import simple_decode
+from tiny_models import random_model
+
+from distill.base.errors import UserError
+from distill.base.sharding import make_mesh, param_shardings
+from distill.data.tokenizer import character_tokenizer
+from distill.models import decoding
+from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.keys import key_table
+from distill.models.checkpoints.load import load_model_config, load_params
+from distill.models.facts import ModelConfig
+from distill.models.families import FAMILIES, Family
+from distill.models.transformer import Transformer
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
+from distill.sampling.request import RolloutRequest
+
+VOCAB, LENGTH, TOLERANCE = 32, 24, 1e-4
+
+ROWS = {
+    # Gemma 2, but for the soft-cap of its logits.
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            "norms": "both",
+            "norm_offset": 1.0,
+            "embedding_scale": lambda facts: facts["model_width"] ** 0.5,
+            "pattern": ("sliding", "full"),
+        },
+        fields=("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping")
+        + ("sliding_window", "layer_types"),
+        ignored=("use_bidirectional_attention",),
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", {"norms": "after", "qk_norm": "all"}),
+    # Of the facts, what the others leave out.
+    "patchwork": Family(
+        "PatchworkForCausalLM",
+        {
+            "norms": "after",
+            "qk_norm": "all",
+            "sinks": True,
+            "pattern": ("sliding",) * 2 + ("unrotated",),
+        }
+        | {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+        fields=("hidden_act", "sliding_window", "rope_local_base_freq", "partial_rotary_factor")
+        + ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
+        keys={"layers/gate_proj": "model.layers.{layer}.mlp.w1.weight"},
+    ),
+}
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=5,  # no multiple of a period
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=64,
+)
+CONFIGS = {
+    "gemma2": SIZES
+    | dict(
+        model_type="gemma2",
+        tie_word_embeddings=True,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=1.5,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    ),
+    "patchwork": SIZES
+    | dict(
+        model_type="patchwork",
+        hidden_act="gelu",
+        sliding_window=5,
+        rope_local_base_freq=100.0,
+        partial_rotary_factor=0.5,
+        attention_multiplier=0.2,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=0.25,
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, row in ROWS.items():
+            patch.setitem(FAMILIES, name, row)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request):
+    """(config, graph, parameters), every parameter away from where it has no effect."""
+    config = ModelConfig.from_hf(CONFIGS[request.param], "here/config.json")
+    return config, *random_model(config, std=0.4)
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(1, VOCAB, shape)
+
+
+@jax.jit
+def logits_of(model, *arrays):
+    return model.logits(model(*arrays))
+
+
+# -------------------------------------------------------------------------------- the definition
+
+
+def defined_logits(config: ModelConfig, params, tokens_t):
+    """logits_tv of one row in float64, token by token and head by head."""
+    params = {"/".join(path): np.float64(value[...]) for path, value in nnx.to_flat_state(params)}
+    pattern = config.pattern * config.num_layers
+
+    def norm(x, scale):
+        scale = scale + config.norm_offset
+        over = tuple(range(-scale.ndim, 0))
+        return x / np.sqrt((x**2).mean(axis=over, keepdims=True) + config.rms_eps) * scale
+
+    def turned(x_h, position, kind):
+        if kind == "unrotated":
+            return x_h
+        theta = config.rope_theta
+        if kind == "sliding" and config.sliding_rope_theta:
+            theta = config.sliding_rope_theta
+        half = int(len(x_h) * config.rotary_fraction) // 2
+        pairs = x_h[:half] + 1j * x_h[half : 2 * half]
+        pairs = pairs * np.exp(1j * position * theta ** -(np.arange(half) / half))
+        return np.concatenate([pairs.real, pairs.imag, x_h[2 * half :]])
+
+    def attend(x_td, w, kind):
+        q_tnh, k_tkh, v_tkh = (
+            np.einsum("td,dnh->tnh", x_td, w[f"{name}_proj"]) + w.get(f"{name}_bias", 0)
+            for name in "qkv"
+        )
+        if config.qk_norm:
+            q_tnh, k_tkh = norm(q_tnh, w["q_norm"]), norm(k_tkh, w["k_norm"])
+        attended_tnh = np.zeros_like(q_tnh)
+        for t, n in np.ndindex(q_tnh.shape[:2]):
+            k = n * config.num_kv_heads // config.num_heads
+            first = max(0, t - config.window + 1) if kind == "sliding" else 0
+            q_h = turned(q_tnh[t, n], t, kind)
+            scores = [q_h @ turned(k_tkh[s, k], s, kind) for s in range(first, t + 1)]
+            scores = np.array(scores) * config.attention_scale
+            if cap := config.attention_soft_cap:
+                scores = cap * np.tanh(scores / cap)
+            weights = np.exp(scores)
+            total = weights.sum() + (np.exp(w["sinks"][n]) if config.sinks else 0)
+            attended_tnh[t, n] = weights @ v_tkh[first : t + 1, k] / total
+        return np.einsum("tnh,nhd->td", attended_tnh, w["o_proj"]) + w.get("o_bias", 0)
+
+    def feed_forward(x_td, w):
+        gate_tf = x_td @ w["gate_proj"] + w.get("gate_bias", 0)
+        approximate = config.activation == "gelu_pytorch_tanh"
+        gate_tf = np.float64(jax.nn.gelu(jnp.asarray(gate_tf, jnp.float32), approximate))
+        up_tf = x_td @ w["up_proj"] + w.get("up_bias", 0)
+        return (gate_tf * up_tf) @ w["down_proj"] + w.get("down_bias", 0)
+
+    x_td = params["embedding"][tokens_t] * config.embedding_scale
+    for i in range(config.num_layers):
+        w = {path[7:]: x[i] for path, x in params.items() if path.startswith("layers/")}
+
+        def normed(name, x_td, w=w):
+            return norm(x_td, w[name]) if name in w else x_td
+
+        y_td = attend(normed("attention_norm", x_td), w, pattern[i])
+        x_td = x_td + config.residual_scale * normed("attention_out_norm", y_td)
+        y_td = feed_forward(normed("ffn_norm", x_td), w)
+        x_td = x_td + config.residual_scale * normed("ffn_out_norm", y_td)
+    head_dv = params["embedding"].T if config.tied else params["output_head"]
+    return config.logit_scale * norm(x_td, params["final_norm"]) @ head_dv
+
+
+def test_forward_equals_the_definition(case):
+    config, graph, params = case
+    assert len(config.kinds) > 1 and config.num_layers % len(config.kinds)
+    tokens = random_tokens(1, LENGTH)
+    expected = defined_logits(config, params, tokens[0])
+    assert expected.std() > 0.3
+    found = logits_of(nnx.merge(graph, params), tokens)[0]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE * expected.std(), rtol=TOLERANCE)
+
+
+def test_every_parameter_has_an_effect(case):
+    """Else what follows would not see it."""
+    _, graph, params = case
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        return jnp.square(model.logits(model(random_tokens(1, LENGTH)))).mean()
+
+    for path, gradient in nnx.to_flat_state(jax.jit(jax.grad(loss))(params)):
+        assert np.abs(gradient[...]).max() > 1e-6, path
+
+
+def test_packed_equals_padded(case):
+    _, graph, params = case
+    model = nnx.merge(graph, params)
+    first, second = random_tokens(1, 9), random_tokens(1, 12, seed=1)
+    packed = np.concatenate([first, second, np.zeros((1, 3), int)], axis=1)
+    positions = np.array([[*range(9), *range(12), 0, 0, 0]])
+    segments = np.array([[1] * 9 + [2] * 12 + [0] * 3])
+    found = logits_of(model, packed, positions, segments)
+    np.testing.assert_allclose(found[:, :9], logits_of(model, first), atol=TOLERANCE)
+    np.testing.assert_allclose(found[:, 9:21], logits_of(model, second), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_engine_samples_what_the_full_forward_gives(case, scanned, monkeypatch):
+    """Prompts and responses are longer than the windows, and responses than a call of the loop."""
+    if scanned:
+        monkeypatch.setattr(decoding, "UNROLLED_LAYERS", 0)
+    config, graph, params = case
+    prompts = tuple(random_tokens(size, seed=size).astype(np.int32) for size in (2, 11, 7))
+    request = RolloutRequest(prompts, np.arange(3), SamplingParams(max_length=40), seed=1)
+    ends = dict(eos_ids=(), pad_id=0, vocab_size=VOCAB)
+    engine = Engine(graph, EngineConfig(max_length=64), **ends)
+    found, _ = engine.generate(params, request)
+    expected = simple_decode(graph, params, request, **ends)
+    np.testing.assert_array_equal(found.tokens_br, expected.tokens_br)
+    np.testing.assert_allclose(found.log_probs_br, expected.log_probs_br, atol=TOLERANCE)
+
+
+def test_export_and_reload(case, tmp_path):
+    config, _, params = case
+    written = CONFIGS[config.family]
+    export_model(tmp_path / "m", params, config, written, character_tokenizer("01"), jnp.float32)
+    assert load_model_config(tmp_path / "m")[0] == config
+    shapes = jax.eval_shape(lambda: params)
+    loaded = load_params(tmp_path / "m", config, shapes, None, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_sharded_gradient_equals_that_of_one_device(case, remat):
+    config, graph, params = case
+    tokens = random_tokens(4, LENGTH)
+
+    def loss(params, remat):
+        model = nnx.merge(graph, params)
+        model.remat = remat
+        return jnp.square(model.logits(model(tokens))).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected = gradient(params, "none")
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        found = gradient(jax.device_put(params, param_shardings(params, mesh)), remat)
+
+    def same(x, y):
+        np.testing.assert_allclose(x, y, atol=TOLERANCE * float(np.abs(y).max()))
+
+    jax.tree.map(same, found, expected)
+
+
+def test_program_does_not_grow_with_depth(case):
+    config = case[0]
+
+    def operations(periods):
+        deep = dataclasses.replace(config, num_layers=periods * len(config.kinds))
+        options = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+        shapes = nnx.eval_shape(lambda: Transformer(deep, rngs=nnx.Rngs(0), **options))
+        graph, params = nnx.split(shapes, nnx.Param)
+        forward = jax.make_jaxpr(lambda params: nnx.merge(graph, params)(random_tokens(1, 4)))
+        return len(str(forward(params)).splitlines())
+
+    assert operations(2) == operations(6)
+
+
+# ----------------------------------------------------------------------------- against transformers
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_logits_equal_those_of_transformers(family, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is the reference; pip install torch")
+    import transformers
+
+    fields = {name: x for name, x in CONFIGS.get(family, SIZES).items() if name != "rope_theta"}
+    if family == "gemma2":
+        fields["final_logit_softcapping"] = None
+    else:
+        fields = {name: x for name, x in fields.items() if name != "head_dim"}
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    architecture = ROWS[family].architecture.removesuffix("ForCausalLM")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(**fields, attn_implementation="eager")
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        tokens = random_tokens(2, LENGTH)
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    model.save_pretrained(tmp_path)
+    config, _ = load_model_config(tmp_path)
+    graph, shapes = random_model(config)
+    ours = nnx.merge(graph, load_params(tmp_path, config, shapes, None, jnp.float32))
+    assert expected.std() > 0.3
+    np.testing.assert_allclose(logits_of(ours, tokens), expected, atol=TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is a field un"),
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation='relu' is not supported"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 5}, "layer_types=.* is not supported"),
+        ("gemma2", {"sliding_window": None}, "the required field sliding_window is missing"),
+        ("patchwork", {"partial_rotary_factor": 0.3}, "must be even.*of 2.4 channels"),
+    ],
+)
+def test_what_a_row_does_not_name_is_refused(family, change, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf(CONFIGS[family] | change, "here/config.json")
+
+
+def test_a_pattern_is_read_as_its_shortest_period():
+    def pattern(*types):
+        changed = CONFIGS["gemma2"] | {"layer_types": [f"{x}_attention" for x in types]}
+        return ModelConfig.from_hf(changed, "here/config.json").pattern
+
+    assert pattern(*["full"] * 5) == ("full",)
+    assert pattern(*["sliding"] * 4, "full") == ("sliding",) * 4 + ("full",)
+    assert pattern("full", "sliding", "sliding", "full", "sliding") == ("full", *["sliding"] * 2)
+
+
+def test_a_config_that_cannot_be_written_is_an_error():
+    llama = ModelConfig.from_hf(SIZES | {"model_type": "llama"}, "here/config.json")
+    hf_config_dict(llama, eos_token_id=1, pad_token_id=0)
+    with pytest.raises(ValueError, match="sinks=True.* cannot be written"):
+        hf_config_dict(dataclasses.replace(llama, sinks=True), eos_token_id=1, pad_token_id=0)
+
+
+def test_two_parameters_with_one_key_are_an_error(case, monkeypatch):
+    config = case[0]
+    row = dataclasses.replace(
+        ROWS[config.family], keys={"layers/up_proj": key_table(config)["layers/gate_proj"].key}
+    )
+    monkeypatch.setitem(FAMILIES, config.family, row)
+    if config.family == "patchwork":  # whose row had moved the other key
+        row.keys["layers/gate_proj"] = row.keys["layers/up_proj"]
+    with pytest.raises(ValueError, match=f"{config.family}: more than one parameter is mapped to"):
+        key_table(config)
