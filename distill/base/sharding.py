@@ -45,7 +45,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 # A teacher that is split over all devices: nothing of it is updated, so that copies only cost.
 SPREAD_RULES = RULES | {"embed": ("data", "fsdp")}
 
-# The sampler's copy of the student: every turn reads all weights, so they are gathered over fsdp
+# The sampler's copy of the student: every step reads all weights, so they are gathered over fsdp
 # once per refit instead of once per token.
 SAMPLER_RULES = RULES | {"embed": None}
 

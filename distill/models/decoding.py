@@ -1,8 +1,8 @@
-"""The decoder as a sampler runs it: prompts at once, then one token per row and turn.
+"""The decoder as a sampler runs it: prompts at once, then one token per row and step.
 
 Keys and values are in two parts. The prefix is what a row had seen when the decode loop was
-entered, and is only read in it. The tail takes the tokens of the loop: turn t of every row lies at
-position t, so a turn writes one slice in place, whatever the rows' lengths. Keys are stored with
+entered, and is only read in it. The tail takes the tokens of the loop: step t of every row lies at
+position t, so a step writes one slice in place, whatever the rows' lengths. Keys are stored with
 their positions last (h, s): products of few queries with many keys then need no transposed copy.
 How the prefix is attended to is the caller's: in plain arrays, together with the tail, or by a
 kernel of its own, whose result is merged with the tail's.
@@ -103,7 +103,7 @@ def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def empty_tail(model: Transformer, batch: int, size: int) -> list[KeysAndValues] | KeysAndValues:
-    """Room for the keys and values of `size` turns; of one kind with what `make_walk` walks."""
+    """Room for the keys and values of `size` steps; of one kind with what `make_walk` walks."""
     config = model.config
 
     def zeros(*layers: int) -> KeysAndValues:
@@ -193,21 +193,21 @@ def make_walk(
     return walk
 
 
-def decode_turn(
-    model: Transformer, walk: Walk, token_b: jax.Array, lengths_b: jax.Array, turn, tail
+def decode_step(
+    model: Transformer, walk: Walk, token_b: jax.Array, lengths_b: jax.Array, number, tail
 ) -> tuple[jax.Array, Any]:
     """hidden_bd of each row's newest token, and the tail with its keys and values.
 
     Args:
       model: whose layers `walk` walks.
       walk: from `make_walk`.
-      token_b: the newest tokens; they stand at positions lengths_b + turn.
+      token_b: the newest tokens; they stand at positions lengths_b + number.
       lengths_b: tokens of each row's prefix.
-      turn: number of the turn, from 0.
-      tail: keys and values of the turns before.
+      number: of the step, from 0.
+      tail: keys and values of the steps before.
     """
-    rotations = make_rotations(model.config, (lengths_b + turn)[:, None])
-    step = Step(turn, lengths_b, rotations)
+    rotations = make_rotations(model.config, (lengths_b + number)[:, None])
+    step = Step(number, lengths_b, rotations)
     x_b1d, tail = walk(model.embed(token_b[:, None]), step, tail)
     return model.normalize(x_b1d)[:, 0], tail
 

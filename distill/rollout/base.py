@@ -42,7 +42,7 @@ class RolloutBackend(Protocol):
         """
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
-        """Answers every row of the request once.
+        """A response for every row of the request.
 
         Returns:
           The rollout, numpy arrays of `request.num_rows` rows and `params.max_length` columns in
@@ -69,7 +69,7 @@ class BackendParts:
       graph: of the student; `nnx.merge(graph, params)` is the module.
       tokenizer: of student and teacher.
       vocab_size: ids in use.
-      end_ids: ids that end an answer.
+      end_ids: ids that end a response.
       student_folder: the Hugging Face folder that the student came from.
       workdir: of the run.
       build_in_process: makes the `jax` backend, for one that adds to it.

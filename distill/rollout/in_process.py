@@ -66,10 +66,10 @@ class JaxBackend:
             raise RuntimeError("generate before refit: the sampler holds no weights")
         # The current mesh is a property of the thread, and the caller's may be the trainer's.
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            answers = self._engine.generate(self._weights, request)
+            sampled = self._engine.generate(self._weights, request)
         if not self._keep_cache:
             self._engine.release()
-        return answers
+        return sampled
 
     def stop(self) -> None:
         """Frees the held weights and the cache."""

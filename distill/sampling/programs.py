@@ -17,7 +17,7 @@ from distill.base.sharding import constrain, constrain_whole
 from distill.models.cache import new_cache
 from distill.models.decoding import (
     LoopWeights,
-    decode_turn,
+    decode_step,
     empty_tail,
     make_walk,
     prefill,
@@ -179,9 +179,9 @@ def decode_rows(
         in_part_p = running_b.reshape(parts, width).sum(axis=1)
         return (step < steps) & (in_part_p.sum() > stop_at[0]) & (in_part_p.max() > stop_at[1])
 
-    def decode_step(state):
+    def advance(state):
         step, running_b, token_b, tail, chosen_tb = state
-        hidden_bd, tail = decode_turn(model, walk, token_b, lengths_b, step, tail)
+        hidden_bd, tail = decode_step(model, walk, token_b, lengths_b, step, tail)
         logits_bv = model.logits(hidden_bd[:, None], loop_weights.head_dv)[:, 0]
         chosen_b = Chosen(*choose(logits_bv, uniform_tb2[step], params, facts.vocab_size))
         chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[step].set(x_b), chosen_tb, chosen_b)
@@ -195,7 +195,7 @@ def decode_rows(
         empty_tail(model, parts * width, steps),
         _no_tokens(steps, parts * width),
     )
-    step, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, decode_step, state)
+    step, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, advance, state)
     new = new_cache(model.config, parts, *stack_tail(tail), facts.int8)
     cache = caches.append(cache, new, rows.lengths_pw, step)
     chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width), chosen_tb)

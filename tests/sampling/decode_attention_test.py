@@ -145,7 +145,7 @@ def test_sharded_over_parts_and_heads():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_layers", [2, UNROLLED_LAYERS + 1], ids=["unrolled", "scanned"])
-def test_the_engine_answers_alike(num_layers):
+def test_the_engine_samples_alike(num_layers):
     """Greedily, on two parts with more rows than slots, some of several blocks."""
     random, mesh = np.random.default_rng(3), make_mesh(2, 1, 2, devices=jax.devices()[:4])
     graphdef, params = model(num_layers)
@@ -158,15 +158,15 @@ def test_the_engine_answers_alike(num_layers):
         max_lengths=np.where(lengths > 80, 5, random.integers(10, 40, 20)),  # the last are short
     )
 
-    def answers(attention):
+    def sample(attention):
         sizes = EngineConfig(max_length=220, num_slots=8, attention=attention)
         engine = Engine(graphdef, sizes, eos_ids=(EOS,), pad_id=PAD, vocab_size=VOCAB)
         with jax.set_mesh(mesh):
             rollout, _ = engine.generate(params, request)
         return rollout, engine.num_programs
 
-    expected, programs_of_xla = answers("xla")
-    actual, programs_of_kernel = answers(INTERPRETED)
+    expected, programs_of_xla = sample("xla")
+    actual, programs_of_kernel = sample(INTERPRETED)
     np.testing.assert_array_equal(actual.tokens_br, expected.tokens_br)
     np.testing.assert_allclose(actual.log_probs_br, expected.log_probs_br, atol=5e-5)
     assert len(np.unique(expected.tokens_br)) > 10
@@ -202,7 +202,7 @@ QWEN = ModelConfig(  # 1.5B, but for its depth
     rope_scaling=None,
     max_positions=32768,
 )
-SLOTS, TURNS = 64, 32
+SLOTS, STEPS = 64, 32
 
 
 def compile_decoding(mesh, attention, config=QWEN, int8=False):
@@ -241,7 +241,7 @@ def compile_decoding(mesh, attention, config=QWEN, int8=False):
                 *arrays,
                 SamplingParams(max_length=1024),
                 sizes.cache_size,
-                TURNS,
+                STEPS,
             ),
             donate_argnums=1,
         )

@@ -141,7 +141,7 @@ def test_one_prefill_for_all_responses_to_a_prompt():
 def test_programs_are_few_and_do_not_grow_with_lengths():
     engine, random = make_engine(max_length=200, num_slots=16), np.random.default_rng(0)
 
-    def answer(seed):
+    def sample(seed):
         prompts = tuple(
             random.integers(1, VOCAB, size).astype(np.int32)
             for size in random.integers(1, 150, 200)
@@ -155,19 +155,19 @@ def test_programs_are_few_and_do_not_grow_with_lengths():
     prompt_buckets = {schedule.prompt_bucket(length) for length in range(1, 151)}
     widths, cache_buckets = 5, 3  # 16, 12, 8, 4, 1; 128, 192, 256 tokens
     bound = 2 * len(prompt_buckets) + widths * cache_buckets + 2
-    first = answer(0)
+    first = sample(0)
     assert first <= bound, first
     for seed in (1, 2):
-        assert answer(seed) <= bound
+        assert sample(seed) <= bound
     assert len(prompt_buckets) == 6
 
 
 def test_sampling_follows_the_models_distribution():
     """2000 responses to one prompt: frequencies of pairs of tokens against exact probabilities."""
-    answers, prompt = 2000, np.array([4, 8, 15], np.int32)
+    rows, prompt = 2000, np.array([4, 8, 15], np.int32)
     engine = make_engine(num_slots=64, eos_ids=())
     params = SamplingParams(max_length=2, temperature=1.5)
-    asked = RolloutRequest((prompt,), np.array([9]), params, num_generations=answers)
+    asked = RolloutRequest((prompt,), np.array([9]), params, num_generations=rows)
     rollout, _ = engine.generate(model()[1], asked)
     network = nnx.merge(*model())
 
@@ -181,10 +181,10 @@ def test_sampling_follows_the_models_distribution():
     counts_vw = np.zeros((VOCAB, VOCAB))
     np.add.at(counts_vw, (rollout.tokens_br[:, 0], rollout.tokens_br[:, 1]), 1)
     # Cells expected to be rare are counted together.
-    common_vw = joint_vw * answers >= 5
+    common_vw = joint_vw * rows >= 5
     observed = [*counts_vw[common_vw], counts_vw[~common_vw].sum()]
     share = joint_vw / joint_vw.sum()
-    expectation = np.array([*share[common_vw], share[~common_vw].sum()]) * answers
+    expectation = np.array([*share[common_vw], share[~common_vw].sum()]) * rows
     assert common_vw.sum() > 30
     assert scipy.stats.chisquare(observed, expectation).pvalue > 1e-3
 
