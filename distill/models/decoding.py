@@ -26,8 +26,8 @@ from distill.models.cache import KeysAndValues
 from distill.models.transformer import Block, Transformer, scan_layers
 
 # Up to this depth the decode loop's layers are unrolled, with `LoopWeights` made before: XLA for
-# CPUs multiplies no slice without copying it. Beyond, they are scanned over: the time to compile
-# does not grow.
+# CPUs multiplies no slice without copying it, and a scan of 4 layers took a fifth longer to sample.
+# Beyond, they are scanned over: the time to compile does not grow.
 UNROLLED_LAYERS = 12
 
 
