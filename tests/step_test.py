@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from tiny_models import model_config, random_model
 
+from distill.base import sharding
 from distill.base.errors import UserError
 from distill.base.sharding import (
     RULES,
@@ -529,6 +530,27 @@ def test_mesh_errors_name_what_works():
     with pytest.raises(UserError, match="at most one is -1"):
         make_mesh(-1, -1, 1)
     assert batch_parts(make_mesh(-1, 2, 2)) == 4
+
+
+def test_an_axis_of_the_mesh_is_a_row_of_the_table(monkeypatch):
+    """A model runs on a mesh with an axis that no other code knows."""
+    monkeypatch.setitem(sharding.MESH_AXES, "expert", 1)
+    monkeypatch.setitem(sharding.RULES, "batch", ("data", "expert"))
+    monkeypatch.setitem(sharding.RULES, "ffn", ("tensor", "fsdp"))
+    monkeypatch.setitem(sharding.RULES, "embed", None)
+    graph, params = make_model(32, 2, 32, seed=1)
+    tokens = np.arange(32).reshape(4, 8)
+    expected = nnx.merge(graph, params)(tokens)
+    mesh = make_mesh(fsdp=2, expert=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "expert": 2}
+    assert batch_parts(mesh) == 4
+    assert sharding.sampler_mesh_sizes(mesh.shape, 6) == dict(data=3, fsdp=2, tensor=1, expert=1)
+    params = jax.device_put(params, param_shardings(params, mesh))
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda params: nnx.merge(graph, params)(tokens))(params)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="no axis 'pipeline', only data, fsdp, tensor, expert"):
+        make_mesh(pipeline=2)
 
 
 def test_two_dimensions_may_not_share_a_mesh_axis():

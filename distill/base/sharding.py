@@ -1,13 +1,13 @@
 """Mesh and logical axis rules: the only file that names mesh axes.
 
 Models and losses speak of logical axes ('embed', 'heads', 'batch'); `RULES` says which mesh axes
-hold each of them. Nothing else in the project mentions 'data', 'fsdp' or 'tensor'.
+hold each of them. A further axis is a row of `MESH_AXES`, an entry of `RULES` and a config key.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,7 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from distill.base.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# axis of the mesh -> its size where none is given; -1 takes the devices that are left
+MESH_AXES = {"data": -1, "fsdp": 1, "tensor": 1}
 HOST_MEMORY = "pinned_host"
 
 # logical axis -> mesh axes that shard it (None: replicated)
@@ -50,62 +51,87 @@ SPREAD_RULES = RULES | {"embed": ("data", "fsdp")}
 SAMPLER_RULES = RULES | {"embed": None}
 
 
-def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
+def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """The sizes of a mesh over `count` devices; one may be -1 and takes what is left.
+
+    Args:
+      sizes: of the axes that differ from `MESH_AXES`, by name.
+      count: number of devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    if unknown := sorted(sizes.keys() - MESH_AXES.keys()):
+        raise ValueError(f"a mesh has no axis {unknown[0]!r}, only {', '.join(MESH_AXES)}")
+    sizes = MESH_AXES | sizes
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    given = " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    given = _as_keys(sizes)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"{given}: sizes are positive, and at most one is -1 (takes the rest)")
     if free and count % fixed == 0:
         sizes[free[0]] = count // fixed
     if math.prod(sizes.values()) != count:
+        example = {name: 1 for name in sizes} | {next(iter(sizes)): count}
         raise UserError(
-            f"{given} does not match {count} devices: data x fsdp x tensor must be {count}, "
-            f"e.g. mesh.data={count} mesh.fsdp=1 mesh.tensor=1"
+            f"{given} does not match {count} devices: {' x '.join(sizes)} must be {count}, "
+            f"e.g. {_as_keys(example)}"
         )
-    return tuple(sizes.values())
+    return sizes
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Mesh over `devices`, by default all; see `mesh_sizes`."""
+def make_mesh(*sizes: int, devices=None, **named: int) -> Mesh:
+    """Mesh over `devices`, by default all, with sizes in the order of `MESH_AXES` or by name.
+
+    See `mesh_sizes`.
+    """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_sizes(data, fsdp, tensor, len(devices))
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    given = dict(zip(MESH_AXES, sizes, strict=False)) | named
+    shape = mesh_sizes(given, len(devices))
+    return Mesh(np.asarray(devices).reshape(tuple(shape.values())), tuple(shape), _types(shape))
 
 
-def make_abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
-    """A mesh without devices, for the shapes of shards."""
-    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+def make_abstract_mesh(*sizes: int, **named: int) -> AbstractMesh:
+    """A mesh without devices, for the shapes of shards; sizes that are not given are 1."""
+    shape = dict.fromkeys(MESH_AXES, 1) | dict(zip(MESH_AXES, sizes, strict=False)) | named
+    return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=_types(shape))
 
 
-def sampler_mesh_sizes(tensor: int, count: int) -> tuple[int, int, int]:
-    """Sizes of the mesh of a sampler with `count` devices: weights are cut as the trainer's, rows
-    over the rest.
+def _types(axes: Collection[str]) -> tuple[AxisType, ...]:
+    return (AxisType.Auto,) * len(axes)
 
-    Cut alike, every shard of a refit is a copy from one device to another.
+
+def _as_keys(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+
+
+def sampler_mesh_sizes(trainer: Mapping[str, int], count: int) -> dict[str, int]:
+    """Sizes of the mesh of a sampler with `count` devices; `trainer` has those of the trainer's.
+
+    Weights are cut as the trainer's, and rows over the rest: every shard of a refit is a copy from
+    one device to another.
 
     Raises:
-      UserError: the trainer's tensor axis does not divide the number of devices.
+      UserError: the number of devices is no multiple of what the weights are cut into.
     """
-    if count % tensor:
+    over_rows, *others = RULES["batch"]
+    kept = {axis: trainer[axis] for axis in MESH_AXES if axis not in RULES["batch"]}
+    cut = math.prod(kept.values())
+    if count % cut:
+        cutting = {axis: size for axis, size in kept.items() if size > 1}
+        keys = " x ".join(f"mesh.{axis}" for axis in cutting)
         raise UserError(
-            f"a sampler of {count} devices cannot split weights {tensor} ways as the "
-            f"trainer does (mesh.tensor={tensor}): give it a multiple of {tensor} devices, or "
-            f"choose a mesh.tensor that divides {count}"
+            f"a sampler of {count} devices cannot split weights {cut} ways as the trainer does "
+            f"({_as_keys(cutting)}): give it a multiple of {cut} devices, or choose a {keys} that "
+            f"divides {count}"
         )
-    return count // tensor, 1, tensor
+    sizes = kept | dict.fromkeys(others, 1) | {over_rows: count // cut}
+    return {axis: sizes[axis] for axis in MESH_AXES}
 
 
 def make_sampler_mesh(trainer_mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
     """Mesh of a sampler with its own devices; see `sampler_mesh_sizes`."""
-    sizes = sampler_mesh_sizes(trainer_mesh.shape["tensor"], len(devices))
-    return make_mesh(*sizes, devices)
+    return make_mesh(devices=devices, **sampler_mesh_sizes(trainer_mesh.shape, len(devices)))
 
 
 def copy_to_mesh(arrays, mesh: Mesh):

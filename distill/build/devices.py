@@ -27,7 +27,7 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> M
     devices, sampler_devices = split_devices(config.policy.generation, devices)
     _check_processes(config)
     try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+        mesh = make_mesh(devices=devices, **vars(config.mesh))
     except UserError as error:
         if not sampler_devices:
             raise

@@ -127,16 +127,16 @@ def fit_to_devices(subject: Subject, count: int) -> Subject:
     """
     config = subject.config
     trainers, samplers = split_devices(config.policy.generation, range(count))
-    sizes = MeshSizes(
-        *mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, len(trainers))
-    )
+    sizes = MeshSizes(**mesh_sizes(vars(config.mesh), len(trainers)))
     check_divides(subject, sizes)
     apart = subject.samples_apart
-    sampler = sampler_mesh_sizes(sizes.tensor, len(samplers)) if apart else sizes
+    sampler = sizes._asdict()
+    if apart:
+        sampler = sampler_mesh_sizes(sampler, len(samplers))
     config, notes = _with_batches(config, sizes.parts)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes._asdict()))
     return dataclasses.replace(
-        subject, config=config, notes=subject.notes + notes, sampler=MeshSizes(*sampler)
+        subject, config=config, notes=subject.notes + notes, sampler=MeshSizes(**sampler)
     )
 
 

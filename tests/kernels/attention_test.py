@@ -259,7 +259,7 @@ def test_a_kernel_is_chosen_where_it_computes_the_specification(
 def test_tpu_compiler_takes_the_kernel(topology):
     described_tpu(topology)  # tells libtpu what it would ask the machine
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(1, 2, 2, devices)
+    mesh = make_mesh(1, 2, 2, devices=devices)
     with jax.set_mesh(mesh):
         spec = AttentionSpec(SCALE, window=1024, soft_cap=50.0, sinks=True)
         compiled = compiled_gradients(4096, mesh, "bfloat16", spec)

@@ -141,7 +141,7 @@ def test_refit_reshards_to_the_given_shardings():
 def test_sampler_with_its_own_devices_gets_its_weights_there():
     """Cut like the trainer's; the trainer's buffers may go as soon as refit has returned."""
     devices = jax.devices()
-    mesh = make_mesh(1, 2, 2, devices[:4])
+    mesh = make_mesh(1, 2, 2, devices=devices[:4])
     sampler_mesh = make_sampler_mesh(mesh, devices[4:])
     sampler = make_backend(shardings=cut_output_head(mesh), mesh=sampler_mesh)
     request = dict(num_generations=4)
