@@ -20,10 +20,9 @@ from distill.base.status import busy
 from distill.build.data import check_same_data
 from distill.build.export import export_student
 from distill.build.run import build_batches, build_checkpoints, build_progress, build_save_schedule
-from distill.build.session import open_session
+from distill.build.session import Session, open_session
 from distill.checks.run import preflight
 from distill.config.parse import parse_config, to_flat_dict
-from distill.config.schema import Config
 from distill.evaluation.table import format_table
 from distill.models.model import Model
 from distill.reporting.facts import write_facts
@@ -33,7 +32,9 @@ from distill.run.interrupts import Interrupts
 from distill.run.saver import Evaluations, Saver, find_progress, how_to_go_on
 from distill.run.workdir import claim_workdir
 from distill.run.writers.weights_and_biases import import_wandb
-from distill.step import make_train_step
+from distill.step import TrainState, make_train_step
+
+Results = dict[str, dict[str, Any]]  # evaluation fields by role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Result:
       steps: optimizer updates made in all.
     """
 
-    results: dict[str, dict[str, Any]]
+    results: Results
     student: Path
     steps: int
 
@@ -68,128 +69,133 @@ def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None
     """
     parsed = parse_config(config)
     processes.check_same("config", to_flat_dict(parsed))
-    return run(parsed, Path(workdir).expanduser().resolve(), interrupts or Interrupts())
+    with open_session(parsed, Path(workdir).expanduser().resolve()) as session:
+        step, state, results = _run(session, interrupts or Interrupts())
+        return _export(session, step, state, results)
 
 
-def run(config: Config, workdir: Path, interrupts: Interrupts) -> Result:
-    """`train` for a parsed config."""
-    flat_config, distillation = to_flat_dict(config), config.distillation
+def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Results]:
+    """All updates and evaluations: (updates made, state, evaluations by role)."""
+    config, workdir, distillation = session.config, session.workdir, session.config.distillation
+    flat_config = to_flat_dict(config)
     max_steps, eval_steps = distillation.max_steps, distillation.eval_steps
     if config.logger.wandb_enabled:
         import_wandb()
-    with open_session(config, workdir) as session:
-        objective, _ = session.objective, session.sampler_mesh  # refused before anything is made
+    objective, _ = session.objective, session.sampler_mesh  # refused before anything is made
 
-        # ------------------------------------------------------------ where the run stands
-        session.cleanup.enter_context(claim_workdir(workdir))
-        checkpoints = build_checkpoints(config, workdir)
-        session.cleanup.callback(checkpoints.close)
-        step, record = find_progress(checkpoints, flat_config, config.checkpointing.on_torn)
-        updates_remain = step < max_steps
+    # ------------------------------------------------------------------------- where the run stands
+    session.cleanup.enter_context(claim_workdir(workdir))
+    checkpoints = build_checkpoints(config, workdir)
+    session.cleanup.callback(checkpoints.close)
+    step, record = find_progress(checkpoints, flat_config, config.checkpointing.on_torn)
+    updates_remain = step < max_steps
 
-        # ---------------------------------------------------------------------------- data
-        _, validation = session.dataset, session.validation  # before a model is looked for
-        with busy("tokenizing the data"):
-            prompts = session.prompts
-        check_same_data(prompts)
-        evaluator = recorder = None
-        if validation is not None:
-            evaluator, recorder = session.evaluator, session.build_recorder()
+    # ----------------------------------------------------------------------------------------- data
+    _, validation = session.dataset, session.validation  # before a model is looked for
+    with busy("tokenizing the data"):
+        prompts = session.prompts
+    check_same_data(prompts)
+    evaluator = recorder = None
+    if validation is not None:
+        evaluator, recorder = session.evaluator, session.build_recorder()
 
-        # -------------------------------------------------------------------------- models
-        teacher = session.load_teacher(None if step else prompts)  # compared once per run
-        graph, shapes = session.student.graph, session.state_shapes
-        if updates_remain:
-            # Servers that will not do are told before anything takes time.
-            if session.remote_teacher is not None:
-                session.remote_teacher.start()
-            session.backend.start()
-        if step:
-            with busy(f"restoring step {step}"):
-                state = checkpoints.restore(step, shapes)
-        else:
-            state = session.load_state()
-        if config.preflight and updates_remain:
-            preflight(session, state, print)
-        train_step = make_train_step(
-            graph,
-            teacher.graph if teacher else None,
-            objective,
-            session.optimizer,
-            vocab_size=session.vocabulary.size,
-            state_shardings=jax.tree.map(lambda x: x.sharding, shapes),
-            importance_clip=config.policy.generation.importance_clip,
-        )
+    # --------------------------------------------------------------------------------------- models
+    teacher = session.load_teacher(None if step else prompts)  # compared once per run
+    graph, shapes = session.student.graph, session.state_shapes
+    if updates_remain:
+        # Servers that will not do are told before anything takes time.
+        if session.remote_teacher is not None:
+            session.remote_teacher.start()
+        session.backend.start()
+    if step:
+        with busy(f"restoring step {step}"):
+            state = checkpoints.restore(step, shapes)
+    else:
+        state = session.load_state()
+    if config.preflight and updates_remain:
+        preflight(session, state, print)
+    train_step = make_train_step(
+        graph,
+        teacher.graph if teacher else None,
+        objective,
+        session.optimizer,
+        vocab_size=session.vocabulary.size,
+        state_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+        importance_clip=config.policy.generation.importance_clip,
+    )
 
-        # ------------------------------------------------------------ batches, log, saving
-        batches = build_batches(session, record.get("iterator"))
-        if step and (ahead := checkpoints.arrays(step)):
-            batches.take_up(step, ahead, record["measured_ahead"])
-        progress = build_progress(session, step, record)
-        if processes.is_first():
-            write_facts(workdir, flat_config)
-        progress.say(f"data: {prompts.summary()}")
-        if teacher and teacher.quantization_kl is not None:
-            progress.quantization(step, teacher.quantization_kl)
-        if evaluator is not None:
-            progress.say(f"validation data: {evaluator.prompts.summary()}")
-        so_far = record.get("results", {}), record.get("evaluated", 0)
-        evaluations = Evaluations(evaluator, recorder, teacher, progress, interrupts, *so_far)
-        saves = build_save_schedule(config)
-        saver = Saver(checkpoints, saves, batches, progress, evaluations, interrupts, flat_config)
+    # ------------------------------------------------------------------------- batches, log, saving
+    batches = build_batches(session, record.get("iterator"))
+    if step and (ahead := checkpoints.arrays(step)):
+        batches.take_up(step, ahead, record["measured_ahead"])
+    progress = build_progress(session, step, record)
+    if processes.is_first():
+        write_facts(workdir, flat_config)
+    progress.say(f"data: {prompts.summary()}")
+    if teacher and teacher.quantization_kl is not None:
+        progress.quantization(step, teacher.quantization_kl)
+    if evaluator is not None:
+        progress.say(f"validation data: {evaluator.prompts.summary()}")
+    so_far = record.get("results", {}), record.get("evaluated", 0)
+    evaluations = Evaluations(evaluator, recorder, teacher, progress, interrupts, *so_far)
+    saves = build_save_schedule(config)
+    saver = Saver(checkpoints, saves, batches, progress, evaluations, interrupts, flat_config)
 
-        # ---------------------------------------------------------------------------- loop
-        if "base" not in evaluations.results:
-            evaluations.evaluate("base", step, Model(graph, state.params))
-        if teacher and "teacher" not in evaluations.results:
-            evaluations.evaluate("teacher", step, teacher)
-        while True:
-            evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
-            # One that a signal prevented or spoilt is made up for when the run goes on.
-            if evaluating and evaluations.evaluated < step and not interrupts.agree():
-                with saver.saving_on(RunStopped, step=step, state=state):
-                    evaluations.evaluate("student", step, Model(graph, state.params))
-            stopping = interrupts.agree_by_first()
-            if stopping or (step and saver.is_due(step)):
-                saver.save(step, state, batches.position)
-            if stopping or step >= max_steps:
-                break
-            progress.begin_step(step, state)
-            with saver.saving_on(RunStopped, UserError, step=step, state=state):
-                with progress.phase("generate") as finish:
-                    batch, measured = finish(batches.next(step, state.params))
-                    if config.policy.generation.async_steps and step + 1 < max_steps:
-                        batches.sample_ahead(step + 1, state.params)
-            with progress.phase("train") as finish:
-                state, metrics = train_step(state, teacher and teacher.fetch(), batch)
-                finish(metrics)
-            step += 1
-            interrupts.hold()
-            progress.end_step(step, metrics, measured, batches.rows)
-            saver.checkpoints.check()
-            if reason := progress.too_many_skipped:
-                saver.save_and_stop(step, state, batches.position, RunStopped(reason))
-        progress.close()
-        saver.checkpoints.close()
-        interrupts.release()
-        if stopping:
-            raise interrupts.stop(how_to_go_on(step))
-        session.backend.stop()
-
-        # -------------------------------------------------------------------------- export
-        folder, results = workdir / "student", evaluations.results
-        card = model_card(saver.flat_config, results, step)
-        with busy("exporting the student"):
-            export_student(session, folder, state.params, card)
-        if results:
-            print(format_table(results))
-        print(f"student: {folder}", flush=True)
-        if processes.is_first():
-            _write_results(workdir, results)
-        return Result(results, folder, step)
+    # ----------------------------------------------------------------------------------------- loop
+    if "base" not in evaluations.results:
+        evaluations.evaluate("base", step, Model(graph, state.params))
+    if teacher and "teacher" not in evaluations.results:
+        evaluations.evaluate("teacher", step, teacher)
+    while True:
+        evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
+        # One that a signal prevented or spoilt is made up for when the run goes on.
+        if evaluating and evaluations.evaluated < step and not interrupts.agree():
+            with saver.saving_on(RunStopped, step=step, state=state):
+                evaluations.evaluate("student", step, Model(graph, state.params))
+        stopping = interrupts.agree_by_first()
+        if stopping or (step and saver.is_due(step)):
+            saver.save(step, state, batches.position)
+        if stopping or step >= max_steps:
+            break
+        progress.begin_step(step, state)
+        with saver.saving_on(RunStopped, UserError, step=step, state=state):
+            with progress.phase("generate") as finish:
+                batch, measured = finish(batches.next(step, state.params))
+                if config.policy.generation.async_steps and step + 1 < max_steps:
+                    batches.sample_ahead(step + 1, state.params)
+        with progress.phase("train") as finish:
+            state, metrics = train_step(state, teacher and teacher.fetch(), batch)
+            finish(metrics)
+        step += 1
+        interrupts.hold()
+        progress.end_step(step, metrics, measured, batches.rows)
+        checkpoints.check()
+        if reason := progress.too_many_skipped:
+            saver.save_and_stop(step, state, batches.position, RunStopped(reason))
+    progress.close()
+    checkpoints.close()
+    interrupts.release()
+    if stopping:
+        raise interrupts.stop(how_to_go_on(step))
+    session.backend.stop()
+    return step, state, evaluations.results
 
 
-def _write_results(workdir: Path, results: dict[str, dict[str, Any]]) -> None:
+def _export(session: Session, step: int, state: TrainState, results: Results) -> Result:
+    """The student as a Hugging Face folder, the results and the report."""
+    folder = session.workdir / "student"
+    card = model_card(to_flat_dict(session.config), results, step)
+    with busy("exporting the student"):
+        export_student(session, folder, state.params, card)
+    if results:
+        print(format_table(results))
+    print(f"student: {folder}", flush=True)
+    if processes.is_first():
+        _write_results(session.workdir, results)
+    return Result(results, folder, step)
+
+
+def _write_results(workdir: Path, results: Results) -> None:
     """`results.json` and the report, without which a run is finished all the same."""
     if results:
         write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
