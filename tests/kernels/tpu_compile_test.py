@@ -1,33 +1,24 @@
 """The fused loss at real sizes, compiled by the real TPU compiler; no TPU is needed for that."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import pytest
+from tpu_compiler import needs_tpu_compiler, num_kernels, temporary_bytes, tpu_mesh
 
 from benchmarks import harness
 from benchmarks import linear_divergence as benchmark
-from distill.base.sharding import make_mesh, named_sharding
-from distill.base.topology import described_tpu
+from distill.base.sharding import named_sharding
 from distill.kernels.linear_divergence import linear_divergence, pallas_tpu, per_token_divergences
 from distill.kernels.linear_divergence.sweeps import Projection
 from distill.losses.divergences import get_divergence
 
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is missing"
-)
 pytestmark = [pytest.mark.slow, needs_tpu_compiler]
 
 NUM_TOKENS, WIDTH_S, WIDTH_T, COLUMNS_S, COLUMNS_T = 16384, 1536, 5120, 151936, 152064
 VOCAB_SIZE = 151665  # of Qwen2.5
 GB = 1e9
-
-
-def tpu_mesh(topology, *sizes):
-    devices = described_tpu(topology)[: sizes[0] * sizes[1] * sizes[2]]
-    return make_mesh(*sizes, devices=devices)
 
 
 def shapes(mesh, width_s=WIDTH_S, width_t=WIDTH_T):
@@ -64,14 +55,6 @@ def evaluation(*arrays):
 def compiled_for(mesh, function, **sizes):
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*shapes(mesh, **sizes)).compile()
-
-
-def temporary_bytes(program):
-    return program.memory_analysis().temp_size_in_bytes
-
-
-def num_kernels(program):
-    return program.as_text().count('custom_call_target="tpu_custom_call"')
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])

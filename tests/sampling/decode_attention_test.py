@@ -10,7 +10,7 @@ from engine_test import EOS, PAD, VOCAB, model
 from flax import nnx
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from tpu_compile_test import needs_tpu_compiler, num_kernels, temporary_bytes, tpu_mesh
+from tpu_compiler import needs_tpu_compiler, num_kernels, temporary_bytes, tpu_mesh
 
 from distill.base.sharding import SAMPLER_RULES, make_mesh, named_sharding, param_shardings
 from distill.kernels.attention import AttentionSpec
