@@ -11,7 +11,7 @@ from simple_decode import simple_decode
 from tiny_models import random_model
 
 from distill.base.errors import UserError
-from distill.base.sharding import make_mesh, param_shardings
+from distill.base.sharding import HOST_MEMORY, in_host_memory, make_mesh, param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models import decoding
 from distill.models.checkpoints.export import export_model, hf_config_dict
@@ -267,6 +267,24 @@ def test_sharded_gradient_equals_that_of_one_device(case, remat):
         np.testing.assert_allclose(x, y, atol=TOLERANCE * float(np.abs(y).max()))
 
     jax.tree.map(same, found, expected)
+
+
+def test_layers_in_host_memory_are_fetched_period_by_period(case):
+    _, graph, params = case
+    tokens = random_tokens(1, LENGTH)
+
+    @jax.jit
+    def logits(params):
+        model = nnx.merge(graph, params)
+        return model.logits(model(tokens))
+
+    kept = nnx.State({**params, "layers": jax.tree.map(in_host_memory, params["layers"])})
+    assert is_kept(kept["layers"]) and not is_kept(params)
+    np.testing.assert_allclose(logits(kept), logits(params), atol=1e-6)
+
+
+def is_kept(params) -> bool:
+    return all(x.sharding.memory_kind == HOST_MEMORY for x in jax.tree.leaves(params))
 
 
 def test_program_does_not_grow_with_depth(case):
