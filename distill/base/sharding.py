@@ -63,21 +63,21 @@ def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """
     if unknown := sorted(sizes.keys() - MESH_AXES.keys()):
         raise ValueError(f"a mesh has no axis {unknown[0]!r}, only {', '.join(MESH_AXES)}")
-    sizes = MESH_AXES | sizes
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    free = [name for name, size in sizes.items() if size == -1]
-    given = _as_keys(sizes)
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    filled = MESH_AXES | dict(sizes)
+    fixed = math.prod(size for size in filled.values() if size != -1)
+    free = [name for name, size in filled.items() if size == -1]
+    given = _as_keys(filled)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in filled.values()):
         raise UserError(f"{given}: sizes are positive, and at most one is -1 (takes the rest)")
     if free and count % fixed == 0:
-        sizes[free[0]] = count // fixed
-    if math.prod(sizes.values()) != count:
-        example = {name: 1 for name in sizes} | {next(iter(sizes)): count}
+        filled[free[0]] = count // fixed
+    if math.prod(filled.values()) != count:
+        example = dict.fromkeys(filled, 1) | {next(iter(filled)): count}
         raise UserError(
-            f"{given} does not match {count} devices: {' x '.join(sizes)} must be {count}, "
+            f"{given} does not match {count} devices: {' x '.join(filled)} must be {count}, "
             f"e.g. {_as_keys(example)}"
         )
-    return sizes
+    return filled
 
 
 def make_mesh(*sizes: int, devices=None, **named: int) -> Mesh:
@@ -114,8 +114,8 @@ def sampler_mesh_sizes(trainer: Mapping[str, int], count: int) -> dict[str, int]
     Raises:
       UserError: the number of devices is no multiple of what the weights are cut into.
     """
-    over_rows, *others = RULES["batch"]
-    kept = {axis: trainer[axis] for axis in MESH_AXES if axis not in RULES["batch"]}
+    over_rows, *others = _axes(RULES["batch"])
+    kept = {axis: trainer[axis] for axis in MESH_AXES if axis not in (over_rows, *others)}
     cut = math.prod(kept.values())
     if count % cut:
         cutting = {axis: size for axis, size in kept.items() if size > 1}
@@ -206,7 +206,7 @@ def stacked_sharding(mesh: Mesh, num_axes: int) -> NamedSharding:
 
 def batch_parts(mesh: Mesh) -> int:
     """Number of device groups over which the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return math.prod(mesh.shape[axis] for axis in _axes(RULES["batch"]))
 
 
 def inner_sharding(stacked: Sharding, num_axes: int) -> Sharding:

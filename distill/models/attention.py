@@ -123,5 +123,6 @@ def make_rotations(config: ModelConfig, positions_bt: jax.Array) -> tuple[Rotati
         angles_bth = positions_bt1 * rope_frequencies(rotary)
         return Rotation(cos_bth=jnp.cos(angles_bth), sin_bth=jnp.sin(angles_bth))
 
-    made = {kind.rotary: make(kind.rotary) for kind in config.kinds if kind.rotary is not None}
-    return tuple(made.get(kind.rotary) for kind in config.kinds)
+    rotaries = [kind.rotary for kind in config.kinds]
+    made = {rotary: None if rotary is None else make(rotary) for rotary in rotaries}
+    return tuple(made[rotary] for rotary in rotaries)

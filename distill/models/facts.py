@@ -182,7 +182,7 @@ class ModelConfig:
                 f"num_key_value_heads={kv_heads}"
             )
         theta, scaling = _rope(config, source)
-        facts = dict(
+        facts: dict[str, Any] = dict(
             family=family,
             vocab_size=size(config, "vocab_size", source),
             num_layers=size(config, "num_hidden_layers", source),

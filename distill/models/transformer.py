@@ -81,7 +81,7 @@ class Block(nnx.Module):
 
     def sinks_n(self) -> jax.Array | None:
         """Scores of the attention's sinks, where it has some."""
-        return self.sinks[...] if self.config.sinks else None
+        return self.weight("sinks") if self.config.sinks else None
 
     def finish(self, x_btd: jax.Array, attended_btnh: jax.Array) -> jax.Array:
         """Adds the attention output and then the feed-forward output to the residual stream."""

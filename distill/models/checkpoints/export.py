@@ -137,13 +137,13 @@ class _Exported(NamedTuple):
 
 
 def _exported(params: nnx.State, config: ModelConfig, rows: int | None) -> Iterator[_Exported]:
-    params = mapped_params(config, params)
-    for path, (weight, array) in params.items():
+    mapped = mapped_params(config, params)
+    for path, (weight, array) in mapped.items():
         cut = rows if path in ("embedding", "output_head") else None
         for index, key in weight.tensors(array.shape):
             yield _Exported(key, weight, array, index, cut)
     if rows is not None and config.tied:
-        yield _Exported("lm_head.weight", *params["embedding"], (), rows)
+        yield _Exported("lm_head.weight", *mapped["embedding"], (), rows)
 
 
 def _gather(exported: _Exported, dtype: np.dtype) -> np.ndarray:

@@ -83,14 +83,15 @@ def load_params(
     _check_tensors(tensors, expected)
 
     def load(path, param: nnx.Variable, sharding: nnx.Variable | None = None) -> nnx.Variable:
-        weight, shape = expected[name := jax.tree_util.keystr(path, simple=True, separator="/")]
+        weight, array = expected[name := jax.tree_util.keystr(path, simple=True, separator="/")]
         place = (
             sharding.get_value() if sharding is not None else SingleDeviceSharding(jax.devices()[0])
         )
-        target = weight, shape.shape, place, np.dtype(dtype)
-        read = _read_stack if weight.stacked else _read_tensor
-        source = tensors if weight.stacked else tensors[weight.key]
-        loaded = param.replace(read(source, *target))
+        target = weight, array.shape, place, np.dtype(dtype)
+        if weight.stacked:
+            loaded = param.replace(_read_stack(tensors, *target))
+        else:
+            loaded = param.replace(_read_tensor(tensors[weight.key], *target))
         return loaded if finish is None else finish(name, loaded)
 
     trees = (abstract_params,) if shardings is None else (abstract_params, shardings)
