@@ -1,4 +1,4 @@
-"""What is asked of a sampler and what it answers, in host arrays that any backend can make."""
+"""What is asked of a sampler and what it returns, in host arrays that any backend can make."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 
 from distill.data.sequences import Sequences, get_column
 from distill.sampling.choice import SamplingParams
@@ -15,14 +14,14 @@ from distill.sampling.choice import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class RolloutRequest:
-    """Prompts, each to be answered `num_generations` times.
+    """Prompts, each with `num_generations` responses to be sampled.
 
     Attributes:
       prompts: token ids of each prompt, int32, at least one token each, not padded.
       prompt_index: position of each prompt in the data stream, int64 (len(prompts),).
       params: how tokens are chosen.
-      num_generations: answers per prompt.
-      seed, step: with prompt index and number of the answer, all that its randomness depends on.
+      num_generations: responses per prompt.
+      seed, step: with prompt index and number of the response, all that its randomness depends on.
       max_lengths: response tokens of each row at most, int32 (num_rows,), where rows differ; never
         more than params.max_length.
     """
@@ -37,7 +36,7 @@ class RolloutRequest:
 
     @property
     def num_rows(self) -> int:
-        """Answers in all; row i * num_generations + j is answer j to prompt i."""
+        """Responses in all; row i * num_generations + j is response j to prompt i."""
         return len(self.prompts) * self.num_generations
 
     @property
@@ -62,12 +61,12 @@ class Rollout:
         sequences: of a backend that knows more, such as rewards or an environment's tokens.
     """
 
-    tokens_br: ArrayLike
-    lengths_b: ArrayLike
-    log_probs_br: ArrayLike
-    sampled_log_probs_br: ArrayLike
-    stopped_b: ArrayLike
-    columns: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
+    tokens_br: np.ndarray
+    lengths_b: np.ndarray
+    log_probs_br: np.ndarray
+    sampled_log_probs_br: np.ndarray
+    stopped_b: np.ndarray
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def sequences(self, prompts: Sequences) -> Sequences:
         """The prompts with these responses behind them, in place of any of their own."""
