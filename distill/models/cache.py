@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class LayerCache:
         """Of each array by its name."""
         raise NotImplementedError
 
-    def map(self, function: Callable[..., Any], *others: LayerCache) -> LayerCache:
+    def map(self, function: Callable[..., Any], *others: LayerCache) -> Self:
         """`function(array, axes, *arrays of others)` of each array there is."""
         made = {
             name: function(array, axes, *(getattr(other, name) for other in others))
