@@ -3,9 +3,9 @@
 python -m distill.plan --config=configs/math_cl.py --topology=v5p:4x4x4
 
 Compiles the run's own train step, prefill and decode loop ahead of time for TPUs (v5p:4x4x4,
-v6e:8x8, v5e:16x16, ...) and for devices of this host (cpu:8), without loading weights; for GPUs
-(gpu:h200x8) it estimates from shapes. Exit status: 0 it fits, 3 it does not, 2 the question makes
-no sense.
+v6e:8x8, v5e:16x16, tpu7x:2x2x1, ...) and for devices of this host (cpu:8), without loading
+weights; for GPUs (gpu:h200x8) it estimates from shapes. Exit status: 0 it fits, 3 it does not, 2
+the question makes no sense.
 """
 
 import os
@@ -31,9 +31,9 @@ def run() -> None:
             )
         os.environ["JAX_PLATFORMS"] = "cpu"
         # Imported late: a wrong flag should not wait for JAX.
-        from distill.planning.run import plan
+        from distill.planning import run
 
-        if not plan(config, topology.value, tries_others=sweep.value).fits:
+        if not (run.sweep if sweep.value else run.plan)(config, topology.value).fits:
             sys.exit(DOES_NOT_FIT)
 
     cli.run(main)

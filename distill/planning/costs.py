@@ -9,105 +9,61 @@ which only what the backward pass keeps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 
-from distill.config.schema import rows_per_microbatch
+from distill.base.sharding import bytes_per_device
 from distill.kernels.attention import MOST_SEGMENTS
 from distill.models.facts import ModelConfig
-from distill.planning.subject import Subject
-from distill.sampling.cache import bytes_per_token
+from distill.planning.arrays import Arrays
+from distill.planning.counts import Counts
+from distill.planning.workload import Workload
+from distill.sampling.slots import STEPS_PER_CALL
 
 FLOAT32 = 4
-OPTIMIZER_PASSES = 7  # weights and two moments read and written, gradients read
+HEAD_PASSES = 6  # of the student's output head in the loss: logits, and their two gradients
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """What a step goes through: `rows` of `prompt` and `response` tokens each, all full."""
-
-    rows: int
-    prompt: int
-    response: int
-    prompts: int  # distinct ones: answers to one prompt share its reading
-    microbatches: int
-
-    @property
-    def length(self) -> int:
-        return self.prompt + self.response
-
-    @property
-    def total(self) -> int:
-        return self.rows * self.length
-
-    @property
-    def responses(self) -> int:
-        return self.rows * self.response
-
-
-def count_tokens(subject: Subject) -> Tokens:
-    policy, strategy = subject.config.policy, subject.config.distillation.generate_strategy
-    rows, response = policy.train_global_batch_size, strategy.max_length
-    at_once = rows_per_microbatch(policy) // subject.sizes.parts * subject.sizes.parts
-    return Tokens(
-        rows=rows,
-        prompt=policy.max_total_sequence_length - response,
-        response=response,
-        prompts=rows // strategy.num_generations,
-        microbatches=-(-rows // at_once),
-    )
-
-
-def layer_weights(model: ModelConfig) -> int:
-    """Weights of the matrices of one layer."""
-    query, key = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
-    return model.model_width * (2 * query + 2 * key + 3 * model.ffn_width)
-
-
-def num_weights(model: ModelConfig) -> int:
-    """All weights but norms and biases."""
-    tables = 1 if model.tied else 2
-    return model.num_layers * layer_weights(model) + tables * model.vocab_size * model.model_width
-
-
-def flops(subject: Subject) -> dict[str, float]:
+def flops(workload: Workload, arrays: Arrays) -> dict[str, float]:
     """Operations of a step on all devices by part; two per multiplication."""
-    tokens, student, teacher = count_tokens(subject), subject.student, subject.teacher
-    parts = {"teacher": _forward(teacher, tokens) if teacher else 0.0}
-    forward = _forward(student, tokens)
-    parts["student"] = 3 * forward
-    remat = subject.config.policy.activation_checkpointing
-    # A lower bound: with `dots`, cuDNN's attention, and no other, would be computed again, too.
-    parts["recomputation"] = forward if remat == "full" else 0.0
-    passes = 8 if subject.config.policy.generation.importance_clip else 6
-    widths = passes * student.model_width + (2 * teacher.model_width if teacher else 0)
-    parts["loss"] = float(tokens.responses * subject.vocab_size * widths)
-    parts["generation"] = sum(_generation(subject)) if subject.samples else 0.0
-    return parts
+    tokens, student, teacher = workload.tokens, arrays.student_counts, arrays.teacher_counts
+    forward = _forward(workload.student, student, workload)
+    remat = workload.config.policy.activation_checkpointing
+    widths = HEAD_PASSES * student.width + (2 * teacher.width if teacher else 0)
+    return {
+        "teacher": _forward(workload.teacher, teacher, workload) if teacher else 0.0,
+        "student": 3 * forward,
+        # A lower bound: with `dots`, cuDNN's attention, and no other, is computed again, too.
+        "recomputation": forward if remat == "full" else 0.0,
+        "loss": float(tokens.responses * workload.vocab_size * widths),
+        "generation": _generation(workload, student) if workload.samples else 0.0,
+    }
 
 
-def _forward(model: ModelConfig, tokens: Tokens) -> float:
-    body = 2 * model.num_layers * layer_weights(model) * tokens.total
-    return body + _attention(model, tokens)
+def _forward(model: ModelConfig, counts: Counts, workload: Workload) -> float:
+    tokens = workload.tokens
+    body = 2 * counts.layer_weights * tokens.total
+    return body + tokens.rows * _attention(model, counts, tokens.length)
 
 
-def _attention(model: ModelConfig, tokens: Tokens) -> float:
-    return tokens.rows * _causal(model, tokens.length)
+def _attention(model: ModelConfig, counts: Counts, length: int) -> float:
+    """Scores and weighted sums of one row, over the pairs of tokens that see each other."""
+    kinds = itertools.islice(itertools.cycle(model.kinds), counts.depth)
+    windows = [min(kind.attention.window or length, length) for kind in kinds]
+    pairs = sum((length - window / 2) * window for window in windows)
+    return 4.0 * counts.attention_width / counts.depth * pairs
 
 
-def _causal(model: ModelConfig, length: int) -> float:
-    """Scores and weighted sums over the earlier half of all pairs of one row."""
-    return 2.0 * model.num_layers * model.num_heads * model.head_width * length**2
-
-
-def _generation(subject: Subject) -> tuple[float, float]:
-    """Operations of reading the prompts and of all turns."""
-    model, tokens = subject.student, count_tokens(subject)
-    body, head = 2 * model.num_layers * layer_weights(model), 2 * model.model_width
-    head *= subject.vocab_size
-    reading = tokens.prompts * (tokens.prompt * body + _causal(model, tokens.prompt) + head)
-    attention = _causal(model, tokens.length) - _causal(model, tokens.prompt)
-    return reading, tokens.responses * (body + head) + tokens.rows * attention
+def _generation(workload: Workload, counts: Counts) -> float:
+    """Operations of prefill and of all decode steps."""
+    model, tokens = workload.student, workload.tokens
+    body, head = 2 * counts.layer_weights, 2 * counts.width * workload.vocab_size
+    of_prompt, of_row = (
+        _attention(model, counts, length) for length in (tokens.prompt, tokens.length)
+    )
+    prefill = tokens.prompts * (tokens.prompt * body + of_prompt + head)
+    return prefill + tokens.responses * (body + head) + tokens.rows * (of_row - of_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,155 +90,113 @@ class Phase:
         }
 
 
-def update_phase(subject: Subject, sent: float) -> Phase:
+def update_phase(workload: Workload, arrays: Arrays, sent: float) -> Phase:
     """Teacher forward, student forward and backward, loss and optimizer."""
-    counted, sizes = flops(subject), subject.sizes
-    parts = (counted[name] for name in ("teacher", "student", "recomputation", "loss"))
-    return Phase("update", sum(parts) / sizes.count, _update_traffic(subject), sent)
+    operations = flops(workload, arrays) | {"generation": 0.0}
+    tokens, sizes, student = workload.tokens, workload.sizes, arrays.student_counts
+    compute = _itemsize(workload)
+    passes = 2 if workload.config.policy.activation_checkpointing == "none" else 3
+    gradients = bytes_per_device(arrays.state.trainable)
+    per_microbatch = passes * student.used * compute + 2 * gradients  # which are added up
+    if arrays.teacher_counts:
+        per_microbatch += arrays.teacher_counts.used_bytes
+    kept = 2 * student.depth * student.width * compute * tokens.total / sizes.parts
+    # Weights and moments are read and written, gradients read.
+    updated = bytes_per_device((arrays.state.trainable, arrays.state.opt_state), fetched=True)
+    moved = tokens.microbatches * per_microbatch + kept + 2 * updated + gradients
+    return Phase("update", sum(operations.values()) / sizes.count, moved, sent)
 
 
-def _update_traffic(subject: Subject) -> float:
-    config, tokens, sizes = subject.config, count_tokens(subject), subject.sizes
-    compute = jnp.dtype(config.policy.precision).itemsize
-    weights = num_weights(subject.student)
-    passes = 2 if config.policy.activation_checkpointing == "none" else 3
-    per_microbatch = passes * weights * compute / sizes.tensor
-    per_microbatch += 2 * FLOAT32 * weights / (sizes.fsdp * sizes.tensor)  # gradients are added up
-    if subject.teacher is not None:
-        quantized = config.teacher.precision == "int8"
-        size = 1 if quantized else jnp.dtype(config.teacher.dtype).itemsize
-        per_microbatch += num_weights(subject.teacher) * size / sizes.tensor
-    kept = 2 * subject.student.num_layers * subject.student.model_width * compute
-    optimizer = OPTIMIZER_PASSES * FLOAT32 * weights / (sizes.fsdp * sizes.tensor)
-    return tokens.microbatches * per_microbatch + tokens.total / sizes.parts * kept + optimizer
-
-
-def generation_phase(
-    subject: Subject, prompts: int, slots: int, reading_sent: float, turn_sent: float
-) -> Phase:
-    """A refit, reading the prompts, and one turn after the other until all rows are full.
+def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float]) -> Phase:
+    """A refit, prefill, and one decode step after the other until all rows are full.
 
     Args:
-      subject: which samples; the sampler's weights are not split over fsdp.
-      prompts: that every part reads at once.
-      slots: of every part.
-      reading_sent, turn_sent: bytes that every device sends in a reading and in a turn.
+      workload: which samples; the sampler's weights are not split over fsdp.
+      arrays: shapes of what it holds.
+      sent: bytes that every device sends in a prefill, and in a call of the decode loop.
     """
-    config, model, tokens = subject.config, subject.student, count_tokens(subject)
-    sizes = subject.sampler
-    compute = jnp.dtype(config.policy.precision).itemsize
-    weights = num_weights(model) * compute / sizes.tensor
+    tokens, sizes, sampler = workload.tokens, workload.sampler, arrays.sampler
+    weights = bytes_per_device(sampler.weights)
+    _, prompts, _ = sampler.prefill
     rows = -(-tokens.rows // sizes.parts)
-    waves = -(-rows // slots)
-    turns = tokens.response * waves
-    readings = -(-tokens.prompts // (sizes.parts * prompts))
-    cached = (
-        bytes_per_token(model, jnp.dtype(config.policy.precision), _int8(subject)) / sizes.tensor
-    )
-    read = rows * tokens.response * (tokens.prompt + tokens.response / 2) * cached
+    steps = tokens.response * -(-rows // sampler.slots)
+    prefills = -(-tokens.prompts // (sizes.parts * prompts))
+    cached = rows * tokens.response * (tokens.prompt + tokens.response / 2) * sampler.token_bytes
+    moved = (steps + prefills) * weights + cached
     refit = weights * (sizes.fsdp - 1) / sizes.fsdp
-    operations = sum(_generation(subject)) / sizes.count
-    sent = refit + readings * reading_sent + turns * turn_sent
-    return Phase("generation", operations, (turns + readings) * weights + read, sent)
-
-
-def _int8(subject: Subject) -> bool:
-    return subject.config.policy.generation.cache_dtype == "int8"
+    total_sent = refit + prefills * sent["prefill"] + steps / STEPS_PER_CALL * sent["decode"]
+    operations = _generation(workload, arrays.student_counts)
+    return Phase("generation", operations / sizes.count, moved, total_sent)
 
 
 # ------------------------------------------------------------- without a compiler: estimates
 
 
-def estimated_sent(subject: Subject) -> float:
-    """Bytes that a device sends in an update, as GSPMD usually partitions it."""
-    config, tokens, sizes = subject.config, count_tokens(subject), subject.sizes
-    compute = jnp.dtype(config.policy.precision).itemsize
-    over_fsdp, over_tensor = _others(sizes.fsdp), _others(sizes.tensor)
-    weights = num_weights(subject.student) / sizes.tensor
-    gathered = 2 * weights * compute
-    gradients = weights * FLOAT32 * over_fsdp
-    gradients += 2 * weights * FLOAT32 * _others(sizes.data) / sizes.fsdp
-    passes = 6 if config.policy.activation_checkpointing == "full" else 4
-    summed = passes * subject.student.num_layers * subject.student.model_width * compute
-    if subject.teacher is not None:
-        size = jnp.dtype(config.teacher.dtype).itemsize
-        gathered += num_weights(subject.teacher) / sizes.tensor * size
-        summed += 2 * subject.teacher.num_layers * subject.teacher.model_width * size
-    activations = 2 * over_tensor * summed * tokens.total / sizes.parts
-    return tokens.microbatches * (gathered * over_fsdp + gradients) + activations
+def estimated_sent(workload: Workload, arrays: Arrays) -> dict[str, float]:
+    """Bytes that a device sends in a run of each program, as GSPMD usually partitions it."""
+    tokens, student, teacher = workload.tokens, arrays.student_counts, arrays.teacher_counts
+    compute, data = _itemsize(workload), workload.sizes.data
+    gathered = 2 * (student.used - student.own) * compute
+    gradients = FLOAT32 * (student.used - student.own + 2 * student.own * (data - 1) / data)
+    passes = 3 if workload.config.policy.activation_checkpointing == "full" else 2
+    summed = passes * student.summed * compute
+    if teacher:
+        size = jnp.dtype(workload.config.teacher.dtype).itemsize
+        gathered += (teacher.used - teacher.own) * size
+        summed += teacher.summed * size
+    update = tokens.microbatches * (gathered + gradients)
+    sent = {"update": update + 2 * summed * tokens.total / workload.sizes.parts}
+    if sampler := arrays.sampler:
+        _, prompts, length = sampler.prefill
+        per_token = 2 * sampler.counts.summed * compute
+        sent |= {"prefill": per_token * prompts * length}
+        sent |= {"decode": per_token * sampler.slots * STEPS_PER_CALL}
+    return sent
 
 
-def estimated_forward_sent(subject: Subject, tokens: int) -> float:
-    """Bytes that a device of the sampler sends while its part's `tokens` go through the layers."""
-    model = subject.student
-    compute = jnp.dtype(subject.config.policy.precision).itemsize
-    summed = 2 * model.num_layers * model.model_width * compute
-    return 2 * _others(subject.sampler.tensor) * summed * tokens
+def estimated_temporaries(workload: Workload, arrays: Arrays, platform: str) -> dict[str, float]:
+    """Bytes that a device needs for each program beside weights, moments, batch and cache."""
+    made = {"update": _update_temporaries(workload, arrays, platform)}
+    if sampler := arrays.sampler:
+        compute, counts = _itemsize(workload), sampler.counts
+        _, prompts, length = sampler.prefill
+        scores = FLOAT32 * counts.used_of_head / counts.width
+        # What one layer makes of a token, and its keys and values in all layers.
+        of_token = compute * counts.kept / counts.depth + sampler.token_bytes
+        made |= {
+            "prefill": prompts * (length * of_token + scores),
+            "decode": 2 * sampler.slots * scores,
+        }
+    return made
 
 
-def estimated_temporaries(subject: Subject, platform: str) -> float:
-    """Bytes that a device needs in an update beside weights, moments and batch.
-
-    Gradients twice (a microbatch's, and their sum), what the backward pass keeps of every layer,
-    and the larger of one layer at work and the two heads at work.
+def _update_temporaries(workload: Workload, arrays: Arrays, platform: str) -> float:
+    """Gradients twice (a microbatch's, and their sum), what the backward pass keeps of every
+    layer, and the larger of one layer at work and the two heads at work.
     """
-    config, tokens, student = subject.config, count_tokens(subject), subject.student
-    sizes, compute = subject.sizes, jnp.dtype(config.policy.precision).itemsize
-    at_once = tokens.total / tokens.microbatches / sizes.parts
-    shards = sizes.fsdp * sizes.tensor
-    gradients = (2 if tokens.microbatches > 1 else 1) * FLOAT32 * num_weights(student) / shards
-    whole = _layer_activations(student, sizes.tensor) * compute * at_once
-    inputs = student.model_width * compute * at_once
-    matrices = compute * at_once * _products(student, sizes.tensor)
-    remat = config.policy.activation_checkpointing
-    kept = {"none": whole, "dots": inputs + matrices, "full": inputs}[remat] * student.num_layers
-    at_work = [2 * whole + _layer_copies(student, FLOAT32 + 2 * compute, sizes.tensor)]
+    config, tokens, compute = workload.config, workload.tokens, _itemsize(workload)
+    student, teacher = arrays.student_counts, arrays.teacher_counts
+    at_once = tokens.total / tokens.microbatches / workload.sizes.parts
+    gradients = bytes_per_device(arrays.state.trainable) * (2 if tokens.microbatches > 1 else 1)
+    inputs = student.depth * student.width
+    saved = inputs + student.made + student.attended
+    numbers = {"none": student.kept, "dots": saved, "full": inputs}
+    kept = numbers[config.policy.activation_checkpointing] * compute * at_once
+    at_work = [
+        2 * student.kept * compute * at_once + (FLOAT32 + 2 * compute) * student.used_of_layers
+    ]
     if platform == "gpu" and config.policy.sequence_packing.enabled:
-        at_work[0] += _packed_attention(student, tokens.length, sizes.tensor)
-    heads = FLOAT32 + compute
-    tables = heads * student.vocab_size * student.model_width / sizes.tensor
-    if subject.teacher is not None:
-        size, teacher = jnp.dtype(config.teacher.dtype).itemsize, subject.teacher
-        working = _layer_activations(teacher, sizes.tensor) * size * at_once
-        at_work.append(working + _layer_copies(teacher, 2 * size, sizes.tensor))
-        tables += size * teacher.vocab_size * teacher.model_width / sizes.tensor
-    return gradients + kept + max(*at_work, tables)
+        # What cuDNN's backward pass takes for one packed row; the factor was measured on an H100.
+        at_work[0] += 8 * student.attended * tokens.length * (MOST_SEGMENTS + 1)
+    at_work[0] /= student.depth
+    heads = (FLOAT32 + compute) * student.used_of_head
+    if teacher:
+        size = jnp.dtype(config.teacher.dtype).itemsize
+        layers = teacher.kept * size * at_once + 2 * size * teacher.used_of_layers
+        at_work.append(layers / teacher.depth)
+        heads += size * teacher.used_of_head
+    return gradients + kept + max(*at_work, heads)
 
 
-def estimated_prefill_temporaries(subject: Subject, prompts: int, size: int) -> float:
-    """What one layer makes of `prompts` of `size` tokens, their keys and values, and scores."""
-    model, tensor = subject.student, subject.sampler.tensor
-    dtype = jnp.dtype(subject.config.policy.precision)
-    cached = bytes_per_token(model, dtype, _int8(subject))
-    of_token = dtype.itemsize * _layer_activations(model, tensor) + cached / tensor
-    return prompts * (size * of_token + FLOAT32 * model.vocab_size / tensor)
-
-
-def estimated_decode_temporaries(subject: Subject, slots: int) -> float:
-    """Scores of the next token."""
-    return 2 * FLOAT32 * slots * subject.student.vocab_size / subject.sampler.tensor
-
-
-def _packed_attention(model: ModelConfig, length: int, tensor: int) -> float:
-    """What cuDNN's backward pass takes for one packed row; the factor was measured on an H100."""
-    return 8 * model.num_heads * model.head_width / tensor * length * (MOST_SEGMENTS + 1)
-
-
-def _layer_copies(model: ModelConfig, bytes_per_weight: int, tensor: int) -> float:
-    """One layer's weights, gathered, with what belongs to each."""
-    return bytes_per_weight * layer_weights(model) / tensor
-
-
-def _products(model: ModelConfig, tensor: int) -> float:
-    """Numbers per token that the matrix products of a layer result in."""
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_width
-    return 2 * model.model_width + (heads + 2 * model.ffn_width) / tensor
-
-
-def _layer_activations(model: ModelConfig, tensor: int) -> float:
-    """Numbers per token that one layer makes; attention holds no scores."""
-    return 2 * model.model_width + _products(model, tensor) + model.ffn_width / tensor
-
-
-def _others(size: int) -> float:
-    return (size - 1) / size
+def _itemsize(workload: Workload) -> int:
+    return jnp.dtype(workload.config.policy.precision).itemsize

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill.base.topology import INSTALL_COMPILER
 from distill.config.schema import rows_per_microbatch
 from distill.config.words import all_keys, show_value
 from distill.models.facts import ModelConfig
 from distill.planning import costs
 from distill.planning.changes import Change
-from distill.planning.outlook import Outlook
-from distill.sampling.engine import STEPS_PER_CALL
+from distill.planning.counts import Counts
+from distill.planning.estimate import Plan
+from distill.sampling.slots import STEPS_PER_CALL
 
 _GB = 1e9
 
 _PROGRAMS = {
     "update": "the update",
-    "prefill": "a reading of prompts",
+    "prefill": "a prefill",
     "decode": f"{STEPS_PER_CALL} decode steps",
 }
 
@@ -31,35 +33,36 @@ def setting_lines(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}={shown}" + (f"  (default: {default})" if shown != default else "")
 
 
-def lines(outlook: Outlook) -> Iterator[str]:
+def lines(plan: Plan) -> Iterator[str]:
     """All that a plan says of one config on one topology."""
-    topology, subject = outlook.topology, outlook.subject
-    for role, model in subject.models.items():
-        yield f"{role:8} {_size(model)}"
-    yield f"devices  {topology.count} of {topology.name}, mesh {subject.sizes}" + (
-        f"; the sampler has {subject.sampler.count} of its own" if subject.samples_apart else ""
+    topology, workload = plan.topology, plan.workload
+    yield f"student  {_size(workload.student, plan.arrays.student_counts)}"
+    if workload.teacher:
+        yield f"teacher  {_size(workload.teacher, plan.arrays.teacher_counts)}"
+    yield f"devices  {topology.count} of {topology.name}, mesh {workload.sizes}" + (
+        f"; the sampler has {workload.sampler.count} of its own" if workload.samples_apart else ""
     )
-    yield from (f"note     {note}" for note in subject.notes)
+    yield from (f"note     {note}" for note in workload.notes)
     yield ""
-    yield from _memory(outlook)
+    yield from _memory(plan)
     yield ""
-    yield from _operations(outlook)
+    yield from _operations(plan)
     yield ""
-    yield from _time(outlook)
-    yield from _programs(outlook)
+    yield from _time(plan)
+    yield from _programs(plan)
 
 
-def _size(model: ModelConfig) -> str:
+def _size(model: ModelConfig, counts: Counts) -> str:
     return (
-        f"{costs.num_weights(model) / 1e9:.3g}e9 weights: {model.family}, "
+        f"{counts.weights / 1e9:.3g}e9 weights: {model.family}, "
         f"{model.num_layers} layers of width {model.model_width}, {model.num_heads} heads over "
         f"{model.num_kv_heads}, {model.vocab_size} rows of vocabulary"
     )
 
 
-def _memory(outlook: Outlook) -> Iterator[str]:
-    memory, chip = outlook.memory, outlook.topology.chip
-    source = "by the compiler" if outlook.compiled else "estimated"
+def _memory(plan: Plan) -> Iterator[str]:
+    memory, chip = plan.memory, plan.topology.chip
+    source = "by the compiler" if plan.compiled else "estimated"
     rows = {
         "student, float32": memory.student,
         "optimizer": memory.optimizer,
@@ -78,16 +81,16 @@ def _memory(outlook: Outlook) -> Iterator[str]:
     rows |= {f"at once in the {phase}": peak for phase, peak in memory.peaks.items()}
     yield f"{'memory per device':45}{unit:>6}"
     yield from (f"{name:42}{size / size_of_unit:9.3f}" for name, size in rows.items())
-    verdict = "fits" if outlook.fits else "does not fit"
+    verdict = "fits" if plan.fits else "does not fit"
     yield f"{'the device has':42}{chip.memory / size_of_unit:9.3f}  ({chip.source}): {verdict}"
-    for name, program in outlook.compiled.items():
+    for name, program in plan.compiled.items():
         if program.failure:
             yield f"the compiler refuses {_PROGRAMS[name]}: {program.failure}"
 
 
-def _operations(outlook: Outlook) -> Iterator[str]:
-    subject = outlook.subject
-    tokens, parts = costs.count_tokens(subject), costs.flops(subject)
+def _operations(plan: Plan) -> Iterator[str]:
+    workload = plan.workload
+    tokens, parts = workload.tokens, costs.flops(workload, plan.arrays)
     total = sum(parts.values())
     yield (
         f"operations per token: {total / tokens.total:.3e}, with {tokens.rows} full rows of "
@@ -97,28 +100,33 @@ def _operations(outlook: Outlook) -> Iterator[str]:
     yield "of them " + ", ".join(shares)
 
 
-def _time(outlook: Outlook) -> Iterator[str]:
-    topology, tokens = outlook.topology, costs.count_tokens(outlook.subject)
+def _time(plan: Plan) -> Iterator[str]:
+    topology, tokens = plan.topology, plan.workload.tokens
     yield "seconds at least      compute   memory  network"
-    for phase in outlook.phases:
+    for phase in plan.phases:
         seconds = phase.seconds(topology.chip, topology.network)
         yield f"{phase.name:18}" + "".join(f"{each:11.4g}" for each in seconds.values())
     yield (
-        f"a step takes at least {outlook.seconds:.4g} s, that is at most "
-        f"{tokens.responses / outlook.seconds:.4g} response tokens per second; bound by "
-        f"{outlook.limit}"
+        f"a step takes at least {plan.seconds:.4g} s, that is at most "
+        f"{tokens.responses / plan.seconds:.4g} response tokens per second; bound by "
+        f"{plan.limit}"
     )
 
 
-def _programs(outlook: Outlook) -> Iterator[str]:
-    for phase in outlook.phases:
+def _programs(plan: Plan) -> Iterator[str]:
+    for phase in plan.phases:
         yield f"sent per device and {phase.name}: {phase.sent / _GB:.4g} GB"
-    for name, program in outlook.compiled.items():
+    for name, program in plan.compiled.items():
         sent = (program.sent or {}).items()
         if kinds := ", ".join(f"{kind} {size / _GB:.4g}" for kind, size in sent if size > 1e6):
             yield f"  in {_PROGRAMS[name]}: {kinds}"
-    if outlook.compiled:
-        each = (f"{name} {each.seconds:.1f} s" for name, each in outlook.compiled.items())
+    if any(each.sent is None and not each.failure for each in plan.compiled.values()):
+        yield (
+            "what is sent is partly an estimate: programs of the TPU compiler that is installed "
+            f"cannot be printed; the one that fits this JAX comes with {INSTALL_COMPILER}"
+        )
+    if plan.compiled:
+        each = (f"{name} {each.seconds:.1f} s" for name, each in plan.compiled.items())
         yield f"compiled in: {', '.join(each)}"
     else:
         yield "nothing was compiled: temporaries and what is sent are estimates"
@@ -131,19 +139,19 @@ def remedy_lines(remedies: list[Change]) -> Iterator[str]:
         return
     yield "one of these would make it fit:"
     for change in remedies:
-        outlook = change.outlook
-        how = "by the compiler" if outlook.compiled else "estimated"
-        yield f"  {change.words}  ({outlook.memory.peak / _GB:.3f} GB, {how})"
-        yield from (f"    {note}" for note in outlook.subject.notes)
+        plan = change.plan
+        how = "by the compiler" if plan.compiled else "estimated"
+        yield f"  {change.words}  ({plan.memory.peak / _GB:.3f} GB, {how})"
+        yield from (f"    {note}" for note in plan.workload.notes)
 
 
-def sweep_lines(best: list[Outlook], tried: int) -> Iterator[str]:
+def sweep_lines(best: list[Plan], tried: int) -> Iterator[str]:
     yield f"the best {len(best)} of {tried} meshes and microbatches:"
     yield "data  fsdp  tensor  microbatch  peak GB  fits  seconds  bound by"
-    for outlook in best:
-        sizes, micro = outlook.subject.sizes, rows_per_microbatch(outlook.subject.config.policy)
+    for plan in best:
+        sizes, micro = plan.workload.sizes, rows_per_microbatch(plan.workload.config.policy)
         yield (
             f"{sizes.data:<6}{sizes.fsdp:<6}{sizes.tensor:<8}{micro:<12}"
-            f"{outlook.memory.peak / _GB:<9.3f}{'yes' if outlook.fits else 'no':<6}"
-            f"{outlook.seconds:<9.4g}{outlook.limit}"
+            f"{plan.memory.peak / _GB:<9.3f}{'yes' if plan.fits else 'no':<6}"
+            f"{plan.seconds:<9.4g}{plan.limit}"
         )

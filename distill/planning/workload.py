@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from distill.config.schema import Config, microbatch_values, rows_per_microbatch
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import find_config, read_json
 from distill.models.facts import ModelConfig
-from distill.models.published import PUBLISHED
+from distill.models.published import PUBLISHED, Published
 
 
 class MeshSizes(NamedTuple):
@@ -38,12 +37,35 @@ class MeshSizes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Tokens:
+    """What a step goes through: `rows` of `prompt` and `response` tokens each, all full."""
+
+    rows: int
+    prompt: int
+    response: int
+    prompts: int  # distinct ones: each is prefilled once for all of its responses
+    microbatches: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def total(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def responses(self) -> int:
+        return self.rows * self.response
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
     """What is planned; hashable.
 
     Attributes:
       config: whose batches the mesh can split.
-      student, teacher: shapes; no teacher where none is on the mesh.
+      student, teacher: facts; no teacher where none is on the mesh.
       vocab_size: ids in use.
       notes: where the facts come from, and what had to be changed.
       sampler: sizes of the sampler's mesh, from `fit_to_devices`.
@@ -63,13 +85,8 @@ class Subject:
         return MeshSizes(mesh.data, mesh.fsdp, mesh.tensor)
 
     @property
-    def models(self) -> dict[str, ModelConfig]:
-        models = {"student": self.student, "teacher": self.teacher}
-        return {role: model for role, model in models.items() if model is not None}
-
-    @property
     def samples(self) -> bool:
-        """Whether the student answers on this mesh, or on a neighbouring one."""
+        """Whether the student samples on this mesh, or on a neighbouring one."""
         config = self.config
         return config.distillation.lambda_ > 0 and config.policy.generation.backend != "vllm"
 
@@ -78,28 +95,36 @@ class Subject:
         """Whether the sampler has its own devices."""
         return self.samples and not self.config.policy.generation.colocated.enabled
 
+    @property
+    def tokens(self) -> Tokens:
+        policy, strategy = self.config.policy, self.config.distillation.generate_strategy
+        rows, response = policy.train_global_batch_size, strategy.max_length
+        at_once = rows_per_microbatch(policy) // self.sizes.parts * self.sizes.parts
+        return Tokens(
+            rows=rows,
+            prompt=policy.max_total_sequence_length - response,
+            response=response,
+            prompts=rows // strategy.num_generations,
+            microbatches=-(-rows // at_once),
+        )
 
-def find_subject(config: Config) -> Subject:
+
+def find_workload(config: Config) -> Workload:
     """Reads the models' shapes; downloads nothing.
 
     Raises:
       UserError: the shape of a model is unknown here.
     """
-    student = _find(config.policy.model_name)
+    (student, vocab_size), *notes = _find(config.policy.model_name)
     teacher = None
     if not config.distillation.hard_labels and config.teacher.backend == "local":
-        teacher = _find(config.distillation.teacher_model_path)
-    notes = tuple(found.note for found in (student, teacher) if found and found.note)
-    return Subject(config, student.config, teacher and teacher.config, student.vocab_size, notes)
+        (teacher, _), note = _find(config.distillation.teacher_model_path)
+        notes.append(note)
+    return Workload(config, student, teacher, vocab_size, tuple(filter(None, notes)))
 
 
-class _Found(NamedTuple):
-    config: ModelConfig
-    vocab_size: int
-    note: str = ""
-
-
-def _find(name: str) -> _Found:
+def _find(name: str) -> tuple[Published, str]:
+    """A model's facts and ids in use, and a note where they are not from its own files."""
     path, known = find_config(name), PUBLISHED.get(name)
     if path is None and known is None:
         raise UserError(
@@ -107,36 +132,32 @@ def _find(name: str) -> _Found:
             f"the model, or name one of {', '.join(PUBLISHED)}"
         )
     if path is None:
-        note = f"{name} is not in the local cache: planned with its published shape"
-        return _Found(known.config, known.vocab_size, note)
+        return known, f"{name} is not in the local cache: planned with its published shape"
     config = ModelConfig.from_hf(read_json(path), str(path))
     if known is not None:
-        return _Found(config, known.vocab_size)
+        return Published(config, known.vocab_size), ""
     try:
-        return _Found(config, vocabulary_size(load_tokenizer(path.parent)))
+        return Published(config, vocabulary_size(load_tokenizer(path.parent))), ""
     except UserError:
         note = f"{name} has no tokenizer: all {config.vocab_size} rows of its head are counted"
-        return _Found(config, config.vocab_size, note)
+        return Published(config, config.vocab_size), note
 
 
-def fit_to_devices(subject: Subject, count: int) -> Subject:
-    """The subject with the mesh's sizes over `count` devices, and batches that it can split.
+def fit_to_devices(workload: Workload, count: int) -> Workload:
+    """The workload with the mesh's sizes over `count` devices, and batches that it can split.
 
     Raises:
-      UserError: the mesh does not match the number of devices, or does not divide the models.
+      UserError: the mesh does not match the number of devices.
     """
-    config = subject.config
+    config = workload.config
     trainers, samplers = split_devices(config.policy.generation, range(count))
-    sizes = MeshSizes(**mesh_sizes(vars(config.mesh), len(trainers)))
-    check_divides(subject, sizes)
-    apart = subject.samples_apart
-    sampler = sizes._asdict()
-    if apart:
-        sampler = sampler_mesh_sizes(sampler, len(samplers))
+    sizes = sampler = MeshSizes(**mesh_sizes(vars(config.mesh), len(trainers)))
+    if workload.samples_apart:
+        sampler = MeshSizes(**sampler_mesh_sizes(sizes._asdict(), len(samplers)))
     config, notes = _with_batches(config, sizes.parts)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes._asdict()))
     return dataclasses.replace(
-        subject, config=config, notes=subject.notes + notes, sampler=MeshSizes(**sampler)
+        workload, config=config, notes=workload.notes + notes, sampler=sampler
     )
 
 
@@ -176,37 +197,6 @@ def _replaced(section: Any, names: list[str], value: Any) -> Any:
     first, *rest = names
     inner = _replaced(getattr(section, first), rest, value) if rest else value
     return dataclasses.replace(section, **{first: inner})
-
-
-def check_divides(subject: Subject, sizes: MeshSizes) -> None:
-    """UserError naming the sizes that work, if an axis divides a model's dimension unevenly."""
-    for axis, dimensions in _dimensions(subject).items():
-        size = getattr(sizes, axis)
-        for name, dimension in dimensions.items():
-            if dimension % size:
-                working = ", ".join(map(str, working_sizes(subject, axis)))
-                raise UserError(
-                    f"mesh.{axis}={size} does not divide {name}, {dimension}: sizes that work for "
-                    f"these models are {working}"
-                )
-
-
-def working_sizes(subject: Subject, axis: str) -> list[int]:
-    """Sizes of a mesh axis that divide all that it splits."""
-    common = math.gcd(*_dimensions(subject)[axis].values())
-    return [size for size in range(1, common + 1) if common % size == 0]
-
-
-def _dimensions(subject: Subject) -> dict[str, dict[str, int]]:
-    """What each mesh axis splits (see sharding.RULES), in words."""
-    tensor, fsdp = {}, {}
-    for role, model in subject.models.items():
-        tensor[f"the {role}'s number of heads"] = model.num_heads
-        tensor[f"the {role}'s number of key and value heads"] = model.num_kv_heads
-        tensor[f"the {role}'s feed-forward width"] = model.ffn_width
-        tensor[f"the {role}'s vocabulary"] = model.vocab_size
-        fsdp[f"the {role}'s model width"] = model.model_width
-    return {"fsdp": fsdp, "tensor": tensor}
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,0 +1,152 @@
+"""The arrays that a run holds, as shapes on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from distill.base.sharding import SAMPLER_RULES, bytes_per_device, param_shardings, stacked_sharding
+from distill.batches.rows import Batch, make_batch
+from distill.build.layout import build_layout
+from distill.build.models import (
+    abstract_model,
+    abstract_state,
+    on_mesh,
+    student_options,
+)
+from distill.build.optimizer import build_optimizer
+from distill.build.sampler import engine_sizes
+from distill.build.teachers import abstract_teacher
+from distill.config.schema import Config
+from distill.data.sequences import Sequences
+from distill.models.decoding import abstract_loop_weights
+from distill.models.model import Model
+from distill.planning.counts import Counts, count
+from distill.planning.workload import Workload
+from distill.sampling.cache import Cache
+from distill.sampling.engine import Engine
+from distill.step import TrainState
+
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Shapes and layouts of what samples.
+
+    Attributes:
+      engine: which is not run.
+      weights: its copy of the student.
+      loop_weights: a shallow model's, as its decode loop reads them.
+      cache: of the slots.
+      prefill: parts, prompts and tokens of the largest prefill.
+      counts: of its weights.
+    """
+
+    engine: Engine
+    weights: Any
+    loop_weights: Any
+    cache: Cache
+    prefill: tuple[int, int, int]
+    counts: Counts
+
+    @property
+    def slots(self) -> int:
+        """Of every part."""
+        return jax.tree.leaves(self.cache)[0].shape[2]
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes per device of the cache, for each token that a slot has room for."""
+        return bytes_per_device(self.cache) / (self.slots * self.engine.config.cache_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Shapes and layouts of what a run holds, and what weights add up to.
+
+    Attributes:
+      student: its graph; the parameters are the state's.
+      teacher, sampler: None where the run has none here.
+    """
+
+    student: Model
+    state: TrainState
+    teacher: Model | None
+    batch: Batch
+    sampler: Sampler | None
+    student_counts: Counts
+    teacher_counts: Counts | None
+
+
+def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arrays:
+    """All arrays of a run on meshes that may be described or abstract.
+
+    Raises:
+      UserError: a mesh does not divide the models.
+    """
+    config = workload.config
+    options = student_options(config.policy)
+    student = abstract_model(workload.student, "the student", mesh, **options)
+    optimizer = build_optimizer(config.policy.optimizer, config.distillation.max_steps)
+    teacher = workload.teacher and abstract_teacher(config, workload.teacher, mesh)
+    return Arrays(
+        student,
+        abstract_state(student, optimizer, mesh, config.policy.optimizer.offload),
+        teacher,
+        _abstract_batch(config, mesh),
+        _abstract_sampler(workload, student, sampler_mesh) if workload.samples else None,
+        count(workload.student, student.params),
+        teacher and count(workload.teacher, teacher.params),
+    )
+
+
+def _abstract_sampler(workload: Workload, student: Model, mesh: AnyMesh) -> Sampler:
+    config, tokens = workload.config, workload.tokens
+    engine = Engine(
+        student.graph,
+        engine_sizes(config.policy),
+        eos_ids=(0,),
+        pad_id=0,
+        vocab_size=workload.vocab_size,
+    )
+    # What a refit gives; see `rollout.in_process.JaxBackend`.
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, config.policy.precision), student.params
+    )
+    weights = on_mesh(shapes, param_shardings(shapes, mesh, SAMPLER_RULES))
+    repeats = config.distillation.generate_strategy.num_generations
+    abstract_mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+    with jax.sharding.use_abstract_mesh(abstract_mesh):
+        return Sampler(
+            engine,
+            weights,
+            abstract_loop_weights(nnx.merge(student.graph, weights)),
+            engine.abstract_cache(weights, tokens.rows),
+            engine.prefill_shape(weights, tokens.rows, repeats, tokens.prompt),
+            count(workload.student, weights),
+        )
+
+
+def _abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
+    """A batch of full rows: the longest prompts, with responses up to the limit."""
+    rows, length = config.policy.train_global_batch_size, config.policy.max_total_sequence_length
+    response = config.distillation.generate_strategy.max_length
+    columns = {"weight": 1}
+    if config.teacher.backend == "vllm":
+        known = rows * response, config.teacher.vllm.top_k + 1  # and the sampled token
+        columns |= {name: np.zeros(known) for name in ("teacher_ids", "teacher_log_probs")}
+    prompts = Sequences.of_tokens(np.zeros((rows, length - response)))
+    responses = Sequences.of_tokens(np.zeros((rows, response)), **columns)
+    layout = build_layout(config.policy, length, mesh)
+    batch = make_batch(prompts.join(responses), layout=layout, pad_id=0)
+
+    def placed(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.ndim))
+
+    return jax.tree.map(placed, batch)
