@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from distill.batches.packing import Layout, Placement, Shape, place
 from distill.data.sequences import Sequences, columns_of_rows, get_column, positions
@@ -22,6 +22,8 @@ from distill.data.sequences import Sequences, columns_of_rows, get_column, posit
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Rows of a microbatch; a batch has them stacked, (m, b, t) instead of (b, t).
+
+    Arrays of numpy on the host, of JAX on the mesh.
 
     Attributes:
       tokens_bt: one or several sequences to a row, then padding.
@@ -35,22 +37,22 @@ class Rows:
         sampled, and those of the sampled that stopped at the length limit.
     """
 
-    tokens_bt: ArrayLike
-    positions_bt: ArrayLike | None
-    segment_ids_bt: ArrayLike | None
-    columns: dict[str, ArrayLike]
-    lengths_b: ArrayLike
-    sequences_b: ArrayLike
-    sampled_b: ArrayLike
-    truncated_b: ArrayLike
+    tokens_bt: jax.Array
+    positions_bt: jax.Array | None
+    segment_ids_bt: jax.Array | None
+    columns: dict[str, jax.Array]
+    lengths_b: jax.Array
+    sequences_b: jax.Array
+    sampled_b: jax.Array
+    truncated_b: jax.Array
 
     @property
-    def targets_bt(self) -> ArrayLike:
+    def targets_bt(self) -> jax.Array:
         """The tokens that positions predict."""
         return self.columns["tokens"]
 
     @property
-    def mask_bt(self) -> ArrayLike:
+    def mask_bt(self) -> jax.Array:
         """Whether a target is trained on."""
         return self.columns["weight"] != 0
 
@@ -96,7 +98,7 @@ def of_responses(rows: Rows, values_btx: jax.Array, width: int) -> jax.Array:
     return jnp.take_along_axis(values_btx, index_brx, axis=1)
 
 
-def num_filled(microbatches: Rows) -> ArrayLike:
+def num_filled(microbatches: Rows) -> jax.Array:
     """How many of stacked microbatches have sequences: they come first."""
     return (microbatches.sequences_b > 0).any(axis=1).sum()
 
@@ -109,18 +111,18 @@ def _fill(
     position_n = positions(lengths_b)
     place_n = np.repeat(row_b * length + placement.start_i, lengths_b) + position_n
 
-    def spread(values_n, place_n, fill) -> np.ndarray:
+    def spread(values_n, place_n, fill) -> Any:
         spread_n = np.full((rows * length, *values_n.shape[1:]), fill, values_n.dtype)
         spread_n[place_n] = values_n
         return spread_n.reshape(rows, length, *values_n.shape[1:])
 
-    def of_targets(name: str) -> np.ndarray:
+    def of_targets(name: str) -> Any:
         # A position predicts the next token of its sequence, whose first nothing predicts.
         is_target_n = position_n > 0
         fill = get_column(name).fill
         return spread(sequences[name][is_target_n], place_n[is_target_n] - 1, fill)
 
-    def count(values_b) -> np.ndarray:
+    def count(values_b) -> Any:
         return np.bincount(row_b, values_b, rows).astype(np.int32)
 
     number_b = np.zeros(len(row_b), np.int32)

@@ -84,7 +84,7 @@ class Sequences:
     """
 
     lengths_b: np.ndarray
-    columns: Mapping[str, ArrayLike]
+    columns: Mapping[str, Any]
 
     def __post_init__(self):
         typed = {name: self._whole(name, values) for name, values in self.columns.items()}
@@ -104,7 +104,7 @@ class Sequences:
     def with_columns(self, **columns: ArrayLike) -> Sequences:
         return Sequences(self.lengths_b, {**self.columns, **columns})
 
-    def take(self, index_b: ArrayLike) -> Sequences:
+    def take(self, index_b: np.ndarray) -> Sequences:
         """The sequences of these numbers, which may repeat."""
         lengths_b = self.lengths_b[index_b]
         starts_b = (np.cumsum(self.lengths_b) - self.lengths_b)[index_b]
@@ -145,7 +145,7 @@ class Sequences:
         return cls(arrays["lengths_b"], {n: a for n, a in arrays.items() if n != "lengths_b"})
 
     @classmethod
-    def of_tokens(cls, tokens: Sequence[ArrayLike], **columns: Any) -> Sequences:
+    def of_tokens(cls, tokens: Sequence[Any], **columns: Any) -> Sequences:
         """From the ids of each sequence."""
         lengths_b = np.array([len(tokens_t) for tokens_t in tokens], np.int32)
         return cls(lengths_b, {"tokens": np.concatenate([[], *tokens]), **columns})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,9 +73,9 @@ class Rollout:
         """The prompts with these responses behind them, in place of any of their own."""
         mask_br = np.arange(self.tokens_br.shape[1]) < self.lengths_b[:, None]
         known = dict(tokens=self.tokens_br, log_prob=self.log_probs_br) | dict(self.columns)
-        flat = {
+        flat: dict[str, Any] = {
             name: np.asarray(values)[mask_br] if get_column(name).per_token else values
             for name, values in known.items()
         }
         defaults = dict(sampled=True, weight=1, truncated=~self.stopped_b)
-        return prompts.prompts().join(Sequences(self.lengths_b, defaults | flat))
+        return prompts.prompts().join(Sequences(self.lengths_b, {**defaults, **flat}))
