@@ -18,7 +18,9 @@ from flax import nnx
 
 from distill.base.sharding import in_device_memory, in_memory_of, is_in_host_memory
 from distill.batches.rows import Batch, Rows, num_filled
-from distill.losses.objective import Objective, TopKScores, importance_weights, token_weights
+from distill.kernels.linear_divergence import TopK
+from distill.losses.objective import Objective
+from distill.losses.weights import TruncatedImportance, token_weights
 
 Params = Any
 
@@ -57,7 +59,6 @@ def make_loss(
     objective: Objective,
     *,
     vocab_size: int,
-    importance_clip: float = 0.0,
 ) -> Callable[[Params, Params, Rows, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
     """Returns `loss_fn(params, teacher_params, rows, total) -> (loss, sums)`.
 
@@ -79,20 +80,7 @@ def make_loss(
         sampled_bt = mask_bt & columns["sampled"]
         scores = None
         if "teacher_ids" in columns:
-            scores = TopKScores(columns["teacher_ids"], columns["teacher_log_probs"])
-        sums = {}
-        if importance_clip:
-            importance_bt = importance_weights(
-                objective.log_probs(
-                    hidden_s, head_s, rows.targets_bt, weights_bt, vocab_size=vocab_size
-                ),
-                columns["log_prob"],
-                sampled_bt,
-                importance_clip,
-            )
-            weights_bt *= importance_bt
-            sums["importance_weight"] = jnp.where(sampled_bt, importance_bt, 0.0).sum()
-            sums["importance_clipped"] = jnp.sum(sampled_bt & (importance_bt >= importance_clip))
+            scores = TopK(columns["teacher_ids"], columns["teacher_log_probs"])
         loss, values = objective(
             hidden_s,
             head_s,
@@ -102,7 +90,13 @@ def make_loss(
             weights_bt,
             vocab_size=vocab_size,
             scores=scores,
+            columns=columns,
         )
+        sums = {}
+        if clip := objective.importance_clip:
+            importance_bt = TruncatedImportance(clip)(values, columns)
+            sums["importance_weight"] = jnp.where(sampled_bt, importance_bt, 0.0).sum()
+            sums["importance_clipped"] = jnp.sum(sampled_bt & (importance_bt >= clip))
         gap_bt = jnp.abs(values.log_prob_s - columns["log_prob"])
         gap_bt = jnp.where(sampled_bt, gap_bt, 0.0)
         return loss, sums | {
@@ -124,7 +118,6 @@ def make_train_step(
     *,
     vocab_size: int,
     state_shardings: Any = None,
-    importance_clip: float = 0.0,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
 
@@ -136,19 +129,15 @@ def make_train_step(
       optimizer: optax chain.
       vocab_size: ids shared by both models; rows of a head beyond it are ignored.
       state_shardings: layout of the new state, None for a single device.
-      importance_clip: weigh sampled tokens by `importance_weights` of at most this; 0: by 1. Costs
-        a forward pass of the student's head.
 
     Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
     tokens, response_length, truncated, on_policy, padding (share of the computed tokens), the gap
-    between sampler's and trainer's log-probabilities, skipped, and with importance_clip the mean
+    between sampler's and trainer's log-probabilities, skipped, and with importance weights the mean
     weight of sampled tokens (1 without any) and the share of them whose weight is clipped. A step
     whose loss or gradient norm is not finite is skipped (1, else 0): of the state, only `step`
     changes.
     """
-    loss_fn = make_loss(
-        student, teacher, objective, vocab_size=vocab_size, importance_clip=importance_clip
-    )
+    loss_fn = make_loss(student, teacher, objective, vocab_size=vocab_size)
 
     def train_step(state: TrainState, teacher_params, batch: Batch):
         total = sum(jnp.sum(part.mask_bt) for part in batch)
@@ -179,7 +168,7 @@ def make_train_step(
             "student_log_prob": sums["student_log_prob"],
             "teacher_log_prob": sums["teacher_log_prob"],
         }
-        if importance_clip:
+        if objective.importance_clip:
             mean = sums["importance_weight"] / jnp.maximum(sampled_tokens, 1.0)
             metrics["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)
             clipped = sums["importance_clipped"] / jnp.maximum(sampled_tokens, 1.0)

@@ -121,7 +121,6 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         session.optimizer,
         vocab_size=session.vocabulary.size,
         state_shardings=jax.tree.map(lambda x: x.sharding, shapes),
-        importance_clip=config.policy.generation.importance_clip,
     )
 
     # ------------------------------------------------------------------------- batches, log, saving

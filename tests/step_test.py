@@ -25,7 +25,8 @@ from distill.base.sharding import (
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.data.sequences import Sequences
-from distill.losses.objective import TopKScores, make_objective
+from distill.kernels.linear_divergence import TopK
+from distill.losses.objective import make_objective
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
 from distill.step import TrainState, make_train_step
@@ -60,7 +61,7 @@ class Rows:
     prompt_lengths_b: np.ndarray
     rollout: Rollout
     on_policy_b: np.ndarray
-    scores: TopKScores | None = None
+    scores: TopK | None = None
 
     @property
     def lengths_b(self) -> np.ndarray:
@@ -73,8 +74,8 @@ class Rows:
     def batch(self, layout: Layout):
         columns = {"sampled": np.tile(self.on_policy_b, (RESPONSE, 1)).T}
         if self.scores is not None:
-            columns["teacher_ids"] = self.scores.ids_brk
-            columns["teacher_log_probs"] = self.scores.log_probs_brk
+            columns["teacher_ids"] = self.scores.ids_tk
+            columns["teacher_log_probs"] = self.scores.log_probs_tk
         lengths = zip(self.prompts_bp, self.prompt_lengths_b, strict=True)
         prompts = Sequences.of_tokens([tokens_p[:length] for tokens_p, length in lengths])
         sequences = dataclasses.replace(self.rollout, columns=columns).sequences(prompts)
@@ -126,10 +127,9 @@ def run_step(
     step = make_train_step(
         graph,
         None if hard_labels else teacher[0],
-        make_objective(kl_type, hard_labels=hard_labels),
+        make_objective(kl_type, hard_labels=hard_labels, importance_clip=importance_clip),
         optimizer,
         vocab_size=VOCAB_SIZE,
-        importance_clip=importance_clip,
     )
     # The step donates its state; the caller's parameters must survive.
     state = jax.tree.map(jnp.copy, state)
@@ -228,7 +228,7 @@ def with_scores(rows: Rows, teacher, top_k: int) -> Rows:
     log_probs_brk, ids_brk = jax.lax.top_k(log_probs_brv, top_k)
     # What a server leaves beyond a response.
     known_br1 = (np.arange(RESPONSE) < rows.rollout.lengths_b[:, None])[..., None]
-    scores = TopKScores(
+    scores = TopK(
         np.where(known_br1, ids_brk, -1).astype(np.int32),
         np.where(known_br1, log_probs_brk, -100.0).astype(np.float32),
     )
@@ -443,21 +443,19 @@ def test_importance_weights_of_stale_rollouts_follow_the_formula(
     assert 0 < float(metrics["importance_clipped"]) == pytest.approx((sampled > clip).mean())
 
 
-def test_importance_weights_cost_one_product_with_the_head(student, teacher):
-    """Log-probabilities before the loss are a forward pass: no gradient is made for them."""
+def test_importance_weights_cost_no_product_with_the_head(student, teacher):
+    """They come from the sums of the pass that makes the gradients."""
 
     def products(clip):
         optimizer = optax.sgd(1.0)
-        step = make_train_step(
-            student[0], teacher[0], make_objective("forward"), optimizer,
-            vocab_size=VOCAB_SIZE, importance_clip=clip,
-        )  # fmt: skip
+        objective = make_objective("forward", importance_clip=clip)
+        step = make_train_step(student[0], teacher[0], objective, optimizer, vocab_size=VOCAB_SIZE)
         state = TrainState(jnp.zeros((), jnp.int32), student[1], optimizer.init(student[1]))
         return str(jax.make_jaxpr(step)(state, teacher[1], make_rows().batch(padded(1)))).count(
             "dot_general"
         )
 
-    assert products(2.0) == products(0.0) + 1
+    assert products(2.0) == products(0.0)
 
 
 def test_importance_weights_without_sampled_rows_are_one(student, teacher):

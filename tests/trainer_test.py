@@ -14,11 +14,11 @@ from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
 from distill.base.errors import RunStopped, UserError
+from distill.batches.coins import lambda_coin
 from distill.data.arithmetic import CHARACTERS
 from distill.data.tokenizer import character_tokenizer, load_tokenizer
 from distill.evaluate import evaluate_checkpoint
 from distill.generate import generate
-from distill.losses.objective import lambda_coin
 from distill.models.checkpoints.load import load_model_config
 from distill.rollout.in_process import JaxBackend
 from distill.run import progress as metrics

@@ -50,13 +50,19 @@ class Registry:
         names = {name for name, (_, found) in self._parts.items() if not allowed or allowed(found)}
         return ", ".join(sorted(names if allowed else names | self._built_in.keys()))
 
-    def get(self, name: str, allowed: Callable[[Any], bool] | None = None) -> Any:
-        """The entry of that name; UserError when there is none, or it is not allowed."""
+    def get(
+        self, name: str, allowed: Callable[[Any], bool] | None = None, *, key: str | None = None
+    ) -> Any:
+        """The entry of that name; UserError when there is none, or it is not allowed.
+
+        `key` is where this one was named, if elsewhere.
+        """
         if name not in self._parts and name in self._built_in:
             importlib.import_module(self._built_in[name])
         if name in self._parts and (not allowed or allowed(self._parts[name][1])):
             return self._parts[name][1]
+        known = self.names(allowed) or "none yet"
         raise UserError(
-            f"{self._key} names {name!r}: known are {self.names(allowed) or 'none yet'} (add your "
-            f"own with {self._decorator}, in a module that plugins names)"
+            f"{key or self._key} names {name!r}: known are {known} (add your own with "
+            f"{self._decorator}, in a module that plugins names)"
         )

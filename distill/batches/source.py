@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from distill.batches.coins import lambda_coin, sample_coins
 from distill.batches.packing import Layout
 from distill.batches.rows import Batch, make_batch
 from distill.data.sequences import Sequences, concatenate
-from distill.losses.objective import lambda_coin, sample_coins
 from distill.rollout.base import RolloutBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest

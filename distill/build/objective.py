@@ -17,6 +17,9 @@ def build_objective(config: Config) -> Objective:
         temperature=distillation.kl_temperature,
         temperature_squared=distillation.kl_temperature_squared,
         hard_labels=distillation.hard_labels,
+        terms=distillation.objective.terms,
+        weights=distillation.objective.weights,
+        importance_clip=config.policy.generation.importance_clip,
         top_k_teacher=config.teacher.backend == "vllm",
         implementation=None if implementation == "auto" else implementation,
     )

@@ -44,7 +44,7 @@ def check_numbers(session: Session, state: TrainState) -> str:
     loss_fn = make_loss(
         session.student.graph,
         session.student.graph if own_teacher else None,
-        session.objective if own_teacher else make_objective("forward", hard_labels=True),
+        session.objective.alone if own_teacher else make_objective("forward", hard_labels=True),
         vocab_size=session.vocabulary.size,
     )
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))

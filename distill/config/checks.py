@@ -31,6 +31,14 @@ def _check_combinations(config: Config) -> None:
             "policy.generation.colocated.enabled=False splits the devices for the jax backend, not "
             f"for {backend!r}, which takes what it needs itself: leave it at True"
         )
+    objective = distillation.objective
+    names = [*(text.partition(":")[0] for text in objective.terms), *objective.weights]
+    if not is_own and {"policy_gradient", "advantage"} & set(names):
+        raise UserError(
+            f"distillation.objective names {', '.join(names)}, which reads the tokens' advantages, "
+            f"but policy.generation.backend={backend} gives them none: it takes a backend that a "
+            "plugin registers"
+        )
     if 0 < policy.generation.importance_clip < 1:
         raise UserError(
             f"policy.generation.importance_clip={policy.generation.importance_clip} is the largest "

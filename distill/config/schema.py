@@ -40,6 +40,16 @@ class GenerateStrategy:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a token's loss is beside the divergence; names may be those that a plugin registers."""
+
+    terms: tuple[str, ...] = _key(
+        (), "added, NAME or NAME:COEFFICIENT: cross_entropy, policy_gradient or any divergence"
+    )
+    weights: tuple[str, ...] = _key((), "what a token's loss is multiplied by, such as advantage")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation:
     teacher_model_path: str = _key("", "folder, hub id or embedded:NAME")
     lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
@@ -54,6 +64,7 @@ class Distillation:
     kl_temperature: float = _key(1.0, "divides both models' logits in the loss", low=1e-4)
     kl_temperature_squared: bool = _key(False, "multiply the loss by kl_temperature squared")
     hard_labels: bool = _key(False, "cross-entropy on the fixed data (SFT); needs no teacher")
+    objective: Objective = _section(Objective)
     loss_implementation: str = _key(
         "auto",
         "linear-divergence implementation",

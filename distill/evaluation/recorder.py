@@ -202,7 +202,7 @@ def _token_values(
         log_q_br = objective.log_probs(hidden_s, head_s, *known, vocab_size=vocab_size)
         return constrain_whole({"log_q": log_q_br})
     hidden_t, head_t = evaluate(teacher_graph, teacher_params)
-    _, values = objective(hidden_s, head_s, hidden_t, head_t, *known, vocab_size=vocab_size)
+    _, values = objective.alone(hidden_s, head_s, hidden_t, head_t, *known, vocab_size=vocab_size)
     return constrain_whole(
         {
             "log_q": values.log_prob_s,

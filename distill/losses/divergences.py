@@ -7,16 +7,17 @@ D = sum over the vocabulary of f. Writing f is all a new divergence needs:
     def total_variation(log_p, log_q):
         return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
 
-Its gradient comes from r = df/dlog_q, and it runs in the fused kernels as it is (DivergenceLoss in
-kernels/linear_divergence/token_losses.py; `kl_weights` below is explained there). A loss that is
-not a sum of such terms takes whole rows and is registered with `register_loss`. Both kinds share
-one namespace: what `distillation.kl_type` may be.
+Its gradient comes from r = df/dlog_q, and it runs in the fused kernels as it is (DivergenceTerm in
+kernels/linear_divergence/token_losses.py; `kl_weights` below is explained there). A *term* also
+knows the target, f(log_p, log_q, is_target), and is added to a divergence. A loss that is not a sum
+of such terms takes whole rows and is registered with `register_loss`. All share one namespace.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -24,6 +25,9 @@ import jax.numpy as jnp
 
 from distill.base.errors import UserError
 from distill.base.registry import Registry
+from distill.kernels.linear_divergence import DivergenceTerm, Term, cross_entropy
+from distill.kernels.linear_divergence.token_losses import TokenWeight
+from distill.losses.weights import advantage
 
 PointwiseDivergence = Callable[[jax.Array, jax.Array], jax.Array]
 # (log_p_cv, log_q_cv, targets_c) -> loss_c; the loss of token c depends on row c alone.
@@ -33,8 +37,9 @@ DistillationLossFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 @dataclasses.dataclass(frozen=True)
 class _Registered:
     function: Callable
-    pointwise: bool
+    kind: str  # divergence, term or row loss
     parameter: str | None = None  # which argument of get_divergence the function takes third
+    weight: TokenWeight | None = None  # of a term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +58,18 @@ class _Bound:
         return None if weights_of is None else weights_of(self.parameter)
 
 
-_LOSSES = Registry("distillation.kl_type", "distill.losses.divergences.register_divergence")
+_LOSSES = Registry(
+    "distillation.kl_type",
+    "distill.losses.divergences.register_divergence, register_term or register_loss",
+)
 
 
-def _register(name: str, *, pointwise: bool, parameter: str | None = None):
-    return _LOSSES.register(name, lambda function: _Registered(function, pointwise, parameter))
+def _register(name: str, kind: str, **more):
+    return _LOSSES.register(name, lambda function: _Registered(function, kind, **more))
+
+
+def _is(*kinds: str) -> Callable[[_Registered], bool]:
+    return lambda registered: registered.kind in kinds
 
 
 def register_divergence(name: str):
@@ -66,7 +78,17 @@ def register_divergence(name: str):
     The function is elementwise in jax.numpy, and finite at the log-probabilities it will meet
     (very negative ones included). UserError when the name is taken.
     """
-    return _register(name, pointwise=True)
+    return _register(name, "divergence")
+
+
+def register_term(name: str, *, weight: TokenWeight | None = None):
+    """Decorator: makes a pointwise f(log_p, log_q, is_target) available in `objective.terms`.
+
+    `is_target` says whether the entry of the vocabulary is the response's token. `weight` is what
+    the term is multiplied by, like those of losses/weights.py but this term's own. UserError when
+    the name is taken.
+    """
+    return _register(name, "term", weight=weight)
 
 
 def register_loss(name: str):
@@ -74,17 +96,17 @@ def register_loss(name: str):
 
     UserError when the name is taken, by a divergence or by a loss.
     """
-    return _register(name, pointwise=False)
+    return _register(name, "row loss")
 
 
 def is_pointwise(name: str) -> bool:
-    """Whether a name is a divergence rather than a loss; UserError when it is neither."""
-    return _LOSSES.get(name).pointwise
+    """Whether a name is a divergence rather than a loss of rows; UserError when it is neither."""
+    return _LOSSES.get(name, _is("divergence", "row loss")).kind == "divergence"
 
 
 def get_loss(name: str) -> DistillationLossFn:
     """The function registered with `register_loss`; UserError when there is none."""
-    return _LOSSES.get(name, lambda found: not found.pointwise).function
+    return _LOSSES.get(name, _is("row loss")).function
 
 
 def get_divergence(
@@ -109,10 +131,30 @@ def get_divergence(
     for key, value in parameters.items():
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{key}={value} is not between 0 and 1")
-    registered = _LOSSES.get(name, lambda found: found.pointwise)
+    registered = _LOSSES.get(name, _is("divergence"))
     if registered.parameter is None:
         return registered.function
     return _Bound(registered.function, float(parameters[registered.parameter]))
+
+
+def get_term(text: str, **parameters: float) -> Term:
+    """The term or divergence that a text NAME or NAME:COEFFICIENT stands for.
+
+    `parameters` are those of `get_divergence`. UserError for an unknown name, and for what is no
+    number.
+    """
+    name, _, number = text.partition(":")
+    key = "distillation.objective.terms"
+    registered = _LOSSES.get(name, _is("divergence", "term"), key=key)
+    try:
+        coefficient = float(number or 1.0)
+    except ValueError:
+        coefficient = math.nan
+    if not math.isfinite(coefficient):
+        raise UserError(f"{key}={text}: {number!r} is not a finite number")
+    if registered.kind == "term":
+        return Term(registered.function, coefficient, registered.weight)
+    return Term(DivergenceTerm(get_divergence(name, **parameters)), coefficient)
 
 
 def _expectation_term(log_weight: jax.Array, log_ratio: jax.Array) -> jax.Array:
@@ -153,7 +195,7 @@ def reverse(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 reverse.kl_weights = 0.0, 1.0
 
 
-@_register("mixed", pointwise=True, parameter="mixed_kl_weight")
+@_register("mixed", "divergence", parameter="mixed_kl_weight")
 def mixed(log_p: jax.Array, log_q: jax.Array, forward_weight: float) -> jax.Array:
     """forward_weight KL(p||q) + (1 - forward_weight) KL(q||p)."""
     return forward_weight * forward(log_p, log_q) + (1.0 - forward_weight) * reverse(log_p, log_q)
@@ -162,7 +204,7 @@ def mixed(log_p: jax.Array, log_q: jax.Array, forward_weight: float) -> jax.Arra
 mixed.kl_weights_of = lambda forward_weight: (forward_weight, 1.0 - forward_weight)
 
 
-@_register("jsd", pointwise=True, parameter="jsd_beta")
+@_register("jsd", "divergence", parameter="jsd_beta")
 def jsd(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
     """beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q (GKD, arXiv:2306.13649).
 
@@ -201,13 +243,19 @@ def _jsd_terms(log_p: jax.Array, log_q: jax.Array, beta: float) -> tuple[jax.Arr
     return beta * teacher_term, (1.0 - beta) * student_term
 
 
-@_register("skew_forward", pointwise=True, parameter="skew_alpha")
+@_register("skew_forward", "divergence", parameter="skew_alpha")
 def skew_forward(log_p: jax.Array, log_q: jax.Array, alpha: float) -> jax.Array:
     """KL(p || alpha p + (1 - alpha) q): at most -log(alpha) (DistiLLM, arXiv:2402.03898)."""
     return _expectation_term(log_p, log_p - _log_mixture(alpha, log_p, log_q))
 
 
-@_register("skew_reverse", pointwise=True, parameter="skew_alpha")
+@_register("skew_reverse", "divergence", parameter="skew_alpha")
 def skew_reverse(log_p: jax.Array, log_q: jax.Array, alpha: float) -> jax.Array:
     """KL(q || (1 - alpha) p + alpha q): at most -log(alpha) (DistiLLM, arXiv:2402.03898)."""
     return _expectation_term(log_q, log_q - _log_mixture(1.0 - alpha, log_p, log_q))
+
+
+# Of sampled tokens: the gradient of the expected advantage (of a reward, or of a teacher's
+# log-probability), by the score-function estimate.
+register_term("policy_gradient", weight=advantage)(cross_entropy)
+register_term("cross_entropy")(cross_entropy)

@@ -1,97 +1,64 @@
-"""Which tokens carry loss, how they are averaged, and which loss they carry.
+"""The training objective: a sum of terms, or one loss of whole rows, over the tokens with weight.
 
-The only place that masks and averages. The objective is a sum of token losses divided by the number
-of valid tokens over all hosts and microbatches (`token_weights`): neither it nor its gradient
-depends on how the batch was cut.
+The objective is a sum of token losses divided by the number of valid tokens over all hosts and
+microbatches (`weights.token_weights`): neither it nor its gradient depends on how the batch was
+cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from distill.base.errors import UserError
 from distill.base.sharding import constrain
 from distill.kernels.linear_divergence import (
+    DivergenceTerm,
+    RowLoss,
+    Term,
+    TermSum,
     TokenValues,
+    TopK,
     check_pointwise,
-    linear_cross_entropy,
-    linear_divergence,
-    linear_divergence_top_k,
+    cross_entropy,
     linear_loss,
+    reads_teacher,
     resolve_implementation,
     weighted_first,
 )
-from distill.losses.divergences import (
-    DistillationLossFn,
-    PointwiseDivergence,
-    get_divergence,
-    get_loss,
-    is_pointwise,
-)
-
-# Folded into the seed first, so that the coins share no random numbers with the sampler.
-_COIN_STREAM = 0x636F696E
-
-
-def token_weights(mask_bt: jax.Array, num_valid_tokens: jax.Array | int) -> jax.Array:
-    """mask / number of valid tokens over all hosts and microbatches, float32 (b, t)."""
-    return mask_bt.astype(jnp.float32) / jnp.maximum(num_valid_tokens, 1)
-
-
-def importance_weights(
-    log_probs_bt: jax.Array, sampler_log_probs_bt: jax.Array, sampled_bt: jax.Array, clip: float
-) -> jax.Array:
-    """min(clip, q_now(token) / q_sampler(token)) for sampled tokens, 1 for others; no gradient.
-
-    Weighs what stale weights sampled as if today's had, token by token. Truncated importance
-    sampling: Ionides, "Truncated Importance Sampling", J. Comput. Graph. Stat. 17 (2008); as the
-    truncated rho of IMPALA (Espeholt et al., arXiv:1802.01561); between a sampler and a trainer of
-    language models: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training" (2025, fengyao.notion.site/off-policy-rl).
-
-    Args:
-      log_probs_bt, sampler_log_probs_bt: of the response tokens, of the same (untruncated)
-        distribution with the trainer's and the sampler's weights.
-      sampled_bt: whether a token counts and the student sampled it.
-      clip: largest weight, above 0.
-    """
-    ratios_bt = jnp.exp(jax.lax.stop_gradient(log_probs_bt - sampler_log_probs_bt))
-    return jnp.where(sampled_bt, jnp.minimum(ratios_bt, clip), 1.0)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TopKScores:
-    """A teacher known by its likeliest tokens (k: one of them) at every position of a response.
-
-    In a microbatch, at every position of a row.
-
-    Attributes:
-      ids_brk: int32, distinct at a position; -1 where fewer are known.
-      log_probs_brk: float32, at temperature 1.
-    """
-
-    ids_brk: jax.Array
-    log_probs_brk: jax.Array
+from distill.kernels.linear_divergence.token_losses import TokenWeight
+from distill.losses.divergences import PointwiseDivergence, get_loss, get_term, is_pointwise
+from distill.losses.weights import TruncatedImportance, get_weight
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The training objective as a hashable function; build it with `make_objective`."""
+    """The training objective as a hashable function; build it with `make_objective`.
 
-    divergence: PointwiseDivergence | None
-    loss_fn: DistillationLossFn | None
-    temperature: float
+    `importance_clip` is the largest importance weight, 0 without such weights.
+    """
+
+    loss: TermSum | RowLoss
+    needs_teacher: bool
     scale: float
+    importance_clip: float
     implementation: str | None
     chunk: int | None
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.divergence is not None or self.loss_fn is not None
+    def divergence(self) -> PointwiseDivergence | None:
+        """The divergence, which is the first term; None for hard labels and losses of rows."""
+        return getattr(self.loss.terms[0].function, "divergence", None)
+
+    @property
+    def alone(self) -> Objective:
+        """Without the terms beside the first, and without weights that tokens are multiplied by."""
+        loss = dataclasses.replace(self.loss, weights=())
+        if isinstance(loss, TermSum):
+            loss = dataclasses.replace(loss, terms=loss.terms[:1])
+        return dataclasses.replace(self, loss=loss, importance_clip=0.0)
 
     def __call__(
         self,
@@ -103,7 +70,8 @@ class Objective:
         weights_bt: jax.Array,
         *,
         vocab_size: int,
-        scores: TopKScores | None = None,
+        scores: TopK | None = None,
+        columns: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, TokenValues]:
         """Weighted sum of the token losses, differentiable by the student's hidden states and head.
 
@@ -114,42 +82,36 @@ class Objective:
           targets_bt: the tokens that positions predict; anything where their weight is 0.
           weights_bt: from `token_weights`.
           vocab_size: ids that student and teacher share; further head columns are padding.
-          scores: what is known of the teacher instead of its hidden states and head (None then).
+          scores: what is known of the teacher instead of its hidden states and head (None then),
+            (b, t, k).
+          columns: (b, t, ...) by name, what the objective's own weights read.
 
         Returns:
           float32 scalar, and TokenValues of shape (b, t) that carry no gradient.
         """
-        options = dict(vocab_size=vocab_size, implementation=self.implementation, chunk=self.chunk)
         order = weighted_first(weights_bt.reshape(-1))
 
-        def flatten(values_btx):
-            return order.apply(_flatten_tokens(values_btx))
+        def flatten(values):
+            return order.apply(jax.tree.map(_flatten_tokens, values))
 
-        targets_t, weights_t = flatten(targets_bt), flatten(self.scale * weights_bt)
-        hidden_s_td = flatten(hidden_s_btd)
-        if not self.needs_teacher:
-            loss, values = linear_cross_entropy(
-                hidden_s_td, head_s, targets_t, weights_t, **options
-            )
-        elif scores is not None:
-            loss, values = linear_divergence_top_k(
-                hidden_s_td,
-                head_s,
-                flatten(scores.ids_brk),
-                flatten(scores.log_probs_brk),
-                weights_t,
-                divergence=self.divergence,
-                temperature=self.temperature,
-                targets=targets_t,
-                **options,
-            )
-        else:
-            rows = (hidden_s_td, head_s, flatten(hidden_t_btd), head_t, weights_t)
-            options |= dict(targets=targets_t, temperature=self.temperature)
-            if self.divergence is not None:
-                loss, values = linear_divergence(*rows, divergence=self.divergence, **options)
-            else:
-                loss, values = linear_loss(*rows, loss_fn=self.loss_fn, **options)
+        teacher = None
+        if scores is not None:
+            teacher, head_t = flatten(scores), None
+        elif self.needs_teacher:
+            teacher = flatten(hidden_t_btd)
+        loss, values = linear_loss(
+            self.loss,
+            flatten(hidden_s_btd),
+            head_s,
+            teacher,
+            head_t if self.needs_teacher else None,
+            flatten(self.scale * weights_bt),
+            targets=flatten(targets_bt),
+            columns=flatten(dict(columns or {})) if self.loss.all_weights else None,
+            vocab_size=vocab_size,
+            implementation=self.implementation,
+            chunk=self.chunk,
+        )
         values = order.undo(values)
         return loss, jax.tree.map(lambda value_t: value_t.reshape(targets_bt.shape), values)
 
@@ -162,24 +124,10 @@ class Objective:
         *,
         vocab_size: int,
     ) -> jax.Array:
-        """log q(target) at temperature 1, float32 (b, t): a forward pass of the head, no gradient.
-
-        0 where there is no weight.
-        Weights must be known before the loss, since that makes its gradients with its values.
-        """
-        order = weighted_first(weights_bt.reshape(-1))
-        arrays = map(_flatten_tokens, (hidden_btd, targets_bt, weights_bt))
-        hidden_td, targets_t, weights_t = order.apply(jax.lax.stop_gradient(tuple(arrays)))
-        _, values = linear_cross_entropy(
-            hidden_td,
-            jax.lax.stop_gradient(head),
-            targets_t,
-            weights_t,
-            vocab_size=vocab_size,
-            implementation=self.implementation,
-            chunk=self.chunk,
-        )
-        return order.undo(values.log_prob_s).reshape(targets_bt.shape)
+        """log q(target) at temperature 1, float32 (b, t), 0 where there is no weight."""
+        plain = dataclasses.replace(self, loss=TermSum.of(cross_entropy), needs_teacher=False)
+        arrays = hidden_btd, head, None, None, targets_bt, weights_bt
+        return plain(*arrays, vocab_size=vocab_size)[1].log_prob_s
 
 
 def make_objective(
@@ -191,6 +139,9 @@ def make_objective(
     temperature: float = 1.0,
     temperature_squared: bool = False,
     hard_labels: bool = False,
+    terms: Sequence[str] = (),
+    weights: Sequence[str] = (),
+    importance_clip: float = 0.0,
     top_k_teacher: bool = False,
     implementation: str | None = None,
     chunk: int | None = None,
@@ -200,66 +151,85 @@ def make_objective(
     Args:
       kl_type: a divergence or a loss of losses/divergences.py, built in or registered.
       mixed_kl_weight, jsd_beta, skew_alpha: see `get_divergence`.
-      temperature: divides both models' logits before the divergence.
+      temperature: divides both models' logits before the divergence and the other terms.
       temperature_squared: multiplies the loss by temperature^2, which keeps the size of the
         gradient (Hinton et al., arXiv:1503.02531).
       hard_labels: cross-entropy with the response tokens instead; no teacher, temperature 1.
-      top_k_teacher: the teacher will be TopKScores, which take a divergence, no other loss.
+      terms: what is added, NAME or NAME:COEFFICIENT each; see `get_term`.
+      weights: by which a token's loss is multiplied, names of losses/weights.py.
+      importance_clip: multiplies it by `TruncatedImportance` of at most this, too; 0: does not.
+      top_k_teacher: the teacher will be a TopK, which takes no loss of whole rows.
       implementation, chunk: see kernels/linear_divergence/api.py.
 
     Raises:
-      UserError: unknown kl_type, a parameter out of range, or an implementation that cannot run.
+      UserError: an unknown name, a parameter out of range, parts that do not go together, or an
+        implementation that cannot run.
     """
     if not temperature > 0:
         raise UserError(f"kl_temperature={temperature} is not positive")
-    pointwise = is_pointwise(kl_type)
+    temperature = 1.0 if hard_labels else float(temperature)
+    pointwise = is_pointwise(kl_type) or hard_labels
     if top_k_teacher and not pointwise:
         raise UserError(
             f"kl_type={kl_type} is a loss of whole rows, but of a teacher behind a server only the "
             "likeliest tokens are known: choose a divergence, or teacher.backend=local"
         )
-    fused = hard_labels or (pointwise and not top_k_teacher)
     try:
-        resolve_implementation(implementation, fused=fused)
+        resolve_implementation(implementation, fused=pointwise and not top_k_teacher)
     except ValueError as error:
         raise UserError(f"loss_implementation: {error}") from None
-    parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
-    divergence = get_divergence(kl_type, **parameters) if pointwise and not hard_labels else None
-    if divergence is not None:
-        try:
-            check_pointwise(divergence)
-        except ValueError as error:
-            raise UserError(f"kl_type={kl_type}: {error}") from None
+    all_logits = not (hard_labels or top_k_teacher)  # of the teacher are there
+    factors = tuple(_get_weight(name, all_logits) for name in weights)
+    if importance_clip:
+        factors += (TruncatedImportance(float(importance_clip)),)
+    if pointwise:
+        parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
+        texts = "cross_entropy" if hard_labels else kl_type, *terms
+        found = tuple(get_term(text, **parameters) for text in texts)
+        for text, term in zip(texts, found, strict=True):
+            by_outcomes = top_k_teacher and isinstance(term.function, DivergenceTerm)
+            _check_term(text, term, all_logits or by_outcomes)
+        loss = TermSum(found, temperature, factors)
+    elif terms:
+        raise UserError(
+            f"distillation.objective.terms={', '.join(terms)} cannot be added to kl_type="
+            f"{kl_type}, a loss of whole rows: choose a divergence, or leave it empty"
+        )
+    else:
+        loss = RowLoss(get_loss(kl_type), temperature, factors)
     return Objective(
-        divergence=divergence,
-        loss_fn=get_loss(kl_type) if not pointwise and not hard_labels else None,
-        temperature=float(temperature),
-        scale=float(temperature) ** 2 if temperature_squared and not hard_labels else 1.0,
+        loss=loss,
+        needs_teacher=not hard_labels,
+        scale=temperature**2 if temperature_squared else 1.0,
+        importance_clip=float(importance_clip),
         implementation=implementation,
         chunk=chunk,
     )
 
 
-def lambda_coin(seed: int, step: int, lambda_: float) -> bool:
-    """Whether this step trains on student-generated responses, with probability lambda_.
-
-    A function of (seed, step) alone: the same on every host and after a resume.
-    """
-    if lambda_ in (0, 1):
-        return bool(lambda_)  # a toss would make the host wait for the device's queue every step
-    return bool(jax.random.uniform(_coin_key(seed, step)) < lambda_)
+_NEEDS = "it needs teacher.backend=local and hard_labels=False"
 
 
-def sample_coins(seed: int, step: int, prompt_index_b: jax.Array, lambda_: float) -> jax.Array:
-    """One coin per prompt, bool (b,): a function of (seed, step, prompt index) alone."""
-    keys_b = jax.vmap(jax.random.fold_in, (None, 0))(_coin_key(seed, step), prompt_index_b)
-    return jax.vmap(jax.random.uniform)(keys_b) < lambda_
+def _get_weight(name: str, all_logits: bool) -> TokenWeight:
+    weight = get_weight(name)
+    if getattr(weight, "teacher_entropy", False) and not all_logits:
+        raise UserError(
+            f"distillation.objective.weights names {name!r}, which asks for the teacher's entropy: "
+            f"{_NEEDS}"
+        )
+    return weight
 
 
-def _coin_key(seed: int, step: int) -> jax.Array:
-    # threefry by name: a flag may change the default generator, a resumed run must not notice.
-    key = jax.random.key(seed, impl="threefry2x32")
-    return jax.random.fold_in(jax.random.fold_in(key, _COIN_STREAM), step)
+def _check_term(text: str, term: Term, has_teacher: bool) -> None:
+    try:
+        check_pointwise(term.function)
+    except ValueError as error:
+        raise UserError(f"{text}: {error}") from None
+    if not has_teacher and reads_teacher(term.function):
+        raise UserError(
+            f"distillation.objective.terms={text} reads the teacher's log-probability of every "
+            f"token: {_NEEDS}"
+        )
 
 
 def _flatten_tokens(values_btx: jax.Array) -> jax.Array:

@@ -72,7 +72,6 @@ def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
             build_optimizer(config.policy.optimizer, config.distillation.max_steps),
             vocab_size=workload.vocab_size,
             state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
-            importance_clip=config.policy.generation.importance_clip,
         )
         arguments = arrays.state, teacher and teacher.params, arrays.batch
         return _compile(lambda: step.lower(*arguments), arguments, mesh, trips)

@@ -49,6 +49,11 @@ def test_defaults_with_field_evidence():
             0.5,
             ["importance_clip=0.5", "0 (off) or at least 1"],
         ),
+        (
+            "distillation.objective.terms",
+            ("policy_gradient:2",),
+            ["objective names policy_gradient", "backend=jax", "plugin"],
+        ),
         ("policy.generation.backend", "vllm", ["generation.vllm.urls", "generation.vllm.python"]),
         ("teacher.backend", "vllm", ["teacher.vllm.urls"]),
         ("teacher.vllm.top_k", 0, ["teacher.vllm.top_k", "at least 1"]),

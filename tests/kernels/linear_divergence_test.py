@@ -15,10 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from distill.base.sharding import make_mesh, named_sharding
 from distill.kernels.linear_divergence import (
+    DivergenceTerm,
+    RowLoss,
+    Term,
+    TermSum,
+    TopK,
     api,
-    linear_cross_entropy,
+    cross_entropy,
     linear_divergence,
-    linear_divergence_top_k,
     linear_loss,
     pallas_tpu,
     per_token_divergences,
@@ -64,8 +68,52 @@ DIVERGENCES = {
 }
 
 
-def terms_and_slopes64(name, p, q):
-    """f and df/dlog_q of each divergence, float64."""
+def unlikelihood(log_p, log_q, is_target):
+    """A term of a user's own: what both models and the target have a say in."""
+    return jnp.where(is_target, 0.0, jnp.exp(log_q) * (2.0 - jnp.exp(log_p)))
+
+
+def certain(statistics, columns):
+    """A weight of a user's own, of everything there is."""
+    kls = statistics.forward_kl + 0.5 * statistics.reverse_kl
+    log_probs = 0.1 * statistics.log_prob_s - 0.2 * statistics.log_prob_t
+    return jnp.exp(-statistics.teacher_entropy) + kls + log_probs
+
+
+certain.teacher_entropy = True
+
+
+def advantage(statistics, columns):
+    return columns["advantage"]
+
+
+def loss_of(*terms, weights=()):
+    return TermSum(tuple(terms), TEMPERATURE, weights)
+
+
+TERMS = {name: Term(DivergenceTerm(divergence)) for name, divergence in DIVERGENCES.items()}
+TERMS |= {
+    "cross_entropy": Term(cross_entropy),
+    "policy_gradient": Term(cross_entropy, 1.0, advantage),
+    "unlikelihood": Term(unlikelihood),
+}
+LOSSES = {name: loss_of(term) for name, term in TERMS.items()} | {
+    # From the first sweep alone; and with terms that need the second between others.
+    "closed": loss_of(*(TERMS[x] for x in ("forward", "policy_gradient", "reverse"))),
+    "swept": loss_of(
+        TERMS["jsd"],
+        Term(cross_entropy, 0.3),
+        Term(unlikelihood, -0.7, advantage),
+        TERMS["policy_gradient"],
+    ),
+    "weighted": loss_of(TERMS["user"], Term(cross_entropy, 0.3, advantage), weights=(certain,)),
+}
+SUMS = "policy_gradient", "unlikelihood", "closed", "swept", "weighted"
+
+
+def terms_and_slopes64(function, p, q, y):
+    """f and df/dlog_q of each term, float64."""
+    [name, *_] = [name for name, term in TERMS.items() if term.function == function]
     ratio = np.log(q) - np.log(p)
     if name == "forward":
         return -p * ratio, -p
@@ -82,7 +130,26 @@ def terms_and_slopes64(name, p, q):
     if name == "skew_reverse":
         m = 0.9 * p + 0.1 * q
         return q * np.log(q / m), q * (np.log(q / m) + 1 - 0.1 * q / m)
+    if name == "cross_entropy":
+        return -y * np.log(q), -y
+    if name == "unlikelihood":
+        return (1 - y) * q * (2 - p), (1 - y) * q * (2 - p)
     return 0.5 * (np.sqrt(p) - np.sqrt(q)) ** 2, -0.5 * (np.sqrt(p) - np.sqrt(q)) * np.sqrt(q)
+
+
+def factor64(weight, problem, p, q, temperature):
+    """A weight of the tokens, float64, from probabilities at the loss temperature."""
+    if weight is None:
+        return 1.0
+    if weight is advantage:
+        return problem.columns["advantage"].astype(np.float64)
+    log_probs = []
+    for x in (q**temperature, p**temperature):
+        picked = x[np.arange(len(x)), problem.targets] / x.sum(-1)
+        log_probs.append(np.log(picked))
+    forward, reverse = (p * np.log(p / q)).sum(-1), (q * np.log(q / p)).sum(-1)
+    certainty = np.exp((p * np.log(p)).sum(-1))
+    return certainty + forward + 0.5 * reverse + 0.1 * log_probs[0] - 0.2 * log_probs[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +161,11 @@ class Problem:
     weights: np.ndarray
     targets: np.ndarray
     vocab_size: int
+
+    @property
+    def columns(self):
+        advantages = np.random.default_rng(1).standard_normal(len(self.weights))
+        return {"advantage": advantages.astype(np.float32)}
 
     @property
     def arrays(self):
@@ -138,14 +210,22 @@ def softmax64(logits):
 
 
 def expected64(problem, name, temperature):
-    """Per-token divergence (counted), dz, dh_s and dW_s in float64 from the rounded inputs."""
+    """(terms before weighting, counted; loss), dz, dh_s and dW_s, float64, from rounded inputs."""
     hidden_s, head_s, hidden_t, head_t, weights = (x.astype(np.float64) for x in problem.arrays)
     head_s, head_t = head_s[:, : problem.vocab_size], head_t[:, : problem.vocab_size]
-
     p, q = softmax64(hidden_t @ head_t / temperature), softmax64(hidden_s @ head_s / temperature)
-    terms, slopes = terms_and_slopes64(name, p, q)
-    dz = weights[:, None] * (slopes - q * slopes.sum(-1, keepdims=True)) / temperature
-    return problem.counted(terms.sum(-1)), dz, dz @ head_s.T, hidden_s.T @ dz
+    y = np.eye(problem.vocab_size)[problem.targets]
+    values, loss, dz = [], 0.0, 0.0
+    for weight in LOSSES[name].weights:
+        weights = weights * factor64(weight, problem, p, q, temperature)
+    for term in LOSSES[name].terms:
+        factor = term.coefficient * factor64(term.weight, problem, p, q, temperature)
+        terms, slopes = terms_and_slopes64(term.function, p, q, y)
+        values.append(problem.counted(terms.sum(-1)))
+        loss += (weights * factor * values[-1]).sum()
+        slopes = slopes - q * slopes.sum(-1, keepdims=True)
+        dz += (weights * factor)[:, None] * slopes / temperature
+    return (values, loss), dz, dz @ head_s.T, hidden_s.T @ dz
 
 
 def assert_close(actual, expected, dtype, scale, length):
@@ -175,26 +255,32 @@ def gradients_of(loss_fn, problem):
     return compiled(value_and_grad)(problem.hidden_s, problem.head_s)
 
 
-def all_divergences(problem, names, **options):
+def all_losses(problem, names, temperature=TEMPERATURE, **options):
     """{name: ((loss, values), gradients)} in one compilation."""
+    options |= problem.targeted
 
     # All arrays are arguments: products of constants would be computed by the compiler, slowly.
-    def evaluate(*arrays):
+    def evaluate(arrays, columns):
         def loss(hidden_s, head_s, name):
-            rows = hidden_s, head_s, *arrays[2:]
-            options_of = dict(divergence=DIVERGENCES[name], **problem.targeted, **options)
-            return linear_divergence(*rows, **options_of)
+            loss = dataclasses.replace(LOSSES[name], temperature=temperature)
+            return linear_loss(loss, hidden_s, head_s, *arrays[2:], columns=columns, **options)
 
         value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         return {name: value_and_grad(*arrays[:2], name) for name in names}
 
-    return compiled(evaluate)(*problem.arrays)
+    return compiled(evaluate)(problem.arrays, problem.columns)
 
 
-# Tokens, chunk, vocabulary, dtype, divergences: all divergences at one size per dtype, and every
+def cross_entropy_loss(hidden, head, problem, **options):
+    """Without a teacher."""
+    rows = hidden, head, None, None, problem.weights
+    return linear_loss(TermSum.of(cross_entropy), *rows, **problem.targeted, **options)
+
+
+# Tokens, chunk, vocabulary, dtype, losses: all divergences at one size per dtype, and every
 # size with at least one, dealt out because compiling them all would take minutes.
 SIZES = [
-    (7, 3, 33, "float32", tuple(DIVERGENCES)),
+    (7, 3, 33, "float32", (*DIVERGENCES, *SUMS)),
     (7, 3, 512, "bfloat16", tuple(DIVERGENCES)),
     (1, None, 33, "bfloat16", ("forward",)),
     (1, None, 512, "float32", ("skew_reverse",)),
@@ -202,9 +288,9 @@ SIZES = [
     (7, 3, 1187, "float32", ("mixed",)),
     (128, 48, 33, "bfloat16", ("reverse",)),
     (128, 48, 512, "float32", ("skew_forward",)),
-    (128, 48, 1187, "float32", ("reverse",)),
+    (128, 48, 1187, "float32", ("reverse", "swept")),
     (128, 48, 1187, "bfloat16", ("jsd",)),
-    (7, None, 4101, "bfloat16", ("mixed",)),
+    (7, None, 4101, "bfloat16", ("mixed", "closed")),
     (1000, 384, 33, "float32", ("user",)),
     (1000, 384, 4101, "float32", ("forward", "skew_forward")),
 ]
@@ -221,12 +307,11 @@ class TestImplementations:
         self, implementation, num_tokens, chunk, vocab_size, dtype, names
     ):
         problem = make_problem(num_tokens, vocab_size, dtype)
-        options = dict(temperature=TEMPERATURE, implementation=implementation, chunk=chunk)
-        for name, ((loss, values), gradients) in all_divergences(problem, names, **options).items():
-            expected_t = expected64(problem, name, TEMPERATURE)[0]
+        options = dict(implementation=implementation, chunk=chunk)
+        for name, ((loss, values), gradients) in all_losses(problem, names, **options).items():
+            expected_nt, expected_loss = expected64(problem, name, TEMPERATURE)[0]
             # Logits of either dtype are float32 sums, so values are float32 accurate in both.
-            assert_close(values.divergence, expected_t, "float32", 1.0, vocab_size)
-            expected_loss = np.sum(np.asarray(problem.weights, np.float64) * expected_t)
+            assert_close(values.terms, expected_nt, "float32", 1.0, vocab_size)
             assert_close(loss, expected_loss, "float32", 1.0, vocab_size)
             assert_gradients_close(gradients, problem, name, dtype)
 
@@ -247,18 +332,18 @@ class TestImplementations:
             targets=np.arange(num_tokens, dtype=np.int32),
             vocab_size=vocab_size,
         )
-        results = all_divergences(problem, tuple(DIVERGENCES), implementation=implementation)
+        results = all_losses(problem, tuple(DIVERGENCES), 1.0, implementation=implementation)
         for name, ((_, values), gradients) in results.items():
-            expected_t, _, expected_dhidden, expected_dhead = expected64(problem, name, 1.0)
-            np.testing.assert_allclose(values.divergence, expected_t, rtol=1e-4, atol=2e-5)
+            (expected_nt, _), _, expected_dhidden, expected_dhead = expected64(problem, name, 1.0)
+            np.testing.assert_allclose(values.terms, expected_nt, rtol=1e-4, atol=2e-5)
             np.testing.assert_allclose(gradients[1], expected_dhead, rtol=1e-3, atol=1e-4)
             np.testing.assert_allclose(gradients[0], expected_dhidden, rtol=1e-3, atol=2e-2)
 
     def test_a_student_with_much_more_padding(self, implementation):
         """So much that its logits have a block of columns more than the teacher's."""
         problem = make_problem(32, 300, padding_s=700, padding_t=8)
-        options = dict(temperature=TEMPERATURE, implementation=implementation, chunk=16)
-        _, gradients = all_divergences(problem, ("jsd",), **options)["jsd"]
+        options = dict(implementation=implementation, chunk=16)
+        _, gradients = all_losses(problem, ("jsd",), **options)["jsd"]
         assert_gradients_close(gradients, problem, "jsd", "float32")
 
     def test_tokens_without_weight_have_no_influence(self, implementation):
@@ -283,14 +368,14 @@ class TestImplementations:
     def test_a_target_outside_of_the_vocabulary_is_none(self, implementation):
         problem = make_problem(3, 33)
         problem = dataclasses.replace(problem, targets=np.array([35, -1, 40], np.int32))
-        (_, values), _ = all_divergences(problem, ("jsd",), implementation=implementation)["jsd"]
+        (_, values), _ = all_losses(problem, ("jsd",), implementation=implementation)["jsd"]
         assert not values.log_prob_s.any() and not values.log_prob_t.any()
 
     def test_target_log_probs_are_at_temperature_one(self, implementation):
         problem = make_problem(7, 33)
-        (_, values), _ = all_divergences(
-            problem, ("reverse",), temperature=3.0, implementation=implementation
-        )["reverse"]
+        (_, values), _ = all_losses(problem, ("reverse",), 3.0, implementation=implementation)[
+            "reverse"
+        ]
         models = problem.arrays[:2], problem.arrays[2:4]
         for actual, (hidden, head) in zip(
             (values.log_prob_s, values.log_prob_t), models, strict=True
@@ -312,9 +397,9 @@ class TestImplementations:
         problem = make_problem(7, 512, dtype)
 
         def fused(hidden_s, head_s):
-            rows = hidden_s, head_s, problem.targets, problem.weights
-            options = dict(vocab_size=512, implementation=implementation, chunk=3)
-            return linear_cross_entropy(*rows, **options)
+            return cross_entropy_loss(
+                hidden_s, head_s, problem, implementation=implementation, chunk=3
+            )
 
         def plain(hidden_s, head_s):
             logits = jnp.dot(hidden_s, head_s[:, :512], preferred_element_type=jnp.float32)
@@ -342,9 +427,10 @@ class TestImplementations:
             return -((1 - jnp.exp(log_best_c)) ** 2) * log_target_c
 
         def fused(hidden_s, head_s):
-            options = dict(loss_fn=focal_toward_the_teacher, temperature=TEMPERATURE, chunk=3)
+            loss = RowLoss(focal_toward_the_teacher, TEMPERATURE)
             rows = hidden_s, head_s, *problem.arrays[2:]
-            return linear_loss(*rows, implementation=implementation, **options, **problem.targeted)
+            options = dict(implementation=implementation, chunk=3, **problem.targeted)
+            return linear_loss(loss, *rows, **options)
 
         def plain(hidden_s, head_s):
             log_q = jax.nn.log_softmax(hidden_s @ head_s[:, :33] / TEMPERATURE)
@@ -370,9 +456,9 @@ class TestImplementations:
             return compiled(jax.grad(loss))(problem.head_s.T)
 
         def fused(hidden_s, head_s):
-            rows = hidden_s, head_s, problem.targets[::-1], problem.weights
-            options = dict(vocab_size=33, implementation=implementation, chunk=3)
-            return linear_cross_entropy(*rows, **options)[0]
+            turned = dataclasses.replace(problem, targets=problem.targets[::-1])
+            options = dict(implementation=implementation, chunk=3)
+            return cross_entropy_loss(hidden_s, head_s, turned, **options)[0]
 
         def plain(hidden_s, head_s):
             losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -408,7 +494,7 @@ class TestImplementations:
                     *arrays, weights=given, **options
                 )
             )(*problem.arrays[:4])
-            expected_nt = [expected64(weighted, name, TEMPERATURE)[0] for name in DIVERGENCES]
+            expected_nt = [expected64(weighted, name, TEMPERATURE)[0][0][0] for name in DIVERGENCES]
             np.testing.assert_allclose(values_nt, expected_nt, rtol=1e-5, atol=1e-6)
 
 
@@ -417,7 +503,7 @@ def test_a_mesh_of_other_axes_is_refused(axes):
     mesh = jax.make_mesh((1,) * len(axes), axes, devices=jax.devices()[:1])
     problem = make_problem(3, 33)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=rf"{axes[0]}.* and lacks .*make_mesh"):
-        all_divergences(problem, ("jsd",), implementation="chunked")
+        all_losses(problem, ("jsd",), implementation="chunked")
 
 
 @pytest.mark.parametrize(
@@ -474,15 +560,14 @@ def test_kernels_are_the_default_on_gpus_that_have_run_them(
 def test_the_kernels_refuse_what_they_cannot_fuse():
     problem = make_problem(3, 33)
     with pytest.raises(ValueError, match="'pallas' runs neither losses of whole rows nor a top-k"):
-        linear_loss(*problem.arrays, loss_fn=max, implementation="pallas", **problem.targeted)
+        linear_loss(RowLoss(max), *problem.arrays, implementation="pallas", **problem.targeted)
 
 
 def test_a_custom_loss_of_the_wrong_shape_is_refused():
     problem = make_problem(3, 33)
     with pytest.raises(ValueError, match=r"one number per token, shape \(3,\).*returned \(3, 33\)"):
-        linear_loss(
-            *problem.arrays, loss_fn=lambda log_p, log_q, targets: log_p * log_q, **problem.targeted
-        )
+        loss = RowLoss(lambda log_p, log_q, targets: log_p * log_q)
+        linear_loss(loss, *problem.arrays, **problem.targeted)
 
 
 # A chunk that fills its strips, whose gradient is fused with its products, and one that does not.
@@ -494,10 +579,9 @@ def test_kernels_are_free_of_races_and_read_nothing_uninitialised(chunk):
     # Whole blocks of columns, because the simulation reads past the end of arrays that are written
     # in place.
     problem = make_problem(23, 300, "bfloat16", padding_s=212, padding_t=212)
-    names = "forward", "jsd"
-    options = dict(temperature=TEMPERATURE, chunk=chunk)
-    results = all_divergences(problem, names, implementation=sweeps, **options)
-    expected = all_divergences(problem, names, implementation="chunked", **options)
+    names = "forward", "swept", "weighted"
+    results = all_losses(problem, names, implementation=sweeps, chunk=chunk)
+    expected = all_losses(problem, names, implementation="chunked", chunk=chunk)
     for actual, wanted in zip(*map(jax.tree.leaves, (results, expected)), strict=True):
         actual, wanted = (np.asarray(x).astype(np.float32) for x in (actual, wanted))
         np.testing.assert_allclose(actual, wanted, rtol=1e-2, atol=1e-2 * np.abs(wanted).max())
@@ -532,7 +616,7 @@ def expected_top_k64(problem, name, ids):
         bucket_v = np.full(problem.vocab_size, len(ids_k))  # outcome of each token
         bucket_v[ids_k] = np.arange(len(ids_k))
         p_n, q_n = (np.bincount(bucket_v, x_v, len(ids_k) + 1) for x_v in (p_v, q_v))
-        terms_n, slopes_n = terms_and_slopes64(name, p_n, q_n)
+        terms_n, slopes_n = terms_and_slopes64(TERMS[name].function, p_n, q_n, None)
         divergences.append(terms_n.sum())
         gradients.append(q_v * (slopes_n / q_n)[bucket_v] - q_v * slopes_n.sum())
     dz = problem.weights[:, None] * np.asarray(gradients) / TEMPERATURE
@@ -541,9 +625,9 @@ def expected_top_k64(problem, name, ids):
 
 def top_k_gradients(problem, name, ids, log_probs, **options):
     def loss(hidden_s, head_s):
-        rows = hidden_s, head_s, ids, log_probs, problem.weights
-        options_of = dict(divergence=DIVERGENCES[name], temperature=TEMPERATURE, **options)
-        return linear_divergence_top_k(*rows, **options_of, **problem.targeted)
+        rows = hidden_s, head_s, TopK(ids, log_probs), None, problem.weights
+        options_of = dict(columns=problem.columns, **options, **problem.targeted)
+        return linear_loss(LOSSES[name], *rows, **options_of)
 
     return gradients_of(loss, problem)
 
@@ -570,21 +654,35 @@ class TestTopKTeacher:
     def test_all_tokens_listed_is_the_full_divergence(self, implementation, name):
         problem = make_problem(7, 33)
         ids, log_probs = make_top_k(problem, k=33, absent=0)
-        options = dict(temperature=TEMPERATURE, implementation=implementation, chunk=3)
+        options = dict(implementation=implementation, chunk=3)
         result = top_k_gradients(
             problem, name, ids, log_probs, implementation=implementation, chunk=3
         )
-        full = all_divergences(problem, (name,), **options)[name]
+        full = all_losses(problem, (name,), **options)[name]
         for actual, wanted in zip(*map(jax.tree.leaves, (result[1], full[1])), strict=True):
             np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=2e-6)
         np.testing.assert_allclose(result[0][1].divergence, full[0][1].divergence, atol=2e-6)
+
+    @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+    def test_terms_of_the_target_are_over_the_vocabulary(self, implementation):
+        problem = make_problem(7, 33)
+        ids, log_probs = make_top_k(problem)
+        options = dict(implementation=implementation, chunk=3)
+        sum_of = top_k_gradients(problem, "closed", ids, log_probs, **options)[1]
+        parts = [
+            top_k_gradients(problem, name, ids, log_probs, **options)[1]
+            for name in ("forward", "reverse")
+        ]
+        parts.append(all_losses(problem, ("policy_gradient",), **options)["policy_gradient"][1])
+        for actual, *wanted in zip(*map(jax.tree.leaves, (sum_of, *parts)), strict=True):
+            np.testing.assert_allclose(actual, sum(wanted), rtol=1e-4, atol=1e-6)
 
     def test_is_never_negative_and_at_most_the_full_divergence(self):
         """Unlike the sum over the listed tokens alone."""
         problem = make_problem(128, 33)
         ids, log_probs = make_top_k(problem, k=3)
         _, values = top_k_gradients(problem, "forward", ids, log_probs)[0]
-        full = expected64(problem, "forward", TEMPERATURE)[0]
+        full = expected64(problem, "forward", TEMPERATURE)[0][0][0]
         assert (values.divergence >= 0).all() and (values.divergence <= full + 1e-5).all()
 
     def test_target_log_probs(self):
@@ -616,9 +714,9 @@ class TestTopKTeacher:
     def test_bad_arguments_are_refused(self):
         problem = make_problem(7, 33)
         ids, log_probs = make_top_k(problem)
-        with pytest.raises(ValueError, match=r"teacher_ids \(7, 6\) and .*\(7, 5\)"):
+        with pytest.raises(ValueError, match=r"ids \(7, 6\) and .*\(7, 5\)"):
             top_k_gradients(problem, "forward", ids, log_probs[:, 1:])
-        with pytest.raises(ValueError, match=r"teacher_ids \(6, 6\) are not of 7 tokens"):
+        with pytest.raises(ValueError, match=r"ids \(6, 6\) are not of 7 tokens"):
             top_k_gradients(problem, "forward", ids[1:], log_probs[1:])
         with pytest.raises(ValueError, match="'pallas' runs neither .* nor a top-k teacher"):
             top_k_gradients(problem, "forward", ids, log_probs, implementation="pallas")
@@ -730,12 +828,13 @@ class TestSharded:
         """Value, values per token and gradients of loss_of(hidden_s, head_s, hidden_t, head_t)."""
 
         def evaluate(hidden_s, head_s, hidden_t, head_t):
-            def loss(hidden_s, head_s):
-                rows = hidden_s, head_s, hidden_t, head_t
-                options = dict(implementation=implementation, chunk=chunk, temperature=TEMPERATURE)
-                return loss_of(rows, problem.weights, **options, **problem.targeted)
+            def value(hidden_s, head_s):
+                loss, teacher = loss_of(hidden_t, head_t)
+                options = dict(implementation=implementation, chunk=chunk, columns=problem.columns)
+                rows = hidden_s, head_s, *teacher, problem.weights
+                return linear_loss(loss, *rows, **options, **problem.targeted)
 
-            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_s, head_s)
+            return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(hidden_s, head_s)
 
         return compiled(evaluate)
 
@@ -750,53 +849,43 @@ class TestSharded:
             np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-6)
 
     @staticmethod
-    def divergence_loss(name):
-        return lambda rows, weights, **options: linear_divergence(
-            *rows, weights, divergence=DIVERGENCES[name], **options
-        )
+    def loss_named(name):
+        return lambda *teacher: (LOSSES[name], teacher)
 
     # The kernels with one of each kind: from two sweeps, from three, and a user's.
     @pytest.mark.parametrize(
         "implementation, name",
-        [("chunked", name) for name in DIVERGENCES]
-        + [("pallas_tpu", name) for name in ("mixed", "jsd", "user")],
+        [("chunked", name) for name in (*DIVERGENCES, "closed", "swept", "weighted")]
+        + [("pallas_tpu", name) for name in ("mixed", "swept", "weighted")],
     )
-    def test_every_divergence(self, implementation, name):
+    def test_every_loss(self, implementation, name):
         # 300 columns over two devices: the second one's end lies within a block.
         problem = make_problem(64, 300, padding_s=8, padding_t=12)
-        loss = self.divergence_loss(name)
+        loss = self.loss_named(name)
         self.assert_equals_unsharded(problem, loss, IMPLEMENTATIONS[implementation])
 
     @pytest.mark.parametrize("num_tokens, vocab_size, chunk", [(50, 33, 8), (3, 33, None)])
     def test_ragged_sizes(self, num_tokens, vocab_size, chunk):
         # The second device holds padding only.
         problem = make_problem(num_tokens, vocab_size, padding_s=7, padding_t=11)
-        self.assert_equals_unsharded(problem, self.divergence_loss("jsd"), chunk=chunk)
+        self.assert_equals_unsharded(problem, self.loss_named("jsd"), chunk=chunk)
 
     def test_cross_entropy(self):
-        def loss(rows, weights, targets, temperature, **options):
-            return linear_cross_entropy(*rows[:2], targets, weights, **options)
-
-        self.assert_equals_unsharded(make_problem(64, 300, padding_s=8, padding_t=12), loss)
+        problem = make_problem(64, 300, padding_s=8, padding_t=12)
+        self.assert_equals_unsharded(problem, lambda *_: (TermSum.of(cross_entropy), (None, None)))
 
     def test_loss_of_whole_rows(self):
         def chebyshev(log_p_cv, log_q_cv, targets_c):
             return jnp.max(jnp.abs(jnp.exp(log_p_cv) - jnp.exp(log_q_cv)), axis=-1)
 
-        def loss(rows, weights, **options):
-            return linear_loss(*rows, weights, loss_fn=chebyshev, **options)
-
-        self.assert_equals_unsharded(make_problem(64, 300, padding_s=8, padding_t=12), loss)
+        problem, loss = make_problem(64, 300, padding_s=8, padding_t=12), RowLoss(chebyshev)
+        self.assert_equals_unsharded(problem, lambda *teacher: (loss, teacher))
 
     def test_top_k_teacher(self):
         problem = make_problem(64, 300, padding_s=8, padding_t=12)
-        ids, log_probs = make_top_k(problem)
-
-        def loss(rows, weights, **options):
-            rows = *rows[:2], ids, log_probs, weights
-            return linear_divergence_top_k(*rows, divergence=DIVERGENCES["jsd"], **options)
-
-        self.assert_equals_unsharded(problem, loss)
+        top_k = TopK(*make_top_k(problem))
+        loss = loss_of(TERMS["jsd"], TERMS["policy_gradient"])
+        self.assert_equals_unsharded(problem, lambda *_: (loss, (top_k, None)))
 
     # With padding, columns change devices too: both heads are cut at the same ones.
     @pytest.mark.parametrize("padding_s, padding_t", [(0, 0), (8, 12)])
@@ -808,7 +897,7 @@ class TestSharded:
                 jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
                 for x, sharding in zip(problem.arrays[:4], self.shardings(mesh, 64), strict=True)
             ]
-            lowered = self.run(problem, self.divergence_loss("jsd")).lower(*arrays)
+            lowered = self.run(problem, self.loss_named("jsd")).lower(*arrays)
         loop, entry = lowered.compile().as_text().split("\nENTRY ")
         local_head = 12 * 256 // 2  # of the larger one; vocabulary over two devices
         # In the loop, sums over the vocabulary of a chunk's 4 tokens per device: maxima of both

@@ -10,9 +10,14 @@ import pytest
 from devices import needs_hopper
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from distill.kernels.linear_divergence import pallas_gpu, sweeps
+from distill.kernels.linear_divergence import (
+    DivergenceTerm,
+    TermSum,
+    cross_entropy,
+    pallas_gpu,
+    sweeps,
+)
 from distill.kernels.linear_divergence.pallas_gpu import Config, Sweeps
-from distill.kernels.linear_divergence.token_losses import CrossEntropyLoss, DivergenceLoss
 from distill.losses.divergences import get_divergence
 
 # Relative to the largest value of a result: sums of float32 in another order, exponents rounded
@@ -32,7 +37,25 @@ def everything(log_p, log_q):
     return smooth * jax.lax.stop_gradient(q) + jnp.where(jnp.isfinite(log_q), roots * p, 0.0)
 
 
-JSD = functools.partial(get_divergence, "jsd", jsd_beta=0.2)
+def likely(log_p, log_q, is_target):
+    """A term that looks at the target."""
+    return jnp.where(is_target, jnp.exp(log_q - log_p), 0.0)
+
+
+JSD = DivergenceTerm(get_divergence("jsd", jsd_beta=0.2))
+SUM = DivergenceTerm(get_divergence("forward")), cross_entropy, likely, JSD
+
+
+def loss_of(*terms, temperature=1.0):
+    """Of pointwise terms, or of one divergence (by name or as a function)."""
+    terms = [get_divergence(term) if term in BUILT_IN else term for term in terms]
+    known = (cross_entropy, likely)
+    return TermSum.of(
+        *(x if x in known or isinstance(x, DivergenceTerm) else DivergenceTerm(x) for x in terms),
+        temperature=temperature,
+    )
+
+
 BUILT_IN = "forward", "reverse", "mixed", "jsd", "skew_forward", "skew_reverse"
 
 
@@ -57,13 +80,16 @@ def make_problem(num_tokens, width_s, width_t, num_columns, *, scale=3.0):
 
 def sums_and_gradient(implementation, loss, dtype, logits, statistics, weights_c):
     sums = implementation.term_sums(loss, logits, statistics)
-    gradient_cv = implementation.gradient(loss, logits, statistics, sums[1], weights_c, dtype=dtype)
+    weights = [weights_c / (1 + i) for i in range(len(loss.terms))]
+    gradient_cv = implementation.gradient(loss, logits, statistics, sums[1], weights, dtype=dtype)
     return sums, gradient_cv
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def all_sweeps(implementation, loss, dtype, logits, weights_c):
-    statistics = implementation.statistics(logits, temperature=loss.temperature)
+    # The entropy with sums of terms, whose weights may ask for it.
+    options = dict(temperature=loss.temperature, entropy=len(loss.terms) > 1)
+    statistics = implementation.statistics(logits, **options)
     rest = sums_and_gradient(implementation, loss, dtype, logits, statistics, weights_c)
     return statistics, *rest
 
@@ -74,8 +100,8 @@ def assert_agree(implementation, loss, problem, dtype):
     for field in dataclasses.fields(sweeps.Statistics):
         values = (getattr(statistics, field.name) for statistics in (actual[0], expected[0]))
         assert_close(*values, jnp.float32, field.name)
-    for name, *values in zip(("terms", "slopes"), actual[1], expected[1], strict=True):
-        assert_close(*values, jnp.float32, name)
+    for values in zip(*map(jax.tree.leaves, (actual[1], expected[1])), strict=True):
+        assert_close(*values, jnp.float32, "terms and slopes")
     assert actual[2].dtype == dtype
     assert_close(actual[2], expected[2], dtype, "gradient")
     assert not np.asarray(actual[2][:, int(problem[0].num_columns) :], np.float32).any()
@@ -106,15 +132,16 @@ ONE_PIECE, TWO_PIECES = Config(256, 256, 3), Config(256, 128, 2)
 @pytest.mark.parametrize(
     "config, num_tokens, shape, loss, dtype, scale",
     [
-        (TWO_PIECES, 7, LARGE, DivergenceLoss(JSD(), 1.0), jnp.float32, 3.0),
-        (ONE_PIECE, 1, LARGE, DivergenceLoss(JSD(), 1.7), jnp.bfloat16, 80.0),
-        (ONE_PIECE, 7, SMALL, DivergenceLoss(get_divergence("forward"), 1.7), jnp.float32, 3.0),
-        (ONE_PIECE, 7, SMALL, DivergenceLoss(everything, 1.0), jnp.float32, 3.0),
+        (TWO_PIECES, 7, LARGE, loss_of(JSD), jnp.float32, 3.0),
+        (ONE_PIECE, 1, LARGE, loss_of(JSD, temperature=1.7), jnp.bfloat16, 80.0),
+        (ONE_PIECE, 7, SMALL, loss_of("forward", temperature=1.7), jnp.float32, 3.0),
+        (ONE_PIECE, 7, SMALL, loss_of(everything), jnp.float32, 3.0),
         # The student's array the wider one: its last columns are zeros of a further tile.
-        (ONE_PIECE, 2, (1600, 1192, 1187), DivergenceLoss(hellinger, 1.0), jnp.bfloat16, 80.0),
-        (ONE_PIECE, 20, SMALL, DivergenceLoss(hellinger, 1.0), jnp.float32, 80.0),
-        (ONE_PIECE, 7, (1192, None, 1187), CrossEntropyLoss(), jnp.float32, 80.0),
-        (TWO_PIECES, 1, (38, None, 33), CrossEntropyLoss(1.7), jnp.bfloat16, 3.0),
+        (ONE_PIECE, 2, (1600, 1192, 1187), loss_of(hellinger), jnp.bfloat16, 80.0),
+        (ONE_PIECE, 20, SMALL, loss_of(hellinger), jnp.float32, 80.0),
+        (ONE_PIECE, 7, (1192, None, 1187), loss_of(cross_entropy), jnp.float32, 80.0),
+        (ONE_PIECE, 7, SMALL, loss_of(*SUM, temperature=1.7), jnp.float32, 3.0),
+        (TWO_PIECES, 1, (38, None, 33), loss_of(cross_entropy, temperature=1.7), jnp.bfloat16, 3.0),
     ],
 )
 def test_interpreted_agrees_with_definition(config, num_tokens, shape, loss, dtype, scale):
@@ -149,11 +176,11 @@ def lowered_for_h200(function, width_s, width_t, *more) -> str:
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("divergence", [*BUILT_IN, hellinger, everything])
-def test_lowers_for_h200(divergence):
-    if divergence in BUILT_IN:
-        divergence = get_divergence(divergence)
-    loss = DivergenceLoss(divergence, 1.7)
+@pytest.mark.parametrize(
+    "terms", [*((name,) for name in BUILT_IN), (hellinger,), (everything,), SUM]
+)
+def test_lowers_for_h200(terms):
+    loss = loss_of(*terms, temperature=1.7)
     function = functools.partial(sums_and_gradient, Sweeps(), loss, jnp.bfloat16)
     statistics = sweeps.Statistics(*[array(1024)] * 10)
     text = lowered_for_h200(function, 151936, 152064, statistics, array(1024))
@@ -162,7 +189,7 @@ def test_lowers_for_h200(divergence):
 
 @pytest.mark.parametrize("width_s, width_t", [(151936, 152064), (152064, 151936), (151936, None)])
 def test_float32_gradient_is_written_over_the_logits(width_s, width_t):
-    loss = DivergenceLoss(JSD(), 1.0) if width_t else CrossEntropyLoss()
+    loss = loss_of(JSD) if width_t else loss_of(cross_entropy)
     function = functools.partial(all_sweeps, Sweeps(), loss, jnp.float32)
     text = lowered_for_h200(function, width_s, width_t, array(1024))
     assert text.count("custom_call @mosaic_gpu") == 3
@@ -195,16 +222,14 @@ def test_bad_config(tile, lanes, stages):
         (300, (152064, 151936, 151665), 3.0, 1.7, jnp.float32),
     ],
 )
-@pytest.mark.parametrize("divergence", [*BUILT_IN, hellinger])
-def test_compiled_agrees_with_definition(divergence, num_tokens, shape, scale, temperature, dtype):
-    if divergence in BUILT_IN:
-        divergence = get_divergence(divergence)
+@pytest.mark.parametrize("terms", [*((name,) for name in BUILT_IN), (hellinger,), SUM])
+def test_compiled_agrees_with_definition(terms, num_tokens, shape, scale, temperature, dtype):
     problem = make_problem(num_tokens, *shape, scale=scale)
-    assert_agree(Sweeps(), DivergenceLoss(divergence, temperature), problem, dtype)
+    assert_agree(Sweeps(), loss_of(*terms, temperature=temperature), problem, dtype)
 
 
 @needs_hopper
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_compiled_cross_entropy_agrees_with_definition(dtype):
     problem = make_problem(300, 151936, None, 151665, scale=80.0)
-    assert_agree(Sweeps(), CrossEntropyLoss(), problem, dtype)
+    assert_agree(Sweeps(), loss_of(cross_entropy), problem, dtype)

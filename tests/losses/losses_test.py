@@ -7,15 +7,17 @@ import pytest
 
 from distill.base.errors import UserError
 from distill.kernels.linear_divergence import linear_divergence
-from distill.losses import divergences
+from distill.losses import divergences, weights
 from distill.losses.divergences import (
     get_divergence,
     get_loss,
     is_pointwise,
     register_divergence,
     register_loss,
+    register_term,
 )
-from distill.losses.objective import lambda_coin, make_objective, sample_coins, token_weights
+from distill.losses.objective import make_objective
+from distill.losses.weights import register_weight, token_weights
 
 # (name, parameter) with the parameter of the divergence that has one.
 CASES = [
@@ -157,7 +159,8 @@ def test_parameters_are_not_mixed_up():
 @pytest.fixture
 def registry(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(divergences._LOSSES, "_parts", dict(divergences._LOSSES._parts))
+    for known in (divergences._LOSSES, weights._WEIGHTS):
+        monkeypatch.setattr(known, "_parts", dict(known._parts))
 
 
 class TestRegistry:
@@ -210,6 +213,122 @@ def objective_inputs():
     targets_br = jnp.asarray(rng.integers(0, 10, (4, 6)))
     mask_br = jnp.arange(6) < jnp.array([6, 1, 3, 0])[:, None]
     return arrays, targets_br, mask_br
+
+
+def objective_gradient(objective, arrays, targets_br, weights_br, **columns):
+    """By the student's hidden states and head."""
+
+    def loss(hidden_s, head_s):
+        arguments = hidden_s, head_s, *arrays[2:], targets_br, weights_br
+        return objective(*arguments, vocab_size=10, columns=columns)[0]
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*arrays[:2])
+
+
+class TestTermsAndWeights:
+    def test_terms_add_up(self, registry):
+        @register_term("unlikely")
+        def unlikely(log_p, log_q, is_target):
+            return jnp.where(is_target, jnp.exp(log_q - log_p), 0.0)
+
+        arrays, targets_br, mask_br = objective_inputs()
+        batch = arrays, targets_br, token_weights(mask_br, 10)
+        advantage = jnp.sin(jnp.arange(24.0)).reshape(4, 6)
+        terms = "reverse:0.3", "policy_gradient:-2", "cross_entropy:0.1", "unlikely"
+        whole = objective_gradient(make_objective("jsd", terms=terms), *batch, advantage=advantage)
+        # Every one alone: beside a divergence, less that divergence.
+        alone = objective_gradient(make_objective("forward"), *batch)
+        parts = [objective_gradient(make_objective("jsd"), *batch)]
+        for term in terms:
+            objective = make_objective("forward", terms=(term,))
+            both = objective_gradient(objective, *batch, advantage=advantage)
+            parts.append(jax.tree.map(jnp.subtract, both, alone))
+        for total, *each in zip(*map(jax.tree.leaves, (whole, *parts)), strict=True):
+            np.testing.assert_allclose(total, sum(each), rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+    def test_expected_policy_gradient_is_that_of_what_it_is_the_advantage_of(self, implementation):
+        """Every token of the vocabulary as often as the student samples it, by its log p - log q:
+        the gradient of KL(q||p)."""
+        logits_s, logits_t = random_logits(0, shape=(1, 10)), random_logits(1, shape=(1, 10))
+        log_q, log_p = log_softmax64(logits_s), log_softmax64(logits_t)
+        eye, targets_br = jnp.eye(10), jnp.arange(10)[None]
+        objective = make_objective(
+            "forward", terms=("policy_gradient", "forward:-1"), implementation=implementation
+        )
+
+        def loss(logits_s):
+            hidden = (jnp.broadcast_to(x, (1, 10, 10)) for x in (logits_s, logits_t))
+            hidden_s, hidden_t = hidden
+            arguments = hidden_s, eye, hidden_t, eye, targets_br, jnp.float32(np.exp(log_q))
+            columns = {"advantage": jnp.float32(log_p - log_q)}
+            return objective(*arguments, vocab_size=10, columns=columns)[0]
+
+        _, gradient = expected("reverse", None, logits_s, logits_t)
+        found = jax.jit(jax.grad(loss))(jnp.asarray(logits_s))
+        np.testing.assert_allclose(found, gradient, rtol=1e-4, atol=2e-6)
+
+    def test_weights_multiply_and_carry_no_gradient(self, registry):
+        @register_weight("certain", teacher_entropy=True)
+        def certain(statistics, columns):
+            return jnp.exp(-statistics.teacher_entropy) * columns["trust"]
+
+        arrays, targets_br, mask_br = objective_inputs()
+        trust = jnp.cos(jnp.arange(24.0)).reshape(4, 6)
+        log_p = log_softmax64(np.einsum("btd,dv->btv", *arrays[2:])[..., :10].astype(np.float64))
+        factor = np.exp((np.exp(log_p) * log_p).sum(-1)) * trust
+        weights_br = token_weights(mask_br, 10)
+        ours = objective_gradient(
+            make_objective("jsd", weights=("certain",)), arrays, targets_br, weights_br, trust=trust
+        )
+        plain = objective_gradient(make_objective("jsd"), arrays, targets_br, factor * weights_br)
+        for ours_x, plain_x in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
+            np.testing.assert_allclose(ours_x, plain_x, rtol=1e-4, atol=1e-6)
+
+    def test_alone_is_the_divergence(self):
+        objective = make_objective("jsd", terms=("cross_entropy",), importance_clip=2.0)
+        assert objective != make_objective("jsd") == objective.alone
+
+    def test_a_column_that_is_missing_is_named(self):
+        arrays, targets_br, mask_br = objective_inputs()
+        batch = arrays, targets_br, token_weights(mask_br, 10)
+        with pytest.raises(UserError, match="weight advantage .* column 'advantage'.* has trust"):
+            objective = make_objective("forward", terms=("policy_gradient",))
+            objective_gradient(objective, *batch, trust=jnp.ones((4, 6)))
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (dict(terms=("crossentropy",)), "objective.terms names 'crossentropy'.*cross_entropy,"),
+            (dict(terms=("reverse:x",)), "objective.terms=reverse:x: 'x' is not a finite number"),
+            (dict(terms=("reverse",), hard_labels=True), "terms=reverse reads the teacher's"),
+            (dict(terms=("pair",), top_k_teacher=True), "terms=pair reads the teacher's"),
+            (dict(terms=("row",)), "'row': known are cross_entropy, forward"),
+            (dict(kl_type="cross_entropy"), "kl_type names 'cross_entropy': known are forward"),
+            (dict(kl_type="row", terms=("reverse",)), "terms=reverse cannot be added to .*row"),
+            (
+                dict(weights=("sure",), top_k_teacher=True),
+                "names 'sure', which asks for the .*local",
+            ),
+            (
+                dict(weights=("surer",)),
+                "objective.weights names 'surer': known are advantage, sure",
+            ),
+        ],
+    )
+    def test_what_does_not_go_together(self, registry, options, words):
+        register_term("pair")(lambda log_p, log_q, is_target: log_p * log_q)
+        register_weight("sure", teacher_entropy=True)(lambda statistics, columns: 1.0)
+        register_loss("row")(lambda log_p_cv, log_q_cv, targets_c: log_q_cv[:, 0])
+        with pytest.raises(UserError, match=words) as error:
+            make_objective(**dict(kl_type="forward") | options)
+        assert "\n" not in str(error.value)
+
+    def test_what_goes_together(self):
+        make_objective(
+            "forward", terms=("cross_entropy",), top_k_teacher=True, weights=("advantage",)
+        )
+        make_objective("forward", terms=("policy_gradient",), hard_labels=True)
 
 
 class TestObjective:
@@ -289,38 +408,3 @@ class TestObjective:
             make_objective("kl")
         with pytest.raises(UserError, match="'mosaic'.*reference, chunked"):
             make_objective("forward", implementation="mosaic")
-
-
-def within_binomial_bounds(heads, tosses, probability):
-    deviation = math.sqrt(tosses * probability * (1 - probability))
-    return abs(heads - tosses * probability) <= 4 * deviation  # 6 in 100000 fail, for a fixed seed
-
-
-class TestCoins:
-    def test_frequency_over_steps(self):
-        heads = sum(lambda_coin(0, step, 0.3) for step in range(200))
-        assert within_binomial_bounds(heads, 200, 0.3)
-
-    def test_frequency_over_prompts(self):
-        coins_b = sample_coins(0, 7, jnp.arange(20_000), 0.7)
-        assert within_binomial_bounds(int(coins_b.sum()), 20_000, 0.7)
-
-    def test_certain_coins(self):
-        assert all(lambda_coin(1, step, 1.0) is True for step in range(100))
-        assert all(lambda_coin(1, step, 0.0) is False for step in range(100))
-        assert sample_coins(1, 0, jnp.arange(20_000), 1.0).all()
-        assert not sample_coins(1, 0, jnp.arange(20_000), 0.0).any()
-
-    def test_a_function_of_seed_and_step(self):
-        def tosses(seed):
-            return [lambda_coin(seed, step, 0.5) for step in range(40)]
-
-        assert tosses(3) == tosses(3)
-        assert tosses(3) != tosses(4)
-
-    def test_a_function_of_the_prompt_not_of_its_place_in_the_batch(self):
-        coins_b = sample_coins(0, 5, jnp.arange(64), 0.5)
-        np.testing.assert_array_equal(
-            sample_coins(0, 5, jnp.arange(63, -1, -1), 0.5), coins_b[::-1]
-        )
-        assert (coins_b != sample_coins(0, 6, jnp.arange(64), 0.5)).any()

@@ -1,24 +1,39 @@
 """Losses fused with the output heads of student and teacher; see api.py."""
 
 from distill.kernels.linear_divergence.api import (
-    linear_cross_entropy,
     linear_divergence,
-    linear_divergence_top_k,
     linear_loss,
     per_token_divergences,
     resolve_implementation,
 )
 from distill.kernels.linear_divergence.compaction import weighted_first
-from distill.kernels.linear_divergence.token_losses import TokenValues, check_pointwise
+from distill.kernels.linear_divergence.token_losses import (
+    DivergenceTerm,
+    RowLoss,
+    Term,
+    TermSum,
+    TokenStatistics,
+    TokenValues,
+    check_pointwise,
+    cross_entropy,
+    reads_teacher,
+)
+from distill.kernels.linear_divergence.topk import TopK
 
 __all__ = [
+    "DivergenceTerm",
+    "RowLoss",
+    "Term",
+    "TermSum",
+    "TokenStatistics",
     "TokenValues",
+    "TopK",
     "check_pointwise",
-    "linear_cross_entropy",
+    "cross_entropy",
     "linear_divergence",
-    "linear_divergence_top_k",
     "linear_loss",
     "per_token_divergences",
+    "reads_teacher",
     "resolve_implementation",
     "weighted_first",
 ]

@@ -18,15 +18,17 @@ that cannot run here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence import loop, reference
 from distill.kernels.linear_divergence.sweeps import Sweeps, XlaSweeps
 from distill.kernels.linear_divergence.token_losses import (
-    CrossEntropyLoss,
-    DivergenceLoss,
+    DivergenceTerm,
     RowLoss,
+    TermSum,
     TokenValues,
     check_pointwise,
 )
@@ -34,6 +36,43 @@ from distill.kernels.linear_divergence.topk import TopK
 from distill.kernels.platform import cuda_capability, device_kind, is_old_tpu, platform
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas")
+
+
+def linear_loss(
+    loss: TermSum | RowLoss,
+    hidden_s: jax.Array,
+    head_s: jax.Array,
+    teacher: jax.Array | TopK | None,
+    head_t: jax.Array | None,
+    weights: jax.Array,
+    *,
+    targets: jax.Array | None = None,
+    columns: Mapping[str, jax.Array] | None = None,
+    vocab_size: int,
+    implementation: str | Sweeps | None = None,
+    chunk: int | None = None,
+) -> tuple[jax.Array, TokenValues]:
+    """The sum over tokens of weights * loss, and the values per token.
+
+    Args:
+      loss: a sum of terms; or a loss of whole rows, which sees a chunk of tokens at a time.
+      teacher: its hidden states; or, with `head_t` None, a TopK at the loss's temperature, or
+        nothing, for terms that do not look at it. Of a TopK, divergences see k tokens and one
+        bucket; `log_prob_t` of a target that is not among the k is the log-mass of the bucket.
+      columns: (T, ...) by name, for the loss's weights.
+    """
+    if not loss.temperature > 0:
+        raise ValueError(f"temperature={loss.temperature} is not positive")
+    if not isinstance(loss, RowLoss):
+        for term in loss.terms:
+            check_pointwise(term.function)
+    fused = not isinstance(loss, RowLoss) and not isinstance(teacher, TopK)
+    implementation = resolve_implementation(implementation, fused=fused)
+    tokens = _tokens(hidden_s, head_s, teacher, head_t, targets, weights, columns or {}, vocab_size)
+    if implementation == "reference":
+        return reference.linear_token_loss(loss, tokens, head_s, head_t, vocab_size)
+    options = _options(implementation, vocab_size, chunk)
+    return loop.linear_token_loss(loss, options, tokens, head_s, head_t)
 
 
 def linear_divergence(
@@ -45,92 +84,16 @@ def linear_divergence(
     *,
     divergence,
     temperature: float = 1.0,
-    vocab_size: int,
-    targets: jax.Array | None = None,
-    implementation: str | Sweeps | None = None,
-    chunk: int | None = None,
+    **options,
 ) -> tuple[jax.Array, TokenValues]:
     """sum_t weights_t * D_t, D_t = sum_v divergence(log p, log q), and the values per token.
 
     `divergence` is a hashable pointwise function of (log_p, log_q); `temperature` divides the
-    logits of both models. ValueError also for a divergence that is not pointwise.
+    logits of both models; for the rest see `linear_loss`. ValueError also for a divergence that is
+    not pointwise.
     """
-    loss = _divergence_loss(divergence, temperature)
-    arrays = hidden_s, head_s, hidden_t, head_t, targets, weights
-    return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
-
-
-def linear_divergence_top_k(
-    hidden_s: jax.Array,
-    head_s: jax.Array,
-    teacher_ids: jax.Array,
-    teacher_log_probs: jax.Array,
-    weights: jax.Array,
-    *,
-    divergence,
-    temperature: float = 1.0,
-    vocab_size: int,
-    targets: jax.Array | None = None,
-    implementation: str | None = None,
-    chunk: int | None = None,
-) -> tuple[jax.Array, TokenValues]:
-    """`linear_divergence` from a teacher known by k tokens, all others being one bucket (topk.py).
-
-    Args:
-      teacher_ids: int (T, k), distinct in a row; one outside of the vocabulary is absent (fewer
-        than k are known), its probability being part of the bucket.
-      teacher_log_probs: float32 (T, k), already at `temperature`, which divides the student's
-        logits only: a tail cannot be tempered afterwards.
-
-    `log_prob_t` of a target that is not among the k is the log-mass of the bucket.
-    """
-    if teacher_ids.ndim != 2 or teacher_ids.shape != teacher_log_probs.shape:
-        raise ValueError(
-            f"teacher_ids {teacher_ids.shape} and teacher_log_probs {teacher_log_probs.shape} "
-            "must both be (T, k)"
-        )
-    loss = _divergence_loss(divergence, temperature)
-    teacher = TopK(_within(teacher_ids, vocab_size), teacher_log_probs.astype(jnp.float32))
-    arrays = hidden_s, head_s, teacher, None, targets, weights
-    return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
-
-
-def linear_cross_entropy(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    *,
-    vocab_size: int,
-    implementation: str | Sweeps | None = None,
-    chunk: int | None = None,
-) -> tuple[jax.Array, TokenValues]:
-    """sum_t -weights_t * log q_t(target_t), and the values per token, cross-entropy among them."""
-    arrays = hidden, head, None, None, targets, weights
-    return _linear_token_loss(CrossEntropyLoss(), *arrays, vocab_size, implementation, chunk)
-
-
-def linear_loss(
-    hidden_s: jax.Array,
-    head_s: jax.Array,
-    hidden_t: jax.Array,
-    head_t: jax.Array,
-    weights: jax.Array,
-    *,
-    loss_fn,
-    targets: jax.Array,
-    temperature: float = 1.0,
-    vocab_size: int,
-    implementation: str | None = None,
-    chunk: int | None = None,
-) -> tuple[jax.Array, TokenValues]:
-    """Like `linear_divergence` for any loss_fn(log_p_cv, log_q_cv, targets_c) -> loss_c, hashable.
-
-    It sees a chunk of tokens at a time, so the loss of a token may depend on that token's row only.
-    """
-    loss = RowLoss(loss_fn, _checked(temperature))
-    arrays = hidden_s, head_s, hidden_t, head_t, targets, weights
-    return _linear_token_loss(loss, *arrays, vocab_size, implementation, chunk)
+    loss = TermSum.of(DivergenceTerm(divergence), temperature=temperature)
+    return linear_loss(loss, hidden_s, head_s, hidden_t, head_t, weights, **options)
 
 
 def per_token_divergences(
@@ -141,10 +104,8 @@ def per_token_divergences(
     *,
     divergences: tuple,
     temperature: float = 1.0,
-    vocab_size: int,
     weights: jax.Array | None = None,
-    implementation: str | Sweeps | None = None,
-    chunk: int | None = None,
+    **options,
 ) -> jax.Array:
     """Several divergences of the same logits, float32 (len(divergences), T); for evaluation.
 
@@ -152,15 +113,10 @@ def per_token_divergences(
     """
     if not divergences:
         raise ValueError("divergences=(): give at least one")
-    losses = tuple(_divergence_loss(divergence, temperature) for divergence in divergences)
-    tokens = _tokens(hidden_s, head_s, hidden_t, head_t, None, weights, vocab_size)
-    tokens, head_s, head_t = jax.lax.stop_gradient((tokens, head_s, head_t))
-    implementation = resolve_implementation(implementation)
-    if implementation == "reference":
-        rows = [reference.token_values(loss, tokens, head_s, head_t, vocab_size) for loss in losses]
-        return jnp.stack([values.divergence for values in rows])
-    options = _options(implementation, vocab_size, chunk)
-    return loop.token_values(losses, options, tokens, head_s, head_t).divergence
+    loss = TermSum.of(*map(DivergenceTerm, divergences), temperature=temperature)
+    weights = jnp.ones(hidden_s.shape[0]) if weights is None else weights
+    arrays = jax.lax.stop_gradient((hidden_s, head_s, hidden_t, head_t, weights))
+    return jnp.stack(linear_loss(loss, *arrays, **options)[1].terms)
 
 
 def resolve_implementation(
@@ -210,17 +166,6 @@ def _is_too_old() -> bool:
     return not described and cuda_capability() < 9
 
 
-def _divergence_loss(divergence, temperature: float) -> DivergenceLoss:
-    check_pointwise(divergence)
-    return DivergenceLoss(divergence, _checked(temperature))
-
-
-def _checked(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} is not positive")
-    return float(temperature)
-
-
 def _within(ids, vocab_size: int) -> jax.Array:
     """int32 ids, -1 for those outside of the vocabulary."""
     return jnp.where((0 <= ids) & (ids < vocab_size), ids, -1).astype(jnp.int32)
@@ -245,28 +190,9 @@ def _sweeps(implementation: str | Sweeps) -> Sweeps:
     return kernels.Sweeps()
 
 
-def _linear_token_loss(
-    loss,
-    hidden_s,
-    head_s,
-    teacher,
-    head_t,
-    targets,
-    weights,
-    vocab_size: int,
-    implementation,
-    chunk: int | None,
-) -> tuple[jax.Array, TokenValues]:
-    fused = not isinstance(loss, RowLoss) and not isinstance(teacher, TopK)
-    implementation = resolve_implementation(implementation, fused=fused)
-    tokens = _tokens(hidden_s, head_s, teacher, head_t, targets, weights, vocab_size)
-    if implementation == "reference":
-        return reference.linear_token_loss(loss, tokens, head_s, head_t, vocab_size)
-    options = _options(implementation, vocab_size, chunk)
-    return loop.linear_token_loss(loss, options, tokens, head_s, head_t)
-
-
-def _tokens(hidden_s, head_s, teacher, head_t, targets, weights, vocab_size: int) -> loop.Tokens:
+def _tokens(
+    hidden_s, head_s, teacher, head_t, targets, weights, columns, vocab_size: int
+) -> loop.Tokens:
     """The arguments bundled, once they agree; -1 stands for no target."""
     _check_model("_s", hidden_s, head_s, vocab_size)
     num_tokens = hidden_s.shape[0]
@@ -276,15 +202,22 @@ def _tokens(hidden_s, head_s, teacher, head_t, targets, weights, vocab_size: int
         _check_model("_t", teacher, head_t, vocab_size)
         if teacher.shape[0] != num_tokens:
             raise ValueError(f"hidden_t {teacher.shape} is not of {num_tokens} tokens")
-    if isinstance(teacher, TopK) and teacher.ids_tk.shape[0] != num_tokens:
-        raise ValueError(f"teacher_ids {teacher.ids_tk.shape} are not of {num_tokens} tokens")
-    for name, array in (("targets", targets), ("weights", weights)):
-        if array is not None and array.shape != (num_tokens,):
-            raise ValueError(f"{name} {array.shape} must be ({num_tokens},), one for each token")
+    if isinstance(teacher, TopK):
+        ids, log_probs = teacher.ids_tk, teacher.log_probs_tk
+        if ids.ndim != 2 or ids.shape != log_probs.shape:
+            raise ValueError(
+                f"the teacher's ids {ids.shape} and log-probabilities "
+                f"{log_probs.shape} must both be (T, k)"
+            )
+        if len(ids) != num_tokens:
+            raise ValueError(f"the teacher's ids {ids.shape} are not of {num_tokens} tokens")
+        teacher = TopK(_within(ids, vocab_size), log_probs.astype(jnp.float32))
     targets = jnp.full(num_tokens, -1, jnp.int32) if targets is None else targets
-    weights = jnp.ones(num_tokens) if weights is None else weights
+    for name, array in dict(targets=targets, weights=weights).items():
+        if array.shape != (num_tokens,):
+            raise ValueError(f"{name} {array.shape} must be ({num_tokens},), one for each token")
     targets, weights = _within(targets, vocab_size), weights.astype(jnp.float32)
-    return loop.Tokens(hidden_s, teacher, targets, weights)
+    return loop.Tokens(hidden_s, teacher, targets, weights, dict(columns))
 
 
 def _check_model(suffix: str, hidden, head, vocab_size: int) -> None:

@@ -17,11 +17,22 @@ from distill.kernels.linear_divergence.sweeps import (
     Projection,
     Statistics,
     Sweeps,
+    XlaSweeps,
+    gradient,
     gradient_products,
     relative_to,
     weighted,
 )
-from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
+from distill.kernels.linear_divergence.token_losses import (
+    DivergenceTerm,
+    RowLoss,
+    TermSum,
+    TokenStatistics,
+    TokenValues,
+    kls,
+    term_weights,
+    weighted_sum,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +61,39 @@ class Block:
         return jax.lax.pmax(tree, self.vocab_axes) if self.vocab_axes else tree
 
 
-def values(losses: tuple, sweeps: Sweeps, block: Block) -> TokenValues:
-    """The values per token; `divergence` has a row for each of the losses, (len(losses), c)."""
-    divergence_nc = jnp.stack([_sums(loss, sweeps, block)[0] for loss in losses])
-    return _token_values(divergence_nc, block)
+def values(loss, sweeps: Sweeps, block: Block, weights_c, columns) -> tuple:
+    """(TokenValues, weighted loss) of each token; `columns` are what weights are made from."""
+    log_probs = _target_log_probs(block)
+    weights = _term_weights(loss, block, weights_c, columns, log_probs)
+    if isinstance(loss, RowLoss):
+        terms = (loss.values(*_whole_rows(block)),)
+    elif block.top_k is not None:
+        terms, _ = _top_k_gradient(loss, block, weights)
+    else:
+        terms, _ = _sums(loss, sweeps, block)
+    return TokenValues(terms, *log_probs), weighted_sum(weights, terms)
 
 
 def values_and_gradients(
-    loss, sweeps: Sweeps, block: Block, weights_c, student: Projection, head_gradient_dv
+    loss, sweeps: Sweeps, block: Block, weights_c, columns, student: Projection, head_gradient_dv
 ):
-    """(values per token, head_gradient_dv with the block's part added, hidden states' gradient).
+    """(values and loss as above, head_gradient_dv with the block's part added, hidden states'
+    gradient).
 
-    Gradients are of sum_c weights_c * loss_c, float32, from this shard's columns.
+    Gradients are of the sum of the losses, float32, from this shard's columns.
     """
-    is_row_loss = isinstance(loss, RowLoss)
-    if is_row_loss or block.top_k is not None:
-        gradient_of = _row_gradient if is_row_loss else topk.gradient
-        divergence_c, gradient_cv = gradient_of(loss, block, weights_c)
+    log_probs = _target_log_probs(block)
+    weights = _term_weights(loss, block, weights_c, columns, log_probs)
+    if isinstance(loss, RowLoss) or block.top_k is not None:
+        gradient_of = _row_gradient if isinstance(loss, RowLoss) else _top_k_gradient
+        terms, gradient_cv = gradient_of(loss, block, weights)
         gradient_cv = gradient_cv.astype(student.hidden_cd.dtype)
         gradients = gradient_products(gradient_cv, student, head_gradient_dv)
     else:
-        divergence_c, slope_sum_c = _sums(loss, sweeps, block)
-        rows = block.logits, block.statistics, slope_sum_c, weights_c
+        terms, slope_sums = _sums(loss, sweeps, block)
+        rows = block.logits, block.statistics, slope_sums, weights
         gradients = sweeps.gradient_products(loss, *rows, student, head_gradient_dv)
-    return _token_values(divergence_c, block), *gradients
+    return (TokenValues(terms, *log_probs), weighted_sum(weights, terms)), *gradients
 
 
 def combined(local: Statistics, temperature: float, vocab_axes: tuple[str, ...]) -> Statistics:
@@ -87,19 +107,20 @@ def combined(local: Statistics, temperature: float, vocab_axes: tuple[str, ...])
     return Statistics(**totals | jax.lax.psum(sums, vocab_axes))
 
 
-def _sums(loss, sweeps: Sweeps, block: Block):
-    """(loss, sum of slopes) per token; the second is None where no one needs it."""
-    if isinstance(loss, RowLoss):
-        return loss.values(*_whole_rows(block)), None
-    if block.top_k is not None:
-        return topk.losses(loss, block), None
-    sums = loss.sums(block.statistics)
-    if sums is None:
-        sums = block.sum(sweeps.term_sums(loss, block.logits, block.statistics))
-    return sums
+def _sums(loss: TermSum, sweeps: Sweeps, block: Block):
+    """Of every term, (sum of f, sum of slopes) per token: two tuples."""
+    sums = [term.sums(block.statistics, block.temperature) for term in loss.terms]
+    swept = [term for term, known in zip(loss.terms, sums, strict=True) if known is None]
+    if swept:
+        swept = dataclasses.replace(loss, terms=tuple(swept))
+        found = block.sum(sweeps.term_sums(swept, block.logits, block.statistics))
+        found = zip(*found, strict=True)
+        sums = [next(found) if known is None else known for known in sums]
+    return tuple(zip(*sums, strict=True))
 
 
-def _token_values(divergence, block: Block):
+def _target_log_probs(block: Block) -> tuple[jax.Array, jax.Array]:
+    """Student's and teacher's log-probability of the targets, 0 where there is none."""
     statistics, temperature = block.statistics, block.temperature
     log_prob_s = statistics.target_s - temperature * statistics.max_s
     log_prob_s -= jnp.log(statistics.plain_sum_s)
@@ -111,8 +132,17 @@ def _token_values(divergence, block: Block):
         log_prob_t = statistics.target_t - temperature * statistics.max_t
         log_prob_t -= jnp.log(statistics.plain_sum_t)
     has_target_c = block.logits.targets_c + block.first_column >= 0
-    log_probs = (jnp.where(has_target_c, x_c, 0.0) for x_c in (log_prob_s, log_prob_t))
-    return TokenValues(divergence, *log_probs)
+    return tuple(jnp.where(has_target_c, x_c, 0.0) for x_c in (log_prob_s, log_prob_t))
+
+
+def _term_weights(loss, block: Block, weights_c, columns, log_probs) -> tuple[jax.Array, ...]:
+    statistics, divergences, entropy = block.statistics, (None, None), None
+    if statistics.max_t is not None:
+        divergences = kls(statistics)
+    if statistics.entropy_t is not None:
+        entropy = jnp.log(statistics.sum_t) - statistics.entropy_t / statistics.sum_t
+    known = TokenStatistics(*log_probs, *divergences, entropy)
+    return term_weights(loss, weights_c, known, columns)
 
 
 def _whole_rows(block: Block):
@@ -127,14 +157,32 @@ def _whole_rows(block: Block):
     return logits_s_cv, logits_t_cv, block.logits.targets_c + block.first_column
 
 
-def _row_gradient(loss: RowLoss, block: Block, weights_c):
+def _top_k_gradient(loss: TermSum, block: Block, weights):
+    """Terms and the gradient by the logits: divergences over the teacher's outcomes, all other
+    terms over the vocabulary, without a teacher."""
+    terms, gradient_cv = [], 0.0
+    for term, weights_c in zip(loss.terms, weights, strict=True):
+        if isinstance(term.function, DivergenceTerm):
+            term_c, added_cv = topk.gradient(term.function, block, weights_c)
+        else:
+            alone = dataclasses.replace(loss, terms=(term,))
+            (term_c,), slope_sums = _sums(alone, XlaSweeps(), block)
+            rows = block.logits, block.statistics, slope_sums, (weights_c,)
+            added_cv = gradient(alone, *rows, dtype=jnp.float32)
+        terms.append(term_c)
+        gradient_cv += added_cv
+    return tuple(terms), gradient_cv
+
+
+def _row_gradient(loss: RowLoss, block: Block, weights):
     logits_s_cv, logits_t_cv, targets_c = _whole_rows(block)
     losses_c, pull_back = jax.vjp(
         lambda logits_cv: loss.values(logits_cv, logits_t_cv, targets_c), logits_s_cv
     )
     (gradient_cv,) = pull_back(jnp.ones_like(losses_c))
-    gradient_cv = weighted(gradient_cv, weights_c)
+    gradient_cv = weighted(gradient_cv, *weights)
     width = block.logits.student_cv.shape[1]
     # This shard's columns of it; behind the vocabulary's end there are zeros.
     gradient_cv = jnp.pad(gradient_cv, ((0, 0), (0, width)))
-    return losses_c, jax.lax.dynamic_slice_in_dim(gradient_cv, block.first_column, width, axis=1)
+    gradient_cv = jax.lax.dynamic_slice_in_dim(gradient_cv, block.first_column, width, axis=1)
+    return (losses_c,), gradient_cv

@@ -24,7 +24,11 @@ from jax.sharding import PartitionSpec
 from distill.base.sharding import mesh_axes, num_shards, partition_spec
 from distill.kernels.linear_divergence import block as blocks
 from distill.kernels.linear_divergence.sweeps import Projection, Sweeps
-from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
+from distill.kernels.linear_divergence.token_losses import (
+    RowLoss,
+    TokenValues,
+    asks_teacher_entropy,
+)
 
 LANES = 128  # of a TPU: a shard's columns are a multiple, so that none straddles a tile
 # The walk ends with a whole chunk, so more chunks compute fewer tokens without weight; below the
@@ -49,43 +53,43 @@ class Options:
 class Tokens:
     """What is cut into chunks, (T, ...) each: hidden states, targets (-1: none), loss weights.
 
-    `teacher_t` is the teacher's hidden states, a TopK, or None.
+    `teacher_t` is the teacher's hidden states, a TopK, or None; `columns` are by name what the
+    loss's own weights read.
     """
 
     hidden_s_td: jax.Array
     teacher_t: Any
     targets_t: jax.Array
     weights_t: jax.Array
+    columns: dict[str, jax.Array]
 
 
-def token_values(losses: tuple, options: Options, tokens: Tokens, head_s_dv, head_t_dv):
-    """Forward only: TokenValues of (T,) each, `divergence` (len(losses), T)."""
+def token_values(loss, options: Options, tokens: Tokens, head_s_dv, head_t_dv):
+    """Forward only: (TokenValues, weighted loss), (T,) each."""
 
     def local(tokens, head_s_dv, head_t_dv):
         def chunk_values(carry, chunk):
-            block = _block(options, losses[0].temperature, chunk, head_s_dv, head_t_dv)
-            values = blocks.values(losses, options.sweeps, block)
-            return carry, dataclasses.replace(values, divergence=values.divergence.T)
+            block = _block(options, loss, chunk, head_s_dv, head_t_dv)
+            weighing = chunk.weights_t, chunk.columns
+            return carry, blocks.values(loss, options.sweeps, block, *weighing)
 
-        size = _chunk_size(options, losses[0], tokens, head_s_dv, head_t_dv)
+        size = _chunk_size(options, loss, tokens, head_s_dv, head_t_dv)
         return _weighted(_walk_chunks(chunk_values, None, tokens, size)[1], tokens.weights_t)
 
-    values = _on_shards(options, local, tokens, head_s_dv, head_t_dv, _token_spec())
-    values = _first(values, tokens.targets_t.shape[0])
-    return dataclasses.replace(values, divergence=values.divergence.T)
+    outputs = _on_shards(options, local, tokens, head_s_dv, head_t_dv, _token_spec())
+    return _first(outputs, tokens.targets_t.shape[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def linear_token_loss(
     loss, options: Options, tokens: Tokens, head_s_dv: jax.Array, head_t_dv: jax.Array | None
 ) -> tuple[jax.Array, TokenValues]:
-    """sum_t weights_t * loss_t and the values per token; differentiable by the student's two.
+    """The sum of the weighted losses and the values per token; differentiable by the student's two.
 
     Without differentiation this forward-only body runs; with it, `_forward_with_gradients` does.
     """
-    values = token_values((loss,), options, tokens, head_s_dv, head_t_dv)
-    values = dataclasses.replace(values, divergence=values.divergence[0])
-    return _weighted_sum(tokens.weights_t, values.divergence), values
+    values, losses_t = token_values(loss, options, tokens, head_s_dv, head_t_dv)
+    return jnp.sum(losses_t), values
 
 
 def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
@@ -94,12 +98,13 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
     def local(tokens, head_s_dv, head_t_dv):
         def chunk_step(carry, chunk):
             head_gradient_dv, memory = carry
-            block = _block(options, loss.temperature, chunk, head_s_dv, head_t_dv, memory)
+            block = _block(options, loss, chunk, head_s_dv, head_t_dv, memory)
             values, head_gradient_dv, hidden_gradient_cd = blocks.values_and_gradients(
                 loss,
                 sweeps,
                 block,
                 chunk.weights_t,
+                chunk.columns,
                 Projection(chunk.hidden_s_td, head_s_dv),
                 head_gradient_dv,
             )
@@ -127,8 +132,8 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
     )
     values, hidden_gradient_td = _first((values, hidden_gradient_td), tokens.targets_t.shape[0])
     head_gradient_dv = _with_columns(head_gradient_dv, head_s_dv.shape[1])
-    total = _weighted_sum(tokens.weights_t, values.divergence)
-    return (total, values), (hidden_gradient_td, head_gradient_dv)
+    values, losses_t = values
+    return (jnp.sum(losses_t), values), (hidden_gradient_td, head_gradient_dv)
 
 
 def _backward(loss, options, gradients, cotangents):
@@ -137,14 +142,14 @@ def _backward(loss, options, gradients, cotangents):
         (loss_cotangent * gradient).astype(gradient.dtype) for gradient in gradients
     )
     # None is a zero cotangent: teacher, targets and weights are constants of the loss.
-    return Tokens(hidden_gradient_td, None, None, None), head_gradient_dv, None
+    return Tokens(hidden_gradient_td, None, None, None, None), head_gradient_dv, None
 
 
 linear_token_loss.defvjp(_forward_with_gradients, _backward)
 
 
-def _block(options: Options, temperature: float, chunk: Tokens, head_s_dv, head_t_dv, memory=None):
-    vocab_axes = mesh_axes("act_vocab")
+def _block(options: Options, loss, chunk: Tokens, head_s_dv, head_t_dv, memory=None):
+    temperature, vocab_axes = loss.temperature, mesh_axes("act_vocab")
     width = head_s_dv.shape[1]
     first_column = jax.lax.axis_index(vocab_axes) * width if vocab_axes else 0
     num_columns = jnp.clip(options.vocab_size - first_column, 0, width).astype(jnp.int32)
@@ -154,6 +159,7 @@ def _block(options: Options, temperature: float, chunk: Tokens, head_s_dv, head_
         num_columns,
         memory,
         temperature=temperature,
+        entropy=asks_teacher_entropy(loss),
     )
     return blocks.Block(
         logits=logits,
@@ -170,11 +176,6 @@ def _projections(tokens: Tokens, head_s_dv, head_t_dv) -> tuple[Projection, Proj
     """Student and teacher, None for one without logits."""
     teacher = None if head_t_dv is None else Projection(tokens.teacher_t, head_t_dv)
     return Projection(tokens.hidden_s_td, head_s_dv), teacher
-
-
-def _weighted_sum(weights_t, losses_t):
-    # A token without weight has no say, even with an infinite loss.
-    return jnp.sum(jnp.where(weights_t != 0, weights_t * losses_t, 0.0))
 
 
 def _walk_chunks(step: Callable, carry, tokens: Tokens, size: int):
@@ -209,13 +210,9 @@ def _walk_chunks(step: Callable, carry, tokens: Tokens, size: int):
     return carry, _first(outputs, num_tokens)
 
 
-def _weighted(values: TokenValues, weights_t: jax.Array) -> TokenValues:
+def _weighted(values, weights_t: jax.Array):
     """0 for tokens without weight, of which the walk reaches some."""
-
-    def mask(x):
-        return jnp.where((weights_t != 0).reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
-
-    return jax.tree.map(mask, values)
+    return jax.tree.map(lambda x_t: jnp.where(weights_t != 0, x_t, 0.0), values)
 
 
 def _chunk_size(options: Options, loss, tokens: Tokens, head_s_dv, head_t_dv) -> int:

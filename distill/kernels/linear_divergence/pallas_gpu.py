@@ -27,12 +27,15 @@ from distill.kernels.linear_divergence.sweeps import (
     MASKED,
     Logits,
     Statistics,
+    TermSums,
+    gradient_operands,
     relative_to,
     row_operands,
     statistics_of,
     sum_names,
+    term_sums_of,
 )
-from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
+from distill.kernels.linear_divergence.token_losses import TermSum, terms_and_slopes
 
 # Columns: a bulk copy starts at a multiple of 16 bytes, and its size is one.
 ALIGNMENT = 32
@@ -83,9 +86,11 @@ class Sweeps(sweeps.Sweeps):
     bytes_per_logit: int = 10  # both models in float32, the gradient in bfloat16
     row_multiple: int = 1
 
-    def statistics(self, logits: Logits, *, temperature: float) -> Statistics:
+    def statistics(
+        self, logits: Logits, *, temperature: float, entropy: bool = False
+    ) -> Statistics:
         """K1: an online softmax of both models."""
-        names = sum_names(len(logits.models), temperature)
+        names = sum_names(len(logits.models), temperature, entropy)
         table_cn = self._run(
             "statistics",
             functools.partial(_statistics_kernel, names=names, temperature=temperature),
@@ -95,22 +100,20 @@ class Sweeps(sweeps.Sweeps):
         )
         return statistics_of(table_cn, names)
 
-    def term_sums(
-        self, loss, logits: Logits, statistics: Statistics
-    ) -> tuple[jax.Array, jax.Array]:
-        """K2: the pointwise loss and its slope."""
+    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums:
+        """K2: every term and its slope."""
         table_cn = self._run(
             "term_sums",
             functools.partial(_term_sums_kernel, loss=loss),
             logits,
             row_operands(statistics),
-            output=_table(logits, 2),
+            output=_table(logits, 2 * len(loss.terms)),
             transcendentals=3,
         )
-        return table_cn[:, 0], table_cn[:, 1]
+        return term_sums_of(table_cn, loss)
 
     def gradient(
-        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
+        self, loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
     ) -> jax.Array:
         """K3, written over the student's logits where the dtype allows."""
         width = logits.student_cv.shape[1]
@@ -118,8 +121,8 @@ class Sweeps(sweeps.Sweeps):
             "gradient",
             functools.partial(_gradient_kernel, loss=loss),
             logits,
-            row_operands(statistics, slope_sum_c, weights_c / loss.temperature),
-            output=jax.ShapeDtypeStruct((len(weights_c), _aligned_width(width)), dtype),
+            gradient_operands(loss, statistics, slope_sums, weights),
+            output=jax.ShapeDtypeStruct((len(weights[0]), _aligned_width(width)), dtype),
             transcendentals=3,
         )
         return gradient_cv[:, :width]
@@ -202,6 +205,8 @@ def _statistics_kernel(
                 difference = shifted["t"] - shifted["s"]
                 totals["cross_forward"] += weight["t"] * difference
                 totals["cross_reverse"] -= weight["s"] * difference
+            if "entropy_t" in totals:
+                totals["entropy_t"] += weight["t"] * shifted["t"]
         return totals
 
     num_tiles = pl.cdiv(num_columns, tiles.shape[-1])
@@ -226,14 +231,17 @@ def _term_sums_kernel(
 
     def add(tile: _Tile, sums):
         for column, logits in tile.blocks(lanes):
-            added = row.terms_and_slopes(column, row.log_probs(logits))
+            terms, slopes = row.terms_and_slopes(column, row.log_probs(logits))
             exists = column < num_columns
-            sums = [x + jnp.where(exists, y, 0.0) for x, y in zip(sums, added, strict=True)]
+            sums = [
+                x + jnp.where(exists, y, 0.0) for x, y in zip(sums, terms + slopes, strict=True)
+            ]
         return sums
 
     num_tiles = pl.cdiv(num_columns, tiles.shape[-1])
     zeros = jnp.zeros(lanes, jnp.float32)
-    sums = _over_tiles(logits_refs, tiles, ready, num_tiles, add, [zeros, zeros])
+    sums = [zeros] * 2 * len(loss.terms)
+    sums = _over_tiles(logits_refs, tiles, ready, num_tiles, add, sums)
     for i, lane_sums in enumerate(sums):
         table_ref[lax.axis_index("token"), i] = jnp.sum(lane_sums)
 
@@ -252,7 +260,8 @@ def _gradient_kernel(
 ):
     num_columns = num_columns_ref[0]
     row = _Row.read(rows_refs, loss, len(logits_refs), lanes)
-    slope_sum, weight = row.operands[-2:]
+    number = len(loss.terms)
+    slope_sums, weights = row.operands[-2 * number : -number], row.operands[-number:]
     width = min(ref.shape[1] for ref in logits_refs)
 
     def write(tile: _Tile, _):
@@ -260,11 +269,14 @@ def _gradient_kernel(
         plgpu.wait_smem_to_gmem(OUTPUT_SLOTS - 1, wait_read_only=True)
         for k, (column, logits) in enumerate(tile.blocks(lanes)):
             log_probs = row.log_probs(logits)
-            _, slope = row.terms_and_slopes(column, log_probs)
-            gradient = weight * (slope - jnp.exp(log_probs[0]) * slope_sum)
-            # A token without weight has no say, whatever its slopes.
-            counts = column < jnp.where(weight != 0, num_columns, 0)
-            gradient = jnp.where(counts, gradient, 0.0)
+            _, slopes = row.terms_and_slopes(column, log_probs)
+            q, gradient = jnp.exp(log_probs[0]), None
+            for slope, slope_sum, weight in zip(slopes, slope_sums, weights, strict=True):
+                added = weight * (slope - q * slope_sum)
+                # A token without weight has no say, whatever its slopes.
+                counts = column < jnp.where(weight != 0, num_columns, 0)
+                added = jnp.where(counts, added, 0.0)
+                gradient = added if gradient is None else gradient + added
             output_tile[pl.ds(k * lanes, lanes)] = gradient.astype(gradient_ref.dtype)
         plgpu.commit_smem()
         first_column = tile.index * tiles.shape[-1]
@@ -303,7 +315,7 @@ class _Row:
     loss_and_slope: Callable
 
     @classmethod
-    def read(cls, rows_refs, loss: PointwiseLoss, num_models: int, lanes: int) -> _Row:
+    def read(cls, rows_refs, loss: TermSum, num_models: int, lanes: int) -> _Row:
         targets_ref, operands_ref = rows_refs
         token = lax.axis_index("token")
         operands = [operands_ref[token, i] for i in range(operands_ref.shape[1])]

@@ -22,10 +22,14 @@ from distill.kernels.linear_divergence.sweeps import (
     Logits,
     Projection,
     Statistics,
+    TermSums,
+    gradient_operands,
     row_operands,
     statistics_of,
     sum_names,
+    term_sums_of,
 )
+from distill.kernels.linear_divergence.token_losses import TermSum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +179,13 @@ class Sweeps(sweeps.Sweeps):
         memory: list[jax.Array] | None,
         *,
         temperature: float,
+        entropy: bool = False,
     ) -> tuple[Logits, Statistics]:
         """The matrix products with K1 at their end, while a block of logits is still at hand."""
         models = [student] if teacher is None else [student, teacher]
         hidden, heads = zip(*models, strict=True)
         num_tokens, width = len(targets_c), min(head_dv.shape[1] for head_dv in heads)
-        names = sum_names(len(models), temperature)
+        names = sum_names(len(models), temperature, entropy)
         config = self.products or choose_products(hidden, len(names))
         config = config.fitted(num_tokens, width)
         grid = config.grid(num_tokens, width)
@@ -210,10 +215,8 @@ class Sweeps(sweeps.Sweeps):
         logits = Logits(logits_s_cv, logits_t_cv, targets_c, num_columns)
         return logits, statistics_of(table, names)
 
-    def term_sums(
-        self, loss, logits: Logits, statistics: Statistics
-    ) -> tuple[jax.Array, jax.Array]:
-        """K2: the pointwise loss and its slope."""
+    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums:
+        """K2: every term and its slope."""
         num_tokens, width = len(logits.targets_c), min(x_cv.shape[1] for x_cv in logits.models)
         config = self.config.fitted(num_tokens, width)
         (table,) = self._sweep(
@@ -223,12 +226,12 @@ class Sweeps(sweeps.Sweeps):
             logits,
             row_operands(statistics),
             _output(num_tokens, LANES, config.row_blocks),
-            scratch_shapes=[config.accumulator()] * 2,
+            scratch_shapes=[config.accumulator()] * 2 * len(loss.terms),
         )
-        return table[:, 0], table[:, 1]
+        return term_sums_of(table, loss)
 
     def gradient(
-        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
+        self, loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
     ) -> jax.Array:
         """K3, written over the student's logits where the dtype allows."""
         num_tokens, width = logits.student_cv.shape
@@ -238,7 +241,7 @@ class Sweeps(sweeps.Sweeps):
             config,
             width,
             logits,
-            row_operands(statistics, slope_sum_c, weights_c / loss.temperature),
+            gradient_operands(loss, statistics, slope_sums, weights),
             _output(num_tokens, width, config.logits_blocks, dtype),
             aliases={0: 0} if self._in_place(dtype) else {},
         )
@@ -246,24 +249,23 @@ class Sweeps(sweeps.Sweeps):
 
     def gradient_products(
         self,
-        loss,
+        loss: TermSum,
         logits: Logits,
         statistics: Statistics,
-        slope_sum_c,
-        weights_c,
+        slope_sums,
+        weights,
         student: Projection,
         head_gradient_dv,
     ) -> tuple[jax.Array, jax.Array]:
         """K3 with the products that consume its gradient, which then is never stored."""
-        rows = logits, statistics, slope_sum_c, weights_c
+        rows = logits, statistics, slope_sums, weights
         hidden_cd, head_dv = student
         config = choose_gradient_products(student, len(hidden_cd), len(logits.models))
         if config is None:
             return super().gradient_products(loss, *rows, student, head_gradient_dv)
         head_blocks = config.head_blocks(head_dv.shape[0])
-        inputs = _sweep_inputs(
-            config, logits, row_operands(statistics, slope_sum_c, weights_c / loss.temperature)
-        )
+        operands = gradient_operands(loss, statistics, slope_sums, weights)
+        inputs = _sweep_inputs(config, logits, operands)
         inputs += [
             (hidden_cd.T, _whole(hidden_cd.shape[::-1])),
             (head_dv, head_blocks),

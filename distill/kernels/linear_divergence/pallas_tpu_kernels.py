@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from distill.kernels.linear_divergence.sweeps import MASKED, relative_to
-from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
+from distill.kernels.linear_divergence.token_losses import TermSum, terms_and_slopes
 
 LANES = 128
 STRIP = 16  # tokens; the rows of one bfloat16 register, two of float32
@@ -80,6 +80,8 @@ def statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperatur
                 difference = shifted["t"] - shifted["s"]
                 total["cross_forward"] += weight["t"] * difference
                 total["cross_reverse"] -= weight["s"] * difference
+            if "entropy_t" in total:
+                total["entropy_t"] += weight["t"] * shifted["t"]
         for name, ref in totals.items():
             ref[rows, :] = total[name]
 
@@ -98,53 +100,63 @@ def statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperatur
     pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
 
 
-def term_sums_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
-    *logits_refs, targets_ref, rows_ref, table_ref, terms_ref, slopes_ref = refs
+def term_sums_kernel(num_columns_ref, *refs, loss: TermSum):
+    *operand_refs, table_ref = refs[: -2 * len(loss.terms)]
+    *logits_refs, targets_ref, rows_ref = operand_refs
+    sums_refs = refs[-2 * len(loss.terms) :]  # of the terms, then of their slopes
     block = _block_columns(logits_refs[0])
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        terms_ref[...] = jnp.zeros_like(terms_ref)
-        slopes_ref[...] = jnp.zeros_like(slopes_ref)
+        for ref in sums_refs:
+            ref[...] = jnp.zeros_like(ref)
 
     def update(rows):
-        terms, slopes = terms_ref[rows, :], slopes_ref[rows, :]
+        sums = [ref[rows, :] for ref in sums_refs]
         for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
             log_q, log_p = _log_probs(logits_refs, rows_ref[rows, :], rows, lanes, loss.temperature)
-            term, slope = terms_and_slopes(loss, log_p, log_q, is_target)
+            terms, slopes = terms_and_slopes(loss, log_p, log_q, is_target)
             exists = column < num_columns_ref[0]
-            terms += jnp.where(exists, term, 0.0)
-            slopes += jnp.where(exists, slope, 0.0)
-        terms_ref[rows, :], slopes_ref[rows, :] = terms, slopes
+            sums = [
+                total + jnp.where(exists, x, 0.0)
+                for total, x in zip(sums, terms + slopes, strict=True)
+            ]
+        for ref, total in zip(sums_refs, sums, strict=True):
+            ref[rows, :] = total
 
     def combine(rows):
-        sums = [_lane_sum(ref[rows, :]) for ref in (terms_ref, slopes_ref)]
-        _write_table(table_ref, rows, sums)
+        _write_table(table_ref, rows, [_lane_sum(ref[rows, :]) for ref in sums_refs])
 
     _for_each_strip(table_ref, update)
     pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
 
 
-def gradient_kernel(num_columns_ref, *refs, loss: PointwiseLoss):
+def gradient_kernel(num_columns_ref, *refs, loss: TermSum):
     *logits_refs, targets_ref, rows_ref, gradient_ref = refs
     block = _block_columns(logits_refs[0])
 
     def write(rows):
         operands = rows_ref[rows, :]
-        slope_sum, weight = operands[:, -2:-1], operands[:, -1:]
+        number = len(loss.terms)
+        columns = [operands[:, i : i + 1] for i in range(2 * len(logits_refs), operands.shape[1])]
         for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
             log_q, log_p = _log_probs(logits_refs, operands, rows, lanes, loss.temperature)
-            _, slope = terms_and_slopes(loss, log_p, log_q, is_target)
-            gradient = weight * (slope - jnp.exp(log_q) * slope_sum)
-            # A token without weight has no say, whatever its slopes.
-            counts = (column < num_columns_ref[0]) & (weight != 0)
-            gradient = jnp.where(counts, gradient, 0.0)
+            _, slopes = terms_and_slopes(loss, log_p, log_q, is_target)
+            q, exists = jnp.exp(log_q), column < num_columns_ref[0]
+            gradient = None
+            for slope, slope_sum, weight in zip(
+                slopes, columns[:number], columns[number:], strict=True
+            ):
+                added = weight * (slope - q * slope_sum)
+                # A token without weight has no say, whatever its slopes.
+                added = jnp.where(exists & (weight != 0), added, 0.0)
+                gradient = added if gradient is None else gradient + added
             gradient_ref[rows, lanes] = gradient.astype(gradient_ref.dtype)
 
     _for_each_strip(gradient_ref, write)
 
 
-def gradient_products_kernel(num_columns_ref, *refs, loss: PointwiseLoss, upcast: bool):
+def gradient_products_kernel(num_columns_ref, *refs, loss: TermSum, upcast: bool):
     *operand_refs, hidden_ref, head_ref, sum_ref, head_gradient_ref, hidden_gradient_ref, dz_ref = (
         refs
     )

@@ -7,63 +7,78 @@ import jax.numpy as jnp
 
 from distill.kernels.linear_divergence.loop import Tokens
 from distill.kernels.linear_divergence.sweeps import MASKED
-from distill.kernels.linear_divergence.token_losses import RowLoss, TokenValues
+from distill.kernels.linear_divergence.token_losses import (
+    DivergenceTerm,
+    RowLoss,
+    TokenStatistics,
+    TokenValues,
+    term_weights,
+    weighted_sum,
+)
 from distill.kernels.linear_divergence.topk import TopK
 
 
 def linear_token_loss(
     loss, tokens: Tokens, head_s_dv: jax.Array, head_t_dv: jax.Array | None, vocab_size: int
 ) -> tuple[jax.Array, TokenValues]:
-    """sum_t weights_t * loss_t and the values per token; differentiable by the student's two."""
-    values = token_values(loss, tokens, head_s_dv, head_t_dv, vocab_size)
-    scalar = jnp.sum(jax.lax.stop_gradient(tokens.weights_t) * values.divergence)
-    return scalar, jax.lax.stop_gradient(values)
+    """The sum of the weighted losses and the values per token; differentiable by the student's two.
 
-
-def token_values(loss, tokens: Tokens, head_s_dv, head_t_dv, vocab_size: int) -> TokenValues:
-    """The values per token, (T,) each, 0 where there is no weight."""
+    All entries of a token without weight are 0.
+    """
     logits_s_tv = _logits(tokens.hidden_s_td, head_s_dv, vocab_size)
     teacher_t, head_t_dv = jax.lax.stop_gradient((tokens.teacher_t, head_t_dv))
-    targets_t = tokens.targets_t
-    if isinstance(teacher_t, TopK):
-        losses_t, log_prob_t = _top_k(loss, logits_s_tv, teacher_t, targets_t)
-    else:
-        logits_t_tv = None if head_t_dv is None else _logits(teacher_t, head_t_dv, vocab_size)
-        losses_t = _losses(loss, logits_s_tv, logits_t_tv, targets_t)
-        log_prob_t = jnp.zeros_like(losses_t)
-        if logits_t_tv is not None:
-            log_prob_t = _at(jax.nn.log_softmax(logits_t_tv), targets_t)
-    values = TokenValues(losses_t, _at(jax.nn.log_softmax(logits_s_tv), targets_t), log_prob_t)
-    # Where a token has no weight, its gradient must not even be infinite times 0.
-    return jax.tree.map(lambda x_t: jnp.where(tokens.weights_t != 0, x_t, 0.0), values)
-
-
-def _losses(loss, logits_s_tv, logits_t_tv, targets_t):
-    if isinstance(loss, RowLoss):
-        return loss.values(logits_s_tv, logits_t_tv, targets_t)
+    targets_t, temperature = tokens.targets_t, loss.temperature
+    log_q_tv = jax.nn.log_softmax(logits_s_tv / temperature)
+    log_prob_s = _at(jax.nn.log_softmax(logits_s_tv), targets_t)
+    log_prob_t, known = jnp.zeros_like(log_prob_s), ()
     log_p_tv = None
-    if logits_t_tv is not None:
-        log_p_tv = jax.nn.log_softmax(logits_t_tv / loss.temperature)
-    log_q_tv = jax.nn.log_softmax(logits_s_tv / loss.temperature)
-    is_target_tv = jnp.arange(log_q_tv.shape[1]) == targets_t[:, None]
-    return jnp.sum(loss.terms(log_p_tv, log_q_tv, is_target_tv), axis=-1)
+    is_target_tv = jnp.arange(vocab_size) == targets_t[:, None]
+    if isinstance(teacher_t, TopK):
+        log_prob_t = _top_k_at(teacher_t, targets_t, vocab_size)
+    elif head_t_dv is not None:
+        logits_t_tv = _logits(teacher_t, head_t_dv, vocab_size)
+        log_prob_t = _at(jax.nn.log_softmax(logits_t_tv), targets_t)
+        log_p_tv = jax.nn.log_softmax(logits_t_tv / temperature)
+        p_tv, q_tv, log_ratio_tv = jnp.exp(log_p_tv), jnp.exp(log_q_tv), log_p_tv - log_q_tv
+        known = p_tv * log_ratio_tv, -q_tv * log_ratio_tv, -p_tv * log_p_tv
+    if isinstance(loss, RowLoss):
+        terms = (loss.values(logits_s_tv, logits_t_tv, targets_t),)
+    else:
+        terms = tuple(
+            _top_k(term.function, log_q_tv, teacher_t)
+            if isinstance(teacher_t, TopK) and isinstance(term.function, DivergenceTerm)
+            else jnp.sum(term.function(log_p_tv, log_q_tv, is_target_tv), axis=-1)
+            for term in loss.terms
+        )
+    statistics = TokenStatistics(log_prob_s, log_prob_t, *(jnp.sum(x_tv, -1) for x_tv in known))
+    weights_t, columns, statistics = jax.lax.stop_gradient(
+        (tokens.weights_t, tokens.columns, statistics)
+    )
+    weights = term_weights(loss, weights_t, statistics, columns)
+    # Where a token has no weight, its gradient must not even be infinite times 0.
+    values = jax.tree.map(
+        lambda x_t: jnp.where(weights_t != 0, x_t, 0.0), TokenValues(terms, log_prob_s, log_prob_t)
+    )
+    return jnp.sum(weighted_sum(weights, values.terms)), jax.lax.stop_gradient(values)
 
 
-def _top_k(loss, logits_s_tv, teacher: TopK, targets_t):
-    """Losses over the k tokens and the bucket of all others, and the targets' log-probabilities."""
-    log_q_tv = jax.nn.log_softmax(logits_s_tv / loss.temperature)
+def _top_k(divergence: DivergenceTerm, log_q_tv, teacher: TopK):
+    """The divergence over the k tokens and the bucket of all others."""
     vocabulary = jnp.arange(log_q_tv.shape[1])
     listed_tkv = teacher.ids_tk[:, :, None] == vocabulary
     log_q_tail_t = jax.nn.logsumexp(log_q_tv, axis=-1, where=~listed_tkv.any(axis=1))
     log_q_tail_t = jnp.maximum(log_q_tail_t, MASKED)  # finite without any
     log_tail_t = teacher.log_tail_t(log_q_tv.shape[1])
-    log_q_tk = _at_ids(log_q_tv, teacher.ids_tk)
-    terms_tk = loss.terms(teacher.log_probs_tk, log_q_tk, False)
-    terms_tail_t = loss.terms(log_tail_t, log_q_tail_t, False)
-    losses_t = jnp.sum(jnp.where(teacher.present_tk, terms_tk, 0.0), axis=-1) + terms_tail_t
+    terms_tk = divergence(teacher.log_probs_tk, _at_ids(log_q_tv, teacher.ids_tk), False)
+    terms_tail_t = divergence(log_tail_t, log_q_tail_t, False)
+    return jnp.sum(jnp.where(teacher.present_tk, terms_tk, 0.0), axis=-1) + terms_tail_t
+
+
+def _top_k_at(teacher: TopK, targets_t, vocab_size: int):
+    """The targets' log-probabilities, the bucket's where they are not listed."""
     is_target_tk = teacher.present_tk & (teacher.ids_tk == targets_t[:, None])
     listed_t = jnp.sum(jnp.where(is_target_tk, teacher.log_probs_tk, 0.0), axis=-1)
-    return losses_t, jnp.where(is_target_tk.any(axis=-1), listed_t, log_tail_t)
+    return jnp.where(is_target_tk.any(axis=-1), listed_t, teacher.log_tail_t(vocab_size))
 
 
 def _logits(hidden_td, head_dv, vocab_size: int):

@@ -1,7 +1,7 @@
 """What happens to a chunk's logits between the matrix products: three sweeps over the vocabulary.
 
     statistics   maximum and sum of exponentials of both models, and what KL needs besides
-    term_sums    sums of the pointwise loss and of its slope, for losses that need this sweep
+    term_sums    sums of every term and of its slope, for terms that need this sweep
     gradient     the loss's derivative by the student's logits
 
 This module is their definition in plain XLA, and the implementation on every platform. The Pallas
@@ -19,8 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from distill.kernels.linear_divergence.token_losses import PointwiseLoss, terms_and_slopes
+from distill.kernels.linear_divergence.token_losses import TermSum, terms_and_slopes
 from distill.kernels.platform import platform
+
+# Of every term, sum_v f and sum_v df/dlog_q: two tuples of float32 (c,).
+TermSums = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 
 # Stands in for logits that do not exist: exp(MASKED - x) is 0 for any real logit x, and unlike -inf
 # it can be subtracted from itself.
@@ -67,8 +70,9 @@ class Statistics:
     target_s, target_t: the target's logit at temperature 1, 0 where there is no target.
     cross_forward: sum_v exp(z_t - max_t) * ((z_t - max_t) - (z_s - max_s)).
     cross_reverse: sum_v exp(z_s - max_s) * ((z_s - max_s) - (z_t - max_t)).
+    entropy_t: sum_v exp(z_t - max_t) * (z_t - max_t), if asked for, else None.
 
-    Without a teacher, its five fields and the crosses are None.
+    Without a teacher, all that take its logits are None.
     """
 
     max_s: jax.Array
@@ -81,9 +85,10 @@ class Statistics:
     target_t: jax.Array | None = None
     cross_forward: jax.Array | None = None
     cross_reverse: jax.Array | None = None
+    entropy_t: jax.Array | None = None
 
 
-def statistics(logits: Logits, *, temperature: float) -> Statistics:
+def statistics(logits: Logits, *, temperature: float, entropy: bool = False) -> Statistics:
     """The first sweep (two passes here: the maxima must be known before the sums)."""
     scaled_s_cv = _scaled(logits.student_cv, logits.num_columns, temperature)
     max_s, sum_s, plain_sum_s, shifted_s_cv = _softmax_sums(scaled_s_cv, temperature)
@@ -92,6 +97,7 @@ def statistics(logits: Logits, *, temperature: float) -> Statistics:
         return Statistics(*student)
     scaled_t_cv = _scaled(logits.teacher_cv, logits.num_columns, temperature)
     max_t, sum_t, plain_sum_t, shifted_t_cv = _softmax_sums(scaled_t_cv, temperature)
+    entropy_t = jnp.sum(jnp.exp(shifted_t_cv) * shifted_t_cv, axis=-1) if entropy else None
     width = min(shifted_s_cv.shape[1], shifted_t_cv.shape[1])
     shifted_s_cv, shifted_t_cv = shifted_s_cv[:, :width], shifted_t_cv[:, :width]
     return Statistics(
@@ -99,31 +105,37 @@ def statistics(logits: Logits, *, temperature: float) -> Statistics:
         *(max_t, sum_t, plain_sum_t, _at_target(logits.teacher_cv, logits.targets_c)),
         cross_forward=jnp.sum(jnp.exp(shifted_t_cv) * (shifted_t_cv - shifted_s_cv), axis=-1),
         cross_reverse=jnp.sum(jnp.exp(shifted_s_cv) * (shifted_s_cv - shifted_t_cv), axis=-1),
+        entropy_t=entropy_t,
     )
 
 
-def term_sums(
-    loss: PointwiseLoss, logits: Logits, statistics: Statistics
-) -> tuple[jax.Array, jax.Array]:
-    """sum_v f and sum_v df/dlog_q of the loss's pointwise f, float32 (c,) each.
+def term_sums(loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums:
+    """sum_v f and sum_v df/dlog_q of every term's pointwise f.
 
     `statistics` are those of all columns, whatever part of them the logits are.
     """
-    terms_cv, slopes_cv, _ = _terms_and_slopes(loss, logits, statistics)
-    return jnp.sum(terms_cv, axis=-1), jnp.sum(slopes_cv, axis=-1)
+    terms, slopes, _ = _terms_and_slopes(loss, logits, statistics)
+    return tuple(tuple(jnp.sum(x_cv, axis=-1) for x_cv in per_term) for per_term in (terms, slopes))
 
 
 def gradient(
-    loss: PointwiseLoss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
+    loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
 ) -> jax.Array:
-    """weights_c (r - q slope_sum_c) / temperature with r = df/dlog_q: (c, V_s) in `dtype`.
+    """Sum over the terms of weights_i (r_i - q slope_sums_i) / temperature, r_i = df_i/dlog_q.
 
-    slope_sum_c is sum_v r over all columns. Columns from num_columns on are 0, and so are tokens
-    without weight, whatever their slopes.
+    (c, V_s) in `dtype`; `slope_sums` and `weights` are (c,) for each term, slope sums being
+    sum_v r over all columns. Columns from num_columns on are 0, and so are tokens without weight,
+    whatever their slopes.
     """
-    _, slopes_cv, log_q_cv = _terms_and_slopes(loss, logits, statistics)
-    gradient_cv = slopes_cv - jnp.exp(log_q_cv) * slope_sum_c[:, None]
-    gradient_cv = weighted(gradient_cv, weights_c / loss.temperature)
+    _, slopes, log_q_cv = _terms_and_slopes(loss, logits, statistics)
+    q_cv = jnp.exp(log_q_cv)
+    gradient_cv = functools.reduce(
+        jnp.add,
+        (
+            weighted(slopes_cv - q_cv * slope_sum_c[:, None], weights_c / loss.temperature)
+            for slopes_cv, slope_sum_c, weights_c in zip(slopes, slope_sums, weights, strict=True)
+        ),
+    )
     padding = logits.student_cv.shape[1] - gradient_cv.shape[1]
     return jnp.pad(gradient_cv.astype(dtype), ((0, 0), (0, padding)))
 
@@ -159,17 +171,17 @@ class Sweeps(abc.ABC):
     bytes_per_logit: int
     row_multiple: int
 
-    def statistics(self, logits: Logits, *, temperature: float) -> Statistics:
+    def statistics(
+        self, logits: Logits, *, temperature: float, entropy: bool = False
+    ) -> Statistics:
         raise NotImplementedError
 
     @abc.abstractmethod
-    def term_sums(
-        self, loss, logits: Logits, statistics: Statistics
-    ) -> tuple[jax.Array, jax.Array]: ...
+    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums: ...
 
     @abc.abstractmethod
     def gradient(
-        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
+        self, loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
     ) -> jax.Array: ...
 
     def largest_chunk(self, student: Projection, teacher: Projection | None, columns: int) -> int:
@@ -196,25 +208,26 @@ class Sweeps(abc.ABC):
         memory: list[jax.Array] | None,
         *,
         temperature: float,
+        entropy: bool = False,
     ) -> tuple[Logits, Statistics]:
         logits_cv = [
             None if model is None else product("cd,dv->cv", *model) for model in (student, teacher)
         ]
         logits = Logits(*logits_cv, targets_c, num_columns)
-        return logits, self.statistics(logits, temperature=temperature)
+        return logits, self.statistics(logits, temperature=temperature, entropy=entropy)
 
     def gradient_products(
         self,
-        loss,
+        loss: TermSum,
         logits: Logits,
         statistics: Statistics,
-        slope_sum_c,
-        weights_c,
+        slope_sums,
+        weights,
         student: Projection,
         head_gradient_dv,
     ) -> tuple[jax.Array, jax.Array]:
         dtype = student.hidden_cd.dtype
-        gradient_cv = self.gradient(loss, logits, statistics, slope_sum_c, weights_c, dtype=dtype)
+        gradient_cv = self.gradient(loss, logits, statistics, slope_sums, weights, dtype=dtype)
         return gradient_products(gradient_cv, student, head_gradient_dv)
 
 
@@ -241,20 +254,21 @@ class XlaSweeps(Sweeps):
         """
         return cls(budget_bytes=120 << 20, bytes_per_logit=12, row_multiple=8, strip_logits=1 << 20)
 
-    def statistics(self, logits: Logits, *, temperature: float) -> Statistics:
-        return self._in_strips(functools.partial(statistics, temperature=temperature), logits)
+    def statistics(
+        self, logits: Logits, *, temperature: float, entropy: bool = False
+    ) -> Statistics:
+        sweep = functools.partial(statistics, temperature=temperature, entropy=entropy)
+        return self._in_strips(sweep, logits)
 
-    def term_sums(
-        self, loss, logits: Logits, statistics: Statistics
-    ) -> tuple[jax.Array, jax.Array]:
+    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums:
         return self._in_strips(functools.partial(term_sums, loss), logits, statistics)
 
     def gradient(
-        self, loss, logits: Logits, statistics: Statistics, slope_sum_c, weights_c, *, dtype
+        self, loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
     ) -> jax.Array:
         # Not in strips: it is one elementwise operation, and in a loop XLA would not share it out
         # over the processor's cores.
-        return gradient(loss, logits, statistics, slope_sum_c, weights_c, dtype=dtype)
+        return gradient(loss, logits, statistics, slope_sums, weights, dtype=dtype)
 
     def _in_strips(self, sweep, logits: Logits, *rows):
         num_tokens, width = logits.student_cv.shape
@@ -297,13 +311,17 @@ def relative_to(maxima: dict, totals: dict, temperature: float) -> dict:
         for name, own, other in (("cross_forward", "t", "s"), ("cross_reverse", "s", "t")):
             shifted = totals[name] + totals[f"sum_{own}"] * (moved[own] - moved[other])
             new[name] = shifted * jnp.exp(moved[own])
+        if "entropy_t" in totals:
+            shifted = totals["entropy_t"] + totals["sum_t"] * moved["t"]
+            new["entropy_t"] = shifted * jnp.exp(moved["t"])
     return new
 
 
-def sum_names(num_models: int, temperature: float) -> tuple[str, ...]:
+def sum_names(num_models: int, temperature: float, entropy: bool) -> tuple[str, ...]:
     """The fields of `Statistics` that a kernel makes: at temperature 1, plain sums are the sums."""
     per_model = "max", "sum", "target", *(() if temperature == 1.0 else ("plain_sum",))
     crosses = ("cross_forward", "cross_reverse") if num_models == 2 else ()
+    crosses += ("entropy_t",) if num_models == 2 and entropy else ()
     return tuple(f"{name}_{model}" for model in "st"[:num_models] for name in per_model) + crosses
 
 
@@ -316,8 +334,21 @@ def statistics_of(table_cn, names: tuple[str, ...]) -> Statistics:
     return Statistics(**fields)
 
 
+def term_sums_of(table_cn, loss: TermSum) -> TermSums:
+    """From a kernel's output: a row per token, columns for the terms, then for their slopes."""
+    number = len(loss.terms)
+    columns = [table_cn[:, i] for i in range(2 * number)]
+    return tuple(columns[:number]), tuple(columns[number:])
+
+
+def gradient_operands(loss: TermSum, statistics: Statistics, slope_sums, weights) -> jax.Array:
+    """What K3 knows of a token, as columns: `row_operands`, then slope sums and weights, a column
+    for each term."""
+    return row_operands(statistics, *slope_sums, *(w_c / loss.temperature for w_c in weights))
+
+
 def row_operands(statistics: Statistics, *more_c) -> jax.Array:
-    """What K2 and K3 know of a token, as columns: per model, maximum and logarithm of the sum."""
+    """What K2 knows of a token, as columns: per model, maximum and logarithm of the sum."""
     columns = [statistics.max_s, jnp.log(statistics.sum_s)]
     if statistics.max_t is not None:
         columns += [statistics.max_t, jnp.log(statistics.sum_t)]
@@ -344,7 +375,8 @@ def _at_target(logits_cv, targets_c):
 
 
 def _terms_and_slopes(loss, logits: Logits, statistics: Statistics):
-    """(f, df/dlog_q, log_q) of the columns that both models have, masked ones 0, 0 and MASKED."""
+    """(f and df/dlog_q of every term, log_q) of the columns that both models have; masked ones are
+    0, 0 and MASKED."""
     width = min(x_cv.shape[1] for x_cv in logits.models)
     logits_s_cv = logits.student_cv[:, :width]
     log_q_cv = _log_probs(logits_s_cv, loss.temperature, statistics.max_s, statistics.sum_s)
@@ -353,10 +385,10 @@ def _terms_and_slopes(loss, logits: Logits, statistics: Statistics):
         logits_t_cv = logits.teacher_cv[:, :width]
         log_p_cv = _log_probs(logits_t_cv, loss.temperature, statistics.max_t, statistics.sum_t)
     is_target_cv = _is_target(logits_s_cv, logits.targets_c)
-    terms_cv, slopes_cv = terms_and_slopes(loss, log_p_cv, log_q_cv, is_target_cv)
+    terms, slopes = terms_and_slopes(loss, log_p_cv, log_q_cv, is_target_cv)
     exists_cv = _exists(logits_s_cv, logits.num_columns)
-    masked = (terms_cv, 0.0), (slopes_cv, 0.0), (log_q_cv, MASKED)
-    return tuple(jnp.where(exists_cv, x_cv, otherwise) for x_cv, otherwise in masked)
+    terms, slopes = jax.tree.map(lambda x_cv: jnp.where(exists_cv, x_cv, 0.0), (terms, slopes))
+    return terms, slopes, jnp.where(exists_cv, log_q_cv, MASKED)
 
 
 def _log_probs(logits_cv, temperature: float, max_c, sum_c):

@@ -14,7 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence.sweeps import MASKED, weighted
-from distill.kernels.linear_divergence.token_losses import terms_and_slopes
+from distill.kernels.linear_divergence.token_losses import (
+    DivergenceTerm,
+    TermSum,
+    terms_and_slopes,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -37,19 +41,13 @@ class TopK:
         return jnp.where(leaves_some_t, jnp.log1p(-mass_t), MASKED)
 
 
-def losses(loss, block) -> jax.Array:
-    """The loss of each token, float32 (c,)."""
-    terms_ck, terms_tail_c = _outcomes(loss, block)[0]
-    return jnp.sum(terms_ck, axis=-1) + terms_tail_c
-
-
-def gradient(loss, block, weights_c):
-    """Losses (c,) and weights_c * dloss_c/dlogits_s, float32, over this shard's columns.
+def gradient(divergence: DivergenceTerm, block, weights_c):
+    """Values (c,) and weights_c * dvalue_c/dlogits_s, float32, over this shard's columns.
 
     With r the slopes and R their sum, the derivative by the logit of v is r_v - q_v R on the
     support, and r_tail q_v / q_tail - q_v R in the tail.
     """
-    outcomes = _outcomes(loss, block)
+    outcomes = _outcomes(divergence, block)
     (terms_ck, terms_tail_c), (slopes_ck, slope_tail_c), tail_cv, log_tail_q_c = outcomes
     slope_sum_c = jnp.sum(slopes_ck, axis=-1) + slope_tail_c
     # tail_cv is log q there: minus the tail's, the log-share of the tail.
@@ -59,7 +57,7 @@ def gradient(loss, block, weights_c):
     gradient_cv = gradient_cv.at[rows_c1, _columns(block)].add(slopes_ck, mode="drop")
     gradient_cv = jnp.where(_exists(block), gradient_cv, 0.0)
     divergence_c = jnp.sum(terms_ck, axis=-1) + terms_tail_c
-    return divergence_c, weighted(gradient_cv, weights_c / loss.temperature)
+    return divergence_c, weighted(gradient_cv, weights_c / block.temperature)
 
 
 def target_log_probs(block) -> jax.Array:
@@ -71,7 +69,7 @@ def target_log_probs(block) -> jax.Array:
     return jnp.where(is_target_ck.any(axis=-1), listed_c, teacher.log_tail_t(block.vocab_size))
 
 
-def _outcomes(loss, block):
+def _outcomes(divergence, block):
     """Terms and slopes, each of (support (c, k), tail (c,)); log q, MASKED on the support, (c, v);
     the student's log-mass of the tail (c,)."""
     teacher = block.top_k
@@ -95,7 +93,8 @@ def _outcomes(loss, block):
     )
     log_q_cn = jnp.concatenate([log_q_ck, log_tail_q_c[:, None]], axis=1)
     never_cn = jnp.zeros(log_q_cn.shape, bool)
-    terms_cn, slopes_cn = terms_and_slopes(loss, log_p_cn, log_q_cn, never_cn)
+    loss = TermSum.of(divergence)
+    (terms_cn,), (slopes_cn,) = terms_and_slopes(loss, log_p_cn, log_q_cn, never_cn)
     terms, slopes = (
         (jnp.where(teacher.present_tk, x_cn[:, :-1], 0.0), x_cn[:, -1])
         for x_cn in (terms_cn, slopes_cn)

@@ -1,0 +1,75 @@
+"""How much a token counts: the average over the batch, and weights that depend on both models.
+
+A weight is a function of `TokenStatistics` (kernels/linear_divergence/token_losses.py) and of the
+tokens' columns by name, float32 (tokens,) each, that returns what a token's loss is multiplied by:
+
+    @register_weight("certain_teacher", teacher_entropy=True)
+    def certain_teacher(statistics, columns):
+        return jnp.exp(-statistics.teacher_entropy)
+
+It is evaluated in the fused pass, before the gradients are made, and no gradient goes through it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from distill.base.registry import Registry
+from distill.kernels.linear_divergence import TokenStatistics
+from distill.kernels.linear_divergence.token_losses import TokenWeight
+
+_WEIGHTS = Registry("distillation.objective.weights", "distill.losses.weights.register_weight")
+
+
+def token_weights(mask_bt: jax.Array, num_valid_tokens: jax.Array | int) -> jax.Array:
+    """mask / number of valid tokens over all hosts and microbatches, float32 (b, t)."""
+    return mask_bt.astype(jnp.float32) / jnp.maximum(num_valid_tokens, 1)
+
+
+def register_weight(name: str, *, teacher_entropy: bool = False):
+    """Decorator: makes a weight available in `distillation.objective.weights`.
+
+    `teacher_entropy` has that computed, which costs a sum over the vocabulary, for the weight to
+    read. UserError when the name is taken.
+    """
+
+    def entry(weight: TokenWeight) -> TokenWeight:
+        weight.teacher_entropy = teacher_entropy
+        return weight
+
+    return _WEIGHTS.register(name, entry)
+
+
+def get_weight(name: str) -> TokenWeight:
+    """The weight registered under `name`; UserError when there is none."""
+    return _WEIGHTS.get(name)
+
+
+@register_weight("advantage")
+def advantage(statistics: TokenStatistics, columns) -> jax.Array:
+    """The tokens' column of that name."""
+    return columns["advantage"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedImportance:
+    """min(clip, q_now(token) / q_sampler(token)) for sampled tokens, 1 for others.
+
+    Weighs what stale weights sampled as if today's had, token by token. Truncated importance
+    sampling: Ionides, "Truncated Importance Sampling", J. Comput. Graph. Stat. 17 (2008); as the
+    truncated rho of IMPALA (Espeholt et al., arXiv:1802.01561); between a sampler and a trainer of
+    language models: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training" (2025, fengyao.notion.site/off-policy-rl).
+
+    Reads the columns `sampled`, whether the student sampled the token, and `log_prob`, by the
+    sampler's weights and of the untruncated distribution at temperature 1.
+    """
+
+    clip: float
+
+    def __call__(self, statistics: TokenStatistics, columns) -> jax.Array:
+        ratios = jnp.exp(statistics.log_prob_s - columns["log_prob"])
+        return jnp.where(columns["sampled"], jnp.minimum(ratios, self.clip), 1.0)
