@@ -37,11 +37,13 @@ def run_with(name: str, models, folder: Path, monkeypatch) -> tuple[distill.Resu
 
 def parse_flag(flag: str) -> tuple[str, object]:
     key, _, value = flag.removeprefix("--config.").partition("=")
-    return key, (value,) if key in ("plugins", "evaluation.metrics") else value
+    tuples = "plugins", "evaluation.metrics", "objective.terms", "objective.weights"
+    return key, (value,) if key.endswith(tuples) else value
 
 
 def test_every_module_shown_is_run_here():
-    assert set(EXAMPLES) == {"my_data", "my_divergence", "my_metric", "my_backend"}
+    losses = {"my_divergence", "my_term", "my_weight"}
+    assert set(EXAMPLES) == {"my_data", "my_metric", "my_backend"} | losses
     assert CONCEPTS.count("```python") == len(EXAMPLES)
 
 
@@ -59,6 +61,22 @@ def test_own_divergence(models, tmp_path, monkeypatch):
     _, workdir = run_with("my_divergence", models, tmp_path, monkeypatch)
     losses = [line["loss"] for line in read_metrics(workdir) if "loss" in line]
     assert len(losses) == 2 and all(0 < loss < 1 for loss in losses), "a total variation"
+
+
+def test_own_term(models, tmp_path, monkeypatch):
+    _, workdir = run_with("my_term", models, tmp_path, monkeypatch)
+    lines = [line for line in read_metrics(workdir) if "loss" in line]
+    # Between such models the divergence alone is a hundredth of a nat.
+    shares = [line["loss"] / -line["student_log_prob"] for line in lines]
+    assert len(shares) == 2 and all(0.3 < share < 0.5 for share in shares)
+
+
+def test_own_weight(models, tmp_path, monkeypatch):
+    _, workdir = run_with("my_weight", models, tmp_path, monkeypatch)
+    lines = read_metrics(workdir)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    # A teacher of so little training may say any of 17 tokens: the weight is e to minus log 17.
+    assert len(losses) == 2 and all(0 < x < lines[0]["eval/base/forward_kl"] / 8 for x in losses)
 
 
 def test_own_metric(models, tmp_path, monkeypatch, capsys):
