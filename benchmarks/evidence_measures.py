@@ -80,7 +80,7 @@ def _seconds(folder: Path, kind: str) -> float:
 def evaluate_student(path: str) -> Row:
     """Everything that is measured of a student: the same problems and settings for all."""
     session, teacher_answers = _fixtures()
-    evaluator, teacher = session.evaluator, session.teacher
+    evaluator, teacher = session.evaluator, session.teacher.model
     with jax.set_mesh(session.mesh):
         student = session.load_frozen(resolve_model(path), "float32")
 
@@ -106,7 +106,7 @@ def _fixtures() -> tuple[Session, Rollout]:
     session = Session(parse_config(values))
     session.validation = DistinctProblems()
     with jax.set_mesh(session.mesh):
-        teacher, evaluator = session.load_teacher(), session.evaluator
+        teacher, evaluator = session.load_teacher().model, session.evaluator
         answers = evaluator.respond(teacher.graph, teacher.params, evaluator.greedy)
     return session, answers
 

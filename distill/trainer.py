@@ -104,8 +104,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     graph, shapes = session.student.graph, session.state_shapes
     if updates_remain:
         # Servers that will not do are told before anything takes time.
-        if session.remote_teacher is not None:
-            session.remote_teacher.start()
+        teacher.start()
         session.backend.start()
     if step:
         with busy(f"restoring step {step}"):
@@ -116,7 +115,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         preflight(session, state, print)
     train_step = make_train_step(
         graph,
-        teacher.graph if teacher else None,
+        teacher.graph,
         objective,
         session.optimizer,
         vocab_size=session.vocabulary.size,
@@ -131,20 +130,19 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     if processes.is_first():
         write_facts(workdir, flat_config)
     progress.say(f"data: {prompts.summary()}")
-    if teacher and teacher.quantization_kl is not None:
-        progress.quantization(step, teacher.quantization_kl)
+    progress.teacher(step, teacher.measured())
     if evaluator is not None:
         progress.say(f"validation data: {evaluator.prompts.summary()}")
     so_far = record.get("results", {}), record.get("evaluated", 0)
-    evaluations = Evaluations(evaluator, recorder, teacher, progress, interrupts, *so_far)
+    evaluations = Evaluations(evaluator, recorder, teacher.model, progress, interrupts, *so_far)
     saves = build_save_schedule(config)
     saver = Saver(checkpoints, saves, batches, progress, evaluations, interrupts, flat_config)
 
     # ----------------------------------------------------------------------------------------- loop
     if "base" not in evaluations.results:
         evaluations.evaluate("base", step, Model(graph, state.params))
-    if teacher and "teacher" not in evaluations.results:
-        evaluations.evaluate("teacher", step, teacher)
+    if teacher.model and "teacher" not in evaluations.results:
+        evaluations.evaluate("teacher", step, teacher.model)
     while True:
         evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
         # One that a signal prevented or spoilt is made up for when the run goes on.
@@ -163,7 +161,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
                 if config.policy.generation.async_steps and step + 1 < max_steps:
                     batches.sample_ahead(step + 1, state.params)
         with progress.phase("train") as finish:
-            state, metrics = train_step(state, teacher and teacher.fetch(), batch)
+            state, metrics = train_step(state, teacher.fetch(), batch)
             finish(metrics)
         step += 1
         interrupts.hold()

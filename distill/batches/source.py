@@ -35,8 +35,8 @@ class BatchSource:
       iterator: of Sequences, with `get_state`; not to be moved by others any more.
       backend: samples the responses.
       put: places a host's batch on the trainer's mesh.
-      score: columns that a teacher that is not on the mesh adds; None without one. Called where the
-        sequences were sampled.
+      score: columns that the teacher adds (see `Teacher.score`); called where the sequences were
+        sampled.
       params: how responses are sampled.
       num_generations: responses per prompt.
       seed: of coins and sampling.
@@ -54,7 +54,7 @@ class BatchSource:
         backend: RolloutBackend,
         put: Callable[[Batch], Batch],
         *,
-        score: Callable[[Sequences], Mapping[str, np.ndarray]] | None = None,
+        score: Callable[[Sequences], Mapping[str, np.ndarray]] = lambda _: {},
         params: SamplingParams,
         num_generations: int,
         seed: int,
@@ -193,11 +193,11 @@ class BatchSource:
         return self._scored(sequences, {**measured, **_describe(rollout, seconds), **by_backend})
 
     def _scored(self, sequences: Sequences, measured: Measured) -> tuple[Sequences, Measured]:
-        if self._score is None:
+        start, columns = time.perf_counter(), self._score(sequences)
+        if not columns:
             return sequences, measured
-        start = time.perf_counter()
-        sequences = sequences.with_columns(**self._score(sequences))
-        return sequences, {**measured, "teacher/seconds": time.perf_counter() - start}
+        measured = {**measured, "teacher/seconds": time.perf_counter() - start}
+        return sequences.with_columns(**columns), measured
 
 
 def _describe(rollout: Rollout, seconds: float) -> Measured:

@@ -41,12 +41,11 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
         iterator.set_state(position)
     # Without sampling, rows need no room beyond the longest response.
     width = params.max_length if session.samples else prompts.response_width
-    teacher = session.remote_teacher
     source = BatchSource(
         iterator,
         session.backend,
         functools.partial(put_batch, session.mesh),
-        score=None if teacher is None else teacher.score,
+        score=session.teacher.score,
         params=params,
         num_generations=repeats,
         seed=config.seed,

@@ -1,4 +1,4 @@
-"""Builders of what runs on vLLM servers: the sampler and the teacher."""
+"""The sampler on vLLM servers, and what they are started from."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill.base.sharding import batch_parts
-from distill.config.schema import Config, Policy, VllmServers
+from distill.config.schema import Policy
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.load import load_model_config
 from distill.models.model import Model
 from distill.rollout.vllm import backend
 from distill.rollout.vllm.checks import check_sampler
-from distill.rollout.vllm.client import VllmClient, read_api_key
+from distill.rollout.vllm.client import read_api_key
 from distill.rollout.vllm.probe import Probe
 from distill.rollout.vllm.rows import is_tempered
 from distill.rollout.vllm.server import OwnServer
 from distill.rollout.vllm.weights import ServerExport, WeightsFolder
 from distill.sampling.choice import SamplingParams
-from distill.teachers import server as teachers
 
 
 def build_backend(
@@ -64,7 +63,7 @@ def build_backend(
         float32=policy.precision == "float32",
     )
     return backend.VllmBackend(
-        build_clients(servers, backend.SECTION),
+        servers,
         own=own or None,
         check=check,
         weights=WeightsFolder(folder.absolute(), build_export(policy, student_folder, vocabulary)),
@@ -74,7 +73,6 @@ def build_backend(
         pad_id=vocabulary.pad_id,
         vocab_size=vocabulary.size,
         max_length=max_length,
-        times=servers,
     )
 
 
@@ -88,27 +86,3 @@ def build_export(policy: Policy, student_folder: Path, vocabulary: Vocabulary) -
         max_length=policy.max_total_sequence_length + 1,
         dtype=jnp.dtype(policy.precision),
     )
-
-
-def build_remote_teacher(config: Config, vocabulary: Vocabulary) -> teachers.ServerTeacher | None:
-    """The teacher behind servers; None for one on the mesh, and for hard labels."""
-    if config.teacher.backend != "vllm" or config.distillation.hard_labels:
-        return None
-    servers = config.teacher.vllm
-    return teachers.ServerTeacher(
-        build_clients(servers, teachers.SECTION),
-        servers,
-        tokenizer=vocabulary.tokenizer,
-        vocab_size=vocabulary.size,
-        max_length=config.policy.max_total_sequence_length,
-    )
-
-
-def build_clients(servers: VllmServers, section: str) -> list[VllmClient]:
-    """One per URL.
-
-    Raises:
-      UserError: the API key's variable is not set.
-    """
-    key = read_api_key(servers.api_key_variable, section)
-    return [VllmClient(url, key, servers.request_timeout) for url in servers.urls]

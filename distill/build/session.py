@@ -35,7 +35,6 @@ from distill.build.objective import build_objective
 from distill.build.optimizer import build_optimizer
 from distill.build.plugins import import_plugins
 from distill.build.sampler import build_backend, build_engine
-from distill.build.servers import build_remote_teacher
 from distill.build.teachers import build_teacher
 from distill.config.schema import Config
 from distill.data.base import DatasetInterface
@@ -50,7 +49,7 @@ from distill.models.model import Model
 from distill.rollout.base import RolloutBackend
 from distill.sampling.engine import Engine
 from distill.step import TrainState
-from distill.teachers.server import ServerTeacher
+from distill.teachers.base import Teacher
 
 
 @contextlib.contextmanager
@@ -74,13 +73,13 @@ class Session:
       config: whose parts they are.
       workdir: the run's folder; None for a command that needs none.
       cleanup: what ends with the session.
-      teacher: as loaded last; None before, and where it is not on the mesh.
+      teacher: as loaded last.
     """
 
     def __init__(self, config: Config, workdir: Path | None = None):
         self.config, self.workdir = config, workdir
         self.cleanup = contextlib.ExitStack()
-        self.teacher: Model | None = None
+        self.teacher = Teacher()
 
     # ------------------------------------------------------------------------------- devices
 
@@ -174,22 +173,17 @@ class Session:
         """A model that is not trained, stored in the precision in which it computes."""
         return build_frozen_model(self.config.policy, folder, self.mesh, precision)
 
-    def load_teacher(self, compared_on: Prompts | None = None) -> Model | None:
-        """The teacher on the mesh, if it is there.
+    def load_teacher(self, compared_on: Prompts | None = None) -> Teacher:
+        """The teacher, not yet started.
 
         Args:
           compared_on: text on which one in 8 bits is compared with itself in bfloat16.
         """
         with busy("loading the teacher"):
             self.teacher = build_teacher(
-                self.config, self.teacher_folder, self.mesh, compared_on, self.vocabulary.size
+                self.config, self.teacher_folder, self.mesh, self.vocabulary, compared_on
             )
         return self.teacher
-
-    @functools.cached_property
-    def remote_teacher(self) -> ServerTeacher | None:
-        """The teacher behind servers, not yet asked for anything; None for any other."""
-        return build_remote_teacher(self.config, self.vocabulary)
 
     # -------------------------------------------------------------------------------- sampler
 

@@ -22,7 +22,8 @@ def check_layout(session: Session, state: TrainState) -> str:
     if parts == 1:
         return "weights are whole on every device: the mesh splits batches only"
     # The scales of an 8-bit teacher are whole along what their channels sum over.
-    teacher = session.teacher and without_scales(session.teacher.params)
+    model = session.teacher.model
+    teacher = model and without_scales(model.params)
     arrays = {"student and optimizer": state, "teacher": teacher}
     for owner, tree in arrays.items():
         for path, array in jax.tree_util.tree_leaves_with_path(tree):
@@ -43,9 +44,8 @@ def check_memory(session: Session, state: TrainState) -> str:
     top: this is a lower bound.
     """
     policy, teacher = session.config.policy, 0
-    if session.teacher is not None:  # one that is fetched for a step is there then
-        fetched = session.teacher.on_devices is not None
-        teacher = bytes_per_device(session.teacher.params, fetched=fetched)
+    if (model := session.teacher.model) is not None:  # one that is fetched for a step is there then
+        teacher = bytes_per_device(model.params, fetched=model.on_devices is not None)
     needs = {
         "student and optimizer": bytes_per_device(state),
         "teacher": teacher,

@@ -18,13 +18,11 @@ class Model:
       params: its weights.
       on_devices: their layouts while they are used, where `params` are in host memory in between;
         None: they are used where they are.
-      quantization_kl: KL(full precision || these weights), nats per token; None if not measured.
     """
 
     graph: nnx.GraphDef
     params: Any
     on_devices: Any = None
-    quantization_kl: float | None = None
 
     def fetch(self) -> Any:
         """The weights where they can be used; a copy lives as long as the caller holds it."""

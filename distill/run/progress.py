@@ -185,10 +185,12 @@ class Progress:
         # Time spent evaluating is not training time.
         self._tokens, self._since = 0.0, time.perf_counter()
 
-    def quantization(self, step: int, kl: float) -> None:
-        """What storing the teacher in 8 bits costs."""
-        self._writer.write(step, {"teacher/quantization_kl": kl})
-        self.say(f"teacher: in 8 bits, KL to itself in bfloat16 is {kl:.2e} nats per token")
+    def teacher(self, step: int, measured: dict[str, float]) -> None:
+        """What was measured of the teacher, once; nothing, if it was not."""
+        if measured:
+            self._writer.write(step, measured)
+        if kl := measured.get("teacher/quantization_kl"):
+            self.say(f"teacher: in 8 bits, KL to itself in bfloat16 is {kl:.2e} nats per token")
 
     def say(self, line: str) -> None:
         self._bar.write(line)

@@ -2,58 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
 from distill.base.errors import UserError
 from distill.config.schema import VllmTeacher
 from distill.data.sequences import Sequences
+from distill.data.tokenizer import Vocabulary
 from distill.rollout.vllm import checks
-from distill.rollout.vllm.client import RequestRefused, Scores, VllmClient
+from distill.rollout.vllm.client import RequestRefused, Scores, VllmClient, connect
 from distill.rollout.vllm.dispatch import ask_all, at_each
+from distill.teachers.base import Teacher
 
 SECTION = "teacher.vllm"
 _ABSENT = -1
 _NEVER = -100.0  # log-probability beside an absent id: finite, and nothing
 
 
-class ServerTeacher:
-    """Scores sequences on vLLM servers that serve the teacher.
+class ServerTeacher(Teacher):
+    """A teacher by scores, on vLLM servers that serve it.
 
     Args:
-      clients: one per server.
-      servers: tokens asked for at every position, and how long servers are waited for.
-      tokenizer: the student's, which must be the teacher's.
-      vocab_size: ids in use.
+      servers: where they are, and how many tokens they are asked for at every position.
+      vocabulary: the student's, which must be the teacher's.
       max_length: tokens of prompt and response at most.
     """
 
-    def __init__(
-        self,
-        clients: Sequence[VllmClient],
-        servers: VllmTeacher,
-        *,
-        tokenizer: Any,
-        vocab_size: int,
-        max_length: int,
-    ):
-        self._clients, self._servers = list(clients), servers
-        self._top_k = min(servers.top_k, vocab_size)
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._max_length = max_length
+    def __init__(self, servers: VllmTeacher, vocabulary: Vocabulary, max_length: int):
+        self._servers, self._clients = servers, []
+        self._tokenizer, self._vocab_size = vocabulary.tokenizer, vocabulary.size
+        self._top_k, self._max_length = min(servers.top_k, vocabulary.size), max_length
 
     def start(self) -> None:
         """Checks the servers.
 
         Raises:
           UserError: one cannot be reached, has another tokenizer, too small a context, or does not
-            list as many tokens.
+            list as many tokens; or the API key's variable is not set.
         """
-        remedy = f"start it, or correct {SECTION}.urls or raise {SECTION}.start_timeout"
-        for client in self._clients:
-            checks.await_up(client, self._servers.start_timeout, remedy)
+        self._clients = connect(self._servers, SECTION)
+        checks.await_all_up(self._clients, self._servers, SECTION)
         at_each(self._clients, self._check, self._servers.retry_timeout)
 
     def score(self, sequences: Sequences) -> dict[str, np.ndarray]:

@@ -56,7 +56,7 @@ def run(request) -> Run:
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
     config.teacher.split_over_data = request.param
     with open_session(parse_config(config)) as session:
-        state, teacher = session.load_state(), session.load_teacher()
+        state, teacher = session.load_state(), session.load_teacher().model
         step = make_train_step(
             session.student.graph,
             teacher.graph,

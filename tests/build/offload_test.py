@@ -61,11 +61,11 @@ def test_run_with_an_offloaded_optimizer_is_the_same(models, plain, tmp_path):
 def test_teacher_is_where_the_config_says(models, offload):
     with open_session(parse_config(small_config(models, offload=offload))) as session:
         teacher = session.load_teacher()
-        layers = teacher.params["layers"]
+        layers = teacher.model.params["layers"]
         matrices = {name: layers[name] for name in ("q_proj", "o_proj", "down_proj", "q_bias")}
         assert memory_kinds(matrices) == {"device" if offload == "none" else HOST_MEMORY}
         ends = HOST_MEMORY if offload == "host" else "device"
-        assert memory_kinds(teacher.params["embedding"]) == {ends}
+        assert memory_kinds(teacher.model.params["embedding"]) == {ends}
         fetched = memory_kinds(teacher.fetch()["layers"]["q_proj"])
         assert fetched == {HOST_MEMORY if offload == "layers" else "device"}
 
@@ -93,7 +93,7 @@ def test_moments_are_in_host_memory_before_and_after_a_step(models):
         rows = dataclasses.replace(rows, tokens_bt=rows.tokens_bt % 17)
         batch = put_batch(session.mesh, (rows,))
         before = jax.device_get(large(state))
-        state, metrics = step(state, teacher.params, batch)
+        state, metrics = step(state, teacher.model.params, batch)
         assert float(metrics["update_norm"]) > 0
         assert memory_kinds(large(state)) == {HOST_MEMORY}
         assert memory_kinds(state.params) == {"device"}
@@ -175,7 +175,7 @@ def test_logged_divergence_is_that_of_the_two_teachers(models):
         prompts, vocabulary = session.prompts, session.vocabulary
         teacher = session.load_teacher(compared_on=prompts)
         full = session.load_frozen(session.teacher_folder, "bfloat16")
-        assert isinstance(teacher.params["layers"]["q_proj"].get_value(), qwix.QArray)
+        assert isinstance(teacher.model.params["layers"]["q_proj"].get_value(), qwix.QArray)
         size = config.evaluation.batch_size
         lengths_b = np.array([len(prompt) for prompt in prompts.prompt_tokens[:size]])
         tokens_bt = np.zeros((size, lengths_b.max()), np.int32)
@@ -187,7 +187,7 @@ def test_logged_divergence_is_that_of_the_two_teachers(models):
             return jax.nn.log_softmax(module.logits(module(tokens_bt))[..., : vocabulary.size])
 
         log_p, log_q = (
-            jax.jit(log_probs, static_argnums=0)(x.graph, x.params) for x in (full, teacher)
+            jax.jit(log_probs, static_argnums=0)(x.graph, x.params) for x in (full, teacher.model)
         )
         kl_bt = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
         expected = kl_bt[np.arange(tokens_bt.shape[1]) < lengths_b[:, None]].mean()

@@ -19,6 +19,7 @@ from distill.base.errors import RunStopped, UserError
 from distill.config.schema import VllmServers
 from distill.config.schema import VllmTeacher as TeacherSection
 from distill.data.sequences import Sequences
+from distill.data.tokenizer import Vocabulary
 from distill.rollout.vllm import checks, guard
 from distill.rollout.vllm.backend import VllmBackend
 from distill.rollout.vllm.client import VllmClient, read_api_key
@@ -77,9 +78,18 @@ def servers():
         server.close()
 
 
-def make_backend(servers, *, params=PARAMS, retry=20.0, request=10.0, api_key="") -> VllmBackend:
+def make_backend(
+    servers, *, params=PARAMS, retry=20.0, request=10.0, api_key_variable=""
+) -> VllmBackend:
+    section = VllmServers(
+        urls=tuple(server.url for server in servers),
+        api_key_variable=api_key_variable,
+        request_timeout=request,
+        retry_timeout=retry,
+        start_timeout=1.0,
+    )
     return VllmBackend(
-        [VllmClient(server.url, api_key, request) for server in servers],
+        section,
         own=None,
         check=lambda client: None,
         weights=Folders(),
@@ -89,7 +99,6 @@ def make_backend(servers, *, params=PARAMS, retry=20.0, request=10.0, api_key=""
         pad_id=0,
         vocab_size=doubles.VOCAB_SIZE,
         max_length=doubles.MAX_MODEL_LEN,
-        times=VllmServers(retry_timeout=retry, start_timeout=1.0),
     )
 
 
@@ -336,11 +345,11 @@ def test_temperature_that_vllm_would_change():
 def test_api_key_is_sent_and_never_shown(servers, monkeypatch):
     (server,) = servers(api_key="sesame")
     monkeypatch.setenv("SERVER_KEY", "sesame")
-    key = read_api_key("SERVER_KEY", "policy.generation.vllm")
-    assert_whole(refitted([server], api_key=key).generate(REQUEST)[0])
-    for wrong in ("", "tomato"):
+    assert_whole(refitted([server], api_key_variable="SERVER_KEY").generate(REQUEST)[0])
+    monkeypatch.setenv("SERVER_KEY", "tomato")
+    for wrong in ("", "SERVER_KEY"):
         with pytest.raises(UserError) as error:
-            refitted([server], api_key=wrong).generate(REQUEST)
+            refitted([server], api_key_variable=wrong).generate(REQUEST)
         assert "API key" in str(error.value) and server.url in str(error.value)
         assert "tomato" not in str(error.value)
 
@@ -478,9 +487,10 @@ def test_probe_remembers_what_each_server_said_and_should_have_said(servers):
 
 
 def make_teacher(url, top_k=3, vocab_size=doubles.VOCAB_SIZE, start_timeout=1.0) -> ServerTeacher:
-    section = TeacherSection(top_k=top_k, retry_timeout=5.0, start_timeout=start_timeout)
-    options = dict(tokenizer=Letters(), vocab_size=vocab_size, max_length=32)
-    return ServerTeacher([VllmClient(url)], section, **options)
+    section = TeacherSection(
+        urls=(url,), top_k=top_k, retry_timeout=5.0, start_timeout=start_timeout
+    )
+    return ServerTeacher(section, Vocabulary(Letters(), vocab_size, (1,)), max_length=32)
 
 
 def test_teacher_lists_the_likeliest_and_the_actual_token(servers):

@@ -192,11 +192,22 @@ def servers(folders, tmp_path_factory):
         yield made
 
 
+@pytest.fixture(autouse=True)
+def exported_key(monkeypatch):
+    monkeypatch.setenv("TEST_SERVER_KEY", API_KEY)
+
+
 def make_backend(server: Server, folder: Path, weights: Path, params: SamplingParams):
     config, _ = load_model_config(folder)
     tempered = is_tempered(params, VOCAB_SIZE)
     return VllmBackend(
-        [VllmClient(server.url, API_KEY, 120.0)],
+        VllmServers(
+            urls=(server.url,),
+            api_key_variable="TEST_SERVER_KEY",
+            request_timeout=120.0,
+            retry_timeout=20.0,
+            start_timeout=5.0,
+        ),
         own=None,
         check=functools.partial(
             check_sampler,
@@ -220,7 +231,6 @@ def make_backend(server: Server, folder: Path, weights: Path, params: SamplingPa
         pad_id=0,
         vocab_size=VOCAB_SIZE,
         max_length=MAX_TOTAL,
-        times=VllmServers(retry_timeout=20.0, start_timeout=5.0),
     )
 
 
@@ -355,8 +365,7 @@ def run_config(**distillation) -> ConfigDict:
     return config
 
 
-def on_servers(config: ConfigDict, *servers: Server, monkeypatch) -> ConfigDict:
-    monkeypatch.setenv("TEST_SERVER_KEY", API_KEY)
+def on_servers(config: ConfigDict, *servers: Server) -> ConfigDict:
     config.policy.generation.backend = "vllm"
     vllm = config.policy.generation.vllm
     vllm.urls = tuple(server.url for server in servers)
@@ -386,7 +395,7 @@ def jax_losses(folders, tmp_path_factory) -> dict[str, np.ndarray]:
 
 def test_greedy_run_is_the_same_as_in_process(servers, folders, jax_losses, tmp_path, monkeypatch):
     """Greedy answers need no chance: the losses are the same, update by update."""
-    config = on_servers(run_config(), servers["student"], monkeypatch=monkeypatch)
+    config = on_servers(run_config(), servers["student"])
     config.policy.model_name = str(folders["student"])
     config.distillation.generate_strategy.decoding_method = "greedy"
     distill.train(config, tmp_path)
@@ -408,7 +417,7 @@ def test_two_servers_sample_ahead_as_devices_of_this_process_do(
     distill.train(theirs, tmp_path / "in_process")
     pair = servers["student"], servers["second"]
     answered = [requests_answered(server) for server in pair]
-    distill.train(on_servers(ours, *pair, monkeypatch=monkeypatch), tmp_path / "servers")
+    distill.train(on_servers(ours, *pair), tmp_path / "servers")
     np.testing.assert_allclose(
         losses(tmp_path / "servers"), losses(tmp_path / "in_process"), rtol=1e-2
     )
@@ -472,7 +481,7 @@ def test_killed_server_stops_the_run_which_resumes_and_survives_a_restart(
 ):
     """Killed in the batch of update 3 for good, and in that of update 6 for a restart's time."""
     server = servers["student"]
-    config = on_servers(run_config(max_steps=6), server, monkeypatch=monkeypatch)
+    config = on_servers(run_config(max_steps=6), server)
     config.policy.model_name = str(folders["student"])
     config.distillation.generate_strategy.decoding_method = "greedy"
     config.policy.generation.vllm.retry_timeout = 3.0
@@ -510,7 +519,7 @@ def expect_error(config: ConfigDict, workdir: Path, *words: str) -> None:
 
 def test_wrong_servers_are_one_line_each(servers, folders, tmp_path, monkeypatch):
     def config(name: str) -> ConfigDict:
-        made = on_servers(run_config(), servers[name], monkeypatch=monkeypatch)
+        made = on_servers(run_config(), servers[name])
         made.policy.model_name = str(folders["student"])
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ from flax import nnx
 
 from distill.base.errors import RunStopped, UserError
 from distill.config.schema import VllmServers
-from distill.rollout.vllm.checks import await_up
-from distill.rollout.vllm.client import ServerFailed, VllmClient, VllmError
+from distill.rollout.vllm.checks import await_all_up, await_up
+from distill.rollout.vllm.client import ServerFailed, VllmClient, VllmError, connect
 from distill.rollout.vllm.dispatch import ask_all, at_each
 from distill.rollout.vllm.probe import REMEDY, Probe
 from distill.rollout.vllm.rows import ask_row, make_rows, to_rollout
@@ -35,7 +35,7 @@ class VllmBackend:
     arithmetic does not.
 
     Args:
-      clients: of servers that are running; none if `own` is given.
+      servers: where they are, and how long they are waited for.
       own: a server to start at the first refit, from the weights of that refit.
       check: raises UserError if a server that is up will not do.
       weights: where refits are written.
@@ -45,12 +45,11 @@ class VllmBackend:
       pad_id: fills responses after their end.
       vocab_size: ids in use.
       max_length: tokens of prompt and response at most.
-      times: how long servers are waited for.
     """
 
     def __init__(
         self,
-        clients: Sequence[VllmClient],
+        servers: VllmServers,
         *,
         own: OwnServer | None,
         check: Callable[[VllmClient], None],
@@ -61,9 +60,9 @@ class VllmBackend:
         pad_id: int,
         vocab_size: int,
         max_length: int,
-        times: VllmServers,
     ):
-        self._clients, self._own, self._check, self._times = list(clients), own, check, times
+        self._servers, self._clients = servers, connect(servers, SECTION)
+        self._own, self._check = own, check
         self._weights, self._probe, self._params = weights, probe, params
         self._end_ids, self._pad_id = end_ids, pad_id
         self._vocab_size, self._max_length = vocab_size, max_length
@@ -81,9 +80,7 @@ class VllmBackend:
         if self._own is not None:
             self._own.check()
             return
-        remedy = f"start it, or correct {SECTION}.urls or raise {SECTION}.start_timeout"
-        for client in self._clients:
-            await_up(client, self._times.start_timeout, remedy)
+        await_all_up(self._clients, self._servers, SECTION)
         self._at_each(self._check)
 
     def refit(self, student_params: nnx.State, version: int) -> None:
@@ -121,7 +118,7 @@ class VllmBackend:
             return ask_row(client, row, params, self._end_ids, self._vocab_size)
 
         responses, retries = ask_all(
-            self._clients, make_rows(request), ask, self._restore, self._times.retry_timeout
+            self._clients, make_rows(request), ask, self._restore, self._servers.retry_timeout
         )
         rollout = to_rollout(responses, params, self._end_ids, self._pad_id)
         measured = {"generation/refit_gap": self._refit_gap, "generation/retries": float(retries)}
@@ -135,12 +132,12 @@ class VllmBackend:
             self._clients = []
 
     def _at_each(self, action) -> list:
-        return at_each(self._clients, action, self._times.retry_timeout)
+        return at_each(self._clients, action, self._servers.retry_timeout)
 
     def _launch(self, own: OwnServer, folder: Path) -> VllmClient:
         url = own.launch(folder)
-        client = VllmClient(url, own.api_key, self._times.request_timeout, own.check_running)
-        await_up(client, self._times.start_timeout, f"see {own.log}, or raise start_timeout")
+        client = VllmClient(url, own.api_key, self._servers.request_timeout, own.check_running)
+        await_up(client, self._servers.start_timeout, f"see {own.log}, or raise start_timeout")
         return client
 
     def _rehearse(self, student_params: nnx.State, true: np.ndarray) -> None:

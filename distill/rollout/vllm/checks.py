@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.base.errors import UserError
+from distill.config.schema import VllmServers
 from distill.models.checkpoints.load import load_model_config
 from distill.models.facts import ModelConfig
 from distill.rollout.vllm.client import RequestRefused, VllmClient, VllmError
@@ -34,6 +36,13 @@ def await_up(client: VllmClient, timeout: float, remedy: str) -> None:
                     f"no vLLM server answered within {timeout:g} s ({error}): {remedy}"
                 ) from None
         time.sleep(min(0.5, max(deadline - time.monotonic(), 0.0)))
+
+
+def await_all_up(clients: Sequence[VllmClient], servers: VllmServers, section: str) -> None:
+    """Waits until all servers of a section answer; see `await_up`."""
+    remedy = f"start it, or correct {section}.urls or raise {section}.start_timeout"
+    for client in clients:
+        await_up(client, servers.start_timeout, remedy)
 
 
 def check_sampler(

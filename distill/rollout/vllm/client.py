@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from distill.base.errors import UserError
+from distill.config.schema import VllmServers
 
 # Sampling options are always sent: servers take defaults from the model's generation_config.json.
 _PLAIN = {
@@ -171,6 +172,12 @@ class VllmClient:
             message = message.replace(self._api_key, "...")
         refused = status is not None and status < 500 and status not in _TRY_AGAIN
         return (RequestRefused if refused else ServerFailed)(f"{self.url}: {message}", status)
+
+
+def connect(servers: VllmServers, section: str) -> list[VllmClient]:
+    """A client per URL; UserError when the API key's variable is not set."""
+    key = read_api_key(servers.api_key_variable, section)
+    return [VllmClient(url, key, servers.request_timeout) for url in servers.urls]
 
 
 def read_api_key(variable: str, section: str) -> str:

@@ -1,0 +1,51 @@
+"""What the student learns from: a teacher in the step, or one that is known by scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from distill.data.sequences import Sequences
+from distill.models.model import Model
+
+
+class Teacher:
+    """A teacher that says nothing, which is right for hard labels; the others override this.
+
+    One *in the step* has a model: the train step is compiled for its `graph` and computes with what
+    `fetch` returns. Evaluation and report compare with its model, too. One *by scores* has none: it
+    is asked about every batch, once that is sampled and before the step.
+    """
+
+    model: Model | None = None
+
+    @property
+    def graph(self) -> nnx.GraphDef | None:
+        """Of the model in the step."""
+        return None if self.model is None else self.model.graph
+
+    def fetch(self) -> Any:
+        """Its weights, where they can be used; a copy lives as long as the caller holds it."""
+        return None if self.model is None else self.model.fetch()
+
+    def start(self) -> None:
+        """Checks what the teacher needs, such as servers.
+
+        Raises:
+          UserError: it is not there, or does not fit the student.
+        """
+
+    def score(self, sequences: Sequences) -> Mapping[str, np.ndarray]:
+        """Columns with what a teacher by scores knows of the sequences; none of one in the step.
+
+        Raises:
+          RunStopped: it cannot be asked any more.
+        """
+        return {}
+
+    def measured(self) -> dict[str, float]:
+        """Metrics to log once, before the first step."""
+        return {}
