@@ -31,23 +31,14 @@ def at_each(
         return list(pool.map(lambda c: keep_trying(lambda: action(c), retry_timeout), clients))
 
 
-def keep_trying(
-    action: Callable[[], Any],
-    retry_timeout: float,
-    pause: Callable[[float], bool | None] = time.sleep,
-) -> Any:
+def keep_trying(action: Callable[[], Any], retry_timeout: float) -> Any:
     """Result of `action`, tried again with growing pauses while it raises ServerFailed.
 
-    Args:
-      action: what to try.
-      retry_timeout: seconds that it may go on failing.
-      pause: waits so many seconds; may return True to give up, with the result None.
-
     Raises:
-      RunStopped: it went on failing.
+      RunStopped: it went on failing for so many seconds.
       UserError: a server refused the request.
     """
-    started, seconds = time.monotonic(), _FIRST_PAUSE
+    started, pause = time.monotonic(), _FIRST_PAUSE
     while True:
         try:
             return action()
@@ -56,9 +47,8 @@ def keep_trying(
         except ServerFailed as error:
             if time.monotonic() - started >= retry_timeout:
                 raise _stopped(error, retry_timeout) from None
-        if pause(seconds):
-            return None
-        seconds = min(2 * seconds, _LONGEST_PAUSE)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def ask_all(
@@ -91,8 +81,7 @@ def ask_all(
                 threading.Thread(target=batch.work, args=(server,), daemon=True).start()
         batch.await_end()
         for server in servers:  # one that restarted between two requests failed none
-            with server.lock:
-                batch.ready(server, time.sleep)
+            batch.ready(server, server.recoveries)
         batch.drop_stale()
     return [batch.results[row][0] for row in range(len(rows))], batch.lost_tries
 
@@ -138,9 +127,7 @@ class _Batch:
                     reply = self._ask(server.client, self._rows[row])
                 except ServerFailed as error:
                     self._put_back(row, started, error)
-                    with server.lock:  # of the threads that saw it fail, one readies it
-                        if server.recoveries == recoveries and not self._is_over():
-                            self.ready(server, self._pause)
+                    self.ready(server, recoveries)
                 else:
                     with self._changed:
                         self.results[row] = reply, server, restarts
@@ -156,15 +143,21 @@ class _Batch:
         if self._error is not None:
             raise self._error
 
-    def ready(self, server: _Server, pause: Callable[[float], bool | None]) -> None:
-        """Recovers a server whose lock is held; counts the restarts that this brought to light."""
-        restarted = keep_trying(lambda: self._recover(server.client), self._retry_timeout, pause)
-        server.recoveries += 1
-        server.restarts += bool(restarted)
+    def ready(self, server: _Server, recoveries: int) -> None:
+        """Recovers a server, unless that was done since its `recoveries` were read."""
+        with server.lock:
+            if server.recoveries > recoveries:
+                return
+            server.restarts += keep_trying(lambda: self._try(server), self._retry_timeout)
+            server.recoveries += 1
         if server.restarts > _MOST_RESTARTS:
             raise RunStopped(
                 f"{server.client.url} restarted {server.restarts} times in one batch: see its log"
             )
+
+    def _try(self, server: _Server) -> bool:
+        # After an error, nobody may touch what is another run's by now.
+        return self._error is None and self._recover(server.client)
 
     def drop_stale(self) -> None:
         """Puts back the rows of servers that have restarted since: their weights are unknown."""
@@ -191,11 +184,6 @@ class _Batch:
                 raise _stopped(error, self._retry_timeout)
             self._waiting.appendleft(row)
             self._changed.notify_all()
-
-    def _pause(self, seconds: float) -> bool:
-        """Waits, or less if there is nothing left to do; then True."""
-        with self._changed:
-            return self._changed.wait_for(self._is_over, seconds)
 
     def _end(self, error: Exception) -> None:
         with self._changed:
