@@ -27,6 +27,7 @@ from distill.kernels.linear_divergence import (
     reads_teacher,
     resolve_implementation,
     weighted_first,
+    weights_of,
 )
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.divergences import PointwiseDivergence, get_loss, get_term, is_pointwise
@@ -107,7 +108,7 @@ class Objective:
             head_t if self.needs_teacher else None,
             flatten(self.scale * weights_bt),
             targets=flatten(targets_bt),
-            columns=flatten(dict(columns or {})) if self.loss.all_weights else None,
+            columns=flatten(dict(columns or {})) if weights_of(self.loss) else None,
             vocab_size=vocab_size,
             implementation=self.implementation,
             chunk=self.chunk,

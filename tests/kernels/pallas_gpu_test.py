@@ -80,8 +80,8 @@ def make_problem(num_tokens, width_s, width_t, num_columns, *, scale=3.0):
 
 def sums_and_gradient(implementation, loss, dtype, logits, statistics, weights_c):
     sums = implementation.term_sums(loss, logits, statistics)
-    weights = [weights_c / (1 + i) for i in range(len(loss.terms))]
-    gradient_cv = implementation.gradient(loss, logits, statistics, sums[1], weights, dtype=dtype)
+    factors = [(slope_sum_c, weights_c / (1 + i)) for i, (_, slope_sum_c) in enumerate(sums)]
+    gradient_cv = implementation.gradient(loss, logits, statistics, factors, dtype=dtype)
     return sums, gradient_cv
 
 

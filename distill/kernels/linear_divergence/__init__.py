@@ -17,6 +17,7 @@ from distill.kernels.linear_divergence.token_losses import (
     check_pointwise,
     cross_entropy,
     reads_teacher,
+    weights_of,
 )
 from distill.kernels.linear_divergence.topk import TopK
 
@@ -36,4 +37,5 @@ __all__ = [
     "reads_teacher",
     "resolve_implementation",
     "weighted_first",
+    "weights_of",
 ]

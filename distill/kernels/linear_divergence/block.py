@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from distill.kernels.linear_divergence import topk
 from distill.kernels.linear_divergence.sweeps import (
     Logits,
+    PerTerm,
     Projection,
     Statistics,
     Sweeps,
@@ -70,7 +71,7 @@ def values(loss, sweeps: Sweeps, block: Block, weights_c, columns) -> tuple:
     elif block.top_k is not None:
         terms, _ = _top_k_gradient(loss, block, weights)
     else:
-        terms, _ = _sums(loss, sweeps, block)
+        terms = tuple(term_c for term_c, _ in _sums(loss, sweeps, block))
     return TokenValues(terms, *log_probs), weighted_sum(weights, terms)
 
 
@@ -90,8 +91,9 @@ def values_and_gradients(
         gradient_cv = gradient_cv.astype(student.hidden_cd.dtype)
         gradients = gradient_products(gradient_cv, student, head_gradient_dv)
     else:
-        terms, slope_sums = _sums(loss, sweeps, block)
-        rows = block.logits, block.statistics, slope_sums, weights
+        sums = _sums(loss, sweeps, block)
+        terms = tuple(term_c for term_c, _ in sums)
+        rows = block.logits, block.statistics, _factors(sums, weights)
         gradients = sweeps.gradient_products(loss, *rows, student, head_gradient_dv)
     return (TokenValues(terms, *log_probs), weighted_sum(weights, terms)), *gradients
 
@@ -107,16 +109,20 @@ def combined(local: Statistics, temperature: float, vocab_axes: tuple[str, ...])
     return Statistics(**totals | jax.lax.psum(sums, vocab_axes))
 
 
-def _sums(loss: TermSum, sweeps: Sweeps, block: Block):
-    """Of every term, (sum of f, sum of slopes) per token: two tuples."""
+def _sums(loss: TermSum, sweeps: Sweeps, block: Block) -> PerTerm:
+    """Of every term, sum of f and sum of slopes."""
     sums = [term.sums(block.statistics, block.temperature) for term in loss.terms]
-    swept = [term for term, known in zip(loss.terms, sums, strict=True) if known is None]
-    if swept:
-        swept = dataclasses.replace(loss, terms=tuple(swept))
-        found = block.sum(sweeps.term_sums(swept, block.logits, block.statistics))
-        found = zip(*found, strict=True)
+    terms = tuple(term for term, known in zip(loss.terms, sums, strict=True) if known is None)
+    if terms:
+        swept = dataclasses.replace(loss, terms=terms)
+        found = iter(block.sum(sweeps.term_sums(swept, block.logits, block.statistics)))
         sums = [next(found) if known is None else known for known in sums]
-    return tuple(zip(*sums, strict=True))
+    return sums
+
+
+def _factors(sums: PerTerm, weights: tuple[jax.Array, ...]) -> PerTerm:
+    """What the gradient takes: slope sum and weight of every term."""
+    return [(slope_sum_c, w_c) for (_, slope_sum_c), w_c in zip(sums, weights, strict=True)]
 
 
 def _target_log_probs(block: Block) -> tuple[jax.Array, jax.Array]:
@@ -166,8 +172,8 @@ def _top_k_gradient(loss: TermSum, block: Block, weights):
             term_c, added_cv = topk.gradient(term.function, block, weights_c)
         else:
             alone = dataclasses.replace(loss, terms=(term,))
-            (term_c,), slope_sums = _sums(alone, XlaSweeps(), block)
-            rows = block.logits, block.statistics, slope_sums, (weights_c,)
+            [(term_c, slope_sum_c)] = _sums(alone, XlaSweeps(), block)
+            rows = block.logits, block.statistics, [(slope_sum_c, weights_c)]
             added_cv = gradient(alone, *rows, dtype=jnp.float32)
         terms.append(term_c)
         gradient_cv += added_cv

@@ -27,7 +27,7 @@ from distill.kernels.linear_divergence.sweeps import Projection, Sweeps
 from distill.kernels.linear_divergence.token_losses import (
     RowLoss,
     TokenValues,
-    asks_teacher_entropy,
+    weights_of,
 )
 
 LANES = 128  # of a TPU: a shard's columns are a multiple, so that none straddles a tile
@@ -159,7 +159,7 @@ def _block(options: Options, loss, chunk: Tokens, head_s_dv, head_t_dv, memory=N
         num_columns,
         memory,
         temperature=temperature,
-        entropy=asks_teacher_entropy(loss),
+        entropy=any(getattr(x, "teacher_entropy", False) for x in weights_of(loss)),
     )
     return blocks.Block(
         logits=logits,

@@ -26,8 +26,8 @@ from distill.kernels.linear_divergence.mosaic_gpu_primitives import lowerable
 from distill.kernels.linear_divergence.sweeps import (
     MASKED,
     Logits,
+    PerTerm,
     Statistics,
-    TermSums,
     gradient_operands,
     relative_to,
     row_operands,
@@ -100,7 +100,7 @@ class Sweeps(sweeps.Sweeps):
         )
         return statistics_of(table_cn, names)
 
-    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums:
+    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> PerTerm:
         """K2: every term and its slope."""
         table_cn = self._run(
             "term_sums",
@@ -113,7 +113,7 @@ class Sweeps(sweeps.Sweeps):
         return term_sums_of(table_cn, loss)
 
     def gradient(
-        self, loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
+        self, loss: TermSum, logits: Logits, statistics: Statistics, factors: PerTerm, *, dtype
     ) -> jax.Array:
         """K3, written over the student's logits where the dtype allows."""
         width = logits.student_cv.shape[1]
@@ -121,8 +121,8 @@ class Sweeps(sweeps.Sweeps):
             "gradient",
             functools.partial(_gradient_kernel, loss=loss),
             logits,
-            gradient_operands(loss, statistics, slope_sums, weights),
-            output=jax.ShapeDtypeStruct((len(weights[0]), _aligned_width(width)), dtype),
+            gradient_operands(loss, statistics, factors),
+            output=jax.ShapeDtypeStruct((len(logits.targets_c), _aligned_width(width)), dtype),
             transcendentals=3,
         )
         return gradient_cv[:, :width]
@@ -260,8 +260,7 @@ def _gradient_kernel(
 ):
     num_columns = num_columns_ref[0]
     row = _Row.read(rows_refs, loss, len(logits_refs), lanes)
-    number = len(loss.terms)
-    slope_sums, weights = row.operands[-2 * number : -number], row.operands[-number:]
+    factors = row.operands[-2 * len(loss.terms) :]
     width = min(ref.shape[1] for ref in logits_refs)
 
     def write(tile: _Tile, _):
@@ -271,7 +270,7 @@ def _gradient_kernel(
             log_probs = row.log_probs(logits)
             _, slopes = row.terms_and_slopes(column, log_probs)
             q, gradient = jnp.exp(log_probs[0]), None
-            for slope, slope_sum, weight in zip(slopes, slope_sums, weights, strict=True):
+            for slope, slope_sum, weight in zip(slopes, factors[::2], factors[1::2], strict=True):
                 added = weight * (slope - q * slope_sum)
                 # A token without weight has no say, whatever its slopes.
                 counts = column < jnp.where(weight != 0, num_columns, 0)

@@ -20,9 +20,9 @@ from distill.kernels.linear_divergence import sweeps
 from distill.kernels.linear_divergence.pallas_tpu_kernels import LANES, STRIP
 from distill.kernels.linear_divergence.sweeps import (
     Logits,
+    PerTerm,
     Projection,
     Statistics,
-    TermSums,
     gradient_operands,
     row_operands,
     statistics_of,
@@ -215,7 +215,7 @@ class Sweeps(sweeps.Sweeps):
         logits = Logits(logits_s_cv, logits_t_cv, targets_c, num_columns)
         return logits, statistics_of(table, names)
 
-    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums:
+    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> PerTerm:
         """K2: every term and its slope."""
         num_tokens, width = len(logits.targets_c), min(x_cv.shape[1] for x_cv in logits.models)
         config = self.config.fitted(num_tokens, width)
@@ -231,7 +231,7 @@ class Sweeps(sweeps.Sweeps):
         return term_sums_of(table, loss)
 
     def gradient(
-        self, loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
+        self, loss: TermSum, logits: Logits, statistics: Statistics, factors: PerTerm, *, dtype
     ) -> jax.Array:
         """K3, written over the student's logits where the dtype allows."""
         num_tokens, width = logits.student_cv.shape
@@ -241,30 +241,23 @@ class Sweeps(sweeps.Sweeps):
             config,
             width,
             logits,
-            gradient_operands(loss, statistics, slope_sums, weights),
+            gradient_operands(loss, statistics, factors),
             _output(num_tokens, width, config.logits_blocks, dtype),
             aliases={0: 0} if self._in_place(dtype) else {},
         )
         return gradient_cv
 
     def gradient_products(
-        self,
-        loss: TermSum,
-        logits: Logits,
-        statistics: Statistics,
-        slope_sums,
-        weights,
-        student: Projection,
-        head_gradient_dv,
+        self, loss, logits, statistics, factors: PerTerm, student: Projection, head_gradient_dv
     ) -> tuple[jax.Array, jax.Array]:
         """K3 with the products that consume its gradient, which then is never stored."""
-        rows = logits, statistics, slope_sums, weights
         hidden_cd, head_dv = student
         config = choose_gradient_products(student, len(hidden_cd), len(logits.models))
         if config is None:
+            rows = logits, statistics, factors
             return super().gradient_products(loss, *rows, student, head_gradient_dv)
         head_blocks = config.head_blocks(head_dv.shape[0])
-        operands = gradient_operands(loss, statistics, slope_sums, weights)
+        operands = gradient_operands(loss, statistics, factors)
         inputs = _sweep_inputs(config, logits, operands)
         inputs += [
             (hidden_cd.T, _whole(hidden_cd.shape[::-1])),

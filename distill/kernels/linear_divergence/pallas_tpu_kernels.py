@@ -137,16 +137,13 @@ def gradient_kernel(num_columns_ref, *refs, loss: TermSum):
 
     def write(rows):
         operands = rows_ref[rows, :]
-        number = len(loss.terms)
-        columns = [operands[:, i : i + 1] for i in range(2 * len(logits_refs), operands.shape[1])]
+        factors = [operands[:, i : i + 1] for i in range(2 * len(logits_refs), operands.shape[1])]
         for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
             log_q, log_p = _log_probs(logits_refs, operands, rows, lanes, loss.temperature)
             _, slopes = terms_and_slopes(loss, log_p, log_q, is_target)
             q, exists = jnp.exp(log_q), column < num_columns_ref[0]
             gradient = None
-            for slope, slope_sum, weight in zip(
-                slopes, columns[:number], columns[number:], strict=True
-            ):
+            for slope, slope_sum, weight in zip(slopes, factors[::2], factors[1::2], strict=True):
                 added = weight * (slope - q * slope_sum)
                 # A token without weight has no say, whatever its slopes.
                 added = jnp.where(exists & (weight != 0), added, 0.0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 from distill.kernels.linear_divergence.token_losses import TermSum, terms_and_slopes
 from distill.kernels.platform import platform
 
-# Of every term, sum_v f and sum_v df/dlog_q: two tuples of float32 (c,).
-TermSums = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+# For every term, two arrays of float32 (c,).
+PerTerm = Sequence[tuple[jax.Array, jax.Array]]
 
 # Stands in for logits that do not exist: exp(MASKED - x) is 0 for any real logit x, and unlike -inf
 # it can be subtracted from itself.
@@ -109,33 +110,31 @@ def statistics(logits: Logits, *, temperature: float, entropy: bool = False) -> 
     )
 
 
-def term_sums(loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums:
+def term_sums(loss: TermSum, logits: Logits, statistics: Statistics) -> PerTerm:
     """sum_v f and sum_v df/dlog_q of every term's pointwise f.
 
     `statistics` are those of all columns, whatever part of them the logits are.
     """
     terms, slopes, _ = _terms_and_slopes(loss, logits, statistics)
-    return tuple(tuple(jnp.sum(x_cv, axis=-1) for x_cv in per_term) for per_term in (terms, slopes))
+    pairs = zip(terms, slopes, strict=True)
+    return [(jnp.sum(term_cv, axis=-1), jnp.sum(slope_cv, axis=-1)) for term_cv, slope_cv in pairs]
 
 
 def gradient(
-    loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
+    loss: TermSum, logits: Logits, statistics: Statistics, factors: PerTerm, *, dtype
 ) -> jax.Array:
-    """Sum over the terms of weights_i (r_i - q slope_sums_i) / temperature, r_i = df_i/dlog_q.
+    """Sum over the terms of weight (r - q slope_sum) / temperature, r = df/dlog_q.
 
-    (c, V_s) in `dtype`; `slope_sums` and `weights` are (c,) for each term, slope sums being
-    sum_v r over all columns. Columns from num_columns on are 0, and so are tokens without weight,
-    whatever their slopes.
+    (c, V_s) in `dtype`; `factors` are slope_sum, which is sum_v r over all columns, and weight.
+    Columns from num_columns on are 0, and so are tokens without weight, whatever their slopes.
     """
     _, slopes, log_q_cv = _terms_and_slopes(loss, logits, statistics)
     q_cv = jnp.exp(log_q_cv)
-    gradient_cv = functools.reduce(
-        jnp.add,
-        (
-            weighted(slopes_cv - q_cv * slope_sum_c[:, None], weights_c / loss.temperature)
-            for slopes_cv, slope_sum_c, weights_c in zip(slopes, slope_sums, weights, strict=True)
-        ),
+    parts = (
+        weighted(slopes_cv - q_cv * slope_sum_c[:, None], weights_c / loss.temperature)
+        for slopes_cv, (slope_sum_c, weights_c) in zip(slopes, factors, strict=True)
     )
+    gradient_cv = functools.reduce(jnp.add, parts)
     padding = logits.student_cv.shape[1] - gradient_cv.shape[1]
     return jnp.pad(gradient_cv.astype(dtype), ((0, 0), (0, padding)))
 
@@ -177,11 +176,11 @@ class Sweeps(abc.ABC):
         raise NotImplementedError
 
     @abc.abstractmethod
-    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums: ...
+    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> PerTerm: ...
 
     @abc.abstractmethod
     def gradient(
-        self, loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
+        self, loss: TermSum, logits: Logits, statistics: Statistics, factors: PerTerm, *, dtype
     ) -> jax.Array: ...
 
     def largest_chunk(self, student: Projection, teacher: Projection | None, columns: int) -> int:
@@ -217,17 +216,10 @@ class Sweeps(abc.ABC):
         return logits, self.statistics(logits, temperature=temperature, entropy=entropy)
 
     def gradient_products(
-        self,
-        loss: TermSum,
-        logits: Logits,
-        statistics: Statistics,
-        slope_sums,
-        weights,
-        student: Projection,
-        head_gradient_dv,
+        self, loss, logits, statistics, factors: PerTerm, student: Projection, head_gradient_dv
     ) -> tuple[jax.Array, jax.Array]:
         dtype = student.hidden_cd.dtype
-        gradient_cv = self.gradient(loss, logits, statistics, slope_sums, weights, dtype=dtype)
+        gradient_cv = self.gradient(loss, logits, statistics, factors, dtype=dtype)
         return gradient_products(gradient_cv, student, head_gradient_dv)
 
 
@@ -260,15 +252,15 @@ class XlaSweeps(Sweeps):
         sweep = functools.partial(statistics, temperature=temperature, entropy=entropy)
         return self._in_strips(sweep, logits)
 
-    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> TermSums:
+    def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> PerTerm:
         return self._in_strips(functools.partial(term_sums, loss), logits, statistics)
 
     def gradient(
-        self, loss: TermSum, logits: Logits, statistics: Statistics, slope_sums, weights, *, dtype
+        self, loss: TermSum, logits: Logits, statistics: Statistics, factors: PerTerm, *, dtype
     ) -> jax.Array:
         # Not in strips: it is one elementwise operation, and in a loop XLA would not share it out
         # over the processor's cores.
-        return gradient(loss, logits, statistics, slope_sums, weights, dtype=dtype)
+        return gradient(loss, logits, statistics, factors, dtype=dtype)
 
     def _in_strips(self, sweep, logits: Logits, *rows):
         num_tokens, width = logits.student_cv.shape
@@ -334,17 +326,17 @@ def statistics_of(table_cn, names: tuple[str, ...]) -> Statistics:
     return Statistics(**fields)
 
 
-def term_sums_of(table_cn, loss: TermSum) -> TermSums:
+def term_sums_of(table_cn, loss: TermSum) -> PerTerm:
     """From a kernel's output: a row per token, columns for the terms, then for their slopes."""
     number = len(loss.terms)
-    columns = [table_cn[:, i] for i in range(2 * number)]
-    return tuple(columns[:number]), tuple(columns[number:])
+    return [(table_cn[:, i], table_cn[:, number + i]) for i in range(number)]
 
 
-def gradient_operands(loss: TermSum, statistics: Statistics, slope_sums, weights) -> jax.Array:
-    """What K3 knows of a token, as columns: `row_operands`, then slope sums and weights, a column
-    for each term."""
-    return row_operands(statistics, *slope_sums, *(w_c / loss.temperature for w_c in weights))
+def gradient_operands(loss: TermSum, statistics: Statistics, factors: PerTerm) -> jax.Array:
+    """What K3 knows of a token, as columns: `row_operands`, then slope sum and weight of each
+    term."""
+    columns = [(slope_sum_c, weights_c / loss.temperature) for slope_sum_c, weights_c in factors]
+    return row_operands(statistics, *(x_c for pair in columns for x_c in pair))
 
 
 def row_operands(statistics: Statistics, *more_c) -> jax.Array:

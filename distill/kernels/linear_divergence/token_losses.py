@@ -138,10 +138,6 @@ class TermSum:
     def of(cls, *functions: PointwiseTerm, temperature: float = 1.0) -> TermSum:
         return cls(tuple(map(Term, functions)), temperature)
 
-    @property
-    def all_weights(self) -> tuple[TokenWeight, ...]:
-        return *self.weights, *(term.weight for term in self.terms if term.weight is not None)
-
 
 @dataclasses.dataclass(frozen=True)
 class RowLoss:
@@ -154,10 +150,6 @@ class RowLoss:
     @property
     def terms(self) -> tuple[Term]:
         return (Term(self.loss_fn),)
-
-    @property
-    def all_weights(self) -> tuple[TokenWeight, ...]:
-        return self.weights
 
     def values(self, logits_s_tv, logits_t_tv, targets_t):
         """Loss of each token, (t,), from float32 logits (t, v) at temperature 1."""
@@ -181,8 +173,9 @@ def terms_and_slopes(loss: TermSum, log_p, log_q, is_target):
     return jax.jvp(terms, (log_q,), (jnp.ones_like(log_q),))
 
 
-def asks_teacher_entropy(loss: TermSum | RowLoss) -> bool:
-    return any(getattr(weight, "teacher_entropy", False) for weight in loss.all_weights)
+def weights_of(loss: TermSum | RowLoss) -> list[TokenWeight]:
+    """Those of the whole loss and of its terms."""
+    return [*loss.weights, *(term.weight for term in loss.terms if term.weight is not None)]
 
 
 def term_weights(
