@@ -18,7 +18,7 @@ from flax import nnx
 
 from distill.base.sharding import in_device_memory, in_memory_of, is_in_host_memory
 from distill.batches.rows import Batch, Rows, num_filled
-from distill.kernels.linear_divergence import TopK
+from distill.kernels.linear_divergence import TokenStatistics, TopK
 from distill.losses.objective import Objective
 from distill.losses.weights import TruncatedImportance, token_weights
 
@@ -94,7 +94,8 @@ def make_loss(
         )
         sums = {}
         if clip := objective.importance_clip:
-            importance_bt = TruncatedImportance(clip)(values, columns)
+            known = TokenStatistics(values.log_prob_s, values.log_prob_t)
+            importance_bt = TruncatedImportance(clip)(known, columns)
             sums["importance_weight"] = jnp.where(sampled_bt, importance_bt, 0.0).sum()
             sums["importance_clipped"] = jnp.sum(sampled_bt & (importance_bt >= clip))
         gap_bt = jnp.abs(values.log_prob_s - columns["log_prob"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from jax.typing import ArrayLike
 
 # Folded into the seed first, so that the coins share no random numbers with the sampler.
 _COIN_STREAM = 0x636F696E
@@ -18,7 +19,7 @@ def lambda_coin(seed: int, step: int, lambda_: float) -> bool:
     return bool(jax.random.uniform(_coin_key(seed, step)) < lambda_)
 
 
-def sample_coins(seed: int, step: int, prompt_index_b: jax.Array, lambda_: float) -> jax.Array:
+def sample_coins(seed: int, step: int, prompt_index_b: ArrayLike, lambda_: float) -> jax.Array:
     """One coin per prompt, bool (b,): a function of (seed, step, prompt index) alone."""
     keys_b = jax.vmap(jax.random.fold_in, (None, 0))(_coin_key(seed, step), prompt_index_b)
     return jax.vmap(jax.random.uniform)(keys_b) < lambda_

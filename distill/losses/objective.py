@@ -183,6 +183,7 @@ def make_objective(
     factors = tuple(_get_weight(name, all_logits) for name in weights)
     if importance_clip:
         factors += (TruncatedImportance(float(importance_clip)),)
+    loss: TermSum | RowLoss
     if pointwise:
         parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
         texts = "cross_entropy" if hard_labels else kl_type, *terms

@@ -13,6 +13,7 @@ It is evaluated in the fused pass, before the gradients are made, and no gradien
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def register_weight(name: str, *, teacher_entropy: bool = False):
     read. UserError when the name is taken.
     """
 
-    def entry(weight: TokenWeight) -> TokenWeight:
+    def entry(weight: Any) -> TokenWeight:
         weight.teacher_entropy = teacher_entropy
         return weight
 

@@ -171,7 +171,7 @@ def _within(ids, vocab_size: int) -> jax.Array:
     return jnp.where((0 <= ids) & (ids < vocab_size), ids, -1).astype(jnp.int32)
 
 
-def _options(implementation: str | Sweeps | None, vocab_size: int, chunk) -> loop.Options:
+def _options(implementation: str | Sweeps, vocab_size: int, chunk) -> loop.Options:
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} tokens: it must be at least 1")
     return loop.Options(_sweeps(implementation), vocab_size, chunk)
@@ -184,10 +184,12 @@ def _sweeps(implementation: str | Sweeps) -> Sweeps:
         return XlaSweeps.for_cpu() if platform() == "cpu" else XlaSweeps()
     # Imported here: Pallas is slow to import, and its GPU part is missing from some builds.
     if platform() == "tpu":
-        from distill.kernels.linear_divergence import pallas_tpu as kernels
-    else:
-        from distill.kernels.linear_divergence import pallas_gpu as kernels
-    return kernels.Sweeps()
+        from distill.kernels.linear_divergence import pallas_tpu
+
+        return pallas_tpu.Sweeps()
+    from distill.kernels.linear_divergence import pallas_gpu
+
+    return pallas_gpu.Sweeps()
 
 
 def _tokens(

@@ -66,6 +66,7 @@ def values(loss, sweeps: Sweeps, block: Block, weights_c, columns) -> tuple:
     """(TokenValues, weighted loss) of each token; `columns` are what weights are made from."""
     log_probs = _target_log_probs(block)
     weights = _term_weights(loss, block, weights_c, columns, log_probs)
+    terms: tuple[jax.Array, ...]
     if isinstance(loss, RowLoss):
         terms = (loss.values(*_whole_rows(block)),)
     elif block.top_k is not None:
@@ -138,17 +139,16 @@ def _target_log_probs(block: Block) -> tuple[jax.Array, jax.Array]:
         log_prob_t = statistics.target_t - temperature * statistics.max_t
         log_prob_t -= jnp.log(statistics.plain_sum_t)
     has_target_c = block.logits.targets_c + block.first_column >= 0
-    return tuple(jnp.where(has_target_c, x_c, 0.0) for x_c in (log_prob_s, log_prob_t))
+    return jnp.where(has_target_c, log_prob_s, 0.0), jnp.where(has_target_c, log_prob_t, 0.0)
 
 
 def _term_weights(loss, block: Block, weights_c, columns, log_probs) -> tuple[jax.Array, ...]:
-    statistics, divergences, entropy = block.statistics, (None, None), None
+    statistics, known = block.statistics, list(log_probs)
     if statistics.max_t is not None:
-        divergences = kls(statistics)
+        known += kls(statistics)
     if statistics.entropy_t is not None:
-        entropy = jnp.log(statistics.sum_t) - statistics.entropy_t / statistics.sum_t
-    known = TokenStatistics(*log_probs, *divergences, entropy)
-    return term_weights(loss, weights_c, known, columns)
+        known.append(jnp.log(statistics.sum_t) - statistics.entropy_t / statistics.sum_t)
+    return term_weights(loss, weights_c, TokenStatistics(*known), columns)
 
 
 def _whole_rows(block: Block):

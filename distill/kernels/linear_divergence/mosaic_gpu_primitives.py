@@ -81,7 +81,7 @@ def _sqrt(x, **_):
 
 # Primitives that hold a program, and under which name.
 _CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-_SUBSTITUTES = {
+_SUBSTITUTES: dict[str, Callable] = {
     "add_any": lax.add,
     "expm1": _expm1,
     "integer_pow": _integer_pow,

@@ -269,7 +269,8 @@ def _gradient_kernel(
         for k, (column, logits) in enumerate(tile.blocks(lanes)):
             log_probs = row.log_probs(logits)
             _, slopes = row.terms_and_slopes(column, log_probs)
-            q, gradient = jnp.exp(log_probs[0]), None
+            q = jnp.exp(log_probs[0])
+            gradient: Any = None
             for slope, slope_sum, weight in zip(slopes, factors[::2], factors[1::2], strict=True):
                 added = weight * (slope - q * slope_sum)
                 # A token without weight has no say, whatever its slopes.

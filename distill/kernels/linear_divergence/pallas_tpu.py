@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ class Config:
         return pltpu.VMEM((self.block_tokens, LANES), jnp.float32)
 
 
-def choose_products(hidden: list, num_sums: int) -> Config:
+def choose_products(hidden: Sequence, num_sums: int) -> Config:
     """As many tokens at a time as fast memory holds: heads are read once for each such block.
 
     Once: hidden states, logits before they are stored, the sums; twice (being computed on, in
@@ -211,8 +212,8 @@ class Sweeps(sweeps.Sweeps):
             bytes_accessed=_bytes(*hidden) + grid[0] * _bytes(*heads) + 4 * num_logits,
             interpret=self.interpret,
         )
-        logits_s_cv, logits_t_cv = logits_cv if teacher is not None else (*logits_cv, None)
-        logits = Logits(logits_s_cv, logits_t_cv, targets_c, num_columns)
+        logits_t_cv = None if teacher is None else logits_cv[1]
+        logits = Logits(logits_cv[0], logits_t_cv, targets_c, num_columns)
         return logits, statistics_of(table, names)
 
     def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> PerTerm:
@@ -266,7 +267,7 @@ class Sweeps(sweeps.Sweeps):
         ]
         num_logits = logits.student_cv.size
         dz_block = pltpu.VMEM((config.block_tokens, config.block_columns), jnp.float32)
-        return _call(
+        head_gradient_dv, hidden_gradient_cd = _call(
             functools.partial(
                 kernels.gradient_products_kernel, loss=loss, upcast=bool(self.interpret)
             ),
@@ -275,7 +276,7 @@ class Sweeps(sweeps.Sweeps):
             inputs,
             [
                 (jax.ShapeDtypeStruct(head_dv.shape, jnp.float32), head_blocks),
-                _output(*hidden_cd.shape, lambda _: _whole(hidden_cd.shape)),
+                _output(len(hidden_cd), len(head_dv), lambda _: _whole(hidden_cd.shape)),
             ],
             aliases={len(inputs) - 1: 0},
             scratch_shapes=[dz_block],
@@ -287,6 +288,7 @@ class Sweeps(sweeps.Sweeps):
             bytes_accessed=_bytes(*(x for x, _ in inputs)) + 4 * (head_dv.size + hidden_cd.size),
             interpret=self.interpret,
         )
+        return head_gradient_dv, hidden_gradient_cd
 
     def _in_place(self, dtype) -> bool:
         # InterpretParams reads past the end of an aliased array that blocks do not divide.
@@ -365,7 +367,7 @@ def _output(num_tokens: int, columns: int, blocks_of, dtype=jnp.float32) -> tupl
     return jax.ShapeDtypeStruct((num_tokens, columns), dtype), blocks_of(columns)
 
 
-def _whole(shape: tuple[int, int]) -> pl.BlockSpec:
+def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
     # Never exchanged for another block, so there is no second one to fetch.
     return pl.BlockSpec(shape, lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
 

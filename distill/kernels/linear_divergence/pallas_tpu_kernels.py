@@ -162,13 +162,13 @@ def gradient_products_kernel(num_columns_ref, *refs, loss: TermSum, upcast: bool
     column = first_column + jax.lax.broadcasted_iota(jnp.int32, head_ref.shape, 1)
     # Behind the head's end there may be anything, NaN too.
     head = jnp.where(column < num_columns_ref[0], head_ref[...], 0).astype(head_ref.dtype)
-    operands = dz_ref[...].astype(head_ref.dtype), head, hidden_ref[...]
+    operands = [dz_ref[...].astype(head_ref.dtype), head, hidden_ref[...]]
     if upcast:  # XLA's CPU backend, where kernels are interpreted, refuses these bfloat16 products
         operands = [x.astype(jnp.float32) for x in operands]
     gradient, head, hidden = operands
 
     @pl.when(pl.program_id(1) == 0)
-    def _():
+    def _start():
         hidden_gradient_ref[...] = jnp.zeros_like(hidden_gradient_ref)
 
     hidden_gradient_ref[...] += jax.lax.dot_general(

@@ -30,8 +30,7 @@ def linear_token_loss(
     targets_t, temperature = tokens.targets_t, loss.temperature
     log_q_tv = jax.nn.log_softmax(logits_s_tv / temperature)
     log_prob_s = _at(jax.nn.log_softmax(logits_s_tv), targets_t)
-    log_prob_t, known = jnp.zeros_like(log_prob_s), ()
-    log_p_tv = None
+    log_prob_t, known, log_p_tv = jnp.zeros_like(log_prob_s), [], None
     is_target_tv = jnp.arange(vocab_size) == targets_t[:, None]
     if isinstance(teacher_t, TopK):
         log_prob_t = _top_k_at(teacher_t, targets_t, vocab_size)
@@ -40,7 +39,8 @@ def linear_token_loss(
         log_prob_t = _at(jax.nn.log_softmax(logits_t_tv), targets_t)
         log_p_tv = jax.nn.log_softmax(logits_t_tv / temperature)
         p_tv, q_tv, log_ratio_tv = jnp.exp(log_p_tv), jnp.exp(log_q_tv), log_p_tv - log_q_tv
-        known = p_tv * log_ratio_tv, -q_tv * log_ratio_tv, -p_tv * log_p_tv
+        known = [p_tv * log_ratio_tv, -q_tv * log_ratio_tv, -p_tv * log_p_tv]
+    terms: tuple[jax.Array, ...]
     if isinstance(loss, RowLoss):
         terms = (loss.values(logits_s_tv, logits_t_tv, targets_t),)
     else:

@@ -15,7 +15,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Logits:
     student_cv: jax.Array
     teacher_cv: jax.Array | None
     targets_c: jax.Array
-    num_columns: jax.Array
+    num_columns: Any
 
     @property
     def models(self) -> list[jax.Array]:
@@ -80,13 +80,13 @@ class Statistics:
     sum_s: jax.Array
     plain_sum_s: jax.Array
     target_s: jax.Array
-    max_t: jax.Array | None = None
-    sum_t: jax.Array | None = None
-    plain_sum_t: jax.Array | None = None
-    target_t: jax.Array | None = None
-    cross_forward: jax.Array | None = None
-    cross_reverse: jax.Array | None = None
-    entropy_t: jax.Array | None = None
+    max_t: Any = None
+    sum_t: Any = None
+    plain_sum_t: Any = None
+    target_t: Any = None
+    cross_forward: Any = None
+    cross_reverse: Any = None
+    entropy_t: Any = None
 
 
 def statistics(logits: Logits, *, temperature: float, entropy: bool = False) -> Statistics:
@@ -209,10 +209,9 @@ class Sweeps(abc.ABC):
         temperature: float,
         entropy: bool = False,
     ) -> tuple[Logits, Statistics]:
-        logits_cv = [
-            None if model is None else product("cd,dv->cv", *model) for model in (student, teacher)
-        ]
-        logits = Logits(*logits_cv, targets_c, num_columns)
+        logits_s_cv = product("cd,dv->cv", *student)
+        logits_t_cv = None if teacher is None else product("cd,dv->cv", *teacher)
+        logits = Logits(logits_s_cv, logits_t_cv, targets_c, num_columns)
         return logits, self.statistics(logits, temperature=temperature, entropy=entropy)
 
     def gradient_products(
@@ -311,10 +310,11 @@ def relative_to(maxima: dict, totals: dict, temperature: float) -> dict:
 
 def sum_names(num_models: int, temperature: float, entropy: bool) -> tuple[str, ...]:
     """The fields of `Statistics` that a kernel makes: at temperature 1, plain sums are the sums."""
-    per_model = "max", "sum", "target", *(() if temperature == 1.0 else ("plain_sum",))
-    crosses = ("cross_forward", "cross_reverse") if num_models == 2 else ()
-    crosses += ("entropy_t",) if num_models == 2 and entropy else ()
-    return tuple(f"{name}_{model}" for model in "st"[:num_models] for name in per_model) + crosses
+    per_model = ["max", "sum", "target", *([] if temperature == 1.0 else ["plain_sum"])]
+    names = [f"{name}_{model}" for model in "st"[:num_models] for name in per_model]
+    if num_models == 2:
+        names += ["cross_forward", "cross_reverse", *(["entropy_t"] if entropy else [])]
+    return tuple(names)
 
 
 def statistics_of(table_cn, names: tuple[str, ...]) -> Statistics:

@@ -99,25 +99,27 @@ def kls(statistics) -> tuple[jax.Array, jax.Array]:
     return forward, statistics.cross_reverse / statistics.sum_s - log_ratio
 
 
-def cross_entropy(log_p, log_q, is_target):
+@dataclasses.dataclass(frozen=True)
+class CrossEntropyTerm:
     """-log q of the target; no teacher is needed."""
-    del log_p
-    return jnp.where(is_target, -log_q, 0.0)
+
+    def __call__(self, log_p, log_q, is_target):
+        del log_p
+        return jnp.where(is_target, -log_q, 0.0)
+
+    def sums(self, statistics, temperature: float):
+        log_q_c = statistics.target_s / temperature - statistics.max_s - jnp.log(statistics.sum_s)
+        return -log_q_c, jnp.full_like(log_q_c, -1.0)
 
 
-def _cross_entropy_sums(statistics, temperature: float):
-    log_q_c = statistics.target_s / temperature - statistics.max_s - jnp.log(statistics.sum_s)
-    return -log_q_c, jnp.full_like(log_q_c, -1.0)
-
-
-cross_entropy.sums = _cross_entropy_sums
+cross_entropy = CrossEntropyTerm()
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
     """coefficient * weight * sum_v function, per token; `weight` None is 1."""
 
-    function: PointwiseTerm
+    function: Callable  # a PointwiseTerm, or the function of a row loss
     coefficient: float = 1.0
     weight: TokenWeight | None = None
 
@@ -148,7 +150,7 @@ class RowLoss:
     weights: tuple[TokenWeight, ...] = ()
 
     @property
-    def terms(self) -> tuple[Term]:
+    def terms(self) -> tuple[Term, ...]:
         return (Term(self.loss_fn),)
 
     def values(self, logits_s_tv, logits_t_tv, targets_t):
