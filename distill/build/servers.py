@@ -49,8 +49,7 @@ def build_backend(
     check = functools.partial(
         check_sampler,
         student=load_model_config(student_folder)[0],
-        tokenizer=vocabulary.tokenizer,
-        vocab_size=vocabulary.size,
+        vocabulary=vocabulary,
         context=max_length + tempered,
         tempered=tempered,
     )
@@ -69,20 +68,12 @@ def build_backend(
         weights=WeightsFolder(folder.absolute(), build_export(policy, student_folder, vocabulary)),
         probe=probe,
         params=params,
-        end_ids=vocabulary.end_ids,
-        pad_id=vocabulary.pad_id,
-        vocab_size=vocabulary.size,
+        vocabulary=vocabulary,
         max_length=max_length,
     )
 
 
 def build_export(policy: Policy, student_folder: Path, vocabulary: Vocabulary) -> ServerExport:
-    """How the student is written for servers; they may score, which takes one token more."""
-    return ServerExport(
-        student_folder,
-        vocabulary.tokenizer,
-        vocab_size=vocabulary.size,
-        end_ids=vocabulary.end_ids,
-        max_length=policy.max_total_sequence_length + 1,
-        dtype=jnp.dtype(policy.precision),
-    )
+    """How the student is written for servers."""
+    dtype = jnp.dtype(policy.precision)
+    return ServerExport(student_folder, vocabulary, policy.max_total_sequence_length, dtype)

@@ -29,8 +29,8 @@ class ServerTeacher(Teacher):
 
     def __init__(self, servers: VllmTeacher, vocabulary: Vocabulary, max_length: int):
         self._servers, self._clients = servers, []
-        self._tokenizer, self._vocab_size = vocabulary.tokenizer, vocabulary.size
-        self._top_k, self._max_length = min(servers.top_k, vocabulary.size), max_length
+        self._vocabulary, self._max_length = vocabulary, max_length
+        self._top_k = min(servers.top_k, vocabulary.size)
 
     def start(self) -> None:
         """Checks the servers.
@@ -75,18 +75,20 @@ class ServerTeacher(Teacher):
     def _real(self, scores: Scores) -> Scores:
         """Without ids that pad the teacher's vocabulary, whose probability the others get."""
         ids, log_probs = scores
-        if max(ids) < self._vocab_size:
+        if max(ids) < self._vocabulary.size:
             return scores
-        pairs = [pair for pair in zip(ids, log_probs, strict=True) if pair[0] < self._vocab_size]
-        padding = sum(np.exp(p) for i, p in zip(*scores, strict=True) if i >= self._vocab_size)
+        pairs = [
+            pair for pair in zip(ids, log_probs, strict=True) if pair[0] < self._vocabulary.size
+        ]
+        padding = sum(np.exp(p) for i, p in zip(*scores, strict=True) if i >= self._vocabulary.size)
         kept = np.log1p(-min(padding, 1 - 1e-6))
         return [i for i, _ in pairs], [p - kept for _, p in pairs]
 
     def _check(self, client: VllmClient) -> None:
         checks.check_context(client, self._max_length + 1)
-        checks.check_same_tokenizer(client, self._tokenizer, self._vocab_size)
+        checks.check_same_tokenizer(client, self._vocabulary)
         try:
-            client.score([0, self._vocab_size - 1], self._top_k)
+            client.score([0, self._vocabulary.size - 1], self._top_k)
         except RequestRefused as error:
             raise UserError(
                 f"{client.url} does not score tokens as teacher.vllm.top_k={self._top_k} asks: "

@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vllm_double as doubles
+from tiny_runs import read_metrics, tiny_config, with_models
 from vllm_double import Double, answer_tokens
 
+import distill
 from distill.base.errors import RunStopped, UserError
 from distill.config.schema import VllmServers
 from distill.config.schema import VllmTeacher as TeacherSection
 from distill.data.sequences import Sequences
-from distill.data.tokenizer import Vocabulary
+from distill.data.tokenizer import Vocabulary, load_tokenizer
 from distill.rollout.vllm import checks, guard
 from distill.rollout.vllm.backend import VllmBackend
 from distill.rollout.vllm.client import VllmClient, read_api_key
@@ -95,9 +97,7 @@ def make_backend(
         weights=Folders(),
         probe=Believing(),
         params=params,
-        end_ids=(1,),
-        pad_id=0,
-        vocab_size=doubles.VOCAB_SIZE,
+        vocabulary=Vocabulary(Letters(), doubles.VOCAB_SIZE, (1,)),
         max_length=doubles.MAX_MODEL_LEN,
     )
 
@@ -404,7 +404,7 @@ def test_raw_log_probs_will_not_do_for_tempered_sampling(servers):
 class Letters:
     """A tokenizer of lower-case letters; `first` is the id of the letter a."""
 
-    all_special_ids = ()
+    all_special_ids, pad_token_id = (), 0
 
     def __init__(self, first=0):
         self.first = first
@@ -418,9 +418,9 @@ class Letters:
 
 def test_other_tokenizer(servers):
     (server,) = servers()
-    checks.check_same_tokenizer(VllmClient(server.url), Letters(), 20)
+    checks.check_same_tokenizer(VllmClient(server.url), Vocabulary(Letters(), 20, ()))
     with pytest.raises(UserError, match="another tokenizer.*id 0 where the student's makes 1"):
-        checks.check_same_tokenizer(VllmClient(server.url), Letters(1), 20)
+        checks.check_same_tokenizer(VllmClient(server.url), Vocabulary(Letters(1), 20, ()))
 
 
 # ---- probe ----
@@ -526,6 +526,27 @@ def test_teacher_that_lists_fewer_tokens(servers):
     server.faults.append((COMPLETIONS, lambda handler: doubles.reply(handler, refusal, 400)))
     with pytest.raises(UserError, match="top_k=3.*max allowed: 2.*--max-logprobs 3"):
         make_teacher(server.url).start()
+
+
+def test_run_with_a_teacher_behind_servers(servers, models, tmp_path):
+    """Its scores reach the step; nothing of it is evaluated, as no model of it is here."""
+    (server,) = servers()
+    tokenizer = load_tokenizer(Path(models["student"]))
+    server.tokenize = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    config = with_models(tiny_config(max_steps=2), models)
+    config.teacher.backend, config.teacher.vllm.urls = "vllm", (server.url,)
+    config.teacher.vllm.top_k = 3
+    result = distill.train(config, tmp_path)
+    assert set(result.results) == {"base", "student"}
+    assert result.results["student"]["forward_kl"] is None
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert len(lines) == 2
+    # What the double says of token i is -0.5 - i: the teacher's mean is that of the ids.
+    assert all(line["loss"] > 0.1 and line["teacher_log_prob"] < -0.5 for line in lines)
+    assert "teacher/seconds" in (tmp_path / "metrics.jsonl").read_text()
+    rows = config.policy.train_global_batch_size
+    scored = [body for _, body in server.requests if body.get("prompt_logprobs") == 3]
+    assert len(scored) == 2 * rows + 1  # and a trial at the start
 
 
 # ---- the guard of an own server ----

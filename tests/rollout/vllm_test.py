@@ -31,7 +31,7 @@ from distill.base.errors import RunStopped, UserError
 from distill.config import default_config
 from distill.config.schema import VllmServers
 from distill.data.arithmetic import CHARACTERS
-from distill.data.tokenizer import character_tokenizer, load_tokenizer
+from distill.data.tokenizer import Vocabulary, character_tokenizer, load_tokenizer
 from distill.export_server import export_server
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.hub import ASSETS
@@ -149,10 +149,8 @@ def write_student(folder: Path, config: ModelConfig, seed: int, characters=CHARA
 def make_export(folder: Path) -> ServerExport:
     return ServerExport(
         folder,
-        load_tokenizer(folder),
-        vocab_size=VOCAB_SIZE,
-        end_ids=(1,),
-        max_length=MAX_TOTAL + 1,
+        Vocabulary(load_tokenizer(folder), VOCAB_SIZE, (1,)),
+        max_length=MAX_TOTAL,
         dtype=jnp.float32,
     )
 
@@ -199,6 +197,7 @@ def exported_key(monkeypatch):
 
 def make_backend(server: Server, folder: Path, weights: Path, params: SamplingParams):
     config, _ = load_model_config(folder)
+    vocabulary = Vocabulary(load_tokenizer(folder), VOCAB_SIZE, END_IDS)
     tempered = is_tempered(params, VOCAB_SIZE)
     return VllmBackend(
         VllmServers(
@@ -212,8 +211,7 @@ def make_backend(server: Server, folder: Path, weights: Path, params: SamplingPa
         check=functools.partial(
             check_sampler,
             student=config,
-            tokenizer=load_tokenizer(folder),
-            vocab_size=VOCAB_SIZE,
+            vocabulary=vocabulary,
             context=MAX_TOTAL + tempered,
             tempered=tempered,
         ),
@@ -227,9 +225,7 @@ def make_backend(server: Server, folder: Path, weights: Path, params: SamplingPa
             float32=True,
         ),
         params=params,
-        end_ids=END_IDS,
-        pad_id=0,
-        vocab_size=VOCAB_SIZE,
+        vocabulary=vocabulary,
         max_length=MAX_TOTAL,
     )
 

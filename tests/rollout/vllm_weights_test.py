@@ -13,7 +13,7 @@ from tiny_models import model_config, random_model
 
 from distill.base.errors import RunStopped
 from distill.base.sharding import batch_parts, make_mesh, param_shardings
-from distill.data.tokenizer import character_tokenizer
+from distill.data.tokenizer import Vocabulary, character_tokenizer
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.load import load_model_config, load_params
 from distill.models.facts import ModelConfig
@@ -43,10 +43,8 @@ def student(request, tmp_path):
 def make_folder(student, tmp_path) -> WeightsFolder:
     export = ServerExport(
         student[0],
-        TOKENIZER,
-        vocab_size=VOCAB_SIZE,
-        end_ids=(1, 5),
-        max_length=33,
+        Vocabulary(TOKENIZER, VOCAB_SIZE, (1, 5)),
+        max_length=32,
         dtype=jnp.float32,
     )
     return WeightsFolder(tmp_path / "vllm", export)
@@ -104,7 +102,7 @@ def test_rehearsal_tells_a_kept_head_from_bfloat16(student, tmp_path):
     dtype = jnp.bfloat16
     graph, params = random_student(load_model_config(student[0])[0], dtype)
     export = ServerExport(
-        student[0], TOKENIZER, vocab_size=VOCAB_SIZE, end_ids=(1,), max_length=33, dtype=dtype
+        student[0], Vocabulary(TOKENIZER, VOCAB_SIZE, (1,)), max_length=32, dtype=dtype
     )
     folder = WeightsFolder(tmp_path / "vllm", export)
     probe = make_probe(graph, float32=False, max_gap=9.0)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from distill.base.errors import RunStopped, UserError
 from distill.config.schema import VllmServers
+from distill.data.tokenizer import Vocabulary
 from distill.rollout.vllm.checks import await_all_up, await_up
 from distill.rollout.vllm.client import ServerFailed, VllmClient, VllmError, connect
 from distill.rollout.vllm.dispatch import ask_all, at_each
@@ -41,9 +42,7 @@ class VllmBackend:
       weights: where refits are written.
       probe: compares the servers with the trainer.
       params: how tokens will be chosen.
-      end_ids: any of these ends a response.
-      pad_id: fills responses after their end.
-      vocab_size: ids in use.
+      vocabulary: the student's.
       max_length: tokens of prompt and response at most.
     """
 
@@ -56,16 +55,13 @@ class VllmBackend:
         weights: WeightsFolder,
         probe: Probe,
         params: SamplingParams,
-        end_ids: tuple[int, ...],
-        pad_id: int,
-        vocab_size: int,
+        vocabulary: Vocabulary,
         max_length: int,
     ):
         self._servers, self._clients = servers, connect(servers, SECTION)
         self._own, self._check = own, check
         self._weights, self._probe, self._params = weights, probe, params
-        self._end_ids, self._pad_id = end_ids, pad_id
-        self._vocab_size, self._max_length = vocab_size, max_length
+        self._vocabulary, self._max_length = vocabulary, max_length
         self._run = secrets.token_hex(4)  # tells this run's refits from those of others
         self._held: _Held | None = None
         self._refit_gap = 0.0
@@ -115,12 +111,12 @@ class VllmBackend:
             )
 
         def ask(client: VllmClient, row):
-            return ask_row(client, row, params, self._end_ids, self._vocab_size)
+            return ask_row(client, row, params, self._vocabulary)
 
         responses, retries = ask_all(
             self._clients, make_rows(request), ask, self._restore, self._servers.retry_timeout
         )
-        rollout = to_rollout(responses, params, self._end_ids, self._pad_id)
+        rollout = to_rollout(responses, params, self._vocabulary)
         measured = {"generation/refit_gap": self._refit_gap, "generation/retries": float(retries)}
         return rollout, measured
 

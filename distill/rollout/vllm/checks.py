@@ -10,6 +10,7 @@ from typing import Any
 
 from distill.base.errors import UserError
 from distill.config.schema import VllmServers
+from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.load import load_model_config
 from distill.models.facts import ModelConfig
 from distill.rollout.vllm.client import RequestRefused, VllmClient, VllmError
@@ -49,8 +50,7 @@ def check_sampler(
     client: VllmClient,
     *,
     student: ModelConfig,
-    tokenizer: Any,
-    vocab_size: int,
+    vocabulary: Vocabulary,
     context: int,
     tempered: bool,
 ) -> None:
@@ -59,8 +59,7 @@ def check_sampler(
     Args:
       client: of the server, which is up.
       student: sizes and variants.
-      tokenizer: the student's.
-      vocab_size: ids in use.
+      vocabulary: the student's.
       context: tokens that the server must have room for.
       tempered: whether tokens are drawn from another distribution than the model's own.
 
@@ -72,8 +71,8 @@ def check_sampler(
     if tempered:
         check_log_probs_mode(client)
     client.post("/resume")  # a trainer that died during a refit left it paused
-    check_same_model(client, student, vocab_size)
-    check_same_tokenizer(client, tokenizer, vocab_size)
+    check_same_model(client, student, vocabulary.size)
+    check_same_tokenizer(client, vocabulary)
 
 
 def check_context(client: VllmClient, needed: int) -> None:
@@ -141,8 +140,9 @@ def check_same_model(client: VllmClient, student: ModelConfig, vocab_size: int) 
         )
 
 
-def check_same_tokenizer(client: VllmClient, tokenizer: Any, vocab_size: int) -> None:
+def check_same_tokenizer(client: VllmClient, vocabulary: Vocabulary) -> None:
     """Raises UserError if the server gives other ids to the same strings."""
+    tokenizer, vocab_size = vocabulary.tokenizer, vocabulary.size
     for start in range(0, vocab_size, max(_TOKENS_A_TEXT, vocab_size // _TEXTS)):
         ids = range(start, min(start + _TOKENS_A_TEXT, vocab_size))
         text = tokenizer.decode([i for i in ids if i not in tokenizer.all_special_ids])

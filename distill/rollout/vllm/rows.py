@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.base.errors import RunStopped
+from distill.data.tokenizer import Vocabulary
 from distill.rollout.vllm.client import VllmClient
 from distill.rollout.vllm.probe import REMEDY
 from distill.sampling.choice import SamplingParams
@@ -59,8 +60,7 @@ def ask_row(
     client: VllmClient,
     row: Row,
     params: SamplingParams,
-    end_ids: tuple[int, ...],
-    vocab_size: int,
+    vocabulary: Vocabulary,
 ) -> Response:
     """One row sampled by one server.
 
@@ -68,6 +68,7 @@ def ask_row(
       RunStopped: the response does not end where it must, or has ids that are not in use.
       ServerFailed, RequestRefused: see `VllmClient`.
     """
+    end_ids, vocab_size = vocabulary.end_ids, vocabulary.size
     tempered = is_tempered(params, vocab_size)
     truncation = {"top_k": params.top_k if params.top_k < vocab_size else 0}
     truncation |= {"top_p": params.top_p, "min_p": params.min_p}
@@ -100,16 +101,18 @@ def ask_row(
 
 
 def to_rollout(
-    responses: list[Response], params: SamplingParams, end_ids: tuple[int, ...], pad_id: int
+    responses: list[Response], params: SamplingParams, vocabulary: Vocabulary
 ) -> Rollout:
     """Right-padded host arrays, max_length columns."""
     shape = len(responses), params.max_length
     rollout = Rollout(
-        tokens_br=np.full(shape, pad_id, np.int32),
+        tokens_br=np.full(shape, vocabulary.pad_id, np.int32),
         lengths_b=np.array([len(response.token_ids) for response in responses], np.int32),
         log_probs_br=np.zeros(shape, np.float32),
         sampled_log_probs_br=np.zeros(shape, np.float32),
-        stopped_b=np.array([response.token_ids[-1] in end_ids for response in responses]),
+        stopped_b=np.array(
+            [response.token_ids[-1] in vocabulary.end_ids for response in responses]
+        ),
     )
     arrays = rollout.tokens_br, rollout.log_probs_br, rollout.sampled_log_probs_br
     for i, response in enumerate(responses):

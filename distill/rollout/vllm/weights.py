@@ -11,12 +11,12 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.load import load_model_config
 
@@ -31,17 +31,13 @@ class ServerExport:
 
     Attributes:
       student_folder: the Hugging Face folder that the student came from.
-      tokenizer: goes into the folder.
-      vocab_size: ids in use.
-      end_ids: ids that end a response.
-      max_length: tokens that a server must have room for.
+      vocabulary: its tokenizer goes into the folder.
+      max_length: tokens of prompt and response; a server that scores needs one more.
       dtype: of the written weights.
     """
 
     student_folder: Path
-    tokenizer: Any
-    vocab_size: int
-    end_ids: tuple[int, ...]
+    vocabulary: Vocabulary
     max_length: int
     dtype: jax.typing.DTypeLike
 
@@ -50,19 +46,19 @@ class ServerExport:
         model_config, hf_config = load_model_config(self.student_folder)
         served = {
             "tie_word_embeddings": False,
-            "vocab_size": self.vocab_size,
+            "vocab_size": self.vocabulary.size,
             # vLLM refuses a longer context than this; positions are not embedded, only rotated.
-            "max_position_embeddings": max(model_config.max_positions, self.max_length),
+            "max_position_embeddings": max(model_config.max_positions, self.max_length + 1),
         }
         export_model(
             folder,
             params,
             model_config,
             hf_config | served,
-            self.tokenizer,
+            self.vocabulary.tokenizer,
             self.dtype,
-            {"eos_token_id": list(self.end_ids)},
-            untied_rows=self.vocab_size,
+            {"eos_token_id": list(self.vocabulary.end_ids)},
+            untied_rows=self.vocabulary.size,
             transform=transform,
         )
 
