@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from distill.base.errors import UserError
@@ -45,8 +45,8 @@ def find_remedies(plan: Plan) -> list[Change]:
     estimated = estimate(plan.workload, plan.topology)
     correction = plan.memory.update / estimated.memory.update
     remedies: list[Change] = []
-    for kind in _KINDS:
-        fitting = (change for change in kind(plan) if _fits(change.plan, correction))
+    for changes in (*(_changed(plan, values) for values in kinds(plan)), _more_devices(plan)):
+        fitting = (change for change in changes if _fits(change.plan, correction))
         if not remedies:
             fitting = _not_refuted(fitting)
         remedies += itertools.islice(fitting, 1)
@@ -71,8 +71,9 @@ def _not_refuted(changes: Iterable[Change]) -> Iterator[Change]:
 def _all_together(plan: Plan, correction: float) -> list[Change]:
     """One kind of change after the other, each the one that saves most, until it fits."""
     values: Values = {}
-    for kind in _KINDS[:-1]:
-        best = min(kind(plan), key=lambda change: change.plan.memory.peak, default=None)
+    for i in range(len(kinds(plan))):
+        changes = _changed(plan, kinds(plan)[i])
+        best = min(changes, key=lambda change: change.plan.memory.peak, default=None)
         if best and best.plan.memory.peak < plan.memory.peak:
             values, plan = values | best.values, best.plan
         if _fits(plan, correction):
@@ -80,7 +81,9 @@ def _all_together(plan: Plan, correction: float) -> list[Change]:
     return []
 
 
-def _changed(plan: Plan, choices: Iterable[Values], topology: Topology | None = None):
+def _changed(
+    plan: Plan, choices: Iterable[Values], topology: Topology | None = None
+) -> Iterator[Change]:
     """Changes by each of the values, but for those that a mesh cannot split."""
     topology = topology or plan.topology
     for values in choices:
@@ -93,59 +96,42 @@ def _changed(plan: Plan, choices: Iterable[Values], topology: Topology | None = 
         yield Change(values, made)
 
 
-# ------------------------------------------------------------------------- kinds of change
+def kinds(plan: Plan) -> list[list[Values]]:
+    """The changes of each kind, from small to large."""
+    config, sizes, policy = plan.workload.config, plan.workload.sizes, plan.workload.config.policy
 
+    def beyond(key: str, *ways: str) -> list[Values]:
+        now = operator.attrgetter(key)(config)
+        return [{key: way} for way in ways[ways.index(now) + 1 :]]
 
-def _more_checkpointing(plan: Plan) -> Iterator[Change]:
-    return _next(plan, "policy.activation_checkpointing", ("none", "dots", "full"))
-
-
-def _smaller_microbatches(plan: Plan) -> Iterator[Change]:
-    policy = plan.workload.config.policy
-    sizes = _microbatches(plan.workload, plan.workload.sizes.parts)
-    smaller = (size for size in sizes if size < rows_per_microbatch(policy))
-    return _changed(plan, (microbatch_values(policy, size) for size in smaller))
-
-
-def _smaller_teacher(plan: Plan) -> Iterator[Change]:
-    """Fewer bits for its weights."""
-    if plan.workload.teacher is None:
-        return iter(())
-    return _next(plan, "teacher.precision", ("float32", "bfloat16", "int8"))
-
-
-def _next(plan: Plan, key: str, ways: tuple[str, ...]) -> Iterator[Change]:
-    """The ways behind the present one."""
-    now = operator.attrgetter(key)(plan.workload.config)
-    return _changed(plan, ({key: way} for way in ways[ways.index(now) + 1 :]))
-
-
-def _offload(plan: Plan) -> Iterator[Change]:
-    """The optimizer's state or the teacher's layers in the hosts' memory."""
-    config, choices = plan.workload.config, []
-    if config.policy.optimizer.offload == "none":
-        choices.append({"policy.optimizer.offload": "host"})
-    if plan.workload.teacher is not None and config.teacher.offload == "none":
-        choices.append({"teacher.offload": "layers"})
-    return _changed(plan, choices)
-
-
-def _smaller_cache(plan: Plan) -> Iterator[Change]:
-    now = plan.workload.config.policy.generation.cache_memory
-    key = "policy.generation.cache_memory"
-    return _changed(plan, ({key: now / part} for part in (2, 4, 8, 16)))
-
-
-def _other_meshes(plan: Plan) -> Iterator[Change]:
-    """Those that split weights further, the least first."""
-    sizes = plan.workload.sizes
-    meshes = [
+    microbatches = [
+        microbatch_values(policy, size)
+        for size in _microbatches(plan.workload, sizes.parts)
+        if size < rows_per_microbatch(policy)
+    ]
+    precision = beyond("teacher.precision", "float32", "bfloat16", "int8")
+    streamed = [{"teacher.offload": "layers"}] if config.teacher.offload == "none" else []
+    cache = [
+        {"policy.generation.cache_memory": policy.generation.cache_memory / part}
+        for part in (2, 4, 8, 16)
+    ]
+    meshes = [  # that split weights further
         mesh
         for mesh in _meshes(plan)
         if mesh["mesh.fsdp"] * mesh["mesh.tensor"] > sizes.fsdp * sizes.tensor
         or mesh["mesh.tensor"] > sizes.tensor
     ]
-    return _changed(plan, sorted(meshes, key=lambda x: (x["mesh.tensor"], x["mesh.fsdp"])))
+    meshes.sort(key=lambda mesh: (mesh["mesh.tensor"], mesh["mesh.fsdp"]))
+    if plan.workload.teacher is None:
+        precision = streamed = []
+    return [
+        beyond("policy.activation_checkpointing", "none", "dots", "full"),
+        microbatches,
+        precision,
+        beyond("policy.optimizer.offload", "none", "host") + streamed,
+        cache,
+        meshes,
+    ]
 
 
 def _more_devices(plan: Plan) -> Iterator[Change]:
@@ -160,17 +146,6 @@ def _more_devices(plan: Plan) -> Iterator[Change]:
             fsdp = plan.workload.sizes.fsdp * topology.count // now.count
             for change in _changed(plan, [{"mesh.fsdp": fsdp}], topology):
                 yield dataclasses.replace(change, values={})
-
-
-_KINDS: tuple[Callable[[Plan], Iterator[Change]], ...] = (
-    _more_checkpointing,
-    _smaller_microbatches,
-    _smaller_teacher,
-    _offload,
-    _smaller_cache,
-    _other_meshes,
-    _more_devices,
-)
 
 
 # -------------------------------------------------------------------------------- what is fast

@@ -208,11 +208,16 @@ def test_when_no_single_change_suffices_several_do(monkeypatch):
     config = flagship()
     config.policy.activation_checkpointing = "none"
     made = estimate(workload_of(config, "gpu:h100x8"), parse_topology("gpu:h100x8"))
-    kinds = changes._more_checkpointing, changes._smaller_microbatches, lambda made: iter(())
-    alone = [each.plan.memory.peak for kind in kinds for each in kind(made)]
+    all_kinds = changes.kinds
+    monkeypatch.setattr(changes, "kinds", lambda plan: all_kinds(plan)[:2])
+    monkeypatch.setattr(changes, "_more_devices", lambda plan: iter(()))
+    alone = [
+        each.plan.memory.peak
+        for values in changes.kinds(made)
+        for each in changes._changed(made, values)
+    ]
     chip = dataclasses.replace(GPUS["h100"], memory=0.95 * min(alone))
     monkeypatch.setitem(topology.GPUS, "h100", chip)
-    monkeypatch.setattr(changes, "_KINDS", kinds)
     (remedy,) = changes.find_remedies(made)
     assert len(remedy.values) == 2 and remedy.plan.memory.peak <= chip.memory
 
@@ -221,7 +226,8 @@ def test_where_compiling_refutes_a_size_the_next_is_tried(monkeypatch):
     config = flagship()
     config.policy.activation_checkpointing = "none"
     made = estimate(workload_of(config, "v5e:4x4"), parse_topology("v5e:4x4"))
-    monkeypatch.setattr(changes, "_KINDS", (changes._other_meshes, changes._more_devices))
+    all_kinds = changes.kinds
+    monkeypatch.setattr(changes, "kinds", lambda plan: all_kinds(plan)[-1:])  # meshes
     monkeypatch.setattr(changes, "_fits", lambda made, correction: True)
     tried = []
 
@@ -432,5 +438,6 @@ def test_microbatches_of_tokens_are_changed_by_their_own_key():
     assert any("sequence_packing.train_mb_tokens=49152" in note for note in workload.notes)
     config.policy.sequence_packing.train_mb_tokens = 64 * 3072
     made = estimate(workload_of(config, "v5e:4x4"), parse_topology("v5e:4x4"))
-    values = [change.values for change in changes._smaller_microbatches(made)]
-    assert values == [{"policy.sequence_packing.train_mb_tokens": n * 3072} for n in (32, 16)]
+    assert changes.kinds(made)[1] == [
+        {"policy.sequence_packing.train_mb_tokens": n * 3072} for n in (32, 16)
+    ]
