@@ -19,6 +19,7 @@ from distill.base.topology import GPUS, parse_topology
 from distill.batches.packing import place
 from distill.build.layout import build_layout
 from distill.build.models import abstract_model, on_mesh
+from distill.models.cache import ring_size
 from distill.models.published import PUBLISHED
 from distill.planning import costs
 from distill.planning.arrays import make_arrays
@@ -156,6 +157,26 @@ def test_attention_within_a_window_costs_its_pairs_only():
             of_tokens = [min(i + 1, seen) for i in range(length)]
             pairs += sum(of_tokens) - of_tokens[-1] / 2
         assert costs._attention(model, counts, length) == 4 * width * pairs
+
+
+def test_a_family_with_windows_is_planned_from_its_own_cache():
+    """Facts that no published model has together: rings instead of whole rows, sinks, two norms."""
+    facts = dict(
+        family="imaginary", norms="both", sinks=True, o_bias=True, tied=False, num_layers=3
+    )
+    memory = {}
+    for pattern in (("full",), ("sliding", "sliding", "full")):
+        model = model_config(**facts, pattern=pattern, window=8)
+        workload = workload_on_mesh(tiny_config(), model, 2, 2, 2)
+        made = estimate(workload, parse_topology("gpu:h100x8"))
+        assert made.arrays.student_counts.attention_width == 3 * 4 * 8
+        memory[pattern[0]] = made.memory
+    sampler = made.arrays.sampler
+    size, of_layer = sampler.engine.config.cache_size, memory["full"].cache / 3
+    ring = ring_size(model.kinds[0].attention, size)
+    assert ring < size and memory["sliding"].cache == of_layer * (1 + 2 * ring / size)
+    assert sampler.token_bytes * sampler.slots * size == memory["sliding"].cache
+    assert memory["sliding"].student == memory["full"].student
 
 
 @pytest.mark.slow
