@@ -1,7 +1,8 @@
 """One session: what a command sets up of a config, each part built when it is first asked for.
 
     with open_session(config, workdir) as session:
-        session.evaluator(session.load_student(precision), session.load_teacher())
+        student = session.load_frozen(session.student_folder, precision)
+        session.evaluator(student, session.load_teacher().model)
 
 Properties are built once and kept. What `load_...` returns is large and belongs to the caller, but
 for the teacher, which the session keeps too.
