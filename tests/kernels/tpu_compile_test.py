@@ -10,7 +10,16 @@ from tpu_compiler import needs_tpu_compiler, num_kernels, temporary_bytes, tpu_m
 from benchmarks import harness
 from benchmarks import linear_divergence as benchmark
 from distill.base.sharding import named_sharding
-from distill.kernels.linear_divergence import linear_divergence, pallas_tpu, per_token_divergences
+from distill.kernels.linear_divergence import (
+    DivergenceTerm,
+    Term,
+    TermSum,
+    cross_entropy,
+    linear_divergence,
+    linear_loss,
+    pallas_tpu,
+    per_token_divergences,
+)
 from distill.kernels.linear_divergence.sweeps import Projection
 from distill.losses.divergences import get_divergence
 
@@ -106,6 +115,28 @@ def test_chunks_fit_into_fast_memory_with_wide_students(width_s, chunk):
 def test_forward_kl_needs_two_sweeps_only():
     program = compiled_for(tpu_mesh("v6e:2x2", 1, 1, 1), value_and_gradients("forward"))
     assert num_kernels(program) == 2
+
+
+@pytest.mark.parametrize("closed, kernels", [(True, 2), (False, 3)])
+def test_sums_of_terms_need_no_more_sweeps(closed, kernels):
+    """Weights from both models' statistics, the entropy among them, cost none either."""
+
+    def certain(statistics, columns):
+        return jnp.exp(-statistics.teacher_entropy) * statistics.forward_kl
+
+    certain.teacher_entropy = True
+    divergence = DivergenceTerm(get_divergence("forward" if closed else "jsd"))
+    terms = Term(divergence), Term(cross_entropy, 0.1, lambda _, columns: columns["advantage"])
+
+    def loss(hidden_s, head_s, hidden_t, head_t, weights):
+        rows = hidden_s, head_s, hidden_t, head_t, weights
+        options = dict(columns={"advantage": weights}, vocab_size=VOCAB_SIZE)
+        return linear_loss(TermSum(terms, 2.0, (certain,)), *rows, **options)
+
+    function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    program = compiled_for(tpu_mesh("v6e:2x2", 1, 1, 1), function)
+    assert num_kernels(program) == kernels
+    assert temporary_bytes(program) < 3.5 * GB
 
 
 def test_without_chunks_it_needs_four_times_that_memory():
