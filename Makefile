@@ -24,7 +24,6 @@ test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/shellcheck $$(grep -rlE '^#!/usr/bin/env bash$$' .ci launch tests)
 	$(BIN)/python tests/jobset_check.py launch/gke_jobset.yaml
 
