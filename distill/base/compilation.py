@@ -30,7 +30,8 @@ def keep_compiled_programs(where: str) -> None:
     folder = None if where == "off" else os.environ.get(_VARIABLE) or str(_users_folder())
     if where not in ("default", "off"):
         folder = str(Path(where).expanduser().absolute())
-    if folder == jax.config.jax_compilation_cache_dir:
+    # JAX adds its options to the class as it defines them.
+    if folder == jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     if folder is not None:
         try:

@@ -87,8 +87,8 @@ def join(
     _check_arguments(given, starter)
     if num_processes == 1:
         return
-    if None not in given.values():
-        _connect(*given.values(), None, timeout, silence)
+    if coordinator_address is not None and num_processes is not None and process_id is not None:
+        _connect(coordinator_address, num_processes, process_id, None, timeout, silence)
     elif starter or any(given.values()) or _is_tpu_vm():
         _find_and_connect(given, starter, timeout, silence)
 
@@ -143,17 +143,19 @@ def _find_and_connect(given: dict[str, Any], starter: str, timeout: int, silence
     """Connects with what JAX finds for what is not given; where nobody is found, this is alone."""
     from jax._src.clusters import ClusterEnv
 
+    address, count, number = given.values()
     try:
         # JAX's own search, as in jax.distributed.initialize: the roll is called with its result.
-        found = ClusterEnv.auto_detect_unset_distributed_params(
-            *given.values(), None, None, timeout
+        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            address, count, number, None, None, timeout
         )
         reason = "it does not know this kind of start"
     except Exception as error:  # whatever its requests to servers of a cloud raise
-        found, reason = (None,) * 4, f"{type(error).__name__}: {error}"
-    if None not in found[:3]:
-        if found[1] > 1:
-            _connect(*found, timeout, silence)
+        address = devices = None
+        reason = f"{type(error).__name__}: {error}"
+    if None not in (address, count, number):
+        if count > 1:
+            _connect(address, count, number, devices, timeout, silence)
     elif starter or any(given.values()):
         raise UserError(
             f"{starter or 'the flags'} speaks of several processes, but JAX does not find out "
@@ -172,8 +174,15 @@ def _connect(address: str, count: int, number: int, devices, timeout: int, silen
     # JAX would take SIGTERM from `Interrupts`.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX ends a process with stack traces: only where `_watch` has not.
-    waits = dict(initialization_timeout=timeout, heartbeat_timeout_seconds=2 * silence + _PARTING)
-    jax.distributed.initialize(address, count, number, devices, "deactivate", **waits)
+    jax.distributed.initialize(
+        address,
+        count,
+        number,
+        devices,
+        "deactivate",
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=2 * silence + _PARTING,
+    )
     _run = _Run(distributed.global_state.client, number, count, silence)
     watcher = threading.Thread(target=_watch, args=(_run,), daemon=True)
     watcher.start()
@@ -215,9 +224,9 @@ def gather(value: Any) -> list[Any]:
         return [value]
     import jax
 
-    folder = _next_round() + "/"
+    folder = _next_round(_run) + "/"
     _run.client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
-    _meet("distill/gather")
+    _meet(_run, "distill/gather")
     said = dict(_run.client.key_value_dir_get(folder))
     return [json.loads(said[f"{folder}{process}"]) for process in range(_run.num_processes)]
 
@@ -229,7 +238,7 @@ def from_first(function: Callable[[], T]) -> T:
     """
     if _run is None:
         return function()
-    key = _next_round()
+    key = _next_round(_run)
     if is_first():
         said = json.dumps(function())
         _run.client.key_value_set(key, said)
@@ -238,13 +247,13 @@ def from_first(function: Callable[[], T]) -> T:
     return json.loads(said)
 
 
-def _next_round() -> str:
+def _next_round(run: _Run) -> str:
     """The key of this exchange, the same in all processes."""
-    generation, place = divmod(next(_run.rounds), _ROUNDS)
+    generation, place = divmod(next(run.rounds), _ROUNDS)
     if generation and not place:
-        _meet("distill/generation")  # all are here, so all have read what came before
+        _meet(run, "distill/generation")  # all are here, so all have read what came before
         if is_first():
-            _run.client.key_value_delete(f"distill/round/{generation - 1}/")
+            run.client.key_value_delete(f"distill/round/{generation - 1}/")
     return f"distill/round/{generation}/{place}"
 
 
@@ -278,11 +287,11 @@ def check_same(what: str, values: dict[str, Any]) -> None:
 def sync(name: str) -> None:
     """Waits until all processes have come here; in any thread, with a name used once at a time."""
     if _run is not None:
-        _meet(f"distill/{name}")
+        _meet(_run, f"distill/{name}")
 
 
-def _meet(name: str, seconds: int = _LONGEST_WAIT) -> None:
-    _run.client.wait_at_barrier(name, seconds * 1000)
+def _meet(run: _Run, name: str, seconds: int = _LONGEST_WAIT) -> None:
+    run.client.wait_at_barrier(name, seconds * 1000)
 
 
 # -------------------------------------------------------------------------------------- ending
@@ -290,10 +299,11 @@ def _meet(name: str, seconds: int = _LONGEST_WAIT) -> None:
 
 def leave(line: str, status: int) -> NoReturn:
     """Ends this process at once, and all others of the run; all of them show `line`."""
-    if _run is None:
+    run = _run
+    if run is None:
         _exit(line, status)
-    said = json.dumps([_run.process, line, status])
-    _part(line, status, lambda: _run.client.key_value_set(f"{_LEFT}{_run.process}", said))
+    said = json.dumps([run.process, line, status])
+    _part(run, line, status, lambda: run.client.key_value_set(f"{_LEFT}{run.process}", said))
 
 
 def wait_for_the_cause(error: BaseException) -> None:
@@ -301,6 +311,7 @@ def wait_for_the_cause(error: BaseException) -> None:
     import jax
 
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        assert _run is not None  # another one is there
         time.sleep(1.5 * _run.silence + _PARTING + 2)
 
 
@@ -309,13 +320,14 @@ def _watch(run: _Run) -> None:
 
     The main thread may be waiting for that one.
     """
-    mine, heard, last = f"{_ALIVE}{run.process}", {}, -math.inf
+    mine, last = f"{_ALIVE}{run.process}", -math.inf
+    heard: dict[tuple[str, str], float] = {}
     while not run.ended.wait(_HEARING):
         # A look that fails is followed by others; where process 0 is gone, JAX ends this one.
         with contextlib.suppress(Exception):
             if said := run.client.key_value_dir_get(_LEFT):
                 number, line, status = json.loads(said[0][1])
-                _part(f"process {number}: {line}", status)
+                _part(run, f"process {number}: {line}", status)
             now = time.monotonic()
             if now - last < run.silence / 10:
                 continue
@@ -339,13 +351,13 @@ def _death(process: str, silence: int) -> str:
     )
 
 
-def _part(line: str, status: int, tell: Callable[[], None] = lambda: None) -> NoReturn:
+def _part(run: _Run, line: str, status: int, tell: Callable[[], None] = lambda: None) -> NoReturn:
     """Ends this process, but waits a little for all to know that the run has ended."""
-    _run.leaving.acquire()  # a thread that comes second waits here for the end
+    run.leaving.acquire()  # a thread that comes second waits here for the end
     with contextlib.suppress(Exception):  # whatever has become of the others
         tell()
-        _meet("distill/parting", _PARTING)
-        if _run.process == 0:  # the others are still being told, by this one
+        _meet(run, "distill/parting", _PARTING)
+        if run.process == 0:  # the others are still being told, by this one
             time.sleep(2 * _HEARING)
     _exit(line, status)
 

@@ -51,7 +51,8 @@ def _hear_all(address: str, count: int, timeout: float) -> str:
                 "--coordinator_address takes a port of its host that is free"
             )
         cleanup.enter_context(listener)
-        callers, present, line = [], {}, _COMPLETE
+        callers, line = [], _COMPLETE
+        present: dict[int, socket.socket] = {}
         while len(present) < count - 1 and line == _COMPLETE:
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:

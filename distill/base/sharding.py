@@ -20,6 +20,7 @@ from distill.base.errors import UserError
 # axis of the mesh -> its size where none is given; -1 takes the devices that are left
 MESH_AXES = {"data": -1, "fsdp": 1, "tensor": 1}
 HOST_MEMORY = "pinned_host"
+AnyMesh = Mesh | AbstractMesh  # for layouts, which need no devices
 
 # logical axis -> mesh axes that shard it (None: replicated)
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -143,7 +144,7 @@ def copy_to_mesh(arrays, mesh: Mesh):
 def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> PartitionSpec:
     """Mesh axes for the dimensions of one array; two of them may not share a mesh axis."""
     spec = [rules[name] if name is not None else None for name in logical_axes]
-    holder: dict[str, str] = {}
+    holder: dict[str, str | None] = {}
     for name, entry in zip(logical_axes, spec, strict=True):
         for axis in _axes(entry):
             if axis in holder:
@@ -195,16 +196,16 @@ def num_shards(logical_axis: str) -> int:
     return math.prod(sizes[axis] for axis in mesh_axes(logical_axis))
 
 
-def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
+def named_sharding(mesh: AnyMesh, *logical_axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(logical_axes))
 
 
-def stacked_sharding(mesh: Mesh, num_axes: int) -> NamedSharding:
+def stacked_sharding(mesh: AnyMesh, num_axes: int) -> NamedSharding:
     """Layout of microbatches (m, b, ...): the rows of each are cut over the mesh."""
     return named_sharding(mesh, None, "batch", *[None] * (num_axes - 2))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: AnyMesh) -> int:
     """Number of device groups over which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in _axes(RULES["batch"]))
 
@@ -273,11 +274,11 @@ def check_host_memory(mesh: Mesh, key: str) -> None:
         )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(params, mesh: Mesh, rules=RULES):
+def param_shardings(params, mesh: AnyMesh, rules=RULES):
     """Layout of every parameter, from the `logical_axes` of its nnx.Param; same tree as `params`.
 
     Raises:
@@ -292,7 +293,7 @@ def param_shardings(params, mesh: Mesh, rules=RULES):
     return jax.tree.map(sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def _check_divisible(params, mesh: Mesh, rules) -> None:
+def _check_divisible(params, mesh: AnyMesh, rules) -> None:
     cut = [
         (path, name, size, _axes(rules[name]))
         for path, param in nnx.to_flat_state(params)
@@ -309,13 +310,13 @@ def _check_divisible(params, mesh: Mesh, rules) -> None:
             fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
             key = " x ".join(f"mesh.{axis}" for axis in axes)
             raise UserError(
-                f"{'/'.join(path)} has a dimension {name!r} of {size}, which {key}={parts} does "
-                f"not divide: on {mesh.size} devices, {key} of this model may be "
-                f"{' or '.join(fitting)}"
+                f"{'/'.join(map(str, path))} has a dimension {name!r} of {size}, which "
+                f"{key}={parts} does not divide: on {mesh.size} devices, {key} of this model may "
+                f"be {' or '.join(fitting)}"
             )
 
 
-def optimizer_shardings(optimizer, abstract_state, params, mesh: Mesh, memory: str = "device"):
+def optimizer_shardings(optimizer, abstract_state, params, mesh: AnyMesh, memory: str = "device"):
     """Layout of an optax state: moments like their parameters, in `memory`; counters replicated."""
     layout = jax.tree.map(lambda param: param.sharding.with_memory_kind(memory), params)
     return optax.tree.map_params(

@@ -220,8 +220,13 @@ def measured_cpu(count: int) -> Chip:
     factor, text = np.ones((1536, 1536), np.float32), np.ones(1 << 27, np.uint8)
     flops = 2 * len(factor) ** 3 / _best_seconds(lambda: factor @ factor)
     bandwidth = 2 * text.nbytes / _best_seconds(text.copy)
-    each = (number / count for number in (memory, flops, bandwidth, bandwidth))
-    return Chip(*each, source="measured on this host, which the devices share")
+    return Chip(
+        memory / count,
+        flops / count,
+        bandwidth / count,
+        bandwidth / count,
+        source="measured on this host, which the devices share",
+    )
 
 
 def _best_seconds(run: Callable[[], object]) -> float:

@@ -39,7 +39,7 @@ def known_keys() -> list[str]:
         keys = []
         for name, kind in typing.get_type_hints(cls).items():
             keys.append(prefix + name)
-            if dataclasses.is_dataclass(kind):
+            if _is_section(kind):
                 keys += visit(kind, f"{prefix}{name}.")
         return keys
 
@@ -73,12 +73,16 @@ def to_flat_dict(config: Config) -> dict[str, Any]:
     return flat
 
 
+def _is_section(kind: object) -> typing.TypeGuard[type]:
+    return dataclasses.is_dataclass(kind)
+
+
 def _to_config_dict(cls: type) -> ConfigDict:
     section = ConfigDict()
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        if _is_section(kind):
             section[field.name] = _to_config_dict(kind)
         elif isinstance(kind, types.UnionType):
             section[field.name] = config_dict.placeholder(typing.get_args(kind)[0])
@@ -100,7 +104,7 @@ def _parse_section(cls: type, section: Any, prefix: str) -> Any:
         if name not in section:
             raise UserError(f"config key '{prefix}{name}' is missing: start from default_config()")
         kind = hints[name]
-        if dataclasses.is_dataclass(kind):
+        if _is_section(kind):
             values[name] = _parse_section(kind, section[name], f"{prefix}{name}.")
         else:
             values[name] = _parse_value(prefix + name, section[name], kind, field.metadata)

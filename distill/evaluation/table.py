@@ -1,11 +1,12 @@
 """Results of several models as text."""
 
+from collections.abc import Mapping
 from typing import Any
 
 ROLES = ("base", "student", "teacher")
 
 
-def format_table(results: dict[str, dict[str, Any]]) -> str:
+def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The comparison of base, student and teacher as aligned text."""
     header = ("model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off")
     metrics = list(dict.fromkeys(n for fields in results.values() for n in fields if "/" in n))

@@ -86,8 +86,8 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Points]:
     series: dict[str, dict[int, float]] = defaultdict(dict)
     damaged = 0
     for line in path.read_bytes().splitlines():
-        fields = _parse(line)
-        step = None if fields is None else fields.pop("step", None)
+        fields = _parse(line) or {}
+        step = fields.pop("step", None)
         if not isinstance(step, int) or isinstance(step, bool):
             damaged += 1
             continue
@@ -126,10 +126,11 @@ def _are_rollouts(record: dict[str, Any]) -> bool:
 
 def _is_answer(answer: dict[str, Any], of_tokens: list[str]) -> bool:
     values = [answer.get(name) for name in of_tokens]
+    lengths = [len(value) for value in values if isinstance(value, list)]
     texts = [answer.get(name) for name in ("id", "question", "prompt")]
     return (
-        all(isinstance(value, list) for value in values)
-        and len({len(value) for value in values}) == 1
+        len(lengths) == len(values)
+        and len(set(lengths)) == 1
         and all(isinstance(text, str) for text in texts)
         and {"correct", "expected", "stopped"} <= answer.keys()
     )

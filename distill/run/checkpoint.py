@@ -133,7 +133,8 @@ class Checkpoints:
                 partial.mkdir(parents=True)
                 (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
                 if arrays:
-                    np.savez(partial / ARRAYS, **arrays)
+                    # By its types, an array may be called `allow_pickle`: none is.
+                    np.savez(partial / ARRAYS, **arrays)  # type: ignore[arg-type]
             processes.sync(f"saving {partial}")
             self._orbax.save(partial / STATE, state)
         except Exception as error:
@@ -173,7 +174,11 @@ class Checkpoints:
             return False
         self._wait()
         best = self.best()
-        return best is None or mark > self._mark(self.record(best)["scores"])
+        if best is None:
+            return True
+        best_mark = self._mark(self.record(best)["scores"])
+        assert best_mark is not None  # only what was measured is the best
+        return mark > best_mark
 
     def _mark(self, scores: dict[str, float | None]) -> float | None:
         """The metric, so that more is better; None where it was not measured."""
@@ -206,8 +211,8 @@ class Checkpoints:
         os.rename(partial, partial.with_suffix(""))
         _sync(self.folder)
         kept = set(self.steps()[-self._keep :])
-        if self._best_metric:
-            kept.add(self.best())  # None is no step
+        if self._best_metric and (best := self.best()) is not None:
+            kept.add(best)
         for step in set(self.steps()) - kept:
             removed = self.path(step).with_suffix(REMOVED)
             os.rename(self.path(step), removed)

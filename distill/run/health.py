@@ -47,7 +47,9 @@ class Health:
 
     def __init__(self, limits: Warn, quiet_steps: int):
         self._limits, self._quiet_steps = limits, quiet_steps
-        self._recent = {name: deque(maxlen=_WINDOW) for name, _ in _SPIKES.values()}
+        self._recent: dict[str, deque[float]] = {
+            name: deque(maxlen=_WINDOW) for name, _ in _SPIKES.values()
+        }
         self._warned: dict[str, int] = {}
         self.count = 0
 

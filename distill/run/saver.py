@@ -42,7 +42,7 @@ class Evaluations:
     evaluated: int
 
     def evaluate(self, role: str, step: int, model: Model) -> None:
-        if self.evaluator is None:
+        if self.evaluator is None or self.recorder is None:
             return
         with busy(f"evaluating the {role}"):
             evaluation, responses = self.evaluator(model, self.teacher)
