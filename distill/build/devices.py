@@ -108,11 +108,11 @@ def split_devices(
     return devices[:-count], devices[-count:]
 
 
-def make_put(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
+def make_put(mesh: Mesh) -> Callable[[np.ndarray | jax.Array], jax.Array]:
     """Function that places a batch, which every process has whole, on the mesh."""
 
-    def put(rows: np.ndarray) -> jax.Array:
-        rows = np.asarray(rows)
+    def put(given: np.ndarray | jax.Array) -> jax.Array:
+        rows = np.asarray(given)
         sharding = named_sharding(mesh, "batch", *[None] * (rows.ndim - 1))
         # Of what its own devices hold, a process cuts its shards.
         return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from jax.sharding import Mesh
-
 from distill.base.errors import UserError
-from distill.base.sharding import batch_parts
+from distill.base.sharding import AnyMesh, batch_parts
 from distill.batches.packing import Layout, Shape
 from distill.config.schema import Policy, tokens_per_microbatch
 
 
-def build_layout(policy: Policy, longest: int, mesh: Mesh) -> Layout:
+def build_layout(policy: Policy, longest: int, mesh: AnyMesh) -> Layout:
     """The microbatches of a batch; `longest` is the most tokens that a sequence can have."""
     parts, budget = batch_parts(mesh), tokens_per_microbatch(policy)
     if policy.sequence_packing.enabled:

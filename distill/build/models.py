@@ -15,6 +15,7 @@ from distill.base.errors import UserError
 from distill.base.sharding import (
     HOST_MEMORY,
     RULES,
+    AnyMesh,
     optimizer_shardings,
     param_shardings,
     replicated,
@@ -30,7 +31,7 @@ from distill.step import TrainState
 def abstract_model(
     config: ModelConfig,
     source: str | Path,
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     dtype: str,
     param_dtype: str,
@@ -123,7 +124,7 @@ def build_frozen_model(policy: Policy, folder: Path, mesh: Mesh, precision: str)
     return build_model(folder, mesh, **frozen_options(policy, precision))
 
 
-def abstract_state(student: Model, optimizer, mesh: Mesh, offload: str) -> TrainState:
+def abstract_state(student: Model, optimizer, mesh: AnyMesh, offload: str) -> TrainState:
     """Shapes of the train state on the mesh, moments laid out like the student's parameters.
 
     Args:
@@ -136,7 +137,11 @@ def abstract_state(student: Model, optimizer, mesh: Mesh, offload: str) -> Train
     memory = HOST_MEMORY if offload == "host" else "device"
     layout = optimizer_shardings(optimizer, opt_state, student.params, mesh, memory)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return TrainState(step, student.params, on_mesh(opt_state, layout))
+    return TrainState(
+        step,  # type: ignore[arg-type]  # a shape where the state has the array
+        student.params,
+        on_mesh(opt_state, layout),
+    )
 
 
 def first_state(params: nnx.State, optimizer, shapes: TrainState) -> TrainState:

@@ -77,14 +77,15 @@ def build_progress(session: Session, step: int, record: dict[str, Any]) -> Progr
     """The run's log, from `step` on; `record` is that of its checkpoint, {} at the start."""
     config, dataset = session.config, session.dataset
     logger, distillation = config.logger, config.distillation
-    writers = []
+    writer = MetricsWriter()
     if processes.is_first():
         workdir, size = session.workdir, record.get("log_size", 0)
-        writers = [JsonLines(workdir, size), TensorBoard(workdir, step)]
+        others: list[TensorBoard | WeightsAndBiases] = [TensorBoard(workdir, step)]
         if logger.wandb_enabled:
-            writers.append(WeightsAndBiases(workdir, logger.wandb_project, to_flat_dict(config)))
+            others.append(WeightsAndBiases(workdir, logger.wandb_project, to_flat_dict(config)))
+        writer = MetricsWriter(JsonLines(workdir, size), *others)
     progress = Progress(
-        MetricsWriter(*writers),
+        writer,
         build_schedule(config.policy.optimizer, distillation.max_steps),
         first_step=step,
         max_steps=distillation.max_steps,

@@ -72,15 +72,20 @@ class Session:
 
     Attributes:
       config: whose parts they are.
-      workdir: the run's folder; None for a command that needs none.
       cleanup: what ends with the session.
       teacher: as loaded last.
     """
 
     def __init__(self, config: Config, workdir: Path | None = None):
-        self.config, self.workdir = config, workdir
+        self.config, self._workdir = config, workdir
         self.cleanup = contextlib.ExitStack()
         self.teacher = Teacher()
+
+    @property
+    def workdir(self) -> Path:
+        """The run's folder, for commands that have opened the session with one."""
+        assert self._workdir is not None
+        return self._workdir
 
     # ------------------------------------------------------------------------------- devices
 
@@ -216,6 +221,7 @@ class Session:
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
+        assert self.validation is not None  # or nothing is evaluated
         settings, strategy = self.config.evaluation, self.config.distillation.generate_strategy
         return Evaluator(
             self.validation,
@@ -229,6 +235,7 @@ class Session:
 
     def build_recorder(self) -> RolloutRecorder:
         """Writes responses token by token; as many at once as fit in the evaluation."""
+        assert self.validation is not None  # or nothing is evaluated
         parts = batch_parts(self.mesh)
         return RolloutRecorder(
             self.workdir,

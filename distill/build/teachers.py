@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from distill.base.sharding import RULES, SPREAD_RULES, check_host_memory
+from distill.base.sharding import RULES, SPREAD_RULES, AnyMesh, check_host_memory
 from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
 from distill.build.models import abstract_model, build_model, frozen_options
@@ -50,6 +50,7 @@ def build_teacher(
         return ServerTeacher(section.vllm, vocabulary, config.policy.max_total_sequence_length)
     if section.offload != "none":
         check_host_memory(mesh, "teacher.offload")
+    assert folder is not None  # hard labels and servers have none
     texts = None
     if compared_on is not None and section.precision == "int8":
         size = config.evaluation.batch_size
@@ -66,7 +67,7 @@ def build_teacher(
     )
 
 
-def abstract_teacher(config: Config, model_config: ModelConfig, mesh) -> Model:
+def abstract_teacher(config: Config, model_config: ModelConfig, mesh: AnyMesh) -> Model:
     """Shapes of a teacher on the mesh, where the train step takes it from."""
     model = abstract_model(model_config, "the teacher", mesh, **_options(config))
     section = config.teacher

@@ -46,7 +46,7 @@ def check_memory(session: Session, state: TrainState) -> str:
     policy, teacher = session.config.policy, 0
     if (model := session.teacher.model) is not None:  # one that is fetched for a step is there then
         teacher = bytes_per_device(model.params, fetched=model.on_devices is not None)
-    needs = {
+    needs: dict[str, float] = {
         "student and optimizer": bytes_per_device(state),
         "teacher": teacher,
         "gradients": bytes_per_device(state.trainable),

@@ -149,7 +149,9 @@ def _check_gap(session: Session, sums: dict[str, jax.Array]) -> str:
 
 def _is_exact(config: Config) -> bool:
     """Whether products are of float32: by default, accelerators round their operands."""
-    unrounded = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    # JAX adds its options to the class as it defines them.
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    unrounded = precision in ("highest", "float32")
     return config.policy.precision == "float32" and (platform() == "cpu" or unrounded)
 
 

@@ -55,6 +55,7 @@ def check_template(session: Session) -> str:
         prompt = session.dataset[int(row)].prompt
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         rendered = tokenizer.decode(tokens, skip_special_tokens=False)
+        assert isinstance(rendered, str)  # a list is of several prompts
         if _squeezed(text) not in _squeezed(rendered):
             raise Problem(
                 f"the prompt {_short(text)} becomes {_short(rendered)}: the chat template or the "

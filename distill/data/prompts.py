@@ -50,7 +50,7 @@ class Prompts:
         """Longest kept response, rounded up to a multiple of 8; 0 when there are none."""
         return _width(self.response_tokens or [])
 
-    def sequences(self, positions: Sequence[int]) -> Sequences:
+    def sequences(self, positions: Sequence[int] | np.ndarray) -> Sequences:
         """These rows, with the responses behind the prompts where there are any."""
         tokens = [self.prompt_tokens[i] for i in positions]
         prompts = Sequences.of_tokens(tokens, row=self.rows[positions])

@@ -8,9 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh
 
-from distill.base.sharding import SAMPLER_RULES, bytes_per_device, param_shardings, stacked_sharding
+from distill.base.sharding import (
+    SAMPLER_RULES,
+    AnyMesh,
+    bytes_per_device,
+    param_shardings,
+    stacked_sharding,
+)
 from distill.batches.rows import Batch, make_batch
 from distill.build.layout import build_layout
 from distill.build.models import (
@@ -31,8 +37,6 @@ from distill.planning.workload import Workload
 from distill.sampling.cache import Cache
 from distill.sampling.engine import Engine
 from distill.step import TrainState
-
-AnyMesh = Mesh | AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,10 @@ def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arr
     options = student_options(config.policy)
     student = abstract_model(workload.student, "the student", mesh, **options)
     optimizer = build_optimizer(config.policy.optimizer, config.distillation.max_steps)
-    teacher = workload.teacher and abstract_teacher(config, workload.teacher, mesh)
+    teacher = teacher_counts = None
+    if workload.teacher:
+        teacher = abstract_teacher(config, workload.teacher, mesh)
+        teacher_counts = count(workload.teacher, teacher.params)
     return Arrays(
         student,
         abstract_state(student, optimizer, mesh, config.policy.optimizer.offload),
@@ -102,7 +109,7 @@ def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arr
         _abstract_batch(config, mesh),
         _abstract_sampler(workload, student, sampler_mesh) if workload.samples else None,
         count(workload.student, student.params),
-        teacher and count(workload.teacher, teacher.params),
+        teacher_counts,
     )
 
 
@@ -137,12 +144,12 @@ def _abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
     """A batch of full rows: the longest prompts, with responses up to the limit."""
     rows, length = config.policy.train_global_batch_size, config.policy.max_total_sequence_length
     response = config.distillation.generate_strategy.max_length
-    columns = {"weight": 1}
+    columns: dict[str, int | np.ndarray] = {"weight": 1}
     if config.teacher.backend == "vllm":
         known = rows * response, config.teacher.vllm.top_k + 1  # and the sampled token
         columns |= {name: np.zeros(known) for name in ("teacher_ids", "teacher_log_probs")}
-    prompts = Sequences.of_tokens(np.zeros((rows, length - response)))
-    responses = Sequences.of_tokens(np.zeros((rows, response)), **columns)
+    prompts = Sequences.of_tokens([np.zeros(length - response)] * rows)
+    responses = Sequences.of_tokens([np.zeros(response)] * rows, **columns)
     layout = build_layout(config.policy, length, mesh)
     batch = make_batch(prompts.join(responses), layout=layout, pad_id=0)
 

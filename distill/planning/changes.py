@@ -46,7 +46,7 @@ def find_remedies(plan: Plan) -> list[Change]:
     correction = plan.memory.update / estimated.memory.update
     remedies: list[Change] = []
     for changes in (*(_changed(plan, values) for values in kinds(plan)), _more_devices(plan)):
-        fitting = (change for change in changes if _fits(change.plan, correction))
+        fitting: Iterator[Change] = (change for change in changes if _fits(change.plan, correction))
         if not remedies:
             fitting = _not_refuted(fitting)
         remedies += itertools.islice(fitting, 1)
@@ -175,7 +175,8 @@ def _rank(plan: Plan) -> tuple:
 
 def _meshes(plan: Plan) -> list[Values]:
     """All meshes that divide the models and the batch."""
-    rows, count = plan.workload.config.policy.train_global_batch_size, plan.workload.sizes.count
+    rows = plan.workload.config.policy.train_global_batch_size
+    count = plan.workload.sizes.num_devices
     meshes = []
     for tensor in working_sizes(plan, "tensor"):
         for fsdp in working_sizes(plan, "fsdp"):

@@ -73,8 +73,8 @@ def sent_bytes(
                 key = channel[1] if channel else f"{name}:{key}"
                 sent[key] = _collective(instruction, name, num_devices)
             elif operation == "while":
-                parts = _LOOP.search(rest).groups()
-                trips = _trips(rest, *(computations[part] for part in parts))
+                parts = _LOOP.findall(rest)[0]
+                trips: float | None = _trips(rest, *(computations[part] for part in parts))
                 if trips is None:
                     trips = next(given, 1) if is_outermost else 1
                 for part in parts:
@@ -152,7 +152,7 @@ def _collective(instruction: _Instruction, computation: str, num_devices: int) -
 
 def _array_bytes(dtype: str, shape: str) -> float:
     elements = math.prod(int(size) for size in shape.split(",") if size)
-    bits = int(re.search(r"\d+|$", dtype)[0] or 8)  # pred has a byte
+    bits = int((re.findall(r"\d+", dtype) or ["8"])[0])  # pred has a byte
     return elements * bits / 8
 
 

@@ -28,11 +28,13 @@ HEAD_PASSES = 6  # of the student's output head in the loss: logits, and their t
 def flops(workload: Workload, arrays: Arrays) -> dict[str, float]:
     """Operations of a step on all devices by part; two per multiplication."""
     tokens, student, teacher = workload.tokens, arrays.student_counts, arrays.teacher_counts
-    forward = _forward(workload.student, student, workload)
+    forward, of_teacher = _forward(workload.student, student, workload), 0.0
+    if workload.teacher and teacher:
+        of_teacher = _forward(workload.teacher, teacher, workload)
     remat = workload.config.policy.activation_checkpointing
     widths = HEAD_PASSES * student.width + (2 * teacher.width if teacher else 0)
     return {
-        "teacher": _forward(workload.teacher, teacher, workload) if teacher else 0.0,
+        "teacher": of_teacher,
         "student": 3 * forward,
         # A lower bound: with `dots`, cuDNN's attention, and no other, is computed again, too.
         "recomputation": forward if remat == "full" else 0.0,
@@ -104,7 +106,7 @@ def update_phase(workload: Workload, arrays: Arrays, sent: float) -> Phase:
     # Weights and moments are read and written, gradients read.
     updated = bytes_per_device((arrays.state.trainable, arrays.state.opt_state), fetched=True)
     moved = tokens.microbatches * per_microbatch + kept + 2 * updated + gradients
-    return Phase("update", sum(operations.values()) / sizes.count, moved, sent)
+    return Phase("update", sum(operations.values()) / sizes.num_devices, moved, sent)
 
 
 def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float]) -> Phase:
@@ -116,6 +118,7 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
       sent: bytes that every device sends in a prefill, and in a call of the decode loop.
     """
     tokens, sizes, sampler = workload.tokens, workload.sampler, arrays.sampler
+    assert sizes is not None and sampler is not None  # the workload samples
     weights = bytes_per_device(sampler.weights)
     _, prompts, _ = sampler.prefill
     rows = -(-tokens.rows // sizes.parts)
@@ -126,7 +129,7 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
     refit = weights * (sizes.fsdp - 1) / sizes.fsdp
     total_sent = refit + prefills * sent["prefill"] + steps / STEPS_PER_CALL * sent["decode"]
     operations = _generation(workload, arrays.student_counts)
-    return Phase("generation", operations / sizes.count, moved, total_sent)
+    return Phase("generation", operations / sizes.num_devices, moved, total_sent)
 
 
 # ------------------------------------------------------------- without a compiler: estimates

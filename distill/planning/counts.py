@@ -55,10 +55,10 @@ class Counts:
 
 def count(config: ModelConfig, params: nnx.State) -> Counts:
     """Of a model's parameters, arrays or shapes with layouts, some of them perhaps in 8 bits."""
-    sums = collections.Counter()
+    sums: collections.Counter[str] = collections.Counter()
     for path, param in nnx.to_flat_state(params):
         axes = param.get_metadata()["logical_axes"]
-        if len(axes) - axes.count("layers") < 2 or path[-1].endswith("bias"):
+        if len(axes) - axes.count("layers") < 2 or str(path[-1]).endswith("bias"):
             continue
         weights, *scales = jax.tree.leaves(param.get_value())
         used = _used(weights, axes)

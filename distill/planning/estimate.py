@@ -93,8 +93,7 @@ class Plan:
         bounds = {}
         for phase in self.phases:
             seconds = phase.seconds(self.topology.chip, self.topology.network)
-            limit = max(seconds, key=seconds.get)
-            bounds[phase.name] = limit, seconds[limit]
+            bounds[phase.name] = max(seconds.items(), key=lambda limit: limit[1])
         return bounds
 
     @property
@@ -113,8 +112,9 @@ class Plan:
 
 def estimate(workload: Workload, topology: Topology) -> Plan:
     """From shapes alone: nothing is compiled. The workload fits the topology's devices."""
-    meshes = (make_abstract_mesh(*sizes) for sizes in (workload.sizes, workload.sampler))
-    return _plan(workload, topology, make_arrays(workload, *meshes), {})
+    assert workload.sampler is not None  # since the workload fits
+    mesh, sampler_mesh = make_abstract_mesh(*workload.sizes), make_abstract_mesh(*workload.sampler)
+    return _plan(workload, topology, make_arrays(workload, mesh, sampler_mesh), {})
 
 
 def compile_plan(workload: Workload, topology: Topology) -> Plan:

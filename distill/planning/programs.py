@@ -67,14 +67,15 @@ def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
     with jax.set_mesh(mesh):
         step = make_train_step(
             arrays.student.graph,
-            teacher and teacher.graph,
+            teacher.graph if teacher else None,
             build_objective(config),
             build_optimizer(config.policy.optimizer, config.distillation.max_steps),
             vocab_size=workload.vocab_size,
             state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
         )
         arguments = arrays.state, teacher and teacher.params, arrays.batch
-        return _compile(lambda: step.lower(*arguments), arguments, mesh, trips)
+        lower = step.lower  # type: ignore[attr-defined]  # its type says what it is called with
+        return _compile(lambda: lower(*arguments), arguments, mesh, trips)
 
 
 def _compile(
@@ -95,9 +96,12 @@ def _compile(
         return Program(seconds, temporaries, None, " ".join(str(error).split())[:200])
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
+    assert memory is not None  # all compilers of JAX's own platforms give it
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     try:
-        sent = sent_bytes(compiled.as_text(), mesh.size, trips)
+        text = compiled.as_text()
+        assert text is not None
+        sent = sent_bytes(text, mesh.size, trips)
     except RuntimeError:  # of a libtpu that does not fit this JAX
         sent = None
     return Program(seconds, memory.temp_size_in_bytes + new_results, sent)

@@ -37,10 +37,12 @@ def lines(plan: Plan) -> Iterator[str]:
     """All that a plan says of one config on one topology."""
     topology, workload = plan.topology, plan.workload
     yield f"student  {_size(workload.student, plan.arrays.student_counts)}"
-    if workload.teacher:
-        yield f"teacher  {_size(workload.teacher, plan.arrays.teacher_counts)}"
+    if workload.teacher and (counts := plan.arrays.teacher_counts):
+        yield f"teacher  {_size(workload.teacher, counts)}"
     yield f"devices  {topology.count} of {topology.name}, mesh {workload.sizes}" + (
-        f"; the sampler has {workload.sampler.count} of its own" if workload.samples_apart else ""
+        f"; the sampler has {workload.sampler.num_devices} of its own"
+        if workload.sampler and workload.samples_apart
+        else ""
     )
     yield from (f"note     {note}" for note in workload.notes)
     yield ""

@@ -29,7 +29,7 @@ class MeshSizes(NamedTuple):
         return self.data * self.fsdp
 
     @property
-    def count(self) -> int:
+    def num_devices(self) -> int:
         return self.data * self.fsdp * self.tensor
 
     def __str__(self) -> str:
@@ -126,12 +126,12 @@ def find_workload(config: Config) -> Workload:
 def _find(name: str) -> tuple[Published, str]:
     """A model's facts and ids in use, and a note where they are not from its own files."""
     path, known = find_config(name), PUBLISHED.get(name)
-    if path is None and known is None:
-        raise UserError(
-            f"the shape of {name} is not known here: pass a folder with its config.json, download "
-            f"the model, or name one of {', '.join(PUBLISHED)}"
-        )
     if path is None:
+        if known is None:
+            raise UserError(
+                f"the shape of {name} is not known here: pass a folder with its config.json, "
+                f"download the model, or name one of {', '.join(PUBLISHED)}"
+            )
         return known, f"{name} is not in the local cache: planned with its published shape"
     config = ModelConfig.from_hf(read_json(path), str(path))
     if known is not None:

@@ -49,13 +49,14 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["as student", "spread"])
-def run(request) -> Run:
+def run(request, tmp_path_factory) -> Run:
     config = tiny_config()
     # As many rows as the teacher has, which 2 divides.
     config.policy.model_name = random_model(model_width=16, vocab_size=24)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
     config.teacher.split_over_data = request.param
-    with open_session(parse_config(config)) as session:
+    workdir = tmp_path_factory.mktemp("run")
+    with open_session(parse_config(config), workdir) as session:
         state, teacher = session.load_state(), session.load_teacher().model
         step = make_train_step(
             session.student.graph,
