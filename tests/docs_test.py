@@ -160,6 +160,28 @@ def test_files_shown_exist(page):
         assert (DOCS.parent / path).exists(), path
 
 
+def _sentences(page: Path) -> list[str]:
+    """Sentences of paragraphs and list items, without code, formulas, tables and headings."""
+    text = re.sub(r"```.*?```|\$\$.*?\$\$", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    text = re.sub(r"^( {4}|#|\|).*$", "", text, flags=re.MULTILINE)
+    blocks = re.split(r"\n\s*\n|\n *(?:[-*]|\d+\.) ", text)
+    return [s for block in blocks for s in re.split(r"(?<=[.?!])[*)]*\s+(?=[^a-z])", block)]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [README, *(page for page in PAGES if page.name != "configuration.md")],
+    ids=lambda page: page.name,
+)
+def test_sentences_are_short(page):
+    sentences = _sentences(page)
+    assert len(sentences) > 10
+    for sentence in sentences:
+        words = [word for word in sentence.split() if re.search(r"\w", word)]
+        assert len(words) <= 35, f"{len(words)} words: {' '.join(words)}"
+
+
 SECTION = r"(?:distillation|policy|teacher|data|mesh|evaluation|checkpointing|logger)"
 
 
