@@ -206,7 +206,7 @@ def open_run(tmp_path_factory) -> tuple[Path, str]:
 
 def modes(workdir: Path) -> dict[str, int]:
     paths = [workdir, *workdir.rglob("*")]
-    assert len(paths) > 40
+    assert len(paths) > 30
     return {str(path): stat.S_IMODE(path.lstat().st_mode) for path in paths}
 
 
