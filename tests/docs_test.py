@@ -12,6 +12,8 @@ import distill
 from distill.base.errors import UserError
 from distill.config.parse import known_keys
 
+pytestmark = pytest.mark.usefixtures("losses_as_before")
+
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
 CONCEPTS = (DOCS / "concepts.md").read_text()

@@ -8,6 +8,8 @@ import pytest
 from distill.config import default_config
 from distill.losses.divergences import get_divergence
 
+pytestmark = pytest.mark.usefixtures("losses_as_before")
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py.*?\n(.*?)```", README, re.DOTALL))
 
