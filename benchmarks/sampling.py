@@ -47,7 +47,7 @@ from benchmarks.sampling_jobs import (
     weights_folder,
 )
 from distill.config import cli
-from distill.sampling.cache import bytes_per_token
+from distill.models.cache import empty_cache
 
 BASELINE, COPY = "static batch", "copy"
 CPUS = 2
@@ -177,7 +177,9 @@ def bytes_read(workload: Workload, slots: int, weight_bytes: int) -> int:
     row_turns = workload.lengths.astype(np.int64) - 1
     turns = max(int(row_turns.max()), math.ceil(row_turns.sum() / slots))
     cached = int((row_turns * prompt_lengths + row_turns * (row_turns + 1) // 2).sum())
-    token_bytes = bytes_per_token(workload.config, jnp.dtype(workload.dtype), int8=False)
+    sizes = 1, 1, 1, jnp.dtype(workload.dtype), False  # a token of one slot
+    token = jax.eval_shape(lambda: empty_cache(workload.config, *sizes))
+    token_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(token))
     return turns * weight_bytes + cached * token_bytes
 
 

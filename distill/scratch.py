@@ -37,9 +37,16 @@ def run() -> None:
         from distill.build.data import build_dataset
         from distill.build.plugins import import_plugins
         from distill.build.scratch import make_random_model, make_tokenizer
+        from distill.models.checkpoints.hub import EMBEDDED, is_hub_id
 
         import_plugins(config)
-        folder = Path(output.value or config.policy.model_name).expanduser()
+        named = config.policy.model_name
+        if not output.value and (named.startswith(EMBEDDED) or is_hub_id(named)):
+            raise cli.UserError(
+                f"policy.model_name={named} is no folder, or may be a model of the hub, in whose "
+                "place random weights would be found: pass --output=FOLDER"
+            )
+        folder = Path(output.value or named).expanduser()
         make_random_model(
             folder,
             make_tokenizer(tokenizer.value, build_dataset(config.data, config.seed)),

@@ -24,12 +24,14 @@ from distill.base.sharding import (
 )
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
-from distill.data.sequences import Sequences
+from distill.data import sequences
+from distill.data.sequences import Column, Sequences, declare_column
 from distill.kernels.linear_divergence import TopK
+from distill.losses import weights
 from distill.losses.objective import make_objective
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
-from distill.step import TrainState, make_train_step
+from distill.step import TrainState, make_loss, make_train_step
 
 VOCAB_SIZE = 29
 ROWS, PROMPT, RESPONSE = 8, 5, 7
@@ -72,7 +74,7 @@ class Rows:
         return self.batch(padded(1))[0].tokens_bt[0]
 
     def batch(self, layout: Layout):
-        columns = {"sampled": np.tile(self.on_policy_b, (RESPONSE, 1)).T}
+        columns = self.rollout.columns | {"sampled": np.tile(self.on_policy_b, (RESPONSE, 1)).T}
         if self.scores is not None:
             columns["teacher_ids"] = self.scores.ids_tk
             columns["teacher_log_probs"] = self.scores.log_probs_tk
@@ -599,3 +601,42 @@ def test_frozen_parameters_stay_and_take_part(student, teacher):
     for path, array in nnx.to_flat_state(part.params):
         source = params if path[0] == "embedding" else whole.params
         np.testing.assert_array_equal(array[...], dict(nnx.to_flat_state(source))[path][...])
+
+
+def test_a_weight_reads_a_column_of_ones_own(student, teacher, monkeypatch):
+    """What a plugin knows of tokens, by a column that it declares, multiplies their loss."""
+    monkeypatch.setattr(sequences, "_columns", dict(sequences._columns))
+    monkeypatch.setattr(weights._WEIGHTS, "_parts", dict(weights._WEIGHTS._parts))
+    declare_column("trust", Column(np.float32, fill=1))
+
+    @weights.register_weight("trusted")
+    def trusted(statistics, columns):
+        return columns["trust"]
+
+    rows = make_rows()
+    trust_br = np.random.default_rng(1).integers(0, 3, rows.rollout.tokens_br.shape)
+    trusting = dataclasses.replace(
+        rows, rollout=dataclasses.replace(rows.rollout, columns={"trust": trust_br})
+    )
+    batch, plain = trusting.batch(padded(2)), make_objective("forward")
+    total = float(rows.rollout.lengths_b.sum())
+
+    def loss_and_gradient(objective, batch):
+        loss_fn = make_loss(student[0], teacher[0], objective, vocab_size=VOCAB_SIZE)
+        value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+        pieces = [
+            value_and_grad(student[1], teacher[1], jax.tree.map(lambda x, i=i: x[i], part), total)
+            for part in batch
+            for i in range(len(part.tokens_bt))
+        ]
+        return jax.tree.map(lambda *x: sum(x), *[(loss, grads) for (loss, _), grads in pieces])
+
+    # By the definition: the tokens' weights themselves are what the column says.
+    as_weights = tuple(
+        dataclasses.replace(part, columns=part.columns | {"weight": by_hand})
+        for part in batch
+        for by_hand in [part.columns["weight"] * part.columns["trust"]]
+    )
+    ours = loss_and_gradient(make_objective("forward", weights=("trusted",)), batch)
+    assert_same(ours, loss_and_gradient(plain, as_weights))
+    assert abs(float(ours[0] - loss_and_gradient(plain, batch)[0])) > 0.01

@@ -43,3 +43,8 @@ def random_model(config: ModelConfig, *, seed: int = 0, std: float = 0.6, dtype=
     return graph, jax.tree.map(
         lambda x: jnp.asarray(random.normal(0, std, x.shape), x.dtype), abstract
     )
+
+
+def num_bytes(tree) -> int:
+    """Of all arrays, or of shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

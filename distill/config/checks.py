@@ -7,17 +7,21 @@ import re
 import urllib.parse
 
 from distill.base.errors import UserError
-from distill.config.schema import (
-    KNOWN_BACKENDS,
-    Config,
-    VllmServers,
-)
+from distill.config.schema import KNOWN_BACKENDS, Config, Distillation, Policy, VllmServers
 
 
-def _check_combinations(config: Config) -> None:
-    distillation, policy = config.distillation, config.policy
-    strategy = distillation.generate_strategy
-    backend, colocated = policy.generation.backend, policy.generation.colocated
+def check_combinations(config: Config) -> None:
+    """Raises UserError, one line, for values that are right one by one but not together."""
+    _check_generation(config)
+    _check_batches(config.policy, config.distillation)
+    _check_lengths(config)
+    _check_models(config)
+    _check_vllm(config)
+
+
+def _check_generation(config: Config) -> None:
+    generation, objective = config.policy.generation, config.distillation.objective
+    backend, colocated = generation.backend, generation.colocated
     is_own = backend not in KNOWN_BACKENDS
     # A plugin may register more: `build.import_plugins` looks.
     if is_own and (not config.plugins or backend == "megatron"):
@@ -31,7 +35,6 @@ def _check_combinations(config: Config) -> None:
             "policy.generation.colocated.enabled=False splits the devices for the jax backend, not "
             f"for {backend!r}, which takes what it needs itself: leave it at True"
         )
-    objective = distillation.objective
     names = [*(text.partition(":")[0] for text in objective.terms), *objective.weights]
     if not is_own and {"policy_gradient", "advantage"} & set(names):
         raise UserError(
@@ -39,14 +42,14 @@ def _check_combinations(config: Config) -> None:
             f"but policy.generation.backend={backend} gives them none: it takes a backend that a "
             "plugin registers"
         )
-    if 0 < policy.generation.importance_clip < 1:
+    if 0 < generation.importance_clip < 1:
         raise UserError(
-            f"policy.generation.importance_clip={policy.generation.importance_clip} is the largest "
+            f"policy.generation.importance_clip={generation.importance_clip} is the largest "
             "weight of a token, and that of a fresh one is 1: use 0 (off) or at least 1"
         )
-    if policy.generation.async_steps and backend != "vllm" and colocated.enabled:
+    if generation.async_steps and backend != "vllm" and colocated.enabled:
         raise UserError(
-            f"policy.generation.async_steps={policy.generation.async_steps} samples during "
+            f"policy.generation.async_steps={generation.async_steps} samples during "
             "training, but sampler and trainer share all devices, where one waits for the other: "
             "set policy.generation.colocated.enabled=False, or async_steps=0"
         )
@@ -56,6 +59,10 @@ def _check_combinations(config: Config) -> None:
             "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
             "sampler_devices=0"
         )
+
+
+def _check_batches(policy: Policy, distillation: Distillation) -> None:
+    strategy = distillation.generate_strategy
     if policy.sequence_packing.enabled and policy.dynamic_batching.enabled:
         raise UserError(
             "policy.sequence_packing.enabled and policy.dynamic_batching.enabled both cut batches "
@@ -81,6 +88,15 @@ def _check_combinations(config: Config) -> None:
             f"prompt, but with lambda_={distillation.lambda_} batches come from fixed data with "
             "one response each: use lambda_=1 or num_generations=1"
         )
+    if distillation.hard_labels and distillation.lambda_ > 0:
+        raise UserError(
+            f"distillation.hard_labels trains on fixed data only, but lambda_="
+            f"{distillation.lambda_}: set distillation.lambda_=0"
+        )
+
+
+def _check_lengths(config: Config) -> None:
+    policy, strategy = config.policy, config.distillation.generate_strategy
     if strategy.max_length >= policy.max_total_sequence_length:
         raise UserError(
             f"distillation.generate_strategy.max_length={strategy.max_length} leaves no room for "
@@ -95,13 +111,6 @@ def _check_combinations(config: Config) -> None:
         )
     if strategy.top_p <= 0:
         raise UserError("config key 'distillation.generate_strategy.top_p' must be above 0")
-    if distillation.hard_labels and distillation.lambda_ > 0:
-        raise UserError(
-            f"distillation.hard_labels trains on fixed data only, but lambda_="
-            f"{distillation.lambda_}: set distillation.lambda_=0"
-        )
-    _check_models(config)
-    _check_vllm(config)
 
 
 def _divisors(number: int) -> set[int]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_dict
 
 from distill.base.errors import UserError
 from distill.config.checks import (
-    _check_combinations,
+    check_combinations,
 )
 from distill.config.schema import (
     Config,
@@ -53,7 +53,7 @@ def parse_config(config: ConfigDict) -> Config:
       UserError: one line naming the key, the value and what is allowed.
     """
     parsed = _parse_section(Config, config, "")
-    _check_combinations(parsed)
+    check_combinations(parsed)
     return parsed
 
 

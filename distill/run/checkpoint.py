@@ -24,7 +24,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -262,13 +261,6 @@ class SaveSchedule:
     def restart_clock(self) -> None:
         """After a save."""
         self._saved = time.monotonic()
-
-
-def shapes_on_mesh(state: Any) -> Any:
-    """Shapes, types and shardings: what `Checkpoints.restore` needs."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
 
 
 def _set_aside(path: Path) -> Path:

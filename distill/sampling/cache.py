@@ -38,15 +38,6 @@ def make_cache(
     return _constrain(empty_cache(config, parts, slots, size, dtype, int8))
 
 
-def bytes_per_token(config: ModelConfig, dtype: jnp.dtype, int8: bool) -> int:
-    """Bytes of one token in all layers."""
-    return num_bytes(jax.eval_shape(lambda: empty_cache(config, 1, 1, 1, dtype, int8)))
-
-
-def num_bytes(cache: Cache) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-
-
 def shard_bytes(cache: Cache) -> float:
     """Bytes on each device of the current mesh."""
 

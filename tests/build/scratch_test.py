@@ -1,5 +1,6 @@
 """Models of random weights, and their tokenizers."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,19 @@ def test_tokenizers_of_a_size():
     assert 256 < vocabulary_size(make_tokenizer("bpe:300", dataset)) <= 300
     with pytest.raises(UserError, match="bpe:10: write bpe:SIZE with at least 300"):
         make_tokenizer("bpe:10", dataset)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-1.5B-Instruct", "embedded:arithmetic-student"])
+def test_command_takes_no_name_of_the_hub_for_a_folder(name, tmp_path):
+    """Random weights in a folder Qwen/... would be found in the place of the hub's."""
+    command = [
+        sys.executable, "-m", "distill.scratch", f"--config={ROOT}/configs/arithmetic.py",
+        f"--config.policy.model_name={name}", "--tokenizer=characters:arithmetic",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "pass --output=FOLDER" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

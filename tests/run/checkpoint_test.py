@@ -12,7 +12,7 @@ from distill.base.errors import RunStopped, UserError
 from distill.config.parse import check_same_run, to_flat_dict
 from distill.config.schema import Config
 from distill.run import manifest
-from distill.run.checkpoint import Checkpoints, SaveSchedule, shapes_on_mesh
+from distill.run.checkpoint import Checkpoints, SaveSchedule
 
 ACCURACY, FORWARD_KL = "eval/student/accuracy", "eval/student/forward_kl"
 
@@ -52,7 +52,9 @@ def test_state_may_be_overwritten_as_soon_as_save_returns(tmp_path, monkeypatch)
         lambda folder: overwritten.wait(60) and write(folder),
     )
     state = jax.jit(lambda: {"weights": jnp.full((512, 512), 1.0)})()
-    shapes = shapes_on_mesh(state)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state, {"scores": {}})
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x + 6, tree), donate_argnums=0)

@@ -10,6 +10,7 @@ from engine_test import EOS, PAD, VOCAB, model
 from flax import nnx
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from tiny_models import num_bytes
 from tpu_compiler import needs_tpu_compiler, num_kernels, temporary_bytes, tpu_mesh
 
 from distill.base.sharding import SAMPLER_RULES, make_mesh, named_sharding, param_shardings
@@ -247,7 +248,7 @@ def compile_decoding(mesh, attention, config=QWEN, int8=False):
         )
         stop_at = jax.ShapeDtypeStruct((2,), jnp.int32)
         program = decode.lower(weights, cache, rows, stop_at).compile()
-    return program, caches.num_bytes(cache) // mesh.size
+    return program, num_bytes(cache) // mesh.size
 
 
 @pytest.mark.slow
@@ -280,7 +281,7 @@ class TestCompiledForTpu:
         with jax.set_mesh(mesh):
             program = jax.jit(attend).lower(q_bkgh, cache, *numbers).compile()
         assert num_kernels(program) == 1
-        assert temporary_bytes(program) < 0.1 * caches.num_bytes(cache)
+        assert temporary_bytes(program) < 0.1 * num_bytes(cache)
 
     @pytest.mark.parametrize(
         "topology, heads, block", [("v5e:2x2", 2, 256), ("v6e:2x2", 2, 512), ("v5e:2x2", 8, 128)]

@@ -11,13 +11,12 @@ import pytest
 import scipy.stats
 from flax import nnx
 from simple_decode import simple_decode
-from tiny_models import model_config, random_model
+from tiny_models import model_config, num_bytes, random_model
 
 from distill.base.errors import UserError
 from distill.base.sharding import SAMPLER_RULES, make_mesh, param_shardings
 from distill.models.decoding import UNROLLED_LAYERS
 from distill.sampling import schedule
-from distill.sampling.cache import num_bytes
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import RolloutRequest

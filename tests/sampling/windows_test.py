@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from simple_decode import simple_decode
-from tiny_models import model_config, random_model
+from tiny_models import model_config, num_bytes, random_model
 
 from distill.base.sharding import SAMPLER_RULES, make_mesh, param_shardings
 from distill.kernels.decode_attention import Kernel
@@ -95,7 +95,7 @@ def test_sliding_layers_keep_their_window_only():
     sliding, full = exact.slots.cache
     assert sliding.ring and sliding.k_lpckhs.shape == (1, 1, 6, 2, 8, 32)
     assert not full.ring and full.k_lpckhs.shape == (1, 1, 6, 2, 8, 256)
-    assert exact.slots.slot_bytes(weights) * 6 == caches.num_bytes(exact.slots.cache)
+    assert exact.slots.slot_bytes(weights) * 6 == num_bytes(exact.slots.cache)
     same_br = np.cumprod(rollout.tokens_br == expected.tokens_br, axis=1).astype(bool)
     same_br &= np.arange(same_br.shape[1]) < expected.lengths_b[:, None]
     assert same_br.sum() > 100
@@ -146,6 +146,6 @@ def test_a_state_is_inserted_moved_replaced_and_counted_like_keys():
     cache = caches.append(cache, tail, jnp.array([[7, 7, 9]]), jnp.int32(4))
     np.testing.assert_array_equal(cache[0].state_lpckh[:, :, :3], tail[0].state_lpckh)
     np.testing.assert_array_equal(cache[1].v_lpcksh[:, :, 2, :, 9:13], tail[1].v_lpcksh[:, :, 2])
-    assert caches.num_bytes(cache) == 4 * (3 * 5 * 8 + 2 * 2 * 5 * 2 * 8 * 32)
+    assert num_bytes(cache) == 4 * (3 * 5 * 8 + 2 * 2 * 5 * 2 * 8 * 32)
     state_spec = caches.partition_specs(cache)[0].state_lpckh
     assert state_spec == jax.sharding.PartitionSpec(None, ("data", "fsdp"), None, "tensor", None)
