@@ -48,8 +48,9 @@ from benchmarks.train_step_jobs import build_products
 from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
 from distill.batches.source import BatchSource
-from distill.build.optimizer import make_optimizer, make_schedule
+from distill.build.optimizer import build_optimizer
 from distill.config import cli
+from distill.config.schema import Optimizer
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts
 from distill.losses.objective import make_objective
@@ -179,14 +180,8 @@ def build_ours(workload: Workload, folder: Path):
     student, params = load_weights(workload.student, DTYPE, folder / "student")
     teacher, teacher_params = load_weights(workload.teacher, DTYPE, folder / "teacher")
     vocab_size = workload.student.vocab_size
-    optimizer = make_optimizer(
-        make_schedule(LEARNING_RATE, "constant", 0, 1),
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=1.0,
-    )
+    adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=WEIGHT_DECAY)
+    optimizer = build_optimizer(adamw, max_steps=1)
     objective = make_objective("jsd", jsd_beta=BETA)
     train_step = make_train_step(student, teacher, objective, optimizer, vocab_size=vocab_size)
     batches = _make_batches(student, vocab_size)

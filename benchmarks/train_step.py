@@ -111,10 +111,9 @@ def _baseline(implementations: Container[str]) -> str:
 
 def _products(workload: Workload) -> tuple:
     """Arguments of `build_products`: all positions of the padded rows, and the response tokens."""
-    *_, rollout, _ = workload.arrays()
     tokens = workload.rows * workload.row_length
     models = workload.student, workload.teacher, workload.dtype
-    return *models, tokens, int(rollout.lengths_b.sum())
+    return *models, tokens, int(workload.sequences()["weight"].sum())
 
 
 def _rows(workload: Workload, measurements: dict[str, harness.Measurement]) -> list[harness.Row]:

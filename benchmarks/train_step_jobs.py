@@ -18,7 +18,8 @@ import numpy as np
 from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, load_weights
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import Rows, make_batch
-from distill.build.optimizer import make_optimizer, make_schedule
+from distill.build.optimizer import build_optimizer
+from distill.config.schema import Optimizer
 from distill.data.sequences import Sequences
 from distill.losses.objective import make_objective
 from distill.models.facts import ModelConfig
@@ -187,14 +188,8 @@ def make_state_and_step(workload: Workload, folder: Path | None, loss: str | Non
     student_folder, teacher_folder = (folder and folder / role for role in ("student", "teacher"))
     student, params = load_weights(workload.student, workload.dtype, student_folder, "float32")
     teacher, teacher_params = load_weights(workload.teacher, workload.dtype, teacher_folder)
-    optimizer = make_optimizer(
-        make_schedule(LEARNING_RATE, "constant", 0, 1),
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-    )
+    adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=0.01)
+    optimizer = build_optimizer(adamw, max_steps=1)
     step = make_train_step(
         student,
         teacher,

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_configs_import_only_the_schema(path):
     for name in all_imports(path):
         assert not name.startswith("jax")
         assert not name.startswith("distill") or name.startswith("distill.config.")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name
+)
+def test_benchmarks_import_what_is_there(path):
+    """Nothing else runs all of them: they take minutes, or packages of their own."""
+    for name in all_imports(path):
+        owner, _, symbol = name.rpartition(".")
+        if owner.split(".")[0] in ("distill", "benchmarks"):
+            is_module = any((ROOT / name.replace(".", "/")).parent.glob(f"{symbol}*"))
+            assert is_module or hasattr(importlib.import_module(owner), symbol), name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.name)
