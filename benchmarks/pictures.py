@@ -198,24 +198,20 @@ def draw_slots() -> Figure:
 
 def draw_loss_memory(path: Path) -> Figure:
     """Peak memory of the loss by implementation, from the benchmark's JSON."""
-    rows = [row for row in json.loads(path.read_text()) if row.get("peak_bytes")]
-    problems = list(dict.fromkeys(row["problem"] for row in rows))[:2]
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    rows = json.loads(path.read_text())
+    bytes_of = {(row["name"], row["implementation"]): row["peak_bytes"] for row in rows}
+    problems = list(dict.fromkeys(problem for problem, _ in bytes_of))
+    names = list(dict.fromkeys(name for _, name in bytes_of))
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     axes = figure.subplots()
     for j, name in enumerate(names):
-        sizes = [
-            next(
-                (r["peak_bytes"] for r in rows if (r["problem"], r["implementation"]) == (p, name)),
-                0,
-            )
-            for p in problems
-        ]
+        sizes = [bytes_of[problem, name] / 1e9 for problem in problems]
         places = np.arange(len(problems)) + j / (len(names) + 1)
-        bars = axes.barh(places, np.array(sizes) / 1e9, 0.8 / (len(names) + 1), label=name)
+        bars = axes.barh(places, sizes, 0.8 / (len(names) + 1), label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set(xlabel="GB beyond the inputs", yticks=np.arange(len(problems)) + 0.3)
     axes.set_yticklabels(problems, fontsize=7)
+    axes.margins(x=0.08)
     axes.invert_yaxis()
     axes.legend(fontsize=7)
     return figure
