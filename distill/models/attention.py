@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from distill.base.sharding import constrain
-from distill.models.facts import ModelConfig, Rotary
+from distill.models.facts import LayerKind, ModelConfig, Rotary
 from distill.models.primitives import INIT_STD, Layer, ParamMaker
 
 
@@ -26,10 +26,10 @@ class Rotation:
     sin_bth: jax.Array
 
 
-def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
-    """All layers' parameters by name."""
-    d, h = config.model_width, config.head_width
-    n, k = config.num_heads, config.num_kv_heads
+def parameters(config: ModelConfig, kind: LayerKind, make: ParamMaker) -> dict[str, nnx.Param]:
+    """Parameters of the layers of a kind by name."""
+    d, h = config.model_width, kind.head_width
+    n, k = config.num_heads, kind.num_kv_heads
     params = {
         "q_proj": make.normal(INIT_STD, embed=d, heads=n, head_width=h),
         "k_proj": make.normal(INIT_STD, embed=d, kv_heads=k, head_width=h),
@@ -115,14 +115,14 @@ def rope_frequencies(rotary: Rotary) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def make_rotations(config: ModelConfig, positions_bt: jax.Array) -> tuple[Rotation | None, ...]:
-    """Rotary angles of the given positions, for the layers of one period."""
+def make_rotations(config: ModelConfig, positions_bt: jax.Array) -> dict[str, Rotation | None]:
+    """Rotary angles of the given positions, for each kind of layer."""
     positions_bt1 = positions_bt[:, :, None].astype(jnp.float32)
 
     def make(rotary: Rotary) -> Rotation:
         angles_bth = positions_bt1 * rope_frequencies(rotary)
         return Rotation(cos_bth=jnp.cos(angles_bth), sin_bth=jnp.sin(angles_bth))
 
-    rotaries = [kind.rotary for kind in config.kinds]
-    made = {rotary: None if rotary is None else make(rotary) for rotary in rotaries}
-    return tuple(made[rotary] for rotary in rotaries)
+    rotaries = {name: kind.rotary for name, kind in config.kinds.items()}
+    made = {rotary: None if rotary is None else make(rotary) for rotary in rotaries.values()}
+    return {name: made[rotary] for name, rotary in rotaries.items()}

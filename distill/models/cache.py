@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.attention import AttentionSpec
-from distill.models.facts import ModelConfig
+from distill.models.facts import LayerKind, ModelConfig
 
 RING_MULTIPLE = 32
 
@@ -95,10 +95,6 @@ class AttentionCache(LayerCache):
         """Positions that there is room for."""
         return self.v_lpcksh.shape[4]
 
-    @property
-    def head_width(self) -> int:
-        return self.v_lpcksh.shape[5]
-
     def read(self, layer, width: int, size: int, dtype: jnp.dtype) -> KeysAndValues:
         """k_bkhs and v_bksh of a layer: of each part's first `width` slots, `size` positions."""
 
@@ -137,27 +133,28 @@ def ring_size(spec: AttentionSpec, size: int) -> int:
 
 def empty_cache(
     config: ModelConfig, parts: int, slots: int, size: int, dtype: jnp.dtype, int8: bool
-) -> tuple[AttentionCache, ...]:
-    """For `slots` slots of `size` tokens in each part: a stack for each place in the pattern."""
-    heads, width, period = config.num_kv_heads, config.head_width, len(config.kinds)
+) -> dict[str, LayerCache]:
+    """For `slots` slots of `size` tokens in each part: a stack for each kind of layer."""
 
-    def make(place: int, spec: AttentionSpec) -> AttentionCache:
-        stack, kept = len(range(place, config.num_layers, period)), ring_size(spec, size)
-        k_lpckhs = jnp.zeros((stack, parts, slots, heads, width, kept), dtype)
-        v_lpcksh = jnp.zeros((stack, parts, slots, heads, kept, width), dtype)
+    def make(name: str, kind: LayerKind) -> AttentionCache:
+        kept = ring_size(kind.attention, size)
+        leading = config.layers.count(name), parts, slots, kind.num_kv_heads
+        k_lpckhs = jnp.zeros((*leading, kind.head_width, kept), dtype)
+        v_lpcksh = jnp.zeros((*leading, kept, kind.head_width), dtype)
         empty = AttentionCache.encode(k_lpckhs, v_lpcksh, int8)
         return dataclasses.replace(empty, ring=kept < size)
 
-    return tuple(make(place, kind.attention) for place, kind in enumerate(config.kinds))
+    return {name: make(name, kind) for name, kind in config.kinds.items()}
 
 
-def new_cache(
-    config: ModelConfig, parts: int, k_lbkhs: jax.Array, v_lbksh: jax.Array, int8: bool
-) -> tuple[AttentionCache, ...]:
-    """What a model's layers keep of some tokens, one after the other; b: parts and slots."""
-    k_lpckhs, v_lpcksh = (x.reshape(len(x), parts, -1, *x.shape[2:]) for x in (k_lbkhs, v_lbksh))
-    layers, period = AttentionCache.encode(k_lpckhs, v_lpcksh, int8), len(config.kinds)
-    return tuple(layers.map(lambda x, _: x[place::period]) for place in range(period))  # noqa: B023
+def new_cache(parts: int, kept: dict[str, KeysAndValues], int8: bool) -> dict[str, LayerCache]:
+    """What layers keep of some tokens, from k_lbkhs and v_lbksh by kind; b: parts and slots."""
+
+    def make(k_lbkhs: jax.Array, v_lbksh: jax.Array) -> AttentionCache:
+        arrays = (x.reshape(len(x), parts, -1, *x.shape[2:]) for x in (k_lbkhs, v_lbksh))
+        return AttentionCache.encode(*arrays, int8)
+
+    return {kind: make(*arrays) for kind, arrays in kept.items()}
 
 
 def _to_int8(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

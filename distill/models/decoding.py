@@ -23,7 +23,9 @@ from distill.kernels.attention import AttentionSpec
 from distill.kernels.attention.blockwise import cap_scores
 from distill.models.attention import Rotation, make_rotations
 from distill.models.cache import KeysAndValues
-from distill.models.transformer import Block, Transformer, scan_layers
+from distill.models.facts import ModelConfig
+from distill.models.scan import scan_layers
+from distill.models.transformer import Block, Transformer
 
 # Up to this depth the decode loop's layers are unrolled, with `LoopWeights` made before: XLA for
 # CPUs multiplies no slice without copying it, and a scan of 4 layers took a fifth longer to sample.
@@ -64,6 +66,8 @@ class Part(NamedTuple):
 
 # A layer's prefix: in plain arrays, or as attention of q_bkgh to it.
 Prefix = Part | Callable[[jax.Array], Attended]
+# What layers remember of a loop's steps: of every layer of a shallow model, or stacked by kind.
+Tail = list[KeysAndValues] | dict[str, KeysAndValues]
 # One step through all layers: (x_b1d, step, tail) -> (x_b1d, tail).
 Walk = Callable[[jax.Array, "Step", Any], tuple[jax.Array, Any]]
 
@@ -74,52 +78,59 @@ class Step(NamedTuple):
     Attributes:
       number: of the step, from 0.
       lengths_b: tokens of each row's prefix.
-      rotations: of the newest tokens, for the layers of one period.
+      rotations: of the newest tokens, for each kind of layer.
     """
 
     number: jax.Array
     lengths_b: jax.Array
-    rotations: tuple[Rotation | None, ...]
+    rotations: dict[str, Rotation | None]
 
 
-def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states of right-padded prompts, and their keys and values.
+def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, dict[str, KeysAndValues]]:
+    """Hidden states of right-padded prompts, and what each kind of layer keeps of them, stacked.
 
     Returns:
-      hidden_gpd, k_lgkhp, v_lgkph; what stands behind a prompt's end means nothing.
+      hidden_gpd, and k_lgkhp, v_lgkph by kind; what stands behind a prompt's end means nothing.
     """
-    (batch, length), kinds = tokens_gp.shape, model.config.kinds
+    batch, length = tokens_gp.shape
     positions_gp = jnp.broadcast_to(jnp.arange(length), (batch, length))
     rotations = make_rotations(model.config, positions_gp)
-    graphdef, stacked = nnx.split(model.layers)
+    graphs, stacks = model.split_layers()
 
-    def layer(place, x_gpd, state):
-        block = nnx.merge(graphdef, state)
-        x_gpd, (k_gpkh, v_gpkh) = block(x_gpd, kinds[place], rotations[place])
+    def layer(kind, x_gpd, state):
+        x_gpd, (k_gpkh, v_gpkh) = nnx.merge(graphs[kind], state)(x_gpd, rotations[kind])
         return x_gpd, (k_gpkh.transpose(0, 2, 3, 1), v_gpkh.transpose(0, 2, 1, 3))
 
-    x_gpd, (k_lgkhp, v_lgkph) = scan_layers(layer, model.embed(tokens_gp), stacked, len(kinds))
-    return model.normalize(x_gpd), k_lgkhp, v_lgkph
+    x_gpd, kept = scan_layers(layer, model.embed(tokens_gp), stacks, model.config.layers)
+    return model.normalize(x_gpd), kept
 
 
-def empty_tail(model: Transformer, batch: int, size: int) -> list[KeysAndValues] | KeysAndValues:
+def empty_tail(model: Transformer, batch: int, size: int) -> Tail:
     """Room for the keys and values of `size` steps; of one kind with what `make_walk` walks."""
     config = model.config
 
-    def zeros(*layers: int) -> KeysAndValues:
-        heads = *layers, batch, config.num_kv_heads
+    def zeros(kind: str, *layers: int) -> KeysAndValues:
+        width = config.kinds[kind].head_width
+        heads = *layers, batch, config.kinds[kind].num_kv_heads
         return (
-            jnp.zeros((*heads, config.head_width, size), model.dtype),
-            jnp.zeros((*heads, size, config.head_width), model.dtype),
+            jnp.zeros((*heads, width, size), model.dtype),
+            jnp.zeros((*heads, size, width), model.dtype),
         )
 
-    unrolled = config.num_layers <= UNROLLED_LAYERS
-    return [zeros() for _ in range(config.num_layers)] if unrolled else zeros(config.num_layers)
+    if config.num_layers <= UNROLLED_LAYERS:
+        return [zeros(kind) for kind in config.layers]
+    return {kind: zeros(kind, config.layers.count(kind)) for kind in config.kinds}
 
 
-def stack_tail(tail: list[KeysAndValues] | KeysAndValues) -> KeysAndValues:
-    """k_lbkht, v_lbkth of a tail of either kind."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *tail) if isinstance(tail, list) else tail
+def stack_tail(config: ModelConfig, tail: Tail) -> dict[str, KeysAndValues]:
+    """k_lbkht, v_lbkth by kind, of a tail of either form."""
+    if isinstance(tail, dict):
+        return tail
+    by_kind = {
+        kind: [own for own, other in zip(tail, config.layers, strict=True) if other == kind]
+        for kind in config.kinds
+    }
+    return {kind: jax.tree.map(lambda *x: jnp.stack(x), *own) for kind, own in by_kind.items()}
 
 
 def make_loop_weights(model: Transformer) -> LoopWeights:
@@ -127,8 +138,11 @@ def make_loop_weights(model: Transformer) -> LoopWeights:
     num_layers = model.config.num_layers
     if num_layers > UNROLLED_LAYERS:
         return LoopWeights()
-    stacked = nnx.state(model.layers)
-    layers = tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers))  # noqa: B023
+    _, stacks = model.split_layers()
+    layers = tuple(
+        jax.tree.map(lambda x: x[i], stacks[kind])  # noqa: B023
+        for kind, i in model.config.places
+    )
     return LoopWeights(in_device_memory(layers), model.head() if model.config.tied else None)
 
 
@@ -146,49 +160,50 @@ def abstract_loop_weights(model: Transformer) -> LoopWeights:
     def first(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return placed(x.shape[1:], x.dtype, x.sharding.spec[1:])
 
-    layers = (jax.tree.map(first, nnx.state(model.layers)),) * model.config.num_layers
+    _, stacks = model.split_layers()
+    layers = tuple(jax.tree.map(first, stacks[kind]) for kind in model.config.layers)
     head_dv = placed(table_vd.shape[::-1], model.dtype, table_vd.sharding.spec[::-1])
     return LoopWeights(layers, head_dv if model.config.tied else None)
 
 
 def make_walk(
-    model: Transformer, weights: LoopWeights, prefix_of: Callable[[int, Any], Prefix]
+    model: Transformer, weights: LoopWeights, prefix_of: Callable[[str, Any], Prefix]
 ) -> Walk:
     """The layers of a decode loop; call it outside of the loop, for what is read once only.
 
     Args:
       model: has the layers.
       weights: from `make_loop_weights`.
-      prefix_of: of a layer's place in the pattern, and of its number among those of that place,
-        which may be traced.
+      prefix_of: of a layer's kind, and of its number among those of that kind, which may be traced.
     """
-    graphdef, stacked = nnx.split(model.layers)
-    num_layers, kinds = model.config.num_layers, model.config.kinds
-    period = len(kinds)
-    if num_layers <= UNROLLED_LAYERS:
+    graphs, stacks = model.split_layers()
+    config = model.config
+    if config.num_layers <= UNROLLED_LAYERS:
         layers = [
-            (nnx.merge(graphdef, state), prefix_of(layer % period, layer // period))
-            for layer, state in enumerate(weights.layers)
+            (kind, nnx.merge(graphs[kind], state), prefix_of(kind, number))
+            for (kind, number), state in zip(config.places, weights.layers, strict=True)
         ]
 
         def walk_unrolled(x_b1d, step, tail):
             new_tail = []
-            for i, (block, prefix) in enumerate(layers):
-                place = i % period
-                x_b1d, layer_tail = _decode_layer(block, kinds, place, prefix, x_b1d, step, tail[i])
+            for (kind, block, prefix), layer_tail in zip(layers, tail, strict=True):
+                rotation = step.rotations[kind]
+                x_b1d, layer_tail = _decode_layer(block, rotation, prefix, x_b1d, step, layer_tail)
                 new_tail.append(layer_tail)
             return x_b1d, new_tail
 
         return walk_unrolled
 
-    def walk(x_b1d, step, tail):
-        def layer(place, x_b1d, scanned):
-            index, state, layer_tail = scanned
-            block, prefix = nnx.merge(graphdef, state), prefix_of(place, index // period)
-            return _decode_layer(block, kinds, place, prefix, x_b1d, step, layer_tail)
+    numbers = {kind: jnp.arange(config.layers.count(kind)) for kind in stacks}
 
-        scanned = jnp.arange(num_layers), stacked, tail
-        return scan_layers(layer, x_b1d, scanned, period)
+    def walk(x_b1d, step, tail):
+        def layer(kind, x_b1d, scanned):
+            number, state, layer_tail = scanned
+            block, prefix = nnx.merge(graphs[kind], state), prefix_of(kind, number)
+            return _decode_layer(block, step.rotations[kind], prefix, x_b1d, step, layer_tail)
+
+        scanned = {kind: (numbers[kind], stacks[kind], tail[kind]) for kind in stacks}
+        return scan_layers(layer, x_b1d, scanned, config.layers)
 
     return walk
 
@@ -271,10 +286,12 @@ def _weighted_sum(weights_bkgs: jax.Array, part: Part) -> jax.Array:
     )
 
 
-def _decode_layer(block: Block, kinds, place: int, prefix: Prefix, x_b1d, step: Step, tail):
-    """One layer of a decode step, whose kind stands at `place` of `kinds`."""
-    spec = kinds[place].attention
-    q_b1nh, k_b1kh, v_b1kh = block.query_key_value(x_b1d, step.rotations[place])
+def _decode_layer(
+    block: Block, rotation: Rotation | None, prefix: Prefix, x_b1d, step: Step, tail: KeysAndValues
+):
+    """One layer of a decode step."""
+    spec = block.kind.attention
+    q_b1nh, k_b1kh, v_b1kh = block.query_key_value(x_b1d, rotation)
     tail_k_bkht, tail_v_bkth = tail
     tail_k_bkht = jax.lax.dynamic_update_slice_in_dim(
         tail_k_bkht, k_b1kh.transpose(0, 2, 3, 1), step.number, axis=3

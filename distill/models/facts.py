@@ -5,6 +5,7 @@ The rule for reading: a field that could change the numbers is either understood
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +74,18 @@ class Rotary:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What tells the layers of one decoder apart."""
+    """What tells the layers of one decoder apart.
+
+    Attributes:
+      attention: what it computes.
+      rotary: of its queries and keys; None: they have no positions.
+      num_kv_heads, head_width: of attention.
+    """
 
     attention: AttentionSpec
     rotary: Rotary | None
+    num_kv_heads: int
+    head_width: int
 
 
 @dataclass(frozen=True)
@@ -136,9 +145,20 @@ class ModelConfig:
     logit_scale: float = 1.0
 
     @property
-    def kinds(self) -> tuple[LayerKind, ...]:
-        """Of one period of the pattern, which repeats itself over the depth."""
-        return tuple(self._kind(name) for name in self.pattern)
+    def layers(self) -> tuple[str, ...]:
+        """The kind of every layer, by its name."""
+        return tuple(itertools.islice(itertools.cycle(self.pattern), self.num_layers))
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """Of every layer, its kind and its number among those of that kind."""
+        layers = self.layers
+        return tuple((kind, layers[:i].count(kind)) for i, kind in enumerate(layers))
+
+    @property
+    def kinds(self) -> dict[str, LayerKind]:
+        """The kinds of its layers by name, in the order in which they first come."""
+        return {name: self._kind(name) for name in dict.fromkeys(self.layers)}
 
     def _kind(self, name: str) -> LayerKind:
         attention = AttentionSpec(
@@ -147,13 +167,14 @@ class ModelConfig:
             soft_cap=self.attention_soft_cap,
             sinks=self.sinks,
         )
+        sizes = self.num_kv_heads, self.head_width
         if name == "unrotated":
-            return LayerKind(attention, None)
+            return LayerKind(attention, None, *sizes)
         theta, scaling = self.rope_theta, self.rope_scaling
         if name == "sliding" and self.sliding_rope_theta is not None:
             theta, scaling = self.sliding_rope_theta, None
         width = int(self.head_width * self.rotary_fraction)
-        return LayerKind(attention, Rotary(width, theta, scaling))
+        return LayerKind(attention, Rotary(width, theta, scaling), *sizes)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str) -> ModelConfig:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill.models.facts import ModelConfig
+from distill.models.facts import LayerKind, ModelConfig
 
 INIT_STD = 0.02
 
@@ -20,6 +20,7 @@ class Layer(Protocol):
     """One layer's weights, as attention and feed-forward use them; by their names."""
 
     config: ModelConfig
+    kind: LayerKind
 
     def project(self, name: str, x: jax.Array) -> jax.Array:
         """x (b, t, inputs...) times a matrix (inputs..., outputs...)."""
@@ -33,9 +34,15 @@ class Layer(Protocol):
 
 @dataclass
 class ParamMaker:
-    """Initial parameters of all layers at once, with a leading 'layers' axis."""
+    """Initial parameters of the layers of a kind at once, with a leading 'layers' axis.
+
+    Attributes:
+      num_layers: of the kind.
+      depth: layers of all kinds.
+    """
 
     num_layers: int
+    depth: int
     dtype: jnp.dtype
     rngs: nnx.Rngs
 
@@ -49,7 +56,7 @@ class ParamMaker:
 
         The smaller deviation keeps the stream's variance from growing with depth.
         """
-        return self.normal(INIT_STD / math.sqrt(2 * self.num_layers), **axes)
+        return self.normal(INIT_STD / math.sqrt(2 * self.depth), **axes)
 
     def filled(self, value: float, logical_axes: Sequence[str | None], *shape: int) -> nnx.Param:
         full = jnp.full((self.num_layers, *shape), value, self.dtype)

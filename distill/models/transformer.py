@@ -4,17 +4,19 @@ Shape suffixes, used in the whole project:
   b batch          t query position   s key position     d model width    n query heads
   k kv heads       h head width       f ffn width        v vocabulary     l layers
 
-All layers live in one `Block` whose parameters have a leading 'layers' axis; the forward pass scans
-over the periods of the layers' pattern, so compile time does not grow with depth. Parameters keep
-`param_dtype` (float32 masters) and are cast to `dtype` where they are used; norms, rotary
-embeddings and softmax run in float32.
+Layers may be of several kinds (`facts.LayerKind`), each with parameters of its own. The layers of a
+kind live in one `Block`, whose parameters have a leading 'layers' axis. A model of one kind has it
+at `layers`; a model of several has each at `layers/KIND`. What goes with layers, as the cache,
+is stacked in the same way. The forward pass scans over stretches of layers whose kinds repeat a
+period (`scan.py`), so compile time does not grow with depth.
+
+Parameters keep `param_dtype` (float32 masters) and are cast to `dtype` where they are used; norms,
+rotary embeddings and softmax run in float32.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,10 @@ from distill.kernels.attention import RESIDUALS
 from distill.kernels.attention import attention as attention_kernel
 from distill.models import attention, mlp
 from distill.models.attention import Rotation, make_rotations
-from distill.models.facts import LayerKind, ModelConfig
+from distill.models.facts import ModelConfig
 from distill.models.primitives import INIT_STD, ParamMaker, normal, project, rms_norm
 from distill.models.quantization import dequantize
+from distill.models.scan import scan_layers
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
@@ -40,18 +43,23 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 class Block(nnx.Module):
-    """All decoder layers at once: attention and feed-forward, each with its norms.
+    """All decoder layers of a kind: attention and feed-forward, each with its norms.
 
     Constructed with stacked parameters; the methods are called on a copy that holds one layer's.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        kind: str,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
-        self.config = config
+        self.config, self.kind = config, config.kinds[kind]
         self.dtype = dtype
-        make = ParamMaker(config.num_layers, param_dtype, rngs)
-        params = attention.parameters(config, make) | mlp.parameters(config, make)
+        make = ParamMaker(config.layers.count(kind), config.num_layers, param_dtype, rngs)
+        params = attention.parameters(config, self.kind, make) | mlp.parameters(config, make)
         for name in _norm_names(config):
             params[name] = make.filled(1.0 - config.norm_offset, (None,), config.model_width)
         for name, param in params.items():
@@ -60,14 +68,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_btd: jax.Array,
-        kind: LayerKind,
         rotation: Rotation | None,
         segment_ids_bt: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """One layer over whole rows: the residual stream after it, and its k_btkh and v_btkh."""
         q_btnh, k_btkh, v_btkh = self.query_key_value(x_btd, rotation)
         attended_btnh = attention_kernel(
-            q_btnh, k_btkh, v_btkh, kind.attention, segment_ids_bt, self.sinks_n()
+            q_btnh, k_btkh, v_btkh, self.kind.attention, segment_ids_bt, self.sinks_n()
         )
         return self.finish(x_btd, attended_btnh), (k_btkh, v_btkh)
 
@@ -141,7 +148,8 @@ class Transformer(nnx.Module):
         self.remat = remat
         d, v = config.model_width, config.vocab_size
         self.embedding = normal(rngs, (v, d), INIT_STD, param_dtype, ("vocab", "embed"))
-        self.layers = Block(config, self.dtype, param_dtype, rngs)
+        blocks = {kind: Block(config, kind, self.dtype, param_dtype, rngs) for kind in config.kinds}
+        self.layers = nnx.Dict(blocks) if len(blocks) > 1 else blocks[config.layers[0]]
         self.final_norm = nnx.Param(
             jnp.full(d, 1.0 - config.norm_offset, param_dtype), logical_axes=(None,)
         )
@@ -166,20 +174,27 @@ class Transformer(nnx.Module):
         if positions_bt is None:
             positions_bt = jnp.broadcast_to(jnp.arange(length), (batch, length))
         rotations = make_rotations(self.config, positions_bt)
-        graphdef, stacked = nnx.split(self.layers)
+        graphs, stacks = self.split_layers()
 
-        def layer(place, x_btd, state):
+        def layer(kind, x_btd, state):
             def run(x_btd, state):
-                block, kind = nnx.merge(graphdef, state), self.config.kinds[place]
-                return block(x_btd, kind, rotations[place], segment_ids_bt)[0], None
+                block = nnx.merge(graphs[kind], state)
+                return block(x_btd, rotations[kind], segment_ids_bt)[0], None
 
             if self.remat != "none":
                 # Inside scan nothing can be merged across iterations, so no barrier is needed.
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             return run(x_btd, state)
 
-        x_btd, _ = scan_layers(layer, self.embed(tokens_bt), stacked, len(self.config.kinds))
+        x_btd, _ = scan_layers(layer, self.embed(tokens_bt), stacks, self.config.layers)
         return self.normalize(x_btd)
+
+    def split_layers(self) -> tuple[dict[str, nnx.GraphDef], dict[str, nnx.State]]:
+        """The graph of a layer of each kind, and the stacked parameters of the kind's layers."""
+        kinds = tuple(self.config.kinds)
+        blocks = {kinds[0]: self.layers} if len(kinds) == 1 else dict(self.layers.items())
+        halves = {kind: nnx.split(blocks[kind]) for kind in kinds}
+        return tuple({kind: half[i] for kind, half in halves.items()} for i in range(2))
 
     def head(self) -> jax.Array:
         """The output head w_dv in `dtype`; the transposed embedding when tied."""
@@ -206,49 +221,6 @@ class Transformer(nnx.Module):
         config = self.config
         hidden_btd = rms_norm(x_btd, self.final_norm[...], config.rms_eps, config.norm_offset)
         return _scaled(hidden_btd, config.logit_scale)
-
-
-def scan_layers(
-    layer: Callable[[int, Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, period: int
-) -> tuple[Any, Any]:
-    """`jax.lax.scan` over layers of which each `period` are of the same kinds.
-
-    The program holds one period, and the layers that a last, shorter one has: it does not grow with
-    depth.
-
-    Args:
-      layer: of a layer's place in its period, the carry and the layer's part of `stacked`.
-      carry: before the first layer.
-      stacked: arrays with a leading axis of layers.
-      period: number of layers.
-
-    Returns:
-      The carry after the last layer, and the layers' second results, stacked.
-    """
-    if period == 1:
-        return jax.lax.scan(functools.partial(layer, 0), carry, stacked)
-    num_layers = len(jax.tree.leaves(stacked)[0])
-    whole = num_layers // period
-
-    def pick(tree, i):
-        return jax.tree.map(lambda x: x[i], tree)
-
-    def walk(carry, stacked, count):
-        stacked, results = in_device_memory(stacked), []
-        for place in range(count):
-            carry, result = layer(place, carry, pick(stacked, place))
-            results.append(result)
-        return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
-
-    periods = jax.tree.map(
-        lambda x: x[: whole * period].reshape(whole, period, *x.shape[1:]), stacked
-    )
-    carry, results = jax.lax.scan(functools.partial(walk, count=period), carry, periods)
-    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
-    if rest := num_layers % period:
-        carry, last = walk(carry, pick(stacked, slice(whole * period, None)), rest)
-        results = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, last)
-    return carry, results
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:

@@ -9,7 +9,6 @@ which only what the backward pass keeps.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import jax.numpy as jnp
 
@@ -51,8 +50,8 @@ def _forward(model: ModelConfig, counts: Counts, workload: Workload) -> float:
 
 def _attention(model: ModelConfig, counts: Counts, length: int) -> float:
     """Scores and weighted sums of one row, over the pairs of tokens that see each other."""
-    kinds = itertools.islice(itertools.cycle(model.kinds), counts.depth)
-    windows = [min(kind.attention.window or length, length) for kind in kinds]
+    kinds = model.kinds
+    windows = [min(kinds[layer].attention.window or length, length) for layer in model.layers]
     pairs = sum((length - window / 2) * window for window in windows)
     return 4.0 * counts.attention_width / counts.depth * pairs
 

@@ -8,7 +8,7 @@ run is an error. The kernel has no windows: what a window needs is little, and r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from distill.kernels.decode_attention import Kernel
 from distill.kernels.platform import device_kind, is_old_tpu, platform
 from distill.models.cache import AttentionCache, ring_positions
 from distill.models.decoding import Attended, Part, Prefix
-from distill.sampling.cache import partition_specs
+from distill.models.facts import LayerKind
+from distill.sampling.cache import Cache, partition_specs
 
 IMPLEMENTATIONS = ("xla", "pallas")
 
@@ -46,45 +47,46 @@ def resolve_attention(
 
 
 def reads_buckets(
-    attention: str | Kernel | None, cache: Sequence[AttentionCache], specs: Sequence[AttentionSpec]
+    attention: str | Kernel | None, cache: Cache, kinds: Mapping[str, LayerKind]
 ) -> bool:
     """Whether rows are read up to a common number of positions; else, to the end of each."""
     return any(
-        resolve_attention(attention, layer.head_width, spec) == "xla" and not layer.ring
-        for layer, spec in zip(cache, specs, strict=True)
+        resolve_attention(attention, kind.head_width, kind.attention) == "xla"
+        and not cache[name].ring
+        for name, kind in kinds.items()
     )
 
 
 def prefix_attention(
     attention: str | Kernel | None,
-    cache: Sequence[AttentionCache],
+    cache: Cache,
     lengths_pw: jax.Array,
     size: int,
     dtype,
-    specs: Sequence[AttentionSpec],
-) -> Callable[[int, Any], Prefix]:
+    kinds: Mapping[str, LayerKind],
+) -> Callable[[str, Any], Prefix]:
     """Attention of one query per row to the row's first lengths_pw positions.
 
     Args:
       attention: see above.
-      cache: for each place in the layers' pattern; rows are the first w slots of each part.
+      cache: of each kind of layer; rows are the first w slots of each part.
       lengths_pw: at most `size`.
       size: static.
       dtype: of queries.
-      specs: what the layers of each place compute.
+      kinds: of the layers.
 
     Returns:
-      A function of a place, and of a layer's number among those of that place.
+      A function of a kind, and of a layer's number among those of that kind.
     """
 
-    def make(layers: AttentionCache, spec: AttentionSpec) -> Callable[[Any], Prefix]:
-        resolved = resolve_attention(attention, layers.head_width, spec)
+    def make(layers: AttentionCache, kind: LayerKind) -> Callable[[Any], Prefix]:
+        resolved = resolve_attention(attention, kind.head_width, kind.attention)
         if resolved == "xla":
             return _xla(layers, lengths_pw, size, dtype)
-        return _kernel(resolved, layers, lengths_pw, spec)
+        return _kernel(resolved, layers, lengths_pw, kind.attention)
 
-    places = [make(layers, spec) for layers, spec in zip(cache, specs, strict=True)]
-    return lambda place, layer: places[place](layer)
+    made = {name: make(cache[name], kind) for name, kind in kinds.items()}
+    return lambda kind, layer: made[kind](layer)
 
 
 def _window(spec: AttentionSpec) -> str | None:

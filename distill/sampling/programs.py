@@ -101,11 +101,11 @@ def prefill_prompts(
     model = facts.merge(weights)
     parts, prompts, size = tokens_pgs.shape
     tokens_bs = constrain(tokens_pgs.reshape(-1, size), "batch", "position")
-    hidden_bsd, *new = prefill(model, tokens_bs)
+    hidden_bsd, kept = prefill(model, tokens_bs)
     # the head sees one position per prompt
     last_b11 = (lengths_pg.reshape(-1) - 1)[:, None, None]
     logits_bv = model.logits(jnp.take_along_axis(hidden_bsd, last_b11, axis=1))[:, 0]
-    cache = new_cache(model.config, parts, *new, facts.int8)
+    cache = new_cache(parts, kept, facts.int8)
     return Prefilled(cache, lengths_pg, logits_bv.reshape(parts, prompts, logits_bv.shape[-1]))
 
 
@@ -165,8 +165,8 @@ def decode_rows(
     lengths_b, made_b, limit_b, key_b2 = map(
         merged, (rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2)
     )
-    specs = [kind.attention for kind in model.config.kinds]
-    prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype, specs)
+    kinds = model.config.kinds
+    prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype, kinds)
     walk = make_walk(model, loop_weights, prefix_of)
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
     # Of all steps at once: in the loop they are many small operations, which take longer to start
@@ -196,7 +196,7 @@ def decode_rows(
         _no_tokens(steps, parts * width),
     )
     step, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, advance, state)
-    new = new_cache(model.config, parts, *stack_tail(tail), facts.int8)
+    new = new_cache(parts, stack_tail(model.config, tail), facts.int8)
     cache = caches.append(cache, new, rows.lengths_pw, step)
     chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width), chosen_tb)
     return cache, *constrain_whole((chosen, step))

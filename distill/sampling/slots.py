@@ -56,8 +56,7 @@ class Slots:
         if self.cache is None:
             config, *sizes = self._sizes(weights, parts, self.count)
             self.cache = self._make_cache(config, *sizes)
-            specs = [kind.attention for kind in config.kinds]
-            if not reads_buckets(self.facts.attention, self.cache, specs):
+            if not reads_buckets(self.facts.attention, self.cache, config.kinds):
                 self._buckets = [self.size]
 
     def release(self) -> None:

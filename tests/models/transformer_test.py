@@ -154,10 +154,10 @@ def test_program_does_not_grow_with_depth():
 
 
 def test_llama3_frequencies_have_three_bands():
-    plain = rope_frequencies(CONFIG.kinds[0].rotary)
+    plain = rope_frequencies(CONFIG.kinds["full"].rotary)
     scaling = RopeScaling(8.0, 1.0, 4.0, original_max_positions=32)
     scaled = dataclasses.replace(CONFIG, rope_scaling=scaling)
-    scaled = rope_frequencies(scaled.kinds[0].rotary)
+    scaled = rope_frequencies(scaled.kinds["full"].rotary)
     ratio = plain / scaled
     assert ratio[0] == 1
     assert 1 < ratio[1] < 8

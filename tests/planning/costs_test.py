@@ -173,7 +173,7 @@ def test_a_family_with_windows_is_planned_from_its_own_cache():
         memory[pattern[0]] = made.memory
     sampler = made.arrays.sampler
     size, of_layer = sampler.engine.config.cache_size, memory["full"].cache / 3
-    ring = ring_size(model.kinds[0].attention, size)
+    ring = ring_size(model.kinds["sliding"].attention, size)
     assert ring < size and memory["sliding"].cache == of_layer * (1 + 2 * ring / size)
     assert sampler.token_bytes * sampler.slots * size == memory["sliding"].cache
     assert memory["sliding"].student == memory["full"].student

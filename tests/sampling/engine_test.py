@@ -107,7 +107,7 @@ def test_sharded_over_a_mesh_with_the_same_responses():
     engine = make_engine(num_slots=16)
     with jax.set_mesh(mesh):
         rollout, _ = engine.generate(params, request(greedy=False))
-        cache = engine.slots.cache[0].k_lpckhs
+        cache = engine.slots.cache["full"].k_lpckhs
         assert cache.shape[1:4] == (4, 4, 2)  # 16 slots over data x fsdp, 2 heads over tensor
         assert cache.sharding.shard_shape(cache.shape)[1:4] == (1, 4, 1)
     assert_same(rollout, expected(greedy=False))
@@ -205,7 +205,7 @@ def test_cache_is_made_once_and_given_back_on_request():
     engine = make_engine(num_slots=8)
     engine.generate(model()[1], request())
     programs = engine.num_programs
-    assert engine.slots.cache[0].k_lpckhs.shape[2] == 8
+    assert engine.slots.cache["full"].k_lpckhs.shape[2] == 8
     engine.release()
     assert engine.slots.cache is None
     engine.generate(model()[1], request())
@@ -216,7 +216,7 @@ def test_memory_decides_how_many_slots_there_are():
     token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
     engine = make_engine(cache_memory=11.5 * token * 96)  # slots of 64 tokens and a call's steps
     engine.generate(model()[1], request())
-    assert engine.slots.cache[0].k_lpckhs.shape == (2, 1, 11, 2, 8, 96)
+    assert engine.slots.cache["full"].k_lpckhs.shape == (2, 1, 11, 2, 8, 96)
 
 
 def test_what_can_not_be_served_is_said_in_one_line():

@@ -92,7 +92,7 @@ def test_sliding_layers_keep_their_window_only():
     exact, small = make_engine(graphdef), make_engine(graphdef, int8=True)
     expected, _ = exact.generate(weights, make_request())
     rollout, _ = small.generate(weights, make_request())
-    sliding, full = exact.slots.cache
+    sliding, full = (exact.slots.cache[kind] for kind in ("sliding", "full"))
     assert sliding.ring and sliding.k_lpckhs.shape == (1, 1, 6, 2, 8, 32)
     assert not full.ring and full.k_lpckhs.shape == (1, 1, 6, 2, 8, 256)
     assert exact.slots.slot_bytes(weights) * 6 == num_bytes(exact.slots.cache)
@@ -124,7 +124,7 @@ def test_a_state_is_inserted_moved_replaced_and_counted_like_keys():
     shape = dict(heads=2, width=4)
     cache = (
         StateCache(jnp.zeros((3, 1, 5, *shape.values()))),
-        *empty_cache(config_of(), 1, 5, 32, jnp.float32, False),
+        empty_cache(config_of(), 1, 5, 32, jnp.float32, False)["full"],
     )
 
     def rows(count, positions, seed):

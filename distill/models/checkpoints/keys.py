@@ -23,11 +23,13 @@ class Weight(NamedTuple):
         stacked parameter, in this order.
       axes: 'ours -> theirs' for one of its tensors, a letter per axis (the shape suffixes of
         transformer.py); letters written together are merged into one axis there.
+      layers: numbers of the layers that a stack of one kind's layers holds; (): of all.
     """
 
     path: str
     key: str
     axes: str
+    layers: tuple[int, ...] = ()
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -46,7 +48,10 @@ class Weight(NamedTuple):
     def tensors(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
         """Index and key of every tensor that a parameter of this shape is made of."""
         for index in itertools.product(*map(range, shape[: len(self.stacked)])):
-            yield index, self.key.format(**dict(zip(self.stacked, index, strict=True)))
+            counted = dict(zip(self.stacked, index, strict=True))
+            if self.layers:
+                counted["layer"] = self.layers[counted["layer"]]
+            yield index, self.key.format(**counted)
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Their shape of one tensor, from ours of it."""
@@ -105,7 +110,19 @@ def key_table(config: ModelConfig) -> dict[str, Weight]:
     keys = [weight.key for weight in rows.values()]
     if twice := sorted(key for key in set(keys) if keys.count(key) > 1):
         raise ValueError(f"{config.family}: more than one parameter is mapped to {twice[0]}")
-    return rows
+    return rows if len(config.kinds) == 1 else _by_kind(config, rows)
+
+
+def _by_kind(config: ModelConfig, rows: dict[str, Weight]) -> dict[str, Weight]:
+    """The table of a model with layers of several kinds, each of which has its own stacks."""
+    table = {path: row for path, row in rows.items() if "layer" not in row.stacked}
+    for kind in config.kinds:
+        layers = tuple(i for i, other in enumerate(config.layers) if other == kind)
+        for path, row in rows.items():
+            if "layer" in row.stacked:
+                own = path.replace("layers/", f"layers/{kind}/", 1)
+                table[own] = row._replace(path=own, layers=layers)
+    return table
 
 
 def mapped_params(config: ModelConfig, params: nnx.State) -> dict[str, tuple[Weight, Any]]:
