@@ -23,6 +23,7 @@ from distill.config.schema import Policy
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.load import load_params
 from distill.models.facts import ModelConfig
+from distill.models.rope import Rope
 from distill.models.transformer import Transformer
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
@@ -82,8 +83,7 @@ SMALL_CONFIG = ModelConfig(
     qkv_bias=True,
     qk_norm=None,
     rms_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
+    rope=Rope(1e6),
     max_positions=32768,
 )
 QWEN_CONFIG = dataclasses.replace(  # Qwen2.5-1.5B

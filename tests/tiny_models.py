@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from distill.models.facts import ModelConfig
+from distill.models.rope import Rope
 from distill.models.transformer import Transformer
 
 
@@ -24,8 +25,7 @@ def model_config(family: str = "qwen2", **changes) -> ModelConfig:
         qkv_bias=family == "qwen2",
         qk_norm="head" if family == "qwen3" else None,
         rms_eps=1e-6,
-        rope_theta=1e4,
-        rope_scaling=None,
+        rope=Rope(1e4),
         max_positions=64,
     )
     return ModelConfig(**(facts | changes))

@@ -20,6 +20,7 @@ from distill.data.tokenizer import (
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.hub import resolve_model
 from distill.models.facts import ModelConfig
+from distill.models.rope import Rope
 from distill.models.transformer import Transformer
 
 _LONGEST_TEXT = 10_000  # characters of an example that a tokenizer learns from
@@ -93,8 +94,7 @@ def make_random_model(
         qkv_bias=True,
         qk_norm=None,
         rms_eps=1e-6,
-        rope_theta=10_000.0,
-        rope_scaling=None,
+        rope=Rope(10_000.0),
         max_positions=max_positions,
     )
     dtypes = dict(dtype=jnp.float32, param_dtype=jnp.float32)

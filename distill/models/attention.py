@@ -5,16 +5,16 @@ Scores, masks and sums are `kernels.attention`'s in training and prefill, `decod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from distill.base.sharding import constrain
-from distill.models.facts import LayerKind, ModelConfig, Rotary
+from distill.models.facts import LayerKind, ModelConfig
 from distill.models.primitives import INIT_STD, Layer, ParamMaker
+from distill.models.rope import Rotary
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +24,7 @@ class Rotation:
 
     cos_bth: jax.Array
     sin_bth: jax.Array
+    interleaved: bool = field(metadata={"static": True})
 
 
 def parameters(config: ModelConfig, kind: LayerKind, make: ParamMaker) -> dict[str, nnx.Param]:
@@ -83,36 +84,21 @@ def output(layer: Layer, attended_btnh: jax.Array) -> jax.Array:
 
 
 def rotate(x_btnh: jax.Array, rotation: Rotation | None) -> jax.Array:
-    """Rotary embedding of queries or keys (2104.09864).
-
-    Of the first h' channels of a head, channel i is paired with i + h'/2; others stay.
-    """
+    """Rotary embedding of queries or keys; channels of a head that have no angle stay."""
     if rotation is None:
         return x_btnh
     width = 2 * rotation.cos_bth.shape[-1]
     rest = [] if width == x_btnh.shape[-1] else [x_btnh[..., width:].astype(jnp.float32)]
-    first, second = jnp.split(x_btnh[..., :width].astype(jnp.float32), 2, axis=-1)
+    rotated_btnh = x_btnh[..., :width].astype(jnp.float32)
     cos, sin = rotation.cos_bth[:, :, None], rotation.sin_bth[:, :, None]
+    if rotation.interleaved:
+        first, second = rotated_btnh[..., ::2], rotated_btnh[..., 1::2]
+    else:
+        first, second = jnp.split(rotated_btnh, 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
+    if rotation.interleaved:
+        rotated = [jnp.stack(rotated, axis=-1).reshape(rotated_btnh.shape)]
     return jnp.concatenate(rotated + rest, axis=-1).astype(x_btnh.dtype)
-
-
-def rope_frequencies(rotary: Rotary) -> np.ndarray:
-    """Radians per position of each channel pair, float32, shape (width / 2,).
-
-    Llama 3.1 slows a pair down by `factor` if it turns less than low_freq_factor times in the
-    original context, not at all above high_freq_factor turns, and interpolates linearly between
-    (transformers, modeling_rope_utils._compute_llama3_parameters).
-    """
-    exponents = np.arange(0, rotary.width, 2) / rotary.width
-    frequencies = rotary.theta**-exponents
-    scaling = rotary.scaling
-    if scaling is not None:
-        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        keep = np.clip((turns - low) / (high - low), 0, 1)
-        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
-    return frequencies.astype(np.float32)
 
 
 def make_rotations(config: ModelConfig, positions_bt: jax.Array) -> dict[str, Rotation | None]:
@@ -120,8 +106,10 @@ def make_rotations(config: ModelConfig, positions_bt: jax.Array) -> dict[str, Ro
     positions_bt1 = positions_bt[:, :, None].astype(jnp.float32)
 
     def make(rotary: Rotary) -> Rotation:
-        angles_bth = positions_bt1 * rope_frequencies(rotary)
-        return Rotation(cos_bth=jnp.cos(angles_bth), sin_bth=jnp.sin(angles_bth))
+        frequencies_h, factor = rotary.frequencies()
+        angles_bth = positions_bt1 * frequencies_h
+        cos_bth, sin_bth = (turn(angles_bth) * factor for turn in (jnp.cos, jnp.sin))
+        return Rotation(cos_bth, sin_bth, rotary.interleaved)
 
     rotaries = {name: kind.rotary for name, kind in config.kinds.items()}
     made = {rotary: None if rotary is None else make(rotary) for rotary in rotaries.values()}

@@ -5,6 +5,7 @@ The rule for reading: a field that could change the numbers is either understood
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,14 @@ from distill.base.errors import UserError
 from distill.kernels.attention import AttentionSpec
 from distill.models.families import FAMILIES
 from distill.models.fields import READERS, brief, positive, required, size
+from distill.models.rope import Rope, Rotary, read_ropes
 
 # Fields that become part of ModelConfig, read one by one below.
 _READ = frozenset(
     "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers "
     "num_attention_heads num_key_value_heads head_dim rms_norm_eps max_position_embeddings "
-    "tie_word_embeddings rope_theta rope_scaling rope_parameters layer_types".split()
+    "tie_word_embeddings rope_theta rope_scaling rope_parameters layer_types "
+    "original_max_position_embeddings".split()
 )
 
 # Fields with one supported value (null counts as it): the decoder has no code for the others.
@@ -39,7 +42,7 @@ _ONLY: dict[str, Any] = {
 # Fields that do not change what the weights compute: bookkeeping of transformers' PretrainedConfig
 # (versions 4 and 5), token ids, default sampling options, initialisation.
 _HARMLESS = frozenset(
-    "_name_or_path name_or_path _commit_hash _attn_implementation_autoset attn_implementation "
+    "name_or_path attn_implementation "
     "transformers_version dtype torch_dtype use_bfloat16 torchscript tf_legacy_loss return_dict "
     "output_hidden_states output_attentions output_scores return_dict_in_generate use_cache "
     "initializer_range chunk_size_feed_forward is_decoder cross_attention_hidden_size "
@@ -49,27 +52,9 @@ _HARMLESS = frozenset(
     "begin_suppress_tokens bad_words_ids max_length min_length do_sample early_stopping num_beams "
     "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
     "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences "
-    "remove_invalid_values exponential_decay_length_penalty unsloth_fixed unsloth_version".split()
+    "remove_invalid_values exponential_decay_length_penalty unsloth_fixed unsloth_version "
+    "is_llama_config transformers.js_config".split()
 )
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's frequency scaling (`rope_type: llama3`); lengths are in tokens."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary embedding of the first `width` channels of every head."""
-
-    width: int
-    theta: float
-    scaling: RopeScaling | None
 
 
 @dataclass(frozen=True)
@@ -96,11 +81,13 @@ class ModelConfig:
       tied: the output head is the transposed embedding.
       qkv_bias: the query, key and value projections have a bias.
       qk_norm: queries and keys pass an RMSNorm over each 'head', over 'all' heads, or none.
-      max_positions: longest sequence the weights were made for, in tokens.
+      rope: rotary embedding of the layers.
+      max_positions: longest sequence, in tokens, that the weights were made for and whose length
+        changes no frequencies.
       pattern: kinds of the layers, repeated over the depth: 'full' attention, 'sliding' attention
         to `window` tokens, or 'unrotated', full without rotary embedding.
-      sliding_rope_theta: rotary base of sliding layers, which then have no scaling.
-      rotary_fraction: of a head's channels that are rotated.
+      sliding_rope: that of sliding layers, where they have their own.
+      interleaved_rope: rotary embeddings pair neighbouring channels; see `Rotary`.
       attention_scale: of scores; None: 1 / sqrt(head_width).
       attention_soft_cap: see `AttentionSpec`.
       sinks: every layer has a learned score per query head; see `AttentionSpec`.
@@ -125,13 +112,12 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: str | None
     rms_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope: Rope
     max_positions: int
     pattern: tuple[str, ...] = ("full",)
     window: int | None = None
-    sliding_rope_theta: float | None = None
-    rotary_fraction: float = 1.0
+    sliding_rope: Rope | None = None
+    interleaved_rope: bool = False
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     sinks: bool = False
@@ -170,11 +156,10 @@ class ModelConfig:
         sizes = self.num_kv_heads, self.head_width
         if name == "unrotated":
             return LayerKind(attention, None, *sizes)
-        theta, scaling = self.rope_theta, self.rope_scaling
-        if name == "sliding" and self.sliding_rope_theta is not None:
-            theta, scaling = self.sliding_rope_theta, None
-        width = int(self.head_width * self.rotary_fraction)
-        return LayerKind(attention, Rotary(width, theta, scaling), *sizes)
+        sliding = name == "sliding" and self.sliding_rope is not None
+        rope = self.sliding_rope if sliding else self.rope
+        width = int(self.head_width * rope.fraction)
+        return LayerKind(attention, Rotary(width, rope, self.interleaved_rope), *sizes)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str) -> ModelConfig:
@@ -194,64 +179,67 @@ class ModelConfig:
         _check_supported(config, family, source)
         for name in row.required:
             required(config, name, source)
-        heads, kv_heads = (
-            size(config, name, source) for name in ("num_attention_heads", "num_key_value_heads")
-        )
-        if heads % kv_heads:
-            raise UserError(
-                f"{source}: num_attention_heads={heads} is not a multiple of "
-                f"num_key_value_heads={kv_heads}"
-            )
-        theta, scaling = _rope(config, source)
+        partial = "partial_rotary_factor" in row.fields
+        rope, sliding_rope = read_ropes(config, row.defaults, partial, source)
+        config = {**row.defaults, **config}
         facts: dict[str, Any] = dict(
             family=family,
             vocab_size=size(config, "vocab_size", source),
             num_layers=size(config, "num_hidden_layers", source),
             model_width=size(config, "hidden_size", source),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
+            num_heads=size(config, "num_attention_heads", source),
+            num_kv_heads=size(config, "num_key_value_heads", source),
             head_width=_head_width(config, source),
             ffn_width=size(config, "intermediate_size", source),
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=False,
             qk_norm=None,
             rms_eps=positive(config, "rms_norm_eps", source),
-            rope_theta=theta,
-            rope_scaling=scaling,
+            rope=rope,
+            sliding_rope=sliding_rope,
             max_positions=size(config, "max_position_embeddings", source),
         )
-        facts |= {name: fact(facts) if callable(fact) else fact for name, fact in row.facts.items()}
+        facts |= {name: fact for name, fact in row.facts.items() if not callable(fact)}
+        if row.layer_types is not None and config.get("layer_types") is None:
+            config["layer_types"] = row.layer_types(config)
         for name in row.fields:
-            if config.get(name) is not None:
+            if config.get(name) is not None and name in READERS:
                 fact, read = READERS[name]
                 facts[fact] = read(config, name, source)
+        facts |= {name: make(facts) for name, make in row.facts.items() if callable(make)}
         return _checked(cls(**facts), source)
 
 
 def _checked(model: ModelConfig, source: str) -> ModelConfig:
-    """The model, if its facts fit each other."""
-    if "sliding" in model.pattern and model.window is None:
-        raise UserError(f"{source}: the required field sliding_window is missing")
-    rotated = model.head_width * model.rotary_fraction
-    if rotated % 2:
+    """The model, if its facts fit each other, without those that have no effect."""
+    if model.num_heads % model.num_kv_heads:
         raise UserError(
-            f"{source}: head_dim={model.head_width} must be even, rotary embeddings pair its "
-            f"halves{'' if rotated == model.head_width else f', here of {rotated:g} channels'}"
+            f"{source}: num_attention_heads={model.num_heads} is not a multiple of "
+            f"num_key_value_heads={model.num_kv_heads}"
         )
-    return model
+    if "sliding" not in model.pattern:
+        model = dataclasses.replace(model, window=None, sliding_rope=None)
+    elif model.window is None:
+        raise UserError(f"{source}: the required field sliding_window is missing")
+    ropes = [rope for rope in (model.rope, model.sliding_rope) if rope is not None]
+    for rope in ropes:
+        rope.check(model.head_width, source)
+    # Beyond them frequencies would depend on a sequence's length.
+    limits = (rope.positions for rope in ropes)
+    return dataclasses.replace(model, max_positions=min(model.max_positions, *limits))
 
 
 def _family(config: dict[str, Any], source: str) -> str:
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(
-            f"{source}: model_type={family!r} is not supported, only {', '.join(FAMILIES)}; "
-            "choose a model of these families (Qwen2.5, Qwen3, Llama 3)"
+            f"{source}: model_type={brief(family)} is not supported, only {', '.join(FAMILIES)}; "
+            "choose a model of one of these families"
         )
     architectures, known = config.get("architectures"), FAMILIES[family].architecture
-    if architectures and list(architectures) != [known]:
+    if architectures and architectures != [known]:
         raise UserError(
-            f"{source}: architectures={architectures!r} is not supported, "
+            f"{source}: architectures={brief(architectures)} is not supported, "
             f"model_type {family!r} must be [{known!r}]"
         )
     return family
@@ -261,11 +249,13 @@ def _check_supported(config: dict[str, Any], family: str, source: str) -> None:
     row = FAMILIES[family]
     for name, only in _ONLY.items():
         value = config.get(name)
-        if name not in row.fields and value is not None and value != only:
+        if name in row.fields or name in row.ignored:
+            continue
+        if value is not None and value != only:
             raise UserError(f"{source}: {name}={brief(value)} is not supported, only {only!r}")
     known = {*_READ, *_ONLY, *_HARMLESS, *row.fields, *row.ignored}
     for name, value in config.items():
-        if name not in known and value:
+        if name not in known and value and not name.startswith("_"):
             raise UserError(
                 f"{source}: {name}={brief(value)} is a field unknown for {family} that may change "
                 "what the model computes; remove it from config.json if it does not"
@@ -291,58 +281,3 @@ def _head_width(config: dict[str, Any], source: str) -> int:
             "and head_dim is not given"
         )
     return width // heads
-
-
-def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """The rotary base and its scaling, from either style of config.json."""
-    style = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    if style == "rope_parameters" and config.get("rope_scaling") is not None:
-        raise UserError(f"{source}: rope_parameters and rope_scaling are both given; remove one")
-    rope = config.get(style) or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{source}: {style}={brief(rope)} must be an object")
-    where = f"{source}: {style}"
-    rope = dict(rope)
-    theta = positive(rope, "rope_theta", where) if "rope_theta" in rope else None
-    if "rope_theta" in config or theta is None:
-        outer_theta = positive(config, "rope_theta", source)
-        if theta not in (None, outer_theta):
-            raise UserError(f"{where}: rope_theta={theta} contradicts rope_theta={outer_theta}")
-        theta = outer_theta
-    # Written under both names by some versions of transformers; 'type' is the older one.
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    _check_rope(rope, kind, where)
-    if kind == "default":
-        return theta, None
-    scaling = RopeScaling(
-        factor=positive(rope, "factor", where),
-        low_freq_factor=positive(rope, "low_freq_factor", where),
-        high_freq_factor=positive(rope, "high_freq_factor", where),
-        original_max_positions=size(rope, "original_max_position_embeddings", where),
-    )
-    if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise UserError(
-            f"{where}: low_freq_factor={scaling.low_freq_factor} must be less than "
-            f"high_freq_factor={scaling.high_freq_factor}"
-        )
-    return theta, scaling
-
-
-def _check_rope(rope: dict[str, Any], kind: str, where: str) -> None:
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{where}: rope_type={kind!r} is not supported, only 'default' or 'llama3'")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(
-            f"{where}: partial_rotary_factor={brief(rope['partial_rotary_factor'])} "
-            "is not supported, only 1"
-        )
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if kind == "llama3":
-        known |= {"factor", "low_freq_factor", "high_freq_factor"}
-        known |= {"original_max_position_embeddings"}
-    for name, value in rope.items():
-        if name not in known and value:
-            raise UserError(
-                f"{where}: {name}={brief(value)} is unknown for rope_type {kind!r}, "
-                f"only {', '.join(sorted(known))}"
-            )

@@ -7,11 +7,17 @@ from typing import Any
 
 from distill.base.errors import UserError
 
+# Of any size, but for the number of layers, which are looked at one by one.
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
+
 
 def size(config: dict[str, Any], name: str, source: str) -> int:
     value = required(config, name, source)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{source}: {name}={brief(value)} must be a positive integer")
+    largest = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+    if type(value) is not int or not 1 <= value <= largest:
+        raise UserError(
+            f"{source}: {name}={brief(value)} must be a positive integer of at most {largest}"
+        )
     return value
 
 
@@ -48,6 +54,10 @@ def _pattern(config: dict[str, Any], name: str, source: str) -> tuple[str, ...]:
     return tuple(kinds[:period])
 
 
+def _window(config: dict[str, Any], name: str, source: str) -> int | None:
+    return size(config, name, source) if config.get("use_sliding_window", True) else None
+
+
 def _one_of(*choices: str):
     def read(config: dict[str, Any], name: str, source: str) -> str:
         if config[name] not in choices:
@@ -71,9 +81,7 @@ READERS: dict[str, tuple[str, Callable[[dict[str, Any], str, str], Any]]] = {
     "hidden_act": ("activation", _activation),
     "hidden_activation": ("activation", _activation),
     "layer_types": ("pattern", _pattern),
-    "sliding_window": ("window", size),
-    "rope_local_base_freq": ("sliding_rope_theta", positive),
-    "partial_rotary_factor": ("rotary_fraction", positive),
+    "sliding_window": ("window", _window),
     "query_pre_attn_scalar": ("attention_scale", _power(-0.5)),
     "attention_multiplier": ("attention_scale", positive),
     "attn_logit_softcapping": ("attention_soft_cap", positive),

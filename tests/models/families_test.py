@@ -135,10 +135,8 @@ def defined_logits(config: ModelConfig, params, tokens_t):
     def turned(x_h, position, kind):
         if kind == "unrotated":
             return x_h
-        theta = config.rope_theta
-        if kind == "sliding" and config.sliding_rope_theta:
-            theta = config.sliding_rope_theta
-        half = int(len(x_h) * config.rotary_fraction) // 2
+        rope = (kind == "sliding" and config.sliding_rope) or config.rope
+        half, theta = int(len(x_h) * rope.fraction) // 2, rope.theta
         pairs = x_h[:half] + 1j * x_h[half : 2 * half]
         pairs = pairs * np.exp(1j * position * theta ** -(np.arange(half) / half))
         return np.concatenate([pairs.real, pairs.imag, x_h[2 * half :]])

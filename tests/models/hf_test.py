@@ -22,7 +22,8 @@ from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.hub import resolve_model
 from distill.models.checkpoints.keys import key_table
 from distill.models.checkpoints.load import load_model_config, load_params
-from distill.models.facts import ModelConfig, RopeScaling
+from distill.models.facts import ModelConfig
+from distill.models.rope import Llama3, Rope
 from distill.models.transformer import Transformer
 
 CONFIG = model_config(
@@ -30,7 +31,7 @@ CONFIG = model_config(
     model_width=8,
     head_width=2,
     ffn_width=12,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
+    rope=Rope(1e4, Llama3(8.0, 1.0, 4.0, 32)),
 )
 HF_CONFIG = hf_config_dict(CONFIG, eos_token_id=1, pad_token_id=0)
 Q_KEY = "model.layers.1.self_attn.q_proj.weight"

@@ -3,7 +3,8 @@
 import pytest
 
 from distill.base.errors import UserError
-from distill.models.facts import ModelConfig, RopeScaling
+from distill.models.facts import ModelConfig
+from distill.models.rope import Llama3, Rope
 
 # As published, fields that do not matter included.
 QWEN2_5 = {
@@ -114,8 +115,7 @@ def test_published_qwen2_5():
         qkv_bias=True,
         qk_norm=None,
         rms_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=None,
+        rope=Rope(1e6),
         max_positions=32768,
     )
 
@@ -123,12 +123,12 @@ def test_published_qwen2_5():
 def test_published_qwen3_has_its_own_head_width():
     config = read(QWEN3)
     assert config.head_width == 128 != config.model_width // config.num_heads
-    assert config.qk_norm and not config.qkv_bias and config.rope_scaling is None
+    assert config.qk_norm and not config.qkv_bias and config.rope.scaling is None
 
 
 def test_published_llama3():
     config = read(LLAMA3)
-    assert config.rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert config.rope == Rope(5e5, Llama3(32.0, 1.0, 4.0, 8192))
     assert not config.qk_norm and not config.qkv_bias
 
 
@@ -155,6 +155,9 @@ def test_falsy_unknown_fields_are_harmless():
     "num_key_value_heads rms_norm_eps max_position_embeddings rope_theta".split(),
 )
 def test_missing_field_is_named(family, field):
+    if (family, field) == ("llama", "rope_theta"):
+        assert read(without(LLAMA3, field)).rope.theta == 1e4  # Llama 2's, as in transformers
+        return
     with pytest.raises(UserError, match=f"here/config.json: the required field {field} is missing"):
         read(without(PUBLISHED[family], field))
 
@@ -165,7 +168,10 @@ def test_qwen3_requires_head_dim():
 
 
 UNSUPPORTED = [
-    ("qwen2", "model_type", "mistral"),
+    ("qwen2", "model_type", "bert"),
+    ("qwen2", "model_type", ["qwen2"]),
+    ("qwen2", "architectures", 5),
+    ("qwen2", "num_hidden_layers", 10**12),
     ("qwen2", "model_type", None),
     ("qwen2", "architectures", ["Qwen2ForSequenceClassification"]),
     ("llama", "hidden_act", "gelu"),
@@ -176,8 +182,8 @@ UNSUPPORTED = [
     ("qwen3", "attention_bias", True),
     ("qwen3", "attention_dropout", 0.1),
     ("qwen3", "partial_rotary_factor", 0.5),
-    ("qwen2", "use_sliding_window", True),
-    ("qwen2", "layer_types", ["full_attention"] * 27 + ["sliding_attention"]),
+    ("llama", "use_sliding_window", True),
+    ("llama", "layer_types", ["full_attention"] * 15 + ["sliding_attention"]),
     ("qwen2", "layer_types", ["full_attention"]),
     ("qwen2", "quantization_config", {"quant_method": "awq"}),
     ("qwen2", "auto_map", {"AutoModelForCausalLM": "modeling.Mine"}),
@@ -206,9 +212,10 @@ def test_unsupported_value_is_named(family, field, value):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "rope_type='yarn' is not supported"),
-        ({"type": "linear", "factor": 2.0}, "rope_type='linear' is not supported"),
-        ({"type": "dynamic", "factor": 2.0}, "rope_type='dynamic' is not supported"),
+        ({"rope_type": "yarn", "factor": "4"}, "factor='4' must be a positive number"),
+        ({"type": "linear"}, "required field factor is missing"),
+        ({"type": ["linear"]}, "rope_type=['linear'] is not supported"),
+        ({"rope_type": "longrope", "short_factor": [1.0]}, "required field long_factor is missing"),
         ({"type": "mrope", "mrope_section": [16]}, "rope_type='mrope' is not supported"),
         ({"rope_type": "default", "factor": 2.0}, "factor=2.0 is unknown"),
         ({"rope_type": "llama3", "factor": 8.0}, "required field low_freq_factor is missing"),

@@ -9,8 +9,6 @@ import pytest
 from flax import nnx
 from tiny_models import model_config
 
-from distill.models.attention import rope_frequencies
-from distill.models.facts import RopeScaling
 from distill.models.transformer import REMAT_POLICIES, Transformer
 
 VOCABULARY = 64
@@ -151,14 +149,3 @@ def test_program_does_not_grow_with_depth():
         return len(str(forward(params)).splitlines())
 
     assert operations(2) == operations(6)
-
-
-def test_llama3_frequencies_have_three_bands():
-    plain = rope_frequencies(CONFIG.kinds["full"].rotary)
-    scaling = RopeScaling(8.0, 1.0, 4.0, original_max_positions=32)
-    scaled = dataclasses.replace(CONFIG, rope_scaling=scaling)
-    scaled = rope_frequencies(scaled.kinds["full"].rotary)
-    ratio = plain / scaled
-    assert ratio[0] == 1
-    assert 1 < ratio[1] < 8
-    np.testing.assert_allclose(ratio[2:], 8, rtol=1e-6)

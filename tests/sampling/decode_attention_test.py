@@ -19,6 +19,7 @@ from distill.kernels.decode_attention import Kernel
 from distill.models.cache import AttentionCache
 from distill.models.decoding import UNROLLED_LAYERS, Part, attend_part, make_loop_weights
 from distill.models.facts import ModelConfig
+from distill.models.rope import Rope
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
 from distill.sampling import programs
@@ -199,8 +200,7 @@ QWEN = ModelConfig(  # 1.5B, but for its depth
     qkv_bias=True,
     qk_norm=None,
     rms_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
+    rope=Rope(1e6),
     max_positions=32768,
 )
 SLOTS, STEPS = 64, 32

@@ -198,7 +198,6 @@ def hf_config_dict(
     Raises:
       ValueError: the model has facts that are not written here.
     """
-    scaling = config.rope_scaling
     written = {
         "architectures": [FAMILIES[config.family].architecture],
         "model_type": config.family,
@@ -212,15 +211,8 @@ def hf_config_dict(
         "hidden_act": "silu",
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.rms_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling
-        and {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        },
+        "rope_theta": config.rope.theta,
+        "rope_scaling": config.rope.written(),
         "tie_word_embeddings": config.tied,
         "bos_token_id": None,
         "eos_token_id": eos_token_id,

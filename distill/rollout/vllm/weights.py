@@ -48,7 +48,10 @@ class ServerExport:
             "tie_word_embeddings": False,
             "vocab_size": self.vocabulary.size,
             # vLLM refuses a longer context than this; positions are not embedded, only rotated.
-            "max_position_embeddings": max(model_config.max_positions, self.max_length + 1),
+            # Scalings of them depend on it, so it only grows where it must.
+            "max_position_embeddings": max(
+                hf_config["max_position_embeddings"], self.max_length + 1
+            ),
         }
         export_model(
             folder,
