@@ -264,3 +264,11 @@ def test_command_line(models):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert f"preflight: {len(CHECKS)} checks passed" in result.stdout
+
+
+def test_rounding_of_16_bits_passes(config):
+    """The gradient of a trained student that is its own teacher is rounding, not zero."""
+    config.policy.model_name = "embedded:arithmetic-student"
+    config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
+    config.policy.precision = config.teacher.precision = "bfloat16"
+    assert "own teacher" in preflight_alone(config)["numbers"]
