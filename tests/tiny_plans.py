@@ -3,7 +3,6 @@
 import dataclasses
 
 import configs.math_cl
-from distill.base.sharding import make_abstract_mesh
 from distill.base.topology import parse_topology
 from distill.config.parse import parse_config
 from distill.planning.arrays import Arrays, make_arrays
@@ -27,6 +26,4 @@ def workload_on_mesh(config, model, data: int, fsdp: int, tensor: int) -> Worklo
 
 
 def arrays_of(workload: Workload) -> Arrays:
-    return make_arrays(
-        workload, *(make_abstract_mesh(*sizes) for sizes in (workload.sizes, workload.sampler))
-    )
+    return make_arrays(workload, workload.mesh, workload.sampler_mesh)

@@ -68,14 +68,8 @@ def join(
     """Joins the other processes of the run; a plain single process does nothing here.
 
     What is not given is found by JAX where Slurm, Open MPI or a TPU pod says it. To be called
-    before JAX is used for anything. Then, only the first process prints.
-
-    Args:
-      coordinator_address: host and port of process 0, where it listens.
-      num_processes: of the run.
-      process_id: of this one, from 0.
-      timeout: seconds to wait for the others.
-      silence: seconds without a sign of life from another process after which this one ends.
+    before JAX is used for anything. Then, only the first process prints. `timeout` is in seconds
+    for the others to come, `silence` in seconds without a sign of life after which the run ends.
 
     Raises:
       UserError: the arguments contradict each other, or somebody did not come in time.

@@ -18,13 +18,7 @@ _LONGEST = 1000  # bytes of a line
 
 
 def call_the_roll(address: str, num_processes: int, process: int, timeout: float) -> None:
-    """Returns once all processes of the run have called this.
-
-    Args:
-      address: host and port of process 0.
-      num_processes: of the run.
-      process: number of this one.
-      timeout: seconds to wait.
+    """Returns once all processes of the run have called this, within `timeout` seconds.
 
     Raises:
       UserError: somebody did not come, or came with other numbers.

@@ -55,9 +55,7 @@ SAMPLER_RULES = RULES | {"embed": None}
 def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """The sizes of a mesh over `count` devices; one may be -1 and takes what is left.
 
-    Args:
-      sizes: of the axes that differ from `MESH_AXES`, by name.
-      count: number of devices.
+    `sizes` has those of the axes that differ from `MESH_AXES`, by name.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -207,7 +205,12 @@ def stacked_sharding(mesh: AnyMesh, num_axes: int) -> NamedSharding:
 
 def batch_parts(mesh: AnyMesh) -> int:
     """Number of device groups over which the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in _axes(RULES["batch"]))
+    return axis_parts(mesh, "batch")
+
+
+def axis_parts(mesh: AnyMesh, logical_axis: str) -> int:
+    """Number of parts into which the mesh cuts a logical axis."""
+    return math.prod(mesh.shape[axis] for axis in _axes(RULES[logical_axis]))
 
 
 def inner_sharding(stacked: Sharding, num_axes: int) -> Sharding:

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import re
-import time
+import timeit
 from collections.abc import Callable, Sequence
 
 import jax
@@ -87,14 +87,7 @@ SLICES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "tpu7x": _CUBES}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices by name.
-
-    Attributes:
-      name: as it was asked for.
-      platform: 'tpu', 'cpu' or 'gpu'.
-      kind: of the chip.
-      count: devices.
-    """
+    """Devices by name: the name as it was asked for, 'tpu', 'cpu' or 'gpu', and their chip."""
 
     name: str
     platform: str
@@ -230,10 +223,4 @@ def measured_cpu(count: int) -> Chip:
 
 
 def _best_seconds(run: Callable[[], object]) -> float:
-    run()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(run, number=1, repeat=4))

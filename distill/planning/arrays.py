@@ -41,15 +41,9 @@ from distill.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Shapes and layouts of what samples.
+    """Shapes and layouts of what samples; the engine itself is not run.
 
-    Attributes:
-      engine: which is not run.
-      weights: its copy of the student.
-      loop_weights: a shallow model's, as its decode loop reads them.
-      cache: of the slots.
-      prefill: parts, prompts and tokens of the largest prefill.
-      counts: of its weights.
+    The prefill is the largest: parts, prompts, tokens.
     """
 
     engine: Engine
@@ -72,12 +66,7 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Shapes and layouts of what a run holds, and what weights add up to.
-
-    Attributes:
-      student: its graph; the parameters are the state's.
-      teacher, sampler: None where the run has none here.
-    """
+    """Shapes and layouts of what a run holds; no teacher or sampler where none is here."""
 
     student: Model
     state: TrainState

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from distill.base.errors import UserError
+from distill.base.sharding import MESH_AXES, batch_parts, make_abstract_mesh
 from distill.base.topology import SLICES, Topology, parse_topology
 from distill.config.schema import microbatch_values, rows_per_microbatch
 from distill.planning.counts import cut_sizes
@@ -17,6 +18,7 @@ from distill.planning.estimate import Plan, compile_plan, estimate
 from distill.planning.workload import Workload, fit_to_devices, with_values
 
 COMPILED = 3  # of a sweep's candidates, the best
+_ROWS, *_WEIGHTS = MESH_AXES  # the first axis cuts rows alone, the others weights
 Values = dict[str, Any]
 
 
@@ -98,7 +100,7 @@ def _changed(
 
 def kinds(plan: Plan) -> list[list[Values]]:
     """The changes of each kind, from small to large."""
-    config, sizes, policy = plan.workload.config, plan.workload.sizes, plan.workload.config.policy
+    config, policy = plan.workload.config, plan.workload.config.policy
 
     def beyond(key: str, *ways: str) -> list[Values]:
         now = operator.attrgetter(key)(config)
@@ -106,7 +108,7 @@ def kinds(plan: Plan) -> list[list[Values]]:
 
     microbatches = [
         microbatch_values(policy, size)
-        for size in _microbatches(plan.workload, sizes.parts)
+        for size in _microbatches(plan.workload, batch_parts(plan.workload.mesh))
         if size < rows_per_microbatch(policy)
     ]
     precision = beyond("teacher.precision", "float32", "bfloat16", "int8")
@@ -115,13 +117,14 @@ def kinds(plan: Plan) -> list[list[Values]]:
         {"policy.generation.cache_memory": policy.generation.cache_memory / part}
         for part in (2, 4, 8, 16)
     ]
-    meshes = [  # that split weights further
+    sizes = plan.workload.mesh.shape
+    meshes = [  # that split weights further, or more of the activations
         mesh
         for mesh in _meshes(plan)
-        if mesh["mesh.fsdp"] * mesh["mesh.tensor"] > sizes.fsdp * sizes.tensor
-        or mesh["mesh.tensor"] > sizes.tensor
+        if math.prod(mesh[axis] for axis in _WEIGHTS) > math.prod(sizes[axis] for axis in _WEIGHTS)
+        or any(mesh[axis] > sizes[axis] for axis in _WEIGHTS[1:])
     ]
-    meshes.sort(key=lambda mesh: (mesh["mesh.tensor"], mesh["mesh.fsdp"]))
+    meshes.sort(key=lambda mesh: [mesh[axis] for axis in reversed(_WEIGHTS)])
     if plan.workload.teacher is None:
         precision = streamed = []
     return [
@@ -130,7 +133,7 @@ def kinds(plan: Plan) -> list[list[Values]]:
         precision,
         beyond("policy.optimizer.offload", "none", "host") + streamed,
         cache,
-        meshes,
+        list(map(_mesh_values, meshes)),
     ]
 
 
@@ -143,8 +146,9 @@ def _more_devices(plan: Plan) -> Iterator[Change]:
     }
     for topology in map(parse_topology, names.get(now.platform, ())):
         if topology.count > now.count:
-            fsdp = plan.workload.sizes.fsdp * topology.count // now.count
-            for change in _changed(plan, [{"mesh.fsdp": fsdp}], topology):
+            axis = _WEIGHTS[0]
+            size = plan.workload.mesh.shape[axis] * topology.count // now.count
+            for change in _changed(plan, [_mesh_values({axis: size})], topology):
                 yield dataclasses.replace(change, values={})
 
 
@@ -158,9 +162,9 @@ def sweep(workload: Workload, topology: Topology) -> tuple[list[Plan], int]:
     """
     base = estimate(workload, topology)
     choices = (
-        mesh | microbatch_values(workload.config.policy, size)
+        _mesh_values(mesh) | microbatch_values(workload.config.policy, size)
         for mesh in _meshes(base)
-        for size in _microbatches(workload, mesh["mesh.data"] * mesh["mesh.fsdp"])
+        for size in _microbatches(workload, batch_parts(make_abstract_mesh(**mesh)))
     )
     plans = sorted((change.plan for change in _changed(base, choices)), key=_rank)
     best = plans[:COMPILED]
@@ -173,17 +177,20 @@ def _rank(plan: Plan) -> tuple:
     return not plan.fits, plan.seconds, plan.memory.peak
 
 
-def _meshes(plan: Plan) -> list[Values]:
-    """All meshes that divide the models and the batch."""
+def _meshes(plan: Plan) -> Iterator[dict[str, int]]:
+    """Sizes of all meshes that divide the models and the batch."""
     rows = plan.workload.config.policy.train_global_batch_size
-    count = plan.workload.sizes.num_devices
-    meshes = []
-    for tensor in working_sizes(plan, "tensor"):
-        for fsdp in working_sizes(plan, "fsdp"):
-            data, rest = divmod(count, tensor * fsdp)
-            if rest == 0 and rows % (data * fsdp) == 0:
-                meshes.append({"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor})
-    return meshes
+    axes = _WEIGHTS[::-1]
+    for sizes in itertools.product(*(working_sizes(plan, axis) for axis in axes)):
+        copies, rest = divmod(plan.workload.mesh.size, math.prod(sizes))
+        if rest == 0:
+            mesh = {_ROWS: copies, **dict(zip(axes, sizes, strict=True))}
+            if rows % batch_parts(make_abstract_mesh(**mesh)) == 0:
+                yield mesh
+
+
+def _mesh_values(sizes: dict[str, int]) -> Values:
+    return {f"mesh.{axis}": sizes[axis] for axis in MESH_AXES if axis in sizes}
 
 
 def working_sizes(plan: Plan, axis: str) -> list[int]:
@@ -191,7 +198,7 @@ def working_sizes(plan: Plan, axis: str) -> list[int]:
     teacher = plan.arrays.teacher
     sizes = cut_sizes(plan.arrays.state.params, axis)
     sizes += cut_sizes(teacher.params, axis) if teacher else []
-    common = math.gcd(*sizes)
+    common = math.gcd(*sizes) or 1  # nothing is split over it
     return [size for size in range(1, common + 1) if common % size == 0]
 
 

@@ -12,7 +12,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from distill.base.sharding import bytes_per_device
+from distill.base.sharding import axis_parts, batch_parts, bytes_per_device
 from distill.kernels.attention import MOST_SEGMENTS
 from distill.models.facts import ModelConfig
 from distill.planning.arrays import Arrays
@@ -69,13 +69,7 @@ def _generation(workload: Workload, counts: Counts) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One part of a step on one device: what it computes, moves and sends, at least.
-
-    Attributes:
-      flops: operations.
-      moved: bytes to and from the device's memory.
-      sent: bytes to other devices.
-    """
+    """One part of a step on one device: operations, and bytes moved and sent, at least."""
 
     name: str
     flops: float
@@ -94,41 +88,39 @@ class Phase:
 def update_phase(workload: Workload, arrays: Arrays, sent: float) -> Phase:
     """Teacher forward, student forward and backward, loss and optimizer."""
     operations = flops(workload, arrays) | {"generation": 0.0}
-    tokens, sizes, student = workload.tokens, workload.sizes, arrays.student_counts
+    tokens, mesh, student = workload.tokens, workload.mesh, arrays.student_counts
     compute = _itemsize(workload)
     passes = 2 if workload.config.policy.activation_checkpointing == "none" else 3
     gradients = bytes_per_device(arrays.state.trainable)
     per_microbatch = passes * student.used * compute + 2 * gradients  # which are added up
     if arrays.teacher_counts:
         per_microbatch += arrays.teacher_counts.used_bytes
-    kept = 2 * student.depth * student.width * compute * tokens.total / sizes.parts
+    kept = 2 * student.depth * student.width * compute * tokens.total / batch_parts(mesh)
     # Weights and moments are read and written, gradients read.
     updated = bytes_per_device((arrays.state.trainable, arrays.state.opt_state), fetched=True)
     moved = tokens.microbatches * per_microbatch + kept + 2 * updated + gradients
-    return Phase("update", sum(operations.values()) / sizes.num_devices, moved, sent)
+    return Phase("update", sum(operations.values()) / mesh.size, moved, sent)
 
 
 def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float]) -> Phase:
     """A refit, prefill, and one decode step after the other until all rows are full.
 
-    Args:
-      workload: which samples; the sampler's weights are not split over fsdp.
-      arrays: shapes of what it holds.
-      sent: bytes that every device sends in a prefill, and in a call of the decode loop.
+    `sent`: bytes that every device sends in a prefill, and in a call of the decode loop.
     """
-    tokens, sizes, sampler = workload.tokens, workload.sampler, arrays.sampler
-    assert sizes is not None and sampler is not None  # the workload samples
+    tokens, mesh, sampler = workload.tokens, workload.sampler_mesh, arrays.sampler
+    assert mesh is not None and sampler is not None  # the workload samples
+    parts, cut = batch_parts(mesh), axis_parts(mesh, "embed")
     weights = bytes_per_device(sampler.weights)
     _, prompts, _ = sampler.prefill
-    rows = -(-tokens.rows // sizes.parts)
+    rows = -(-tokens.rows // parts)
     steps = tokens.response * -(-rows // sampler.slots)
-    prefills = -(-tokens.prompts // (sizes.parts * prompts))
+    prefills = -(-tokens.prompts // (parts * prompts))
     cached = rows * tokens.response * (tokens.prompt + tokens.response / 2) * sampler.token_bytes
     moved = (steps + prefills) * weights + cached
-    refit = weights * (sizes.fsdp - 1) / sizes.fsdp
+    refit = weights * (cut - 1) / cut
     total_sent = refit + prefills * sent["prefill"] + steps / STEPS_PER_CALL * sent["decode"]
     operations = _generation(workload, arrays.student_counts)
-    return Phase("generation", operations / sizes.num_devices, moved, total_sent)
+    return Phase("generation", operations / mesh.size, moved, total_sent)
 
 
 # ------------------------------------------------------------- without a compiler: estimates
@@ -137,9 +129,10 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
 def estimated_sent(workload: Workload, arrays: Arrays) -> dict[str, float]:
     """Bytes that a device sends in a run of each program, as GSPMD usually partitions it."""
     tokens, student, teacher = workload.tokens, arrays.student_counts, arrays.teacher_counts
-    compute, data = _itemsize(workload), workload.sizes.data
+    compute, parts = _itemsize(workload), batch_parts(workload.mesh)
+    copies = parts // axis_parts(workload.mesh, "embed")  # of each weight
     gathered = 2 * (student.used - student.own) * compute
-    gradients = FLOAT32 * (student.used - student.own + 2 * student.own * (data - 1) / data)
+    gradients = FLOAT32 * (student.used - student.own + 2 * student.own * (copies - 1) / copies)
     passes = 3 if workload.config.policy.activation_checkpointing == "full" else 2
     summed = passes * student.summed * compute
     if teacher:
@@ -147,7 +140,7 @@ def estimated_sent(workload: Workload, arrays: Arrays) -> dict[str, float]:
         gathered += (teacher.used - teacher.own) * size
         summed += teacher.summed * size
     update = tokens.microbatches * (gathered + gradients)
-    sent = {"update": update + 2 * summed * tokens.total / workload.sizes.parts}
+    sent = {"update": update + 2 * summed * tokens.total / parts}
     if sampler := arrays.sampler:
         _, prompts, length = sampler.prefill
         per_token = 2 * sampler.counts.summed * compute
@@ -178,7 +171,7 @@ def _update_temporaries(workload: Workload, arrays: Arrays, platform: str) -> fl
     """
     config, tokens, compute = workload.config, workload.tokens, _itemsize(workload)
     student, teacher = arrays.student_counts, arrays.teacher_counts
-    at_once = tokens.total / tokens.microbatches / workload.sizes.parts
+    at_once = tokens.total / tokens.microbatches / batch_parts(workload.mesh)
     gradients = bytes_per_device(arrays.state.trainable) * (2 if tokens.microbatches > 1 else 1)
     inputs = student.depth * student.width
     saved = inputs + student.made + student.attended

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from distill.base.sharding import bytes_per_device, make_abstract_mesh
+from distill.base.sharding import bytes_per_device
 from distill.base.topology import Topology
 from distill.build.devices import build_mesh, build_sampler_mesh
 from distill.planning import costs
@@ -13,37 +13,36 @@ from distill.planning.programs import Program, compile_programs
 from distill.planning.workload import Workload
 
 
+def _shown(label: str) -> float:
+    """A field with the words for it in a report, in which {} is where the figure comes from."""
+    return dataclasses.field(metadata={"label": label})
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes per device, of the largest device; what is not there is 0.
 
-    Attributes:
-      student: float32 master weights.
-      optimizer: moments.
-      gradients: float32, a part of the update's temporaries.
-      teacher: weights.
-      batch: of the update.
-      sampler: the sampler's copy of the student, which stays while the update runs.
-      cache: keys and values, given back before the update.
-      loop_weights: of a shallow sampler, held while it samples.
-      update: temporaries of the train step, gradients included.
-      prefill: temporaries and results of the largest prefill.
-      decode: temporaries of the decode loop.
-      apart: whether sampler and cache are on other devices.
+    The sampler's copy of the student stays while the update runs. The cache, and the loop weights
+    of a shallow sampler, are there only while it samples.
     """
 
-    student: float
-    optimizer: float
-    gradients: float
-    teacher: float
-    batch: float
-    sampler: float
-    cache: float
-    loop_weights: float
-    update: float
-    prefill: float
-    decode: float
-    apart: bool
+    apart: bool  # sampler and cache are on other devices
+    student: float = _shown("student, float32")
+    optimizer: float = _shown("optimizer")
+    teacher: float = _shown("teacher")
+    batch: float = _shown("batch")
+    sampler: float = _shown("sampler's copy of the student")
+    cache: float = _shown("keys and values")
+    loop_weights: float = _shown("the sampler's weights, layer by layer")
+    update: float = _shown("temporaries of the update, {}")
+    gradients: float = _shown("  of them gradients, float32")
+    prefill: float = _shown("temporaries of prefill, {}")
+    decode: float = _shown("temporaries of decoding, {}")
+
+    @property
+    def labelled(self) -> list[tuple[str, float]]:
+        fields = [field for field in dataclasses.fields(self) if field.metadata]
+        return [(field.metadata["label"], getattr(self, field.name)) for field in fields]
 
     @property
     def held(self) -> float:
@@ -69,10 +68,7 @@ class Memory:
 class Plan:
     """Of one workload on one topology.
 
-    Attributes:
-      phases: in turn, or at once with devices apart and responses sampled ahead.
-      compiled: the programs 'update', 'prefill' and 'decode'; empty where nothing was compiled and
-        temporaries and network traffic are estimates.
+    Where nothing was compiled, temporaries and network traffic are estimates.
     """
 
     workload: Workload
@@ -112,9 +108,9 @@ class Plan:
 
 def estimate(workload: Workload, topology: Topology) -> Plan:
     """From shapes alone: nothing is compiled. The workload fits the topology's devices."""
-    assert workload.sampler is not None  # since the workload fits
-    mesh, sampler_mesh = make_abstract_mesh(*workload.sizes), make_abstract_mesh(*workload.sampler)
-    return _plan(workload, topology, make_arrays(workload, mesh, sampler_mesh), {})
+    assert workload.sampler_mesh is not None  # since the workload fits
+    arrays = make_arrays(workload, workload.mesh, workload.sampler_mesh)
+    return _plan(workload, topology, arrays, {})
 
 
 def compile_plan(workload: Workload, topology: Topology) -> Plan:

@@ -28,11 +28,8 @@ from distill.step import make_train_step
 class Program:
     """What the compiler says of one program, per device.
 
-    Attributes:
-      seconds: of tracing and compiling.
-      temporaries: bytes that it needs beside its arguments, results that replace none included.
-      sent: bytes sent in one run, by kind of collective; None where it cannot be read.
-      failure: the compiler's words, if it does not fit the chip.
+    Temporaries are bytes beside the arguments, results that replace none included. `sent` is by
+    kind of collective, and None where it cannot be read. A failure is in the compiler's words.
     """
 
     seconds: float
@@ -49,7 +46,7 @@ def compile_programs(
     if sampler := arrays.sampler:
         weights, loop = sampler.weights, (sampler.weights, sampler.loop_weights, sampler.cache)
         params = build_sampling_params(workload.config.distillation.generate_strategy)
-        prefill = functools.partial(sampler.engine.lower_prefill, weights, sampler.prefill)
+        prefill = functools.partial(sampler.engine.slots.lower_prefill, weights, sampler.prefill)
         decode = functools.partial(
             sampler.engine.lower_decode, weights, workload.tokens.rows, params
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill.base.sharding import MESH_AXES
 from distill.base.topology import INSTALL_COMPILER
 from distill.config.schema import rows_per_microbatch
 from distill.config.words import all_keys, show_value
@@ -39,9 +40,10 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"student  {_size(workload.student, plan.arrays.student_counts)}"
     if workload.teacher and (counts := plan.arrays.teacher_counts):
         yield f"teacher  {_size(workload.teacher, counts)}"
-    yield f"devices  {topology.count} of {topology.name}, mesh {workload.sizes}" + (
-        f"; the sampler has {workload.sampler.num_devices} of its own"
-        if workload.sampler and workload.samples_apart
+    mesh = " ".join(f"{axis}={size}" for axis, size in workload.mesh.shape.items())
+    yield f"devices  {topology.count} of {topology.name}, mesh {mesh}" + (
+        f"; the sampler has {workload.sampler_mesh.size} of its own"
+        if workload.sampler_mesh and workload.samples_apart
         else ""
     )
     yield from (f"note     {note}" for note in workload.notes)
@@ -65,21 +67,8 @@ def _size(model: ModelConfig, counts: Counts) -> str:
 def _memory(plan: Plan) -> Iterator[str]:
     memory, chip = plan.memory, plan.topology.chip
     source = "by the compiler" if plan.compiled else "estimated"
-    rows = {
-        "student, float32": memory.student,
-        "optimizer": memory.optimizer,
-        "teacher": memory.teacher,
-        "batch": memory.batch,
-        "sampler's copy of the student": memory.sampler,
-        "keys and values": memory.cache,
-        "the sampler's weights, layer by layer": memory.loop_weights,
-        f"temporaries of the update, {source}": memory.update,
-        "  of them gradients, float32": memory.gradients,
-        f"temporaries of prefill, {source}": memory.prefill,
-        f"temporaries of decoding, {source}": memory.decode,
-    }
     unit, size_of_unit = ("GB", _GB) if memory.peak >= _GB else ("MB", 1e6)
-    rows = {name: size for name, size in rows.items() if size}
+    rows = {label.format(source): size for label, size in memory.labelled if size}
     rows |= {f"at once in the {phase}": peak for phase, peak in memory.peaks.items()}
     yield f"{'memory per device':45}{unit:>6}"
     yield from (f"{name:42}{size / size_of_unit:9.3f}" for name, size in rows.items())
@@ -149,11 +138,11 @@ def remedy_lines(remedies: list[Change]) -> Iterator[str]:
 
 def sweep_lines(best: list[Plan], tried: int) -> Iterator[str]:
     yield f"the best {len(best)} of {tried} meshes and microbatches:"
-    yield "data  fsdp  tensor  microbatch  peak GB  fits  seconds  bound by"
+    yield "  ".join([*MESH_AXES, "microbatch", "peak GB", "fits", "seconds", "bound by"])
     for plan in best:
-        sizes, micro = plan.workload.sizes, rows_per_microbatch(plan.workload.config.policy)
+        sizes, micro = plan.workload.mesh.shape, rows_per_microbatch(plan.workload.config.policy)
         yield (
-            f"{sizes.data:<6}{sizes.fsdp:<6}{sizes.tensor:<8}{micro:<12}"
+            "".join(f"{sizes[axis]:<{len(axis) + 2}}" for axis in MESH_AXES) + f"{micro:<12}"
             f"{plan.memory.peak / _GB:<9.3f}{'yes' if plan.fits else 'no':<6}"
             f"{plan.seconds:<9.4g}{plan.limit}"
         )

@@ -19,10 +19,6 @@ from distill.planning.workload import Workload, find_workload, fit_to_devices
 def plan(config: ConfigDict, topology_name: str) -> Plan:
     """The plan of a run of `config` on a topology, and what would help where it does not fit.
 
-    Args:
-      config: as for a run.
-      topology_name: see `topology.parse_topology`.
-
     Raises:
       UserError: a run would refuse the config, or nothing is known of the topology or the models.
     """

@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any, NamedTuple
+from typing import Any
+
+from jax.sharding import AbstractMesh
 
 from distill.base.errors import UserError
-from distill.base.sharding import mesh_sizes, sampler_mesh_sizes
+from distill.base.sharding import (
+    batch_parts,
+    make_abstract_mesh,
+    mesh_sizes,
+    sampler_mesh_sizes,
+)
 from distill.build.devices import split_devices
 from distill.config.schema import Config, microbatch_values, rows_per_microbatch
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import find_config, read_json
 from distill.models.facts import ModelConfig
 from distill.models.published import PUBLISHED, Published
-
-
-class MeshSizes(NamedTuple):
-    """Devices along each axis of the trainer's mesh."""
-
-    data: int
-    fsdp: int
-    tensor: int
-
-    @property
-    def parts(self) -> int:
-        """Groups of devices over which rows are split."""
-        return self.data * self.fsdp
-
-    @property
-    def num_devices(self) -> int:
-        return self.data * self.fsdp * self.tensor
-
-    def __str__(self) -> str:
-        return f"data={self.data} fsdp={self.fsdp} tensor={self.tensor}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +50,9 @@ class Tokens:
 class Workload:
     """What is planned; hashable.
 
-    Attributes:
-      config: whose batches the mesh can split.
-      student, teacher: facts; no teacher where none is on the mesh.
-      vocab_size: ids in use.
-      notes: where the facts come from, and what had to be changed.
-      sampler: sizes of the sampler's mesh, from `fit_to_devices`.
+    No teacher where none is on the mesh. Notes say where facts come from, and what had to be
+    changed. The sampler's mesh comes from `fit_to_devices`: the trainer's where it has no devices
+    of its own.
     """
 
     config: Config
@@ -76,13 +60,12 @@ class Workload:
     teacher: ModelConfig | None
     vocab_size: int
     notes: tuple[str, ...] = ()
-    sampler: MeshSizes | None = None
+    sampler_mesh: AbstractMesh | None = None
 
     @property
-    def sizes(self) -> MeshSizes:
-        """Of the trainer's mesh, once `fit_to_devices` has set them."""
-        mesh = self.config.mesh
-        return MeshSizes(mesh.data, mesh.fsdp, mesh.tensor)
+    def mesh(self) -> AbstractMesh:
+        """The trainer's, once `fit_to_devices` has set its sizes."""
+        return make_abstract_mesh(**vars(self.config.mesh))
 
     @property
     def samples(self) -> bool:
@@ -99,7 +82,8 @@ class Workload:
     def tokens(self) -> Tokens:
         policy, strategy = self.config.policy, self.config.distillation.generate_strategy
         rows, response = policy.train_global_batch_size, strategy.max_length
-        at_once = rows_per_microbatch(policy) // self.sizes.parts * self.sizes.parts
+        parts = batch_parts(self.mesh)
+        at_once = rows_per_microbatch(policy) // parts * parts
         return Tokens(
             rows=rows,
             prompt=policy.max_total_sequence_length - response,
@@ -151,13 +135,14 @@ def fit_to_devices(workload: Workload, count: int) -> Workload:
     """
     config = workload.config
     trainers, samplers = split_devices(config.policy.generation, range(count))
-    sizes = sampler = MeshSizes(**mesh_sizes(vars(config.mesh), len(trainers)))
+    sizes = mesh_sizes(vars(config.mesh), len(trainers))
+    mesh = sampler_mesh = make_abstract_mesh(**sizes)
     if workload.samples_apart:
-        sampler = MeshSizes(**sampler_mesh_sizes(sizes._asdict(), len(samplers)))
-    config, notes = _with_batches(config, sizes.parts)
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes._asdict()))
+        sampler_mesh = make_abstract_mesh(**sampler_mesh_sizes(sizes, len(samplers)))
+    config, notes = _with_batches(config, batch_parts(mesh))
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
     return dataclasses.replace(
-        workload, config=config, notes=workload.notes + notes, sampler=sampler
+        workload, config=config, notes=workload.notes + notes, sampler_mesh=sampler_mesh
     )
 
 

@@ -228,7 +228,7 @@ def test_where_compiling_refutes_a_size_the_next_is_tried(monkeypatch):
     tried = []
 
     def compile_plan(workload, topology):  # no real one is sure to refute a size
-        tried.append((workload.sizes.fsdp, workload.sizes.tensor))
+        tried.append((workload.mesh.shape["fsdp"], workload.mesh.shape["tensor"]))
         plan = estimate(workload, topology)
         memory = dataclasses.replace(plan.memory, update=0 if len(tried) == 3 else 1e12)
         return dataclasses.replace(plan, memory=memory)
