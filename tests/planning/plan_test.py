@@ -105,7 +105,7 @@ def watch(monkeypatch) -> dict:
     def watched_allocate(slots, weights, *sizes):
         allocate(slots, weights, *sizes)
         held.update(sampler=weights, cache=slots.cache)
-        prefill, decode = slots._prefill, slots._decode
+        prefill, decode = slots.prefill, slots._decode
 
         def keep_largest(name, lowered):
             size = temporaries(lowered.compile().memory_analysis())
@@ -121,7 +121,7 @@ def watch(monkeypatch) -> dict:
             held.update(loop_weights=layers, cache=jax.tree.map(jnp.copy, rest[0]))
             return decode(weights, layers, *rest)
 
-        slots._prefill, slots._decode = watched_prefill, watched_decode
+        slots.prefill, slots._decode = watched_prefill, watched_decode
 
     monkeypatch.setattr(trainer, "make_train_step", watched_make)
     monkeypatch.setattr(Slots, "allocate", watched_allocate)
