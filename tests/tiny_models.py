@@ -45,6 +45,13 @@ def random_model(config: ModelConfig, *, seed: int = 0, std: float = 0.6, dtype=
     )
 
 
+def num_programs(engine) -> int:
+    """Programs that an engine has compiled so far."""
+    slots = engine.slots
+    made = slots.make_loop_weights, slots.prefill, slots._insert, slots._decode, slots._move
+    return sum(program._cache_size() for program in made)
+
+
 def num_bytes(tree) -> int:
     """Of all arrays, or of shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -38,10 +38,8 @@ class Layout:
 class Placement:
     """Where the sequences of one shape stand.
 
-    Attributes:
-      sequence_i: their numbers in the batch.
-      row_i: rows, counted through all microbatches.
-      start_i: positions of their first tokens.
+    By their numbers in the batch: rows, counted through all microbatches, and the positions of
+    their first tokens.
     """
 
     sequence_i: np.ndarray

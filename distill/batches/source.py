@@ -31,21 +31,15 @@ Measured = dict[str, float]
 class BatchSource:
     """Makes the batch of a step: from the student's own responses or from the fixed data.
 
+    Call `close` when done, whatever has happened.
+
     Args:
       iterator: of Sequences, with `get_state`; not to be moved by others any more.
-      backend: samples the responses.
       put: places a host's batch on the trainer's mesh.
       score: columns that the teacher adds (see `Teacher.score`); called where the sequences were
         sampled.
-      params: how responses are sampled.
-      num_generations: responses per prompt.
-      seed: of coins and sampling.
       lambda_: probability that the student responds.
       per_sample: toss `lambda_` for every row instead of once per batch.
-      layout: of the microbatches.
-      pad_id: fills rows after their end.
-
-    Call `close` when done, whatever has happened.
     """
 
     def __init__(

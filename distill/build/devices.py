@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from distill.base import processes
 from distill.base.errors import UserError
@@ -111,20 +111,18 @@ def split_devices(
 def make_put(mesh: Mesh) -> Callable[[np.ndarray | jax.Array], jax.Array]:
     """Function that places a batch, which every process has whole, on the mesh."""
 
-    def put(given: np.ndarray | jax.Array) -> jax.Array:
-        rows = np.asarray(given)
-        sharding = named_sharding(mesh, "batch", *[None] * (rows.ndim - 1))
-        # Of what its own devices hold, a process cuts its shards.
-        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+    def put(rows: np.ndarray | jax.Array) -> jax.Array:
+        return _placed(rows, named_sharding(mesh, "batch", *[None] * (rows.ndim - 1)))
 
     return put
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Places a batch that every process holds: the rows of each microbatch over the mesh."""
+    return jax.tree.map(lambda x: _placed(x, stacked_sharding(mesh, x.ndim)), batch)
 
-    def put(stacked: np.ndarray) -> jax.Array:
-        sharding = stacked_sharding(mesh, stacked.ndim)
-        return jax.make_array_from_callback(stacked.shape, sharding, lambda index: stacked[index])
 
-    return jax.tree.map(put, batch)
+def _placed(given: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The array on the mesh: a process cuts the shards that its own devices hold."""
+    whole = np.asarray(given)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -41,15 +41,8 @@ def abstract_model(
 ) -> Model:
     """A model's graph, and the shapes of its parameters on the mesh: nothing is loaded.
 
-    Args:
-      config: sizes and variants.
-      source: where they come from, for errors.
-      mesh: where the parameters go.
-      dtype: of the computation.
-      param_dtype: of the stored weights.
-      remat: what the backward pass recomputes.
-      max_length: positions that will be used.
-      rules: which mesh axes split the parameters.
+    `source` is where the config comes from, for errors; `max_length` are the positions that will be
+    used.
     """
     if max_length > config.max_positions:
         raise UserError(
@@ -86,11 +79,7 @@ def build_model(
 ) -> Model:
     """Reads a Hugging Face folder, each weight straight to its shards.
 
-    Args:
-      folder: config.json and safetensors.
-      mesh: where the parameters go.
-      finish: see `load_params`.
-      **options: those of `abstract_model`.
+    `finish` is that of `load_params`, `options` are those of `abstract_model`.
     """
     config, _ = load_model_config(folder)
     model = abstract_model(config, folder, mesh, **options)
@@ -127,11 +116,7 @@ def build_frozen_model(policy: Policy, folder: Path, mesh: Mesh, precision: str)
 def abstract_state(student: Model, optimizer, mesh: AnyMesh, offload: str) -> TrainState:
     """Shapes of the train state on the mesh, moments laid out like the student's parameters.
 
-    Args:
-      student: its graph, and the shapes of its parameters.
-      optimizer: of optax.
-      mesh: the trainer's.
-      offload: where moments are between updates, `policy.optimizer.offload`.
+    `offload`: where moments are between updates, `policy.optimizer.offload`.
     """
     opt_state = jax.eval_shape(optimizer.init, student.params)
     memory = HOST_MEMORY if offload == "host" else "device"

@@ -61,15 +61,7 @@ def build_backend(
     student_folder: Path,
     workdir: Path,
 ) -> RolloutBackend:
-    """What samples the student's responses.
-
-    Args:
-      student: its graph, and parameters or their shapes on the mesh.
-      mesh: the trainer's.
-      sampler_mesh: where the jax backend samples.
-      student_folder: where the student came from.
-      workdir: the run's.
-    """
+    """What samples the student's responses; its parameters may be shapes on the trainer's mesh."""
     # With lambda_=0 nothing is sampled: no server is asked for anything.
     policy = config.policy
     if policy.generation.backend == "vllm" and config.distillation.lambda_ > 0:

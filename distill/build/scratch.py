@@ -58,14 +58,8 @@ def make_random_model(
 ) -> None:
     """Writes a Hugging Face folder in Qwen2's layout, with random weights in float32.
 
-    Args:
-      folder: replaced if it holds an earlier export.
-      tokenizer: is written too.
-      num_layers, model_width, num_heads, num_kv_heads: the feed-forward layer is four times as wide
-        as the model, embedding and head are tied.
-      max_positions: tokens of a sequence at most.
-      vocab_size: rows of the embedding; 0: as many as the tokenizer has ids.
-      seed: of the weights.
+    The feed-forward layer is four times as wide as the model, embedding and head are tied; 0 rows
+    of vocabulary: as many as the tokenizer has ids.
 
     Raises:
       UserError: the sizes do not go together.

@@ -31,14 +31,9 @@ def build_teacher(
     vocabulary: Vocabulary,
     compared_on: Prompts | None = None,
 ) -> Teacher:
-    """The teacher, loaded if it is here, but not yet started.
+    """The teacher, loaded from its folder if it is here, but not yet started.
 
-    Args:
-      config: what it is, and how it is stored.
-      folder: its Hugging Face folder, if it is here.
-      mesh: where it goes then.
-      vocabulary: the student's.
-      compared_on: text on which one in 8 bits is compared with itself in bfloat16; None: it is not.
+    `compared_on`: text on which one in 8 bits is compared with itself in bfloat16; None: it is not.
 
     Raises:
       UserError: the platform cannot offload, or the folder is not as it should be.

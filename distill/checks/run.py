@@ -29,12 +29,8 @@ STATE_CHECKS: dict[str, Callable[[Session, TrainState], str]] = {
 def preflight(session: Session, state: TrainState, say: Callable[[str], None]) -> dict[str, str]:
     """Runs all checks, says what they found, and returns it by name.
 
-    A check returns what it saw, in words, or raises `Problem`.
-
-    Args:
-      session: of a run that is about to begin or to go on: teacher loaded, backend started.
-      state: the student.
-      say: takes each line.
+    The session's teacher is loaded and its backend started. A check returns what it saw, in words,
+    or raises `Problem`.
 
     Raises:
       UserError: the first problem.

@@ -65,14 +65,8 @@ class RolloutBackend(Protocol):
 class BackendParts:
     """What a backend of the user's own is made from.
 
-    Attributes:
-      graph: of the student; `nnx.merge(graph, params)` is the module.
-      tokenizer: of student and teacher.
-      vocab_size: ids in use.
-      end_ids: ids that end a response.
-      student_folder: the Hugging Face folder that the student came from.
-      workdir: of the run.
-      build_in_process: makes the `jax` backend, for one that adds to it.
+    `nnx.merge(graph, params)` is the student; `build_in_process` makes the `jax` backend, for one
+    that adds to it.
     """
 
     graph: nnx.GraphDef

@@ -19,12 +19,10 @@ class JaxBackend:
     """Samples with an engine, on its own copy of the student's weights.
 
     Args:
-      engine: of the student.
-      dtype: of the held weights.
-      shardings: of the held weights, a pytree like the student's parameters, on the trainer's mesh;
-        default: as they come.
-      mesh: samples; on devices other than the trainer's, `refit` copies the weights there, laid out
-        in the same way. Default: the current one of whoever calls.
+      shardings: of the held weights, like the student's parameters, on the trainer's mesh; default:
+        as they come.
+      mesh: samples; on devices other than the trainer's, `refit` copies the weights there. Default:
+        the current one of whoever calls.
       keep_cache: hold the engine's memory between requests; else the trainer has it meanwhile.
     """
 

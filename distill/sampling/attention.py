@@ -67,23 +67,17 @@ def prefix_attention(
 ) -> Callable[[str, Any], Prefix]:
     """Attention of one query per row to the row's first lengths_pw positions.
 
-    Args:
-      attention: see above.
-      cache: of each kind of layer; rows are the first w slots of each part.
-      lengths_pw: at most `size`.
-      size: static.
-      dtype: of queries.
-      kinds: of the layers.
+    Rows are the first w slots of each part; none is longer than `size`, which is static.
 
     Returns:
-      A function of a kind, and of a layer's number among those of that kind.
+      A function of a kind of layer, and of a layer's number among those of that kind.
     """
 
     def make(layers: AttentionCache, kind: LayerKind) -> Callable[[Any], Prefix]:
         resolved = resolve_attention(attention, kind.head_width, kind.attention)
-        if resolved == "xla":
-            return _xla(layers, lengths_pw, size, dtype)
-        return _kernel(resolved, layers, lengths_pw, kind.attention)
+        if isinstance(resolved, Kernel):
+            return _kernel(resolved, layers, lengths_pw, kind.attention)
+        return _xla(layers, lengths_pw, size, dtype)
 
     made = {name: make(cache[name], kind) for name, kind in kinds.items()}
     return lambda kind, layer: made[kind](layer)
@@ -131,11 +125,11 @@ def _kernel(
         return decode_attention.attend_cache(kernel, q_wkgh, *arrays, layer, lengths_w, steps, spec)
 
     if not jax.sharding.get_abstract_mesh().empty:
-        heads, part = partition_spec(("batch", "act_kv_heads")), partition_spec(("batch",))
+        of_heads, of_rows = partition_spec(("batch", "act_kv_heads")), partition_spec(("batch",))
         local = jax.shard_map(
             local,
-            in_specs=(heads, partition_specs(cache), partition_spec(()), part, part),
-            out_specs=heads,
+            in_specs=(of_heads, partition_specs(cache), partition_spec(()), of_rows, of_rows),
+            out_specs=of_heads,
             check_vma=False,
         )
     return lambda layer: (

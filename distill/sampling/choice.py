@@ -80,11 +80,6 @@ def row_keys(
     The token at response position i uses `fold_in(row_key, i)`: neither the batch a request shares
     nor its row matters. Integers of any width are taken modulo 2**32.
 
-    Args:
-      seed, step: scalars.
-      prompt_index_b: position of each row's prompt in the dataset.
-      generation_index_b: which of the responses to that prompt the row is.
-
     Returns:
       keys_b, an array of typed PRNG keys.
     """
@@ -99,11 +94,9 @@ def row_keys(
 
 
 def uniforms(keys_b: jax.Array, position: ArrayLike) -> jax.Array:
-    """The random numbers behind each row's token at a response position: uniform_b2 in [0, 1).
+    """The random numbers behind each row's token at a response position.
 
-    Args:
-      keys_b: from `row_keys`.
-      position: a scalar, or one per row.
+    uniform_b2 in [0, 1), from the keys of `row_keys`; the position is a scalar, or one per row.
     """
 
     def of_row(key, position):
@@ -143,6 +136,7 @@ def choose(
     if params.greedy:
         tokens_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
         return tokens_b, _log_prob(logits_bv, tokens_b), jnp.zeros(tokens_b.shape, jnp.float32)
+    assert uniform_b2 is not None
     scores_bv = logits_bv if params.temperature == 1 else logits_bv / params.temperature
     scores_bv = _truncate(scores_bv, params, vocab_size)
     tokens_b, sampled_log_probs_b = _draw(scores_bv, uniform_b2)

@@ -75,14 +75,8 @@ class EngineConfig:
 class Engine:
     """Samples what requests ask for, with a model's weights.
 
-    Call it under the mesh (`jax.set_mesh`) that holds the weights, always the same.
-
-    Args:
-      graphdef: of the model, from `nnx.split(model, nnx.Param)`.
-      config: sizes.
-      eos_ids: any of these ends a response.
-      pad_id: fills responses after their end.
-      vocab_size: number of real tokens; ids from there on are never chosen.
+    Call it under the mesh (`jax.set_mesh`) that holds the weights, always the same. Any of
+    `eos_ids` ends a response, which `pad_id` fills; ids from `vocab_size` on are never chosen.
     """
 
     def __init__(
@@ -117,11 +111,6 @@ class Engine:
     def release(self) -> None:
         """Frees the cache until the next request."""
         self.slots.release()
-
-    @property
-    def num_programs(self) -> int:
-        """Programs compiled so far."""
-        return self.slots.num_programs
 
     def _check(self, request: RolloutRequest) -> None:
         for index, prompt in zip(request.prompt_index, request.prompts, strict=True):
@@ -168,10 +157,6 @@ class Engine:
         parts, slots = self._slots_for(weights, num_rows)
         size = prompt_bucket(length)
         return parts, prompts_per_prefill(size, slots, num_generations), size
-
-    def lower_prefill(self, weights: nnx.State, shape: tuple[int, int, int]) -> jax.stages.Lowered:
-        """See `Slots.lower_prefill`."""
-        return self.slots.lower_prefill(weights, shape)
 
     def lower_decode(
         self, weights: nnx.State, num_rows: int, params: SamplingParams

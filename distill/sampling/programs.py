@@ -8,6 +8,7 @@ g: prefilled prompt, t: decode step of a call.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,10 @@ from distill.sampling.choice import KEY_IMPL, SamplingParams, choose, uniforms
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What the programs are compiled for.
+    """What the programs are compiled for; any of `eos_ids` ends a response.
 
-    Attributes:
-      graphdef: one half of `nnx.split(model, nnx.Param)`; the weights are the other.
-      eos_ids: any of these ends a response.
-      vocab_size: number of real tokens.
-      int8: whether the cache holds 8-bit integers.
-      attention: see attention.py.
+    `graphdef` is one half of `nnx.split(model, nnx.Param)`, the weights are the other. `attention`:
+    see attention.py.
     """
 
     graphdef: nnx.GraphDef
@@ -50,6 +47,10 @@ class ModelFacts:
 
     def merge(self, weights: nnx.State) -> Transformer:
         return nnx.merge(self.graphdef, weights)
+
+
+# Of JAX in a program; on the host of numpy, or a shape.
+_Array = Any
 
 
 @jax.tree_util.register_dataclass
@@ -76,12 +77,12 @@ class Rows:
       running_pw: False for idle slots.
     """
 
-    token_pw: jax.Array
-    lengths_pw: jax.Array
-    made_pw: jax.Array
-    limit_pw: jax.Array
-    key_pw2: jax.Array
-    running_pw: jax.Array
+    token_pw: _Array
+    lengths_pw: _Array
+    made_pw: _Array
+    limit_pw: _Array
+    key_pw2: _Array
+    running_pw: _Array
 
 
 @jax.tree_util.register_dataclass
@@ -89,9 +90,9 @@ class Rows:
 class Chosen:
     """Tokens of some decode steps, with their log-probabilities as `choose` gives them."""
 
-    token: jax.Array
-    log_prob: jax.Array
-    sampled_log_prob: jax.Array
+    token: _Array
+    log_prob: _Array
+    sampled_log_prob: _Array
 
 
 def prefill_prompts(
@@ -139,18 +140,12 @@ def decode_rows(
     size: int,
     steps: int,
 ) -> tuple[Cache, Chosen, jax.Array]:
-    """Up to `steps` further tokens for every running row.
+    """Up to `steps` further tokens for every running row, which are the first w slots.
 
     Args:
-      facts: static.
-      weights: the model's.
-      loop_weights: from `decoding.make_loop_weights`.
       cache: donated; its slots have room for `steps` tokens behind their lengths.
-      rows: what is in the first w slots.
       stop_at: (2,): return early once at most this many rows run in all, or in every part.
-      params: static.
-      size: static, positions of the cache that may be read; no running row is longer.
-      steps: static.
+      size: positions of the cache that may be read; no running row is longer.
 
     Returns:
       The cache, tokens (steps, p, w), and the number of steps made; a row's tokens after its end

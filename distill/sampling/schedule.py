@@ -58,6 +58,7 @@ class Run:
         order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
         self._queue = collections.deque(order)
         # Rows of each part that are prefilled and want a slot: (prefilled, prompt in it, row).
+        self._waiting: list[collections.deque[tuple[programs.Prefilled, int, int]]]
         self._waiting = [collections.deque() for _ in range(self._parts)]
         halves = [count >> i for i in range(1, WIDTHS) if count >> i >= 4]
         # The widest steps take longest. The longest response often ends alone, and without company
@@ -134,7 +135,7 @@ class Run:
         while True:
             fronts = [
                 rows[0][0]
-                for rows, free in zip(self._waiting, (~self._running).any(axis=1), strict=True)
+                for rows, free in zip(self._waiting, np.any(~self._running, axis=1), strict=True)
                 if rows and free
             ]
             if not fronts:

@@ -34,8 +34,10 @@ class Slots:
         self.count = 0  # of every part
         self.cache: caches.Cache | None = None
         self._make_cache = jax.jit(caches.make_cache, static_argnums=range(6))
-        self._prefill = jax.jit(functools.partial(programs.prefill_prompts, facts))
-        self._make_loop_weights = jax.jit(lambda weights: make_loop_weights(facts.merge(weights)))
+        # Keys and values of right-padded prompts, of arrays (p, g, s) and (p, g); returns at once.
+        self.prefill = jax.jit(functools.partial(programs.prefill_prompts, facts))
+        # What `decode` takes beside the weights; once per request.
+        self.make_loop_weights = jax.jit(lambda weights: make_loop_weights(facts.merge(weights)))
         self._insert = jax.jit(
             functools.partial(programs.insert_rows, facts), static_argnums=5, donate_argnums=0
         )
@@ -86,16 +88,6 @@ class Slots:
 
     # ------------------------------------------------------------------------------- computations
 
-    def make_loop_weights(self, weights: nnx.State) -> LoopWeights:
-        """What `decode` takes beside the weights; once per request."""
-        return self._make_loop_weights(weights)
-
-    def prefill(
-        self, weights: nnx.State, tokens_pgs: np.ndarray, lengths_pg: np.ndarray
-    ) -> programs.Prefilled:
-        """Keys and values of right-padded prompts; returns at once."""
-        return self._prefill(weights, tokens_pgs, lengths_pg)
-
     def insert(self, prefilled: programs.Prefilled, *rows: Any) -> programs.Chosen:
         """See `programs.insert_rows`."""
         self.cache, chosen = self._insert(self.cache, prefilled, *rows)
@@ -121,18 +113,12 @@ class Slots:
         """Copies `count` slots of each part onto others."""
         self.cache = self._move(self.cache, source_mp, target_mp, np.int32(count))
 
-    @property
-    def num_programs(self) -> int:
-        """Programs compiled so far."""
-        made = self._make_loop_weights, self._prefill, self._insert, self._decode, self._move
-        return sum(program._cache_size() for program in made)
-
     # ------------------------------------------------------------------- for who only compiles them
 
     def lower_prefill(self, weights: nnx.State, shape: tuple[int, int, int]) -> jax.stages.Lowered:
         """A prefill of this shape, lowered for shapes of weights on the mesh."""
         tokens_pgs = jax.ShapeDtypeStruct(shape, np.int32)
-        return self._prefill.lower(weights, tokens_pgs, jax.ShapeDtypeStruct(shape[:2], np.int32))
+        return self.prefill.lower(weights, tokens_pgs, jax.ShapeDtypeStruct(shape[:2], np.int32))
 
     def lower_decode(
         self, weights: nnx.State, parts: int, count: int, params: SamplingParams

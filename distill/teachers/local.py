@@ -30,11 +30,9 @@ class Texts(NamedTuple):
 
 
 class LocalTeacher(Teacher):
-    """A teacher in the step.
+    """A teacher in the step, on the mesh, or in host memory and fetched or streamed from there.
 
-    Args:
-      model: on the mesh, or in host memory and fetched or streamed from there.
-      quantization_kl: KL(bfloat16 || these weights), nats per token; None if not measured.
+    `quantization_kl`: KL(bfloat16 || these weights), nats per token; None if not measured.
     """
 
     def __init__(self, model: Model, quantization_kl: float | None = None):
@@ -58,11 +56,9 @@ def load_teacher(
 
     Args:
       load: reads the model; `finish` is what becomes of each parameter once it is there.
-      model_config: of the model.
       precision: int8 stores matrices in 8 bits; anything else stores what is loaded.
       offload: none, host (as a whole, fetched for a step) or layers (streamed within it).
       compared_on: for one in 8 bits, texts on which it is compared with itself in bfloat16.
-      vocab_size: ids in use, for that comparison.
     """
     keep = _keep(model_config, precision, offload)
     if compared_on is None:
@@ -77,7 +73,7 @@ def load_teacher(
         param = flat.pop(path)
         value = param.get_value()
         param = param.replace(jax.device_put(value, on_device_memory(value)))
-        quantized.append((path, keep("/".join(path), param)))
+        quantized.append((path, keep("/".join(map(str, path)), param)))
     model = _placed(Model(graph, nnx.from_flat_state(quantized)), offload)
     kl = _mean_divergence(graph, model.fetch(), before_btd, *compared_on, vocab_size)
     return LocalTeacher(model, float(kl))

@@ -19,16 +19,11 @@ _NEVER = -100.0  # log-probability beside an absent id: finite, and nothing
 
 
 class ServerTeacher(Teacher):
-    """A teacher by scores, on vLLM servers that serve it.
-
-    Args:
-      servers: where they are, and how many tokens they are asked for at every position.
-      vocabulary: the student's, which must be the teacher's.
-      max_length: tokens of prompt and response at most.
-    """
+    """A teacher by scores, on vLLM servers that serve it, with the student's vocabulary."""
 
     def __init__(self, servers: VllmTeacher, vocabulary: Vocabulary, max_length: int):
-        self._servers, self._clients = servers, []
+        self._servers = servers
+        self._clients: list[VllmClient] = []
         self._vocabulary, self._max_length = vocabulary, max_length
         self._top_k = min(servers.top_k, vocabulary.size)
 
@@ -36,8 +31,7 @@ class ServerTeacher(Teacher):
         """Checks the servers.
 
         Raises:
-          UserError: one cannot be reached, has another tokenizer, too small a context, or does not
-            list as many tokens; or the API key's variable is not set.
+          UserError: one cannot be reached, or does not fit the student; or the API key is not set.
         """
         self._clients = connect(self._servers, SECTION)
         checks.await_all_up(self._clients, self._servers, SECTION)

@@ -10,7 +10,7 @@ from engine_test import EOS, PAD, VOCAB, model
 from flax import nnx
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from tiny_models import num_bytes
+from tiny_models import num_bytes, num_programs
 from tpu_compiler import needs_tpu_compiler, num_kernels, temporary_bytes, tpu_mesh
 
 from distill.base.sharding import SAMPLER_RULES, make_mesh, named_sharding, param_shardings
@@ -165,7 +165,7 @@ def test_the_engine_samples_alike(num_layers):
         engine = Engine(graphdef, sizes, eos_ids=(EOS,), pad_id=PAD, vocab_size=VOCAB)
         with jax.set_mesh(mesh):
             rollout, _ = engine.generate(params, request)
-        return rollout, engine.num_programs
+        return rollout, num_programs(engine)
 
     expected, programs_of_xla = sample("xla")
     actual, programs_of_kernel = sample(INTERPRETED)

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from flax import nnx
 from simple_decode import simple_decode
-from tiny_models import model_config, num_bytes, random_model
+from tiny_models import model_config, num_bytes, num_programs, random_model
 
 from distill.base.errors import UserError
 from distill.base.sharding import SAMPLER_RULES, make_mesh, param_shardings
@@ -149,7 +149,7 @@ def test_programs_are_few_and_do_not_grow_with_lengths():
         params = SamplingParams(max_length=48)
         asked = RolloutRequest(prompts, np.arange(200), params, seed=seed, max_lengths=cut)
         engine.generate(model()[1], asked)
-        return engine.num_programs
+        return num_programs(engine)
 
     prompt_buckets = {schedule.prompt_bucket(length) for length in range(1, 151)}
     widths, cache_buckets = 5, 3  # 16, 12, 8, 4, 1; 128, 192, 256 tokens
@@ -204,12 +204,12 @@ def test_8_bit_cache_is_smaller_and_close():
 def test_cache_is_made_once_and_given_back_on_request():
     engine = make_engine(num_slots=8)
     engine.generate(model()[1], request())
-    programs = engine.num_programs
+    programs = num_programs(engine)
     assert engine.slots.cache["full"].k_lpckhs.shape[2] == 8
     engine.release()
     assert engine.slots.cache is None
     engine.generate(model()[1], request())
-    assert engine.num_programs == programs
+    assert num_programs(engine) == programs
 
 
 def test_memory_decides_how_many_slots_there_are():

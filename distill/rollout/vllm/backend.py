@@ -36,14 +36,8 @@ class VllmBackend:
     arithmetic does not.
 
     Args:
-      servers: where they are, and how long they are waited for.
       own: a server to start at the first refit, from the weights of that refit.
       check: raises UserError if a server that is up will not do.
-      weights: where refits are written.
-      probe: compares the servers with the trainer.
-      params: how tokens will be chosen.
-      vocabulary: the student's.
-      max_length: tokens of prompt and response at most.
     """
 
     def __init__(
@@ -92,8 +86,9 @@ class VllmBackend:
         first = self._held is None
         if first:
             self._rehearse(student_params, expected)
-        self._held = _Held(f"distill-{self._run}-{version}", folder, expected, far_apart=first)
-        self._refit_gap = max(self._at_each(self._load))
+        held = _Held(f"distill-{self._run}-{version}", folder, expected, far_apart=first)
+        self._held = held
+        self._refit_gap = max(self._at_each(lambda client: self._load(client, held)))
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
         """See `RolloutBackend.generate`.
@@ -140,16 +135,14 @@ class VllmBackend:
         self._at_each(lambda client: self._probe.look(client, true))
         folder = self._weights.write_rehearsal(student_params)
         expected = self._probe.expected_in_rehearsal(student_params)
-        self._held = _Held(f"distill-{self._run}-rehearsal", folder, expected, far_apart=True)
+        held = _Held(f"distill-{self._run}-rehearsal", folder, expected, far_apart=True)
         try:
-            self._at_each(self._load)
+            self._at_each(lambda client: self._load(client, held))
         finally:
-            self._held = None
             self._weights.drop_rehearsal()
 
-    def _load(self, client: VllmClient) -> float:
-        """Has a server load the held weights; returns its gap to the trainer."""
-        held = self._held
+    def _load(self, client: VllmClient, held: _Held) -> float:
+        """Has a server load weights; returns its gap to the trainer."""
         client.post("/pause?mode=wait")
         arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(held.folder)}}
         try:
@@ -174,15 +167,17 @@ class VllmBackend:
         Raises:
           RunStopped: it has weights of another run.
         """
+        held = self._held
+        assert held is not None  # rows are asked after a refit
         name = client.get("/weight_info", timeout=30.0)["weight_version"]
-        if name == self._held.name:
+        if name == held.name:
             return False
         if name != _FRESH:
             raise RunStopped(
                 f"{client.url} was refitted by somebody else (its weights are called {name!r}): "
                 "give every run servers of its own"
             )
-        self._load(client)
+        self._load(client, held)
         return True
 
 

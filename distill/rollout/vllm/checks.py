@@ -54,14 +54,10 @@ def check_sampler(
     context: int,
     tempered: bool,
 ) -> None:
-    """Checks a server that is to sample with the student's weights.
+    """Checks a server that is up and is to sample with the student's weights.
 
-    Args:
-      client: of the server, which is up.
-      student: sizes and variants.
-      vocabulary: the student's.
-      context: tokens that the server must have room for.
-      tempered: whether tokens are drawn from another distribution than the model's own.
+    `context`: tokens that it must have room for. `tempered`: whether tokens are drawn from another
+    distribution than the model's own.
 
     Raises:
       UserError: the server will not do.
@@ -145,7 +141,7 @@ def check_same_tokenizer(client: VllmClient, vocabulary: Vocabulary) -> None:
     tokenizer, vocab_size = vocabulary.tokenizer, vocabulary.size
     for start in range(0, vocab_size, max(_TOKENS_A_TEXT, vocab_size // _TEXTS)):
         ids = range(start, min(start + _TOKENS_A_TEXT, vocab_size))
-        text = tokenizer.decode([i for i in ids if i not in tokenizer.all_special_ids])
+        text = str(tokenizer.decode([i for i in ids if i not in tokenizer.all_special_ids]))
         if not text:
             continue
         ours = tokenizer.encode(text, add_special_tokens=False)

@@ -60,14 +60,9 @@ Scores = tuple[list[int], list[float]]
 class VllmClient:
     """Requests to one server, from any number of threads.
 
-    Args:
-      url: http://HOST:PORT or https://HOST:PORT, perhaps with a path before the API's.
-      api_key: sent as a bearer token; '' sends none.
-      timeout: seconds without a reply after which a request counts as failed.
-      check_running: called when there is no reply; raises if another try is in vain.
-
-    Every method raises ServerFailed (try again), RequestRefused (do not), or UserError for a
-    missing or wrong API key.
+    `check_running` is called when there is no reply, and raises if another try is in vain. Every
+    method raises ServerFailed (try again), RequestRefused (do not), or UserError for a missing or
+    wrong key.
     """
 
     def __init__(
@@ -110,9 +105,8 @@ class VllmClient:
     def score(self, tokens: list[int], top_k: int = 0) -> list[Scores]:
         """Log-probabilities of tokens[1:], at temperature 1 and untruncated.
 
-        Args:
-          tokens: at least two; one more must fit into the server's context.
-          top_k: so many of the likeliest tokens are listed beside the actual one.
+        The `top_k` likeliest tokens are listed beside the actual one. One token more than `tokens`,
+        of which there are at least two, must fit into the server's context.
         """
         options = {**_PLAIN, "max_tokens": 1, "prompt_logprobs": top_k}
         entries = self._choice({"prompt": tokens, **options}).get("prompt_logprobs")
@@ -137,7 +131,7 @@ class VllmClient:
         headers = {"Connection": "close", "Content-Type": "application/json"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
-        connection = connect(parts.hostname, parts.port, timeout=timeout)
+        connection = connect(parts.hostname or "", parts.port, timeout=timeout)
         try:
             connection.request(method, parts.path.rstrip("/") + path, body, headers)
             response = connection.getresponse()

@@ -61,8 +61,6 @@ def ask_all(
     """Replies to all rows, and how many tries came to nothing.
 
     Args:
-      clients: one per server.
-      rows: what to ask.
       ask: asks one server for one row; ServerFailed is tried again, here or elsewhere.
       recover: readies a server after a failure, and at the end, and says whether it had restarted:
         then its earlier replies do not count. ServerFailed is tried again.
@@ -70,7 +68,6 @@ def ask_all(
 
     Raises:
       RunStopped: a row or a server went on failing; names the server and its last error.
-      Exception: what `ask` or `recover` raised otherwise.
     """
     servers = [_Server(client) for client in clients]
     batch = _Batch(rows, ask, recover, retry_timeout)

@@ -35,13 +35,8 @@ REMEDY = (
 class Probe:
     """Fixed tokens, scored by the trainer's model and by servers.
 
-    Args:
-      graph: of the student; its dtype is computed in.
-      vocab_size: ids in use.
-      max_length: tokens a row may have.
-      row_multiple: parts into which the mesh splits rows.
-      max_gap: mean |nats| by which trainer and server may differ.
-      float32: whether the student computes in float32.
+    `row_multiple`: parts into which the mesh splits rows. `max_gap`: mean |nats| by which trainer
+    and server may differ.
     """
 
     def __init__(
@@ -115,21 +110,18 @@ class Probe:
     ) -> float:
         """Mean |nats| between server and trainer.
 
-        Args:
-          url: for the message.
-          measured: by the server, after the refit.
-          expected: of the new weights.
-          before: what was measured and expected before this refit, None if not known.
-          far_apart: whether the weights before were or are the rehearsal's.
+        `before` was measured and expected before this refit; `far_apart`: those weights, or these,
+        are the rehearsal's.
 
         Raises:
           RunStopped: the server does not compute with the new weights; names the likely causes.
         """
         gap, limit = _gap(measured, expected), self._max_gap
-        changed = before is not None and np.mean(before[1] != expected) > 0.5
-        if far_apart and changed:
-            limit = min(limit, max(_MISS * _gap(before[1], expected), 1e-5))
-        stale = changed and np.array_equal(measured, before[0])
+        stale = False
+        if before is not None and np.mean(before[1] != expected) > 0.5:
+            if far_apart:
+                limit = min(limit, max(_MISS * _gap(before[1], expected), 1e-5))
+            stale = np.array_equal(measured, before[0])
         if gap <= limit and not stale:
             return gap
         if stale:

@@ -70,8 +70,8 @@ def ask_row(
     """
     end_ids, vocab_size = vocabulary.end_ids, vocabulary.size
     tempered = is_tempered(params, vocab_size)
-    truncation = {"top_k": params.top_k if params.top_k < vocab_size else 0}
-    truncation |= {"top_p": params.top_p, "min_p": params.min_p}
+    top_k = params.top_k if params.top_k < vocab_size else 0
+    truncation = dict(top_k=top_k, top_p=params.top_p, min_p=params.min_p)
     token_ids, sampled_log_probs = client.complete(
         row.prompt,
         max_tokens=row.limit,
@@ -114,8 +114,9 @@ def to_rollout(
             [response.token_ids[-1] in vocabulary.end_ids for response in responses]
         ),
     )
-    arrays = rollout.tokens_br, rollout.log_probs_br, rollout.sampled_log_probs_br
-    for i, response in enumerate(responses):
-        for array_br, values in zip(arrays, response, strict=True):
-            array_br[i, : len(values)] = values
+    for i, (token_ids, log_probs, sampled_log_probs) in enumerate(responses):
+        end = len(token_ids)
+        rollout.tokens_br[i, :end] = token_ids
+        rollout.log_probs_br[i, :end] = log_probs
+        rollout.sampled_log_probs_br[i, :end] = sampled_log_probs
     return rollout

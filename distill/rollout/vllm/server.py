@@ -17,15 +17,9 @@ from distill.rollout.vllm import guard
 
 @dataclasses.dataclass
 class OwnServer:
-    """Starts `python -m vllm.entrypoints.openai.api_server`.
+    """Starts `python -m vllm.entrypoints.openai.api_server` with an interpreter that has vLLM.
 
-    Attributes:
-      python: interpreter that has vLLM.
-      log: file that gets the server's output.
-      dtype: bfloat16 or float32.
-      max_model_len: tokens of prompt and response together.
-      api_key: asked of every request; '' makes one up, since others may share the machine.
-      extra_args: further arguments, such as --tensor-parallel-size=2.
+    Without an API key one is made up: others may share the machine.
     """
 
     python: str
@@ -35,7 +29,7 @@ class OwnServer:
     api_key: str = ""
     extra_args: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.api_key = self.api_key or secrets.token_urlsafe(32)
         self._process: subprocess.Popen | None = None
 
@@ -95,6 +89,7 @@ class OwnServer:
         """Ends the server and waits until it is gone."""
         if self._process is None:
             return
+        assert self._process.stdin is not None  # a pipe
         self._process.stdin.close()
         try:
             self._process.wait(timeout=guard.PATIENCE + 5)

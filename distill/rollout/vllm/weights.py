@@ -27,13 +27,9 @@ HEAD = "lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class ServerExport:
-    """Writes a student's parameters as a model folder for vLLM.
+    """Writes a student's parameters as a model folder for vLLM, with its tokenizer.
 
-    Attributes:
-      student_folder: the Hugging Face folder that the student came from.
-      vocabulary: its tokenizer goes into the folder.
-      max_length: tokens of prompt and response; a server that scores needs one more.
-      dtype: of the written weights.
+    A server that scores needs one token more than `max_length`.
     """
 
     student_folder: Path
@@ -70,9 +66,7 @@ class ServerExport:
 class WeightsFolder:
     """The folder through which refits pass; it holds the last two versions.
 
-    Attributes:
-      folder: absolute, and the same path for the servers.
-      export: writes a version.
+    Absolute, and the same path for the servers.
     """
 
     folder: Path
