@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Real vLLM servers on CPU, in an environment of their own: vLLM pins its requirements.
 test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
