@@ -11,6 +11,7 @@ from tiny_runs import read_metrics, tiny_config, with_models
 import distill
 from distill.base.errors import UserError
 from distill.config.parse import known_keys
+from distill.data.base import get_dataset
 
 pytestmark = pytest.mark.usefixtures("losses_as_before")
 
@@ -26,14 +27,17 @@ EXAMPLES = {
 }
 
 
-def run_with(name: str, models, folder: Path, monkeypatch) -> tuple[distill.Result, Path]:
-    """A tiny run with a module of the docs and its flags, both as they are written there."""
-    source, flags = EXAMPLES[name]
-    (folder / f"{name}.py").write_text(source)
-    monkeypatch.syspath_prepend(folder)
+def run_with(names: list[str], models, folder: Path, monkeypatch) -> tuple[distill.Result, Path]:
+    """A tiny run with modules of the docs and their flags, both as they are written there."""
     config = with_models(tiny_config(max_steps=2, eval_steps=1), models)
-    with config.unlocked():
-        config.update_from_flattened_dict(dict(map(parse_flag, flags)))
+    for name in names:
+        source, flags = EXAMPLES[name]
+        (folder / f"{name}.py").write_text(source)
+        with config.unlocked():
+            config.update_from_flattened_dict(dict(map(parse_flag, flags)))
+        assert config.plugins == (name,)
+    config.plugins = tuple(names)
+    monkeypatch.syspath_prepend(folder)
     return distill.train(config, folder / "run"), folder / "run"
 
 
@@ -49,24 +53,14 @@ def test_every_module_shown_is_run_here():
     assert CONCEPTS.count("```python") == len(EXAMPLES)
 
 
-def test_own_data(models, tmp_path, monkeypatch):
-    result, _ = run_with("my_data", models, tmp_path, monkeypatch)
-    assert result.steps == 2 and result.results["student"]["examples"] == 8
-    config = with_models(tiny_config(), models)
-    from distill.data.base import get_dataset
-
-    assert get_dataset("squares", "validation")[0].answer == "6561"
-    assert get_dataset("squares", "train", max_samples=config.data.max_samples)[1].prompt == "2*2"
-
-
 def test_own_divergence(models, tmp_path, monkeypatch):
-    _, workdir = run_with("my_divergence", models, tmp_path, monkeypatch)
+    _, workdir = run_with(["my_divergence"], models, tmp_path, monkeypatch)
     losses = [line["loss"] for line in read_metrics(workdir) if "loss" in line]
     assert len(losses) == 2 and all(0 < loss < 1 for loss in losses), "a total variation"
 
 
 def test_own_term(models, tmp_path, monkeypatch):
-    _, workdir = run_with("my_term", models, tmp_path, monkeypatch)
+    _, workdir = run_with(["my_term"], models, tmp_path, monkeypatch)
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     # Between such models the divergence alone is a hundredth of a nat.
     shares = [line["loss"] / -line["student_log_prob"] for line in lines]
@@ -74,33 +68,34 @@ def test_own_term(models, tmp_path, monkeypatch):
 
 
 def test_own_weight(models, tmp_path, monkeypatch):
-    _, workdir = run_with("my_weight", models, tmp_path, monkeypatch)
+    _, workdir = run_with(["my_weight"], models, tmp_path, monkeypatch)
     lines = read_metrics(workdir)
     losses = [line["loss"] for line in lines if "loss" in line]
     # A teacher of so little training may say any of 17 tokens: the weight is e to minus log 17.
     assert len(losses) == 2 and all(0 < x < lines[0]["eval/base/forward_kl"] / 8 for x in losses)
 
 
-def test_own_metric(models, tmp_path, monkeypatch, capsys):
-    result, workdir = run_with("my_metric", models, tmp_path, monkeypatch)
+def test_own_data_metric_and_backend(models, tmp_path, monkeypatch, capsys):
+    names = ["my_data", "my_metric", "my_backend"]
+    result, workdir = run_with(names, models, tmp_path, monkeypatch)
+    metrics = read_metrics(workdir)
+    assert result.steps == 2 and result.results["student"]["examples"] == 8
+    assert get_dataset("squares", "validation")[0].answer == "6561"
+    assert get_dataset("squares", "train", max_samples=4)[1].prompt == "2*2"
+
     saved = json.loads((workdir / "results.json").read_text())
     for role in ("base", "student", "teacher"):
         assert saved[role]["style/lines"] >= 1 and saved[role]["style/surprise"] > 0
-    logged = [line for line in read_metrics(workdir) if "eval/student/style/lines" in line]
-    assert (
-        len(logged) == 2
-        and logged[-1]["eval/student/style/lines"] == (result.results["student"]["style/lines"])
-    )
+    logged = [line for line in metrics if "eval/student/style/lines" in line]
+    assert len(logged) == 2
+    assert logged[-1]["eval/student/style/lines"] == result.results["student"]["style/lines"]
     printed = capsys.readouterr().out
     assert "style/lines  style/surprise" in printed and "style/surprise 0" not in printed
     assert "style/lines" in (workdir / "student" / "README.md").read_text()
 
-
-def test_own_backend(models, tmp_path, monkeypatch):
-    _, workdir = run_with("my_backend", models, tmp_path, monkeypatch)
     lines = [json.loads(line) for line in (workdir / "answers.jsonl").read_text().splitlines()]
     assert [step for step, _ in lines] == [0] * 8 + [1] * 8
-    gaps = [line["log_prob_gap"] for line in read_metrics(workdir) if "log_prob_gap" in line]
+    gaps = [line["log_prob_gap"] for line in metrics if "log_prob_gap" in line]
     assert len(gaps) == 2 and np.max(gaps) < 1e-3
 
 
