@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,41 @@ from ml_collections import ConfigDict
 from distill.base import processes
 from distill.base.errors import RunStopped, UserError, printable
 from distill.base.files import write_atomically
-from distill.base.status import busy
+from distill.base.status import busy, say
+from distill.build.contents import find_contents
 from distill.build.data import check_same_data
 from distill.build.export import export_student
-from distill.build.run import build_batches, build_checkpoints, build_progress, build_save_schedule
+from distill.build.run import (
+    build_batches,
+    build_checkpoints,
+    build_progress,
+    build_save_schedule,
+    check_loggers,
+    describe_run,
+    open_loggers,
+)
 from distill.build.session import Session, open_session
 from distill.checks.run import preflight
-from distill.config.parse import parse_config, to_flat_dict
+from distill.config.changes import Changes, check_changes, find_changes
+from distill.config.parse import digest, parse_config, to_flat_dict
 from distill.evaluation.table import format_table
 from distill.models.model import Model
-from distill.reporting.facts import write_facts
+from distill.reporting.facts import environment, write_facts
 from distill.reporting.model_card import model_card
 from distill.reporting.page import REPORT, write_report
 from distill.run.interrupts import Interrupts
-from distill.run.saver import Evaluations, Saver, find_progress, how_to_go_on
+from distill.run.saver import (
+    Evaluations,
+    Saver,
+    find_beginning,
+    find_progress,
+    how_to_go_on,
+)
 from distill.run.workdir import claim_workdir
-from distill.run.writers.weights_and_biases import import_wandb
 from distill.step import TrainState, make_train_step
 
 Results = dict[str, dict[str, Any]]  # evaluation fields by role
+History = list[dict[str, Any]]  # what was changed, and at which step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +87,22 @@ def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None
     parsed = parse_config(config)
     processes.check_same("config", to_flat_dict(parsed))
     with open_session(parsed, Path(workdir).expanduser().resolve()) as session:
-        step, state, results = _run(session, interrupts or Interrupts())
-        return _export(session, step, state, results)
+        return _export(session, *_run(session, interrupts or Interrupts()))
 
 
-def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Results]:
-    """All updates and evaluations: (updates made, state, evaluations by role)."""
+def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Results, History]:
+    """All updates and evaluations: (updates made, state, evaluations by role, history)."""
     config, workdir, distillation = session.config, session.workdir, session.config.distillation
     flat_config = to_flat_dict(config)
     max_steps, eval_steps = distillation.max_steps, distillation.eval_steps
-    if config.logger.wandb_enabled:
-        import_wandb()
+    check_loggers(config.logger)
     objective, _ = session.objective, session.sampler_mesh  # refused before anything is made
 
     # ------------------------------------------------------------------------- where the run stands
     session.cleanup.enter_context(claim_workdir(workdir))
     checkpoints = build_checkpoints(config, workdir)
     session.cleanup.callback(checkpoints.close)
-    step, record = find_progress(checkpoints, flat_config, config.checkpointing.on_torn)
+    step, record, changes = find_progress(checkpoints, flat_config, config.checkpointing)
     updates_remain = step < max_steps
 
     # ----------------------------------------------------------------------------------------- data
@@ -95,9 +110,13 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     with busy("tokenizing the data"):
         prompts = session.prompts
     check_same_data(prompts)
+    identity, record, changes = _identify(session, step, record, changes)
     evaluator = recorder = None
     if validation is not None:
         evaluator, recorder = session.evaluator, session.build_recorder()
+    for line in describe_run(session, step):
+        say(line)
+    loggers = open_loggers(session, step, identity["run_id"])
 
     # --------------------------------------------------------------------------------------- models
     teacher = session.load_teacher(None if step else prompts)  # compared once per run
@@ -111,8 +130,10 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
             state = checkpoints.restore(step, shapes)
     else:
         state = session.load_state()
-    if config.preflight and updates_remain:
+    checked = digest([flat_config, identity["contents"], environment()])
+    if config.preflight and updates_remain and record.get("checked") != checked:
         preflight(session, state, print)
+        identity["checked"] = checked
     train_step = make_train_step(
         graph,
         teacher.graph,
@@ -126,23 +147,28 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     batches = build_batches(session, record.get("iterator"))
     if step and (ahead := checkpoints.arrays(step)):
         batches.take_up(step, ahead, record["measured_ahead"])
-    progress = build_progress(session, step, record)
+    progress = build_progress(session, step, record, loggers)
     if processes.is_first():
         write_facts(workdir, flat_config)
     progress.say(f"data: {prompts.summary()}")
     progress.teacher(step, teacher.measured())
     if evaluator is not None:
         progress.say(f"validation data: {evaluator.prompts.summary()}")
+    if changes:
+        progress.changed(step, changes)
     so_far = record.get("results", {}), record.get("evaluated", 0)
     evaluations = Evaluations(evaluator, recorder, teacher.model, progress, interrupts, *so_far)
     saves = build_save_schedule(config)
-    saver = Saver(checkpoints, saves, batches, progress, evaluations, interrupts, flat_config)
+    saver = Saver(checkpoints, saves, batches, progress, evaluations, interrupts, identity)
 
     # ----------------------------------------------------------------------------------------- loop
-    if "base" not in evaluations.results:
+    saver.save_beginning(step)
+    if step == 0 and "base" not in evaluations.results:
         evaluations.evaluate("base", step, Model(graph, state.params))
+        saver.save_beginning(step)
     if teacher.model and "teacher" not in evaluations.results:
         evaluations.evaluate("teacher", step, teacher.model)
+        saver.save_beginning(step)
     while True:
         evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
         # One that a signal prevented or spoilt is made up for when the run goes on.
@@ -175,13 +201,36 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     if stopping:
         raise interrupts.stop(how_to_go_on(step))
     session.backend.stop()
-    return step, state, evaluations.results
+    if progress.all_skipped:
+        raise RunStopped(progress.all_skipped)
+    return step, state, evaluations.results, identity["history"]
 
 
-def _export(session: Session, step: int, state: TrainState, results: Results) -> Result:
+def _identify(
+    session: Session, step: int, record: dict[str, Any], changes: Changes
+) -> tuple[dict[str, Any], dict[str, Any], Changes]:
+    """What the run is, what is known of it, and all that has changed since its checkpoint."""
+    identity = dict(config=to_flat_dict(session.config), contents=find_contents(session))
+    if step:
+        of_contents = find_changes(record.get("contents", {}), identity["contents"])
+        check_changes(of_contents, session.config.checkpointing.allow_changes)
+        changes = changes | of_contents
+        if "validation" in changes:  # numbers of other prompts, beside which no new ones can stand
+            record = record | dict(results={}, evaluated=0)
+    else:
+        record = find_beginning(session.workdir, identity)
+    entries = [dict(step=step, changes=changes)] if changes else []
+    identity["history"] = [*record.get("history", []), *entries]
+    kept = dict(checked=record.get("checked"), run_id=record.get("run_id", secrets.token_hex(4)))
+    return identity | kept, record, changes
+
+
+def _export(
+    session: Session, step: int, state: TrainState, results: Results, history: History
+) -> Result:
     """The student as a Hugging Face folder, the results and the report."""
     folder = session.workdir / "student"
-    card = model_card(to_flat_dict(session.config), results, step)
+    card = model_card(to_flat_dict(session.config), results, step, history)
     with busy("exporting the student"):
         export_student(session, folder, state.params, card)
     if results:

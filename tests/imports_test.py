@@ -30,7 +30,7 @@ LEVELS = (
 # Who may know the whole config; everybody else takes a section or plain arguments.
 KNOW_CONFIG = LEVELS[-1] | LEVELS[-2] | {"build", "checks", "config", "planning"}
 MOST_TOP_LEVEL_MODULES = 12
-OPTIONAL_PACKAGES = {"torch", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
+OPTIONAL_PACKAGES = {"torch", "trackio", "wandb", "tensorflow", "tensorflow_datasets", "vllm"}
 
 
 def module_name(path: Path) -> str:

@@ -185,6 +185,14 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
             ],
             "policy.train_micro_batch_size=2 does not divide over 8 devices",
         ),
+        (["--config.distillation.kl_type=nosuch"], "'nosuch'"),
+        (["--config.distillation.loss_implementation=pallas"], "cannot run on cpu"),
+        (["--config.data.prompt_template=no field"], "must have {problem} exactly once"),
+        (["--config.data.split=nosuch"], "no split 'nosuch'"),
+        (["--config.data.validation.split=nosuch"], "no split 'nosuch'"),
+        (["--config.data.name=jsonl", "--config.data.path=/nosuch.jsonl"], "/nosuch.jsonl"),
+        (["--config.policy.model_name=/nosuch"], "/nosuch"),
+        (["--config.logger.writers=wandb"], "pip install wandb"),
     ],
 )
 def test_dry_run_refuses_what_a_run_would_refuse(overrides, words):

@@ -12,8 +12,9 @@ from distill.base import processes
 from distill.base.errors import UserError
 from distill.build.run import build_checkpoints
 from distill.build.session import Session
-from distill.config.parse import check_same_run, to_flat_dict
-from distill.config.schema import BEST_METRICS, RESUMABLE_CHANGES
+from distill.config.changes import check_changes, find_changes
+from distill.config.parse import to_flat_dict
+from distill.config.schema import BEST_METRICS
 from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.hub import read_json
 from distill.models.checkpoints.load import load_model_config
@@ -60,9 +61,10 @@ def export_saved(session: Session, folder: Path, checkpoint: str) -> int:
 
     step = processes.from_first(find)
     record = checkpoints.record(step)
-    check_same_run(record["config"], to_flat_dict(config), RESUMABLE_CHANGES)
+    changes = find_changes(record["config"], to_flat_dict(config))
+    check_changes(changes, config.checkpointing.allow_changes)
     state = checkpoints.restore(step, session.state_shapes)
-    card = model_card(record["config"], _results_at(step, record), step)
+    card = model_card(record["config"], _results_at(step, record), step, record.get("history", ()))
     export_student(session, folder, state.params, card)
     return step
 

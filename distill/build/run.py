@@ -3,26 +3,65 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from distill.base import processes
+from distill.base.errors import UserError
 from distill.batches.source import BatchSource
 from distill.build.devices import put_batch
 from distill.build.layout import build_layout
 from distill.build.optimizer import build_schedule
 from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
-from distill.config.parse import to_flat_dict
-from distill.config.schema import Config
+from distill.build.teachers import abstract_teacher
+from distill.config.parse import digest, to_flat_dict
+from distill.config.schema import Config, Logger
 from distill.data.pipeline import make_train_iterator
+from distill.models.checkpoints.load import load_model_config
+from distill.models.model import Model
 from distill.run.checkpoint import Checkpoints, SaveSchedule
 from distill.run.health import Health
 from distill.run.progress import Progress
 from distill.run.writers import MetricsWriter
+from distill.run.writers.hosted import HostedRun, import_logger, open_run
 from distill.run.writers.json_lines import JsonLines
 from distill.run.writers.tensorboard import TensorBoard
-from distill.run.writers.weights_and_biases import WeightsAndBiases
+
+
+def describe_run(session: Session, step: int) -> Iterator[str]:
+    """What a run is and where, line by line."""
+    config, mesh = session.config, session.mesh
+    optimizer, max_steps = config.policy.optimizer, config.distillation.max_steps
+    device = mesh.devices.flat[0].device_kind
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    after = {"constant": "then constant"}.get(
+        optimizer.schedule, f"then {optimizer.schedule} down to 0 at step {max_steps}"
+    )
+    yield f"run: {session.workdir}, config {digest(to_flat_dict(config))}, JAX {jax.__version__}"
+    yield f"steps: {step} of {max_steps} made; devices: {mesh.size} x {device}, mesh {sizes}"
+    yield f"student: {config.policy.model_name}, {_weights(session.student)} weights"
+    teacher, folder = config.distillation.teacher_model_path, session.teacher_folder
+    if folder is not None and config.teacher.backend == "local":
+        model = abstract_teacher(config, load_model_config(folder)[0], mesh)
+        yield f"teacher: {teacher}, {_weights(model)} weights, {config.teacher.precision}"
+    yield (
+        f"learning rate: up to {optimizer.learning_rate:.2e} at step {optimizer.warmup_steps}, "
+        f"{after}; next {float(build_schedule(optimizer, max_steps)(step)):.2e}"
+    )
+
+
+def _weights(model: Model) -> str:
+    count = float(sum(math.prod(x.shape) for x in jax.tree.leaves(model.params)))
+    for unit in ("", " thousand", " million"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} billion"
 
 
 def build_batches(session: Session, position: Any = None) -> BatchSource:
@@ -73,17 +112,42 @@ def build_save_schedule(config: Config) -> SaveSchedule:
     )
 
 
-def build_progress(session: Session, step: int, record: dict[str, Any]) -> Progress:
+def check_loggers(logger: Logger) -> None:
+    """Raises UserError unless the packages of all writers are here."""
+    for name in set(logger.writers) - {"tensorboard"}:
+        import_logger(name)
+
+
+def open_loggers(session: Session, step: int, run_id: str) -> list[HostedRun]:
+    """What is told of the run elsewhere: asked before models are loaded, since it may refuse.
+
+    A run that goes on does so without it.
+    """
+    logger, opened = session.config.logger, []
+    for name in logger.writers:
+        if name == "tensorboard" or not processes.is_first():
+            continue
+        try:
+            settings = logger.project, run_id, to_flat_dict(session.config)
+            opened.append(open_run(name, session.workdir, *settings))
+        except UserError as error:
+            if not step:
+                raise
+            print(f"WARNING: {error}; the run goes on without it", flush=True)
+    return opened
+
+
+def build_progress(
+    session: Session, step: int, record: dict[str, Any], loggers: Sequence[HostedRun] = ()
+) -> Progress:
     """The run's log, from `step` on; `record` is that of its checkpoint, {} at the start."""
     config, dataset = session.config, session.dataset
     logger, distillation = config.logger, config.distillation
     writer = MetricsWriter()
     if processes.is_first():
         workdir, size = session.workdir, record.get("log_size", 0)
-        others: list[TensorBoard | WeightsAndBiases] = [TensorBoard(workdir, step)]
-        if logger.wandb_enabled:
-            others.append(WeightsAndBiases(workdir, logger.wandb_project, to_flat_dict(config)))
-        writer = MetricsWriter(JsonLines(workdir, size), *others)
+        boards = [TensorBoard(workdir, step)] if "tensorboard" in logger.writers else []
+        writer = MetricsWriter(JsonLines(workdir, size), *boards, *loggers)
     progress = Progress(
         writer,
         build_schedule(config.policy.optimizer, distillation.max_steps),

@@ -11,6 +11,7 @@ for the teacher, which the session keeps too.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,13 +72,13 @@ class Session:
     """Parts of a config that several commands need.
 
     Attributes:
-      config: whose parts they are.
+      config: whose parts they are; without `weights`, those of hub models are not downloaded.
       cleanup: what ends with the session.
       teacher: as loaded last.
     """
 
-    def __init__(self, config: Config, workdir: Path | None = None):
-        self.config, self._workdir = config, workdir
+    def __init__(self, config: Config, workdir: Path | None = None, *, weights: bool = True):
+        self.config, self._workdir, self._weights = config, workdir, weights
         self.cleanup = contextlib.ExitStack()
         self.teacher = Teacher()
 
@@ -103,7 +104,7 @@ class Session:
 
     @functools.cached_property
     def student_folder(self) -> Path:
-        return resolve_model(self.config.policy.model_name)
+        return resolve_model(self.config.policy.model_name, weights=self._weights)
 
     @functools.cached_property
     def teacher_folder(self) -> Path | None:
@@ -111,7 +112,7 @@ class Session:
         distillation = self.config.distillation
         if distillation.hard_labels or not distillation.teacher_model_path:
             return None
-        return resolve_model(distillation.teacher_model_path)
+        return resolve_model(distillation.teacher_model_path, weights=self._weights)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
@@ -223,11 +224,13 @@ class Session:
     def evaluator(self) -> Evaluator:
         assert self.validation is not None  # or nothing is evaluated
         settings, strategy = self.config.evaluation, self.config.distillation.generate_strategy
+        prompts = self.tokenize(self.validation)
+        size = self._batch_size(len(prompts))
         return Evaluator(
             self.validation,
-            self.tokenize(self.validation),
+            prompts,
             self.vocabulary,
-            settings,
+            dataclasses.replace(settings, batch_size=size),
             max_length=settings.max_length or strategy.max_length,
             make_engine=self.build_engine,
             put=make_put(self.mesh),
@@ -236,7 +239,6 @@ class Session:
     def build_recorder(self) -> RolloutRecorder:
         """Writes responses token by token; as many at once as fit in the evaluation."""
         assert self.validation is not None  # or nothing is evaluated
-        parts = batch_parts(self.mesh)
         return RolloutRecorder(
             self.workdir,
             self.validation,
@@ -244,6 +246,12 @@ class Session:
             self.vocabulary.tokenizer,
             objective=self.objective,
             vocab_size=self.vocabulary.size,
-            batch_size=min(self.config.evaluation.batch_size, -(-MOST_RESPONSES // parts) * parts),
+            batch_size=self._batch_size(min(MOST_RESPONSES, len(self.evaluator.prompts))),
             put=make_put(self.mesh),
         )
+
+    def _batch_size(self, count: int) -> int:
+        """Rows of equal batches that hold `count`, so that few rows are no whole batch."""
+        most, parts = self.config.evaluation.batch_size, batch_parts(self.mesh)
+        rows = -(-count // -(-count // most))
+        return -(-rows // parts) * parts

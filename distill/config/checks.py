@@ -7,7 +7,16 @@ import re
 import urllib.parse
 
 from distill.base.errors import UserError
-from distill.config.schema import KNOWN_BACKENDS, Config, Distillation, Policy, VllmServers
+from distill.config.changes import CONTENTS, classes
+from distill.config.schema import (
+    KNOWN_BACKENDS,
+    NAMED,
+    WRITERS,
+    Config,
+    Distillation,
+    Policy,
+    VllmServers,
+)
 
 
 def check_combinations(config: Config) -> None:
@@ -17,6 +26,17 @@ def check_combinations(config: Config) -> None:
     _check_lengths(config)
     _check_models(config)
     _check_vllm(config)
+    if unknown := set(config.logger.writers) - set(WRITERS):
+        raise UserError(
+            f"logger.writers names {', '.join(sorted(unknown))}: it takes {', '.join(WRITERS)}, "
+            "or () for metrics.jsonl alone"
+        )
+    for name in config.checkpointing.allow_changes:
+        if classes().get(name) != NAMED:
+            raise UserError(
+                f"checkpointing.allow_changes names {name!r}: it takes {', '.join(CONTENTS)}, and "
+                "the keys that docs/configuration.md has as `named`"
+            )
 
 
 def _check_generation(config: Config) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import re
 import types
@@ -13,12 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from distill.base.errors import UserError
-from distill.config.checks import (
-    check_combinations,
-)
-from distill.config.schema import (
-    Config,
-)
+from distill.config.checks import check_combinations
+from distill.config.schema import Config
 
 _INTEGER_LIMIT = 2**31  # devices count in 32 bits
 # A password or a token in a URL: no value may have one, since values are logged and stored.
@@ -71,6 +69,11 @@ def to_flat_dict(config: Config) -> dict[str, Any]:
 
     visit(config, "")
     return flat
+
+
+def digest(value: Any) -> str:
+    """Twelve characters, the same for the same value, made of what JSON has."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _is_section(kind: object) -> typing.TypeGuard[type]:
@@ -168,26 +171,4 @@ def _check_no_credentials(key: str, *values: str) -> None:
             f"config key '{key}' holds a URL with a password or token, which would be stored with "
             "every checkpoint: leave it out, and give it by an environment variable such as "
             "HF_TOKEN, or the one that an api_key_variable names"
-        )
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], allowed: tuple[str, ...]):
-    """Raises UserError, naming up to four keys, if a checkpoint belongs to another config.
-
-    A key that is newer than the checkpoint has its default there.
-    """
-    saved = to_flat_dict(Config()) | saved
-    differing = [
-        key
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key) and not key.startswith(allowed)
-    ]
-    if differing:
-        shown = ", ".join(
-            f"{key} ({saved.get(key)!r} there, {current.get(key)!r} here)" for key in differing[:4]
-        )
-        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise UserError(
-            f"the workdir holds a checkpoint of another run: {shown}{more}; pass another "
-            "--workdir, or the same config to go on"
         )

@@ -7,9 +7,11 @@ This module imports no JAX, so that configs stay cheap to load."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 KNOWN_BACKENDS = ("jax", "vllm")
+WRITERS = ("tensorboard", "trackio", "wandb")
 PRECISIONS = ("bfloat16", "float32")
 # What checkpoints are compared by, and whether more is better.
 BEST_METRICS = {
@@ -19,9 +21,19 @@ BEST_METRICS = {
 }
 
 
-def _key(default: Any, help: str, *, choices=None, low=None, high=None) -> Any:
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+# What a key changes that differs from the checkpoint's, and so what becomes of the run.
+FREE = "free"  # nothing in the result, up to rounding: it goes on
+CONTENT = "content"  # where to find what is compared by its content: see `run.contents`
+NAMED = "named"  # the rest of the run: it goes on if `checkpointing.allow_changes` names the key
+FIXED = "fixed"  # what the run is: it is refused
+
+
+def _key(default: Any, help: str, *, choices=None, low=None, high=None, changes=NAMED) -> Any:
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "changes": changes}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+_free, _from, _fixed = (functools.partial(_key, changes=each) for each in (FREE, CONTENT, FIXED))
 
 
 def _section(cls: type) -> Any:
@@ -36,7 +48,7 @@ class GenerateStrategy:
     top_k: int = _key(0, "keep the k likeliest tokens; 0 is off", low=0)
     top_p: float = _key(1.0, "keep the smallest set with this probability; 1 is off", low=0, high=1)
     min_p: float = _key(0.0, "keep tokens above this share of the likeliest's", low=0, high=1)
-    num_generations: int = _key(1, "responses sampled per prompt", low=1)
+    num_generations: int = _fixed(1, "responses sampled per prompt", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +63,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation:
-    teacher_model_path: str = _key("", "folder, hub id or embedded:NAME")
+    teacher_model_path: str = _from("", "folder, hub id or embedded:NAME")
     lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
     mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
     kl_type: str = _key(
@@ -65,17 +77,17 @@ class Distillation:
     kl_temperature_squared: bool = _key(False, "multiply the loss by kl_temperature squared")
     hard_labels: bool = _key(False, "cross-entropy on the fixed data (SFT); needs no teacher")
     objective: Objective = _section(Objective)
-    loss_implementation: str = _key(
+    loss_implementation: str = _free(
         "auto",
         "linear-divergence implementation",
         choices=("auto", "reference", "chunked", "pallas"),
     )
     generate_strategy: GenerateStrategy = _section(GenerateStrategy)
     max_steps: int = _key(1000, "optimizer updates", low=1)
-    eval_steps: int = _key(100, "updates between evaluations; 0: only first and last", low=0)
-    save_steps: int = _key(100, "updates between checkpoints; 0: only the last", low=0)
-    logging_steps: int = _key(10, "updates between log lines", low=1)
-    max_skipped_steps: int = _key(
+    eval_steps: int = _free(100, "updates between evaluations; 0: only first and last", low=0)
+    save_steps: int = _free(100, "updates between checkpoints; 0: only the last", low=0)
+    logging_steps: int = _free(10, "updates between log lines", low=1)
+    max_skipped_steps: int = _free(
         10, "steps in a row whose loss or gradient may be NaN or infinite, and skipped", low=0
     )
 
@@ -90,35 +102,35 @@ class Optimizer:
     eps: float = _key(1e-8, "Adam's epsilon", low=0)
     weight_decay: float = _key(0.01, "decoupled decay of matrices (not norms or biases)", low=0)
     max_grad_norm: float = _key(1.0, "clip the global gradient norm; 0 is off", low=0)
-    offload: str = _key("none", "where moments are between updates", choices=("none", "host"))
+    offload: str = _free("none", "where moments are between updates", choices=("none", "host"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Colocated:
-    enabled: bool = _key(True, "sampler and trainer share all devices; False: it has its own")
-    sampler_devices: int = _key(0, "devices of a sampler with its own; 0: half of all", low=0)
+    enabled: bool = _free(True, "sampler and trainer share all devices; False: it has its own")
+    sampler_devices: int = _free(0, "devices of a sampler with its own; 0: half of all", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VllmServers:
     """vLLM servers and how long they are waited for."""
 
-    urls: tuple[str, ...] = _key((), "servers that are running, such as http://127.0.0.1:8000")
-    api_key_variable: str = _key("", "NAME of the environment variable with the servers' API key")
-    request_timeout: float = _key(600.0, "seconds a server may take for one reply", low=0.1)
-    retry_timeout: float = _key(
+    urls: tuple[str, ...] = _free((), "servers that are running, such as http://127.0.0.1:8000")
+    api_key_variable: str = _free("", "NAME of the environment variable with the servers' API key")
+    request_timeout: float = _free(600.0, "seconds a server may take for one reply", low=0.1)
+    retry_timeout: float = _free(
         300.0, "seconds a failing server is tried again, such as one that restarts", low=0
     )
-    start_timeout: float = _key(600.0, "seconds a server may take until it is up", low=0)
+    start_timeout: float = _free(600.0, "seconds a server may take until it is up", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VllmSampler(VllmServers):
     """Servers that sample the student's responses."""
 
-    python: str = _key("", "interpreter with vLLM, to start one server here; '' uses urls")
-    server_args: tuple[str, ...] = _key((), "more arguments for that server")
-    weights_dir: str = _key("", "refits pass through it, servers read it; '': vllm in the workdir")
+    python: str = _free("", "interpreter with vLLM, to start one server here; '' uses urls")
+    server_args: tuple[str, ...] = _free((), "more arguments for that server")
+    weights_dir: str = _free("", "refits pass through it, servers read it; '': vllm in the workdir")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +143,7 @@ class VllmTeacher(VllmServers):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
     backend: str = _key("jax", "what samples rollouts: jax (here), vllm, or a plugin's own")
-    max_log_prob_gap: float = _key(
+    max_log_prob_gap: float = _free(
         0.1, "stop when sampler and trainer disagree by more (mean |nats| per token)", low=0
     )
     async_steps: int = _key(
@@ -140,8 +152,8 @@ class Generation:
     importance_clip: float = _key(
         0.0, "weigh tokens by new / sampler's probability, at most this; 0: off", low=0
     )
-    num_slots: int = _key(0, "responses decoded at once; 0: what cache_memory holds", low=0)
-    cache_memory: float = _key(4.0, "GB per device for keys and values, jax backend", low=0.001)
+    num_slots: int = _free(0, "responses decoded at once; 0: what cache_memory holds", low=0)
+    cache_memory: float = _free(4.0, "GB per device for keys and values, jax backend", low=0.001)
     cache_dtype: str = _key(
         "auto", "keys and values; auto: policy.precision", choices=("auto", "int8")
     )
@@ -153,8 +165,8 @@ class Generation:
 class SequencePacking:
     """Several sequences in one row of max_total_sequence_length."""
 
-    enabled: bool = _key(False, "fill rows with sequences behind each other")
-    train_mb_tokens: int = _key(
+    enabled: bool = _free(False, "fill rows with sequences behind each other")
+    train_mb_tokens: int = _free(
         0, "tokens at once over the whole mesh; 0: train_micro_batch_size full rows", low=0
     )
 
@@ -163,23 +175,23 @@ class SequencePacking:
 class DynamicBatching:
     """One sequence in a row, but rows of three lengths: short ones many at a time."""
 
-    enabled: bool = _key(False, "cut batches by tokens instead of rows")
-    train_mb_tokens: int = _key(
+    enabled: bool = _free(False, "cut batches by tokens instead of rows")
+    train_mb_tokens: int = _free(
         0, "tokens at once over the whole mesh; 0: train_micro_batch_size full rows", low=0
     )
-    sequence_length_round: int = _key(64, "rows have a multiple of this many tokens", low=1)
+    sequence_length_round: int = _free(64, "rows have a multiple of this many tokens", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    model_name: str = _key("", "folder, hub id or embedded:NAME")
+    model_name: str = _from("", "folder, hub id or embedded:NAME")
     max_total_sequence_length: int = _key(2048, "prompt and response tokens at most", low=2)
     precision: str = _key("bfloat16", "compute dtype; master weights: float32", choices=PRECISIONS)
-    train_global_batch_size: int = _key(64, "sequences per update, all hosts", low=1)
-    train_micro_batch_size: int = _key(8, "sequences at once over the whole mesh", low=1)
+    train_global_batch_size: int = _fixed(64, "sequences per update, all hosts", low=1)
+    train_micro_batch_size: int = _free(8, "sequences at once over the whole mesh", low=1)
     sequence_packing: SequencePacking = _section(SequencePacking)
     dynamic_batching: DynamicBatching = _section(DynamicBatching)
-    activation_checkpointing: str = _key(
+    activation_checkpointing: str = _free(
         "dots", "what the backward pass recomputes", choices=("none", "dots", "full")
     )
     optimizer: Optimizer = _section(Optimizer)
@@ -200,12 +212,12 @@ class Teacher:
         "dtype of weights and compute; int8: weights in 8 bits, compute in bfloat16",
         choices=(*PRECISIONS, "int8"),
     )
-    offload: str = _key(
+    offload: str = _free(
         "none",
         "weights in host memory: host: between uses; layers: streamed layer by layer when used",
         choices=("none", "host", "layers"),
     )
-    split_over_data: bool = _key(False, "split weights over mesh.data too, not only mesh.fsdp")
+    split_over_data: bool = _free(False, "split weights over mesh.data too, not only mesh.fsdp")
 
     @property
     def dtype(self) -> str:
@@ -215,40 +227,40 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Validation:
-    name: str = _key("", "dataset of held-out prompts; '' is data.name")
-    path: str = _key("", "its local file or folder; '' is data.path when the name is the same")
-    split: str = _key("validation", "its split")
-    max_samples: int = _key(512, "held-out prompts evaluated; 0: no evaluation", low=0)
+    name: str = _from("", "dataset of held-out prompts; '' is data.name")
+    path: str = _from("", "its local file or folder; '' is data.path when the name is the same")
+    split: str = _from("validation", "its split")
+    max_samples: int = _from(512, "held-out prompts evaluated; 0: no evaluation", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    name: str = _key(
+    name: str = _from(
         "arithmetic",
         "arithmetic, gsm8k, hf, jsonl, math_cl, parquet, tfds, or one that a plugin registers",
     )
-    path: str = _key("", "local file or folder, or hub id for name=hf")
-    split: str = _key("train", "split to train on")
-    max_samples: int | None = _key(None, "first n examples only, for debugging", low=1)
-    shuffle: bool = _key(False, "reshuffle every epoch; False keeps the curriculum's order")
-    holdout_fraction: float = _key(
+    path: str = _from("", "local file or folder, or hub id for name=hf")
+    split: str = _from("train", "split to train on")
+    max_samples: int | None = _from(None, "first n examples only, for debugging", low=1)
+    shuffle: bool = _fixed(False, "reshuffle every epoch; False keeps the curriculum's order")
+    holdout_fraction: float = _from(
         0.02, "unique prompts held out as split 'validation'", low=0, high=0.5
     )
-    max_bad_rows: float = _key(
+    max_bad_rows: float = _free(
         0.01, "share of rows that are skipped if unusable; more are an error", low=0, high=1
     )
-    subset: str = _key("", "configuration of a hub dataset, for hf")
-    prompt_column: str = _key("prompt", "for hf, jsonl, parquet and tfds")
-    response_column: str = _key("response", "for hf, jsonl, parquet and tfds")
-    answer_column: str = _key("answer", "for hf, jsonl, parquet and tfds")
-    system_prompt: str = _key("", "system message of the chat template; '' is none")
-    prompt_template: str = _key("", "text with {problem}; '' is the dataset's own")
+    subset: str = _from("", "configuration of a hub dataset, for hf")
+    prompt_column: str = _from("prompt", "for hf, jsonl, parquet and tfds")
+    response_column: str = _from("response", "for hf, jsonl, parquet and tfds")
+    answer_column: str = _from("answer", "for hf, jsonl, parquet and tfds")
+    system_prompt: str = _from("", "system message of the chat template; '' is none")
+    prompt_template: str = _from("", "text with {problem}; '' is the dataset's own")
     validation: Validation = _section(Validation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    batch_size: int = _key(64, "responses whose divergences are computed at once", low=1)
+    batch_size: int = _free(64, "responses whose divergences are computed at once", low=1)
     max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
     answer_timeout: float = _key(5.0, "seconds per response for math-verify", low=0.1)
     metrics: tuple[str, ...] = _key((), "metrics of the responses that a plugin registers")
@@ -256,61 +268,66 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSizes:
-    data: int = _key(-1, "devices over which batches are split; -1 takes the rest", low=-1)
-    fsdp: int = _key(1, "devices over which batches and weights are split", low=-1)
-    tensor: int = _key(1, "devices over which heads and vocabulary are split", low=-1)
+    data: int = _free(-1, "devices over which batches are split; -1 takes the rest", low=-1)
+    fsdp: int = _free(1, "devices over which batches and weights are split", low=-1)
+    tensor: int = _free(1, "devices over which heads and vocabulary are split", low=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    keep: int = _key(2, "newest checkpoints kept", low=1)
-    save_minutes: float = _key(
+    keep: int = _free(2, "newest checkpoints kept", low=1)
+    save_minutes: float = _free(
         0.0, "a checkpoint is also due this long after the last; 0: off", low=0
     )
-    best_metric: str = _key(
+    best_metric: str = _free(
         "", "evaluation whose best checkpoint is kept too; '': none", choices=("", *BEST_METRICS)
     )
-    on_torn: str = _key(
+    on_torn: str = _free(
         "stop",
         "newest checkpoint is damaged: stop, or set it aside for the previous",
         choices=("stop", "previous"),
     )
-    export_dtype: str = _key("bfloat16", "dtype of the exported student", choices=PRECISIONS)
-    export_shard_size: float = _key(5.0, "GB per file of the exported student", low=1e-6)
+    allow_changes: tuple[str, ...] = _free(
+        (), "keys and contents that may differ from the checkpoint's, from here on"
+    )
+    export_dtype: str = _free("bfloat16", "dtype of the exported student", choices=PRECISIONS)
+    export_shard_size: float = _free(5.0, "GB per file of the exported student", low=1e-6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Warn:
     """When a step is worth a line on the console; 0 switches a warning off."""
 
-    loss_spike: float = _key(5.0, "loss, in medians of the last 50 steps", low=0)
-    length_spike: float = _key(
+    loss_spike: float = _free(5.0, "loss, in medians of the last 50 steps", low=0)
+    length_spike: float = _free(
         2.0, "mean length of sampled responses, in medians of the last 50 steps", low=0
     )
-    truncated: float = _key(0.5, "share of sampled responses cut at the limit", low=0, high=1)
-    repetition: float = _key(0.5, "share of 4-grams that repeat within a response", low=0, high=1)
-    low_entropy: float = _key(
+    truncated: float = _free(0.5, "share of sampled responses cut at the limit", low=0, high=1)
+    repetition: float = _free(0.5, "share of 4-grams that repeat within a response", low=0, high=1)
+    low_entropy: float = _free(
         0.0, "estimated entropy per sampled token, nats, warned of when below", low=0
     )
-    every: int = _key(50, "log lines between two warnings of one kind", low=1)
+    every: int = _free(50, "log lines between two warnings of one kind", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Logger:
-    wandb_enabled: bool = _key(False, "log to Weights & Biases too")
-    wandb_project: str = _key("distill", "Weights & Biases project")
-    progress_bar: bool = _key(True, "show a progress bar")
+    writers: tuple[str, ...] = _free(
+        ("tensorboard",), "where numbers go beside metrics.jsonl: tensorboard, trackio, wandb"
+    )
+    project: str = _free("distill", "project of trackio and wandb")
+    progress_bar: bool = _free(True, "show a progress bar")
     warn: Warn = _section(Warn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    seed: int = _key(0, "seed of everything random", low=0)
+    seed: int = _fixed(0, "seed of everything random", low=0)
     plugins: tuple[str, ...] = _key(
         (), "modules that are imported first and register the user's own parts"
     )
-    preflight: bool = _key(True, "check before the first step that everything agrees")
-    compilation_cache: str = _key(
+    preflight: bool = _free(True, "check before the first step that everything agrees")
+    compilation_cache: str = _free(
         "default",
         "folder of compiled programs, which later runs load; 'default': in the user's cache folder "
         "or JAX_COMPILATION_CACHE_DIR; 'off': none",
@@ -323,29 +340,6 @@ class Config:
     mesh: MeshSizes = _section(MeshSizes)
     checkpointing: Checkpointing = _section(Checkpointing)
     logger: Logger = _section(Logger)
-
-
-# Keys that may change between a run and its continuation: they do not alter what is computed.
-RESUMABLE_CHANGES = (
-    "preflight",
-    "compilation_cache",
-    "checkpointing.",
-    "logger.",
-    "mesh.",
-    "policy.train_micro_batch_size",
-    "policy.sequence_packing.",
-    "policy.dynamic_batching.",
-    "policy.generation.colocated.",
-    "policy.optimizer.offload",
-    "teacher.offload",
-    "teacher.split_over_data",
-    "distillation.eval_steps",
-    "distillation.save_steps",
-    "distillation.logging_steps",
-    "distillation.max_skipped_steps",
-    "policy.generation.vllm.",
-    *(f"teacher.vllm.{field.name}" for field in dataclasses.fields(VllmServers)),
-)
 
 
 def tokens_per_microbatch(policy: Policy) -> int:

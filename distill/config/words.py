@@ -50,7 +50,22 @@ All keys, written from [distill/config/schema.py](../distill/config/schema.py) b
 
 Unknown keys, wrong types, values out of range and combinations that cannot work end a command with
 one line, before anything is loaded. `python -m distill.main --config=... --dry_run` prints the
-values that a run would have. To complete keys with the Tab key in bash:
+values that a run would have.
+
+The last column says what becomes of a run that is continued with another value of the key:
+
+| on resume | the key changes | what happens |
+|---|---|---|
+| free | nothing in the result, up to rounding | the run goes on |
+| content | where something is found | it goes on if that is the same |
+| named | the rest of the run | it goes on if `checkpointing.allow_changes` names the key |
+| fixed | what the run is | it is refused |
+
+`distillation.max_steps` is free while `policy.optimizer.schedule=constant`.
+`checkpointing.allow_changes` may also name contents: `student`, `teacher`, `data`, `template` and
+`validation`. What was allowed is kept in the checkpoint and shown in the student's model card.
+
+To complete keys with the Tab key in bash:
 
     eval "$(python -m distill.config.completion)"
 """
@@ -65,6 +80,7 @@ class Key:
     default: str
     allowed: str
     help: str
+    changes: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +116,8 @@ def _sections(cls: type, name: str) -> Iterator[Section]:
 
 def _key(prefix: str, field: dataclasses.Field, kind: Any) -> Key:
     default, limits = show_value(field.default), field.metadata
-    return Key(prefix + field.name, _kind(kind), default, _allowed(limits), limits["help"])
+    words = _allowed(limits), limits["help"], limits["changes"]
+    return Key(prefix + field.name, _kind(kind), default, *words)
 
 
 def show_value(value: Any) -> str:
@@ -146,14 +163,17 @@ def page() -> str:
             continue
         heading = f"\n## {section.name or 'Top level'}\n"
         blocks += [heading, f"{section.help}\n"] if section.help else [heading]
-        blocks += ["| key | type | default | allowed | what it does |", "|---|---|---|---|---|"]
+        blocks += ["| key | type | default | allowed | what it does | on resume |"]
+        blocks += ["|---|---|---|---|---|---|"]
         blocks += map(_row, section.keys)
     return "\n".join(blocks) + "\n"
 
 
 def _row(key: Key) -> str:
     name = key.name.rpartition(".")[2]
-    return f"| `{name}` | {key.kind} | `{key.default}` | {key.allowed} | {key.help} |"
+    return (
+        f"| `{name}` | {key.kind} | `{key.default}` | {key.allowed} | {key.help} | {key.changes} |"
+    )
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import jax
 from ml_collections import ConfigDict
 
 from distill.base.topology import Topology, parse_topology, topology_here
-from distill.build.devices import build_mesh
 from distill.build.plugins import import_plugins
+from distill.build.run import check_loggers
+from distill.build.session import Session
 from distill.config.parse import parse_config, to_flat_dict
 from distill.config.schema import Config
 from distill.planning import changes, report
@@ -38,9 +40,9 @@ def sweep(config: ConfigDict, topology_name: str) -> Plan:
 
 
 def dry_run(config: ConfigDict) -> Plan:
-    """Prints the values that a run would have, and its plan on the devices that are here.
+    """Prints the values that a run would have, its plan on the devices here, and its data.
 
-    Nothing is started, compiled, downloaded or written.
+    All but weights is built: data and tokenizers may be downloaded. Nothing is started or compiled.
 
     Raises:
       UserError: a run would refuse the config, or nothing is known of the devices or the models.
@@ -48,10 +50,18 @@ def dry_run(config: ConfigDict) -> Plan:
     parsed = parse_config(config)
     import_plugins(parsed)
     _say([*report.setting_lines(to_flat_dict(parsed)), ""])
+    session = Session(parsed, weights=False)
+    check_loggers(parsed.logger)
+    _ = session.objective, session.optimizer, session.sampler_mesh, session.dataset
+    _ = session.validation
     topology = topology_here()
-    build_mesh(parsed)  # refuses what a run would
     made = estimate(_find(parsed, topology), topology)
     _say(report.lines(made))
+    with jax.set_mesh(session.mesh):
+        _ = session.state_shapes
+    _say([f"data: {session.prompts.summary()}"])
+    if session.validation is not None:
+        _say([f"validation data: {session.evaluator.prompts.summary()}"])
     return made
 
 

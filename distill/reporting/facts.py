@@ -18,11 +18,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 
 def write_facts(workdir: Path, flat_config: dict[str, Any]) -> None:
     """Writes the config and what the run runs on; a run that goes on writes them anew."""
-    facts = dict(config=flat_config, environment=_environment())
+    facts = dict(config=flat_config, environment=environment())
     write_atomically(workdir / FACTS, json.dumps(facts, indent=1) + "\n")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Devices, system and versions."""
     device, count = jax.devices()[0], jax.device_count()
     return {
         "devices": f"{count} x {device.device_kind} ({device.platform})",

@@ -7,7 +7,7 @@ named by their last part only; what nobody but the user can know is there to be 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import printable
@@ -54,19 +54,26 @@ print(tokenizer.decode(response[0, inputs["input_ids"].shape[1] :], skip_special
 ```"""
 
 
-def model_card(settings: Mapping[str, Any], results: Mapping[str, Any], step: int) -> str:
+def model_card(
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    step: int,
+    history: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The text of the card.
 
     Args:
       settings: the run's config, as from `config.to_flat_dict`, before models were made.
       results: evaluations by role, as in results.json; {} where there are none.
       step: updates of the student.
+      history: what was changed at which step of the run, as its checkpoints keep it.
     """
     sections = [
         f"---\n{_metadata(settings)}\n---",
         f"# {_title(settings)}",
         _summary(settings, step),
         f"## How it was trained\n\n{_settings_table(settings)}",
+        *(_change(entry) for entry in history),
     ]
     if results:
         sections.append(f"## Held-out results\n\n{_results(settings, results)}")
@@ -120,6 +127,14 @@ def _summary(settings: Mapping[str, Any], step: int) -> str:
 def _settings_table(settings: Mapping[str, Any]) -> str:
     rows = [f"| `{key}` | {settings[key]} |" for key in _SETTINGS]
     return "\n".join(["| key | value |", "|---|---|", *rows])
+
+
+def _change(entry: Mapping[str, Any]) -> str:
+    changes = entry["changes"].items()
+    listed = ", ".join(
+        f"`{key}` from {_plain(f'{a}')} to {_plain(f'{b}')}" for key, (a, b) in changes
+    )
+    return f"Changed at step {entry['step']}: {listed}."
 
 
 def _results(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: what is under way is finished and saved; a second signal ends it at once."""
+"""SIGTERM, SIGINT and SIGHUP: what is under way is finished and saved; a second one ends it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from distill.base import processes
 from distill.base.errors import RunInterrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupts:
@@ -62,8 +62,10 @@ class Interrupts:
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        # The handler itself has nothing to do; the default one would end the process.
-        self._old_handlers = {number: signal.signal(number, _do_nothing) for number in _SIGNALS}
+        # The handler itself has nothing to do; the default one would end the process. What the
+        # parent ignores, such as SIGHUP under nohup, stays ignored.
+        heard = [x for x in _SIGNALS if signal.getsignal(x) != signal.SIG_IGN]
+        self._old_handlers = {number: signal.signal(number, _do_nothing) for number in heard}
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from distill.base.errors import RunStopped
-from distill.base.status import busy, shows_bars
+from distill.base.status import busy, how_far, reminding, say, shows_bars, so_far
 from distill.run.health import Health
 from distill.run.writers import MetricsWriter
 
@@ -69,7 +69,9 @@ class Progress:
         self._bar = tqdm(
             total=max_steps, initial=first_step, unit="step", disable=not draws, mininterval=1
         )
-        self._first_step, self._compiling = first_step, ExitStack()
+        self._first_step, self._max_steps = first_step, max_steps
+        self._compiling, self._reminding = ExitStack(), ExitStack()
+        self._step, self._doing, self._doing_since, self._loop_began = first_step, "", 0.0, 0.0
         self._pending: _Step | None = None
         self._measuring, self._begun = False, 0.0
         self._seconds: dict[str, float] = {}
@@ -77,7 +79,11 @@ class Progress:
 
     def begin_step(self, step: int, state: Any) -> None:
         """Before update `step` (from 0) is dispatched on `state`."""
+        self._step = step + 1
         if step == self._first_step:
+            self._loop_began = time.monotonic()
+            if self._prints_steps:
+                self._reminding.enter_context(reminding(self._describe))
             self._compiling.enter_context(busy("compiling, with the first step"))
         self._measuring = (step + 1) % self._logging_steps == 0
         if self._measuring:
@@ -89,6 +95,8 @@ class Progress:
     def phase(self, name: str) -> Iterator[Callable[[Any], Any]]:
         """Times a phase of a logged step; yields a function that waits for the phase's arrays."""
         start = time.perf_counter()
+        self._doing, self._doing_since = name, time.monotonic()
+        how_far("")
         yield jax.block_until_ready if self._measuring else lambda arrays: arrays
         if self._measuring:
             self._seconds[f"seconds/{name}"] = time.perf_counter() - start
@@ -146,10 +154,18 @@ class Progress:
     def too_many_skipped(self) -> str:
         """Why the run should stop, '' if it may go on."""
         count = self._skipped_in_a_row
-        if count <= self._max_skipped:
+        return "" if count <= self._max_skipped else self._not_finite(f"{count} steps in a row")
+
+    @property
+    def all_skipped(self) -> str:
+        """Why a run that has come to its end has not succeeded, '' if it has."""
+        if self._skipped < self._step:
             return ""
+        return f"{self._not_finite('all steps')}; the student is as it was"
+
+    def _not_finite(self, which: str) -> str:
         return (
-            f"{count} steps in a row had a loss or gradient that is not finite and were skipped "
+            f"{which} had a loss or gradient that is not finite and were skipped "
             f"(distillation.max_skipped_steps={self._max_skipped}): their examples stand in "
             "metrics.jsonl; try a new workdir with a lower policy.optimizer.learning_rate or "
             "policy.precision=float32"
@@ -192,10 +208,21 @@ class Progress:
         if kl := measured.get("teacher/quantization_kl"):
             self.say(f"teacher: in 8 bits, KL to itself in bfloat16 is {kl:.2e} nats per token")
 
+    def changed(self, step: int, changes: dict[str, list[Any]]) -> None:
+        """Says what is not as it was in the run's checkpoint, of `step`."""
+        self._writer.note(step, {"changes": changes})
+        for key, (before, now) in changes.items():
+            self.say(f"changed at step {step}: {key} from {before!r} to {now!r}")
+
     def say(self, line: str) -> None:
-        self._bar.write(line)
+        say(line)
+
+    def _describe(self) -> str:
+        step = f"step {self._step} of {self._max_steps}"
+        return so_far(f"{step}: {self._doing}", time.monotonic() - self._doing_since)
 
     def close(self) -> None:
+        self._reminding.close()
         self.flush()
         self._bar.close()
         self._writer.close()
@@ -203,9 +230,15 @@ class Progress:
     def abandon(self) -> None:
         """Closes the log of a run that fails, or has ended: what is pending is not reported."""
         self._compiling.close()
+        self._reminding.close()
         self._bar.close()
         with suppress(Exception):  # the disk may be full; the run's own error is the one to show
             self._writer.close()
+
+    def _time_left(self, step: int) -> str:
+        """At the pace so far, evaluations and saves included."""
+        elapsed, made = time.monotonic() - self._loop_began, step - self._first_step
+        return tqdm.format_interval(elapsed / made * (self._max_steps - step))
 
     def _rate(self) -> float:
         return self._tokens / (time.perf_counter() - self._since)
@@ -228,7 +261,11 @@ class Progress:
         }
         self._writer.write(step, {**values, **measured, **seconds, **rates, **counts})
         if self._prints_steps:
-            self.say(f"step {step}: loss {values['loss']:.4f}, {self._rate():.0f} tokens/s")
+            self.say(
+                f"{time.strftime('%H:%M:%S')} step {step} of {self._max_steps}: loss "
+                f"{values['loss']:.4f}, learning rate {counts['learning_rate']:.2e}, "
+                f"{self._rate():.0f} tokens/s, {self._time_left(step)} left"
+            )
         self._tokens, self._since = 0.0, time.perf_counter()
 
     def _skip(self, step: int, values: dict[str, float], rows: np.ndarray) -> None:

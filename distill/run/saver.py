@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from distill.base import processes
 from distill.base.errors import RunStopped, UserError
+from distill.base.files import write_atomically
 from distill.base.status import busy
 from distill.batches.source import BatchSource
-from distill.config.parse import check_same_run
-from distill.config.schema import RESUMABLE_CHANGES
+from distill.config.changes import Changes, check_changes, find_changes
+from distill.config.schema import Checkpointing
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import RolloutRecorder
 from distill.models.model import Model
@@ -20,6 +23,8 @@ from distill.run.checkpoint import Checkpoints, SaveSchedule
 from distill.run.interrupts import Interrupts
 from distill.run.progress import Progress
 from distill.step import TrainState
+
+BEGINNING = "beginning.json"
 
 
 @dataclasses.dataclass
@@ -62,7 +67,11 @@ class Evaluations:
 
 @dataclasses.dataclass(frozen=True)
 class Saver:
-    """Saves a run with all that it needs to go on."""
+    """Saves a run with all that it needs to go on.
+
+    Attributes:
+      identity: what the run is: config, contents, history; kept with every checkpoint.
+    """
 
     checkpoints: Checkpoints
     schedule: SaveSchedule
@@ -70,7 +79,7 @@ class Saver:
     progress: Progress
     evaluations: Evaluations
     interrupts: Interrupts
-    flat_config: dict[str, Any]
+    identity: dict[str, Any]
 
     def is_due(self, step: int) -> bool:
         """Whether `step` is to be saved; the same in all processes."""
@@ -86,19 +95,26 @@ class Saver:
     def save(self, step: int, state: TrainState, position: Any) -> None:
         """Starts saving; `position` is where the data go on."""
         arrays, measured = self.batches.sequences_ahead()
-        record = dict(
+        record = self._record(step, position) | dict(measured_ahead=measured)
+        self.checkpoints.save(step, state, record, arrays)
+        self.schedule.restart_clock()
+
+    def save_beginning(self, step: int) -> None:
+        """Before the first update, keeps the checks and evaluations made so far."""
+        if step == 0 and processes.is_first():
+            record = self._record(step, self.batches.position)
+            write_atomically(self.checkpoints.folder.parent / BEGINNING, json.dumps(record) + "\n")
+
+    def _record(self, step: int, position: Any) -> dict[str, Any]:
+        return self.identity | dict(
             step=step,
-            config=self.flat_config,
             iterator=position,
-            measured_ahead=measured,
             results=self.evaluations.results,
             evaluated=self.evaluations.evaluated,
             scores=self.evaluations.scores(step),
             log_size=self.progress.log_size(),
             progress=self.progress.state(),
         )
-        self.checkpoints.save(step, state, record, arrays)
-        self.schedule.restart_clock()
 
     def save_and_stop(
         self, step: int, state: TrainState, position: Any, reason: UserError | RunStopped
@@ -126,9 +142,11 @@ class Saver:
 
 
 def find_progress(
-    checkpoints: Checkpoints, flat_config: dict[str, Any], on_torn: str
-) -> tuple[int, dict[str, Any]]:
-    """Step and record of the checkpoint to go on from; (0, {}) for a new run.
+    checkpoints: Checkpoints, flat_config: dict[str, Any], section: Checkpointing
+) -> tuple[int, dict[str, Any], Changes]:
+    """Step and record of the checkpoint to go on from, and what the config has changed since.
+
+    (0, {}, {}) for a new run.
 
     Raises:
       UserError: it is damaged, or belongs to a run with another config.
@@ -136,14 +154,29 @@ def find_progress(
 
     def find() -> int | None:
         checkpoints.sweep()
-        return checkpoints.latest_intact(on_torn)
+        return checkpoints.latest_intact(section.on_torn)
 
     step = processes.from_first(find)
     if step is None:
-        return 0, {}
+        return 0, {}, {}
     record = checkpoints.record(step)
-    check_same_run(record["config"], flat_config, RESUMABLE_CHANGES)
-    return step, record
+    changes = find_changes(record["config"], flat_config)
+    check_changes(changes, section.allow_changes)
+    return step, record, changes
+
+
+def find_beginning(workdir: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The record of `Saver.save_beginning` if it is of the same run, else {}."""
+    path = workdir / BEGINNING
+
+    def find() -> dict[str, Any]:
+        if not path.exists():
+            return {}
+        record = json.loads(path.read_text())
+        kinds = "config", "contents"
+        return {} if any(find_changes(record[k], identity[k]) for k in kinds) else record
+
+    return processes.from_first(find)
 
 
 def how_to_go_on(step: int) -> str:

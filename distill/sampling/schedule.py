@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from distill.base.sharding import num_shards
+from distill.base.status import how_far
 from distill.sampling import programs
 from distill.sampling.choice import row_keys
 from distill.sampling.request import Rollout, RolloutRequest
@@ -72,9 +73,16 @@ class Run:
     def finish(self) -> tuple[Rollout, dict[str, float]]:
         while self._queue or any(self._waiting) or self._running.any():
             self._refill()
+            how_far(f"{self._num_finished} of {self._request.num_rows} responses")
             if self._running.any():
                 self._decode()
+        how_far("")
         return self._rollout, self._measured()
+
+    @property
+    def _num_finished(self) -> int:
+        waiting = len(self._queue) * self._request.num_generations + sum(map(len, self._waiting))
+        return self._request.num_rows - waiting - int(self._running.sum())
 
     # ----------------------------------------------------------------------------- filling slots
 

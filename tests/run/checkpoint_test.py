@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from distill.base.errors import RunStopped, UserError
-from distill.config.parse import check_same_run, to_flat_dict
-from distill.config.schema import Config
 from distill.run import manifest
 from distill.run.checkpoint import Checkpoints, SaveSchedule
 
@@ -32,16 +30,6 @@ def filled(folder, steps=(1, 2), **options) -> Checkpoints:
         save(checkpoints, step)
     checkpoints.close()
     return Checkpoints(folder, **{"keep": 2, **options})
-
-
-def test_a_key_that_is_newer_than_the_checkpoint_has_its_default_there():
-    current = to_flat_dict(Config())
-    older = {key: value for key, value in current.items() if key != "evaluation.metrics"}
-    check_same_run(older, current, ())
-    with pytest.raises(UserError, match=r"evaluation.metrics \(\[\] there, \['x'\] here\)"):
-        check_same_run(older, {**current, "evaluation.metrics": ["x"]}, ())
-    with pytest.raises(UserError, match="removed.key"):
-        check_same_run({**older, "removed.key": 1}, current, ())
 
 
 def test_state_may_be_overwritten_as_soon_as_save_returns(tmp_path, monkeypatch):

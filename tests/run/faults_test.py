@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny_runs import read_metrics
 
+from distill.run.interrupts import Interrupts
 from distill.run.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,7 @@ def test_killed_27_times_and_none_the_worse(runs, tmp_path):
 
 @pytest.mark.parametrize(
     "fault",
-    ["generate-prefilled:6:SIGTERM", "train:4:SIGINT", "evaluate-sampled:3:SIGTERM"],
+    ["generate-prefilled:6:SIGTERM", "train:4:SIGINT", "evaluate-sampled:3:SIGHUP"],
 )
 def test_signal_finishes_saves_and_says_how_to_go_on(runs, tmp_path, fault):
     done = runs.start(tmp_path, fault)
@@ -159,6 +160,19 @@ def test_full_disk_stops_the_run_and_leaves_the_older_checkpoint(runs, tmp_path,
     assert "make room" in errors[0] and ("is intact" in errors[0] or point != "save:3"), errors
     assert runs.start(tmp_path).returncode == 0
     runs.assert_same(tmp_path)
+
+
+def test_what_the_parent_ignores_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            interrupts.hold()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert not interrupts.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ------------------------------------------------------------------------------------- lock

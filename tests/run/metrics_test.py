@@ -6,15 +6,19 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import tiny_config, with_models
 
+import distill
 from distill.base.errors import RunStopped, UserError
-from distill.config.schema import Warn
+from distill.build.run import check_loggers
+from distill.build.session import Session
+from distill.config.schema import Logger, Warn
 from distill.run.health import Health
 from distill.run.progress import Progress
 from distill.run.writers import MetricsWriter
+from distill.run.writers.hosted import HostedRun
 from distill.run.writers.json_lines import JsonLines
 from distill.run.writers.tensorboard import TensorBoard
-from distill.run.writers.weights_and_biases import WeightsAndBiases
 
 
 def steps_in(path) -> list[int]:
@@ -56,10 +60,69 @@ def test_lines_are_json_even_without_numbers(tmp_path):
     assert json.loads(line) == {"step": 1, "loss": None, "grad_norm": None, "tokens": 8.0}
 
 
-def test_wandb_missing_says_how_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        WeightsAndBiases(tmp_path, "p", {})
+class Service:
+    """wandb or trackio as far as it is used: their signatures, and runs that may fail."""
+
+    def __init__(self, fails_at: str = ""):
+        self.runs: list[dict] = []
+        self.fails_at, self.logged, self.finished = fails_at, [], 0
+
+    def init(self, *, project, config, resume, id=None, dir=None, name=None):
+        self._fail("init")
+        self.runs.append(dict(project=project, resume=resume, id=id or name))
+        return self
+
+    def log(self, metrics, step):
+        self._fail("log")
+        self.logged.append(step)
+
+    def finish(self):
+        self._fail("finish")
+        self.finished += 1
+
+    def _fail(self, method: str) -> None:
+        if self.fails_at == method:
+            raise ConnectionError("no route\nto host")
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_services_are_one_run_over_all_starts(name, tmp_path, models, monkeypatch):
+    service = Service()
+    monkeypatch.setitem(sys.modules, name, service)
+    config = with_models(tiny_config(max_steps=2), models)
+    config.data.validation.max_samples, config.logger.writers = 0, (name,)
+    distill.train(config, tmp_path)
+    assert service.logged == [1, 2] and service.finished
+    assert not (tmp_path / "tensorboard").exists(), "which was not asked for"
+    config.distillation.max_steps = 3
+    distill.train(config, tmp_path)
+    first, second = service.runs
+    assert first == second and len(first["id"]) == 8 and service.logged == [1, 2, 3]
+    # A server that is gone stops no run that goes on, but one that begins is told.
+    service.fails_at = "init"
+    config.distillation.max_steps = 4
+    assert distill.train(config, tmp_path).steps == 4
+    monkeypatch.setattr(Session, "load_teacher", None)
+    with pytest.raises(UserError, match=f"{name}, which does not start .no route to host.: log in"):
+        distill.train(config, tmp_path / "new")
+
+
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_a_failing_service_is_left_out(method, tmp_path, capsys):
+    writer = MetricsWriter(JsonLines(tmp_path, 0), HostedRun(Service(method)))
+    for step in (1, 2):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "HostedRun failed and is left out from here on (ConnectionError: no route" in line
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_missing_package_says_how_to_install(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        check_loggers(Logger(writers=(name,)))
 
 
 def make_progress(workdir, logging_steps=2, show_bar=False, **warn) -> Progress:

@@ -112,6 +112,15 @@ def test_too_many_bad_batches_stop_a_saved_run(models, tmp_path, monkeypatch):
     assert read_metrics(tmp_path)[-1]["skipped"] == 2
 
 
+def test_a_run_whose_steps_were_all_skipped_is_no_success(models, tmp_path, monkeypatch):
+    poison(monkeypatch, range(3))
+    config = poisoned_config(models, max_steps=2)
+    for _ in range(2):  # nor is it when it is asked again
+        with pytest.raises(RunStopped, match="all steps had a loss .* the student is as it was"):
+            distill.train(config, tmp_path)
+    assert not (tmp_path / "student").exists() and not (tmp_path / "results.json").exists()
+
+
 def test_lengths_that_explode_are_warned_of(models, tmp_path, capsys):
     """Random students end their answers by chance only."""
     config = with_models(tiny_config(max_steps=2), models)

@@ -3,8 +3,8 @@
 import re
 import threading
 import time
-from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 from metrics_test import make_progress, run_step
 
@@ -24,17 +24,39 @@ def tickers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "status"]
 
 
-def test_elsewhere_one_line_says_how_long_it_took(capsys, monkeypatch):
-    clock = iter((10.0, 11.25, 12.0, 12.5))
-    monkeypatch.setattr(status, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+def test_elsewhere_lines_say_what_begins_how_far_it_is_and_how_long_it_took(capsys, monkeypatch):
+    monkeypatch.setattr(status, "_TICK", 0.01)
+    monkeypatch.setattr(status, "_WORTH_SAYING", 0.1)
+    monkeypatch.setattr(status, "_EVERY", 0.4)
     with status.busy("loading the teacher"):
-        pass
+        status.how_far("3 of 9 files")
+        time.sleep(1.0)
+        with status.busy("a part of it"):  # the innermost speaks, and what is quick does not
+            pass
     with status.busy("loading the student"):
         pass
     shown = capsys.readouterr()
-    assert shown.err == ""
-    [line] = shown.out.splitlines()
-    assert line == "loading the teacher: 1.2 s"
+    assert shown.err == "" and not tickers()
+    first, *others, last = shown.out.splitlines()
+    assert first == "loading the teacher ..." and 1 <= len(others) <= 2
+    so_far = r"\d\d:\d\d:\d\d loading the teacher: \d s so far, 3 of 9 files"
+    assert all(re.fullmatch(so_far, line) for line in others)
+    assert re.fullmatch(r"loading the teacher: 1\.\d s", last)
+
+
+def test_a_long_step_says_what_it_is_doing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(status, "_TICK", 0.01)
+    monkeypatch.setattr(status, "_EVERY", 0.1)
+    monkeypatch.setattr(status, "_WORTH_SAYING", 60.0)
+    progress = make_progress(tmp_path, show_bar=True)
+    run_step(progress, 1)
+    progress.begin_step(1, jnp.zeros(()))
+    with progress.phase("generate"):
+        status.how_far("5 of 8 responses")
+        time.sleep(0.5)
+    progress.abandon()
+    assert re.search(r"step 2 of 4: generate: \d s so far, 5 of 8 resp", capsys.readouterr().out)
+    assert not tickers()
 
 
 def test_a_terminal_shows_the_seconds_meanwhile(capsys, terminal):
@@ -61,10 +83,10 @@ def test_logged_steps_are_lines_where_no_bar_is_drawn(tmp_path, capsys, monkeypa
     progress.close()
     shown = capsys.readouterr()
     assert shown.err == ""
-    assert [line.partition(",")[0] for line in shown.out.splitlines()] == [
-        "step 2: loss 1.0000",
-        "step 4: loss 1.0000",
-    ]
+    line = r"\d\d:\d\d:\d\d step %d of 4: loss 1.0000, learning rate %s, \d+ tokens/s, 00:00 left"
+    shown_lines = shown.out.splitlines()
+    for found, expected in zip(shown_lines, ((2, "1.00e-01"), (4, "3.00e-01")), strict=True):
+        assert re.fullmatch(line % expected, found), found
 
 
 def test_failing_first_step_leaves_no_counting_behind(tmp_path, terminal):

@@ -15,17 +15,18 @@ EMBEDDED = "embedded:"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def resolve_model(path_or_id: str | Path) -> Path:
+def resolve_model(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """Local folder of a model.
 
     Args:
       path_or_id: a folder with config.json, 'embedded:NAME' for a model that comes with the
         package, or a Hugging Face hub id, which is downloaded (safetensors, JSON and tokenizer).
+      weights: whether safetensors are.
 
     Raises:
       UserError: nothing is there, or the hub cannot be reached or has no such model.
     """
-    return _folder(path_or_id) or _download(str(path_or_id))
+    return _folder(path_or_id) or _download(str(path_or_id), weights)
 
 
 def find_config(path_or_id: str | Path) -> Path | None:
@@ -72,10 +73,10 @@ def _embedded_folder(name: str) -> Path:
     return ASSETS / wanted
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # network, repository, permission: one class each in the hub client
