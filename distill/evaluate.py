@@ -4,14 +4,13 @@ python -m distill.evaluate --model=PATH --config=configs/math_cl.py
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from distill.base import processes
-from distill.base.files import write_atomically
+from distill.base.files import local_path, write_atomically
 from distill.config import cli
 from distill.config.parse import parse_config
 
@@ -40,13 +39,14 @@ def run() -> None:
         config = cli.required_config(config_flag)
         if not model.value:
             raise cli.UserError("pass --model=PATH, the Hugging Face checkpoint to evaluate")
+        path = local_path(output.value or ".")
         cli.join_processes()
         from distill.evaluation.table import format_table
 
         results = evaluate_checkpoint(config, model.value)
         print(format_table(results))
         if output.value and processes.is_first():
-            write_atomically(Path(output.value), json.dumps(results, indent=2) + "\n")
+            write_atomically(path, json.dumps(results, indent=2) + "\n")
 
     cli.run(main)
 

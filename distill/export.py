@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from distill.base.files import local_path
 from distill.config import cli
 from distill.config.parse import parse_config
 
@@ -31,7 +32,7 @@ def export_checkpoint(
     from distill.build.session import open_session
     from distill.models.checkpoints.export import check_replaceable
 
-    workdir, output = (Path(path).expanduser().absolute() for path in (workdir, output))
+    workdir, output = (local_path(path) for path in (workdir, output))
     check_replaceable(output)
     with open_session(parse_config(config), workdir) as session:
         return export_saved(session, output, checkpoint)

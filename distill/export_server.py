@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from distill.base.files import local_path
 from distill.config import cli
 from distill.config.parse import parse_config
 
@@ -28,7 +29,7 @@ def export_server(config: ConfigDict, output: str | Path, model: str | None = No
 
     config = config.copy_and_resolve_references()
     config.policy.model_name = model or config.policy.model_name
-    output = Path(output).expanduser().absolute()
+    output = local_path(output)
     with open_session(parse_config(config)) as session:
         folder, policy = session.student_folder, session.config.policy
         export = build_export(policy, folder, session.vocabulary)

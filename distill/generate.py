@@ -3,7 +3,8 @@
     python -m distill.generate --config=configs/gsm8k.py --output=runs/teacher.jsonl
 
 The model is the teacher unless --model names another; `data.name=jsonl data.path=FILE` reads the
-lines. Responses cut off at the limit would teach a student to stop anywhere: they are left out.
+lines. Responses cut off at the limit are marked `truncated`, and trained on without an end token;
+`data.keep_truncated=False` leaves them out there. A command that was stopped goes on where it was.
 """
 
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from distill.base.files import local_path
 from distill.config import cli
 from distill.config.parse import parse_config
+from distill.run.interrupts import Interrupts
 
 
 def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, int]:
@@ -23,7 +26,7 @@ def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, in
       model: folder or hub id of the model that responds.
       output: JSONL file, which appears when it is complete.
 
-    Returns {'written': lines, 'truncated': responses left out}.
+    Returns {'written': lines, 'truncated': those cut off at the limit}.
     """
     from distill.build.fixed_data import write_responses  # late: flags come before JAX
     from distill.build.session import open_session
@@ -33,8 +36,9 @@ def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, in
     config.distillation.update(hard_labels=True, lambda_=0.0)
     config.distillation.generate_strategy.num_generations = 1
     config.policy.model_name, config.teacher.backend = model, "local"
+    path = local_path(output)
     with open_session(parse_config(config)) as session:
-        return write_responses(session, Path(output), repeats)
+        return write_responses(session, path, repeats)
 
 
 def run() -> None:
@@ -49,8 +53,9 @@ def run() -> None:
             raise cli.UserError("pass --model=PATH: the config names no teacher_model_path")
         if not output.value:
             raise cli.UserError("pass --output=FILE.jsonl")
-        cli.join_processes()
-        counts = generate(config, responder, output.value)
+        with Interrupts():  # nothing is held: a signal ends the command, which is on the disk
+            cli.join_processes()
+            counts = generate(config, responder, output.value)
         print(f"{output.value}: {counts['written']} responses, {counts['truncated']} cut off")
 
     cli.run(main)

@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from distill.base.errors import printable
+from distill.base.files import local_path
 from distill.config import cli
 
 
@@ -22,9 +23,9 @@ def run() -> None:
             raise cli.UserError("pass the folder of a run, or of several to compare: runs/a runs/b")
         from distill.reporting.page import REPORT, write_report  # late: it imports JAX
 
-        workdirs = [Path(folder).expanduser() for folder in folders]
+        workdirs = [local_path(folder) for folder in folders]
         default = workdirs[0] / REPORT if len(workdirs) == 1 else Path(REPORT)
-        output = Path(output_flag.value).expanduser() if output_flag.value else default
+        output = local_path(output_flag.value) if output_flag.value else default
         try:
             notes = write_report(workdirs, output)
         except OSError as error:

@@ -8,10 +8,9 @@ from the config's data. Trained with distillation.hard_labels=True, it becomes a
 student.
 """
 
-from pathlib import Path
-
 from absl import flags
 
+from distill.base.files import local_path
 from distill.config import cli
 from distill.config.parse import parse_config
 
@@ -46,7 +45,7 @@ def run() -> None:
                 f"policy.model_name={named} is no folder, or may be a model of the hub, in whose "
                 "place random weights would be found: pass --output=FOLDER"
             )
-        folder = Path(output.value or named).expanduser()
+        folder = local_path(output.value or named)
         make_random_model(
             folder,
             make_tokenizer(tokenizer.value, build_dataset(config.data, config.seed)),

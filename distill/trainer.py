@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from distill.base import processes
 from distill.base.errors import RunStopped, UserError, printable
-from distill.base.files import write_atomically
+from distill.base.files import local_path, write_atomically
 from distill.base.status import busy, say
 from distill.build.contents import find_contents
 from distill.build.data import check_same_data
@@ -86,7 +86,7 @@ def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None
     """
     parsed = parse_config(config)
     processes.check_same("config", to_flat_dict(parsed))
-    with open_session(parsed, Path(workdir).expanduser().resolve()) as session:
+    with open_session(parsed, local_path(workdir).resolve()) as session:
         return _export(session, *_run(session, interrupts or Interrupts()))
 
 

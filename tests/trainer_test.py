@@ -22,6 +22,7 @@ from distill.generate import generate
 from distill.models.checkpoints.load import load_model_config
 from distill.rollout.in_process import JaxBackend
 from distill.run import progress as metrics
+from distill.sampling.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +180,7 @@ def test_supervised_training_lowers_the_loss(models, tmp_path):
     assert result.results == {}
 
 
-def test_generated_sequences_are_fixed_data(models, tmp_path):
+def test_generated_sequences_are_fixed_data(models, tmp_path, monkeypatch, capsys):
     config = with_models(tiny_config(), models)
     config.data.max_samples = 16
     config.distillation.generate_strategy.temperature = 2.0
@@ -188,9 +189,40 @@ def test_generated_sequences_are_fixed_data(models, tmp_path):
     output = tmp_path / "answers.jsonl"
     counts = generate(config, models["teacher"], output)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert counts["written"] == len(lines) and counts["written"] + counts["truncated"] == 32
-    assert lines and set(lines[0]) == {"id", "prompt", "response", "answer"}
+    assert counts["written"] == len(lines) == 32
+    assert counts["truncated"] == sum("truncated" in line for line in lines) > 0
+    assert set(lines[0]) - {"truncated"} == {"id", "prompt", "response", "answer"}
     assert all(line["prompt"].startswith("0") for line in lines), "what the teacher was asked"
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+    # Stopped and started again: the same rows, of which none is made twice.
+    monkeypatch.setattr("distill.build.fixed_data._RESPONSES_PER_REQUEST", 8)
+    calls, original = [], Engine.generate
+
+    def stops(self, params, request):
+        calls.append(request.prompt_index[0])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, params, request)
+
+    monkeypatch.setattr(Engine, "generate", stops)
+    again = tmp_path / "again.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        generate(config, models["teacher"], again)
+    assert not again.exists()
+    config.logger.progress_bar = not config.logger.progress_bar  # which changes nothing
+    assert generate(config, models["teacher"], again) == counts
+    assert calls == [0, 4, 8, 8, 12] and "going on behind 8 prompts" in capsys.readouterr().out
+    assert again.read_bytes() == output.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "again.jsonl"}
+    # With other rows, it starts over.
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        generate(config, models["teacher"], tmp_path / "other.jsonl")
+    config.seed = 1
+    generate(config, models["teacher"], tmp_path / "other.jsonl")
+    assert calls == [0, 4, 8, 0, 4, 8, 12] and "starting over" in capsys.readouterr().out
+
     config = tiny_config(hard_labels=True, lambda_=0.0, max_steps=1)
     config.policy.model_name = models["student"]
     config.data.name, config.data.path, config.data.holdout_fraction = "jsonl", str(output), 0.0

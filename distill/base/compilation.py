@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 
 from distill.base.errors import UserError
+from distill.base.files import local_path
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 # Programs that compile faster are not worth a file: there are hundreds of them in any run.
@@ -29,11 +30,11 @@ def keep_compiled_programs(where: str) -> None:
 
     folder = None if where == "off" else os.environ.get(_VARIABLE) or str(_users_folder())
     if where not in ("default", "off"):
-        folder = str(Path(where).expanduser().absolute())
+        folder = str(local_path(where))
     # JAX adds its options to the class as it defines them.
     if folder == jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    if folder is not None:
+    if folder is not None and "://" not in folder:  # which JAX's own variable may have
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:

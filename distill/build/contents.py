@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,7 +11,6 @@ from distill.base import processes
 from distill.base.errors import UserError
 from distill.build.session import Session
 from distill.data.base import DatasetInterface, Example
-from distill.data.prompts import tokenize_prompts
 from distill.data.table import InMemoryDataset
 from distill.models.checkpoints.fingerprint import fingerprint
 
@@ -20,22 +20,29 @@ _PROBE = "What is 12345 + 3.14? \u00c9 \u65e5\u672c x\u00b2\n\tif a != b:"
 
 def find_contents(session: Session) -> dict[str, str]:
     """By the names of `config.changes.CONTENTS`; the same in all processes."""
-    return processes.from_first(lambda: _find(session))
+    return find_inputs(session) | processes.from_first(lambda: dict(validation=_held_out(session)))
 
 
-def _find(session: Session) -> dict[str, str]:
-    config, strategy = session.config, session.config.distillation.generate_strategy
-    validation = "none"
-    if session.validation is not None:
-        max_length = config.evaluation.max_length or strategy.max_length
-        validation = f"{_rows(session.validation)}, responses of at most {max_length} tokens"
-    return dict(
-        student=_model(session.student_folder),
-        teacher=_model(session.teacher_folder),
-        data=_rows(session.dataset),
-        template=_template(session),
-        validation=validation,
-    )
+def find_inputs(session: Session) -> dict[str, str]:
+    """All but the held-out prompts."""
+
+    def find() -> dict[str, str]:
+        return dict(
+            student=_model(session.student_folder),
+            teacher=_model(session.teacher_folder),
+            data=_rows(session.dataset),
+            template=_template(session),
+        )
+
+    return processes.from_first(find)
+
+
+def _held_out(session: Session) -> str:
+    config = session.config
+    if session.validation is None:
+        return "none"
+    max_length = config.evaluation.max_length or config.distillation.generate_strategy.max_length
+    return f"{_rows(session.validation)}, responses of at most {max_length} tokens"
 
 
 def _model(folder: Path | None) -> str:
@@ -46,23 +53,23 @@ def _rows(dataset: DatasetInterface) -> str:
     digest = hashlib.sha256()
     for i in range(len(dataset)):
         example = dataset[i]
-        row = json.dumps([example.prompt, example.response, example.answer])
+        row = json.dumps(dataclasses.astuple(example))
         digest.update(row.encode())
     return f"{len(dataset)} rows, {digest.hexdigest()[:12]}"
 
 
 def _template(session: Session) -> str:
     """Of one prompt's tokens: a template may hold the date, which nothing else would show."""
-    template = session.config.data.prompt_template or session.dataset.get_prompt_template()
-    probe = InMemoryDataset([Example(prompt=_PROBE, response=None, answer=None, id="probe")])
+    probe = _Probe([Example(prompt=_PROBE, response=None, answer=None, id="probe")])
+    probe.template = session.dataset.get_prompt_template()
     try:
-        prompts = tokenize_prompts(
-            probe,
-            session.vocabulary.tokenizer,
-            max_prompt_length=2**31,
-            system_prompt=session.config.data.system_prompt,
-            prompt_template=template,
-        )
+        return session.tokenize(probe, max_prompt_length=2**31).digest()[:12]
     except UserError as error:  # a prompt like this may have no tokens: the same on each start
         return str(error)
-    return prompts.digest()[:12]
+
+
+class _Probe(InMemoryDataset):
+    template: str
+
+    def get_prompt_template(self) -> str:
+        return self.template

@@ -8,57 +8,104 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from distill.base import processes
-from distill.base.status import busy, shows_bars
+from distill.base.files import write_atomically
+from distill.base.status import busy, say
+from distill.build.contents import find_inputs
 from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
+from distill.config.changes import is_same_run
+from distill.config.parse import to_flat_dict
 from distill.data.base import Example
 from distill.data.prompts import wrap_prompt
 from distill.evaluation.evaluator import decode_responses
 from distill.sampling.request import RolloutRequest
 
-# Many more than there are slots, few enough for the host's memory.
-_PROMPTS_PER_REQUEST = 4096
+# At once: many more than there are slots, and little enough to be made again after a stop.
+_RESPONSES_PER_REQUEST = 1024
+_GENERATIONS = "distillation.generate_strategy.num_generations"
 
 
 def write_responses(session: Session, output: Path, num_generations: int) -> dict[str, int]:
     """The student's responses to all prompts; see `distill.generate`."""
     config, dataset, vocabulary = session.config, session.dataset, session.vocabulary
     prompts = session.tokenize(dataset)
+    say(f"data: {prompts.summary()}")
+    flat = to_flat_dict(config) | {_GENERATIONS: num_generations}
+    made = _Partial(output, dict(config=flat, contents=find_inputs(session)))
     with busy("loading the model"):
         model = session.load_frozen(session.student_folder, config.teacher.dtype)
     engine = session.build_engine(model.graph)
     params = build_sampling_params(config.distillation.generate_strategy)
     template = config.data.prompt_template or dataset.get_prompt_template()
-    counts = {"written": 0, "truncated": 0}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    writes = processes.is_first()
-    with (
-        open(temporary if writes else os.devnull, "w") as file,
-        tqdm(total=len(prompts), unit="prompt", disable=not shows_bars()) as bar,
-    ):
-        bar.write(f"data: {prompts.summary()}")
-        for start in range(0, len(prompts), _PROMPTS_PER_REQUEST):
-            tokens = tuple(prompts.prompt_tokens[start : start + _PROMPTS_PER_REQUEST])
-            index = np.arange(start, start + len(tokens))
-            request = RolloutRequest(
-                tokens, index, params, num_generations=num_generations, seed=config.seed
-            )
+    at_once = max(1, _RESPONSES_PER_REQUEST // num_generations)
+    for start in range(made.prompts, len(prompts), at_once):
+        tokens = tuple(prompts.prompt_tokens[start : start + at_once])
+        index = np.arange(start, start + len(tokens))
+        request = RolloutRequest(
+            tokens, index, params, num_generations=num_generations, seed=config.seed
+        )
+        with busy(f"responding to prompts {start + 1} to {start + len(tokens)} of {len(prompts)}"):
             rollout, _ = engine.generate(model.params, request)
-            texts = decode_responses(vocabulary.tokenizer, rollout)
-            for row, (text, stopped) in enumerate(zip(texts, rollout.stopped_b, strict=True)):
-                counts["written" if stopped else "truncated"] += 1
-                if stopped:
-                    example = dataset[int(prompts.rows[start + row // num_generations])]
-                    line = _line(example, text, row % num_generations, template)
-                    file.write(json.dumps(line) + "\n")
-            bar.update(len(tokens))
-    if writes:
-        os.replace(temporary, output)
-    return counts
+        texts = decode_responses(vocabulary.tokenizer, rollout)
+        lines = []
+        for row, (text, stopped) in enumerate(zip(texts, rollout.stopped_b.tolist(), strict=True)):
+            example = dataset[int(prompts.rows[start + row // num_generations])]
+            # A response may have been cut off within a character.
+            cut = {} if stopped else {"response": text.rstrip("\ufffd"), "truncated": True}
+            lines.append(_line(example, text, row % num_generations, template) | cut)
+        made.add(lines, start + len(tokens))
+    return made.finish()
+
+
+class _Partial:
+    """The lines made so far, beside what they were made of: the same command goes on from there.
+
+    Responses depend on seed and prompt alone, so those of a stopped command are the same rows.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any]):
+        self._output, self._identity = output, identity
+        self._lines = output.with_name(output.name + ".partial")
+        self._state = output.with_name(output.name + ".partial.json")
+        saved = processes.from_first(self._read)
+        self.prompts, self._size, self._counts = saved or (0, 0, {"written": 0, "truncated": 0})
+        if processes.is_first():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with self._lines.open("a") as file:
+                file.truncate(self._size)
+        if self.prompts:
+            say(f"going on behind {self.prompts} prompts of {self._lines}")
+
+    def _read(self) -> list[Any] | None:
+        if not (self._lines.exists() and self._state.exists()):
+            return None
+        state = json.loads(self._state.read_text())
+        if is_same_run(state["identity"], self._identity):
+            return state["made"]
+        say(f"starting over: {self._lines} was made with another config or other files")
+        return None
+
+    def add(self, lines: list[dict[str, Any]], prompts: int) -> None:
+        """Keeps the lines of all prompts up to `prompts`."""
+        self._counts["written"] += len(lines)
+        self._counts["truncated"] += sum("truncated" in line for line in lines)
+        self.prompts = prompts
+        if processes.is_first():
+            with self._lines.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+                self._size = file.tell()
+            made = self.prompts, self._size, self._counts
+            write_atomically(self._state, json.dumps(dict(identity=self._identity, made=made)))
+
+    def finish(self) -> dict[str, int]:
+        if processes.is_first():
+            os.replace(self._lines, self._output)
+            self._state.unlink(missing_ok=True)
+        return self._counts
 
 
 def _line(example: Example, response: str, generation: int, template: str) -> dict[str, Any]:

@@ -24,7 +24,14 @@ def import_plugins(config: Config) -> None:
                 f"plugins names {name!r}, which cannot be imported ({error}): it must be a module "
                 "on PYTHONPATH"
             ) from None
-    if config.policy.generation.backend not in KNOWN_BACKENDS:
-        get_backend(config.policy.generation.backend)
+    generation = config.policy.generation
+    if generation.backend not in KNOWN_BACKENDS:
+        maker = get_backend(generation.backend)
+        if generation.async_steps and not getattr(maker, "samples_ahead", False):
+            raise UserError(
+                f"policy.generation.async_steps={generation.async_steps} samples during training, "
+                f"but {generation.backend!r} does not say that it can (samples_ahead=True, an "
+                "attribute of what is registered): set async_steps=0"
+            )
     for name in config.evaluation.metrics:
         get_metric(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from distill.base.files import local_path
 from distill.base.sharding import batch_parts
 from distill.config.schema import Policy
 from distill.data.tokenizer import Vocabulary
@@ -35,7 +36,7 @@ def build_backend(
 ) -> backend.VllmBackend:
     """The student's sampler: servers that run, or one that will be started."""
     servers, max_length = policy.generation.vllm, policy.max_total_sequence_length
-    folder = Path(servers.weights_dir).expanduser() if servers.weights_dir else workdir / "vllm"
+    folder = local_path(servers.weights_dir) if servers.weights_dir else workdir / "vllm"
     # A scored sequence is a prompt, after which one token is sampled.
     tempered = is_tempered(params, vocabulary.size)
     own = servers.python and OwnServer(

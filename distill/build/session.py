@@ -132,17 +132,25 @@ class Session:
         """What is trained on."""
         return self.tokenize(self.dataset, needs_responses=self.config.distillation.lambda_ < 1)
 
-    def tokenize(self, dataset: DatasetInterface, *, needs_responses: bool = False) -> Prompts:
-        """Prompts that leave room for a response of full length."""
+    def tokenize(
+        self,
+        dataset: DatasetInterface,
+        *,
+        needs_responses: bool = False,
+        max_prompt_length: int | None = None,
+    ) -> Prompts:
+        """Prompts of a length, by default one that leaves room for a whole response."""
         data, max_length = self.config.data, self.config.distillation.generate_strategy.max_length
+        total = self.config.policy.max_total_sequence_length
         return tokenize_prompts(
             dataset,
             self.vocabulary.tokenizer,
-            max_prompt_length=self.config.policy.max_total_sequence_length - max_length,
+            max_prompt_length=max_prompt_length or total - max_length,
             max_response_length=max_length,
             needs_responses=needs_responses,
             system_prompt=data.system_prompt,
             prompt_template=data.prompt_template,
+            keep_truncated=data.keep_truncated,
         )
 
     # -------------------------------------------------------------------------------- models

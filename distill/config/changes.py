@@ -48,6 +48,11 @@ def _fields(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
             yield prefix + field.name, field
 
 
+def is_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether `config` and `contents` are the same in both, but for what is free."""
+    return not any(find_changes(saved[kind], current[kind]) for kind in ("config", "contents"))
+
+
 def check_changes(changes: Changes, allowed: Sequence[str]) -> None:
     """Raises UserError unless all of `changes` may be, and are allowed by name."""
     refused = [key for key in changes if classes().get(key, FIXED) == FIXED]

@@ -67,7 +67,7 @@ def _check_generation(config: Config) -> None:
             f"policy.generation.importance_clip={generation.importance_clip} is the largest "
             "weight of a token, and that of a fresh one is 1: use 0 (off) or at least 1"
         )
-    if generation.async_steps and backend != "vllm" and colocated.enabled:
+    if generation.async_steps and backend == "jax" and colocated.enabled:
         raise UserError(
             f"policy.generation.async_steps={generation.async_steps} samples during "
             "training, but sampler and trainer share all devices, where one waits for the other: "

@@ -253,6 +253,9 @@ class Data:
     prompt_column: str = _from("prompt", "for hf, jsonl, parquet and tfds")
     response_column: str = _from("response", "for hf, jsonl, parquet and tfds")
     answer_column: str = _from("answer", "for hf, jsonl, parquet and tfds")
+    keep_truncated: bool = _key(
+        True, "train on responses marked as cut off, without an end token; False: leave them out"
+    )
     system_prompt: str = _from("", "system message of the chat template; '' is none")
     prompt_template: str = _from("", "text with {problem}; '' is the dataset's own")
     validation: Validation = _section(Validation)

@@ -30,12 +30,14 @@ class Example:
         response: the full reference response, or None.
         answer: the short reference answer that a response is graded against, or None.
         id: unique within the dataset and stable between runs.
+        truncated: whether the response was cut off, so that no end belongs behind it.
     """
 
     prompt: str | list[dict[str, str]]
     response: str | None
     answer: str | None
     id: str
+    truncated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

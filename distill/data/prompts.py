@@ -88,6 +88,7 @@ def tokenize_prompts(
     needs_responses: bool = False,
     system_prompt: str = "",
     prompt_template: str = "",
+    keep_truncated: bool = True,
 ) -> Prompts:
     """Tokenises a dataset; rows that do not fit are dropped and counted, never truncated.
 
@@ -105,6 +106,7 @@ def tokenize_prompts(
         system_prompt: system message put before the prompt; '' is none.
         prompt_template: text with one '{problem}' that wraps the prompt (the last message of a
             list); '' takes the dataset's own.
+        keep_truncated: whether responses that were cut off are kept, without an end token.
 
     Raises:
         UserError: bad template, a list of messages without a chat template, or nothing is left.
@@ -116,7 +118,9 @@ def tokenize_prompts(
             "prompt goes"
         )
     examples = [dataset[i] for i in range(len(dataset))]
-    limits = _Limits(max_prompt_length, max_response_length, _longest_piece(tokenizer))
+    limits = _Limits(
+        max_prompt_length, max_response_length, _longest_piece(tokenizer), keep_truncated
+    )
     prompts = _encode_prompts(examples, tokenizer, template, system_prompt, limits)
     responses = _encode_responses(examples, tokenizer, limits) if needs_responses else None
 
@@ -142,11 +146,12 @@ def tokenize_prompts(
 
 @dataclasses.dataclass(frozen=True)
 class _Limits:
-    """Tokens of prompts and of responses at most, and characters of the longest token."""
+    """Tokens of prompts and of responses at most, characters of the longest token, and the key."""
 
     prompt: int
     response: int
     longest_piece: int
+    keep_truncated: bool
 
 
 def _longest_piece(tokenizer) -> int:
@@ -211,6 +216,8 @@ def _encode_responses(examples: Sequence[Example], tokenizer, limits: _Limits) -
         response = example.response or ""
         if not response.strip():
             encoded[i] = "rows without a response"
+        elif example.truncated and not limits.keep_truncated:
+            encoded[i] = "responses that were cut off (data.keep_truncated=False)"
         elif len(response) > limits.response * limits.longest_piece:
             encoded[i] = too_long
         elif not _is_unicode(response):
@@ -219,8 +226,9 @@ def _encode_responses(examples: Sequence[Example], tokenizer, limits: _Limits) -
             texts[i] = response
     ids = tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"] if texts else []
     for i, tokens in zip(texts, ids, strict=True):
-        fits = len(tokens) < limits.response
-        encoded[i] = np.array([*tokens, tokenizer.eos_token_id], np.int32) if fits else too_long
+        ending = [] if examples[i].truncated else [tokenizer.eos_token_id]
+        fits = len(tokens) + len(ending) <= limits.response
+        encoded[i] = np.array([*tokens, *ending], np.int32) if fits else too_long
     return [encoded[i] for i in range(len(examples))]
 
 

@@ -54,6 +54,10 @@ class InMemoryDataset(DatasetInterface):
         return self._examples[index]
 
 
+# Column, where there is one, that says which responses were cut off.
+TRUNCATED = "truncated"
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """Names of the columns that make an example.
@@ -78,7 +82,7 @@ class Columns:
             raise UserError(
                 f"{where} has no column {', '.join(missing)}: {self.describe(available)}"
             )
-        return [name for name in self.named if name in available]
+        return [name for name in (*self.named, TRUNCATED) if name in available]
 
     def missing(self, available: Collection[str]) -> list[str]:
         return [name for name in self.named if name not in {*available, *self.optional}]
@@ -114,7 +118,7 @@ def make_example(row: Mapping[str, Any], columns: Columns, where: str, id: str) 
         )
     except _Unusable as error:
         return BadRow(where, *error.args)
-    return Example(prompt, response, answer, id)
+    return Example(prompt, response, answer, id, row.get(TRUNCATED) is True)
 
 
 class _Unusable(Exception):

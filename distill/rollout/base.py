@@ -91,6 +91,9 @@ _BACKENDS = Registry(
 def register_backend(name: str) -> Callable[[BackendMaker], BackendMaker]:
     """Decorator: makes what builds from `BackendParts` available as `generation.backend=name`.
 
+    With `samples_ahead = True`, an attribute of it, it says that its backend may `generate` while
+    the trainer's devices are busy: it has devices of its own, and `async_steps=1` may be set.
+
     UserError when the name is taken.
     """
     return _BACKENDS.register(name)

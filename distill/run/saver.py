@@ -14,7 +14,7 @@ from distill.base.errors import RunStopped, UserError
 from distill.base.files import write_atomically
 from distill.base.status import busy
 from distill.batches.source import BatchSource
-from distill.config.changes import Changes, check_changes, find_changes
+from distill.config.changes import Changes, check_changes, find_changes, is_same_run
 from distill.config.schema import Checkpointing
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import RolloutRecorder
@@ -173,8 +173,7 @@ def find_beginning(workdir: Path, identity: dict[str, Any]) -> dict[str, Any]:
         if not path.exists():
             return {}
         record = json.loads(path.read_text())
-        kinds = "config", "contents"
-        return {} if any(find_changes(record[k], identity[k]) for k in kinds) else record
+        return record if is_same_run(record, identity) else {}
 
     return processes.from_first(find)
 

@@ -14,6 +14,9 @@ from tiny_runs import read_metrics, tiny_config, with_models
 import distill
 from distill import trainer
 from distill.base.errors import RunInterrupted, RunStopped, UserError
+from distill.build.plugins import import_plugins
+from distill.config.parse import parse_config
+from distill.rollout.base import register_backend
 from distill.rollout.in_process import JaxBackend
 from distill.run import progress as metrics
 from distill.run.interrupts import Interrupts
@@ -281,6 +284,24 @@ def test_overlap_needs_devices_of_its_own(tmp_path):
     config = async_config()
     config.policy.generation.colocated.enabled = True
     expect_refusal(config, tmp_path / "run", "async_steps=1", "colocated.enabled=False")
+
+
+@pytest.mark.parametrize("may", [False, True])
+def test_a_backend_of_ones_own_says_whether_it_samples_ahead(may, monkeypatch):
+    name = f"own_ahead_{may}"
+
+    @register_backend(name)
+    class Own:
+        samples_ahead = may
+
+    config = async_config()
+    config.policy.generation.colocated.enabled = True
+    config.policy.generation.backend, config.plugins = name, ("json",)
+    parsed = parse_config(config)
+    if may:
+        return import_plugins(parsed)
+    with pytest.raises(UserError, match="async_steps=1.*does not say that it can.*async_steps=0"):
+        import_plugins(parsed)
 
 
 # ---------------------------------------------------------------------------------- bad input

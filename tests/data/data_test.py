@@ -582,6 +582,35 @@ class TestPrompts:
         prompts = tokenize_prompts(dataset_of(("a a", "b b")), make_tokenizer(), **limits)
         assert len(prompts) == 1 and prompts.dropped == {}
 
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_responses_that_were_cut_off_have_no_end_and_may_be_left_out(self, keep):
+        rows = [Example("a", "b c", None, "0", truncated=True), Example("a", "b", None, "1")]
+        prompts = tokenize_prompts(
+            InMemoryDataset(rows),
+            make_tokenizer(),
+            max_prompt_length=9,
+            max_response_length=2,
+            needs_responses=True,
+            keep_truncated=keep,
+        )
+        cut_off, whole = ids("b c"), ids("b <eos>")
+        assert [x.tolist() for x in prompts.response_tokens] == [cut_off, whole][not keep :]
+        assert len(prompts.dropped) == 1 - keep
+        assert keep or "1 responses that were cut off (data.keep_truncated" in prompts.summary()
+
+    def test_a_table_says_which_responses_were_cut_off(self, tmp_path):
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = [{"prompt": "a", "response": "b", "truncated": x} for x in (True, False, None, 1)]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        parquet = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:3]), parquet)
+        for name, expected in (("jsonl", [True, False, False, False]), ("parquet", [1, 0, 0])):
+            dataset = get_dataset(name, "all", path=str(tmp_path / f"rows.{name}"))
+            assert [example.truncated for example in dataset] == expected
+
     def test_nothing_left(self):
         dataset = dataset_of(("a a", "b"), ("a", "b b b"), ("a", None))
         with pytest.raises(UserError) as error:

@@ -8,7 +8,13 @@ import sys
 
 import pytest
 
+import distill
+from distill.base.compilation import keep_compiled_programs
 from distill.base.errors import UserError
+from distill.base.files import local_path
+from distill.config import default_config
+from distill.export import export_checkpoint
+from distill.generate import generate
 from distill.run.workdir import LOCK, claim_workdir
 
 
@@ -73,3 +79,22 @@ def test_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Read-only file system.*another --workdir"):
         with claim_workdir(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://b", "gs:/b/run", "file:///tmp/x"])
+def test_addresses_are_no_folders_and_make_none(path, tmp_path, monkeypatch):
+    """Nothing that is written may end in a local folder named `gs:`."""
+    monkeypatch.chdir(tmp_path)
+    config = default_config()
+    config.policy.model_name = config.distillation.teacher_model_path = "model"
+    writes = {
+        "a run": lambda: distill.train(config, path),
+        "an export": lambda: export_checkpoint(config, "run", path),
+        "responses": lambda: generate(config, "model", path),
+        "programs": lambda: keep_compiled_programs(path),
+    }
+    for what, write in writes.items():
+        with pytest.raises(UserError, match="is no folder of this machine.*mount it"):
+            write()
+        assert not list(tmp_path.iterdir()), what
+    assert local_path("~/run").is_absolute() and local_path("C.run:1").name == "C.run:1"
