@@ -119,7 +119,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     loggers = open_loggers(session, step, identity["run_id"])
 
     # --------------------------------------------------------------------------------------- models
-    teacher = session.load_teacher(None if step else prompts)  # compared once per run
+    teacher = session.load_teacher(None if record else prompts)  # compared once per run
     graph, shapes = session.student.graph, session.state_shapes
     if updates_remain:
         # Servers that will not do are told before anything takes time.

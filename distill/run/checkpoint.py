@@ -16,6 +16,7 @@ tells the others what it sees there.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -162,8 +163,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Step of the best checkpoint by the metric, the first of equals; None without any."""
-        marks = {step: self._mark(self.record(step)["scores"]) for step in self.steps()}
-        marks = {step: mark for step, mark in marks.items() if mark is not None}
+        marks = self._marks()
         return max(marks, key=lambda step: (marks[step], -step), default=None)
 
     def is_best(self, scores: dict[str, float | None]) -> bool:
@@ -172,12 +172,11 @@ class Checkpoints:
         if mark is None:
             return False
         self._wait()
-        best = self.best()
-        if best is None:
-            return True
-        best_mark = self._mark(self.record(best)["scores"])
-        assert best_mark is not None  # only what was measured is the best
-        return mark > best_mark
+        return all(mark > other for other in self._marks().values())
+
+    def _marks(self) -> dict[int, float]:
+        marks = {step: self._mark(self.record(step)["scores"]) for step in self.steps()}
+        return {step: mark for step, mark in marks.items() if mark is not None}
 
     def _mark(self, scores: dict[str, float | None]) -> float | None:
         """The metric, so that more is better; None where it was not measured."""
@@ -264,10 +263,9 @@ class SaveSchedule:
 
 
 def _set_aside(path: Path) -> Path:
-    number, aside = 1, path.with_suffix(TORN)
-    while aside.exists():
-        number, aside = number + 1, path.with_name(f"{path.name}{TORN}-{number + 1}")
-    return path.rename(aside)
+    names = itertools.chain([TORN], (f"{TORN}-{number}" for number in itertools.count(2)))
+    asides = (path.with_name(path.name + name) for name in names)
+    return path.rename(next(aside for aside in asides if not aside.exists()))
 
 
 def _sync(folder: Path) -> None:
