@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
@@ -30,6 +31,12 @@ _PROCESS_FLAGS = (
     "heartbeat_timeout",
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+}
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -153,9 +160,7 @@ def _flag_lines(heading: str, listed: Sequence[flags.Flag]) -> Iterator[str]:
 
 
 def _call(main: Callable[[], None]) -> None:
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    for name in ("transformers", "datasets", "huggingface_hub", "orbax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _silence_libraries()
     try:
         main()
     except RunInterrupted as stop:
@@ -165,8 +170,9 @@ def _call(main: Callable[[], None]) -> None:
     except RunStopped as error:
         _fail(str(error), status=1)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            where = f" for {error.filename}" if error.filename else ""
+        if _says_no_room(error):
+            where = getattr(error, "filename", None)
+            where = f" for {where}" if where else ""
             line = f"the disk has no room left{where}: make room, and give the same command"
             _fail(line, status=1)
         if processes.several():  # the others would wait for this one
@@ -174,6 +180,25 @@ def _call(main: Callable[[], None]) -> None:
             traceback.print_exc()
             _fail(f"{type(error).__name__}: {error}", status=1)
         raise
+
+
+def _silence_libraries() -> None:
+    """What libraries print about themselves; what they raise is shown all the same."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("transformers", "datasets", "huggingface_hub", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    show = threading.excepthook
+    # Whoever waits for a thread that finds no room says so, in one line.
+    threading.excepthook = lambda args: None if _says_no_room(args.exc_value) else show(args)
+
+
+def _says_no_room(error: BaseException | None) -> bool:
+    """Whether the disk is full, in the words of whatever library."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _NO_ROOM
+    return any(os.strerror(number) in str(error) for number in _NO_ROOM)
 
 
 def required_config(holder: flags.FlagHolder) -> ConfigDict:
