@@ -81,7 +81,10 @@ def end_ids(tokenizer, folder: str | Path) -> tuple[int, ...]:
             listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
-        ids.update([listed] if isinstance(listed, int) else listed or [])
+        listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(type(each) is int for each in listed):
+            raise UserError(f"{path}: eos_token_id={listed!r} must be an id or a list of ids")
+        ids.update(listed)
     return tuple(sorted(ids))
 
 

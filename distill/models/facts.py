@@ -13,7 +13,7 @@ from typing import Any
 from distill.base.errors import UserError
 from distill.kernels.attention import AttentionSpec
 from distill.models.families import FAMILIES
-from distill.models.fields import READERS, brief, positive, required, size
+from distill.models.fields import READERS, brief, positive, required, shortest_period, size
 from distill.models.rope import Rope, Rotary, read_ropes
 
 # Fields that become part of ModelConfig, read one by one below.
@@ -52,8 +52,8 @@ _HARMLESS = frozenset(
     "begin_suppress_tokens bad_words_ids max_length min_length do_sample early_stopping num_beams "
     "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
     "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences "
-    "remove_invalid_values exponential_decay_length_penalty unsloth_fixed unsloth_version "
-    "is_llama_config transformers.js_config".split()
+    "cache_implementation remove_invalid_values exponential_decay_length_penalty unsloth_fixed "
+    "unsloth_version is_llama_config transformers.js_config".split()
 )
 
 
@@ -98,6 +98,7 @@ class ModelConfig:
       embedding_scale: the embedding's rows are multiplied by this,
       residual_scale: what a layer adds to the residual stream by this,
       logit_scale: and logits by this.
+      logit_soft_cap: logits are capped to plus and minus this by a hyperbolic tangent.
     """
 
     family: str
@@ -129,6 +130,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -198,10 +200,11 @@ class ModelConfig:
             rope=rope,
             sliding_rope=sliding_rope,
             max_positions=size(config, "max_position_embeddings", source),
+            window=None,
         )
         facts |= {name: fact for name, fact in row.facts.items() if not callable(fact)}
         if row.layer_types is not None and config.get("layer_types") is None:
-            config["layer_types"] = row.layer_types(config)
+            config["layer_types"] = row.layer_types(config, source)
         for name in row.fields:
             if config.get(name) is not None and name in READERS:
                 fact, read = READERS[name]
@@ -217,10 +220,17 @@ def _checked(model: ModelConfig, source: str) -> ModelConfig:
             f"{source}: num_attention_heads={model.num_heads} is not a multiple of "
             f"num_key_value_heads={model.num_kv_heads}"
         )
+    if model.logit_soft_cap is not None:
+        raise UserError(
+            f"{source}: final_logit_softcapping={model.logit_soft_cap} is not supported, only null"
+        )
     if "sliding" not in model.pattern:
         model = dataclasses.replace(model, window=None, sliding_rope=None)
     elif model.window is None:
         raise UserError(f"{source}: the required field sliding_window is missing")
+    elif model.window >= model.max_positions and model.sliding_rope is None:
+        kinds = ["full" if kind == "sliding" else kind for kind in model.pattern]
+        model = dataclasses.replace(model, window=None, pattern=shortest_period(kinds))
     ropes = [rope for rope in (model.rope, model.sliding_rope) if rope is not None]
     for rope in ropes:
         rope.check(model.head_width, source)
@@ -260,6 +270,9 @@ def _check_supported(config: dict[str, Any], family: str, source: str) -> None:
                 f"{source}: {name}={brief(value)} is a field unknown for {family} that may change "
                 "what the model computes; remove it from config.json if it does not"
             )
+    ends = config.get("eos_token_id")
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends or 0])):
+        raise UserError(f"{source}: eos_token_id={brief(ends)} must be an id or a list of ids")
     layer_types, num_layers = config.get("layer_types"), config.get("num_hidden_layers")
     if "layer_types" in row.fields or layer_types is None or type(num_layers) is not int:
         return

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from distill.models.fields import size
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -25,6 +27,7 @@ class Family:
       defaults: of fields that config.json may leave out, as transformers has them.
       layer_types: makes the default of that field from the others.
       keys: Hugging Face keys of parameters, where they are not Llama's; see `checkpoints.keys`.
+      fused: parameters that lie in one tensor one behind the other, by its key.
     """
 
     architecture: str
@@ -33,35 +36,45 @@ class Family:
     required: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    layer_types: Callable[[dict[str, Any]], list[str]] | None = None
+    layer_types: Callable[[dict[str, Any], str], list[str]] | None = None
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
-def _full_every(period: int) -> Callable[[dict[str, Any]], list[str]]:
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def _full_every(period: int) -> Callable[[dict[str, Any], str], list[str]]:
     """Of so many layers the last has full attention; config.json may give another number."""
 
-    def layer_types(config: dict[str, Any]) -> list[str]:
-        every = config.get("sliding_window_pattern", period)
+    def layer_types(config: dict[str, Any], source: str) -> list[str]:
+        if config["sliding_window"] is None:
+            return [_FULL] * config["num_hidden_layers"]
+        every = size({"sliding_window_pattern": period} | config, "sliding_window_pattern", source)
         return [
-            "sliding_attention" if (layer + 1) % every else "full_attention"
+            _SLIDING if (layer + 1) % every else _FULL
             for layer in range(config["num_hidden_layers"])
         ]
 
     return layer_types
 
 
-def _full_first(config: dict[str, Any]) -> list[str]:
+def _full_first(config: dict[str, Any], source: str) -> list[str]:
     """Qwen's: `max_window_layers` before those with a window."""
     slides = config["use_sliding_window"] and config["sliding_window"] is not None
-    return [
-        "sliding_attention" if slides and layer >= config["max_window_layers"] else "full_attention"
-        for layer in range(config["num_hidden_layers"])
-    ]
+    first = config["max_window_layers"] if slides else config["num_hidden_layers"]
+    first = first and size({"max_window_layers": first}, "max_window_layers", source)
+    return [_FULL if layer < first else _SLIDING for layer in range(config["num_hidden_layers"])]
 
 
-def _sliding_if_windowed(config: dict[str, Any]) -> list[str]:
-    kind = "full_attention" if config["sliding_window"] is None else "sliding_attention"
-    return [kind] * config["num_hidden_layers"]
+def _all_sliding(config: dict[str, Any], _: str) -> list[str]:
+    return [_SLIDING if config["sliding_window"] else _FULL] * config["num_hidden_layers"]
+
+
+def _full_without_positions(facts: dict[str, Any]) -> tuple[str, ...]:
+    """EXAONE's pattern: beside layers with a window, full attention isn't rotated."""
+    full = "unrotated" if facts["window"] else "full"
+    return tuple(full if kind == "full" else kind for kind in facts["pattern"])
 
 
 _QWEN: dict[str, Any] = dict(
@@ -70,9 +83,155 @@ _QWEN: dict[str, Any] = dict(
     defaults={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
     layer_types=_full_first,
 )
+_WINDOWED: dict[str, Any] = dict(
+    fields=("layer_types", "sliding_window"),
+    defaults={"sliding_window": 4096, "rope_theta": 1e4},
+    layer_types=_all_sliding,
+)
+_GEMMA: dict[str, Any] = {
+    "norm_offset": 1.0,
+    "embedding_scale": lambda facts: facts["model_width"] ** 0.5,
+}
+# What Gemma 2 and 3 name; hidden_act is only read by older code than transformers'.
+_GEMMA_FIELDS = ("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping") + (
+    ("final_logit_softcapping", "layer_types", "sliding_window")
+)
+_GEMMA_DEFAULTS = {
+    "vocab_size": 256000,
+    "head_dim": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e4,
+}
+_GATE_UP = {
+    "model.layers.{layer}.mlp.gate_up_proj.weight": ("layers/gate_proj", "layers/up_proj"),
+}
+_QKV = {
+    "model.layers.{layer}.self_attn.qkv_proj.weight": (
+        *("layers/q_proj", "layers/k_proj", "layers/v_proj"),
+    ),
+}
+_DROPOUT = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")
+_GLM: dict[str, Any] = dict(
+    fields=("attention_bias", "partial_rotary_factor"),
+    defaults={
+        "head_dim": 128,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 1e4,
+    },
+    fused=_GATE_UP,
+)
 
 FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, **_QWEN),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": "head"}, required=("head_dim",), **_QWEN),
     "llama": Family("LlamaForCausalLM", defaults={"rope_theta": 1e4}),
+    # Loaded as ministral by transformers if it has layer_types.
+    "mistral": Family("MistralForCausalLM", **_WINDOWED),
+    "ministral": Family("MinistralForCausalLM", required=("head_dim",), **_WINDOWED),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        required=("head_dim", "rope_parameters"),
+        **(_WINDOWED | {"defaults": {"sliding_window": None}}),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        fields=("no_rope_layers",),
+        required=("no_rope_layers",),
+        ignored=("no_rope_layer_interval", "max_window_layers"),
+        defaults={"rope_theta": 2e6, "tie_word_embeddings": True},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        fields=("layer_types", "sliding_window", "partial_rotary_factor"),
+        # Its code on the hub was the first; transformers never runs it.
+        ignored=("auto_map", "full_attn_mod", "interpolate_factor", *_DROPOUT),
+        defaults={"sliding_window": None, "rope_theta": 1e4},
+        layer_types=_all_sliding,
+        fused=_QKV | _GATE_UP,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", {"norms": "after", "qk_norm": "all"}, defaults={"rope_theta": 1e4}
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        {"norms": "after", "qk_norm": "all"},
+        fields=("layer_types", "sliding_window"),
+        defaults={"sliding_window": 4096, "rope_theta": 5e5, "rope_local_base_freq": 5e5},
+        layer_types=_full_every(4),
+    ),
+    "exaone4": Family(
+        "Exaone4ForCausalLM",
+        {"norms": "after", "qk_norm": "head", "pattern": _full_without_positions},
+        fields=("layer_types", "sliding_window"),
+        ignored=("sliding_window_pattern",),
+        defaults={"sliding_window": 4096, "rope_theta": 1e4},
+        layer_types=_full_every(4),
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        fields=("attention_multiplier", "embedding_multiplier")
+        + ("residual_multiplier", "logits_scaling"),
+        defaults={"attention_multiplier": 1.0, "rope_theta": 1e4},
+    ),
+    "glm": Family("GlmForCausalLM", {"interleaved_rope": True}, **_GLM),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        {"interleaved_rope": True, "norms": "both"},
+        keys={
+            "layers/ffn_norm": "model.layers.{layer}.post_attention_layernorm.weight",
+            "layers/attention_out_norm": "model.layers.{layer}.post_self_attn_layernorm.weight",
+            "layers/ffn_out_norm": "model.layers.{layer}.post_mlp_layernorm.weight",
+        },
+        **_GLM,
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        # The first files say gelu and mean its approximation.
+        _GEMMA | {"activation": "gelu_pytorch_tanh"},
+        ignored=("hidden_act", "hidden_activation"),
+        defaults={"head_dim": 256, "rope_theta": 1e4, "tie_word_embeddings": True},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _GEMMA | {"norms": "both"},
+        fields=_GEMMA_FIELDS,
+        ignored=("hidden_act",),
+        defaults=_GEMMA_DEFAULTS
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+        | {"max_position_embeddings": 8192},
+        layer_types=_full_every(2),
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _GEMMA | {"norms": "both", "qk_norm": "head"},
+        fields=(*_GEMMA_FIELDS, "rope_local_base_freq"),
+        ignored=("hidden_act", "sliding_window_pattern"),
+        defaults=_GEMMA_DEFAULTS
+        | {"vocab_size": 262208, "max_position_embeddings": 131072}
+        | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        layer_types=_full_every(6),
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        fields=("attention_bias", "attention_out_bias", "mlp_bias"),
+        ignored=_DROPOUT,
+        defaults={"attention_bias": True, "head_dim": 128, "rope_theta": 1e4},
+    ),
+    "ernie4_5": Family(
+        "Ernie4_5ForCausalLM",
+        {"interleaved_rope": True},
+        defaults={"rope_theta": 5e5, "head_dim": 128, "tie_word_embeddings": True},
+    ),
+    "helium": Family(
+        "HeliumForCausalLM",
+        {"interleaved_rope": True},
+        defaults={"rope_theta": 1e5, "head_dim": 128},
+    ),
 }

@@ -49,13 +49,33 @@ def _pattern(config: dict[str, Any], name: str, source: str) -> tuple[str, ...]:
             f"{source}: {name}={brief(types)} is not supported, only {' or '.join(known)} for "
             f"each of the {num_layers} layers"
         )
-    kinds = [known[each] for each in types]
-    period = next(p for p in range(1, num_layers + 1) if kinds[p:] == kinds[:-p])
+    return shortest_period([known[each] for each in types])
+
+
+def shortest_period(kinds: list[str]) -> tuple[str, ...]:
+    """What gives the list when it is repeated, the last time perhaps in part."""
+    period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
     return tuple(kinds[:period])
 
 
 def _window(config: dict[str, Any], name: str, source: str) -> int | None:
     return size(config, name, source) if config.get("use_sliding_window", True) else None
+
+
+def flag(config: dict[str, Any], name: str, source: str) -> bool:
+    if type(config[name]) is not bool:
+        raise UserError(f"{source}: {name}={brief(config[name])} must be true or false")
+    return config[name]
+
+
+def _rotated_layers(config: dict[str, Any], name: str, source: str) -> tuple[str, ...]:
+    """SmolLM3's list of 1 for layers with rotary embedding and 0 for others, as a pattern."""
+    numbers, num_layers = config[name], size(config, "num_hidden_layers", source)
+    if not isinstance(numbers, list) or len(numbers) < num_layers or {*numbers} - {0, 1}:
+        raise UserError(
+            f"{source}: {name}={brief(numbers)} must be 0 or 1 for each of the {num_layers} layers"
+        )
+    return shortest_period(["full" if each else "unrotated" for each in numbers[:num_layers]])
 
 
 def _one_of(*choices: str):
@@ -81,11 +101,16 @@ READERS: dict[str, tuple[str, Callable[[dict[str, Any], str, str], Any]]] = {
     "hidden_act": ("activation", _activation),
     "hidden_activation": ("activation", _activation),
     "layer_types": ("pattern", _pattern),
+    "no_rope_layers": ("pattern", _rotated_layers),
     "sliding_window": ("window", _window),
+    "attention_bias": ("qkv_bias", flag),
+    "attention_out_bias": ("o_bias", flag),
+    "mlp_bias": ("mlp_bias", flag),
     "query_pre_attn_scalar": ("attention_scale", _power(-0.5)),
     "attention_multiplier": ("attention_scale", positive),
     "attn_logit_softcapping": ("attention_soft_cap", positive),
     "embedding_multiplier": ("embedding_scale", positive),
     "residual_multiplier": ("residual_scale", positive),
     "logits_scaling": ("logit_scale", _power(-1)),
+    "final_logit_softcapping": ("logit_soft_cap", positive),
 }

@@ -1,8 +1,8 @@
 """Shapes of published models, for plans on machines that have none of their files.
 
-The facts of each config.json on the Hugging Face hub, which torchtune's model builders repeat
-(github.com/pytorch/torchtune, torchtune/models/{qwen2_5,qwen3,llama3_1,llama3_2}). Heads have more
-rows than the tokenizers have ids.
+The facts of each config.json on the Hugging Face hub; those of Qwen and Llama are repeated by
+torchtune's model builders (github.com/pytorch/torchtune). Heads may have more rows than the
+tokenizers have ids.
 """
 
 from __future__ import annotations
@@ -95,6 +95,109 @@ def _published(shape: tuple[int, ...], facts: dict, vocab_size: int) -> Publishe
     return Published(ModelConfig.from_hf(config, "this table"), vocab_size)
 
 
+def _facts(
+    model_type: str, vocab_size: int, max_positions: int, rope_theta: float, eps: float, **others
+) -> dict:
+    return {
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_positions,
+        "rope_theta": rope_theta,
+        "rms_norm_eps": eps,
+        **others,
+    }
+
+
+_GEMMA3 = dict(sliding_window=512, query_pre_attn_scalar=256, head_dim=256)
+_MISTRAL = dict(sliding_window=None, head_dim=128)
+_GRANITE = dict(embedding_multiplier=12.0, residual_multiplier=0.22, tie_word_embeddings=True)
+_SMOLLM3 = dict(no_rope_layers=[1, 1, 1, 0] * 9, tie_word_embeddings=True)
+# By name: layers, width, heads, key-value heads and feed-forward; the facts; ids in use.
+_OTHERS: dict[str, tuple[tuple[int, ...], dict, int]] = {
+    "google/gemma-3-270m-it": (
+        (18, 640, 4, 1, 2048),
+        _facts("gemma3_text", 262144, 32768, 1e6, 1e-6, **_GEMMA3),
+        262144,
+    ),
+    "google/gemma-3-1b-it": (
+        (26, 1152, 4, 1, 6912),
+        _facts("gemma3_text", 262144, 32768, 1e6, 1e-6, **_GEMMA3),
+        262144,
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.3": (
+        (32, 4096, 32, 8, 14336),
+        _facts("mistral", 32768, 32768, 1e6, 1e-5, **_MISTRAL),
+        32768,
+    ),
+    "mistralai/Mistral-Nemo-Instruct-2407": (
+        (40, 5120, 32, 8, 14336),
+        _facts("mistral", 131072, 1024000, 1e6, 1e-5, **_MISTRAL),
+        131072,
+    ),
+    "mistralai/Mistral-Small-24B-Instruct-2501": (
+        (40, 5120, 32, 8, 32768),
+        _facts("mistral", 131072, 32768, 1e8, 1e-5, **_MISTRAL),
+        131072,
+    ),
+    "microsoft/phi-4": (
+        (40, 5120, 40, 10, 17920),
+        _facts("phi3", 100352, 16384, 250000.0, 1e-5),
+        100352,
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (
+        (30, 576, 9, 3, 1536),
+        _facts("llama", 49152, 8192, 1e5, 1e-5, tie_word_embeddings=True),
+        49152,
+    ),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": (
+        (32, 960, 15, 5, 2560),
+        _facts("llama", 49152, 8192, 1e5, 1e-5, tie_word_embeddings=True),
+        49152,
+    ),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": (
+        (24, 2048, 32, 32, 8192),
+        _facts("llama", 49152, 8192, 130000.0, 1e-5, tie_word_embeddings=True),
+        49152,
+    ),
+    "HuggingFaceTB/SmolLM3-3B": (
+        (36, 2048, 16, 4, 11008),
+        _facts("smollm3", 128256, 65536, 5e6, 1e-6, **_SMOLLM3),
+        128256,
+    ),
+    "allenai/OLMo-2-0425-1B-Instruct": (
+        (16, 2048, 16, 16, 8192),
+        _facts("olmo2", 100352, 4096, 5e5, 1e-6),
+        100278,
+    ),
+    "allenai/OLMo-2-1124-7B-Instruct": (
+        (32, 4096, 32, 32, 11008),
+        _facts("olmo2", 100352, 4096, 5e5, 1e-6),
+        100278,
+    ),
+    "allenai/OLMo-2-1124-13B-Instruct": (
+        (40, 5120, 40, 40, 13824),
+        _facts("olmo2", 100352, 4096, 5e5, 1e-6),
+        100278,
+    ),
+    "allenai/OLMo-2-0325-32B-Instruct": (
+        (64, 5120, 40, 8, 27648),
+        _facts("olmo2", 100352, 4096, 5e5, 1e-6),
+        100278,
+    ),
+    "ibm-granite/granite-3.3-2b-instruct": (
+        (40, 2048, 32, 8, 8192),
+        _facts("granite", 49159, 131072, 1e7, 1e-5, **_GRANITE)
+        | {"attention_multiplier": 0.015625, "logits_scaling": 8.0},
+        49159,
+    ),
+    "ibm-granite/granite-3.3-8b-instruct": (
+        (40, 4096, 32, 8, 12800),
+        _facts("granite", 49159, 131072, 1e7, 1e-5, **_GRANITE)
+        | {"attention_multiplier": 0.0078125, "logits_scaling": 16.0},
+        49159,
+    ),
+}
+
 PUBLISHED = {
     **{f"Qwen/Qwen2.5-{size}-Instruct": _qwen2_5(size, base=False) for size in _QWEN2_5},
     **{f"Qwen/Qwen2.5-{size}": _qwen2_5(size, base=True) for size in _QWEN2_5},
@@ -102,4 +205,5 @@ PUBLISHED = {
     **{f"Qwen/Qwen3-{size}-Base": _qwen3(size, base=True) for size in _QWEN3 if size != "32B"},
     **{f"meta-llama/Llama-{size}": _llama3(size) for size in _LLAMA3},
     **{f"meta-llama/Llama-{size}-Instruct": _llama3(size) for size in _LLAMA3},
+    **{name: _published(*row) for name, row in _OTHERS.items()},
 }

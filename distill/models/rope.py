@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 
 from distill.base.errors import UserError
-from distill.models.fields import brief, positive, required, size
+from distill.models.fields import brief, flag, positive, required, size
 
 Stretched = tuple[np.ndarray, float]  # frequencies, and the factor of cosines and sines
 
 
+@dataclass(frozen=True)
 class Scaling:
-    """Base of the scalings.
+    """Base of the scalings."""
 
-    Attributes:
-      positions: up to which frequencies are the same for all lengths.
-    """
-
-    positions: float = math.inf
+    @property
+    def positions(self) -> float:
+        """Up to which frequencies are the same for all lengths."""
+        return math.inf
 
     def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
         """From the frequencies of channel pairs without it, which are powers of 1 / theta."""
@@ -42,7 +42,7 @@ class Linear(Scaling):
 
     factor: float
 
-    def stretch(self, frequencies_h, theta):
+    def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
         return frequencies_h / self.factor, 1.0
 
 
@@ -52,7 +52,7 @@ class Dynamic(Scaling):
 
     factor: float
 
-    def stretch(self, frequencies_h, theta):
+    def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
         return frequencies_h, 1.0
 
 
@@ -65,7 +65,7 @@ class Llama3(Scaling):
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def stretch(self, frequencies_h, theta):
+    def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
         turns_h = self.original_max_position_embeddings * frequencies_h / (2 * np.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
         keep_h = np.clip((turns_h - low) / (high - low), 0, 1)
@@ -87,11 +87,11 @@ class Yarn(Scaling):
     llama_4_scaling_beta: float | None = None
 
     @property
-    def positions(self):
+    def positions(self) -> float:
         plain = self.llama_4_scaling_beta is None
         return math.inf if plain else self.original_max_position_embeddings
 
-    def stretch(self, frequencies_h, theta):
+    def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
         half, length = len(frequencies_h), self.original_max_position_embeddings
 
         def pair_of(turns: float) -> float:
@@ -128,10 +128,10 @@ class LongRope(Scaling):
     attention_factor: float | None = None
 
     @property
-    def positions(self):
+    def positions(self) -> float:
         return self.original_max_position_embeddings
 
-    def stretch(self, frequencies_h, theta):
+    def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
         factor = self.attention_factor
         if factor is None:
             growth = math.log(max(self.factor, 1.0))
@@ -232,14 +232,12 @@ def read_ropes(
     filled = {**defaults, **config}
 
     def read(rope: dict[str, Any], where: str) -> Rope:
-        fraction = {"partial_rotary_factor": 1} | filled | rope
-        if not partial and fraction["partial_rotary_factor"] not in (1, None):
-            raise UserError(
-                f"{where}: partial_rotary_factor={brief(fraction['partial_rotary_factor'])} "
-                "is not supported, only 1"
-            )
-        theta, scaling = positive(rope, "rope_theta", where), _scaling(rope, filled, where)
-        return Rope(theta, scaling, positive(fraction, "partial_rotary_factor", where))
+        name = "partial_rotary_factor"
+        fractions = [each[name] for each in (rope, filled) if each.get(name) is not None]
+        fraction = positive({name: fractions[0]}, name, where) if fractions else 1.0
+        if fraction != 1 and not partial:
+            raise UserError(f"{where}: {name}={brief(fraction)} is not supported, only 1")
+        return Rope(positive(rope, "rope_theta", where), _scaling(rope, filled, where), fraction)
 
     local = filled.get("rope_local_base_freq")
     if rope.keys() & {"full_attention", "sliding_attention"}:
@@ -250,8 +248,10 @@ def read_ropes(
                 ("sliding_attention", local or filled.get("rope_theta")),
             )
         )
+    elif rope and local is not None and style == "rope_parameters":
+        raise UserError(f"{source}: {style}={brief(rope)} must have an entry for each layer type")
     else:
-        theta = _theta(rope, config, defaults, style, source)
+        theta = _theta(rope, config, filled, style, source)
         full = sliding = read(rope | {"rope_theta": theta}, f"{source}: {style}")
         if local is not None:
             theta = positive(filled, "rope_local_base_freq", source)
@@ -270,14 +270,14 @@ def _of_type(rope: dict[str, Any], name: str, theta: Any, where: str) -> dict[st
 
 
 def _theta(
-    rope: dict[str, Any], config: dict[str, Any], defaults: Mapping[str, Any], style: str, source
+    rope: dict[str, Any], config: dict[str, Any], filled: dict[str, Any], style: str, source: str
 ) -> float:
     """`rope_theta`, which stands beside the scaling or in it."""
     where = f"{source}: {style}"
     inner = positive(rope, "rope_theta", where) if "rope_theta" in rope else None
     if inner is not None and config.get("rope_theta") is None:
         return inner
-    outer = positive({**defaults, **config}, "rope_theta", source)
+    outer = positive(filled, "rope_theta", source)
     if inner not in (None, outer):
         raise UserError(f"{where}: rope_theta={inner} contradicts rope_theta={outer}")
     return outer
@@ -326,12 +326,6 @@ def _with_lengths(
     return rope
 
 
-def _flag(rope: dict[str, Any], name: str, where: str) -> bool:
-    if type(rope[name]) is not bool:
-        raise UserError(f"{where}: {name}={brief(rope[name])} must be true or false")
-    return rope[name]
-
-
 def _numbers(rope: dict[str, Any], name: str, where: str) -> tuple[float, ...]:
     numbers = required(rope, name, where)
     if not isinstance(numbers, list | tuple) or not numbers:
@@ -344,7 +338,7 @@ _TYPES: dict[str, Callable[[dict[str, Any], str, str], Any]] = {
     "float": positive,
     "float | None": positive,
     "int": size,
-    "bool": _flag,
+    "bool": flag,
     "tuple[float, ...]": _numbers,
 }
 

@@ -1,4 +1,4 @@
-"""Two imaginary families, each a row of the table and nothing else, against a slow definition."""
+"""Gemma 2 and an imaginary family, both rows of the table alone, against a slow definition."""
 
 import dataclasses
 
@@ -27,21 +27,7 @@ from distill.sampling.request import RolloutRequest
 VOCAB, LENGTH, TOLERANCE = 32, 24, 1e-4
 
 ROWS = {
-    # Gemma 2, but for the soft-cap of its logits.
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        {
-            "norms": "both",
-            "norm_offset": 1.0,
-            "embedding_scale": lambda facts: facts["model_width"] ** 0.5,
-            "pattern": ("sliding", "full"),
-        },
-        fields=("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping")
-        + ("sliding_window", "layer_types"),
-        ignored=("use_bidirectional_attention",),
-    ),
-    "olmo2": Family("Olmo2ForCausalLM", {"norms": "after", "qk_norm": "all"}),
-    # Of the facts, what the others leave out.
+    # Of the facts, what Gemma 2 leaves out.
     "patchwork": Family(
         "PatchworkForCausalLM",
         {
@@ -76,6 +62,7 @@ CONFIGS = {
         hidden_activation="gelu_pytorch_tanh",
         query_pre_attn_scalar=5,
         attn_logit_softcapping=1.5,
+        final_logit_softcapping=None,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
     ),
@@ -304,44 +291,13 @@ def test_program_does_not_grow_with_depth(case):
     assert operations(2) == operations(6)
 
 
-# ----------------------------------------------------------------------------- against transformers
-
-
-@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
-def test_logits_equal_those_of_transformers(family, tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is the reference; pip install torch")
-    import transformers
-
-    fields = {name: x for name, x in CONFIGS.get(family, SIZES).items() if name != "rope_theta"}
-    if family == "gemma2":
-        fields["final_logit_softcapping"] = None
-    else:
-        fields = {name: x for name, x in fields.items() if name != "head_dim"}
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
-    architecture = ROWS[family].architecture.removesuffix("ForCausalLM")
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(**fields, attn_implementation="eager")
-    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-        tokens = random_tokens(2, LENGTH)
-        expected = model(torch.tensor(tokens)).logits.numpy()
-    model.save_pretrained(tmp_path)
-    config, _ = load_model_config(tmp_path)
-    graph, shapes = random_model(config)
-    ours = nnx.merge(graph, load_params(tmp_path, config, shapes, None, jnp.float32))
-    assert expected.std() > 0.3
-    np.testing.assert_allclose(logits_of(ours, tokens), expected, atol=TOLERANCE)
-
-
 # ---------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is a field un"),
+        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not suppor"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation='relu' is not supported"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 5}, "layer_types=.* is not supported"),
         ("gemma2", {"sliding_window": None}, "the required field sliding_window is missing"),
@@ -373,7 +329,7 @@ def test_a_config_that_cannot_be_written_is_an_error():
 def test_two_parameters_with_one_key_are_an_error(case, monkeypatch):
     config = case[0]
     row = dataclasses.replace(
-        ROWS[config.family],
+        FAMILIES[config.family],
         keys={"layers/up_proj": key_table(config)["layers/sliding/gate_proj"].key},
     )
     monkeypatch.setitem(FAMILIES, config.family, row)

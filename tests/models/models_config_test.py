@@ -4,7 +4,7 @@ import pytest
 
 from distill.base.errors import UserError
 from distill.models.facts import ModelConfig
-from distill.models.rope import Llama3, Rope
+from distill.models.rope import Linear, Llama3, Rope
 
 # As published, fields that do not matter included.
 QWEN2_5 = {
@@ -145,7 +145,34 @@ def test_defaults_of_absent_fields():
 
 
 def test_falsy_unknown_fields_are_harmless():
-    assert read(QWEN2_5 | {"use_mrope": False, "novelty": None}) == read(QWEN2_5)
+    fields = {"use_mrope": False, "novelty": None, "_secret": 1, "is_llama_config": True}
+    fields |= {"transformers.js_config": {"dtype": "q4"}, "eos_token_id": [1, 2]}
+    assert read(QWEN2_5 | fields) == read(QWEN2_5)
+
+
+GEMMA3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 34,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+}
+
+
+def test_text_of_gemma3_needs_no_more_than_its_container_says():
+    config = read(GEMMA3_4B)
+    assert (config.num_heads, config.num_kv_heads, config.head_width) == (8, 4, 256)
+    assert config.layers.count("full") == 5 and config.pattern == ("sliding",) * 5 + ("full",)
+    assert config.rope == Rope(1e6, Linear(8.0)) and config.sliding_rope == Rope(1e4)
+    assert config.tied and config.max_positions == 131072 and config.attention_scale == 1 / 16
+
+
+def test_a_window_that_no_sequence_reaches_is_none():
+    mistral = without(LLAMA3, "rope_scaling", "pretraining_tp") | {"model_type": "mistral"}
+    mistral |= {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 4096}
+    assert read(mistral) == read(mistral | {"sliding_window": None})
+    assert read(mistral | {"sliding_window": 4095}).pattern == ("sliding",)
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
@@ -171,6 +198,8 @@ UNSUPPORTED = [
     ("qwen2", "model_type", "bert"),
     ("qwen2", "model_type", ["qwen2"]),
     ("qwen2", "architectures", 5),
+    ("qwen2", "eos_token_id", "</s>"),
+    ("qwen2", "eos_token_id", [1, None]),
     ("qwen2", "num_hidden_layers", 10**12),
     ("qwen2", "model_type", None),
     ("qwen2", "architectures", ["Qwen2ForSequenceClassification"]),

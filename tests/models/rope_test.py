@@ -81,6 +81,13 @@ def test_layer_types_have_ropes_of_their_own():
         read(gemma | {"rope_parameters": BY_TYPE | {"factor": 2.0}})
 
 
+def test_a_family_with_two_ropes_has_both_in_rope_parameters():
+    gemma = {"model_type": "gemma3_text", "hidden_size": 8, "intermediate_size": 8}
+    gemma |= {"num_hidden_layers": 2, "rope_parameters": {"rope_theta": 1e5}}
+    with pytest.raises(UserError, match="rope_parameters=.* must have an entry for each layer typ"):
+        read(gemma)
+
+
 def test_longrope_has_a_factor_for_every_pair():
     short = SCALINGS["longrope"] | {"short_factor": [1.0] * 31}
     with pytest.raises(UserError, match="short_factor has 31 numbers, the 64 rotated channels of"):

@@ -108,10 +108,12 @@ def _write_weights(
     for name, keys in plan.filename_to_tensors.items():
         tensors = {}
         for key in keys:
-            gathered = _gather(by_key[key], dtype)  # by all processes, in the same order
+            parts = by_key[key].parts
+            gathered = [_gather(part, dtype) for part in parts]  # by all processes, in this order
             if writes:
-                value = _to_hf(gathered, by_key[key].weight)[: by_key[key].rows]
-                tensors[key] = transform(key, value)
+                made = [_to_hf(x, part.weight) for x, part in zip(gathered, parts, strict=True)]
+                value = made[0] if len(made) == 1 else np.concatenate(made)
+                tensors[key] = transform(key, value[: by_key[key].rows])
         if writes:
             save_file(tensors, folder / name, metadata={"format": "pt"})
             # safetensors leaves it to its owner alone, whatever the umask that made the folder.
@@ -121,42 +123,53 @@ def _write_weights(
         _write_json(folder / INDEX, index)
 
 
-class _Exported(NamedTuple):
-    """One tensor of the checkpoint: array[index] in our layout, then `rows` of it in theirs."""
+class _Part(NamedTuple):
+    """What a parameter has in one tensor: array[index], in our layout."""
 
-    key: str
     weight: Weight
     array: jax.Array
     index: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.hf_shape(self.array.shape[len(self.index) :])
+
+
+class _Exported(NamedTuple):
+    """One tensor of the checkpoint: its parts one behind the other, and `rows` of them."""
+
+    key: str
+    parts: list[_Part]
     rows: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = self.weight.hf_shape(self.array.shape[len(self.index) :])
-        return (min(shape[0], self.rows or shape[0]), *shape[1:])
+        rows = sum(part.shape[0] for part in self.parts)
+        return (min(rows, self.rows or rows), *self.parts[0].shape[1:])
 
 
 def _exported(params: nnx.State, config: ModelConfig, rows: int | None) -> Iterator[_Exported]:
     mapped = mapped_params(config, params)
     for path, (weight, array) in mapped.items():
         cut = rows if path in ("embedding", "output_head") else None
-        for index, key in weight.tensors(array.shape):
-            yield _Exported(key, weight, array, index, cut)
+        paths = weight.parts or (path,)
+        for index, key in weight.tensors(array.shape) if path == paths[0] else ():
+            yield _Exported(key, [_Part(*mapped[part], index) for part in paths], cut)
     if rows is not None and config.tied:
-        yield _Exported("lm_head.weight", *mapped["embedding"], (), rows)
+        yield _Exported("lm_head.weight", [_Part(*mapped["embedding"], ())], rows)
 
 
-def _gather(exported: _Exported, dtype: np.dtype) -> np.ndarray:
-    """The tensor in our layout, from the devices of all processes."""
-    place = exported.array.sharding
-    if not exported.array.is_fully_addressable:
+def _gather(part: _Part, dtype: np.dtype) -> np.ndarray:
+    """It in our layout, from the devices of all processes."""
+    place = part.array.sharding
+    if not part.array.is_fully_addressable:
         # A process can read only what its own devices hold.
         slicer = _slicer(dtype, replicated(place.mesh))
-    elif exported.index:
-        slicer = _slicer(dtype, inner_sharding(place, len(exported.index)))
+    elif part.index:
+        slicer = _slicer(dtype, inner_sharding(place, len(part.index)))
     else:
         slicer = _slicer(dtype, place)
-    return np.asarray(slicer(exported.array, *exported.index))
+    return np.asarray(slicer(part.array, *part.index))
 
 
 @functools.cache

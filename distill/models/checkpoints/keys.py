@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import re
@@ -24,12 +25,15 @@ class Weight(NamedTuple):
       axes: 'ours -> theirs' for one of its tensors, a letter per axis (the shape suffixes of
         transformer.py); letters written together are merged into one axis there.
       layers: numbers of the layers that a stack of one kind's layers holds; (): of all.
+      parts: paths of the parameters that lie in each tensor, one behind the other along its first
+        axis, where it has several.
     """
 
     path: str
     key: str
     axes: str
     layers: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -105,11 +109,16 @@ def key_table(config: ModelConfig) -> dict[str, Weight]:
         rows |= {weight.path: weight for weight in _NORMS_OVER_HEADS}
     for path, key in FAMILIES[config.family].keys.items():
         rows[path] = rows[path]._replace(key=key)
+    for key, parts in FAMILIES[config.family].fused.items():
+        rows |= {path: rows[path]._replace(key=key, parts=parts) for path in parts}
     for path in _absent(config):
         rows.pop(path, None)
-    keys = [weight.key for weight in rows.values()]
-    if twice := sorted(key for key in set(keys) if keys.count(key) > 1):
-        raise ValueError(f"{config.family}: more than one parameter is mapped to {twice[0]}")
+    paths: dict[str, tuple[str, ...]] = collections.defaultdict(tuple)
+    for weight in rows.values():
+        paths[weight.key] += (weight.path,)
+    for weight in rows.values():
+        if sorted(paths[weight.key]) != sorted(weight.parts or (weight.path,)):
+            raise ValueError(f"{config.family}: more than one parameter is mapped to {weight.key}")
     return rows if len(config.kinds) == 1 else _by_kind(config, rows)
 
 
@@ -120,8 +129,10 @@ def _by_kind(config: ModelConfig, rows: dict[str, Weight]) -> dict[str, Weight]:
         layers = tuple(i for i, other in enumerate(config.layers) if other == kind)
         for path, row in rows.items():
             if "layer" in row.stacked:
-                own = path.replace("layers/", f"layers/{kind}/", 1)
-                table[own] = row._replace(path=own, layers=layers)
+                own, *parts = (
+                    each.replace("layers/", f"layers/{kind}/", 1) for each in (path, *row.parts)
+                )
+                table[own] = row._replace(path=own, layers=layers, parts=tuple(parts))
     return table
 
 
@@ -137,6 +148,16 @@ def mapped_params(config: ModelConfig, params: nnx.State) -> dict[str, tuple[Wei
         which = "no parameter" if odd[0] in table else "no Hugging Face key"
         raise ValueError(f"{config.family}: {which} is known for {odd[0]}: see the key table")
     return {path: (weight, values[path]) for path, weight in table.items()}
+
+
+def fused_rows(mapped: dict[str, tuple[Weight, Any]], path: str) -> tuple[int, int]:
+    """The first row of a parameter in its tensors, and how many these have of all parameters."""
+    sizes, (weight, _) = {}, mapped[path]
+    for part in weight.parts or (path,):
+        each, array = mapped[part]
+        sizes[part] = each.hf_shape(array.shape[len(each.stacked) :])[0]
+    before = list(sizes).index(path)
+    return sum(list(sizes.values())[:before]), sum(sizes.values())
 
 
 def _absent(config: ModelConfig) -> list[str]:

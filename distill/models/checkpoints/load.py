@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from distill.base.errors import UserError
 from distill.base.sharding import inner_sharding
 from distill.models.checkpoints.hub import CONFIG, first_line, read_json, resolve_model
-from distill.models.checkpoints.keys import Weight, mapped_params
+from distill.models.checkpoints.keys import Weight, fused_rows, mapped_params
 from distill.models.facts import ModelConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -88,10 +88,14 @@ def load_params(
             sharding.get_value() if sharding is not None else SingleDeviceSharding(jax.devices()[0])
         )
         target = weight, array.shape, place, np.dtype(dtype)
+        first, _ = fused_rows(expected, name)
+        own = tensors
+        if first:
+            own = {key: tensor._replace(first_row=first) for key, tensor in tensors.items()}
         if weight.stacked:
-            loaded = param.replace(_read_stack(tensors, *target))
+            loaded = param.replace(_read_stack(own, *target))
         else:
-            loaded = param.replace(_read_tensor(tensors[weight.key], *target))
+            loaded = param.replace(_read_tensor(own[weight.key], *target))
         return loaded if finish is None else finish(name, loaded)
 
     trees = (abstract_params,) if shardings is None else (abstract_params, shardings)
@@ -101,14 +105,17 @@ def load_params(
 
 
 class _Tensor(NamedTuple):
-    """A tensor that stays on disk until it is sliced."""
+    """A tensor that stays on disk until it is sliced; `first_row` is where a part of it begins."""
 
     key: str
     file: Path
     shape: tuple[int, ...]
     kind: str
+    first_row: int = 0
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        rows, first = index[0], self.first_row
+        index = (slice(rows.start + first, rows.stop + first), *index[1:])
         # Opened anew: until a file is closed, all of it that was read counts as our memory.
         with safe_open(self.file, framework="numpy") as file:
             return file.get_slice(self.key)[index]
@@ -195,10 +202,11 @@ def _listed(keys: list[str]) -> str:
 def _check_tensors(
     tensors: dict[str, _Tensor], params: dict[str, tuple[Weight, jax.ShapeDtypeStruct]]
 ) -> None:
-    for weight, array in params.values():
-        expected = weight.hf_shape(array.shape[len(weight.stacked) :])
+    for path, (weight, array) in params.items():
+        inner = weight.hf_shape(array.shape[len(weight.stacked) :])[1:]
+        expected = (fused_rows(params, path)[1], *inner)
         for _, key in weight.tensors(array.shape):
-            _, file, found, kind = tensors[key]
+            _, file, found, kind, _ = tensors[key]
             if found != expected:
                 raise UserError(f"{file}: {key} has shape {found}, {CONFIG} calls for {expected}")
             if kind not in ("BF16", "F16", "F32"):
