@@ -158,8 +158,7 @@ class ModelConfig:
         sizes = self.num_kv_heads, self.head_width
         if name == "unrotated":
             return LayerKind(attention, None, *sizes)
-        sliding = name == "sliding" and self.sliding_rope is not None
-        rope = self.sliding_rope if sliding else self.rope
+        rope = (self.sliding_rope if name == "sliding" else None) or self.rope
         width = int(self.head_width * rope.fraction)
         return LayerKind(attention, Rotary(width, rope, self.interleaved_rope), *sizes)
 
@@ -235,8 +234,8 @@ def _checked(model: ModelConfig, source: str) -> ModelConfig:
     for rope in ropes:
         rope.check(model.head_width, source)
     # Beyond them frequencies would depend on a sequence's length.
-    limits = (rope.positions for rope in ropes)
-    return dataclasses.replace(model, max_positions=min(model.max_positions, *limits))
+    limits = [rope.positions for rope in ropes if rope.positions is not None]
+    return dataclasses.replace(model, max_positions=min([model.max_positions, *limits]))
 
 
 def _family(config: dict[str, Any], source: str) -> str:

@@ -108,13 +108,11 @@ _GEMMA_DEFAULTS = {
     "tie_word_embeddings": True,
     "rope_theta": 1e4,
 }
-_GATE_UP = {
+_GATE_UP: dict[str, tuple[str, ...]] = {
     "model.layers.{layer}.mlp.gate_up_proj.weight": ("layers/gate_proj", "layers/up_proj"),
 }
-_QKV = {
-    "model.layers.{layer}.self_attn.qkv_proj.weight": (
-        *("layers/q_proj", "layers/k_proj", "layers/v_proj"),
-    ),
+_QKV: dict[str, tuple[str, ...]] = {
+    "model.layers.{layer}.self_attn.qkv_proj.weight": tuple(f"layers/{x}_proj" for x in "qkv"),
 }
 _DROPOUT = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")
 _GLM: dict[str, Any] = dict(

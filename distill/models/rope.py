@@ -27,9 +27,9 @@ class Scaling:
     """Base of the scalings."""
 
     @property
-    def positions(self) -> float:
-        """Up to which frequencies are the same for all lengths."""
-        return math.inf
+    def positions(self) -> int | None:
+        """Up to which frequencies are the same for all lengths; None: everywhere."""
+        return None
 
     def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
         """From the frequencies of channel pairs without it, which are powers of 1 / theta."""
@@ -87,9 +87,9 @@ class Yarn(Scaling):
     llama_4_scaling_beta: float | None = None
 
     @property
-    def positions(self) -> float:
+    def positions(self) -> int | None:
         plain = self.llama_4_scaling_beta is None
-        return math.inf if plain else self.original_max_position_embeddings
+        return None if plain else self.original_max_position_embeddings
 
     def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
         half, length = len(frequencies_h), self.original_max_position_embeddings
@@ -128,7 +128,7 @@ class LongRope(Scaling):
     attention_factor: float | None = None
 
     @property
-    def positions(self) -> float:
+    def positions(self) -> int | None:
         return self.original_max_position_embeddings
 
     def stretch(self, frequencies_h: np.ndarray, theta: float) -> Stretched:
@@ -163,9 +163,9 @@ class Rope:
     fraction: float = 1.0
 
     @property
-    def positions(self) -> float:
-        """Up to which frequencies are the same for all lengths."""
-        return math.inf if self.scaling is None else self.scaling.positions
+    def positions(self) -> int | None:
+        """Up to which frequencies are the same for all lengths; None: everywhere."""
+        return None if self.scaling is None else self.scaling.positions
 
     def check(self, head_width: int, source: str) -> None:
         """Raises UserError unless heads of this width can be rotated so."""

@@ -340,7 +340,5 @@ def test_fused_tensors_are_cut_for_shards(other, tmp_path):
     tensors[key] = tensors[key][1:]
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(case.folder / "config.json", tmp_path)
-    with pytest.raises(
-        UserError, match=f"{key} has shape .63, 32., config.json calls for .64"
-    ):
+    with pytest.raises(UserError, match=f"{key} has shape .63, 32., config.json calls for .64"):
         load(tmp_path, case.config)
