@@ -25,6 +25,9 @@ def run() -> None:
     width = flags.DEFINE_integer("width", 64, "Width of the residual stream.", lower_bound=1)
     heads = flags.DEFINE_integer("heads", 4, "Query heads.", lower_bound=1)
     kv_heads = flags.DEFINE_integer("kv_heads", 2, "Key and value heads.", lower_bound=1)
+    like = flags.DEFINE_string(
+        "like", None, "A config.json of any family that gives these four sizes and all others."
+    )
     rows = flags.DEFINE_integer("vocab_size", 0, "Embedding rows; 0: the tokenizer's ids.")
     seed = flags.DEFINE_integer("seed", 0, "Of the weights.", lower_bound=0)
 
@@ -33,9 +36,9 @@ def run() -> None:
         if not tokenizer.value:
             raise cli.UserError("pass --tokenizer, such as bpe:2048 or characters:arithmetic")
         # Imported late: a wrong flag should not wait for JAX.
+        from distill.build import scratch
         from distill.build.data import build_dataset
         from distill.build.plugins import import_plugins
-        from distill.build.scratch import make_random_model, make_tokenizer
         from distill.models.checkpoints.hub import EMBEDDED, is_hub_id
 
         import_plugins(config)
@@ -46,17 +49,21 @@ def run() -> None:
                 "place random weights would be found: pass --output=FOLDER"
             )
         folder = local_path(output.value or named)
-        make_random_model(
-            folder,
-            make_tokenizer(tokenizer.value, build_dataset(config.data, config.seed)),
-            num_layers=layers.value,
-            model_width=width.value,
-            num_heads=heads.value,
-            num_kv_heads=kv_heads.value,
-            max_positions=config.policy.max_total_sequence_length,
-            vocab_size=rows.value,
-            seed=seed.value,
-        )
+        made = scratch.make_tokenizer(tokenizer.value, build_dataset(config.data, config.seed))
+        options = dict(vocab_size=rows.value, seed=seed.value)
+        if like.value:
+            scratch.make_random_model_like(folder, made, local_path(like.value), **options)
+        else:
+            scratch.make_random_model(
+                folder,
+                made,
+                num_layers=layers.value,
+                model_width=width.value,
+                num_heads=heads.value,
+                num_kv_heads=kv_heads.value,
+                max_positions=config.policy.max_total_sequence_length,
+                **options,
+            )
         print(f"random weights: {folder}")
 
     cli.run(main)

@@ -32,6 +32,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_width": None,
     "ffn": "tensor",
+    "state_heads": "tensor",
+    "state_channels": "tensor",
     # activations
     "batch": ("data", "fsdp"),
     "position": None,

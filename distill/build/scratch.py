@@ -18,7 +18,7 @@ from distill.data.tokenizer import (
     vocabulary_size,
 )
 from distill.models.checkpoints.export import export_model, hf_config_dict
-from distill.models.checkpoints.hub import resolve_model
+from distill.models.checkpoints.hub import read_json, resolve_model
 from distill.models.facts import ModelConfig
 from distill.models.rope import Rope
 from distill.models.transformer import Transformer
@@ -64,12 +64,6 @@ def make_random_model(
     Raises:
       UserError: the sizes do not go together.
     """
-    size = vocabulary_size(tokenizer)
-    if 0 < vocab_size < size:
-        raise UserError(
-            f"--vocab_size={vocab_size} is smaller than the tokenizer's {size} ids: raise it, or 0 "
-            "takes that number"
-        )
     if model_width % num_heads or num_heads % num_kv_heads:
         raise UserError(
             f"--width={model_width} must be a multiple of --heads={num_heads}, and that of "
@@ -77,7 +71,7 @@ def make_random_model(
         )
     config = ModelConfig(
         family="qwen2",
-        vocab_size=vocab_size or size,
+        vocab_size=_rows(tokenizer, vocab_size),
         num_layers=num_layers,
         model_width=model_width,
         num_heads=num_heads,
@@ -91,7 +85,36 @@ def make_random_model(
         rope=Rope(10_000.0),
         max_positions=max_positions,
     )
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    _write(folder, tokenizer, config, hf_config_dict(config, **ids), seed)
+
+
+def make_random_model_like(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    like: Path,
+    *,
+    vocab_size: int = 0,
+    seed: int = 0,
+) -> None:
+    """`make_random_model` of any family, with all other sizes from a config.json."""
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    hf_config = read_json(like) | ids | {"vocab_size": _rows(tokenizer, vocab_size)}
+    _write(folder, tokenizer, ModelConfig.from_hf(hf_config, str(like)), hf_config, seed)
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Rows of an embedding."""
+    size = vocabulary_size(tokenizer)
+    if 0 < vocab_size < size:
+        raise UserError(
+            f"--vocab_size={vocab_size} is smaller than the tokenizer's {size} ids: raise it, or 0 "
+            "takes that number"
+        )
+    return vocab_size or size
+
+
+def _write(folder: Path, tokenizer, config: ModelConfig, hf_config: dict, seed: int) -> None:
     dtypes = dict(dtype=jnp.float32, param_dtype=jnp.float32)
     params = nnx.state(Transformer(config, rngs=nnx.Rngs(seed), **dtypes), nnx.Param)
-    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    export_model(folder, params, config, hf_config_dict(config, **ids), tokenizer, jnp.float32)
+    export_model(folder, params, config, hf_config, tokenizer, jnp.float32)

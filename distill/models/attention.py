@@ -32,7 +32,8 @@ def parameters(config: ModelConfig, kind: LayerKind, make: ParamMaker) -> dict[s
     d, h = config.model_width, kind.head_width
     n, k = config.num_heads, kind.num_kv_heads
     params = {
-        "q_proj": make.normal(INIT_STD, embed=d, heads=n, head_width=h),
+        # The gate's channels of a head lie behind its query's.
+        "q_proj": make.normal(INIT_STD, embed=d, heads=n, head_width=h * (1 + config.output_gate)),
         "k_proj": make.normal(INIT_STD, embed=d, kv_heads=k, head_width=h),
         "v_proj": make.normal(INIT_STD, embed=d, kv_heads=k, head_width=h),
         "o_proj": make.residual(heads=n, head_width=h, embed=d),
@@ -57,10 +58,15 @@ def parameters(config: ModelConfig, kind: LayerKind, make: ParamMaker) -> dict[s
 
 def query_key_value(
     layer: Layer, x_btd: jax.Array, rotation: Rotation | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projected, normalised and rotated inputs of the scores; no rotation leaves them."""
-    config = layer.config
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Projected, normalised and rotated inputs of the scores; no rotation leaves them.
+
+    Last comes gate_btnh, which `output` takes, where the model has one.
+    """
+    config, gate_btnh = layer.config, None
     q_btnh = layer.project("q_proj", x_btd)
+    if config.output_gate:
+        q_btnh, gate_btnh = jnp.split(q_btnh, 2, axis=-1)
     k_btkh = layer.project("k_proj", x_btd)
     v_btkh = layer.project("v_proj", x_btd)
     if config.qkv_bias:
@@ -74,11 +80,14 @@ def query_key_value(
         constrain(rotate(q_btnh, rotation), "batch", "position", "act_heads", None),
         constrain(rotate(k_btkh, rotation), "batch", "position", "act_kv_heads", None),
         constrain(v_btkh, "batch", "position", "act_kv_heads", None),
+        gate_btnh,
     )
 
 
-def output(layer: Layer, attended_btnh: jax.Array) -> jax.Array:
+def output(layer: Layer, attended_btnh: jax.Array, gate_btnh: jax.Array | None) -> jax.Array:
     """What attention adds to the residual stream, before any norm or scale."""
+    if gate_btnh is not None:
+        attended_btnh = attended_btnh * jax.nn.sigmoid(gate_btnh)
     out_btd = layer.project("o_proj", attended_btnh)
     return out_btd + layer.weight("o_bias") if layer.config.o_bias else out_btd
 

@@ -19,7 +19,9 @@ from distill.models.facts import LayerKind, ModelConfig
 
 RING_MULTIPLE = 32
 
-KeysAndValues = tuple[jax.Array, jax.Array]
+# What a layer carries through a decode loop: k_bkht and v_bkth of the loop's steps, or a recurrent
+# layer's state_bjxy and tail_bwz.
+Tail = tuple[jax.Array, jax.Array]
 
 
 class Axes(NamedTuple):
@@ -41,6 +43,10 @@ class LayerCache:
 
     def axes(self) -> dict[str, Axes]:
         """Of each array by its name."""
+        raise NotImplementedError
+
+    def tail(self, width: int, steps: int, dtype: jnp.dtype) -> Tail:
+        """Before a loop of decode steps of each part's first `width` slots; all layers' stacked."""
         raise NotImplementedError
 
     def map(self, function: Callable[..., Any], *others: LayerCache) -> Self:
@@ -81,6 +87,12 @@ class AttentionCache(LayerCache):
             "v_scale_lpcks": Axes((*_HEADS, "position"), 4, self.ring),
         }
 
+    def tail(self, width: int, steps: int, dtype: jnp.dtype) -> Tail:
+        layers, parts, _, heads, _, head_width = self.v_lpcksh.shape
+        shapes = (head_width, steps), (steps, head_width)
+        k, v = (jnp.zeros((layers, parts * width, heads, *shape), dtype) for shape in shapes)
+        return k, v
+
     @classmethod
     def encode(cls, k_lpckhs: jax.Array, v_lpcksh: jax.Array, int8: bool) -> AttentionCache:
         """Keys and values in the form in which they are kept."""
@@ -95,7 +107,7 @@ class AttentionCache(LayerCache):
         """Positions that there is room for."""
         return self.v_lpcksh.shape[4]
 
-    def read(self, layer, width: int, size: int, dtype: jnp.dtype) -> KeysAndValues:
+    def read(self, layer, width: int, size: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """k_bkhs and v_bksh of a layer: of each part's first `width` slots, `size` positions."""
 
         def cut(array, axes):
@@ -110,6 +122,27 @@ class AttentionCache(LayerCache):
         k_bkhs = part.k_lpckhs * part.k_scale_lpcks[:, :, None, :]
         v_bksh = part.v_lpcksh * part.v_scale_lpcks[:, :, :, None]
         return k_bkhs.astype(dtype), v_bksh.astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentCache(LayerCache):
+    """States, in float32, and the last inputs of the convolution."""
+
+    state_lpcjxy: jax.Array
+    tail_lpcwz: jax.Array
+
+    def axes(self) -> dict[str, Axes]:
+        return {
+            "state_lpcjxy": Axes(("layers", "batch", None, "act_heads", None, None)),
+            "tail_lpcwz": Axes(("layers", "batch", None, None, None)),
+        }
+
+    def tail(self, width: int, steps: int, dtype: jnp.dtype) -> Tail:
+        def first(x: jax.Array) -> jax.Array:
+            return x[:, :, :width].reshape(len(x), -1, *x.shape[3:])
+
+        return first(self.state_lpcjxy), first(self.tail_lpcwz)
 
 
 def ring_positions(lengths: jax.Array, index_s: jax.Array, size: int) -> jax.Array:
@@ -136,9 +169,17 @@ def empty_cache(
 ) -> dict[str, LayerCache]:
     """For `slots` slots of `size` tokens in each part: a stack for each kind of layer."""
 
-    def make(name: str, kind: LayerKind) -> AttentionCache:
+    def make(name: str, kind: LayerKind) -> LayerCache:
+        slots_of = config.layers.count(name), parts, slots
+        if sizes := kind.recurrent:
+            state = sizes.value_heads, sizes.key_width, sizes.value_width
+            return RecurrentCache(
+                jnp.zeros((*slots_of, *state), jnp.float32),
+                jnp.zeros((*slots_of, sizes.taps - 1, sizes.channels), dtype),
+            )
+        assert kind.attention is not None
         kept = ring_size(kind.attention, size)
-        leading = config.layers.count(name), parts, slots, kind.num_kv_heads
+        leading = *slots_of, kind.num_kv_heads
         k_lpckhs = jnp.zeros((*leading, kind.head_width, kept), dtype)
         v_lpcksh = jnp.zeros((*leading, kept, kind.head_width), dtype)
         empty = AttentionCache.encode(k_lpckhs, v_lpcksh, int8)
@@ -147,14 +188,18 @@ def empty_cache(
     return {name: make(name, kind) for name, kind in config.kinds.items()}
 
 
-def new_cache(parts: int, kept: dict[str, KeysAndValues], int8: bool) -> dict[str, LayerCache]:
-    """What layers keep of some tokens, from k_lbkhs and v_lbksh by kind; b: parts and slots."""
+def new_cache(
+    config: ModelConfig, parts: int, tails: dict[str, Tail], int8: bool
+) -> dict[str, LayerCache]:
+    """What layers keep of some tokens, from stacked tails by kind; b: parts and slots."""
 
-    def make(k_lbkhs: jax.Array, v_lbksh: jax.Array) -> AttentionCache:
-        arrays = (x.reshape(len(x), parts, -1, *x.shape[2:]) for x in (k_lbkhs, v_lbksh))
+    def make(kind: LayerKind, tail: Tail) -> LayerCache:
+        arrays = (x.reshape(len(x), parts, -1, *x.shape[2:]) for x in tail)
+        if kind.recurrent:
+            return RecurrentCache(*arrays)
         return AttentionCache.encode(*arrays, int8)
 
-    return {kind: make(*arrays) for kind, arrays in kept.items()}
+    return {name: make(kind, tails[name]) for name, kind in config.kinds.items()}
 
 
 def _to_int8(values: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ Keys and values are in two parts. The prefix is what a row had seen when the dec
 entered, and is only read in it. The tail takes the tokens of the loop: step t of every row lies at
 position t, so a step writes one slice in place, whatever the rows' lengths. Keys are stored with
 their positions last (h, s): products of few queries with many keys then need no transposed copy.
+Of a recurrent layer the tail is its state, which every step replaces.
 How the prefix is attended to is the caller's: in plain arrays, together with the tail, or by a
 kernel of its own, whose result is merged with the tail's.
 """
@@ -21,8 +22,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import AttentionSpec
 from distill.kernels.attention.blockwise import cap_scores
+from distill.models import attention, recurrent
 from distill.models.attention import Rotation, make_rotations
-from distill.models.cache import KeysAndValues
+from distill.models.cache import LayerCache, Tail
 from distill.models.facts import ModelConfig
 from distill.models.scan import scan_layers
 from distill.models.transformer import Block, Transformer
@@ -66,8 +68,8 @@ class Part(NamedTuple):
 
 # A layer's prefix: in plain arrays, or as attention of q_bkgh to it.
 Prefix = Part | Callable[[jax.Array], Attended]
-# What layers remember of a loop's steps: of every layer of a shallow model, or stacked by kind.
-Tail = list[KeysAndValues] | dict[str, KeysAndValues]
+# Of every layer of a shallow model, or stacked by kind.
+Tails = list[Tail] | dict[str, Tail]
 # One step through all layers: (x_b1d, step, tail) -> (x_b1d, tail).
 Walk = Callable[[jax.Array, "Step", Any], tuple[jax.Array, Any]]
 
@@ -86,11 +88,13 @@ class Step(NamedTuple):
     rotations: dict[str, Rotation | None]
 
 
-def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, dict[str, KeysAndValues]]:
+def prefill(
+    model: Transformer, tokens_gp: jax.Array, lengths_g: jax.Array
+) -> tuple[jax.Array, dict[str, Tail]]:
     """Hidden states of right-padded prompts, and what each kind of layer keeps of them, stacked.
 
     Returns:
-      hidden_gpd, and k_lgkhp, v_lgkph by kind; what stands behind a prompt's end means nothing.
+      hidden_gpd, and what `new_cache` takes; what stands behind a prompt's end means nothing.
     """
     batch, length = tokens_gp.shape
     positions_gp = jnp.broadcast_to(jnp.arange(length), (batch, length))
@@ -98,36 +102,38 @@ def prefill(model: Transformer, tokens_gp: jax.Array) -> tuple[jax.Array, dict[s
     graphs, stacks = model.split_layers()
 
     def layer(kind, x_gpd, state):
-        x_gpd, (k_gpkh, v_gpkh) = nnx.merge(graphs[kind], state)(x_gpd, rotations[kind])
-        return x_gpd, (k_gpkh.transpose(0, 2, 3, 1), v_gpkh.transpose(0, 2, 1, 3))
+        block = nnx.merge(graphs[kind], state)
+        x_gpd, kept = block(x_gpd, rotations[kind], lengths_b=lengths_g)
+        if block.kind.attention:
+            k_gpkh, v_gpkh = kept
+            kept = k_gpkh.transpose(0, 2, 3, 1), v_gpkh.transpose(0, 2, 1, 3)
+        return x_gpd, kept
 
     x_gpd, kept = scan_layers(layer, model.embed(tokens_gp), stacks, model.config.layers)
     return model.normalize(x_gpd), kept
 
 
-def empty_tail(model: Transformer, batch: int, size: int) -> Tail:
-    """Room for the keys and values of `size` steps; of one kind with what `make_walk` walks."""
+def first_tails(model: Transformer, cache: dict[str, LayerCache], width: int, size: int) -> Tails:
+    """What layers remember before a loop of `size` steps; of one form with what `make_walk` walks.
+
+    Args:
+      model: has the layers.
+      cache: of each kind of layer; rows are the first `width` slots of each part.
+      width, size: static.
+    """
+    stacked = {kind: layers.tail(width, size, model.dtype) for kind, layers in cache.items()}
     config = model.config
-
-    def zeros(kind: str, *layers: int) -> KeysAndValues:
-        width = config.kinds[kind].head_width
-        heads = *layers, batch, config.kinds[kind].num_kv_heads
-        return (
-            jnp.zeros((*heads, width, size), model.dtype),
-            jnp.zeros((*heads, size, width), model.dtype),
-        )
-
-    if config.num_layers <= UNROLLED_LAYERS:
-        return [zeros(kind) for kind in config.layers]
-    return {kind: zeros(kind, config.layers.count(kind)) for kind in config.kinds}
+    if config.num_layers > UNROLLED_LAYERS:
+        return stacked
+    return [jax.tree.map(lambda x: x[i], stacked[kind]) for kind, i in config.places]  # noqa: B023
 
 
-def stack_tail(config: ModelConfig, tail: Tail) -> dict[str, KeysAndValues]:
-    """k_lbkht, v_lbkth by kind, of a tail of either form."""
-    if isinstance(tail, dict):
-        return tail
+def stack_tails(config: ModelConfig, tails: Tails) -> dict[str, Tail]:
+    """Tails of either form, stacked by kind."""
+    if isinstance(tails, dict):
+        return tails
     by_kind = {
-        kind: [own for own, other in zip(tail, config.layers, strict=True) if other == kind]
+        kind: [own for own, other in zip(tails, config.layers, strict=True) if other == kind]
         for kind in config.kinds
     }
     return {kind: jax.tree.map(lambda *x: jnp.stack(x), *own) for kind, own in by_kind.items()}
@@ -167,7 +173,7 @@ def abstract_loop_weights(model: Transformer) -> LoopWeights:
 
 
 def make_walk(
-    model: Transformer, weights: LoopWeights, prefix_of: Callable[[str, Any], Prefix]
+    model: Transformer, weights: LoopWeights, prefix_of: Callable[[str, Any], Prefix | None]
 ) -> Walk:
     """The layers of a decode loop; call it outside of the loop, for what is read once only.
 
@@ -219,7 +225,7 @@ def decode_step(
       token_b: the newest tokens; they stand at positions lengths_b + number.
       lengths_b: tokens of each row's prefix.
       number: of the step, from 0.
-      tail: keys and values of the steps before.
+      tail: of all layers, after the steps before.
     """
     rotations = make_rotations(model.config, (lengths_b + number)[:, None])
     step = Step(number, lengths_b, rotations)
@@ -287,11 +293,33 @@ def _weighted_sum(weights_bkgs: jax.Array, part: Part) -> jax.Array:
 
 
 def _decode_layer(
-    block: Block, rotation: Rotation | None, prefix: Prefix, x_b1d, step: Step, tail: KeysAndValues
-):
-    """One layer of a decode step."""
+    block: Block,
+    rotation: Rotation | None,
+    prefix: Prefix | None,
+    x_b1d: jax.Array,
+    step: Step,
+    tail: Tail,
+) -> tuple[jax.Array, Tail]:
+    """One layer of a decode step; a recurrent one has no prefix."""
+    y_b1d = block.mixer_input(x_b1d)
+    if prefix is None:
+        mixed_b1d, tail = recurrent.step(block, y_b1d, tail)
+    else:
+        mixed_b1d, tail = _attend(block, rotation, prefix, y_b1d, step, tail)
+    return block.finish(x_b1d, mixed_b1d), tail
+
+
+def _attend(
+    block: Block,
+    rotation: Rotation | None,
+    prefix: Prefix,
+    y_b1d: jax.Array,
+    step: Step,
+    tail: Tail,
+) -> tuple[jax.Array, Tail]:
     spec = block.kind.attention
-    q_b1nh, k_b1kh, v_b1kh = block.query_key_value(x_b1d, rotation)
+    assert spec is not None  # a recurrent layer has no prefix
+    q_b1nh, k_b1kh, v_b1kh, gate_b1nh = attention.query_key_value(block, y_b1d, rotation)
     tail_k_bkht, tail_v_bkth = tail
     tail_k_bkht = jax.lax.dynamic_update_slice_in_dim(
         tail_k_bkht, k_b1kh.transpose(0, 2, 3, 1), step.number, axis=3
@@ -314,7 +342,7 @@ def _decode_layer(
         attended_bkgh = _merge(*attended, block.sinks_n())
     attended_b1nh = attended_bkgh.astype(q_b1nh.dtype).reshape(q_b1nh.shape)
     attended_b1nh = constrain(attended_b1nh, "batch", "position", "act_heads", None)
-    return block.finish(x_b1d, attended_b1nh), tail
+    return attention.output(block, attended_b1nh, gate_b1nh), tail
 
 
 def _in_window(prefix: Part, step: Step, spec: AttentionSpec) -> Part:

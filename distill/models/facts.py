@@ -58,19 +58,44 @@ _HARMLESS = frozenset(
 
 
 @dataclass(frozen=True)
+class Recurrent:
+    """Sizes of a recurrent layer.
+
+    Attributes:
+      key_heads, value_heads, key_width, value_width: of its states.
+      taps: of the convolution before.
+      joined: its projections are stored joined, key head by key head.
+    """
+
+    key_heads: int = 0
+    value_heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    taps: int = 0
+    joined: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_width + self.value_heads * self.value_width
+
+
+@dataclass(frozen=True)
 class LayerKind:
-    """What tells the layers of one decoder apart.
+    """What tells the layers of one decoder apart: those with attention, and recurrent ones.
 
     Attributes:
       attention: what it computes.
       rotary: of its queries and keys; None: they have no positions.
       num_kv_heads, head_width: of attention.
+      recurrent: sizes, in place of all of those.
     """
 
-    attention: AttentionSpec
-    rotary: Rotary | None
-    num_kv_heads: int
-    head_width: int
+    attention: AttentionSpec | None = None
+    rotary: Rotary | None = None
+    num_kv_heads: int = 0
+    head_width: int = 0
+    recurrent: Recurrent | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +110,14 @@ class ModelConfig:
       max_positions: longest sequence, in tokens, that the weights were made for and whose length
         changes no frequencies.
       pattern: kinds of the layers, repeated over the depth: 'full' attention, 'sliding' attention
-        to `window` tokens, or 'unrotated', full without rotary embedding.
+        to `window` tokens, 'unrotated', full without rotary embedding, or 'recurrent'.
       sliding_rope: that of sliding layers, where they have their own.
       interleaved_rope: rotary embeddings pair neighbouring channels; see `Rotary`.
       attention_scale: of scores; None: 1 / sqrt(head_width).
       attention_soft_cap: see `AttentionSpec`.
       sinks: every layer has a learned score per query head; see `AttentionSpec`.
+      output_gate: what attention results in is multiplied by a sigmoid of its input's projection.
+      recurrent: sizes of recurrent layers.
       activation: of the feed-forward's gate, as named in `mlp.ACTIVATIONS`.
       o_bias, mlp_bias: those projections have a bias.
       norms: each of attention and feed-forward has an RMSNorm 'before', 'after' or 'both'.
@@ -122,6 +149,8 @@ class ModelConfig:
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     sinks: bool = False
+    output_gate: bool = False
+    recurrent: Recurrent | None = None
     activation: str = "silu"
     o_bias: bool = False
     mlp_bias: bool = False
@@ -149,6 +178,8 @@ class ModelConfig:
         return {name: self._kind(name) for name in dict.fromkeys(self.layers)}
 
     def _kind(self, name: str) -> LayerKind:
+        if name == "recurrent":
+            return LayerKind(recurrent=self.recurrent)
         attention = AttentionSpec(
             scale=self.head_width**-0.5 if self.attention_scale is None else self.attention_scale,
             window=self.window if name == "sliding" else None,
@@ -209,6 +240,12 @@ class ModelConfig:
                 fact, read = READERS[name]
                 facts[fact] = read(config, name, source)
         facts |= {name: make(facts) for name, make in row.facts.items() if callable(make)}
+        of_recurrent = {
+            fact: facts.pop(fact) for fact in list(facts) if fact.startswith("recurrent.")
+        }
+        if of_recurrent:
+            sizes = {fact.partition(".")[2]: value for fact, value in of_recurrent.items()}
+            facts["recurrent"] = Recurrent(**sizes)
         return _checked(cls(**facts), source)
 
 
@@ -230,6 +267,11 @@ def _checked(model: ModelConfig, source: str) -> ModelConfig:
     elif model.window >= model.max_positions and model.sliding_rope is None:
         kinds = ["full" if kind == "sliding" else kind for kind in model.pattern]
         model = dataclasses.replace(model, window=None, pattern=shortest_period(kinds))
+    if (sizes := model.recurrent) and sizes.value_heads % sizes.key_heads:
+        raise UserError(
+            f"{source}: linear_num_value_heads={sizes.value_heads} is not a multiple of "
+            f"linear_num_key_heads={sizes.key_heads}"
+        )
     ropes = [rope for rope in (model.rope, model.sliding_rope) if rope is not None]
     for rope in ropes:
         rope.check(model.head_width, source)

@@ -77,6 +77,27 @@ def _full_without_positions(facts: dict[str, Any]) -> tuple[str, ...]:
     return tuple(full if kind == "full" else kind for kind in facts["pattern"])
 
 
+def _recurrent_before_full(config: dict[str, Any], source: str) -> list[str]:
+    every = size({"full_attention_interval": 4} | config, "full_attention_interval", source)
+    return [
+        "linear_attention" if (layer + 1) % every else _FULL
+        for layer in range(config["num_hidden_layers"])
+    ]
+
+
+_HYBRID: dict[str, Any] = dict(
+    fields=("layer_types", "partial_rotary_factor", "attn_output_gate")
+    + ("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim")
+    + ("linear_key_head_dim", "linear_value_head_dim"),
+    required=("head_dim", "linear_num_key_heads", "linear_num_value_heads")
+    + ("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+    ignored=("full_attention_interval", "mamba_ssm_dtype", "mlp_only_layers")
+    + ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
+    defaults={"partial_rotary_factor": 0.25},
+    layer_types=_recurrent_before_full,
+)
+_HYBRID_FACTS = {"qk_norm": "head", "norm_offset": 1.0, "output_gate": True}
+
 _QWEN: dict[str, Any] = dict(
     fields=("layer_types", "sliding_window"),
     ignored=("max_window_layers", "use_sliding_window"),
@@ -129,6 +150,7 @@ _GLM: dict[str, Any] = dict(
 FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, **_QWEN),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": "head"}, required=("head_dim",), **_QWEN),
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", _HYBRID_FACTS, **_HYBRID),
     "llama": Family("LlamaForCausalLM", defaults={"rope_theta": 1e4}),
     # Loaded as ministral by transformers if it has layer_types.
     "mistral": Family("MistralForCausalLM", **_WINDOWED),

@@ -43,6 +43,7 @@ def _pattern(config: dict[str, Any], name: str, source: str) -> tuple[str, ...]:
     """The shortest pattern that, repeated, gives a kind for every layer."""
     types, num_layers = config[name], size(config, "num_hidden_layers", source)
     known = {"full_attention": "full", "sliding_attention": "sliding"}
+    known |= {"linear_attention": "recurrent"} if "linear_num_key_heads" in config else {}
     fits = isinstance(types, list) and len(types) == num_layers
     if not fits or not all(each in known for each in types):
         raise UserError(
@@ -113,4 +114,10 @@ READERS: dict[str, tuple[str, Callable[[dict[str, Any], str, str], Any]]] = {
     "residual_multiplier": ("residual_scale", positive),
     "logits_scaling": ("logit_scale", _power(-1)),
     "final_logit_softcapping": ("logit_soft_cap", positive),
+    "attn_output_gate": ("output_gate", flag),
+    "linear_num_key_heads": ("recurrent.key_heads", size),
+    "linear_num_value_heads": ("recurrent.value_heads", size),
+    "linear_key_head_dim": ("recurrent.key_width", size),
+    "linear_value_head_dim": ("recurrent.value_width", size),
+    "linear_conv_kernel_dim": ("recurrent.taps", size),
 }

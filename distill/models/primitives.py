@@ -28,6 +28,9 @@ class Layer(Protocol):
     def weight(self, name: str) -> jax.Array:
         """Any weight, in the dtype of the computation."""
 
+    def exact(self, name: str) -> jax.Array:
+        """A small weight, in float32."""
+
     def normalize(self, name: str, x: jax.Array) -> jax.Array:
         """RMSNorm over the axes that the norm's weight has."""
 

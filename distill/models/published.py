@@ -39,6 +39,13 @@ _QWEN3 = {
     "14B": (40, 5120, 40, 8, 17408),
     "32B": (64, 5120, 64, 8, 25600),
 }
+# And heads of the recurrent layers' values.
+_QWEN3_5 = {
+    "0.8B": (24, 1024, 8, 2, 3584, 16),
+    "4B": (32, 2560, 16, 4, 9216, 32),
+    "9B": (32, 4096, 16, 4, 12288, 32),
+    "27B": (64, 5120, 24, 4, 17408, 48),
+}
 _LLAMA3 = {
     "3.1-8B": (32, 4096, 32, 8, 14336),
     "3.1-70B": (80, 8192, 64, 8, 28672),
@@ -72,6 +79,26 @@ def _qwen3(size: str, *, base: bool) -> Published:
         "max_position_embeddings": 32768 if base else 40960,
     }
     return _published(_QWEN3[size], facts, 151669)
+
+
+def _qwen3_5(size: str) -> Published:
+    """The text decoder."""
+    *shape, value_heads = _QWEN3_5[size]
+    facts = {
+        "model_type": "qwen3_5_text",
+        "vocab_size": 248320,
+        "head_dim": 256,
+        "tie_word_embeddings": size in ("0.8B", "4B"),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e7,
+        "max_position_embeddings": 262144,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    }
+    return _published(tuple(shape), facts, 248077)
 
 
 def _llama3(size: str) -> Published:
@@ -203,6 +230,7 @@ PUBLISHED = {
     **{f"Qwen/Qwen2.5-{size}": _qwen2_5(size, base=True) for size in _QWEN2_5},
     **{f"Qwen/Qwen3-{size}": _qwen3(size, base=False) for size in _QWEN3},
     **{f"Qwen/Qwen3-{size}-Base": _qwen3(size, base=True) for size in _QWEN3 if size != "32B"},
+    **{f"Qwen/Qwen3.5-{size}": _qwen3_5(size) for size in _QWEN3_5},
     **{f"meta-llama/Llama-{size}": _llama3(size) for size in _LLAMA3},
     **{f"meta-llama/Llama-{size}-Instruct": _llama3(size) for size in _LLAMA3},
     **{name: _published(*row) for name, row in _OTHERS.items()},

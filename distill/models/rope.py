@@ -293,6 +293,8 @@ def _scaling(rope: dict[str, Any], config: dict[str, Any], where: str) -> Scalin
         )
     fields = () if kind == "default" else dataclasses.fields(SCALINGS[kind])
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    # Positions of images have three numbers; those of text have one three times.
+    known |= {"mrope_section", "mrope_interleaved"}
     known |= {field.name for field in fields}
     for name, value in rope.items():
         if name not in known and value and value != config.get(name):

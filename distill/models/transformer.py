@@ -25,7 +25,7 @@ from flax import nnx
 from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import RESIDUALS
 from distill.kernels.attention import attention as attention_kernel
-from distill.models import attention, mlp
+from distill.models import attention, mlp, recurrent
 from distill.models.attention import Rotation, make_rotations
 from distill.models.facts import ModelConfig
 from distill.models.primitives import INIT_STD, ParamMaker, normal, project, rms_norm
@@ -43,7 +43,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 class Block(nnx.Module):
-    """All decoder layers of a kind: attention and feed-forward, each with its norms.
+    """All decoder layers of a kind: attention or recurrence, and feed-forward, with their norms.
 
     Constructed with stacked parameters; the methods are called on a copy that holds one layer's.
     """
@@ -59,7 +59,11 @@ class Block(nnx.Module):
         self.config, self.kind = config, config.kinds[kind]
         self.dtype = dtype
         make = ParamMaker(config.layers.count(kind), config.num_layers, param_dtype, rngs)
-        params = attention.parameters(config, self.kind, make) | mlp.parameters(config, make)
+        if self.kind.recurrent:
+            params = recurrent.parameters(config, self.kind.recurrent, make)
+        else:
+            params = attention.parameters(config, self.kind, make)
+        params |= mlp.parameters(config, make)
         for name in _norm_names(config):
             params[name] = make.filled(1.0 - config.norm_offset, (None,), config.model_width)
         for name, param in params.items():
@@ -70,29 +74,34 @@ class Block(nnx.Module):
         x_btd: jax.Array,
         rotation: Rotation | None,
         segment_ids_bt: jax.Array | None = None,
+        lengths_b: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """One layer over whole rows: the residual stream after it, and its k_btkh and v_btkh."""
-        q_btnh, k_btkh, v_btkh = self.query_key_value(x_btd, rotation)
+        """One layer over whole rows: the residual stream after it, and what it remembers.
+
+        That is k_btkh and v_btkh, or a state after lengths_b tokens; see `recurrent.Remembered`.
+        """
+        y_btd = self.mixer_input(x_btd)
+        if self.kind.attention is None:
+            mixed_btd, remembered = recurrent.output(self, y_btd, segment_ids_bt, lengths_b)
+            return self.finish(x_btd, mixed_btd), remembered
+        q_btnh, k_btkh, v_btkh, gate_btnh = attention.query_key_value(self, y_btd, rotation)
         attended_btnh = attention_kernel(
             q_btnh, k_btkh, v_btkh, self.kind.attention, segment_ids_bt, self.sinks_n()
         )
-        return self.finish(x_btd, attended_btnh), (k_btkh, v_btkh)
+        mixed_btd = attention.output(self, attended_btnh, gate_btnh)
+        return self.finish(x_btd, mixed_btd), (k_btkh, v_btkh)
 
-    def query_key_value(
-        self, x_btd: jax.Array, rotation: Rotation | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Inputs of attention's scores, q_btnh, k_btkh and v_btkh, from the residual stream."""
-        if self.config.norms != "after":
-            x_btd = self.normalize("attention_norm", x_btd)
-        return attention.query_key_value(self, x_btd, rotation)
+    def mixer_input(self, x_btd: jax.Array) -> jax.Array:
+        """What attention or recurrence reads of the residual stream."""
+        return x_btd if self.config.norms == "after" else self.normalize("attention_norm", x_btd)
 
     def sinks_n(self) -> jax.Array | None:
         """Scores of the attention's sinks, where it has some."""
         return self.weight("sinks") if self.config.sinks else None
 
-    def finish(self, x_btd: jax.Array, attended_btnh: jax.Array) -> jax.Array:
-        """Adds the attention output and then the feed-forward output to the residual stream."""
-        x_btd = self._add(x_btd, attention.output(self, attended_btnh), "attention_out_norm")
+    def finish(self, x_btd: jax.Array, mixed_btd: jax.Array) -> jax.Array:
+        """Adds what attention or recurrence gives, and then the feed-forward, to the stream."""
+        x_btd = self._add(x_btd, mixed_btd, "attention_out_norm")
         y_btd = x_btd if self.config.norms == "after" else self.normalize("ffn_norm", x_btd)
         return self._add(x_btd, mlp.output(self, y_btd), "ffn_out_norm")
 
@@ -106,6 +115,9 @@ class Block(nnx.Module):
 
     def weight(self, name: str) -> jax.Array:
         return dequantize(in_device_memory(getattr(self, name).get_value()), self.dtype)
+
+    def exact(self, name: str) -> jax.Array:
+        return getattr(self, name)[...].astype(jnp.float32)
 
     def normalize(self, name: str, x: jax.Array) -> jax.Array:
         scale = getattr(self, name)[...]

@@ -34,7 +34,7 @@ from distill.models.decoding import abstract_loop_weights
 from distill.models.model import Model
 from distill.planning.counts import Counts, count
 from distill.planning.workload import Workload
-from distill.sampling.cache import Cache
+from distill.sampling.cache import Cache, map_arrays
 from distill.sampling.engine import Engine
 from distill.step import TrainState
 
@@ -61,7 +61,18 @@ class Sampler:
     @property
     def token_bytes(self) -> float:
         """Bytes per device of the cache, for each token that a slot has room for."""
-        return bytes_per_device(self.cache) / (self.slots * self.engine.config.cache_size)
+        return self._bytes_of_slot(True) / self.engine.config.cache_size
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes per device of what each slot has whatever its length."""
+        return self._bytes_of_slot(False)
+
+    def _bytes_of_slot(self, positions: bool) -> float:
+        def chosen(array, axes):
+            return array if (axes.position is not None) == positions else None
+
+        return bytes_per_device(map_arrays(chosen, self.cache)) / self.slots
 
 
 @dataclasses.dataclass(frozen=True)

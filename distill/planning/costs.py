@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from distill.base.sharding import axis_parts, batch_parts, bytes_per_device
 from distill.kernels.attention import MOST_SEGMENTS
+from distill.kernels.recurrent import CHUNK, flops_per_token
 from distill.models.facts import ModelConfig
 from distill.planning.arrays import Arrays
 from distill.planning.counts import Counts
@@ -44,22 +45,31 @@ def flops(workload: Workload, arrays: Arrays) -> dict[str, float]:
 
 def _forward(model: ModelConfig, counts: Counts, workload: Workload) -> float:
     tokens = workload.tokens
-    body = 2 * counts.layer_weights * tokens.total
+    body = (2 * counts.layer_weights + _recurrence(model)) * tokens.total
     return body + tokens.rows * _attention(model, counts, tokens.length)
+
+
+def _recurrence(model: ModelConfig) -> float:
+    """What states take per token, in all layers that have some."""
+    sizes = [sizes for layer in model.layers if (sizes := model.kinds[layer].recurrent)]
+    return sum(x.value_heads * flops_per_token(x.key_width, x.value_width) for x in sizes)
 
 
 def _attention(model: ModelConfig, counts: Counts, length: int) -> float:
     """Scores and weighted sums of one row, over the pairs of tokens that see each other."""
-    kinds = model.kinds
-    windows = [min(kinds[layer].attention.window or length, length) for layer in model.layers]
+    specs = [spec for layer in model.layers if (spec := model.kinds[layer].attention)]
+    windows = [min(spec.window or length, length) for spec in specs]
     pairs = sum((length - window / 2) * window for window in windows)
-    return 4.0 * counts.attention_width / counts.depth * pairs
+    return 4.0 * counts.attention_width / len(specs) * pairs
 
 
 def _generation(workload: Workload, counts: Counts) -> float:
     """Operations of prefill and of all decode steps."""
     model, tokens = workload.student, workload.tokens
-    body, head = 2 * counts.layer_weights, 2 * counts.width * workload.vocab_size
+    body, head = (
+        2 * counts.layer_weights + _recurrence(model),
+        2 * counts.width * workload.vocab_size,
+    )
     of_prompt, of_row = (
         _attention(model, counts, length) for length in (tokens.prompt, tokens.length)
     )
@@ -115,7 +125,8 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
     rows = -(-tokens.rows // parts)
     steps = tokens.response * -(-rows // sampler.slots)
     prefills = -(-tokens.prompts // (parts * prompts))
-    cached = rows * tokens.response * (tokens.prompt + tokens.response / 2) * sampler.token_bytes
+    of_row = (tokens.prompt + tokens.response / 2) * sampler.token_bytes + 2 * sampler.state_bytes
+    cached = rows * tokens.response * of_row
     moved = (steps + prefills) * weights + cached
     refit = weights * (cut - 1) / cut
     total_sent = refit + prefills * sent["prefill"] + steps / STEPS_PER_CALL * sent["decode"]
@@ -159,7 +170,7 @@ def estimated_temporaries(workload: Workload, arrays: Arrays, platform: str) -> 
         # What one layer makes of a token, and its keys and values in all layers.
         of_token = compute * counts.kept / counts.depth + sampler.token_bytes
         made |= {
-            "prefill": prompts * (length * of_token + scores),
+            "prefill": prompts * (length * of_token + sampler.state_bytes + scores),
             "decode": 2 * sampler.slots * scores,
         }
     return made
@@ -180,6 +191,14 @@ def _update_temporaries(workload: Workload, arrays: Arrays, platform: str) -> fl
     at_work = [
         2 * student.kept * compute * at_once + (FLOAT32 + 2 * compute) * student.used_of_layers
     ]
+    # One state for every chunk, where a recurrent layer is at work.
+    states = [
+        sizes.value_heads * sizes.key_width * sizes.value_width
+        for kind in workload.student.kinds.values()
+        if (sizes := kind.recurrent)
+    ]
+    if states:
+        at_work[0] += student.depth * FLOAT32 * max(states) * at_once / CHUNK
     if platform == "gpu" and config.policy.sequence_packing.enabled:
         # What cuDNN's backward pass takes for one packed row; the factor was measured on an H100.
         at_work[0] += 8 * student.attended * tokens.length * (MOST_SEGMENTS + 1)

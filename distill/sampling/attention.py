@@ -54,6 +54,7 @@ def reads_buckets(
         resolve_attention(attention, kind.head_width, kind.attention) == "xla"
         and not cache[name].ring
         for name, kind in kinds.items()
+        if kind.attention
     )
 
 
@@ -64,23 +65,28 @@ def prefix_attention(
     size: int,
     dtype,
     kinds: Mapping[str, LayerKind],
-) -> Callable[[str, Any], Prefix]:
+) -> Callable[[str, Any], Prefix | None]:
     """Attention of one query per row to the row's first lengths_pw positions.
 
     Rows are the first w slots of each part; none is longer than `size`, which is static.
 
     Returns:
-      A function of a kind of layer, and of a layer's number among those of that kind.
+      A function of a kind, and of a layer's number among those of that kind; None for a recurrent
+      layer, which has no positions.
     """
 
-    def make(layers: AttentionCache, kind: LayerKind) -> Callable[[Any], Prefix]:
-        resolved = resolve_attention(attention, kind.head_width, kind.attention)
+    def make(layers: AttentionCache, width: int, spec: AttentionSpec) -> Callable[[Any], Prefix]:
+        resolved = resolve_attention(attention, width, spec)
         if isinstance(resolved, Kernel):
-            return _kernel(resolved, layers, lengths_pw, kind.attention)
+            return _kernel(resolved, layers, lengths_pw, spec)
         return _xla(layers, lengths_pw, size, dtype)
 
-    made = {name: make(cache[name], kind) for name, kind in kinds.items()}
-    return lambda kind, layer: made[kind](layer)
+    made = {
+        name: make(cache[name], kind.head_width, kind.attention)
+        for name, kind in kinds.items()
+        if kind.attention
+    }
+    return lambda kind, layer: made[kind](layer) if kind in made else None
 
 
 def _window(spec: AttentionSpec) -> str | None:

@@ -19,10 +19,10 @@ from distill.models.cache import new_cache
 from distill.models.decoding import (
     LoopWeights,
     decode_step,
-    empty_tail,
+    first_tails,
     make_walk,
     prefill,
-    stack_tail,
+    stack_tails,
 )
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
@@ -102,11 +102,11 @@ def prefill_prompts(
     model = facts.merge(weights)
     parts, prompts, size = tokens_pgs.shape
     tokens_bs = constrain(tokens_pgs.reshape(-1, size), "batch", "position")
-    hidden_bsd, kept = prefill(model, tokens_bs)
+    hidden_bsd, kept = prefill(model, tokens_bs, lengths_pg.reshape(-1))
     # the head sees one position per prompt
     last_b11 = (lengths_pg.reshape(-1) - 1)[:, None, None]
     logits_bv = model.logits(jnp.take_along_axis(hidden_bsd, last_b11, axis=1))[:, 0]
-    cache = new_cache(parts, kept, facts.int8)
+    cache = new_cache(model.config, parts, kept, facts.int8)
     return Prefilled(cache, lengths_pg, logits_bv.reshape(parts, prompts, logits_bv.shape[-1]))
 
 
@@ -187,11 +187,12 @@ def decode_rows(
         jnp.int32(0),
         merged(rows.running_pw),
         merged(rows.token_pw),
-        empty_tail(model, parts * width, steps),
+        first_tails(model, cache, width, steps),
         _no_tokens(steps, parts * width),
     )
     step, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, advance, state)
-    new = new_cache(parts, stack_tail(model.config, tail), facts.int8)
+    tails = stack_tails(model.config, tail)
+    new = new_cache(model.config, parts, tails, facts.int8)
     cache = caches.append(cache, new, rows.lengths_pw, step)
     chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width), chosen_tb)
     return cache, *constrain_whole((chosen, step))

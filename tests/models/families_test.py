@@ -1,4 +1,4 @@
-"""Gemma 2 and an imaginary family, both rows of the table alone, against a slow definition."""
+"""Imaginary families and a hybrid one, each a row of the table, against a slow definition."""
 
 import dataclasses
 
@@ -78,6 +78,17 @@ CONFIGS = {
         residual_multiplier=0.5,
         logits_scaling=0.25,
     ),
+    "qwen3_5_text": SIZES
+    | dict(
+        model_type="qwen3_5_text",
+        tie_word_embeddings=True,
+        partial_rotary_factor=0.5,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=6,
+        linear_conv_kernel_dim=4,
+    ),
 }
 
 
@@ -110,6 +121,10 @@ def logits_of(model, *arrays):
 # -------------------------------------------------------------------------------- the definition
 
 
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
 def defined_logits(config: ModelConfig, params, tokens_t):
     """logits_tv of one row in float64, token by token and head by head."""
     params = {"/".join(path): np.float64(value[...]) for path, value in nnx.to_flat_state(params)}
@@ -133,6 +148,9 @@ def defined_logits(config: ModelConfig, params, tokens_t):
             np.einsum("td,dnh->tnh", x_td, w[f"{name}_proj"]) + w.get(f"{name}_bias", 0)
             for name in "qkv"
         )
+        gate_tnh = np.inf
+        if config.output_gate:
+            q_tnh, gate_tnh = np.split(q_tnh, 2, axis=-1)
         if config.qk_norm:
             q_tnh, k_tkh = norm(q_tnh, w["q_norm"]), norm(k_tkh, w["k_norm"])
         attended_tnh = np.zeros_like(q_tnh)
@@ -141,18 +159,51 @@ def defined_logits(config: ModelConfig, params, tokens_t):
             first = max(0, t - config.window + 1) if kind == "sliding" else 0
             q_h = turned(q_tnh[t, n], t, kind)
             scores = [q_h @ turned(k_tkh[s, k], s, kind) for s in range(first, t + 1)]
-            scores = np.array(scores) * config.attention_scale
+            scores = np.array(scores) * config.kinds[kind].attention.scale
             if cap := config.attention_soft_cap:
                 scores = cap * np.tanh(scores / cap)
             weights = np.exp(scores)
             total = weights.sum() + (np.exp(w["sinks"][n]) if config.sinks else 0)
             attended_tnh[t, n] = weights @ v_tkh[first : t + 1, k] / total
+        attended_tnh = attended_tnh * sigmoid(gate_tnh)
         return np.einsum("tnh,nhd->td", attended_tnh, w["o_proj"]) + w.get("o_bias", 0)
+
+    def recur(x_td, w):
+        sizes, rows = config.recurrent, np.arange(len(x_td))
+        wide_tz = np.pad(x_td @ w["qkv_proj"], ((sizes.taps - 1, 0), (0, 0)))
+        mixed_tz = sum(wide_tz[rows + i] * w["taps"][:, 0, i] for i in range(sizes.taps))
+        mixed_tz = mixed_tz * sigmoid(mixed_tz)
+        width = sizes.key_heads * sizes.key_width
+        q_tix, k_tix = (
+            x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
+            for x in np.split(
+                mixed_tz[:, : 2 * width].reshape(len(x_td), -1, sizes.key_width), 2, 1
+            )
+        )
+        v_tjy = mixed_tz[:, 2 * width :].reshape(len(x_td), -1, sizes.value_width)
+        rate_tj = sigmoid(x_td @ w["b_proj"])
+        speed_tj = np.log1p(np.exp(x_td @ w["a_proj"] + w["step_bias"]))
+        decay_tj = np.exp(-np.exp(w["decay_bias"]) * speed_tj)
+        out_tjy = np.zeros_like(v_tjy)
+        for j in range(sizes.value_heads):
+            i, state = j * sizes.key_heads // sizes.value_heads, 0
+            for t in rows:
+                state = state * decay_tj[t, j] + np.zeros((sizes.key_width, sizes.value_width))
+                error_y = rate_tj[t, j] * (v_tjy[t, j] - k_tix[t, i] @ state)
+                state += np.outer(k_tix[t, i], error_y)
+                out_tjy[t, j] = q_tix[t, i] @ state / np.sqrt(sizes.key_width)
+        scale = np.sqrt((out_tjy**2).mean(axis=-1, keepdims=True) + config.rms_eps)
+        gate_tjy = np.einsum("td,djy->tjy", x_td, w["z_proj"])
+        out_tjy = out_tjy / scale * w["state_norm"] * gate_tjy * sigmoid(gate_tjy)
+        return np.einsum("tjy,jyd->td", out_tjy, w["state_proj"])
 
     def feed_forward(x_td, w):
         gate_tf = x_td @ w["gate_proj"] + w.get("gate_bias", 0)
         approximate = config.activation == "gelu_pytorch_tanh"
-        gate_tf = np.float64(jax.nn.gelu(jnp.asarray(gate_tf, jnp.float32), approximate))
+        if config.activation == "silu":
+            gate_tf = gate_tf * sigmoid(gate_tf)
+        else:
+            gate_tf = np.float64(jax.nn.gelu(jnp.asarray(gate_tf, jnp.float32), approximate))
         up_tf = x_td @ w["up_proj"] + w.get("up_bias", 0)
         return (gate_tf * up_tf) @ w["down_proj"] + w.get("down_bias", 0)
 
@@ -169,7 +220,8 @@ def defined_logits(config: ModelConfig, params, tokens_t):
         def normed(name, x_td, w=w):
             return norm(x_td, w[name]) if name in w else x_td
 
-        y_td = attend(normed("attention_norm", x_td), w, kind)
+        y_td = normed("attention_norm", x_td)
+        y_td = recur(y_td, w) if kind == "recurrent" else attend(y_td, w, kind)
         x_td = x_td + config.residual_scale * normed("attention_out_norm", y_td)
         y_td = feed_forward(normed("ffn_norm", x_td), w)
         x_td = x_td + config.residual_scale * normed("ffn_out_norm", y_td)
@@ -330,7 +382,7 @@ def test_two_parameters_with_one_key_are_an_error(case, monkeypatch):
     config = case[0]
     row = dataclasses.replace(
         FAMILIES[config.family],
-        keys={"layers/up_proj": key_table(config)["layers/sliding/gate_proj"].key},
+        keys={"layers/up_proj": key_table(config)[f"layers/{config.layers[0]}/gate_proj"].key},
     )
     monkeypatch.setitem(FAMILIES, config.family, row)
     if config.family == "patchwork":  # whose row had moved the other key

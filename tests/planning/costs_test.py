@@ -20,6 +20,7 @@ from distill.batches.packing import place
 from distill.build.layout import build_layout
 from distill.build.models import abstract_model, on_mesh
 from distill.models.cache import ring_size
+from distill.models.facts import Recurrent
 from distill.models.published import PUBLISHED
 from distill.planning import costs
 from distill.planning.arrays import make_arrays
@@ -215,3 +216,22 @@ def test_loops_over_rows_of_three_lengths_count_as_full_rows_run_them():
 
 def update_flops(workload: Workload) -> float:
     return costs.update_phase(workload, arrays_of(workload), 0.0).flops
+
+
+def test_states_are_counted_apart_from_keys_and_values():
+    sizes = Recurrent(key_heads=2, value_heads=4, key_width=8, value_width=6, taps=4)
+    model = model_config(num_layers=3, pattern=("recurrent", "full"), recurrent=sizes)
+    workload = workload_on_mesh(tiny_config(), model, 2, 2, 2)
+    made = estimate(workload, parse_topology("gpu:h100x8"))
+    sampler = made.arrays.sampler
+    itemsize = jnp.dtype(workload.config.policy.precision).itemsize
+    # Two layers' states, cut two ways, and inputs of the convolution, which are whole.
+    assert sampler.state_bytes == 2 * (4 * 8 * 6 * 4 / 2 + 3 * (2 * 2 * 8 + 4 * 6) * itemsize)
+    assert sampler.token_bytes == 2 * 2 * 8 * itemsize / 2  # keys and values of one layer
+    size = sampler.engine.config.cache_size
+    slot = sampler.token_bytes * size + sampler.state_bytes
+    assert made.memory.cache == slot * sampler.slots
+    attention_alone = costs._attention(model, made.arrays.student_counts, 40)
+    assert attention_alone == 4 * 4 * 8 * 40 * 40 / 2
+    per_token = 4 * (2 * 3 * 8 * 6 + 2 * 64 * (8 + 6))
+    assert costs._recurrence(model) == 2 * per_token

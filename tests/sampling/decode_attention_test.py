@@ -18,7 +18,7 @@ from distill.kernels.attention import AttentionSpec
 from distill.kernels.decode_attention import Kernel
 from distill.models.cache import AttentionCache
 from distill.models.decoding import UNROLLED_LAYERS, Part, attend_part, make_loop_weights
-from distill.models.facts import ModelConfig
+from distill.models.facts import LayerKind, ModelConfig, Recurrent
 from distill.models.rope import Rope
 from distill.models.transformer import Transformer
 from distill.sampling import cache as caches
@@ -49,13 +49,17 @@ def random_queries(heads, group, width, dtype, lengths=LENGTHS):
     return jnp.asarray(np.random.default_rng(1).normal(0, 1, shape), dtype)
 
 
+def kinds_of(q_bkgh, spec):
+    return {"full": LayerKind(spec, None, q_bkgh.shape[1], q_bkgh.shape[-1])}
+
+
 def attend(attention, q_bkgh, cache, lengths_pw, spec=None, size=SIZE):
     spec = spec or AttentionSpec(q_bkgh.shape[-1] ** -0.5)
-    arguments = (cache,), jnp.asarray(lengths_pw), size, q_bkgh.dtype, (spec,)
+    arguments = {"full": cache}, jnp.asarray(lengths_pw), size, q_bkgh.dtype, kinds_of(q_bkgh, spec)
     prefix_of = prefix_attention(attention, *arguments)
 
     def attended(layer):
-        prefix = prefix_of(0, layer)
+        prefix = prefix_of("full", layer)
         return attend_part(q_bkgh, prefix, spec) if isinstance(prefix, Part) else prefix(q_bkgh)
 
     return jax.jit(attended)(LAYER)
@@ -184,7 +188,9 @@ def test_what_cannot_run_is_said():
         resolve_attention("flash", 128, spec)
     with pytest.raises(ValueError, match="2 parts on 1 groups of devices"):
         cache = random_cache(1, 16, "float32", parts=2)
-        prefix_attention(INTERPRETED, (cache,), jnp.array([[1], [2]]), SIZE, jnp.float32, (spec,))
+        kinds = {"full": LayerKind(spec, None, 1, 16)}
+        lengths_pw = jnp.array([[1], [2]])
+        prefix_attention(INTERPRETED, {"full": cache}, lengths_pw, SIZE, jnp.float32, kinds)
 
 
 QWEN = ModelConfig(  # 1.5B, but for its depth
@@ -266,8 +272,8 @@ class TestCompiledForTpu:
 
         def attend(q_bkgh, cache, layer, lengths_pw):
             spec = AttentionSpec(width**-0.5, soft_cap=50.0)
-            arguments = (cache,), lengths_pw, size, q_bkgh.dtype, (spec,)
-            return prefix_attention(None, *arguments)(0, layer)(q_bkgh)
+            arguments = {"full": cache}, lengths_pw, size, q_bkgh.dtype, kinds_of(q_bkgh, spec)
+            return prefix_attention(None, *arguments)("full", layer)(q_bkgh)
 
         cache = jax.eval_shape(
             lambda: AttentionCache.encode(
@@ -307,6 +313,16 @@ class TestCompiledForTpu:
         program, cache_bytes = compile_decoding(tpu_mesh("v5e:2x2", 2, 1, 2), None, config)
         assert num_kernels(program) == 1
         assert temporary_bytes(program) < 0.5 * cache_bytes
+
+    @pytest.mark.parametrize("topology, periods", [("v5p:2x2x1", 1), ("v6e:2x2", 4)])
+    def test_states_beside_keys(self, topology, periods):
+        """Layers of Qwen3.5; a loop carries its own copy of the states, and no other."""
+        sizes, pattern = Recurrent(16, 16, 128, 128, taps=4), ("recurrent",) * 3 + ("full",)
+        config = dataclasses.replace(QWEN, num_layers=4 * periods, pattern=pattern, recurrent=sizes)
+        program, _ = compile_decoding(tpu_mesh(topology, 1, 1, 1), None, config)
+        assert num_kernels(program) == 1
+        states = 3 * periods * SLOTS * 16 * 128 * 128 * 4
+        assert states < temporary_bytes(program) < 2.5 * states
 
     def test_heads_that_cannot_be_tiled_are_left_to_xla(self):
         with jax.set_mesh(tpu_mesh("v5e:2x2", 1, 1, 1)):

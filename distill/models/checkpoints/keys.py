@@ -88,6 +88,31 @@ _ROWS = (
     Weight("layers/up_bias", _BLOCK + "mlp.up_proj.bias", "f -> f"),
     Weight("layers/down_bias", _BLOCK + "mlp.down_proj.bias", "d -> d"),
 )
+_STATE = _BLOCK + "linear_attn."
+_RECURRENT = (
+    Weight("layers/taps", _STATE + "conv1d.weight", "zow -> z o w"),
+    Weight("layers/step_bias", _STATE + "dt_bias", "j -> j"),
+    Weight("layers/decay_bias", _STATE + "A_log", "j -> j"),
+    Weight("layers/state_norm", _STATE + "norm.weight", "y -> y"),
+    Weight("layers/state_proj", _STATE + "out_proj.weight", "jyd -> d jy"),
+)
+_RECURRENT_JOINED = (
+    Weight("layers/qkvz_proj", _STATE + "in_proj_qkvz.weight", "dic -> ic d"),
+    Weight("layers/ba_proj", _STATE + "in_proj_ba.weight", "dic -> ic d"),
+)
+_RECURRENT_APART = (
+    Weight("layers/qkv_proj", _STATE + "in_proj_qkv.weight", "dz -> z d"),
+    Weight("layers/z_proj", _STATE + "in_proj_z.weight", "djy -> jy d"),
+    Weight("layers/b_proj", _STATE + "in_proj_b.weight", "dj -> j d"),
+    Weight("layers/a_proj", _STATE + "in_proj_a.weight", "dj -> j d"),
+)
+# Of what is above, in layers with attention alone.
+_OF_ATTENTION = frozenset(
+    f"layers/{name}"
+    for name in (
+        "q_proj k_proj v_proj o_proj q_bias k_bias v_bias o_bias q_norm k_norm sinks"
+    ).split()
+)
 # Where there is a norm behind attention, it has the key that the feed-forward's has elsewhere.
 _NORMS_AFTER = (
     Weight("layers/ffn_norm", _BLOCK + "pre_feedforward_layernorm.weight", "d -> d"),
@@ -125,14 +150,19 @@ def key_table(config: ModelConfig) -> dict[str, Weight]:
 def _by_kind(config: ModelConfig, rows: dict[str, Weight]) -> dict[str, Weight]:
     """The table of a model with layers of several kinds, each of which has its own stacks."""
     table = {path: row for path, row in rows.items() if "layer" not in row.stacked}
-    for kind in config.kinds:
-        layers = tuple(i for i, other in enumerate(config.layers) if other == kind)
-        for path, row in rows.items():
-            if "layer" in row.stacked:
-                own, *parts = (
-                    each.replace("layers/", f"layers/{kind}/", 1) for each in (path, *row.parts)
-                )
-                table[own] = row._replace(path=own, layers=layers, parts=tuple(parts))
+    in_layers = {path: row for path, row in rows.items() if "layer" in row.stacked}
+    for name, kind in config.kinds.items():
+        layers = tuple(i for i, other in enumerate(config.layers) if other == name)
+        own = in_layers
+        if kind.recurrent:
+            own = {path: row for path, row in own.items() if path not in _OF_ATTENTION}
+            apart = _RECURRENT_JOINED if kind.recurrent.joined else _RECURRENT_APART
+            own |= {row.path: row for row in (*_RECURRENT, *apart)}
+        for path, row in own.items():
+            path, *parts = (
+                each.replace("layers/", f"layers/{name}/", 1) for each in (path, *row.parts)
+            )
+            table[path] = row._replace(path=path, layers=layers, parts=tuple(parts))
     return table
 
 
