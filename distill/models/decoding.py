@@ -11,6 +11,7 @@ kernel of its own, whose result is merged with the tail's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -202,14 +203,22 @@ def make_walk(
 
     numbers = {kind: jnp.arange(config.layers.count(kind)) for kind in stacks}
 
-    def walk(x_b1d, step, tail):
-        def layer(kind, x_b1d, scanned):
-            number, state, layer_tail = scanned
+    def walk(x_b1d, step, tails):
+        # Carried, not scanned over: then all layers' are updated in place, and none is copied.
+        def layer(kind, carry, scanned):
+            (x_b1d, tails), (number, state) = carry, scanned
             block, prefix = nnx.merge(graphs[kind], state), prefix_of(kind, number)
-            return _decode_layer(block, step.rotations[kind], prefix, x_b1d, step, layer_tail)
+            tail = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, False), tails[kind]
+            )
+            rotation = step.rotations[kind]
+            x_b1d, tail = _decode_layer(block, rotation, prefix, x_b1d, step, tail)
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+            return (x_b1d, tails | {kind: jax.tree.map(put, tails[kind], tail)}), None
 
-        scanned = {kind: (numbers[kind], stacks[kind], tail[kind]) for kind in stacks}
-        return scan_layers(layer, x_b1d, scanned, config.layers)
+        scanned = {kind: (numbers[kind], stacks[kind]) for kind in stacks}
+        carry, _ = scan_layers(layer, (x_b1d, tails), scanned, config.layers)
+        return carry
 
     return walk
 

@@ -71,6 +71,16 @@ FAMILIES = {
     "llama": dict(rope_parameters=LLAMA3_ROPE),
 }
 CASES = [(family, tied) for family in FAMILIES for tied in (True, False)]
+HYBRID = dict(
+    num_hidden_layers=5,
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=6,
+    # Of text, all three positions of a token are the same: sections have no effect.
+    rope_parameters=dict(PLAIN_ROPE, partial_rotary_factor=0.25, mrope_section=[1, 1, 0]),
+)
 OTHERS = {
     "qwen2 windows": SLIDING | dict(use_sliding_window=True, max_window_layers=2),
     "qwen3 windows": dict(use_sliding_window=True, max_window_layers=1, head_dim=16) | SLIDING,
@@ -104,9 +114,11 @@ OTHERS = {
     "seed_oss": dict(head_dim=16, mlp_bias=True, attention_out_bias=True),
     "ernie4_5": dict(head_dim=16),
     "helium": dict(head_dim=8),
+    "qwen3_5_text": HYBRID,
 }
 # One of each layout of layers is decoded.
 DECODED = ("mistral", "smollm3", "phi3", "olmo3", "exaone4", "granite", "glm4", "gemma3_text")
+DECODED += ("qwen3_5_text",)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -314,9 +314,10 @@ class TestCompiledForTpu:
         assert num_kernels(program) == 1
         assert temporary_bytes(program) < 0.5 * cache_bytes
 
-    @pytest.mark.parametrize("topology, periods", [("v5p:2x2x1", 1), ("v6e:2x2", 4)])
-    def test_states_beside_keys(self, topology, periods):
+    @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+    def test_states_beside_keys(self, topology):
         """Layers of Qwen3.5; a loop carries its own copy of the states, and no other."""
+        periods = UNROLLED_LAYERS // 4 + 1
         sizes, pattern = Recurrent(16, 16, 128, 128, taps=4), ("recurrent",) * 3 + ("full",)
         config = dataclasses.replace(QWEN, num_layers=4 * periods, pattern=pattern, recurrent=sizes)
         program, _ = compile_decoding(tpu_mesh(topology, 1, 1, 1), None, config)
