@@ -70,15 +70,15 @@ def _measure(
     def evaluate(graph, params):
         model = nnx.merge(graph, params)
         hidden_brd = of_responses(rows, model(rows.tokens_bt), width)
-        return hidden_brd.reshape(-1, hidden_brd.shape[-1]), model.head()[:, :vocab_size]
+        return hidden_brd.reshape(-1, hidden_brd.shape[-1]), model.head().cut(vocab_size)
 
     hidden_sd, head_s = evaluate(graph, params)
     hidden_td, head_t = evaluate(teacher_graph, teacher_params)
 
     def of_token(arguments):
         hidden_s, hidden_t, token = arguments
-        log_q_v = _log_probs(hidden_s, head_s)
-        log_p_v = _log_probs(hidden_t, head_t)
+        log_q_v = jax.nn.log_softmax(head_s.logits(hidden_s))
+        log_p_v = jax.nn.log_softmax(head_t.logits(hidden_t))
         return _measure_token(log_p_v, log_q_v, token)
 
     arguments = hidden_sd, hidden_td, of_responses(rows, rows.targets_bt, width).reshape(-1)
@@ -89,10 +89,6 @@ def _measure(
         return constrain_whole(jnp.where(valid_br, values.reshape(valid_br.shape), 0))
 
     return jax.tree.map(arrange, measures)
-
-
-def _log_probs(hidden_d, head_dv):
-    return jax.nn.log_softmax(jnp.dot(hidden_d, head_dv, preferred_element_type=jnp.float32))
 
 
 def _measure_token(log_p_v, log_q_v, token) -> Examination:

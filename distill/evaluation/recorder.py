@@ -213,14 +213,14 @@ def _token_values(
     )
 
 
-def _top_choices(hidden_brd, heads_dv, vocab_size: int) -> dict[str, jax.Array]:
+def _top_choices(hidden_brd, heads, vocab_size: int) -> dict[str, jax.Array]:
     """The teacher's likeliest tokens and both models' log-probabilities of them, (b, r, k).
 
     Args:
-      hidden_brd, heads_dv: of the student and of the teacher.
+      hidden_brd, heads: of the student and of the teacher.
     """
     rows, width, _ = hidden_brd[0].shape
-    logits = rows * heads_dv[1].shape[1] // (num_shards("batch") * num_shards("act_vocab"))
+    logits = rows * heads[1].weights_dv.shape[1] // (num_shards("batch") * num_shards("act_vocab"))
     size = min(width, max(1, _MOST_LOGITS // logits))
     count = -(-width // size)
 
@@ -230,8 +230,8 @@ def _top_choices(hidden_brd, heads_dv, vocab_size: int) -> dict[str, jax.Array]:
 
     def choices(chunk):
         log_q_bcv, log_p_bcv = (
-            _log_probs(hidden_bcd, head_dv, vocab_size)
-            for hidden_bcd, head_dv in zip(chunk, heads_dv, strict=True)
+            _log_probs(head.logits(hidden_bcd), vocab_size)
+            for hidden_bcd, head in zip(chunk, heads, strict=True)
         )
         log_p_bck, ids_bck = jax.lax.top_k(log_p_bcv, min(TOP, vocab_size))
         return ids_bck, log_p_bck, jnp.take_along_axis(log_q_bcv, ids_bck, axis=-1)
@@ -241,8 +241,7 @@ def _top_choices(hidden_brd, heads_dv, vocab_size: int) -> dict[str, jax.Array]:
     return dict(zip(("top_ids", "top_log_p", "top_log_q"), whole, strict=True))
 
 
-def _log_probs(hidden_bcd, head_dv, vocab_size: int) -> jax.Array:
-    logits_bcv = jnp.einsum("bcd,dv->bcv", hidden_bcd, head_dv, preferred_element_type=jnp.float32)
+def _log_probs(logits_bcv, vocab_size: int) -> jax.Array:
     # Not cut: the columns may be split over devices.
-    exists_v = jnp.arange(head_dv.shape[1]) < vocab_size
+    exists_v = jnp.arange(logits_bcv.shape[-1]) < vocab_size
     return jax.nn.log_softmax(jnp.where(exists_v, logits_bcv, -jnp.inf))

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import AttentionSpec
 from distill.kernels.attention.blockwise import cap_scores
+from distill.kernels.linear_divergence import Head
 from distill.models import attention, recurrent
 from distill.models.attention import Rotation, make_rotations
 from distill.models.cache import LayerCache, Tail
@@ -44,7 +45,7 @@ class LoopWeights(NamedTuple):
     """
 
     layers: tuple[nnx.State, ...] = ()
-    head_dv: jax.Array | None = None
+    head: Head | None = None
 
 
 class Attended(NamedTuple):
@@ -170,7 +171,8 @@ def abstract_loop_weights(model: Transformer) -> LoopWeights:
     _, stacks = model.split_layers()
     layers = tuple(jax.tree.map(first, stacks[kind]) for kind in model.config.layers)
     head_dv = placed(table_vd.shape[::-1], model.dtype, table_vd.sharding.spec[::-1])
-    return LoopWeights(layers, head_dv if model.config.tied else None)
+    head = Head(head_dv, model.config.logit_soft_cap)  # type: ignore[arg-type]  # a shape
+    return LoopWeights(layers, head if model.config.tied else None)
 
 
 def make_walk(

@@ -256,10 +256,6 @@ def _checked(model: ModelConfig, source: str) -> ModelConfig:
             f"{source}: num_attention_heads={model.num_heads} is not a multiple of "
             f"num_key_value_heads={model.num_kv_heads}"
         )
-    if model.logit_soft_cap is not None:
-        raise UserError(
-            f"{source}: final_logit_softcapping={model.logit_soft_cap} is not supported, only null"
-        )
     if "sliding" not in model.pattern:
         model = dataclasses.replace(model, window=None, sliding_rope=None)
     elif model.window is None:

@@ -25,6 +25,7 @@ from flax import nnx
 from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import RESIDUALS
 from distill.kernels.attention import attention as attention_kernel
+from distill.kernels.linear_divergence import Head
 from distill.models import attention, mlp, recurrent
 from distill.models.attention import Rotation, make_rotations
 from distill.models.facts import ModelConfig
@@ -208,15 +209,14 @@ class Transformer(nnx.Module):
         halves = {kind: nnx.split(blocks[kind]) for kind in kinds}
         return tuple({kind: half[i] for kind, half in halves.items()} for i in range(2))
 
-    def head(self) -> jax.Array:
-        """The output head w_dv in `dtype`; the transposed embedding when tied."""
+    def head(self) -> Head:
+        """The output head in `dtype`; the transposed embedding when tied."""
         w_dv = self.embedding[...].T if self.config.tied else self.output_head[...]
-        return w_dv.astype(self.dtype)
+        return Head(w_dv.astype(self.dtype), self.config.logit_soft_cap)
 
-    def logits(self, hidden_btd: jax.Array, w_dv: jax.Array | None = None) -> jax.Array:
-        """Scores of the next token, logits_btv in float32; `w_dv` is `head()` if not given."""
-        w_dv = self.head() if w_dv is None else w_dv
-        logits_btv = jnp.einsum("btd,dv->btv", hidden_btd, w_dv, preferred_element_type=jnp.float32)
+    def logits(self, hidden_btd: jax.Array, head: Head | None = None) -> jax.Array:
+        """Scores of the next token, logits_btv in float32; the head is `head()` if not given."""
+        logits_btv = (head or self.head()).logits(hidden_btd)
         return constrain(logits_btv, "batch", "position", "act_vocab")
 
     def embed(self, tokens_bt: jax.Array) -> jax.Array:

@@ -177,7 +177,7 @@ def decode_rows(
     def advance(state):
         step, running_b, token_b, tail, chosen_tb = state
         hidden_bd, tail = decode_step(model, walk, token_b, lengths_b, step, tail)
-        logits_bv = model.logits(hidden_bd[:, None], loop_weights.head_dv)[:, 0]
+        logits_bv = model.logits(hidden_bd[:, None], loop_weights.head)[:, 0]
         chosen_b = Chosen(*choose(logits_bv, uniform_tb2[step], params, facts.vocab_size))
         chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[step].set(x_b), chosen_tb, chosen_b)
         ended_b = jnp.isin(chosen_b.token, eos_ids) | (made_b + step + 1 >= limit_b)

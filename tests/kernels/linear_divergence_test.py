@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from distill.base.sharding import make_mesh, named_sharding
 from distill.kernels.linear_divergence import (
     DivergenceTerm,
+    Head,
     RowLoss,
     Term,
     TermSum,
@@ -161,6 +162,7 @@ class Problem:
     weights: np.ndarray
     targets: np.ndarray
     vocab_size: int
+    soft_caps: tuple = (None, None)  # student's and teacher's
 
     @property
     def columns(self):
@@ -170,6 +172,12 @@ class Problem:
     @property
     def arrays(self):
         return self.hidden_s, self.head_s, self.hidden_t, self.head_t, self.weights
+
+    @property
+    def models(self):
+        """`arrays` with the heads' caps."""
+        heads = map(Head, (self.head_s, self.head_t), self.soft_caps)
+        return self.hidden_s, next(heads), self.hidden_t, next(heads), self.weights
 
     def counted(self, values_t):
         """0 for tokens without weight, which are not computed."""
@@ -209,11 +217,24 @@ def softmax64(logits):
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
+def capped64(logits, soft_cap):
+    """Capped logits, and their derivative."""
+    if soft_cap is None:
+        return logits, 1.0
+    return soft_cap * np.tanh(logits / soft_cap), 1 / np.cosh(logits / soft_cap) ** 2
+
+
 def expected64(problem, name, temperature):
     """(terms before weighting, counted; loss), dz, dh_s and dW_s, float64, from rounded inputs."""
     hidden_s, head_s, hidden_t, head_t, weights = (x.astype(np.float64) for x in problem.arrays)
     head_s, head_t = head_s[:, : problem.vocab_size], head_t[:, : problem.vocab_size]
-    p, q = softmax64(hidden_t @ head_t / temperature), softmax64(hidden_s @ head_s / temperature)
+    (logits_s, slopes_s), (logits_t, _) = (
+        capped64(hidden @ head, soft_cap)
+        for hidden, head, soft_cap in zip(
+            (hidden_s, hidden_t), (head_s, head_t), problem.soft_caps, strict=True
+        )
+    )
+    p, q = softmax64(logits_t / temperature), softmax64(logits_s / temperature)
     y = np.eye(problem.vocab_size)[problem.targets]
     values, loss, dz = [], 0.0, 0.0
     for weight in LOSSES[name].weights:
@@ -225,6 +246,7 @@ def expected64(problem, name, temperature):
         loss += (weights * factor * values[-1]).sum()
         slopes = slopes - q * slopes.sum(-1, keepdims=True)
         dz += (weights * factor)[:, None] * slopes / temperature
+    dz = dz * slopes_s
     return (values, loss), dz, dz @ head_s.T, hidden_s.T @ dz
 
 
@@ -260,15 +282,19 @@ def all_losses(problem, names, temperature=TEMPERATURE, **options):
     options |= problem.targeted
 
     # All arrays are arguments: products of constants would be computed by the compiler, slowly.
-    def evaluate(arrays, columns):
+    def evaluate(models, columns):
         def loss(hidden_s, head_s, name):
             loss = dataclasses.replace(LOSSES[name], temperature=temperature)
-            return linear_loss(loss, hidden_s, head_s, *arrays[2:], columns=columns, **options)
+            return linear_loss(loss, hidden_s, head_s, *models[2:], columns=columns, **options)
 
         value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        return {name: value_and_grad(*arrays[:2], name) for name in names}
+        results = {name: value_and_grad(*models[:2], name) for name in names}
+        return {
+            name: (values, (dhidden, dhead.weights_dv))
+            for name, (values, (dhidden, dhead)) in results.items()
+        }
 
-    return compiled(evaluate)(problem.arrays, problem.columns)
+    return compiled(evaluate)(problem.models, problem.columns)
 
 
 def cross_entropy_loss(hidden, head, problem, **options):
@@ -311,6 +337,27 @@ class TestImplementations:
         for name, ((loss, values), gradients) in all_losses(problem, names, **options).items():
             expected_nt, expected_loss = expected64(problem, name, TEMPERATURE)[0]
             # Logits of either dtype are float32 sums, so values are float32 accurate in both.
+            assert_close(values.terms, expected_nt, "float32", 1.0, vocab_size)
+            assert_close(loss, expected_loss, "float32", 1.0, vocab_size)
+            assert_gradients_close(gradients, problem, name, dtype)
+
+    @pytest.mark.parametrize(
+        "soft_caps, num_tokens, chunk, vocab_size, dtype, names",
+        [
+            ((3.0, 2.0), 7, 3, 1187, "float32", ("swept",)),
+            ((2.5, None), 128, 48, 512, "bfloat16", ("forward",)),
+            ((None, 1.5), 1, None, 33, "float32", ("jsd",)),
+        ],
+    )
+    def test_capped_logits(
+        self, implementation, soft_caps, num_tokens, chunk, vocab_size, dtype, names
+    ):
+        """As a model's output would be, before the temperature."""
+        problem = make_problem(num_tokens, vocab_size, dtype)
+        problem = dataclasses.replace(problem, soft_caps=soft_caps)
+        options = dict(implementation=implementation, chunk=chunk)
+        for name, ((loss, values), gradients) in all_losses(problem, names, **options).items():
+            expected_nt, expected_loss = expected64(problem, name, TEMPERATURE)[0]
             assert_close(values.terms, expected_nt, "float32", 1.0, vocab_size)
             assert_close(loss, expected_loss, "float32", 1.0, vocab_size)
             assert_gradients_close(gradients, problem, name, dtype)
@@ -417,8 +464,9 @@ class TestImplementations:
             expected = np.asarray(expected).astype(np.float64)
             assert_close(actual, expected, dtype, np.abs(expected).max(), 1)
 
-    def test_custom_loss_is_its_autodiff(self, implementation):
-        problem = make_problem(7, 33)
+    @pytest.mark.parametrize("soft_caps", [(None, None), (3.0, 2.0)])
+    def test_custom_loss_is_its_autodiff(self, implementation, soft_caps):
+        problem = dataclasses.replace(make_problem(7, 33), soft_caps=soft_caps)
 
         def focal_toward_the_teacher(log_p_cv, log_q_cv, targets_c):
             best_c = jnp.argmax(log_p_cv, axis=-1)
@@ -428,13 +476,21 @@ class TestImplementations:
 
         def fused(hidden_s, head_s):
             loss = RowLoss(focal_toward_the_teacher, TEMPERATURE)
-            rows = hidden_s, head_s, *problem.arrays[2:]
+            rows = hidden_s, Head(head_s, soft_caps[0]), *problem.models[2:]
             options = dict(implementation=implementation, chunk=3, **problem.targeted)
             return linear_loss(loss, *rows, **options)
 
         def plain(hidden_s, head_s):
-            log_q = jax.nn.log_softmax(hidden_s @ head_s[:, :33] / TEMPERATURE)
-            log_p = jax.nn.log_softmax(problem.hidden_t @ problem.head_t[:, :33] / TEMPERATURE)
+            logits_s, logits_t = (
+                hidden_s @ head_s[:, :33],
+                problem.hidden_t @ problem.head_t[:, :33],
+            )
+            logits_s, logits_t = (
+                x if cap is None else cap * jnp.tanh(x / cap)
+                for x, cap in zip((logits_s, logits_t), soft_caps, strict=True)
+            )
+            log_q = jax.nn.log_softmax(logits_s / TEMPERATURE)
+            log_p = jax.nn.log_softmax(logits_t / TEMPERATURE)
             losses = focal_toward_the_teacher(log_p, log_q, problem.targets)
             return jnp.sum(problem.weights * losses), losses
 
@@ -533,6 +589,7 @@ def test_a_mesh_of_other_axes_is_refused(axes):
 )
 def test_bad_arguments_are_refused(changed, message):
     problem = dataclasses.asdict(make_problem(3, 33))
+    del problem["soft_caps"]
     with pytest.raises(ValueError, match=message):
         linear_divergence(**problem | dict(divergence=DIVERGENCES["jsd"]) | changed)
 
@@ -606,10 +663,11 @@ def make_top_k(problem, k=TOP_K, absent=1):
 def expected_top_k64(problem, name, ids):
     """Divergence and dz over the k tokens and one bucket of all others, in float64."""
     logits_s, logits_t = (
-        hidden.astype(np.float64) @ head[:, : problem.vocab_size] / TEMPERATURE
+        hidden.astype(np.float64) @ head[:, : problem.vocab_size]
         for hidden, head in zip(problem.arrays[:3:2], problem.arrays[1:4:2], strict=True)
     )
-    p, q = softmax64(logits_t), softmax64(logits_s)
+    logits_s, slopes_s = capped64(logits_s, problem.soft_caps[0])
+    p, q = softmax64(logits_t / TEMPERATURE), softmax64(logits_s / TEMPERATURE)
     divergences, gradients = [], []
     for p_v, q_v, ids_k in zip(p, q, ids, strict=True):
         ids_k = ids_k[ids_k >= 0]
@@ -619,12 +677,13 @@ def expected_top_k64(problem, name, ids):
         terms_n, slopes_n = terms_and_slopes64(TERMS[name].function, p_n, q_n, None)
         divergences.append(terms_n.sum())
         gradients.append(q_v * (slopes_n / q_n)[bucket_v] - q_v * slopes_n.sum())
-    dz = problem.weights[:, None] * np.asarray(gradients) / TEMPERATURE
+    dz = problem.weights[:, None] * np.asarray(gradients) / TEMPERATURE * slopes_s
     return problem.counted(np.asarray(divergences)), dz
 
 
 def top_k_gradients(problem, name, ids, log_probs, **options):
     def loss(hidden_s, head_s):
+        head_s = Head(head_s, problem.soft_caps[0])
         rows = hidden_s, head_s, TopK(ids, log_probs), None, problem.weights
         options_of = dict(columns=problem.columns, **options, **problem.targeted)
         return linear_loss(LOSSES[name], *rows, **options_of)
@@ -634,9 +693,9 @@ def top_k_gradients(problem, name, ids, log_probs, **options):
 
 class TestTopKTeacher:
     @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-    @pytest.mark.parametrize("name", DIVERGENCES)
-    def test_values_and_gradients(self, implementation, name):
-        problem = make_problem(7, 33)
+    @pytest.mark.parametrize("name, cap", [*((name, None) for name in DIVERGENCES), ("jsd", 2.0)])
+    def test_values_and_gradients(self, implementation, name, cap):
+        problem = dataclasses.replace(make_problem(7, 33), soft_caps=(cap, None))
         ids, log_probs = make_top_k(problem)
         (loss, values), (dhidden, dhead) = top_k_gradients(
             problem, name, ids, log_probs, implementation=implementation, chunk=3
@@ -829,7 +888,8 @@ class TestSharded:
 
         def evaluate(hidden_s, head_s, hidden_t, head_t):
             def value(hidden_s, head_s):
-                loss, teacher = loss_of(hidden_t, head_t)
+                head_s = Head(head_s, problem.soft_caps[0])
+                loss, teacher = loss_of(hidden_t, Head(head_t, problem.soft_caps[1]))
                 options = dict(implementation=implementation, chunk=chunk, columns=problem.columns)
                 rows = hidden_s, head_s, *teacher, problem.weights
                 return linear_loss(loss, *rows, **options, **problem.targeted)
@@ -862,6 +922,13 @@ class TestSharded:
         # 300 columns over two devices: the second one's end lies within a block.
         problem = make_problem(64, 300, padding_s=8, padding_t=12)
         loss = self.loss_named(name)
+        self.assert_equals_unsharded(problem, loss, IMPLEMENTATIONS[implementation])
+
+    @pytest.mark.parametrize("implementation", ["chunked", "pallas_tpu"])
+    def test_capped_logits(self, implementation):
+        problem = make_problem(64, 300, padding_s=8, padding_t=12)
+        problem = dataclasses.replace(problem, soft_caps=(3.0, 2.0))
+        loss = self.loss_named("swept")
         self.assert_equals_unsharded(problem, loss, IMPLEMENTATIONS[implementation])
 
     @pytest.mark.parametrize("num_tokens, vocab_size, chunk", [(50, 33, 8), (3, 33, None)])

@@ -59,7 +59,7 @@ def loss_of(*terms, temperature=1.0):
 BUILT_IN = "forward", "reverse", "mixed", "jsd", "skew_forward", "skew_reverse"
 
 
-def make_problem(num_tokens, width_s, width_t, num_columns, *, scale=3.0):
+def make_problem(num_tokens, width_s, width_t, num_columns, *, scale=3.0, soft_cap=None):
     """Arrays of every sweep, and weights; columns that do not exist are NaN."""
     rng = np.random.default_rng(0)
 
@@ -74,7 +74,8 @@ def make_problem(num_tokens, width_s, width_t, num_columns, *, scale=3.0):
     targets_c = rng.integers(0, num_columns, num_tokens).astype(np.int32)
     targets_c[1::3], targets_c[2::3] = -1, 1 << 20
     weights_c = rng.uniform(0.2, 1.0, num_tokens).astype(np.float32)
-    logits = sweeps.Logits(logits_s_cv, logits_t_cv, targets_c, np.int32(num_columns))
+    columns = np.int32(num_columns)
+    logits = sweeps.Logits(logits_s_cv, logits_t_cv, targets_c, columns, soft_cap)
     return logits, weights_c
 
 
@@ -149,6 +150,12 @@ def test_interpreted_agrees_with_definition(config, num_tokens, shape, loss, dty
     assert_agree(interpreted(config), loss, problem, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_gradient_goes_through_the_cap(dtype):
+    problem = make_problem(7, *SMALL, soft_cap=3.5)
+    assert_agree(interpreted(ONE_PIECE), loss_of(*SUM, temperature=1.7), problem, dtype)
+
+
 def test_no_columns():
     """A shard of the vocabulary may be all padding: it adds nothing, and no NaN."""
     logits, _ = make_problem(2, 64, 64, 33)
@@ -164,11 +171,11 @@ def array(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def lowered_for_h200(function, width_s, width_t, *more) -> str:
+def lowered_for_h200(function, width_s, width_t, *more, soft_cap=None) -> str:
     """The program of jitted function(logits, *more) at a real size."""
     logits_t = array(1024, width_t) if width_t else None
     integers = array(1024, dtype=jnp.int32), array(dtype=jnp.int32)
-    logits = sweeps.Logits(array(1024, width_s), logits_t, *integers)
+    logits = sweeps.Logits(array(1024, width_s), logits_t, *integers, soft_cap)
     device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -177,13 +184,16 @@ def lowered_for_h200(function, width_s, width_t, *more) -> str:
 
 
 @pytest.mark.parametrize(
-    "terms", [*((name,) for name in BUILT_IN), (hellinger,), (everything,), SUM]
+    "terms, soft_cap",
+    [*(((name,), None) for name in BUILT_IN), ((hellinger,), None), ((everything,), None)]
+    + [(SUM, None), (SUM, 30.0)],
 )
-def test_lowers_for_h200(terms):
+def test_lowers_for_h200(terms, soft_cap):
     loss = loss_of(*terms, temperature=1.7)
     function = functools.partial(sums_and_gradient, Sweeps(), loss, jnp.bfloat16)
     statistics = sweeps.Statistics(*[array(1024)] * 10)
-    text = lowered_for_h200(function, 151936, 152064, statistics, array(1024))
+    more = statistics, array(1024)
+    text = lowered_for_h200(function, 151936, 152064, *more, soft_cap=soft_cap)
     assert text.count("custom_call @mosaic_gpu") == 2
 
 

@@ -12,6 +12,7 @@ from benchmarks import linear_divergence as benchmark
 from distill.base.sharding import named_sharding
 from distill.kernels.linear_divergence import (
     DivergenceTerm,
+    Head,
     Term,
     TermSum,
     cross_entropy,
@@ -47,11 +48,12 @@ def shapes(mesh, width_s=WIDTH_S, width_t=WIDTH_T):
     ]
 
 
-def value_and_gradients(divergence, implementation=None, **options):
+def value_and_gradients(divergence, implementation=None, soft_cap=None, **options):
     options |= dict(divergence=get_divergence(divergence), vocab_size=VOCAB_SIZE)
 
-    def loss(hidden_s, head_s, *rest):
-        return linear_divergence(hidden_s, head_s, *rest, implementation=implementation, **options)
+    def loss(hidden_s, head_s, hidden_t, head_t, weights):
+        models = hidden_s, Head(head_s, soft_cap), hidden_t, Head(head_t, soft_cap)
+        return linear_divergence(*models, weights, implementation=implementation, **options)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
@@ -77,6 +79,14 @@ class TestOneChip:
         program = compiled_for(tpu_mesh(topology, 1, 1, 1), evaluation)
         assert num_kernels(program) == 2  # the forward KL needs the first sweep only
         assert temporary_bytes(program) < 3.5 * GB
+
+
+# Of a chunk whose gradient is fused with its products, and of one whose gradient is stored.
+@pytest.mark.parametrize("topology, width_s", [("v6e:2x2", WIDTH_S), ("v6e:2x2", 8192)])
+def test_capped_logits(topology, width_s):
+    function = value_and_gradients("jsd", soft_cap=30.0)
+    program = compiled_for(tpu_mesh(topology, 1, 1, 1), function, width_s=width_s)
+    assert num_kernels(program) == 3
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])

@@ -62,7 +62,7 @@ CONFIGS = {
         hidden_activation="gelu_pytorch_tanh",
         query_pre_attn_scalar=5,
         attn_logit_softcapping=1.5,
-        final_logit_softcapping=None,
+        final_logit_softcapping=2.0,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
     ),
@@ -226,7 +226,9 @@ def defined_logits(config: ModelConfig, params, tokens_t):
         y_td = feed_forward(normed("ffn_norm", x_td), w)
         x_td = x_td + config.residual_scale * normed("ffn_out_norm", y_td)
     head_dv = params["embedding"].T if config.tied else params["output_head"]
-    return config.logit_scale * norm(x_td, params["final_norm"]) @ head_dv
+    logits_tv = config.logit_scale * norm(x_td, params["final_norm"]) @ head_dv
+    cap = config.logit_soft_cap
+    return cap * np.tanh(logits_tv / cap) if cap else logits_tv
 
 
 def test_forward_equals_the_definition(case):
@@ -349,7 +351,7 @@ def test_program_does_not_grow_with_depth(case):
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not suppor"),
+        ("gemma2", {"final_logit_softcapping": -30.0}, "final_logit_softcapping=-30.0 must be a p"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation='relu' is not supported"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 5}, "layer_types=.* is not supported"),
         ("gemma2", {"sliding_window": None}, "the required field sliding_window is missing"),

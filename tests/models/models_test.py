@@ -106,7 +106,7 @@ OTHERS = {
     "gemma2": SLIDING
     | GEMMA
     | dict(query_pre_attn_scalar=9, attn_logit_softcapping=1.5)
-    | dict(final_logit_softcapping=None),
+    | dict(final_logit_softcapping=2.0),
     "gemma3_text": SLIDING
     | GEMMA
     | dict(query_pre_attn_scalar=9, rope_parameters=ROPES)

@@ -87,7 +87,7 @@ def test_compute_dtype_and_stored_dtype_are_separate(tied):
         model = construct(config, dtype=jnp.bfloat16)
         hidden = model(jnp.zeros((1, 4), jnp.int32))
         stored = nnx.state(model)
-        return stored, hidden, model.head(), model.logits(hidden)
+        return stored, hidden, model.head().weights_dv, model.logits(hidden)
 
     stored, hidden, head, logits = jax.eval_shape(outputs)
     assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype(jnp.float32)}

@@ -199,8 +199,9 @@ def splash(
 
     kernel = _splash_kernel(q_btnh.shape[2], size, spec, interpret)
     scaled_btnh = q_btnh * jnp.asarray(spec.scale, q_btnh.dtype)
+    q_bnth, k_bkth, v_bkth = map(heads_first, (scaled_btnh, k_btkh, v_btkh))
     attended_bnth = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _splash_ids(ids), sinks_n))(
-        *map(heads_first, (scaled_btnh, k_btkh, v_btkh)), ids_bt
+        q_bnth, k_bkth, v_bkth, ids_bt
     )
     return attended_bnth.swapaxes(1, 2)[:, :length]
 
@@ -216,6 +217,7 @@ def _splash_kernel(num_heads: int, size: int, spec: AttentionSpec, interpret: bo
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     shape = size, size
+    mask: splash_attention.Mask
     if spec.window is None:
         mask = splash_attention.CausalMask(shape)
     else:

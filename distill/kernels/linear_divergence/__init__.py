@@ -7,6 +7,7 @@ from distill.kernels.linear_divergence.api import (
     resolve_implementation,
 )
 from distill.kernels.linear_divergence.compaction import weighted_first
+from distill.kernels.linear_divergence.head import Head
 from distill.kernels.linear_divergence.token_losses import (
     DivergenceTerm,
     RowLoss,
@@ -23,6 +24,7 @@ from distill.kernels.linear_divergence.topk import TopK
 
 __all__ = [
     "DivergenceTerm",
+    "Head",
     "RowLoss",
     "Term",
     "TermSum",

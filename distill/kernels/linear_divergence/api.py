@@ -1,12 +1,13 @@
 """Losses from hidden states and output heads, without ever holding all logits.
 
 Shapes: hidden (T, D) and head (D, V) in the compute dtype, student and teacher each with its own D
-and V; `vocab_size` is the shared vocabulary, at most either V (further columns are padding: finite,
-and ignored); weights (T,), where a token of weight 0 has no influence at all, and values of 0 (what
-stands behind the last one with weight is not computed: see compaction.py); targets int (T,), those
-outside of the vocabulary being no target. Gradients reach hidden_s and head_s only; the values per
-token carry none. Products accumulate in float32; their operands are rounded as JAX's default
-precision says.
+and V. A head is an array, or a `Head`, which may cap its logits: before the temperature, in values
+and gradients alike. `vocab_size` is the shared vocabulary, at most either V (further columns are
+padding: finite, and ignored); weights (T,), where a token of weight 0 has no influence at all, and
+values of 0 (what stands behind the last one with weight is not computed: see compaction.py);
+targets int (T,), those outside of the vocabulary being no target. Gradients reach hidden_s and
+head_s only; the values per token carry none. Products accumulate in float32; their operands are
+rounded as JAX's default precision says.
 
 `implementation`: `reference` (all logits, automatic differentiation), `chunked` (plain XLA, any
 platform), `pallas` (kernels for TPUs from v5e and GPUs from Hopper on), a `Sweeps` (kernels with
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence import loop, reference
+from distill.kernels.linear_divergence.head import Head
 from distill.kernels.linear_divergence.sweeps import Sweeps, XlaSweeps
 from distill.kernels.linear_divergence.token_losses import (
     DivergenceTerm,
@@ -41,9 +43,9 @@ IMPLEMENTATIONS = ("reference", "chunked", "pallas")
 def linear_loss(
     loss: TermSum | RowLoss,
     hidden_s: jax.Array,
-    head_s: jax.Array,
+    head_s: jax.Array | Head,
     teacher: jax.Array | TopK | None,
-    head_t: jax.Array | None,
+    head_t: jax.Array | Head | None,
     weights: jax.Array,
     *,
     targets: jax.Array | None = None,
@@ -68,18 +70,26 @@ def linear_loss(
             check_pointwise(term.function)
     fused = not isinstance(loss, RowLoss) and not isinstance(teacher, TopK)
     implementation = resolve_implementation(implementation, fused=fused)
+    head_s, head_t = _head(head_s), None if head_t is None else _head(head_t)
     tokens = _tokens(hidden_s, head_s, teacher, head_t, targets, weights, columns or {}, vocab_size)
     if implementation == "reference":
         return reference.linear_token_loss(loss, tokens, head_s, head_t, vocab_size)
-    options = _options(implementation, vocab_size, chunk)
-    return loop.linear_token_loss(loss, options, tokens, head_s, head_t)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} tokens: it must be at least 1")
+    weights_t, cap_t = (None, None) if head_t is None else (head_t.weights_dv, head_t.soft_cap)
+    options = loop.Options(_sweeps(implementation), vocab_size, chunk, head_s.soft_cap, cap_t)
+    return loop.linear_token_loss(loss, options, tokens, head_s.weights_dv, weights_t)
+
+
+def _head(head: jax.Array | Head) -> Head:
+    return head if isinstance(head, Head) else Head(head)
 
 
 def linear_divergence(
     hidden_s: jax.Array,
-    head_s: jax.Array,
+    head_s: jax.Array | Head,
     hidden_t: jax.Array,
-    head_t: jax.Array,
+    head_t: jax.Array | Head,
     weights: jax.Array,
     *,
     divergence,
@@ -98,9 +108,9 @@ def linear_divergence(
 
 def per_token_divergences(
     hidden_s: jax.Array,
-    head_s: jax.Array,
+    head_s: jax.Array | Head,
     hidden_t: jax.Array,
-    head_t: jax.Array,
+    head_t: jax.Array | Head,
     *,
     divergences: tuple,
     temperature: float = 1.0,
@@ -171,12 +181,6 @@ def _within(ids, vocab_size: int) -> jax.Array:
     return jnp.where((0 <= ids) & (ids < vocab_size), ids, -1).astype(jnp.int32)
 
 
-def _options(implementation: str | Sweeps, vocab_size: int, chunk) -> loop.Options:
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} tokens: it must be at least 1")
-    return loop.Options(_sweeps(implementation), vocab_size, chunk)
-
-
 def _sweeps(implementation: str | Sweeps) -> Sweeps:
     if not isinstance(implementation, str):
         return implementation
@@ -196,12 +200,12 @@ def _tokens(
     hidden_s, head_s, teacher, head_t, targets, weights, columns, vocab_size: int
 ) -> loop.Tokens:
     """The arguments bundled, once they agree; -1 stands for no target."""
-    _check_model("_s", hidden_s, head_s, vocab_size)
+    _check_model("_s", hidden_s, head_s.weights_dv, vocab_size)
     num_tokens = hidden_s.shape[0]
     if not num_tokens:
         raise ValueError(f"hidden_s {hidden_s.shape} has no tokens")
     if head_t is not None:
-        _check_model("_t", teacher, head_t, vocab_size)
+        _check_model("_t", teacher, head_t.weights_dv, vocab_size)
         if teacher.shape[0] != num_tokens:
             raise ValueError(f"hidden_t {teacher.shape} is not of {num_tokens} tokens")
     if isinstance(teacher, TopK):

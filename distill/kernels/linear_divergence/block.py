@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence import topk
+from distill.kernels.linear_divergence.head import through_cap
 from distill.kernels.linear_divergence.sweeps import (
     Logits,
     PerTerm,
@@ -89,6 +90,7 @@ def values_and_gradients(
     if isinstance(loss, RowLoss) or block.top_k is not None:
         gradient_of = _row_gradient if isinstance(loss, RowLoss) else _top_k_gradient
         terms, gradient_cv = gradient_of(loss, block, weights)
+        gradient_cv = through_cap(gradient_cv, block.logits.student_cv, block.logits.soft_cap)
         gradient_cv = gradient_cv.astype(student.hidden_cd.dtype)
         gradients = gradient_products(gradient_cv, student, head_gradient_dv)
     else:
@@ -132,7 +134,8 @@ def _target_log_probs(block: Block) -> tuple[jax.Array, jax.Array]:
     log_prob_s = statistics.target_s - temperature * statistics.max_s
     log_prob_s -= jnp.log(statistics.plain_sum_s)
     if block.top_k is not None:
-        log_prob_t = topk.target_log_probs(block)
+        targets_c = block.logits.targets_c + block.first_column
+        log_prob_t = block.top_k.log_prob_t(targets_c, block.vocab_size)
     elif statistics.max_t is None:
         log_prob_t = jnp.zeros_like(log_prob_s)
     else:
@@ -173,7 +176,8 @@ def _top_k_gradient(loss: TermSum, block: Block, weights):
         else:
             alone = dataclasses.replace(loss, terms=(term,))
             [(term_c, slope_sum_c)] = _sums(alone, XlaSweeps(), block)
-            rows = block.logits, block.statistics, [(slope_sum_c, weights_c)]
+            logits = dataclasses.replace(block.logits, soft_cap=None)  # the sum goes through it
+            rows = logits, block.statistics, [(slope_sum_c, weights_c)]
             added_cv = gradient(alone, *rows, dtype=jnp.float32)
         terms.append(term_c)
         gradient_cv += added_cv

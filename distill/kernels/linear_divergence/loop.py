@@ -46,6 +46,8 @@ class Options:
     sweeps: Sweeps
     vocab_size: int
     chunk: int | None
+    soft_cap_s: float | None
+    soft_cap_t: float | None
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +107,7 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
                 block,
                 chunk.weights_t,
                 chunk.columns,
-                Projection(chunk.hidden_s_td, head_s_dv),
+                _projections(options, chunk, head_s_dv, head_t_dv)[0],
                 head_gradient_dv,
             )
             if not block.vocab_axes:
@@ -116,7 +118,8 @@ def _forward_with_gradients(loss, options, tokens, head_s_dv, head_t_dv):
         size = _chunk_size(options, loss, tokens, head_s_dv, head_t_dv)
         memory = None  # with one chunk, there is no loop to carry it
         if size < tokens.targets_t.shape[0]:
-            memory = sweeps.logits_memory(size, *_projections(tokens, head_s_dv, head_t_dv))
+            models = _projections(options, tokens, head_s_dv, head_t_dv)
+            memory = sweeps.logits_memory(size, *models)
         start = jnp.zeros(head_s_dv.shape, jnp.float32), memory
         (head_gradient_dv, _), outputs = _walk_chunks(chunk_step, start, tokens, size)
         values, hidden_gradient_td = outputs
@@ -154,7 +157,7 @@ def _block(options: Options, loss, chunk: Tokens, head_s_dv, head_t_dv, memory=N
     first_column = jax.lax.axis_index(vocab_axes) * width if vocab_axes else 0
     num_columns = jnp.clip(options.vocab_size - first_column, 0, width).astype(jnp.int32)
     logits, statistics = options.sweeps.logits_and_statistics(
-        *_projections(chunk, head_s_dv, head_t_dv),
+        *_projections(options, chunk, head_s_dv, head_t_dv),
         chunk.targets_t - first_column,
         num_columns,
         memory,
@@ -172,10 +175,14 @@ def _block(options: Options, loss, chunk: Tokens, head_s_dv, head_t_dv, memory=N
     )
 
 
-def _projections(tokens: Tokens, head_s_dv, head_t_dv) -> tuple[Projection, Projection | None]:
+def _projections(
+    options: Options, tokens: Tokens, head_s_dv, head_t_dv
+) -> tuple[Projection, Projection | None]:
     """Student and teacher, None for one without logits."""
-    teacher = None if head_t_dv is None else Projection(tokens.teacher_t, head_t_dv)
-    return Projection(tokens.hidden_s_td, head_s_dv), teacher
+    teacher = None
+    if head_t_dv is not None:
+        teacher = Projection(tokens.teacher_t, head_t_dv, options.soft_cap_t)
+    return Projection(tokens.hidden_s_td, head_s_dv, options.soft_cap_s), teacher
 
 
 def _walk_chunks(step: Callable, carry, tokens: Tokens, size: int):
@@ -223,7 +230,7 @@ def _chunk_size(options: Options, loss, tokens: Tokens, head_s_dv, head_t_dv) ->
     columns = head_s_dv.shape[1]
     if isinstance(loss, RowLoss):  # it gathers them
         columns *= num_shards("act_vocab")
-    models = _projections(tokens, head_s_dv, head_t_dv)
+    models = _projections(options, tokens, head_s_dv, head_t_dv)
     largest = min(
         options.sweeps.largest_chunk(*models, columns),
         max(SMALLEST_EVEN_CHUNK, -(-num_tokens // MOST_EVEN_CHUNKS)),

@@ -28,12 +28,14 @@ from distill.kernels.linear_divergence.sweeps import (
     Logits,
     PerTerm,
     Statistics,
+    add_columns,
     gradient_operands,
     relative_to,
     row_operands,
     statistics_of,
     sum_names,
     term_sums_of,
+    weigh_slopes,
 )
 from distill.kernels.linear_divergence.token_losses import TermSum, terms_and_slopes
 
@@ -119,7 +121,7 @@ class Sweeps(sweeps.Sweeps):
         width = logits.student_cv.shape[1]
         gradient_cv = self._run(
             "gradient",
-            functools.partial(_gradient_kernel, loss=loss),
+            functools.partial(_gradient_kernel, loss=loss, soft_cap=logits.soft_cap),
             logits,
             gradient_operands(loss, statistics, factors),
             output=jax.ShapeDtypeStruct((len(logits.targets_c), _aligned_width(width)), dtype),
@@ -189,25 +191,7 @@ def _statistics_kernel(
             ]
             for i, model in enumerate(models)
         }
-        maxima = {
-            model: functools.reduce(jnp.maximum, scaled[model], totals[f"max_{model}"])
-            for model in models
-        }
-        totals = relative_to(maxima, totals, temperature)
-        for k in range(len(blocks)):
-            shifted = {model: scaled[model][k] - totals[f"max_{model}"] for model in models}
-            weight = {model: jnp.exp(shifted[model]) for model in models}
-            for model in models:
-                totals[f"sum_{model}"] += weight[model]
-                if temperature != 1.0:
-                    totals[f"plain_sum_{model}"] += jnp.exp(temperature * shifted[model])
-            if len(models) == 2:
-                difference = shifted["t"] - shifted["s"]
-                totals["cross_forward"] += weight["t"] * difference
-                totals["cross_reverse"] -= weight["s"] * difference
-            if "entropy_t" in totals:
-                totals["entropy_t"] += weight["t"] * shifted["t"]
-        return totals
+        return add_columns(totals, scaled, temperature)
 
     num_tiles = pl.cdiv(num_columns, tiles.shape[-1])
     totals = _over_tiles(logits_refs, tiles, ready, num_tiles, add, totals)
@@ -257,10 +241,12 @@ def _gradient_kernel(
     output_tiles,
     lanes,
     loss,
+    soft_cap,
 ):
     num_columns = num_columns_ref[0]
     row = _Row.read(rows_refs, loss, len(logits_refs), lanes)
     factors = row.operands[-2 * len(loss.terms) :]
+    factors = list(zip(factors[::2], factors[1::2], strict=True))
     width = min(ref.shape[1] for ref in logits_refs)
 
     def write(tile: _Tile, _):
@@ -269,14 +255,8 @@ def _gradient_kernel(
         for k, (column, logits) in enumerate(tile.blocks(lanes)):
             log_probs = row.log_probs(logits)
             _, slopes = row.terms_and_slopes(column, log_probs)
-            q = jnp.exp(log_probs[0])
-            gradient: Any = None
-            for slope, slope_sum, weight in zip(slopes, factors[::2], factors[1::2], strict=True):
-                added = weight * (slope - q * slope_sum)
-                # A token without weight has no say, whatever its slopes.
-                counts = column < jnp.where(weight != 0, num_columns, 0)
-                added = jnp.where(counts, added, 0.0)
-                gradient = added if gradient is None else gradient + added
+            place = logits[0], soft_cap, column, num_columns
+            gradient = weigh_slopes(slopes, log_probs[0], factors, *place)
             output_tile[pl.ds(k * lanes, lanes)] = gradient.astype(gradient_ref.dtype)
         plgpu.commit_smem()
         first_column = tile.index * tiles.shape[-1]

@@ -184,7 +184,7 @@ class Sweeps(sweeps.Sweeps):
     ) -> tuple[Logits, Statistics]:
         """The matrix products with K1 at their end, while a block of logits is still at hand."""
         models = [student] if teacher is None else [student, teacher]
-        hidden, heads = zip(*models, strict=True)
+        hidden, heads, soft_caps = zip(*models, strict=True)
         num_tokens, width = len(targets_c), min(head_dv.shape[1] for head_dv in heads)
         names = sum_names(len(models), temperature, entropy)
         config = self.products or choose_products(hidden, len(names))
@@ -197,7 +197,9 @@ class Sweeps(sweeps.Sweeps):
         first = len(inputs)
         inputs += [(x, pl.BlockSpec(memory_space=pl.ANY)) for x in memory or ()]
         *logits_cv, table = _call(
-            functools.partial(kernels.products_kernel, names=names, temperature=temperature),
+            functools.partial(
+                kernels.products_kernel, soft_caps=soft_caps, names=names, temperature=temperature
+            ),
             grid,
             num_columns,
             inputs,
@@ -213,7 +215,7 @@ class Sweeps(sweeps.Sweeps):
             interpret=self.interpret,
         )
         logits_t_cv = None if teacher is None else logits_cv[1]
-        logits = Logits(logits_cv[0], logits_t_cv, targets_c, num_columns)
+        logits = Logits(logits_cv[0], logits_t_cv, targets_c, num_columns, student.soft_cap)
         return logits, statistics_of(table, names)
 
     def term_sums(self, loss: TermSum, logits: Logits, statistics: Statistics) -> PerTerm:
@@ -238,7 +240,7 @@ class Sweeps(sweeps.Sweeps):
         num_tokens, width = logits.student_cv.shape
         config = self.config.fitted(num_tokens, width)
         (gradient_cv,) = self._sweep(
-            functools.partial(kernels.gradient_kernel, loss=loss),
+            functools.partial(kernels.gradient_kernel, loss=loss, soft_cap=logits.soft_cap),
             config,
             width,
             logits,
@@ -252,7 +254,7 @@ class Sweeps(sweeps.Sweeps):
         self, loss, logits, statistics, factors: PerTerm, student: Projection, head_gradient_dv
     ) -> tuple[jax.Array, jax.Array]:
         """K3 with the products that consume its gradient, which then is never stored."""
-        hidden_cd, head_dv = student
+        hidden_cd, head_dv, soft_cap = student
         config = choose_gradient_products(student, len(hidden_cd), len(logits.models))
         if config is None:
             rows = logits, statistics, factors
@@ -269,7 +271,10 @@ class Sweeps(sweeps.Sweeps):
         dz_block = pltpu.VMEM((config.block_tokens, config.block_columns), jnp.float32)
         head_gradient_dv, hidden_gradient_cd = _call(
             functools.partial(
-                kernels.gradient_products_kernel, loss=loss, upcast=bool(self.interpret)
+                kernels.gradient_products_kernel,
+                loss=loss,
+                soft_cap=soft_cap,
+                upcast=bool(self.interpret),
             ),
             config.grid(*logits.student_cv.shape),
             logits.num_columns,

@@ -8,30 +8,36 @@ once at the end of a row, by the formula that also combines shards (sweeps.relat
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from distill.kernels.linear_divergence.sweeps import MASKED, relative_to
+from distill.kernels.linear_divergence.head import capped
+from distill.kernels.linear_divergence.sweeps import (
+    MASKED,
+    add_columns,
+    relative_to,
+    weigh_slopes,
+)
 from distill.kernels.linear_divergence.token_losses import TermSum, terms_and_slopes
 
 LANES = 128
 STRIP = 16  # tokens; the rows of one bfloat16 register, two of float32
 
 
-def products_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperature: float):
+def products_kernel(
+    num_columns_ref, *refs, soft_caps: tuple, names: tuple[str, ...], temperature: float
+):
     num_models = 2 if "max_t" in names else 1
     hidden_refs, head_refs = refs[:num_models], refs[num_models : 2 * num_models]
     targets_ref = refs[2 * num_models]
     # Logits, table, sums. Inputs before them may be the memory that the logits are written into.
     outputs = refs[-(num_models + 1 + len(names)) :]
     logits_refs = outputs[:num_models]
-    for hidden_ref, head_ref, logits_ref in zip(hidden_refs, head_refs, logits_refs, strict=True):
-        logits_ref[...] = jnp.dot(
-            hidden_ref[...], head_ref[...], preferred_element_type=jnp.float32
-        )
+    models = zip(hidden_refs, head_refs, soft_caps, logits_refs, strict=True)
+    for hidden_ref, head_ref, soft_cap, logits_ref in models:
+        logits = jnp.dot(hidden_ref[...], head_ref[...], preferred_element_type=jnp.float32)
+        logits_ref[...] = capped(logits, soft_cap)
     operands = *logits_refs, targets_ref, *outputs[num_models:]
     statistics_kernel(num_columns_ref, *operands, names=names, temperature=temperature)
 
@@ -63,25 +69,10 @@ def statistics_kernel(num_columns_ref, *refs, names: tuple[str, ...], temperatur
             ]
             for model in models
         }
-        maxima = {
-            model: functools.reduce(jnp.maximum, scaled[model], total[f"max_{model}"])
-            for model in models
-        }
-        total = relative_to(maxima, total, temperature)
-        for k, (_, _, is_target) in enumerate(columns):
-            shifted = {model: scaled[model][k] - total[f"max_{model}"] for model in models}
-            weight = {model: jnp.exp(shifted[model]) for model in models}
-            for model in models:
-                total[f"sum_{model}"] += weight[model]
-                total[f"target_{model}"] += jnp.where(is_target, raw[model][k], 0.0)
-                if temperature != 1.0:
-                    total[f"plain_sum_{model}"] += jnp.exp(temperature * shifted[model])
-            if len(models) == 2:
-                difference = shifted["t"] - shifted["s"]
-                total["cross_forward"] += weight["t"] * difference
-                total["cross_reverse"] -= weight["s"] * difference
-            if "entropy_t" in total:
-                total["entropy_t"] += weight["t"] * shifted["t"]
+        total = add_columns(total, scaled, temperature)
+        for model in models:
+            for (_, _, is_target), x in zip(columns, raw[model], strict=True):
+                total[f"target_{model}"] += jnp.where(is_target, x, 0.0)
         for name, ref in totals.items():
             ref[rows, :] = total[name]
 
@@ -131,33 +122,31 @@ def term_sums_kernel(num_columns_ref, *refs, loss: TermSum):
     pl.when(_is_last_block())(lambda: _for_each_strip(table_ref, combine))
 
 
-def gradient_kernel(num_columns_ref, *refs, loss: TermSum):
+def gradient_kernel(num_columns_ref, *refs, loss: TermSum, soft_cap: float | None):
     *logits_refs, targets_ref, rows_ref, gradient_ref = refs
     block = _block_columns(logits_refs[0])
 
     def write(rows):
         operands = rows_ref[rows, :]
-        factors = [operands[:, i : i + 1] for i in range(2 * len(logits_refs), operands.shape[1])]
+        first = range(2 * len(logits_refs), operands.shape[1], 2)
+        factors = [(operands[:, i : i + 1], operands[:, i + 1 : i + 2]) for i in first]
         for lanes, column, is_target in _columns(block, targets_ref[rows, :]):
             log_q, log_p = _log_probs(logits_refs, operands, rows, lanes, loss.temperature)
             _, slopes = terms_and_slopes(loss, log_p, log_q, is_target)
-            q, exists = jnp.exp(log_q), column < num_columns_ref[0]
-            gradient = None
-            for slope, slope_sum, weight in zip(slopes, factors[::2], factors[1::2], strict=True):
-                added = weight * (slope - q * slope_sum)
-                # A token without weight has no say, whatever its slopes.
-                added = jnp.where(exists & (weight != 0), added, 0.0)
-                gradient = added if gradient is None else gradient + added
+            place = logits_refs[0][rows, lanes], soft_cap, column, num_columns_ref[0]
+            gradient = weigh_slopes(slopes, log_q, factors, *place)
             gradient_ref[rows, lanes] = gradient.astype(gradient_ref.dtype)
 
     _for_each_strip(gradient_ref, write)
 
 
-def gradient_products_kernel(num_columns_ref, *refs, loss: TermSum, upcast: bool):
+def gradient_products_kernel(
+    num_columns_ref, *refs, loss: TermSum, soft_cap: float | None, upcast: bool
+):
     *operand_refs, hidden_ref, head_ref, sum_ref, head_gradient_ref, hidden_gradient_ref, dz_ref = (
         refs
     )
-    gradient_kernel(num_columns_ref, *operand_refs, dz_ref, loss=loss)
+    gradient_kernel(num_columns_ref, *operand_refs, dz_ref, loss=loss, soft_cap=soft_cap)
     first_column, _ = _block_columns(dz_ref)
     column = first_column + jax.lax.broadcasted_iota(jnp.int32, head_ref.shape, 1)
     # Behind the head's end there may be anything, NaN too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from distill.kernels.linear_divergence.head import Head
 from distill.kernels.linear_divergence.loop import Tokens
 from distill.kernels.linear_divergence.sweeps import MASKED
 from distill.kernels.linear_divergence.token_losses import (
@@ -19,23 +20,23 @@ from distill.kernels.linear_divergence.topk import TopK
 
 
 def linear_token_loss(
-    loss, tokens: Tokens, head_s_dv: jax.Array, head_t_dv: jax.Array | None, vocab_size: int
+    loss, tokens: Tokens, head_s: Head, head_t: Head | None, vocab_size: int
 ) -> tuple[jax.Array, TokenValues]:
     """The sum of the weighted losses and the values per token; differentiable by the student's two.
 
     All entries of a token without weight are 0.
     """
-    logits_s_tv = _logits(tokens.hidden_s_td, head_s_dv, vocab_size)
-    teacher_t, head_t_dv = jax.lax.stop_gradient((tokens.teacher_t, head_t_dv))
+    logits_s_tv = head_s.cut(vocab_size).logits(tokens.hidden_s_td)
+    teacher_t, head_t = jax.lax.stop_gradient((tokens.teacher_t, head_t))
     targets_t, temperature = tokens.targets_t, loss.temperature
     log_q_tv = jax.nn.log_softmax(logits_s_tv / temperature)
     log_prob_s = _at(jax.nn.log_softmax(logits_s_tv), targets_t)
     log_prob_t, known, log_p_tv = jnp.zeros_like(log_prob_s), [], None
     is_target_tv = jnp.arange(vocab_size) == targets_t[:, None]
     if isinstance(teacher_t, TopK):
-        log_prob_t = _top_k_at(teacher_t, targets_t, vocab_size)
-    elif head_t_dv is not None:
-        logits_t_tv = _logits(teacher_t, head_t_dv, vocab_size)
+        log_prob_t = teacher_t.log_prob_t(targets_t, vocab_size)
+    elif head_t is not None:
+        logits_t_tv = head_t.cut(vocab_size).logits(teacher_t)
         log_prob_t = _at(jax.nn.log_softmax(logits_t_tv), targets_t)
         log_p_tv = jax.nn.log_softmax(logits_t_tv / temperature)
         p_tv, q_tv, log_ratio_tv = jnp.exp(log_p_tv), jnp.exp(log_q_tv), log_p_tv - log_q_tv
@@ -72,20 +73,6 @@ def _top_k(divergence: DivergenceTerm, log_q_tv, teacher: TopK):
     terms_tk = divergence(teacher.log_probs_tk, _at_ids(log_q_tv, teacher.ids_tk), False)
     terms_tail_t = divergence(log_tail_t, log_q_tail_t, False)
     return jnp.sum(jnp.where(teacher.present_tk, terms_tk, 0.0), axis=-1) + terms_tail_t
-
-
-def _top_k_at(teacher: TopK, targets_t, vocab_size: int):
-    """The targets' log-probabilities, the bucket's where they are not listed."""
-    is_target_tk = teacher.present_tk & (teacher.ids_tk == targets_t[:, None])
-    listed_t = jnp.sum(jnp.where(is_target_tk, teacher.log_probs_tk, 0.0), axis=-1)
-    return jnp.where(is_target_tk.any(axis=-1), listed_t, teacher.log_tail_t(vocab_size))
-
-
-def _logits(hidden_td, head_dv, vocab_size: int):
-    """Logits of the shared vocabulary, in float32 whatever the dtype of the two operands."""
-    return jnp.einsum(
-        "td,dv->tv", hidden_td, head_dv[:, :vocab_size], preferred_element_type=jnp.float32
-    )
 
 
 def _at(log_probs_tv, targets_t):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from distill.kernels.linear_divergence.head import Head, through_cap
 from distill.kernels.linear_divergence.token_losses import TermSum, terms_and_slopes
 from distill.kernels.platform import platform
 
@@ -36,6 +37,10 @@ class Projection(NamedTuple):
 
     hidden_cd: jax.Array
     head_dv: jax.Array
+    soft_cap: float | None = None
+
+    def logits(self) -> jax.Array:
+        return Head(self.head_dv, self.soft_cap).logits(self.hidden_cd)
 
 
 @jax.tree_util.register_dataclass
@@ -47,12 +52,15 @@ class Logits:
     targets_c: int32, a column, or one out of range for none.
     num_columns: int32 scalar, not necessarily static: the columns that exist, at most
       min(V_s, V_t). What lies in further columns (padding, anything) has no influence.
+    soft_cap: of the student, whose logits are below it in size; gradients are by what they were
+      before.
     """
 
     student_cv: jax.Array
     teacher_cv: jax.Array | None
     targets_c: jax.Array
     num_columns: Any
+    soft_cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def models(self) -> list[jax.Array]:
@@ -129,14 +137,30 @@ def gradient(
     Columns from num_columns on are 0, and so are tokens without weight, whatever their slopes.
     """
     _, slopes, log_q_cv = _terms_and_slopes(loss, logits, statistics)
-    q_cv = jnp.exp(log_q_cv)
-    parts = (
-        weighted(slopes_cv - q_cv * slope_sum_c[:, None], weights_c / loss.temperature)
-        for slopes_cv, (slope_sum_c, weights_c) in zip(slopes, factors, strict=True)
-    )
-    gradient_cv = functools.reduce(jnp.add, parts)
+    columns = [
+        (slope_sum_c[:, None], weights_c[:, None] / loss.temperature)
+        for slope_sum_c, weights_c in factors
+    ]
+    logits_s_cv = logits.student_cv[:, : log_q_cv.shape[1]]
+    place = logits_s_cv, logits.soft_cap, _column(logits_s_cv), logits.num_columns
+    gradient_cv = weigh_slopes(slopes, log_q_cv, columns, *place)
     padding = logits.student_cv.shape[1] - gradient_cv.shape[1]
     return jnp.pad(gradient_cv.astype(dtype), ((0, 0), (0, padding)))
+
+
+def weigh_slopes(slopes, log_q, factors, logits, soft_cap, column, num_columns) -> jax.Array:
+    """Elementwise, in all implementations: sum over the terms of weight (slope - q slope_sum),
+    times the slope of the cap.
+
+    0 in columns from `num_columns` on, and for tokens without weight, whatever their slopes.
+    """
+    q = jnp.exp(log_q)
+    gradient: Any = None
+    for slope, (slope_sum, weight) in zip(slopes, factors, strict=True):
+        added = through_cap(weight * (slope - q * slope_sum), logits, soft_cap)
+        added = jnp.where(column < jnp.where(weight != 0, num_columns, 0), added, 0.0)
+        gradient = added if gradient is None else gradient + added
+    return gradient
 
 
 def product(subscripts: str, left, right) -> jax.Array:
@@ -209,9 +233,8 @@ class Sweeps(abc.ABC):
         temperature: float,
         entropy: bool = False,
     ) -> tuple[Logits, Statistics]:
-        logits_s_cv = product("cd,dv->cv", *student)
-        logits_t_cv = None if teacher is None else product("cd,dv->cv", *teacher)
-        logits = Logits(logits_s_cv, logits_t_cv, targets_c, num_columns)
+        logits_t_cv = None if teacher is None else teacher.logits()
+        logits = Logits(student.logits(), logits_t_cv, targets_c, num_columns, student.soft_cap)
         return logits, self.statistics(logits, temperature=temperature, entropy=entropy)
 
     def gradient_products(
@@ -285,6 +308,33 @@ def weighted(gradient_cv, weights_c):
     return jnp.where(weights_c[:, None] != 0, weights_c[:, None] * gradient_cv, 0.0)
 
 
+def add_columns(totals: dict, scaled: dict, temperature: float) -> dict:
+    """Sums with further columns of the logits, elementwise; how kernels make `Statistics`.
+
+    `totals` as in `relative_to`; `scaled` has lists of logits / temperature by model, MASKED where
+    there are none.
+    """
+    maxima = {
+        model: functools.reduce(jnp.maximum, columns, totals[f"max_{model}"])
+        for model, columns in scaled.items()
+    }
+    totals = relative_to(maxima, totals, temperature)
+    for k in range(len(scaled["s"])):
+        shifted = {model: columns[k] - maxima[model] for model, columns in scaled.items()}
+        weight = {model: jnp.exp(x) for model, x in shifted.items()}
+        for model in scaled:
+            totals[f"sum_{model}"] += weight[model]
+            if temperature != 1.0:
+                totals[f"plain_sum_{model}"] += jnp.exp(temperature * shifted[model])
+        if len(scaled) == 2:
+            difference = shifted["t"] - shifted["s"]
+            totals["cross_forward"] += weight["t"] * difference
+            totals["cross_reverse"] -= weight["s"] * difference
+        if "entropy_t" in totals:
+            totals["entropy_t"] += weight["t"] * shifted["t"]
+    return totals
+
+
 def relative_to(maxima: dict, totals: dict, temperature: float) -> dict:
     """Sums relative to other maxima than their own: how lanes, tiles and shards are combined.
 
@@ -348,7 +398,7 @@ def row_operands(statistics: Statistics, *more_c) -> jax.Array:
 
 
 def _scaled(logits_cv, num_columns, temperature: float):
-    return jnp.where(_exists(logits_cv, num_columns), logits_cv / temperature, MASKED)
+    return jnp.where(exists(logits_cv, num_columns), logits_cv / temperature, MASKED)
 
 
 def _softmax_sums(scaled_cv, temperature: float):
@@ -371,24 +421,24 @@ def _terms_and_slopes(loss, logits: Logits, statistics: Statistics):
     0, 0 and MASKED."""
     width = min(x_cv.shape[1] for x_cv in logits.models)
     logits_s_cv = logits.student_cv[:, :width]
-    log_q_cv = _log_probs(logits_s_cv, loss.temperature, statistics.max_s, statistics.sum_s)
+    log_q_cv = log_probs(logits_s_cv, loss.temperature, statistics.max_s, statistics.sum_s)
     log_p_cv = None
     if logits.teacher_cv is not None:
         logits_t_cv = logits.teacher_cv[:, :width]
-        log_p_cv = _log_probs(logits_t_cv, loss.temperature, statistics.max_t, statistics.sum_t)
+        log_p_cv = log_probs(logits_t_cv, loss.temperature, statistics.max_t, statistics.sum_t)
     is_target_cv = _is_target(logits_s_cv, logits.targets_c)
     terms, slopes = terms_and_slopes(loss, log_p_cv, log_q_cv, is_target_cv)
-    exists_cv = _exists(logits_s_cv, logits.num_columns)
+    exists_cv = exists(logits_s_cv, logits.num_columns)
     terms, slopes = jax.tree.map(lambda x_cv: jnp.where(exists_cv, x_cv, 0.0), (terms, slopes))
     return terms, slopes, jnp.where(exists_cv, log_q_cv, MASKED)
 
 
-def _log_probs(logits_cv, temperature: float, max_c, sum_c):
+def log_probs(logits_cv, temperature: float, max_c, sum_c):
     # The maximum first: next to it, the logarithm would lose digits when logits are large.
     return (logits_cv / temperature - max_c[:, None]) - jnp.log(sum_c)[:, None]
 
 
-def _exists(logits_cv, num_columns):
+def exists(logits_cv, num_columns):
     return _column(logits_cv) < num_columns
 
 

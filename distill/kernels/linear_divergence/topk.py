@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill.kernels.linear_divergence.sweeps import MASKED, weighted
+from distill.kernels.linear_divergence.sweeps import MASKED, exists, log_probs, weighted
 from distill.kernels.linear_divergence.token_losses import (
     DivergenceTerm,
     TermSum,
@@ -40,6 +40,12 @@ class TopK:
         leaves_some_t = (mass_t < 1.0) & (jnp.sum(self.present_tk, axis=-1) < vocab_size)
         return jnp.where(leaves_some_t, jnp.log1p(-mass_t), MASKED)
 
+    def log_prob_t(self, targets_t: jax.Array, vocab_size: int) -> jax.Array:
+        """The targets' log-probabilities, the whole tail's where they are not listed."""
+        is_target_tk = self.present_tk & (self.ids_tk == targets_t[:, None])
+        listed_t = jnp.sum(jnp.where(is_target_tk, self.log_probs_tk, 0.0), axis=-1)
+        return jnp.where(is_target_tk.any(axis=-1), listed_t, self.log_tail_t(vocab_size))
+
 
 def gradient(divergence: DivergenceTerm, block, weights_c):
     """Values (c,) and weights_c * dvalue_c/dlogits_s, float32, over this shard's columns.
@@ -55,18 +61,10 @@ def gradient(divergence: DivergenceTerm, block, weights_c):
     gradient_cv -= jnp.exp(_log_q(block.logits.student_cv, block)) * slope_sum_c[:, None]
     rows_c1 = jnp.arange(slopes_ck.shape[0])[:, None]
     gradient_cv = gradient_cv.at[rows_c1, _columns(block)].add(slopes_ck, mode="drop")
-    gradient_cv = jnp.where(_exists(block), gradient_cv, 0.0)
+    exists_cv = exists(block.logits.student_cv, block.logits.num_columns)
+    gradient_cv = jnp.where(exists_cv, gradient_cv, 0.0)
     divergence_c = jnp.sum(terms_ck, axis=-1) + terms_tail_c
     return divergence_c, weighted(gradient_cv, weights_c / block.temperature)
-
-
-def target_log_probs(block) -> jax.Array:
-    """The teacher's log-probability of the targets, (c,); the whole tail's where not listed."""
-    teacher = block.top_k
-    targets_c = block.logits.targets_c + block.first_column
-    is_target_ck = teacher.present_tk & (teacher.ids_tk == targets_c[:, None])
-    listed_c = jnp.sum(jnp.where(is_target_ck, teacher.log_probs_tk, 0.0), axis=-1)
-    return jnp.where(is_target_ck.any(axis=-1), listed_c, teacher.log_tail_t(block.vocab_size))
 
 
 def _outcomes(divergence, block):
@@ -80,7 +78,8 @@ def _outcomes(divergence, block):
     log_q_ck = _log_q(block.sum(logits_ck), block)
 
     log_q_cv = _log_q(block.logits.student_cv, block)
-    tail_cv = jnp.where(_exists(block), log_q_cv, MASKED)
+    exists_cv = exists(block.logits.student_cv, block.logits.num_columns)
+    tail_cv = jnp.where(exists_cv, log_q_cv, MASKED)
     rows_c1 = jnp.arange(tail_cv.shape[0])[:, None]
     tail_cv = tail_cv.at[rows_c1, columns_ck].set(MASKED, mode="drop")
     max_c = block.max(jnp.max(tail_cv, axis=-1))
@@ -102,9 +101,8 @@ def _outcomes(divergence, block):
     return terms, slopes, tail_cv, log_tail_q_c
 
 
-def _log_q(logits, block):
-    shifted = logits / block.temperature - block.statistics.max_s[:, None]
-    return shifted - jnp.log(block.statistics.sum_s)[:, None]
+def _log_q(logits_cx, block):
+    return log_probs(logits_cx, block.temperature, block.statistics.max_s, block.statistics.sum_s)
 
 
 def _columns(block):
@@ -112,8 +110,3 @@ def _columns(block):
     columns_ck = block.top_k.ids_tk - block.first_column
     here_ck = block.top_k.present_tk & (0 <= columns_ck) & (columns_ck < block.logits.num_columns)
     return jnp.where(here_ck, columns_ck, block.logits.student_cv.shape[1])
-
-
-def _exists(block):
-    columns_cv = jax.lax.broadcasted_iota(jnp.int32, block.logits.student_cv.shape, 1)
-    return columns_cv < block.logits.num_columns

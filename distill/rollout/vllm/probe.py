@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from distill.base.errors import RunStopped
-from distill.base.sharding import constrain
 from distill.rollout.vllm.client import VllmClient
 
 _LENGTH, _ROWS = 32, 4
@@ -57,12 +56,9 @@ class Probe:
         # By URL, the last that was measured and expected.
         self._before: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-        def log_probs(body, head_dv, tokens_bt):
-            hidden_btd = nnx.merge(graph, body)(tokens_bt)
-            logits_btv = jnp.einsum(
-                "btd,dv->btv", hidden_btd, head_dv, preferred_element_type=jnp.float32
-            )
-            logits_btv = constrain(logits_btv, "batch", "position", "act_vocab")
+        def log_probs(body, head, tokens_bt):
+            model = nnx.merge(graph, body)
+            logits_btv = model.logits(model(tokens_bt), head)
             real_v = jnp.arange(logits_btv.shape[-1]) < vocab_size
             log_probs_btv = jax.nn.log_softmax(jnp.where(real_v, logits_btv, -jnp.inf))
             chosen_bt1 = jnp.take_along_axis(log_probs_btv[:, :-1], tokens_bt[:, 1:, None], axis=-1)
@@ -73,7 +69,8 @@ class Probe:
 
         def rehearsed(params, tokens_bt):
             halved = jax.tree.map(lambda x: x * 0.5, params)
-            return log_probs(halved, -nnx.merge(graph, params).head(), tokens_bt)
+            negated = jax.tree.map(jnp.negative, nnx.merge(graph, params).head())
+            return log_probs(halved, negated, tokens_bt)
 
         self._true, self._rehearsed = jax.jit(true), jax.jit(rehearsed)
 
