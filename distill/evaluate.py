@@ -3,14 +3,13 @@
 python -m distill.evaluate --model=PATH --config=configs/math_cl.py
 """
 
-import json
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from distill.base import processes
-from distill.base.files import local_path, write_atomically
+from distill.base.files import local_path, to_json, write_atomically
 from distill.config import cli
 from distill.config.parse import parse_config
 
@@ -46,7 +45,7 @@ def run() -> None:
         results = evaluate_checkpoint(config, model.value)
         print(format_table(results))
         if output.value and processes.is_first():
-            write_atomically(path, json.dumps(results, indent=2) + "\n")
+            write_atomically(path, to_json(results, indent=2) + "\n")
 
     cli.run(main)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from distill.base import processes
 from distill.base.errors import RunStopped, UserError, printable
-from distill.base.files import local_path, write_atomically
+from distill.base.files import local_path, to_json, write_atomically
 from distill.base.status import busy, say
 from distill.build.contents import find_contents
 from distill.build.data import check_same_data
@@ -244,7 +243,7 @@ def _export(
 def _write_results(workdir: Path, results: Results) -> None:
     """`results.json` and the report, without which a run is finished all the same."""
     if results:
-        write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+        write_atomically(workdir / "results.json", to_json(results, indent=2) + "\n")
     try:
         write_report([workdir], workdir / REPORT)
     except Exception as error:

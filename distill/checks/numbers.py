@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from distill.base.sharding import constrain_whole, on_device_memory
 from distill.batches.packing import Layout
 from distill.batches.rows import Rows, make_batch
 from distill.build.devices import put_batch
@@ -22,6 +24,8 @@ from distill.config.schema import Config
 from distill.data.sequences import Sequences
 from distill.kernels.platform import platform
 from distill.losses.objective import make_objective
+from distill.models.checkpoints.keys import mapped_params
+from distill.models.checkpoints.load import load_model_config
 from distill.sampling.request import RolloutRequest
 from distill.step import TrainState, make_loss
 
@@ -33,6 +37,33 @@ ROUNDED_GRADIENT = {True: 1e-3, False: 0.1}
 ROUNDED_LOSS = {True: 1e-4, False: 1e-2}
 # Mean nats per token between two exact float32 computations of the same model.
 FLOAT32_GAP = 2e-4
+
+
+def check_weights(session: Session, state: TrainState) -> str:
+    """All weights of the models that are here are finite."""
+    models = {"student": (session.student_folder, state.params)}
+    if session.teacher.model is not None and session.teacher_folder is not None:
+        models["teacher"] = session.teacher_folder, session.teacher.model.params
+    for role, (folder, params) in models.items():
+        mapped = mapped_params(load_model_config(folder)[0], params)
+        for weight, value in mapped.values():
+            leading = len(weight.stacked)
+            on_devices = jax.device_put(value, on_device_memory(value))
+            answers = [np.asarray(_finite(x, leading)) for x in jax.tree.leaves(on_devices)]
+            finite = np.logical_and.reduce(answers)
+            for index, key in weight.tensors(finite.shape):
+                if not finite[index]:
+                    raise Problem(
+                        f"the {role}'s {key} has entries that are not finite: download {folder} "
+                        "again, or take another model"
+                    )
+    return "all finite"
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _finite(array: jax.Array, leading: int) -> jax.Array:
+    """Whether all entries are, one answer for each index of the leading axes."""
+    return constrain_whole(jnp.isfinite(array).all(axis=tuple(range(leading, array.ndim))))
 
 
 def check_numbers(session: Session, state: TrainState) -> str:

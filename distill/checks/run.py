@@ -9,7 +9,7 @@ from collections.abc import Callable
 from distill.base.errors import UserError
 from distill.build.session import Session
 from distill.checks.layout import check_layout, check_memory
-from distill.checks.numbers import check_numbers
+from distill.checks.numbers import check_numbers, check_weights
 from distill.checks.problem import Problem
 from distill.checks.texts import check_end, check_template, check_tokenizers
 from distill.step import TrainState
@@ -20,6 +20,7 @@ TEXT_CHECKS: dict[str, Callable[[Session], str]] = {
     "end of responses": check_end,
 }
 STATE_CHECKS: dict[str, Callable[[Session, TrainState], str]] = {
+    "weights": check_weights,
     "layout": check_layout,
     "memory": check_memory,
     "numbers": check_numbers,

@@ -10,13 +10,11 @@ from __future__ import annotations
 import base64
 import collections
 import hashlib
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.base.files import write_atomically
+from distill.base.files import to_json, write_atomically
 from distill.reporting import curves
 from distill.reporting.read import Run, read_run
 
@@ -80,19 +78,10 @@ def _data(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
 
 def _embedded(data: dict[str, Any]) -> str:
     """JSON in ASCII, in which neither a tag nor a comment can begin or end."""
-    text = json.dumps(_without_nan(data), separators=(",", ":"), allow_nan=False)
+    text = to_json(data, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _without_nan(value: Any) -> Any:
-    """With None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _digest(text: str) -> str:

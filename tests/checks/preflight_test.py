@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 from tiny_runs import tiny_config, with_models
 from tokenizers import Regex, normalizers
 
@@ -229,6 +230,18 @@ def test_teacher_with_another_template_is_warned_of(config, models, tmp_path, ca
     config.distillation.teacher_model_path = with_template(folder, template)
     preflight_alone(config)
     assert "warning: the teacher's chat template renders them otherwise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_weight_that_is_not_finite(config, models, tmp_path, role):
+    folder = copied(models[role], tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.0.mlp.up_proj.weight"
+    broken = tensors[key].copy()
+    broken[3, 2] = np.inf
+    save_file(tensors | {key: broken}, folder / "model.safetensors")
+    with_models(config, models | {role: str(folder)})
+    assert f"preflight: weights: the {role}'s {key} has entries" in problem_of(config)
 
 
 def test_unsharded_copy(config, monkeypatch):
