@@ -15,7 +15,7 @@ No result is stated here because none has been measured yet.
         --like=configs/tiny/qwen3_5.json --vocab_size=448 --output=runs/random/qwen35_teacher
     python -m distill.main --config=configs/qwen35.py:smoke --workdir=runs/qwen35_smoke
 
-runs the same code in two minutes on a CPU, with tiny random models of this family.
+runs the same code in minutes on a CPU, with tiny random models of this family.
 """
 
 from pathlib import Path
