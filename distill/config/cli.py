@@ -192,6 +192,11 @@ def _silence_libraries() -> None:
     show = threading.excepthook
     # Whoever waits for a thread that finds no room says so, in one line.
     threading.excepthook = lambda args: None if _says_no_room(args.exc_value) else show(args)
+    show_ignored = sys.unraisablehook
+    # A save that has failed closes the loop to which TensorStore's threads would report.
+    sys.unraisablehook = lambda args: (
+        None if str(args.exc_value) == "Event loop is closed" else show_ignored(args)
+    )
 
 
 def _says_no_room(error: BaseException | None) -> bool:

@@ -74,6 +74,14 @@ def last_state(workdir: Path):
     return ocp.StandardCheckpointer().restore(last / "state")
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard():
+    """Also where the tests themselves run under nohup: a process inherits what is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("faults"), models)
@@ -154,7 +162,8 @@ def test_second_signal_ends_the_run_at_once(runs, tmp_path, name):
 def test_full_disk_stops_the_run_and_leaves_the_older_checkpoint(runs, tmp_path, point):
     done = runs.start(tmp_path, f"{point}:full")
     assert done.returncode == 1, done.stderr
-    (line,) = filter(None, done.stderr.splitlines())
+    (line, *more) = filter(None, done.stderr.splitlines())
+    assert not more, done.stderr
     # Once a save has begun, the log may be the first to find no room.
     assert line.startswith("error: ") and "make room" in line, line
     assert "is intact" in line or point != "save:3", line
