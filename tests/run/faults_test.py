@@ -75,11 +75,18 @@ def last_state(workdir: Path):
 
 
 @pytest.fixture(autouse=True)
-def hangups_are_heard():
-    """Also where the tests themselves run under nohup: a process inherits what is ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_are_heard():
+    """Also where the tests run under nohup or behind &: a process inherits what is ignored."""
+    ignored = [
+        number
+        for number in (signal.SIGHUP, signal.SIGINT)
+        if signal.getsignal(number) == signal.SIG_IGN
+    ]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")
