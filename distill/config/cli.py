@@ -189,14 +189,19 @@ def _silence_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("transformers", "datasets", "huggingface_hub", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    show = threading.excepthook
+    threading.excepthook, sys.unraisablehook = _show_of_thread, _show_ignored
+
+
+def _show_of_thread(args) -> None:
     # Whoever waits for a thread that finds no room says so, in one line.
-    threading.excepthook = lambda args: None if _says_no_room(args.exc_value) else show(args)
-    show_ignored = sys.unraisablehook
+    if not _says_no_room(args.exc_value):
+        threading.__excepthook__(args)
+
+
+def _show_ignored(args) -> None:
     # A save that has failed closes the loop to which TensorStore's threads would report.
-    sys.unraisablehook = lambda args: (
-        None if str(args.exc_value) == "Event loop is closed" else show_ignored(args)
-    )
+    if str(args.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(args)
 
 
 def _says_no_room(error: BaseException | None) -> bool:

@@ -64,7 +64,6 @@ class Recurrent:
     Attributes:
       key_heads, value_heads, key_width, value_width: of its states.
       taps: of the convolution before.
-      joined: its projections are stored joined, key head by key head.
     """
 
     key_heads: int = 0
@@ -72,7 +71,6 @@ class Recurrent:
     key_width: int = 0
     value_width: int = 0
     taps: int = 0
-    joined: bool = False
 
     @property
     def channels(self) -> int:

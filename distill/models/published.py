@@ -1,7 +1,8 @@
 """Shapes of published models, for plans on machines that have none of their files.
 
-The facts of each config.json on the Hugging Face hub; those of Qwen and Llama are repeated by
-torchtune's model builders (github.com/pytorch/torchtune). Heads may have more rows than the
+Meant to be those of each config.json on the Hugging Face hub. The shapes of Qwen2.5, Qwen3 and
+Llama agree with torchtune's model builders (github.com/pytorch/torchtune); the others were not
+compared with a file, which is read instead where there is one. Heads may have more rows than the
 tokenizers have ids.
 """
 

@@ -5,8 +5,6 @@ What it remembers of a row is a state of one size, whatever the row's length, an
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,24 +25,13 @@ Remembered = tuple[jax.Array, jax.Array]
 
 def parameters(config: ModelConfig, sizes: Recurrent, make: ParamMaker) -> dict[str, nnx.Param]:
     """Parameters of the layers of a kind by name."""
-    d, i, j = config.model_width, sizes.key_heads, sizes.value_heads
-    x, y, z = sizes.key_width, sizes.value_width, sizes.channels
-    if sizes.joined:
-        params = {
-            "qkvz_proj": make.normal(
-                INIT_STD, embed=d, state_heads=i, head_width=2 * x + 2 * j // i * y
-            ),
-            "ba_proj": make.normal(INIT_STD, embed=d, state_heads=i, head_width=2 * j // i),
-        }
-    else:
-        params = {
-            "qkv_proj": make.normal(INIT_STD, embed=d, state_channels=z),
-            "z_proj": make.normal(INIT_STD, embed=d, state_heads=j, head_width=y),
-            "b_proj": make.normal(INIT_STD, embed=d, state_heads=j),
-            "a_proj": make.normal(INIT_STD, embed=d, state_heads=j),
-        }
+    d, j, y, z = config.model_width, sizes.value_heads, sizes.value_width, sizes.channels
     # Names that end in 'bias' and 'norm' are those that weight decay leaves alone.
-    return params | {
+    return {
+        "qkv_proj": make.normal(INIT_STD, embed=d, state_channels=z),
+        "z_proj": make.normal(INIT_STD, embed=d, state_heads=j, head_width=y),
+        "b_proj": make.normal(INIT_STD, embed=d, state_heads=j),
+        "a_proj": make.normal(INIT_STD, embed=d, state_heads=j),
         "taps": make.filled(1 / sizes.taps, (None, None, None), z, 1, sizes.taps),
         "step_bias": make.filled(1.0, (None,), j),
         "decay_bias": make.filled(0.0, (None,), j),
@@ -98,21 +85,9 @@ def _sizes(layer: Layer) -> Recurrent:
 
 def _inputs(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, ...]:
     """inputs_btz of the convolution, gate_btjy, and in float32 rate_btj and log_decay_btj."""
-    sizes = _sizes(layer)
-    lead = x_btd.shape[:2]
-    if sizes.joined:
-        per_key = sizes.value_heads // sizes.key_heads
-        widths = sizes.key_width, sizes.key_width, per_key * sizes.value_width
-        ends = list(itertools.accumulate(widths))
-        *parts, z_btic = jnp.split(layer.project("qkvz_proj", x_btd), ends, axis=-1)
-        inputs_btz = jnp.concatenate([part.reshape(*lead, -1) for part in parts], axis=-1)
-        gate_btjy = z_btic.reshape(*lead, sizes.value_heads, sizes.value_width)
-        b, a = jnp.split(layer.project("ba_proj", x_btd), 2, axis=-1)
-        b_btj, a_btj = (part.reshape(*lead, -1) for part in (b, a))
-    else:
-        inputs_btz = layer.project("qkv_proj", x_btd)
-        gate_btjy = layer.project("z_proj", x_btd)
-        b_btj, a_btj = layer.project("b_proj", x_btd), layer.project("a_proj", x_btd)
+    inputs_btz, gate_btjy, b_btj, a_btj = (
+        layer.project(f"{name}_proj", x_btd) for name in ("qkv", "z", "b", "a")
+    )
     speed_btj = jax.nn.softplus(a_btj.astype(jnp.float32) + layer.exact("step_bias"))
     log_decay_btj = -jnp.exp(layer.exact("decay_bias")) * speed_btj
     return inputs_btz, gate_btjy, jax.nn.sigmoid(b_btj.astype(jnp.float32)), log_decay_btj

@@ -95,12 +95,6 @@ _RECURRENT = (
     Weight("layers/decay_bias", _STATE + "A_log", "j -> j"),
     Weight("layers/state_norm", _STATE + "norm.weight", "y -> y"),
     Weight("layers/state_proj", _STATE + "out_proj.weight", "jyd -> d jy"),
-)
-_RECURRENT_JOINED = (
-    Weight("layers/qkvz_proj", _STATE + "in_proj_qkvz.weight", "dic -> ic d"),
-    Weight("layers/ba_proj", _STATE + "in_proj_ba.weight", "dic -> ic d"),
-)
-_RECURRENT_APART = (
     Weight("layers/qkv_proj", _STATE + "in_proj_qkv.weight", "dz -> z d"),
     Weight("layers/z_proj", _STATE + "in_proj_z.weight", "djy -> jy d"),
     Weight("layers/b_proj", _STATE + "in_proj_b.weight", "dj -> j d"),
@@ -156,8 +150,7 @@ def _by_kind(config: ModelConfig, rows: dict[str, Weight]) -> dict[str, Weight]:
         own = in_layers
         if kind.recurrent:
             own = {path: row for path, row in own.items() if path not in _OF_ATTENTION}
-            apart = _RECURRENT_JOINED if kind.recurrent.joined else _RECURRENT_APART
-            own |= {row.path: row for row in (*_RECURRENT, *apart)}
+            own |= {row.path: row for row in _RECURRENT}
         for path, row in own.items():
             path, *parts = (
                 each.replace("layers/", f"layers/{name}/", 1) for each in (path, *row.parts)
