@@ -76,17 +76,14 @@ def last_state(workdir: Path):
 
 @pytest.fixture(autouse=True)
 def signals_are_heard():
-    """Also where the tests run under nohup or behind &: a process inherits what is ignored."""
-    ignored = [
-        number
-        for number in (signal.SIGHUP, signal.SIGINT)
-        if signal.getsignal(number) == signal.SIG_IGN
-    ]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
+    """Also where the tests run under nohup or with signals blocked: a process inherits both."""
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in handlers.items():
+        signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's own
 
 
 @pytest.fixture(scope="module")
