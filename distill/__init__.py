@@ -4,6 +4,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 # transformers is here for tokenizers; that PyTorch is missing is no news to anybody.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

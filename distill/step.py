@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 from distill.base.sharding import in_device_memory, in_memory_of, is_in_host_memory
 from distill.batches.rows import Batch, Rows, num_filled
 from distill.kernels.linear_divergence import TokenStatistics, TopK
+from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.objective import Objective
 from distill.losses.weights import TruncatedImportance, token_weights
 
@@ -59,6 +60,7 @@ def make_loss(
     objective: Objective,
     *,
     vocab_size: int,
+    metrics: Mapping[str, TokenWeight] | None = None,
 ) -> Callable[[Params, Params, Rows, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
     """Returns `loss_fn(params, teacher_params, rows, total) -> (loss, sums)`.
 
@@ -92,9 +94,11 @@ def make_loss(
             scores=scores,
             columns=columns,
         )
+        known = TokenStatistics(values.log_prob_s, values.log_prob_t)
         sums = {}
+        for name, metric in (metrics or {}).items():
+            sums[name] = jnp.sum(metric(known, columns) * mask_bt) / total
         if clip := objective.importance_clip:
-            known = TokenStatistics(values.log_prob_s, values.log_prob_t)
             importance_bt = TruncatedImportance(clip)(known, columns)
             sums["importance_weight"] = jnp.where(sampled_bt, importance_bt, 0.0).sum()
             sums["importance_clipped"] = jnp.sum(sampled_bt & (importance_bt >= clip))
@@ -118,6 +122,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     vocab_size: int,
+    metrics: Mapping[str, TokenWeight] | None = None,
     state_shardings: Any = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
@@ -129,6 +134,7 @@ def make_train_step(
       objective: per-token loss summed with weights.
       optimizer: optax chain.
       vocab_size: ids shared by both models; rows of a head beyond it are ignored.
+      metrics: of the user's own, by name; their means over the response tokens are added.
       state_shardings: layout of the new state, None for a single device.
 
     Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
@@ -138,7 +144,7 @@ def make_train_step(
     whose loss or gradient norm is not finite is skipped (1, else 0): of the state, only `step`
     changes.
     """
-    loss_fn = make_loss(student, teacher, objective, vocab_size=vocab_size)
+    loss_fn = make_loss(student, teacher, objective, vocab_size=vocab_size, metrics=metrics)
 
     def train_step(state: TrainState, teacher_params, batch: Batch):
         total = sum(jnp.sum(part.mask_bt) for part in batch)
@@ -157,7 +163,7 @@ def make_train_step(
         update = _update_from_host if is_in_host_memory(state.opt_state) else _update
         trainable, opt_state, update_norm = update(optimizer, grads, state, finite)
         sampled_tokens = sums["sampled_tokens"]
-        metrics = {
+        measured = {name: sums[name] for name in metrics or {}} | {
             "loss": loss,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
@@ -171,13 +177,13 @@ def make_train_step(
         }
         if objective.importance_clip:
             mean = sums["importance_weight"] / jnp.maximum(sampled_tokens, 1.0)
-            metrics["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)
+            measured["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)
             clipped = sums["importance_clipped"] / jnp.maximum(sampled_tokens, 1.0)
-            metrics["importance_clipped"] = clipped
+            measured["importance_clipped"] = clipped
         new = dataclasses.replace(
             state, step=state.step + 1, trainable=trainable, opt_state=opt_state
         )
-        return new, metrics
+        return new, measured
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)

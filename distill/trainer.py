@@ -34,6 +34,7 @@ from distill.checks.run import preflight
 from distill.config.changes import Changes, check_changes, find_changes
 from distill.config.parse import digest, parse_config, to_flat_dict
 from distill.evaluation.table import format_table
+from distill.losses.metrics import get_step_metric
 from distill.models.model import Model
 from distill.reporting.facts import environment, write_facts
 from distill.reporting.model_card import model_card
@@ -139,6 +140,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         objective,
         session.optimizer,
         vocab_size=session.vocabulary.size,
+        metrics={name: get_step_metric(name) for name in config.logger.step_metrics},
         state_shardings=jax.tree.map(lambda x: x.sharding, shapes),
     )
 
@@ -152,7 +154,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     progress.say(f"data: {prompts.summary()}")
     progress.teacher(step, teacher.measured())
     if evaluator is not None:
-        progress.say(f"validation data: {evaluator.prompts.summary()}")
+        progress.say(f"validation data: {evaluator.summary()}")
     if changes:
         progress.changed(step, changes)
     so_far = record.get("results", {}), record.get("evaluated", 0)

@@ -48,8 +48,14 @@ def nothing_compiled_before():
 
 @pytest.fixture
 def losses_as_before(monkeypatch):
-    """What a test registers as a loss or a weight is unknown to those behind it."""
-    from distill.losses import divergences, weights
+    """What a test registers is unknown to those behind it."""
+    from distill.data import base as data
+    from distill.evaluation import grading
+    from distill.evaluation import metrics as evaluated
+    from distill.losses import divergences, metrics, weights
+    from distill.rollout import base as rollout
 
-    for registry in (divergences._LOSSES, weights._WEIGHTS):
+    losses = divergences._LOSSES, weights._WEIGHTS, metrics._METRICS
+    others = data._DATASETS, grading._GRADERS, evaluated._METRICS, rollout._BACKENDS
+    for registry in (*losses, *others):
         monkeypatch.setattr(registry, "_parts", dict(registry._parts))

@@ -139,6 +139,23 @@ def test_other_commands_of_python_are_left_to_bash():
     assert complete("python", "-m", "http.server", "--config.") == []
 
 
+# ---- the environment ----
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("JAX_PLATFORMS", "nosuch", "devices of JAX_PLATFORMS='nosuch': install"),
+        ("JAX_ENABLE_X64", "1", "JAX_ENABLE_X64 is on"),
+    ],
+)
+def test_variables_of_jax_that_do_not_fit_are_one_line(monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    done = run("distill.preflight", "--config=arithmetic")
+    assert done.returncode == 2 and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 # ---- dry run ----
 
 TINY = """

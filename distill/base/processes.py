@@ -36,6 +36,7 @@ _LONGEST_WAIT = 3600  # seconds by which one process may be ahead of another
 _PARTING = 10  # seconds for all to hear that the run ends
 _HEARING = 0.5  # seconds between two looks for that
 _ROUNDS = 1000  # exchanges after which the older ones are removed
+_SLURM_INTERACTIVE_STEP = str(0xFFFFFFFA)  # SLURM_INTERACTIVE_STEP of slurm/slurm.h
 _LEFT, _ALIVE, _STOP = "distill/left/", "distill/alive/", "distill/stop/"
 
 
@@ -118,8 +119,11 @@ def _starter() -> str:
     def are_several(name: str) -> bool:
         return variables.get(name, "1") not in ("", "0", "1")
 
-    # Without a step's list of nodes, this is a shell or a batch script, started once.
-    if "SLURM_STEP_NODELIST" in variables and are_several("SLURM_NTASKS"):
+    # Without a step's list of nodes, this is a shell or a batch script, started once; so is a shell
+    # of `salloc`, a step of one task or with a number of its own.
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
+    is_shell = variables.get("SLURM_STEP_ID") == _SLURM_INTERACTIVE_STEP
+    if "SLURM_STEP_NODELIST" in variables and are_several(tasks) and not is_shell:
         return "Slurm"
     if are_several("OMPI_COMM_WORLD_SIZE"):
         return "Open MPI"
@@ -164,6 +168,10 @@ def _connect(address: str, count: int, number: int, devices, timeout: int, silen
     from jax._src import distributed
 
     global _run
+    if number == 0:
+        print(
+            f"waiting for all {count} processes (--num_processes=1 runs this one alone)", flush=True
+        )
     call_the_roll(address, count, number, timeout)
     # JAX would take SIGTERM from `Interrupts`.
     jax.config.update("jax_enable_preemption_service", False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import UserError
@@ -23,13 +24,20 @@ class Registry:
         self._key, self._decorator, self._built_in = key, decorator, built_in or {}
         self._parts: dict[str, tuple[tuple[str, str], Any]] = {}
 
-    def register(self, name: str, entry: Callable[[Any], Any] = lambda part: part) -> Callable:
+    def register(
+        self,
+        name: str,
+        entry: Callable[[Any], Any] = lambda part: part,
+        takes: Sequence[str] = (),
+    ) -> Callable:
         """Decorator: `get(name)` is then entry(what is decorated), by default that itself.
 
-        UserError when the name is taken.
+        UserError when the name is taken, or the part cannot be called with what it `takes`.
         """
 
         def decorate(part: Any) -> Any:
+            if takes:
+                check_call(f"{self._key}={name}", part, takes)
             origin = part.__module__, getattr(part, "__qualname__", repr(part))
             owner = self._parts[name][0] if name in self._parts else origin
             owner_module = self._built_in.get(name, origin[0])
@@ -61,8 +69,65 @@ class Registry:
             importlib.import_module(self._built_in[name])
         if name in self._parts and (not allowed or allowed(self._parts[name][1])):
             return self._parts[name][1]
-        known = self.names(allowed) or "none yet"
+        known = self.names(allowed)
         raise UserError(
-            f"{key or self._key} names {name!r}: known are {known} (add your own with "
-            f"{self._decorator}, in a module that plugins names)"
+            f"{key or self._key} names {name!r}, but "
+            + (f"the known names are {known}" if known else "no name is registered")
+            + f"; a module that plugins names can register one with {self._decorator}"
         )
+
+
+def name_of(part: Any) -> str:
+    """Where a part of the user's own is defined, for errors about it."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_call(what: str, part: Any, takes: Sequence[str]) -> None:
+    """UserError unless `part` can be called with as many arguments."""
+    try:
+        inspect.signature(part).bind(*takes)
+    except ValueError:  # nothing is known of it
+        return
+    except TypeError as error:
+        raise UserError(
+            f"{what}: {name_of(part)} must take ({', '.join(takes)}), and have defaults for "
+            f"anything else ({error})"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What kind of error it is and how its message begins: JAX's own have many lines."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def own_keys(factory: Callable, passed: Sequence[str]) -> dict[str, type]:
+    """Keys of `plugin.*` that a part declares, by their types.
+
+    They are its parameters with a default, but for those that are `passed` anyway.
+    """
+    parameters = inspect.signature(factory).parameters.values()
+    return {
+        parameter.name: type(parameter.default)
+        for parameter in parameters
+        if parameter.name not in passed and parameter.default is not inspect.Parameter.empty
+    }
+
+
+def own_values(factory: Callable, passed: Sequence[str], values: Mapping[str, Any]) -> dict:
+    """Those of `values` that the part declares; UserError for one of another type."""
+    found = {}
+    for name, kind in own_keys(factory, passed).items():
+        if name not in values:
+            continue
+        value = values[name]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is not type(None) and type(value) is not kind:
+            raise UserError(
+                f"config key 'plugin.{name}' is {value!r}: {name_of(factory)} takes a value of "
+                f"type {kind.__name__}"
+            )
+        found[name] = value
+    return found

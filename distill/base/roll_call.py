@@ -79,7 +79,8 @@ def _missing(missing: list[int], count: int, address: str, timeout: float) -> st
     return (
         f"{'process' if len(missing) == 1 else 'processes'} {shown} did not come to {address} "
         f"within {timeout:g} s; {count - len(missing)} of {count} are there: look for their "
-        "errors, or raise --initialization_timeout"
+        "errors, raise --initialization_timeout, or pass --num_processes=1 if there is only this "
+        "one, as in an interactive shell"
     )
 
 
@@ -98,8 +99,8 @@ def _report(address: str, count: int, process: int, timeout: float) -> str:
             reason = f" ({error.strerror or error})"
         time.sleep(0.2)
     return (
-        f"process 0 is not to be reached at {address} within {timeout:g} s{reason}, says process "
-        f"{process} of {count}: look for its error, check the address, or raise "
+        f"process {process} of {count} could not reach process 0 at {address} within {timeout:g} "
+        f"s{reason}: look for the error of process 0, check the address, or raise "
         "--initialization_timeout"
     )
 

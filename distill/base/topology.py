@@ -115,7 +115,9 @@ class Topology:
             return described_tpu(f"{self.kind}:{self.name.partition(':')[2]}")
         if self.platform == "cpu":
             return host_devices(self.count)
-        raise UserError(f"{self.name}: nothing compiles for GPUs without one")
+        raise UserError(
+            f"{self.name}: programs for GPUs can only be compiled on a machine that has one"
+        )
 
 
 def parse_topology(name: str) -> Topology:

@@ -21,7 +21,7 @@ from distill.batches.coins import lambda_coin, sample_coins
 from distill.batches.packing import Layout
 from distill.batches.rows import Batch, make_batch
 from distill.data.sequences import Sequences, concatenate
-from distill.rollout.base import RolloutBackend
+from distill.rollout.base import RolloutBackend, check_rollout
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
 
@@ -180,7 +180,9 @@ class BatchSource:
     ) -> tuple[Sequences, Measured]:
         """The student's sequences where the coin says so, else the fixed ones."""
         start = time.perf_counter()
-        rollout, by_backend = self._backend.generate(request)
+        made = self._backend.generate(request)
+        check_rollout(self._backend, request, made)
+        rollout, by_backend = made
         seconds = time.perf_counter() - start
         both = concatenate([fixed, rollout.sequences(fixed)])
         sequences = both.take(np.arange(len(fixed)) + len(fixed) * coins_b)

@@ -18,7 +18,7 @@ def evaluate_models(session: Session) -> dict[str, dict[str, Any]]:
     if session.validation is None:
         raise UserError("data.validation.max_samples=0 leaves nothing to evaluate: raise it")
     evaluator = session.evaluator
-    print(f"validation data: {evaluator.prompts.summary()}")
+    print(f"validation data: {evaluator.summary()}")
     teacher = session.load_teacher().model
     with busy("loading the student"):
         student = session.load_frozen(session.student_folder, session.config.policy.precision)

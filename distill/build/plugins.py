@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 
 from distill.base.errors import UserError
+from distill.base.registry import first_line, own_keys
 from distill.config.schema import KNOWN_BACKENDS, Config
+from distill.data.base import PASSED, get_factory
+from distill.evaluation.grading import get_grader
 from distill.evaluation.metrics import get_metric
+from distill.losses.metrics import get_step_metric
 from distill.rollout.base import get_backend
 
 
@@ -14,17 +19,22 @@ def import_plugins(config: Config) -> None:
     """Imports the user's modules, which register parts by name, and looks for those named.
 
     Raises:
-      UserError: a module cannot be imported, or none registers a backend or metric of the config.
+      UserError: a module cannot be imported, or none registers a part that the config names, or a
+        key of `plugin.*`.
     """
     for name in config.plugins:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except UserError as error:
+            raise UserError(f"plugins names {name!r}: {error}") from None
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
+            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
-                f"plugins names {name!r}, which cannot be imported ({error}): it must be a module "
-                "on PYTHONPATH"
+                f"plugins names {name!r}, which cannot be imported ({first_line(error)}, at "
+                f"{frame.filename}:{frame.lineno}): it must be a module on PYTHONPATH, written as "
+                "my_plugin or my_package.my_plugin"
             ) from None
-    generation = config.policy.generation
+    generation, backend = config.policy.generation, config.policy.generation.backend
     if generation.backend not in KNOWN_BACKENDS:
         maker = get_backend(generation.backend)
         if generation.async_steps and not getattr(maker, "samples_ahead", False):
@@ -33,5 +43,25 @@ def import_plugins(config: Config) -> None:
                 f"but {generation.backend!r} does not say that it can (samples_ahead=True, an "
                 "attribute of what is registered): set async_steps=0"
             )
+    get_grader(config.evaluation.grading)
     for name in config.evaluation.metrics:
         get_metric(name)
+    for name in config.logger.step_metrics:
+        get_step_metric(name)
+    _check_keys(config, backend)
+
+
+def _check_keys(config: Config, backend: str) -> None:
+    """Raises UserError for a key of `plugin.*` that nobody reads."""
+    if not config.plugin:
+        return
+    known: dict[str, type] = {}
+    for name in {config.data.name, config.data.validation.name or config.data.name}:
+        known |= own_keys(get_factory(name), PASSED)
+    if backend not in KNOWN_BACKENDS:
+        known |= own_keys(get_backend(backend), ("parts",))
+    if unknown := [name for name in config.plugin if name not in known]:
+        raise UserError(
+            f"unknown config key 'plugin.{unknown[0]}': no data source or backend of this config "
+            f"has such a parameter with a default; known are {', '.join(known) or 'none'}"
+        )

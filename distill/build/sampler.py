@@ -13,7 +13,7 @@ from distill.build import servers as build_vllm
 from distill.config.schema import KNOWN_BACKENDS, Config, GenerateStrategy, Policy
 from distill.data.tokenizer import Vocabulary
 from distill.models.model import Model
-from distill.rollout.base import BackendParts, RolloutBackend, get_backend
+from distill.rollout.base import BackendParts, RolloutBackend, build_own_backend
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
@@ -89,4 +89,4 @@ def build_backend(
         workdir=workdir,
         build_in_process=build_in_process,
     )
-    return get_backend(policy.generation.backend)(parts)
+    return build_own_backend(policy.generation.backend, parts, config.plugin)

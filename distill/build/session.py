@@ -21,6 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from distill.base.compilation import keep_compiled_programs
+from distill.base.errors import UserError
 from distill.base.sharding import batch_parts, check_host_memory
 from distill.base.status import busy
 from distill.build.data import build_dataset, build_validation
@@ -38,7 +39,7 @@ from distill.build.optimizer import build_optimizer
 from distill.build.plugins import import_plugins
 from distill.build.sampler import build_backend, build_engine
 from distill.build.teachers import build_teacher
-from distill.config.schema import Config
+from distill.config.schema import ACCURACY, Config
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.tokenizer import Vocabulary, shared_vocabulary
@@ -61,6 +62,11 @@ def open_session(config: Config, workdir: Path | None = None) -> Iterator[Sessio
     Raises:
       UserError: a plugin cannot be imported, or batches cannot be split over the devices.
     """
+    if jax.config.jax_enable_x64:
+        raise UserError(
+            "JAX_ENABLE_X64 is on, and precisions are keys of the config (policy.precision): "
+            "unset it"
+        )
     import_plugins(config)
     keep_compiled_programs(config.compilation_cache)
     session = Session(config, workdir)
@@ -125,7 +131,7 @@ class Session:
 
     @functools.cached_property
     def dataset(self) -> DatasetInterface:
-        return build_dataset(self.config.data, self.config.seed)
+        return build_dataset(self.config.data, self.config.seed, self.config.plugin)
 
     @functools.cached_property
     def prompts(self) -> Prompts:
@@ -226,7 +232,7 @@ class Session:
     @functools.cached_property
     def validation(self) -> DatasetInterface | None:
         """None where data.validation.max_samples is 0: then nothing is evaluated."""
-        return build_validation(self.config.data, self.config.seed)
+        return build_validation(self.config.data, self.config.seed, self.config.plugin)
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
@@ -234,7 +240,7 @@ class Session:
         settings, strategy = self.config.evaluation, self.config.distillation.generate_strategy
         prompts = self.tokenize(self.validation)
         size = self._batch_size(len(prompts))
-        return Evaluator(
+        evaluator = Evaluator(
             self.validation,
             prompts,
             self.vocabulary,
@@ -243,6 +249,12 @@ class Session:
             make_engine=self.build_engine,
             put=make_put(self.mesh),
         )
+        if self.config.checkpointing.best_metric == ACCURACY and not evaluator.num_graded:
+            raise UserError(
+                f"checkpointing.best_metric={ACCURACY} needs answers, and the validation data has "
+                "none: set data.answer_column, or choose eval/student/forward_kl"
+            )
+        return evaluator
 
     def build_recorder(self) -> RolloutRecorder:
         """Writes responses token by token; as many at once as fit in the evaluation."""

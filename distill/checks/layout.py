@@ -20,7 +20,7 @@ def check_layout(session: Session, state: TrainState) -> str:
     """No large array is whole on every device of a mesh that should split it."""
     parts = num_shards("embed") * num_shards("ffn")
     if parts == 1:
-        return "weights are whole on every device: the mesh splits batches only"
+        return "every device holds all weights: the mesh splits batches only"
     # The scales of an 8-bit teacher are whole along what their channels sum over.
     model = session.teacher.model
     teacher = model and without_scales(model.params)
@@ -30,9 +30,9 @@ def check_layout(session: Session, state: TrainState) -> str:
             if array.nbytes >= LARGE_BYTES and array.sharding.is_fully_replicated:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise Problem(
-                    f"{owner}: {name} ({array.nbytes / 1e6:.0f} MB) is whole on every device, "
-                    f"though the mesh splits weights {parts} ways: give it logical axes that "
-                    "distill/base/sharding.py maps to mesh axes"
+                    f"{owner}: {name} ({array.nbytes / 1e6:.0f} MB) is not split, so every device "
+                    f"holds all of it, though the mesh splits weights {parts} ways: give it "
+                    "logical axes that distill/base/sharding.py maps to mesh axes"
                 )
     return f"all arrays of 1 MB and more are split, weights {parts} ways"
 

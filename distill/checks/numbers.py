@@ -26,6 +26,7 @@ from distill.kernels.platform import platform
 from distill.losses.objective import make_objective
 from distill.models.checkpoints.keys import mapped_params
 from distill.models.checkpoints.load import load_model_config
+from distill.rollout.base import check_rollout
 from distill.sampling.request import RolloutRequest
 from distill.step import TrainState, make_loss
 
@@ -129,8 +130,9 @@ def _short_sequences(session: Session, state: TrainState) -> Sequences:
             step=step,
             max_lengths=np.full(len(sequences), RESPONSE_TOKENS, np.int32),
         )
-        rollout, _ = session.backend.generate(request)
-        sequences = rollout.sequences(sequences)
+        made = session.backend.generate(request)
+        check_rollout(session.backend, request, made)
+        sequences = made[0].sequences(sequences)
     return sequences.first(starts_b + RESPONSE_TOKENS)
 
 

@@ -25,7 +25,7 @@ def check_tokenizers(session: Session) -> str:
     for text, mine, other in zip(texts, ours, theirs, strict=True):
         if mine != other:
             raise Problem(
-                f"student and teacher cut {_short(text)} into other tokens, "
+                f"student and teacher make different tokens of {_short(text)}, "
                 f"{_difference(mine, other)}: their merges or normalisation differ; pick a pair "
                 "from one model family"
             )
@@ -84,7 +84,7 @@ def check_end(session: Session) -> str:
     names = ", ".join(repr(tokenizer.decode([end])) for end in ends)
     closing = _closing_token(tokenizer)
     if closing is None:
-        return f"responses end at {names}; the template closes them with nothing of its own"
+        return f"responses end at {names}; the chat template puts no token behind them"
     if closing not in ends:
         raise Problem(
             f"the chat template closes a response with {tokenizer.decode([closing])!r} (id "

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import UserError
-from distill.config.schema import CONTENT, FIXED, FREE, NAMED, Config
+from distill.config.schema import CONTENT, FIXED, FREE, NAMED, Config, PluginKeys
 
 # What is compared by content rather than by key, and may be named as keys may.
 CONTENTS = ("student", "teacher", "data", "template", "validation")
@@ -44,7 +44,7 @@ def _fields(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _fields(hints[field.name], f"{prefix}{field.name}.")
-        else:
+        elif hints[field.name] is not PluginKeys:  # a plugin's keys say what the run is
             yield prefix + field.name, field
 
 

@@ -59,13 +59,14 @@ def _check_generation(config: Config) -> None:
     if not is_own and {"policy_gradient", "advantage"} & set(names):
         raise UserError(
             f"distillation.objective names {', '.join(names)}, which reads the tokens' advantages, "
-            f"but policy.generation.backend={backend} gives them none: it takes a backend that a "
-            "plugin registers"
+            f"but policy.generation.backend={backend} computes none: choose a plugin's backend "
+            "that does"
         )
     if 0 < generation.importance_clip < 1:
         raise UserError(
-            f"policy.generation.importance_clip={generation.importance_clip} is the largest "
-            "weight of a token, and that of a fresh one is 1: use 0 (off) or at least 1"
+            f"policy.generation.importance_clip={generation.importance_clip} limits the "
+            "weights of tokens, and a token of the current student has weight 1: use 0 (off) or at "
+            "least 1"
         )
     if generation.async_steps and backend == "jax" and colocated.enabled:
         raise UserError(
@@ -178,7 +179,7 @@ def _check_servers(section: str, servers: VllmServers) -> None:
             # Not shown: it may hold a password.
             raise UserError(
                 f"config key '{section}.urls': number {number} is not plainly http://HOST:PORT or "
-                "https://HOST:PORT; an API key belongs into the variable named by api_key_variable"
+                "https://HOST:PORT; an API key belongs in the variable named by api_key_variable"
             )
     if len(set(servers.urls)) < len(servers.urls):
         raise UserError(f"config key '{section}.urls' names a server twice: name each once")

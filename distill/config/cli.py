@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import logging
 import os
@@ -10,6 +11,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -30,6 +33,13 @@ _PROCESS_FLAGS = (
     "initialization_timeout",
     "heartbeat_timeout",
 )
+_plugin_values: dict[str, Any] = {}  # given on the command line
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_PACKAGED = f"one of the package: {', '.join(sorted(path.stem for path in _CONFIGS.glob('*.py')))}"
+_WRONG_TYPE = re.compile(  # as ml_collections says it
+    r"TypeError: Could not override field '(\w+)' .*?\. (.*) is of original type <class '(.+?)'> "
+    r"and cannot be casted to type <class '(.+?)'>"
+)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's
@@ -43,8 +53,8 @@ def define_config_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config",
         None,
-        "Experiment, e.g. configs/arithmetic.py or configs/gsm8k.py:scratch; single keys are "
-        "overridden by --config.section.key=value.",
+        "Experiment: a file, or the name of one that comes with the package, e.g. arithmetic or "
+        "gsm8k:scratch; single keys are overridden by --config.section.key=value.",
         lock_config=True,
     )
 
@@ -95,8 +105,12 @@ def run_with_arguments(main: Callable[[list[str]], None]) -> None:
 
 
 def _begin(main: Callable) -> None:
+    absl_logging.set_verbosity(absl_logging.ERROR)  # errors in the config are told once, in a line
     # The user's own choice, but for one thing: nobody else may write to what a run leaves.
     os.umask(os.umask(0o077) | 0o002)
+    if "--version" in sys.argv[1:]:
+        print(f"distill {sys.modules['distill'].__version__}")  # the package that this is in
+        sys.exit(0)
     if not _HELP.isdisjoint(sys.argv[1:]):
         _print_to_pipe("\n".join(_help_lines(main.__module__)))
         sys.exit(0)
@@ -112,16 +126,70 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
     try:
         _check_override_names(argv)
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS([argv[0], *_with_packaged_config(_without_plugin_keys(argv[1:]))])
+    except flags.UnrecognizedFlagError as error:
+        _fail(_unknown_flag(error))
     except (UserError, flags.Error) as error:
-        _fail(str(error))
+        # Where the config file raises, ml_collections shows a traceback, whose last line counts.
+        _, is_config, said = str(error).strip().partition("Error whilst parsing config file")
+        line = _WRONG_TYPE.sub(
+            r"config key '\1' is \2, of type \3: it takes a value of type \4",
+            said.strip().rpartition("\n")[2],
+        )
+        _fail(f"the config cannot be loaded: {line}" if is_config else str(error))
     except Exception as error:  # whatever the config file raises when it is executed
-        _fail(f"the config cannot be loaded: {type(error).__name__}: {error}")
+        # ml_collections gives the file that it executes a name of its own.
+        said = str(error).replace("module 'config_config'", "the config file")
+        _fail(f"the config cannot be loaded: {type(error).__name__}: {said}")
     except SystemExit:
         if "--helpfull" not in argv:
             raise
         sys.exit(0)  # absl takes it for a failure
     return rest
+
+
+def _without_plugin_keys(arguments: Sequence[str]) -> list[str]:
+    """Without --config.plugin.NAME=VALUE, which `required_config` sets: no config file has them."""
+    matches = [re.fullmatch(r"--?config\.plugin\.(\w+)=(.*)", each, re.S) for each in arguments]
+    _plugin_values.update({match[1]: _literal(match[2]) for match in matches if match})
+    return [each for each, match in zip(arguments, matches, strict=True) if not match]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _with_packaged_config(arguments: Sequence[str]) -> list[str]:
+    """With the path of a config that comes with the package, where a name stands for it."""
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        option, equals, value = argument.partition("=")
+        if option.lstrip("-") != "config" or not option.startswith("-"):
+            continue
+        place = i if equals else i + 1
+        name, colon, rest = (value if equals else "".join(found[place : place + 1])).partition(":")
+        match = re.fullmatch(r"(?:configs/)?(\w+)(?:\.py)?", name)
+        packaged = _CONFIGS / f"{match[1] if match else ''}.py"
+        if not name or Path(name).exists():
+            continue
+        if not packaged.exists():
+            raise UserError(f"there is no config file {name}: pass another, or {_PACKAGED}")
+        found[place] = f"{option}=" * bool(equals) + f"{packaged}{colon}{rest}"
+    return found
+
+
+def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
+    """With what was meant, where that is known: a key of the config, or nothing at all."""
+    name = error.flagname.partition("=")[0]
+    if name in ("resume", "continue", "resume_from_checkpoint"):
+        return f"there is no flag --{name}: a run goes on by the same command, with its --workdir"
+    keys = [key for key in known_keys() if key.rpartition(".")[2] == name]
+    if keys:
+        return f"there is no flag --{name}: did you mean --config.{keys[0]}=...?"
+    return f"{error}: flags are listed by --help, keys of the config are --config.section.key=value"
 
 
 def _print_to_pipe(text: str) -> None:
@@ -148,7 +216,7 @@ def _help_lines(module: str) -> Iterator[str]:
     yield "\ncommon keys of the config, with the defaults that a config file starts from:"
     yield from help_lines()
     completion = 'eval "$(python -m distill.config.completion)"'
-    yield f"\nall keys: docs/configuration.md; completion: {completion}"
+    yield f"\nall keys: python -m distill.config.words; completion: {completion}"
 
 
 def _flag_lines(heading: str, listed: Sequence[flags.Flag]) -> Iterator[str]:
@@ -175,6 +243,12 @@ def _call(main: Callable[[], None]) -> None:
             where = f" for {where}" if where else ""
             line = f"the disk has no room left{where}: make room, and give the same command"
             _fail(line, status=1)
+        if "Unable to initialize backend" in str(error):
+            platforms = os.environ.get("JAX_PLATFORMS", "")
+            _fail(
+                f"JAX cannot use the devices of JAX_PLATFORMS={platforms!r}: install what they "
+                f"need, such as jax[tpu] or jax[cuda13], or unset it ({error})"
+            )
         if processes.several():  # the others would wait for this one
             processes.wait_for_the_cause(error)
             traceback.print_exc()
@@ -213,9 +287,17 @@ def _says_no_room(error: BaseException | None) -> bool:
 
 def required_config(holder: flags.FlagHolder) -> ConfigDict:
     if holder.value is None:
-        raise UserError("pass --config=FILE, e.g. --config=configs/arithmetic.py")
+        if holder.present:
+            raise UserError(
+                "get_config of the config file returned None: it must return the config"
+            )
+        raise UserError(f"pass --config=FILE, or {_PACKAGED}")
     try:
-        return ConfigDict(holder.value)
+        config = ConfigDict(holder.value)
+        if _plugin_values:
+            with config.unlocked():
+                config.plugin = {**config.get("plugin", {}), **_plugin_values}
+        return config
     except Exception as error:  # ml_collections keeps a missing file's error until the first use
         raise UserError(f"the config cannot be loaded: {error}") from None
 
@@ -224,7 +306,8 @@ def _check_override_names(argv: Sequence[str]) -> None:
     """ml_collections names only a part of an unknown key; this names all of it and the nearest."""
     for argument in argv[1:]:
         name, dot, key = argument.partition("=")[0].lstrip("-").partition(".")
-        if name in ("config", "noconfig") and dot and key not in known_keys():
+        is_own = key.startswith("plugin.")  # looked at where plugins are imported
+        if name in ("config", "noconfig") and dot and not is_own and key not in known_keys():
             raise unknown_key(key)
 
 

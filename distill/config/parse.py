@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_dict
 
 from distill.base.errors import UserError
 from distill.config.checks import check_combinations
-from distill.config.schema import Config
+from distill.config.schema import Config, PluginKeys
 
 _INTEGER_LIMIT = 2**31  # devices count in 32 bits
 # A password or a token in a URL: no value may have one, since values are logged and stored.
@@ -36,6 +36,8 @@ def known_keys() -> list[str]:
     def visit(cls: type, prefix: str) -> list[str]:
         keys = []
         for name, kind in typing.get_type_hints(cls).items():
+            if kind is PluginKeys:  # declared by nobody yet
+                continue
             keys.append(prefix + name)
             if _is_section(kind):
                 keys += visit(kind, f"{prefix}{name}.")
@@ -64,6 +66,8 @@ def to_flat_dict(config: Config) -> dict[str, Any]:
             value = getattr(section, field.name)
             if dataclasses.is_dataclass(value):
                 visit(value, f"{prefix}{field.name}.")
+            elif isinstance(value, PluginKeys):
+                flat.update({f"{prefix}{field.name}.{name}": x for name, x in value.items()})
             else:
                 flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
 
@@ -87,6 +91,8 @@ def _to_config_dict(cls: type) -> ConfigDict:
         kind = hints[field.name]
         if _is_section(kind):
             section[field.name] = _to_config_dict(kind)
+        elif kind is PluginKeys:
+            section[field.name] = ConfigDict()
         elif isinstance(kind, types.UnionType):
             section[field.name] = config_dict.placeholder(typing.get_args(kind)[0])
         else:
@@ -109,9 +115,27 @@ def _parse_section(cls: type, section: Any, prefix: str) -> Any:
         kind = hints[name]
         if _is_section(kind):
             values[name] = _parse_section(kind, section[name], f"{prefix}{name}.")
+        elif kind is PluginKeys:
+            values[name] = _parse_plugin_keys(section[name], f"{prefix}{name}.")
         else:
             values[name] = _parse_value(prefix + name, section[name], kind, field.metadata)
     return cls(**values)
+
+
+def _parse_plugin_keys(section: Any, prefix: str) -> PluginKeys:
+    """Plain values; their types are checked by the parts that declare them."""
+    values = PluginKeys()
+    for name, value in dict(section).items():
+        value = tuple(value) if isinstance(value, list) else value
+        texts = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(each, bool | int | float | str) for each in texts):
+            raise UserError(
+                f"config key '{prefix}{name}' is {_shown(value)}: it takes a number, a text, True "
+                "or False, or several of them"
+            )
+        _check_no_credentials(prefix + name, *(each for each in texts if isinstance(each, str)))
+        values[name] = value
+    return values
 
 
 def unknown_key(key: str) -> UserError:

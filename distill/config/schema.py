@@ -10,12 +10,14 @@ import dataclasses
 import functools
 from typing import Any
 
+_MOST_ROWS, _LONGEST, _MOST_GB = 10**6, 10**7, 10**6  # beyond what anybody has
 KNOWN_BACKENDS = ("jax", "vllm")
 WRITERS = ("tensorboard", "trackio", "wandb")
 PRECISIONS = ("bfloat16", "float32")
 # What checkpoints are compared by, and whether more is better.
+ACCURACY = "eval/student/accuracy"
 BEST_METRICS = {
-    "eval/student/accuracy": True,
+    ACCURACY: True,
     "eval/student/forward_kl": False,
     "eval/student/reverse_kl": False,
 }
@@ -42,13 +44,13 @@ def _section(cls: type) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateStrategy:
-    max_length: int = _key(1024, "response tokens at most, EOS counted", low=1)
+    max_length: int = _key(1024, "response tokens at most, EOS counted", low=1, high=_LONGEST)
     temperature: float = _key(1.0, "sampling temperature", low=1e-4)
     decoding_method: str = _key("sample", "token choice", choices=("greedy", "sample"))
     top_k: int = _key(0, "keep the k likeliest tokens; 0 is off", low=0)
     top_p: float = _key(1.0, "keep the smallest set with this probability; 1 is off", low=0, high=1)
     min_p: float = _key(0.0, "keep tokens above this share of the likeliest's", low=0, high=1)
-    num_generations: int = _fixed(1, "responses sampled per prompt", low=1)
+    num_generations: int = _fixed(1, "responses sampled per prompt", low=1, high=_MOST_ROWS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,9 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Colocated:
     enabled: bool = _free(True, "sampler and trainer share all devices; False: it has its own")
-    sampler_devices: int = _free(0, "devices of a sampler with its own; 0: half of all", low=0)
+    sampler_devices: int = _free(
+        0, "devices of a sampler with its own; 0: half of all", low=0, high=_MOST_ROWS
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,8 +156,12 @@ class Generation:
     importance_clip: float = _key(
         0.0, "weigh tokens by new / sampler's probability, at most this; 0: off", low=0
     )
-    num_slots: int = _free(0, "responses decoded at once; 0: what cache_memory holds", low=0)
-    cache_memory: float = _free(4.0, "GB per device for keys and values, jax backend", low=0.001)
+    num_slots: int = _free(
+        0, "responses decoded at once; 0: what cache_memory holds", low=0, high=_MOST_ROWS
+    )
+    cache_memory: float = _free(
+        4.0, "GB per device for keys and values, jax backend", low=0.001, high=_MOST_GB
+    )
     cache_dtype: str = _key(
         "auto", "keys and values; auto: policy.precision", choices=("auto", "int8")
     )
@@ -167,7 +175,10 @@ class SequencePacking:
 
     enabled: bool = _free(False, "fill rows with sequences behind each other")
     train_mb_tokens: int = _free(
-        0, "tokens at once over the whole mesh; 0: train_micro_batch_size full rows", low=0
+        0,
+        "tokens at once over the whole mesh; 0: train_micro_batch_size full rows",
+        low=0,
+        high=10**9,
     )
 
 
@@ -177,18 +188,29 @@ class DynamicBatching:
 
     enabled: bool = _free(False, "cut batches by tokens instead of rows")
     train_mb_tokens: int = _free(
-        0, "tokens at once over the whole mesh; 0: train_micro_batch_size full rows", low=0
+        0,
+        "tokens at once over the whole mesh; 0: train_micro_batch_size full rows",
+        low=0,
+        high=10**9,
     )
-    sequence_length_round: int = _free(64, "rows have a multiple of this many tokens", low=1)
+    sequence_length_round: int = _free(
+        64, "rows have a multiple of this many tokens", low=1, high=_LONGEST
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     model_name: str = _from("", "folder, hub id or embedded:NAME")
-    max_total_sequence_length: int = _key(2048, "prompt and response tokens at most", low=2)
+    max_total_sequence_length: int = _key(
+        2048, "prompt and response tokens at most", low=2, high=_LONGEST
+    )
     precision: str = _key("bfloat16", "compute dtype; master weights: float32", choices=PRECISIONS)
-    train_global_batch_size: int = _fixed(64, "sequences per update, all hosts", low=1)
-    train_micro_batch_size: int = _free(8, "sequences at once over the whole mesh", low=1)
+    train_global_batch_size: int = _fixed(
+        64, "sequences per update, all hosts", low=1, high=_MOST_ROWS
+    )
+    train_micro_batch_size: int = _free(
+        8, "sequences at once over the whole mesh", low=1, high=_MOST_ROWS
+    )
     sequence_packing: SequencePacking = _section(SequencePacking)
     dynamic_batching: DynamicBatching = _section(DynamicBatching)
     activation_checkpointing: str = _free(
@@ -263,22 +285,35 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    batch_size: int = _free(64, "responses whose divergences are computed at once", low=1)
-    max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0)
+    batch_size: int = _free(
+        64, "responses whose divergences are computed at once", low=1, high=_MOST_ROWS
+    )
+    max_length: int = _key(0, "response tokens; 0: as in generate_strategy", low=0, high=_LONGEST)
+    grading: str = _key(
+        "auto",
+        "how responses are graded: auto (by the dataset, else by the answer), math, exact, choice, "
+        "or one that a plugin registers",
+    )
     answer_timeout: float = _key(5.0, "seconds per response for math-verify", low=0.1)
     metrics: tuple[str, ...] = _key((), "metrics of the responses that a plugin registers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSizes:
-    data: int = _free(-1, "devices over which batches are split; -1 takes the rest", low=-1)
-    fsdp: int = _free(1, "devices over which batches and weights are split", low=-1)
-    tensor: int = _free(1, "devices over which heads and vocabulary are split", low=-1)
+    data: int = _free(
+        -1, "devices over which batches are split; -1 takes the rest", low=-1, high=_MOST_ROWS
+    )
+    fsdp: int = _free(
+        1, "devices over which batches and weights are split", low=-1, high=_MOST_ROWS
+    )
+    tensor: int = _free(
+        1, "devices over which heads and vocabulary are split", low=-1, high=_MOST_ROWS
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    keep: int = _free(2, "newest checkpoints kept", low=1)
+    keep: int = _free(2, "newest checkpoints kept", low=1, high=_MOST_ROWS)
     save_minutes: float = _free(
         0.0, "a checkpoint is also due this long after the last; 0: off", low=0
     )
@@ -294,7 +329,9 @@ class Checkpointing:
         (), "keys and contents that may differ from the checkpoint's, from here on"
     )
     export_dtype: str = _free("bfloat16", "dtype of the exported student", choices=PRECISIONS)
-    export_shard_size: float = _free(5.0, "GB per file of the exported student", low=1e-6)
+    export_shard_size: float = _free(
+        5.0, "GB per file of the exported student", low=1e-6, high=_MOST_GB
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,8 +356,13 @@ class Logger:
         ("tensorboard",), "where numbers go beside metrics.jsonl: tensorboard, trackio, wandb"
     )
     project: str = _free("distill", "project of trackio and wandb")
+    step_metrics: tuple[str, ...] = _free((), "metrics of every step that a plugin registers")
     progress_bar: bool = _free(True, "show a progress bar")
     warn: Warn = _section(Warn)
+
+
+class PluginKeys(dict[str, Any]):
+    """Keys `plugin.NAME` that a data source or a backend of the user's own declares."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,6 +371,7 @@ class Config:
     plugins: tuple[str, ...] = _key(
         (), "modules that are imported first and register the user's own parts"
     )
+    plugin: PluginKeys = dataclasses.field(default_factory=PluginKeys)
     preflight: bool = _free(True, "check before the first step that everything agrees")
     compilation_cache: str = _free(
         "default",

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from distill.config.schema import Config
+from distill.config.schema import Config, PluginKeys
 
 # What most runs set; --help shows these.
 COMMON = (
@@ -107,7 +107,7 @@ def _sections(cls: type, name: str) -> Iterator[Section]:
     keys = tuple(
         _key(prefix, field, hints[field.name])
         for field in dataclasses.fields(cls)
-        if field not in inner
+        if field not in inner and hints[field.name] is not PluginKeys
     )
     yield Section(name, _documentation(cls), keys)
     for field in inner:
@@ -143,8 +143,12 @@ def _allowed(limits: typing.Mapping[str, Any]) -> str:
     if choices is not None:
         return ", ".join(choice or "''" for choice in choices)
     if high is not None:
-        return f"{low:g} to {high:g}"
-    return "" if low is None else f"at least {low:g}"
+        return f"{_number(low)} to {_number(high)}"
+    return "" if low is None else f"at least {_number(low)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def help_lines() -> Iterator[str]:

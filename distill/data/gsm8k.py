@@ -12,6 +12,7 @@ from distill.data.table import Columns, InMemoryDataset, choose_split
 HUB_ID = "openai/gsm8k"
 # Both take time linear in the text, whatever a model or a file holds.
 _NUMBER = re.compile(r"####\s*(?:\$\s*)?(-?[\d,]*\.?\d+)")
+_PLAIN_NUMBER = re.compile(r"\$?\s*(-?\d[\d,]*(?:\.\d+)?)\.?")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 
@@ -52,11 +53,11 @@ class GSM8KDataset(InMemoryDataset):
         return "{problem}\nReason step by step. End with a line '#### ' and the final number."
 
     def is_correct(self, example: Example, response: str) -> bool | None:
-        """Compares the number after the last ####; None (math-verify decides) without one."""
-        stated = final_number(response)
-        if stated is None or example.answer is None:
+        """Compares a plain number after the last ####; None (math-verify decides) without one."""
+        stated = _PLAIN_NUMBER.fullmatch(response.rpartition("####")[2].strip())
+        if stated is None or not isinstance(example.answer, str):
             return None
-        return Decimal(stated) == Decimal(example.answer)
+        return Decimal(stated[1].replace(",", "")) == Decimal(example.answer)
 
 
 def final_number(text: str) -> str | None:

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from distill.base.errors import UserError, printable
-from distill.data.base import DatasetInterface, Dropped, Example, count_drops
+from distill.data.base import DatasetInterface, Dropped, Example, count_drops, examples_of
 from distill.data.sequences import Sequences
 
 _WIDTH_MULTIPLE = 8
@@ -117,7 +117,7 @@ def tokenize_prompts(
             f"data.prompt_template={template!r} must have {{problem}} exactly once, where the "
             "prompt goes"
         )
-    examples = [dataset[i] for i in range(len(dataset))]
+    examples = examples_of(dataset)
     limits = _Limits(
         max_prompt_length, max_response_length, _longest_piece(tokenizer), keep_truncated
     )

@@ -59,8 +59,8 @@ def get_column(name: str) -> Column:
     """What was declared as `name`; UserError when nothing was."""
     if name not in _columns:
         raise UserError(
-            f"column {name!r} is not declared: known are {', '.join(_columns)} (declare your own "
-            "with distill.data.sequences.declare_column, in a module that plugins names)"
+            f"column {name!r} is not declared: the known ones are {', '.join(_columns)} (declare "
+            "your own with distill.data.sequences.declare_column, in a module that plugins names)"
         )
     return _columns[name]
 

@@ -112,10 +112,8 @@ def make_example(row: Mapping[str, Any], columns: Columns, where: str, id: str) 
         return BadRow(where, f"no column {', '.join(missing)}", columns.describe(row))
     try:
         prompt = _read_prompt(row[columns.prompt], columns.prompt)
-        response, answer = (
-            _read_text(row.get(name), name) if name else None
-            for name in (columns.response, columns.answer)
-        )
+        response = _read_text(row.get(columns.response), columns.response)
+        answer = _read_answer(row.get(columns.answer), columns.answer)
     except _Unusable as error:
         return BadRow(where, *error.args)
     return Example(prompt, response, answer, id, row.get(TRUNCATED) is True)
@@ -135,6 +133,14 @@ def _read_prompt(value: Any, name: str) -> Prompt:
     if is_chat and value[-1]["role"] == "assistant":
         raise _Unusable(f"{name} ends with an answer")
     return value if is_chat else texts[0]
+
+
+def _read_answer(value: Any, name: str) -> str | tuple[str, ...] | None:
+    """A list holds several answers that are right."""
+    if not isinstance(value, list):
+        return _read_text(value, name)
+    texts = (_read_text(each, name) for each in value)
+    return tuple(text for text in texts if text is not None) or None
 
 
 def _read_text(value: Any, name: str) -> str | None:

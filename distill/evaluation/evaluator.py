@@ -24,6 +24,7 @@ from distill.config import schema
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
+from distill.evaluation.answers import OPEN
 from distill.evaluation.grading import Grader, wilson_interval
 from distill.evaluation.metrics import Response, measure
 from distill.kernels.linear_divergence import per_token_divergences
@@ -39,9 +40,11 @@ class Evaluation:
     """Results of one model on the held-out prompts.
 
     Attributes:
-      accuracy: share of greedy responses that are right; None if the data has no answers.
+      accuracy: share of greedy responses that are right, of prompts whose answer is known; None
+        if there are none.
       accuracy_low, accuracy_high: its Wilson 95% interval.
       examples: prompts evaluated.
+      graded: prompts whose answer is known.
       forward_kl, reverse_kl: KL(teacher || model) and KL(model || teacher), nats per response
         token of the model's own responses; None without a teacher.
       mean_length: response tokens, EOS counted.
@@ -53,6 +56,7 @@ class Evaluation:
     accuracy_low: float | None
     accuracy_high: float | None
     examples: int
+    graded: int
     forward_kl: float | None
     reverse_kl: float | None
     mean_length: float
@@ -72,12 +76,12 @@ class Responses:
     Attributes:
       rollout: their tokens.
       texts: without special tokens.
-      correct: which of them are right; None if the data has no answers.
+      correct: whether each is right; None where the data has no answer.
     """
 
     rollout: Rollout
     texts: list[str]
-    correct: list[bool] | None
+    correct: list[bool | None]
 
 
 class Evaluator:
@@ -138,21 +142,40 @@ class Evaluator:
         engine.release()
         return rollout
 
-    def grade(self, texts: list[str]) -> list[bool] | None:
-        """Whether each response is right; None if the data has no answers.
+    def grade(self, texts: list[str]) -> list[bool | None]:
+        """Whether each response is right; None where the data has no answer.
 
         Every process checks its share.
         """
         examples = [self.dataset[int(row)] for row in self.prompts.rows]
-        if any(example.answer is None for example in examples):
-            return None
-        mine = processes.share(len(texts))
-        with Grader(time_limit=self.settings.answer_timeout) as grader:
-            shares = processes.gather(grader.grade(self.dataset, examples[mine], texts[mine]))
-        correct = [False] * len(texts)
+        # Some templates open the thinking in the prompt.
+        thinking = [self._opens_thinking(tokens) for tokens in self.prompts.prompt_tokens]
+        said = [
+            f"{OPEN}{text}" if opened else text
+            for opened, text in zip(thinking, texts, strict=True)
+        ]
+        mine, settings = processes.share(len(texts)), self.settings
+        with Grader(settings.grading, settings.answer_timeout) as grader:
+            shares = processes.gather(grader.grade(self.dataset, examples[mine], said[mine]))
+        correct: list[bool | None] = [None] * len(texts)
         for process, verdicts in enumerate(shares):
             correct[process :: len(shares)] = verdicts
         return correct
+
+    def _opens_thinking(self, prompt_tokens: np.ndarray) -> bool:
+        end = self.vocabulary.tokenizer.decode(prompt_tokens[-8:].tolist())
+        return end.rstrip().endswith(OPEN)
+
+    @functools.cached_property
+    def num_graded(self) -> int:
+        """Prompts whose answer is known."""
+        return sum(self.dataset[int(row)].answer is not None for row in self.prompts.rows)
+
+    def summary(self) -> str:
+        """One line about the prompts."""
+        missing = len(self.prompts) - self.num_graded
+        note = f"; {missing} have no answer and do not count for accuracy" if missing else ""
+        return self.prompts.summary() + note
 
     def _divergences(
         self, model: Model, params, teacher: Model | None, rollout: Rollout
@@ -190,11 +213,12 @@ class Evaluator:
         return values
 
 
-def _accuracy(correct: list[bool] | None) -> dict[str, float | None]:
-    if correct is None:
-        return dict(accuracy=None, accuracy_low=None, accuracy_high=None)
-    low, high = wilson_interval(sum(correct), len(correct))
-    return dict(accuracy=sum(correct) / len(correct), accuracy_low=low, accuracy_high=high)
+def _accuracy(correct: list[bool | None]) -> dict[str, Any]:
+    graded = [verdict for verdict in correct if verdict is not None]
+    if not graded:
+        return dict(accuracy=None, accuracy_low=None, accuracy_high=None, graded=0)
+    rate, (low, high) = sum(graded) / len(graded), wilson_interval(sum(graded), len(graded))
+    return dict(accuracy=rate, accuracy_low=low, accuracy_high=high, graded=len(graded))
 
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:

@@ -1,15 +1,46 @@
-"""Is an answer right? math-verify under a hard time limit, and how sure a success rate is."""
+"""Is a response right? By its dataset, a grader of the user's own, its text, or math-verify.
+
+    @register_grader("runs")
+    def runs(example, response):  # what stands behind </think>
+        return execute(response) == example.answer
+
+`evaluation.grading=runs` then decides by it. math-verify has a hard time limit.
+"""
 
 import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 from pebble import ProcessExpired, ProcessPool
 
-from distill.base.errors import UserError
+from distill.base.errors import RunStopped, UserError
+from distill.base.registry import Registry, first_line, name_of
 from distill.data.base import DatasetInterface, Example
-from distill.evaluation import math_check
+from distill.evaluation import answers, math_check
+
+OwnGrader = Callable[[Example, str], bool | None]
+KINDS = ("auto", "math", "exact", "choice")
+_PLAIN = {"exact": answers.is_exact, "choice": answers.is_choice}
+_GRADERS = Registry(
+    "evaluation.grading",
+    "distill.evaluation.grading.register_grader",
+    dict.fromkeys(KINDS, "distill.evaluation.grading"),
+)
+
+
+def register_grader(name: str) -> Callable[[OwnGrader], OwnGrader]:
+    """Decorator: makes f(example, response) available as `evaluation.grading=name`.
+
+    It says whether the response is right; None leaves it to the kind of the answer. UserError when
+    the name is taken.
+    """
+    return _GRADERS.register(name, takes=("example", "response"))
+
+
+def get_grader(name: str) -> OwnGrader | None:
+    """What was registered under `name`; None for the built-in kinds; UserError for no name."""
+    return None if name in KINDS else _GRADERS.get(name)
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -26,20 +57,29 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 
 
 class Grader:
-    """Checks answers in worker processes: `with Grader() as grader: grader.grade(...)`.
+    """Grades responses: `with Grader() as grader: grader.grade(...)`.
 
-    An answer that takes longer than `time_limit` seconds, kills its worker or cannot be compared
-    counts as wrong; a lost worker is replaced and the others go on. Workers end with this process,
-    on Linux even if it is killed.
+    math-verify works in processes of its own. A response that takes longer than `time_limit`
+    seconds, kills its worker or cannot be compared counts as wrong; a lost worker is replaced and
+    the others go on. Workers end with this process, on Linux even if it is killed.
+
+    Args:
+        kind: how answers are compared, one of KINDS or a registered grader; 'auto' asks the
+            dataset, then goes by the answer.
+        time_limit: seconds for one response.
+        workers: processes at most.
 
     Attributes:
-        timeouts: answers stopped by the time limit so far.
-        crashes: answers that ended their worker so far.
+        timeouts: responses stopped by the time limit so far.
+        crashes: responses that ended their worker so far.
     """
 
-    def __init__(self, time_limit: float = 5.0, workers: int = 2):
+    def __init__(self, kind: str = "auto", time_limit: float = 5.0, workers: int = 2):
         self.timeouts = 0
         self.crashes = 0
+        self._own = get_grader(kind)
+        self._kind = kind if kind in KINDS else "auto"
+        self._asks_dataset = kind == "auto"
         self._time_limit = time_limit
         self._workers = workers
 
@@ -58,32 +98,39 @@ class Grader:
 
     def grade(
         self, dataset: DatasetInterface, examples: Sequence[Example], responses: Sequence[str]
-    ) -> list[bool]:
-        """Says for each response whether it answers its example.
-
-        `dataset.is_correct` decides; where it returns None, math-verify does.
+    ) -> list[bool | None]:
+        """Says for each response whether it answers its example; None if that has no answer.
 
         Raises:
-            UserError: an example has no answer to compare with.
+            RunStopped: the dataset's `is_correct`, or a grader of the user's own, fails.
         """
-        pairs = list(zip(examples, responses, strict=True))
-        verdicts = [dataset.is_correct(example, response) for example, response in pairs]
+        pairs = zip(examples, responses, strict=True)
         # All are scheduled before the first is awaited, so that the workers share them.
-        pending = [
-            self._schedule(example, response) if verdict is None else None
-            for verdict, (example, response) in zip(verdicts, pairs, strict=True)
-        ]
-        return [
-            bool(verdict) if future is None else self._await(future)
-            for verdict, future in zip(verdicts, pending, strict=True)
-        ]
+        begun = [self._begin(dataset, example, response) for example, response in pairs]
+        return [x if x is None or isinstance(x, bool) else self._await(x) for x in begun]
 
-    def _schedule(self, example: Example, response: str):
+    def _begin(self, dataset: DatasetInterface, example: Example, response: str):
+        """The verdict, or the future of one."""
         if example.answer is None:
-            raise UserError(
-                f"example {example.id} has no answer to grade against: set data.answer_column"
-            )
-        arguments = (example.answer, response)
+            return None
+        text = answers.spoken(response)
+        if text is None:
+            return False
+        verdict = None
+        if self._own or self._asks_dataset:
+            verdict = _ask(self._own or dataset.is_correct, example, text)
+        if verdict is not None:
+            return verdict
+        kinds = [
+            (answers.kind_of(answer) if self._kind == "auto" else self._kind, answer)
+            for answer in example.answers
+        ]
+        if any(_PLAIN[kind](answer, text) for kind, answer in kinds if kind in _PLAIN):
+            return True
+        formulas = [answer for kind, answer in kinds if kind == "math"]
+        if not formulas:
+            return False
+        arguments = (formulas, text)
         return self._pool.schedule(math_check.matches, arguments, timeout=self._time_limit)
 
     def _await(self, future) -> bool:
@@ -95,7 +142,18 @@ class Grader:
             self.crashes += 1
         except BrokenProcessPool:
             raise UserError(
-                "answer checking cannot start its worker processes: a script that grades must be "
-                "a file whose work stands under `if __name__ == '__main__':`"
+                "grading cannot start its worker processes: a script that evaluates must be a file "
+                "whose work stands under `if __name__ == '__main__':`"
             ) from None
         return False
+
+
+def _ask(grader: OwnGrader, example: Example, text: str) -> bool | None:
+    try:
+        verdict = grader(example, text)
+        return None if verdict is None else bool(verdict)
+    except Exception as error:  # whatever the user's code raises
+        raise RunStopped(
+            f"{name_of(grader)} fails on example {example.id}: {first_line(error)}; it takes "
+            "(example, response) and returns True, False or None"
+        ) from error

@@ -52,7 +52,7 @@ def register_metric(name: str) -> Callable[[Metric], Metric]:
 
     UserError when the name is taken.
     """
-    return _METRICS.register(name)
+    return _METRICS.register(name, takes=("responses",))
 
 
 def get_metric(name: str) -> Metric:

@@ -91,9 +91,9 @@ class RolloutRecorder:
         record = dict(
             role=role,
             step=step,
-            answers_in_all=len(responses.texts),
+            responses_in_all=len(responses.texts),
             has_teacher=teacher is not None,
-            answers=shown,
+            responses=shown,
             texts={token: self._text([token]) for token in sorted(listed)},
         )
         self._folder.mkdir(exist_ok=True)
@@ -123,8 +123,8 @@ class RolloutRecorder:
             id=example.id,
             question=_question(example),
             prompt=self._text(self._prompts.prompt_tokens[i].tolist()),
-            expected=example.answer,
-            correct=None if responses.correct is None else responses.correct[i],
+            expected=" or ".join(example.answers) or None,
+            correct=responses.correct[i],
             stopped=bool(responses.rollout.stopped_b[i]),
             ids=tokens,
             tokens=pieces(self._text, tokens),
@@ -185,7 +185,7 @@ def _token_values(
 ) -> dict[str, jax.Array]:
     """Log-probabilities of the responses' tokens, divergences and the teacher's choices.
 
-    log_q, and with a teacher log_p and the objective's divergence, (b, r), anything behind an
+    log_q, and with a teacher log_p and the objective's divergence, (b, r), anything behind a
     response's end; the teacher's likeliest tokens with both log-probabilities at temperature 1,
     (b, r, k).
     """

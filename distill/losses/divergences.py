@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.base.errors import UserError
-from distill.base.registry import Registry
+from distill.base.registry import Registry, first_line, name_of
 from distill.kernels.linear_divergence import DivergenceTerm, Term, cross_entropy
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.weights import advantage
@@ -64,8 +64,16 @@ _LOSSES = Registry(
 )
 
 
+_TAKES = {
+    "divergence": ("log_p", "log_q"),
+    "term": ("log_p", "log_q", "is_target"),
+    "row loss": ("log_p_cv", "log_q_cv", "targets_c"),
+}
+
+
 def _register(name: str, kind: str, **more):
-    return _LOSSES.register(name, lambda function: _Registered(function, kind, **more))
+    takes = _TAKES[kind] + (("parameter",) if "parameter" in more else ())
+    return _LOSSES.register(name, lambda function: _Registered(function, kind, **more), takes)
 
 
 def _is(*kinds: str) -> Callable[[_Registered], bool]:
@@ -94,7 +102,9 @@ def register_term(name: str, *, weight: TokenWeight | None = None):
 def register_loss(name: str):
     """Decorator: makes a `DistillationLossFn` over vocabulary rows available as `kl_type=name`.
 
-    UserError when the name is taken, by a divergence or by a loss.
+    It is given log_p_cv and log_q_cv, float32 log-probabilities (tokens, vocabulary) of teacher and
+    student at the loss temperature, and targets_c, the response's ids (tokens,). It returns float32
+    (tokens,): the loss of a token, of its own row alone. UserError when the name is taken.
     """
     return _register(name, "row loss")
 
@@ -105,8 +115,21 @@ def is_pointwise(name: str) -> bool:
 
 
 def get_loss(name: str) -> DistillationLossFn:
-    """The function registered with `register_loss`; UserError when there is none."""
-    return _LOSSES.get(name, _is("row loss")).function
+    """The function registered with `register_loss`; UserError for none, or one that cannot run."""
+    function = _LOSSES.get(name, _is("row loss")).function
+    rows, targets = (jax.ShapeDtypeStruct(*x) for x in (((3, 5), jnp.float32), ((3,), jnp.int32)))
+    try:
+        shape = jax.eval_shape(function, rows, rows, targets).shape
+        problem = "" if shape == (3,) else f"makes an array of shape {shape} of 3 tokens"
+    except Exception as error:  # whatever the user's code raises
+        problem = f"fails: {first_line(error)}"
+    if problem:
+        raise UserError(
+            f"distillation.kl_type={name}: {name_of(function)} {problem}; it takes "
+            "log-probabilities (tokens, vocabulary) of teacher and student and the tokens' ids, "
+            "and must return a loss per token, computed with jax.numpy"
+        )
+    return function
 
 
 def get_divergence(

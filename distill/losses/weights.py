@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill.base.registry import Registry
+from distill.base.errors import UserError
+from distill.base.registry import Registry, first_line, name_of
 from distill.kernels.linear_divergence import TokenStatistics
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 
@@ -41,12 +42,40 @@ def register_weight(name: str, *, teacher_entropy: bool = False):
         weight.teacher_entropy = teacher_entropy
         return weight
 
-    return _WEIGHTS.register(name, entry)
+    return _WEIGHTS.register(name, entry, takes=("statistics", "columns"))
 
 
 def get_weight(name: str) -> TokenWeight:
-    """The weight registered under `name`; UserError when there is none."""
-    return _WEIGHTS.get(name)
+    """The weight registered under `name`; UserError when there is none, or it cannot run."""
+    weight = _WEIGHTS.get(name)
+    check_tokenwise(f"distillation.objective.weights={name}", weight)
+    return weight
+
+
+class _AnyColumn(dict):
+    """Columns of whatever name: which ones a batch has is known later."""
+
+    def __missing__(self, name: str) -> jax.Array:
+        return jnp.zeros(3)
+
+
+def check_tokenwise(what: str, function: TokenWeight) -> None:
+    """Raises UserError unless a function of statistics and columns gives a number per token."""
+
+    def call(value):
+        statistics = TokenStatistics(*[value] * len(dataclasses.fields(TokenStatistics)))
+        return function(statistics, _AnyColumn(sampled=value > 0))
+
+    try:
+        shape = jax.eval_shape(call, jax.ShapeDtypeStruct((3,), jnp.float32)).shape
+        problem = "" if shape == (3,) else f"makes an array of shape {shape} of 3 tokens"
+    except Exception as error:  # whatever the user's code raises
+        problem = f"fails: {first_line(error)}"
+    if problem:
+        raise UserError(
+            f"{what}: {name_of(function)} {problem}; it must return a number per token, of "
+            "(statistics, columns), computed with jax.numpy"
+        )
 
 
 @register_weight("advantage")

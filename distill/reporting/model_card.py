@@ -141,9 +141,9 @@ def _results(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     name = settings["data.validation.name"] or settings["data.name"]
     examples = max(result["examples"] for result in results.values())
     return (
-        f"{examples} prompts of `{_plain(name)}`, split "
-        f"`{_plain(settings['data.validation.split'])}`, answered greedily. The interval is "
-        "Wilson's; divergences from the teacher are in nats per token of a model's own responses.\n"
+        f"Greedy responses to {examples} prompts of `{_plain(name)}`, split "
+        f"`{_plain(settings['data.validation.split'])}`. The interval is Wilson's. Divergences "
+        "from the teacher are in nats per token of a model's own responses.\n"
         f"\n```\n{format_table(results)}\n```"
     )
 

@@ -111,28 +111,31 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _are_rollouts(record: dict[str, Any]) -> bool:
-    """Whether it has what the page shows of `RolloutRecorder`'s answers."""
+    """Whether it has what the page shows of `RolloutRecorder` writes."""
     of_tokens = ["tokens", "ids", "log_q"]
     if record.get("has_teacher"):
         of_tokens += ["log_p", "divergence", "top"]
-    answers = record.get("answers")
+    responses = record.get("responses")
     return (
-        isinstance(answers, list)
+        isinstance(responses, list)
         and isinstance(record.get("texts"), dict)
-        and isinstance(record.get("answers_in_all"), int)
-        and all(isinstance(answer, dict) and _is_answer(answer, of_tokens) for answer in answers)
+        and isinstance(record.get("responses_in_all"), int)
+        and all(
+            isinstance(response, dict) and _is_response(response, of_tokens)
+            for response in responses
+        )
     )
 
 
-def _is_answer(answer: dict[str, Any], of_tokens: list[str]) -> bool:
-    values = [answer.get(name) for name in of_tokens]
+def _is_response(response: dict[str, Any], of_tokens: list[str]) -> bool:
+    values = [response.get(name) for name in of_tokens]
     lengths = [len(value) for value in values if isinstance(value, list)]
-    texts = [answer.get(name) for name in ("id", "question", "prompt")]
+    texts = [response.get(name) for name in ("id", "question", "prompt")]
     return (
         len(lengths) == len(values)
         and len(set(lengths)) == 1
         and all(isinstance(text, str) for text in texts)
-        and {"correct", "expected", "stopped"} <= answer.keys()
+        and {"correct", "expected", "stopped"} <= response.keys()
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from flax import nnx
 
-from distill.base.registry import Registry
+from distill.base.errors import RunStopped, UserError
+from distill.base.registry import Registry, first_line, name_of, own_values
 from distill.config.schema import KNOWN_BACKENDS
 from distill.sampling.request import Rollout, RolloutRequest
 
@@ -94,11 +95,55 @@ def register_backend(name: str) -> Callable[[BackendMaker], BackendMaker]:
     With `samples_ahead = True`, an attribute of it, it says that its backend may `generate` while
     the trainer's devices are busy: it has devices of its own, and `async_steps=1` may be set.
 
-    UserError when the name is taken.
+    Further parameters with defaults are keys of the config: `plugin.NAME`. UserError when the name
+    is taken.
     """
-    return _BACKENDS.register(name)
+    return _BACKENDS.register(name, takes=("parts",))
 
 
 def get_backend(name: str) -> BackendMaker:
     """What was registered under `name`; UserError when there is nothing."""
     return _BACKENDS.get(name)
+
+
+def build_own_backend(name: str, parts: BackendParts, values: Mapping[str, Any]) -> RolloutBackend:
+    """The backend registered under `name`, with those of the values that it declares.
+
+    Raises:
+      UserError: it cannot be built, or is none.
+    """
+    maker = get_backend(name)
+    options = own_values(maker, ("parts",), values)
+    where = f"policy.generation.backend={name}: {name_of(maker)}"
+    try:
+        backend = maker(parts, **options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"{where} fails: {first_line(error)}") from error
+    methods = "start", "refit", "generate", "stop"
+    if missing := [method for method in methods if not callable(getattr(backend, method, None))]:
+        raise UserError(
+            f"{where} made a {type(backend).__name__} without {', '.join(missing)}: a backend has "
+            f"the methods {', '.join(methods)}"
+        )
+    return backend
+
+
+def check_rollout(backend: RolloutBackend, request: RolloutRequest, made: Any) -> None:
+    """Raises RunStopped unless `generate` has made what `RolloutBackend` says."""
+    rows, width = request.num_rows, request.params.max_length
+    try:
+        rollout, _ = made
+        shapes = [x.shape for x in (rollout.tokens_br, rollout.log_probs_br, rollout.lengths_b)]
+        fine = shapes == [(rows, width)] * 2 + [(rows,)]
+        fine = fine and 1 <= rollout.lengths_b.min() and rollout.lengths_b.max() <= width
+        found = f"a rollout with arrays of shapes {', '.join(map(str, shapes))}"
+    except Exception:  # of anything else
+        fine, found = False, f"a {type(made).__name__}"
+    if not fine:
+        raise RunStopped(
+            f"{name_of(backend)}.generate returned {found}: it must return a Rollout of {rows} "
+            f"rows and {width} columns with 1 to {width} tokens each, and a dict of measured "
+            "numbers"
+        )

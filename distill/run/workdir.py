@@ -32,7 +32,7 @@ def claim_workdir(workdir: Path) -> Iterator[None]:
         processes.sync(f"claimed {workdir}")
         if not (workdir / LOCK).exists():
             raise UserError(
-                f"the workdir {workdir} of process 0 is not to be seen here: all processes need "
+                f"this process does not see the workdir {workdir} of process 0: all processes need "
                 "one folder, on a file system that they share"
             )
         yield

@@ -42,7 +42,10 @@ def resolve_attention(
         )
     interpreted = isinstance(attention, Kernel) and attention.interpret
     if obstacle := _window(spec) if interpreted else _obstacle(head_width, spec):
-        raise ValueError(f"attention='pallas' {obstacle}; use 'xla', or None")
+        raise ValueError(
+            f"attention='pallas' {obstacle}; choose 'xla', or the default, which finds one "
+            "that runs"
+        )
     return attention if isinstance(attention, Kernel) else Kernel()
 
 

@@ -115,7 +115,7 @@ class Engine:
     def _check(self, request: RolloutRequest) -> None:
         for index, prompt in zip(request.prompt_index, request.prompts, strict=True):
             if not len(prompt):
-                raise UserError(f"prompt {index} has no tokens: there is nothing to answer")
+                raise UserError(f"prompt {index} has no tokens: there is nothing to respond to")
             if len(prompt) + request.params.max_length > self.config.max_length:
                 raise UserError(
                     f"prompt {index} has {len(prompt)} tokens, which with a response of up to "

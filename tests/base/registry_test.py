@@ -22,8 +22,8 @@ def test_unknown_names_list_the_known_and_how_to_add_one():
     with pytest.raises(UserError) as error:
         registry.get("tyme")
     assert str(error.value) == (
-        "soup.herb names 'tyme': known are basil, json, thyme (add your own with "
-        "soup.register_herb, in a module that plugins names)"
+        "soup.herb names 'tyme', but the known names are basil, json, thyme; a module that "
+        "plugins names can register one with soup.register_herb"
     )
 
 
@@ -55,5 +55,5 @@ def test_entries_may_be_chosen_among():
     registry = make_registry()
     registry.register("thyme", lambda part: "fresh")(register)
     assert registry.get("thyme", lambda entry: entry == "fresh") == "fresh"
-    with pytest.raises(UserError, match="known are none yet"):
+    with pytest.raises(UserError, match="no name is registered"):
         registry.get("thyme", lambda entry: entry == "dried")

@@ -1,6 +1,10 @@
 """The schema: what is refused, and how the message reads."""
 
 import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -131,3 +135,71 @@ def test_parsed_config_is_frozen():
     config = parse_config(valid_config())
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
+
+
+MISTAKES = {
+    "None": ("return None", "get_config of the config file returned None"),
+    "numpy": (
+        "config.distillation.max_steps = numpy.int64(3)",
+        "'max_steps' is 3, of type numpy.int64: it takes .* int",
+    ),
+    "path": (
+        "config.policy.model_name = pathlib.Path('x')",
+        "'model_name' is x, of type pathlib.PosixPath: it takes .* str",
+    ),
+    "argument": (
+        "raise ValueError('argument x: allowed is short')",
+        "argument x: allowed is short",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_a_config_file_are_one_plain_line(tmp_path, mistake):
+    line, words = MISTAKES[mistake]
+    (tmp_path / "mine.py").write_text(
+        "import numpy, pathlib\nfrom distill.config import default_config\n"
+        f"def get_config():\n  config = default_config()\n  {line}\n  return config\n"
+    )
+    done = run_main(f"--config={tmp_path}/mine.py")
+    assert re.search(words, done) and "Traceback" not in done
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--resume", "no flag --resume: a run goes on by the same command"),
+        ("--max_steps=3", "did you mean --config.distillation.max_steps="),
+        ("--nosuch=3", "--help"),
+        ("--config=nosuch", "no config file nosuch"),
+    ],
+)
+def test_flags_that_are_keys_or_nothing_at_all(flag, words):
+    assert words in run_main("--config=arithmetic", flag)
+
+
+def run_main(*arguments: str) -> str:
+    """The one line that an error is."""
+    command = [sys.executable, "-m", "distill.main", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("policy.train_global_batch_size", 2147483647),
+        ("evaluation.batch_size", 2147483647),
+        ("policy.max_total_sequence_length", 2147483647),
+        ("policy.generation.num_slots", 2147483647),
+        ("policy.generation.cache_memory", 1e300),
+        ("checkpointing.export_shard_size", 1e300),
+    ],
+)
+def test_sizes_beyond_what_anybody_has_are_refused(key, value):
+    config = default_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"config key '{key}'.*must be between"):
+        parse_config(config)

@@ -82,7 +82,9 @@ def test_what_a_part_lacks_is_filled(pairs):
 
 
 def test_columns_are_declared_and_have_the_right_size():
-    with pytest.raises(UserError, match="'test_unknown' is not declared: known are tokens, weight"):
+    with pytest.raises(
+        UserError, match="'test_unknown' is not declared: the known ones are tokens, weight"
+    ):
         Sequences.of_tokens([[1, 2]], test_unknown=1)
     with pytest.raises(UserError, match="choose another name"):
         declare_column("log_prob", Column(np.int32))

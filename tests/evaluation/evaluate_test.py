@@ -1,5 +1,7 @@
 """Evaluation against explicit formulas, and the printed table."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +111,28 @@ def test_without_teacher_or_answers_those_numbers_are_absent(tokenizer):
     assert evaluation.accuracy is None and evaluation.accuracy_low is None
     assert evaluation.forward_kl is None and evaluation.reverse_kl is None
     assert 1 <= evaluation.mean_length <= MAX_LENGTH
+    assert evaluator.summary().endswith("; 5 have no answer and do not count for accuracy")
+
+
+class SomeAnswers(Sums):
+    def __getitem__(self, i):
+        example = super().__getitem__(i)
+        return example if i % 2 else dataclasses.replace(example, answer=None)
+
+
+def test_accuracy_is_of_the_prompts_with_an_answer(tokenizer):
+    evaluator = make_evaluator(tokenizer, SomeAnswers(), batch_size=5)
+    assert evaluator.grade(["0", "1", "2", "", "4"]) == [None, True, None, False, None]
+    evaluation, _ = evaluator(make_model(1, 24), None)
+    assert (evaluation.examples, evaluation.graded) == (5, 2)
+    assert evaluator.num_graded == 2 and "3 have no answer" in evaluator.summary()
+
+
+def test_what_a_template_begins_to_think_is_no_answer(tokenizer, monkeypatch):
+    evaluator = make_evaluator(tokenizer, Sums(), batch_size=5)
+    monkeypatch.setattr(Evaluator, "_opens_thinking", lambda self, tokens: True)
+    assert evaluator.grade([str(i) for i in range(5)]) == 5 * [False]
+    assert evaluator.grade([f"no</think>{i}" for i in range(5)]) == 5 * [True]
 
 
 def test_table_shows_the_three_models_side_by_side():

@@ -303,8 +303,11 @@ class TestTermsAndWeights:
             (dict(terms=("reverse:x",)), "objective.terms=reverse:x: 'x' is not a finite number"),
             (dict(terms=("reverse",), hard_labels=True), "terms=reverse reads the teacher's"),
             (dict(terms=("pair",), top_k_teacher=True), "terms=pair reads the teacher's"),
-            (dict(terms=("row",)), "'row': known are cross_entropy, forward"),
-            (dict(kl_type="cross_entropy"), "kl_type names 'cross_entropy': known are forward"),
+            (dict(terms=("row",)), "'row', but the known names are cross_entropy, forward"),
+            (
+                dict(kl_type="cross_entropy"),
+                "kl_type names 'cross_entropy', but the known names are forward",
+            ),
             (dict(kl_type="row", terms=("reverse",)), "terms=reverse cannot be added to .*row"),
             (
                 dict(weights=("sure",), top_k_teacher=True),
@@ -312,7 +315,7 @@ class TestTermsAndWeights:
             ),
             (
                 dict(weights=("surer",)),
-                "objective.weights names 'surer': known are advantage, sure",
+                "objective.weights names 'surer', but the known names are advantage, sure",
             ),
         ],
     )
@@ -404,7 +407,9 @@ class TestObjective:
     def test_bad_arguments(self):
         with pytest.raises(UserError, match="kl_temperature=0"):
             make_objective("forward", temperature=0.0)
-        with pytest.raises(UserError, match="kl_type names 'kl': known are .*reverse"):
+        with pytest.raises(
+            UserError, match="kl_type names 'kl', but the known names are .*reverse"
+        ):
             make_objective("kl")
         with pytest.raises(UserError, match="'mosaic'.*reference, chunked"):
             make_objective("forward", implementation="mosaic")

@@ -10,7 +10,7 @@ HOSTILE = '</script><img src=x onerror="window.hacked=1"><!-- {{DATA}} $& \u202e
 def write_run(
     folder: Path, *, steps: int = 40, max_steps: int = 40, wrong: int = 2, has_teacher: bool = True
 ) -> Path:
-    """A run of 6 shown answers, of which the first `wrong` are wrong; by default finished."""
+    """A run of 6 shown responses, of which the first `wrong` are wrong; by default finished."""
     folder.mkdir(parents=True)
     lines = [_evaluated(0, "base", 0.4), _evaluated(0, "teacher", 1.0)]
     lines += [_logged(step) for step in range(10, steps + 1, 10)]
@@ -34,8 +34,8 @@ def write_run(
         record = _rollouts(role, step, wrong if role == "student" else 5)
         if not has_teacher:
             record["has_teacher"] = False
-            for answer in record["answers"]:
-                del answer["divergence"], answer["log_p"], answer["top"]
+            for response in record["responses"]:
+                del response["divergence"], response["log_p"], response["top"]
         (folder / "rollouts" / f"{role}.json").write_text(json.dumps(record))
     return folder
 
@@ -66,7 +66,7 @@ def _evaluated(step: int, role: str, accuracy: float) -> dict:
 
 def _rollouts(role: str, step: int, wrong: int) -> dict:
     texts = {"5": "five", "6": HOSTILE, "7": "\n"}
-    answers = []
+    responses = []
     for i in range(6):
         tokens = ["five", " and\n", HOSTILE, "", "é"]
         divergence = [0.01 * i, 0.2, 1.5, 0.0, 0.001]
@@ -79,7 +79,7 @@ def _rollouts(role: str, step: int, wrong: int) -> dict:
             [[5, 0.0, 0.0], [6, -20.0, -20.0], [7, -20.0, None]],
             [[7, -0.1, -0.1], [5, -3.0, -2.0], [6, -4.0, -4.0]],
         ]
-        answers.append(
+        responses.append(
             dict(
                 id=f"example-{i}", question=f"question {i} {HOSTILE}", prompt=f"<q>{i}\n{HOSTILE}",
                 expected=HOSTILE, ids=[5, 9, 6, 5, 7],
@@ -88,5 +88,10 @@ def _rollouts(role: str, step: int, wrong: int) -> dict:
             )
         )  # fmt: skip
     return dict(
-        role=role, step=step, answers_in_all=100, has_teacher=True, answers=answers, texts=texts
+        role=role,
+        step=step,
+        responses_in_all=100,
+        has_teacher=True,
+        responses=responses,
+        texts=texts,
     )

@@ -90,7 +90,7 @@ def page(browser, report):
 
 def test_all_sections_are_drawn(page):
     assert [h.text for h in page.all("h2")] == [
-        "Results", "Curves", "Answers, token by token", "Setup",
+        "Results", "Curves", "Responses, token by token", "Setup",
     ]  # fmt: skip
     assert "40.0% → 80.0%" in page.all(".tile")[0].text
     rows = [row.text.split()[0] for row in page.all(".results tbody tr")]
@@ -118,12 +118,12 @@ def test_pointing_at_a_token_shows_both_models_choices(page):
     tip = page.one("#tip")
     assert tip.is_displayed() and "divergence 0 nats" in tip.text
     rows = [row.text.split() for row in page.all("#tip tbody tr")]
-    assert rows[0] == ["five", "←", "answer", "70.0%", "90.0%"]
+    assert rows[0] == ["five", "←", "response", "70.0%", "90.0%"]
     assert rows[1][-2:] == ["20.0%", "5.0%"] and rows[2] == ["⏎", "1e-4", "6e-6"]
     # A token that is not among the teacher's choices has a row of its own.
     page.point_at(page.all(".token")[1])
     rows = [row.text for row in page.all("#tip tbody tr")]
-    assert len(rows) == 4 and rows[3].startswith("␣and⏎ ← answer")
+    assert len(rows) == 4 and rows[3].startswith("␣and⏎ ← response")
     page.point_at(page.one("h1"))
     assert not page.one("#tip").is_displayed()
 
@@ -156,7 +156,7 @@ def test_everything_by_keyboard(page):
     page.browser.execute_script("document.querySelector('.list').focus()")
     page.press(Keys.ARROW_DOWN, "j", "k")
     assert page.one("[role=option].item[aria-selected=true] .snippet").text.startswith("question 1")
-    page.press(Keys.TAB)  # into the answer
+    page.press(Keys.TAB)  # into the response
     assert page.focused().get_attribute("aria-label") == "five, 0.01 nats"
     assert page.one("#tip").is_displayed()
     page.press(Keys.ARROW_RIGHT)

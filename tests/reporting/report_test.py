@@ -49,7 +49,7 @@ class Questions(DatasetInterface):
 
 
 def record(workdir, *, with_teacher=True, kl_type="reverse", batch_size=2) -> dict:
-    """`rollouts/student.json` of made-up answers to all questions, 6 tokens at most."""
+    """`rollouts/student.json` of made-up responses to all questions, 6 tokens at most."""
     tokenizer, questions = character_tokenizer(CHARACTERS), Questions()
     size = vocabulary_size(tokenizer)
     random = np.random.default_rng(0)
@@ -73,8 +73,8 @@ def record(workdir, *, with_teacher=True, kl_type="reverse", batch_size=2) -> di
         put=jnp.asarray,
     )
     student, teacher = models()
-    answers = Responses(rollout, ["text"] * 5, [True, False, True, False, True])
-    recorder("student", 7, student, teacher if with_teacher else None, answers)
+    responses = Responses(rollout, ["text"] * 5, [True, False, True, False, True])
+    recorder("student", 7, student, teacher if with_teacher else None, responses)
     return json.loads((workdir / "rollouts/student.json").read_text())
 
 
@@ -85,7 +85,7 @@ def models() -> tuple[Model, Model]:
 
 
 def plain_log_probs(prompt: str, ids: list[int]) -> list[np.ndarray]:
-    """Of student and teacher for every token of an answer, (r, v), by one plain forward pass."""
+    """Of student and teacher for every token of a response, (r, v), by one plain forward pass."""
     tokenizer = character_tokenizer(CHARACTERS)
     size = vocabulary_size(tokenizer)
     context = tokenizer(f"{prompt}\n", add_special_tokens=False).input_ids
@@ -103,18 +103,18 @@ def test_numbers_of_every_token_against_plain_formulas(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "_MOST_LOGITS", 2 * 32 * 4)  # two chunks, the second filled up
     log = record(tmp_path)
     tokenizer = character_tokenizer(CHARACTERS)
-    assert [len(answer["tokens"]) for answer in log["answers"]] == [3, 6, 1, 5, 2]
-    for i, answer in enumerate(log["answers"]):
-        ids = tokenizer("".join(answer["tokens"]), add_special_tokens=False).input_ids
+    assert [len(response["tokens"]) for response in log["responses"]] == [3, 6, 1, 5, 2]
+    for i, response in enumerate(log["responses"]):
+        ids = tokenizer("".join(response["tokens"]), add_special_tokens=False).input_ids
         logits = plain_log_probs(Questions()[i].prompt, ids)
         log_q, log_p = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in logits)
         tempered_q, tempered_p = (np.asarray(jax.nn.log_softmax(x / 2), float) for x in logits)
         r = np.arange(len(ids))
-        assert answer["log_q"] == pytest.approx(log_q[r, ids], abs=2e-5)
-        assert answer["log_p"] == pytest.approx(log_p[r, ids], abs=2e-5)
+        assert response["log_q"] == pytest.approx(log_q[r, ids], abs=2e-5)
+        assert response["log_p"] == pytest.approx(log_p[r, ids], abs=2e-5)
         reverse = (np.exp(tempered_q) * (tempered_q - tempered_p)).sum(axis=1)
-        assert answer["divergence"] == pytest.approx(reverse, abs=2e-5)
-        for position, top in enumerate(answer["top"]):
+        assert response["divergence"] == pytest.approx(reverse, abs=2e-5)
+        for position, top in enumerate(response["top"]):
             best = np.argsort(-log_p[position])[:5]
             assert [token for token, _, _ in top] == best.tolist()
             assert [p for _, p, _ in top] == pytest.approx(log_p[position, best], abs=2e-5)
@@ -124,12 +124,12 @@ def test_numbers_of_every_token_against_plain_formulas(tmp_path, monkeypatch):
 
 def test_what_is_known_of_answers(tmp_path):
     log = record(tmp_path)
-    first, second = log["answers"][:2]
+    first, second = log["responses"][:2]
     assert (first["question"], first["prompt"]) == ("0+0", "0+0\n")
     assert first["expected"] == "0" and first["id"] == "q0"
     assert first["correct"] and not second["correct"]
     assert first["stopped"] and not second["stopped"]
-    assert (log["role"], log["step"], log["answers_in_all"]) == ("student", 7, 5)
+    assert (log["role"], log["step"], log["responses_in_all"]) == ("student", 7, 5)
 
 
 def test_a_mesh_and_other_batches_change_nothing(tmp_path):
@@ -138,7 +138,7 @@ def test_a_mesh_and_other_batches_change_nothing(tmp_path):
     with jax.set_mesh(make_mesh(2, 1, 2, devices=jax.devices()[:4])):
         sharded = record(tmp_path / "a", batch_size=4)
     plain = record(tmp_path / "b", batch_size=2)
-    for ours, theirs in zip(sharded["answers"], plain["answers"], strict=True):
+    for ours, theirs in zip(sharded["responses"], plain["responses"], strict=True):
         for name in ("log_q", "log_p", "divergence"):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-5)
         assert [[i for i, _, _ in top] for top in ours["top"]] == [
@@ -149,17 +149,17 @@ def test_a_mesh_and_other_batches_change_nothing(tmp_path):
 def test_without_a_teacher_only_the_student_is_known(tmp_path):
     log = record(tmp_path, with_teacher=False)
     assert not log["has_teacher"] and log["texts"] == {}
-    assert log["answers"][0].keys().isdisjoint({"divergence", "log_p", "top"})
+    assert log["responses"][0].keys().isdisjoint({"divergence", "log_p", "top"})
     with_teacher = record(tmp_path / "b")
-    for ours, theirs in zip(log["answers"], with_teacher["answers"], strict=True):
+    for ours, theirs in zip(log["responses"], with_teacher["responses"], strict=True):
         assert ours["log_q"] == pytest.approx(theirs["log_q"], abs=2e-5)
 
 
 def test_only_so_many_tokens_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "MOST_TOKENS", 9)
-    assert [len(a["tokens"]) for a in record(tmp_path / "a")["answers"]] == [3, 6]
+    assert [len(a["tokens"]) for a in record(tmp_path / "a")["responses"]] == [3, 6]
     monkeypatch.setattr(tokens, "MOST_TOKENS", 1)
-    assert [len(a["tokens"]) for a in record(tmp_path / "b")["answers"]] == [3]
+    assert [len(a["tokens"]) for a in record(tmp_path / "b")["responses"]] == [3]
 
 
 def test_pieces_of_a_byte_level_tokenizer_add_up_to_the_text():
@@ -198,13 +198,13 @@ def test_a_run_writes_its_report(finished):
 
 @pytest.mark.parametrize("role", ["base", "student"])
 def test_divergences_of_tokens_add_up_to_the_evaluation(finished, role):
-    """All 8 held-out answers are written, and the run minimises the forward KL."""
+    """All 8 held-out responses are written, and the run minimises the forward KL."""
     log, results = read_run(finished).rollouts[role], read_run(finished).results[role]
-    divergences = [value for answer in log["answers"] for value in answer["divergence"]]
-    assert len(log["answers"]) == results["examples"] == 8
+    divergences = [value for response in log["responses"] for value in response["divergence"]]
+    assert len(log["responses"]) == results["examples"] == 8
     assert len(divergences) == pytest.approx(8 * results["mean_length"])
     assert np.mean(divergences) == pytest.approx(results["forward_kl"], rel=1e-4)
-    assert np.mean([a["correct"] for a in log["answers"]]) == results["accuracy"]
+    assert np.mean([a["correct"] for a in log["responses"]]) == results["accuracy"]
     assert log["step"] == {"base": 0, "student": 2}[role]
 
 
@@ -222,7 +222,7 @@ def test_hostile_text_ends_no_tag_and_the_policy_names_the_script(tmp_path):
         assert f"{kind}-src 'sha256-{digest}'" in page
     read = json.loads(data)
     assert read["runs"][0]["name"] == HOSTILE
-    assert read["runs"][0]["rollouts"]["student"]["answers"][0]["tokens"][2] == HOSTILE
+    assert read["runs"][0]["rollouts"]["student"]["responses"][0]["tokens"][2] == HOSTILE
     assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", style + script)
 
 
@@ -236,7 +236,9 @@ def test_damaged_lines_and_files_are_left_out_and_counted(tmp_path):
     (folder / "results.json").write_text("{")
     (folder / "rollouts/base.json").write_text("[]")
     (folder / "rollouts/student.json").write_bytes(b"\xff")
-    (folder / "rollouts/z.json").write_text('{"answers": [{}], "texts": {}, "answers_in_all": 1}')
+    (folder / "rollouts/z.json").write_text(
+        '{"responses": [{}], "texts": {}, "responses_in_all": 1}'
+    )
     run = read_run(folder)
     assert run.series["loss"] == [*whole.series["loss"][:-1], (40, 0.5)]
     assert run.notes == (

@@ -221,9 +221,7 @@ def test_process_that_never_comes_is_named(tmp_path):
 
 
 def test_first_process_that_never_comes_is_named():
-    with pytest.raises(
-        UserError, match="process 0 is not to be reached at 127.0.0.1:.* within 1 s"
-    ):
+    with pytest.raises(UserError, match="could not reach process 0 at 127.0.0.1:.* within 1 s"):
         processes.join(f"127.0.0.1:{free_port()}", 2, 1, timeout=1)
 
 
@@ -320,6 +318,9 @@ def test_a_plain_process_joins_nothing(arguments):
     [
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+        # Shells of `salloc`, which Slurm runs as a step of one task.
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_ID": "4294967290"}, None),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"}, None),
         (
             {

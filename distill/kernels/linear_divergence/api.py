@@ -143,7 +143,7 @@ def resolve_implementation(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown: "
-            f"choose one of {', '.join(IMPLEMENTATIONS)}, or None"
+            f"choose one of {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "pallas":
         _check_pallas_runs(fused)
@@ -159,7 +159,10 @@ def _check_pallas_runs(fused: bool) -> None:
         reason = f"cannot run on {device_kind()}: it needs a TPU from v5e, or a GPU from Hopper on"
     else:
         return
-    raise ValueError(f"implementation='pallas' {reason}; use 'chunked', or None")
+    raise ValueError(
+        f"implementation='pallas' {reason}; choose 'chunked', or the default, which "
+        "finds one that runs"
+    )
 
 
 def _pallas_is_default() -> bool:

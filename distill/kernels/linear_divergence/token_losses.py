@@ -252,7 +252,14 @@ def reads_teacher(function: PointwiseTerm) -> bool:
 def _check_entries_are_separate(function: PointwiseTerm, name: str) -> None:
     array = jax.ShapeDtypeStruct((3, 5), jnp.float32)
     is_target = jax.ShapeDtypeStruct(array.shape, jnp.bool_)
-    program = jax.make_jaxpr(function)(array, array, is_target)
+    try:
+        program = jax.make_jaxpr(function)(array, array, is_target)
+    except Exception as error:  # whatever a user's code raises
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name} fails ({type(error).__name__}: {reason}): it must be computed with jax.numpy, "
+            "elementwise"
+        ) from error
     shapes = [output.shape for output in program.out_avals]
     if shapes != [array.shape]:
         problem = f"of two arrays of shape {array.shape} it made {shapes}"

@@ -1,4 +1,4 @@
-// The page from top to bottom: headline, results, curves, answers, config.
+// The page from top to bottom: headline, results, curves, responses, config.
 
 const ROLES = ["base", "student", "teacher"];
 
@@ -38,7 +38,7 @@ function tiles(run) {
       "KL(teacher ‖ student), nats per token") : null,
     has("reverse_kl") ? tile("Reverse KL", before("reverse_kl", number), number(student.reverse_kl),
       "KL(student ‖ teacher), nats per token") : null,
-    tile("Mean answer", before("mean_length", number), number(student.mean_length),
+    tile("Mean response", before("mean_length", number), number(student.mean_length),
       `tokens; ${percent(student.truncated)} cut off`));
 }
 
@@ -49,7 +49,7 @@ function results(runs) {
   const names = ["model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off", "prompts"];
   if (runs.length > 1) names.unshift("run");
   return el("section", { id: "results" }, el("h2", {}, "Results"),
-    el("p", { class: "lead" }, "Greedy answers to held-out prompts; divergences to the teacher in nats per " +
+    el("p", { class: "lead" }, "Greedy responses to held-out prompts; divergences to the teacher in nats per " +
       "token of the model's own responses, over the whole vocabulary."),
     el("div", { class: "card scroll" }, el("table", { class: "results" },
       el("thead", {}, el("tr", {}, names.map((name) => el("th", { scope: "col" }, name)))),

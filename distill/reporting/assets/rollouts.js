@@ -1,10 +1,10 @@
-// The answers, token by token: a list to choose from, and the answer that was chosen.
+// The responses, token by token: a list to choose from, and the response that was chosen.
 
 const FILTERS = [["all", "All"], ["wrong", "Wrong"], ["right", "Right"]];
 
 // What a token is coloured by: the divergence; without a teacher, the student's surprise.
-function strengths(record, answer) {
-  return record.has_teacher ? answer.divergence : answer.log_q.map((v) => (v === null ? null : -v));
+function strengths(record, response) {
+  return record.has_teacher ? response.divergence : response.log_q.map((v) => (v === null ? null : -v));
 }
 
 function mean(values) {
@@ -12,10 +12,10 @@ function mean(values) {
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
 }
 
-// The value that has full colour, the same for all answers that are coloured by the same thing.
+// The value that has full colour, the same for all responses that are coloured by the same thing.
 function fullColour(records) {
   const all = records.flatMap(
-    (record) => record.answers.flatMap((answer) => strengths(record, answer)));
+    (record) => record.responses.flatMap((response) => strengths(record, response)));
   const known = all.filter((v) => v !== null).sort((a, b) => a - b);
   return Math.max(0.1, known[Math.floor(0.995 * (known.length - 1))] ?? 0);
 }
@@ -33,18 +33,18 @@ function rolloutViewer(runs) {
   const colour = (v) => (v === null
     ? 0 : Math.sqrt(Math.min(1, Math.max(0, v) / full.get(record().has_teacher))));
   const state = { source: 0, filter: "all", order: "data", chosen: null, token: -1 };
-  const list = el("div", { class: "list", role: "listbox", "aria-label": "Answers", tabindex: 0 });
+  const list = el("div", { class: "list", role: "listbox", "aria-label": "Responses", tabindex: 0 });
   const detail = el("div", { class: "detail" });
   const count = el("span", { class: "count", role: "status" });
   const lead = el("p", { class: "lead" }), legend = el("div", { class: "heat-legend" });
   const tip = tooltip();
 
   const record = () => sources[state.source].record;
-  const place = (answer) => record().answers.indexOf(answer);
+  const place = (response) => record().responses.indexOf(response);
   const passes = (a) => state.filter === "all" || a.correct === (state.filter === "right");
 
-  function answers() {
-    const shown = record().answers.filter(passes);
+  function responses() {
+    const shown = record().responses.filter(passes);
     if (state.order === "divergence") {
       const size = new Map(shown.map((a) => [a, mean(strengths(record(), a))]));
       shown.sort((a, b) => size.get(b) - size.get(a));
@@ -55,71 +55,71 @@ function rolloutViewer(runs) {
   function showList() {
     lead.textContent = explanation(record());
     legend.replaceChildren(...scaleOf(record(), full.get(record().has_teacher)));
-    const shown = answers();
+    const shown = responses();
     if (!shown.some((a) => place(a) === state.chosen)) state.chosen = place(shown[0]);
     list.replaceChildren(...shown.map(listItem));
-    const more = record().answers_in_all - record().answers.length;
-    count.textContent = `${shown.length} of ${record().answers.length} answers` +
+    const more = record().responses_in_all - record().responses.length;
+    count.textContent = `${shown.length} of ${record().responses.length} responses` +
       (more > 0 ? `; the run gave ${more} more, which were only counted` : "");
-    showAnswer();
+    showResponse();
   }
 
-  function listItem(answer, i) {
-    const values = strengths(record(), answer);
-    const isChosen = place(answer) === state.chosen;
-    if (isChosen) list.setAttribute("aria-activedescendant", `answer-${i}`);
+  function listItem(response, i) {
+    const values = strengths(record(), response);
+    const isChosen = place(response) === state.chosen;
+    if (isChosen) list.setAttribute("aria-activedescendant", `response-${i}`);
     const item = el("div", {
-      id: `answer-${i}`, role: "option", class: "item", "aria-selected": String(isChosen),
-      onclick: () => { state.chosen = place(answer); showList(); },
-    }, mark(answer), el("span", { class: "snippet" }, answer.question.trim().slice(0, 200)),
+      id: `response-${i}`, role: "option", class: "item", "aria-selected": String(isChosen),
+      onclick: () => { state.chosen = place(response); showList(); },
+    }, mark(response), el("span", { class: "snippet" }, response.question.trim().slice(0, 200)),
     el("span", { class: "value" }, number(mean(values))), heatStrip(values.map(colour)));
     return item;
   }
 
-  function showAnswer() {
+  function showResponse() {
     tip.hide();
     state.token = -1;
-    const answer = record().answers[state.chosen];
-    if (!answer || !passes(answer)) {
-      detail.replaceChildren(el("p", { class: "empty" }, "There is no such answer."));
+    const response = record().responses[state.chosen];
+    if (!response || !passes(response)) {
+      detail.replaceChildren(el("p", { class: "empty" }, "There is no such response."));
       return;
     }
-    detail.replaceChildren(...answerView(answer));
+    detail.replaceChildren(...responseView(response));
   }
 
-  function answerView(answer) {
-    const values = strengths(record(), answer);
-    const verdict = answer.correct === null ? "not graded" : answer.correct ? "right" : "wrong";
+  function responseView(response) {
+    const values = strengths(record(), response);
+    const verdict = response.correct === null ? "not graded" : response.correct ? "right" : "wrong";
     const tokens = el("div", {
       class: "tokens", role: "listbox", "aria-orientation": "horizontal",
-      "aria-label": "Answer, token by token",
-    }, answer.tokens.map((text, i) => tokenView(answer, text, i, colour(values[i]))));
+      "aria-label": "Response, token by token",
+    }, response.tokens.map((text, i) => tokenView(response, text, i, colour(values[i]))));
     tokens.addEventListener("keydown", (event) => moveToken(event, tokens, values));
     tokens.firstChild?.setAttribute("tabindex", 0);
     return [
-      el("header", {}, mark(answer), el("b", {}, verdict),
-        answer.expected === null ? null : el("span", {}, "expected ", el("code", {}, answer.expected)),
-        el("span", {}, `${answer.tokens.length} tokens` + (answer.stopped ? "" : ", cut off")),
+      el("header", {}, mark(response), el("b", {}, verdict),
+        response.expected === null ? null : el("span", {}, "expected ", el("code", {}, response.expected)),
+        el("span", {}, `${response.tokens.length} tokens` + (response.stopped ? "" : ", cut off")),
         el("span", {}, `mean ${number(mean(values))} nats`),
-        el("span", { class: "id" }, answer.id)),
-      el("h4", {}, "Prompt"), el("div", { class: "prompt" }, lines(answer.prompt)),
-      el("h4", {}, "Answer"), tokens];
+        el("span", { class: "id" }, response.id)),
+      el("h4", {}, "Prompt"), el("div", { class: "prompt" }, lines(response.prompt)),
+      el("h4", {}, "Response"), tokens];
   }
 
-  function tokenView(answer, text, i, strength) {
-    const top = answer.top?.[i];
-    const differs = top && top[0][0] !== answer.ids[i];
+  function tokenView(response, text, i, strength) {
+    const top = response.top?.[i];
+    const differs = top && top[0][0] !== response.ids[i];
     const token = el("span", {
       class: differs ? "token differs" : "token", role: "option", tabindex: -1,
       "aria-label": `${visible(text) || "part of a character"}, ` +
-        `${number(strengths(record(), answer)[i])} nats`,
-      onpointerenter: () => tip.show(token, tokenCard(record(), answer, i)),
+        `${number(strengths(record(), response)[i])} nats`,
+      onpointerenter: () => tip.show(token, tokenCard(record(), response, i)),
       onpointerleave: () => tip.hide(),
       onfocus: () => {
         // Leaving and coming back by Tab returns here.
         for (const other of token.parentElement.children) other.tabIndex = other === token ? 0 : -1;
         state.token = i;
-        tip.show(token, tokenCard(record(), answer, i));
+        tip.show(token, tokenCard(record(), response, i));
       },
       onblur: () => tip.hide(),
     }, text === "" ? "·" : lines(text));
@@ -141,8 +141,8 @@ function rolloutViewer(runs) {
     if (to >= 0) tokens.children[Math.min(lastToken, to)]?.focus();
   }
 
-  function moveAnswer(by) {
-    const shown = answers();
+  function moveResponse(by) {
+    const shown = responses();
     const at = shown.findIndex((a) => place(a) === state.chosen);
     state.chosen = place(shown[Math.min(shown.length - 1, Math.max(0, at + by))]);
     showList();
@@ -160,9 +160,9 @@ function rolloutViewer(runs) {
     const by = { j: 1, k: -1 }[event.key] ??
       (event.target === list ? { ArrowDown: 1, ArrowUp: -1 }[event.key] : undefined);
     const tokens = detail.querySelector(".tokens");
-    if (by) moveAnswer(by);
+    if (by) moveResponse(by);
     else if (event.key === "n" && tokens) {
-      moveToken(event, tokens, strengths(record(), record().answers[state.chosen]));
+      moveToken(event, tokens, strengths(record(), record().responses[state.chosen]));
     }
     else if (event.key === "f") {
       const values = FILTERS.map(([value]) => value);
@@ -179,10 +179,10 @@ function rolloutViewer(runs) {
   }
 
   const section = el("section", { id: "rollouts" },
-    el("h2", {}, "Answers, token by token"), lead,
+    el("h2", {}, "Responses, token by token"), lead,
     el("div", { class: "toolbar" }, source.group, filter.group, order.group, legend),
     el("div", { class: "card viewer" }, el("div", { class: "side" }, list, count), detail),
-    el("p", { class: "keys" }, "Keys: ", keys("j", "k"), " answers, ", keys("←", "→"), " tokens, ",
+    el("p", { class: "keys" }, "Keys: ", keys("j", "k"), " responses, ", keys("←", "→"), " tokens, ",
       keys("n"), " next divergent token, ", keys("f"), " filter, ", keys("b"), " other model"), tip.card);
   document.addEventListener("keydown", shortcut);
   showList();
@@ -191,10 +191,10 @@ function rolloutViewer(runs) {
 
 function explanation(record) {
   return record.has_teacher
-    ? "The first held-out prompts with the model's greedy answers. Each token is coloured by the " +
+    ? "The first held-out prompts with the model's greedy responses. Each token is coloured by the " +
       "divergence of student and teacher where it was chosen; underlined is what the teacher would " +
       "not have chosen. Point at a token, or step to it, to see what the teacher would have said."
-    : "The first held-out prompts with the model's greedy answers, coloured by the model's own " +
+    : "The first held-out prompts with the model's greedy responses, coloured by the model's own " +
       "surprise (minus log-probability): the teacher of this run, if there is one, is behind a " +
       "server, and what it says of these tokens is not known here.";
 }
@@ -208,8 +208,8 @@ function keys(...names) {
   return names.map((name) => el("kbd", {}, name));
 }
 
-function mark(answer) {
-  const [sign, name] = answer.correct === null ? ["–", "none"] : answer.correct ? ["✓", "right"] : ["✗", "wrong"];
+function mark(response) {
+  const [sign, name] = response.correct === null ? ["–", "none"] : response.correct ? ["✓", "right"] : ["✗", "wrong"];
   return el("span", { class: `mark ${name}`, "aria-label": name === "none" ? "not graded" : name }, sign);
 }
 
@@ -226,19 +226,19 @@ function heatStrip(strengths) {
   }, strengths.map((s, i) => svg("rect", { x: i, width: 1, height: 1, "fill-opacity": s.toFixed(2) })));
 }
 
-function tokenCard(record, answer, i) {
+function tokenCard(record, response, i) {
   const heading = el("div", { class: "heading" },
-    el("code", {}, shownToken(answer.tokens[i])),
+    el("code", {}, shownToken(response.tokens[i])),
     el("span", {}, record.has_teacher
-      ? `divergence ${number(answer.divergence[i])} nats` : `surprise ${number(-answer.log_q[i])} nats`));
+      ? `divergence ${number(response.divergence[i])} nats` : `surprise ${number(-response.log_q[i])} nats`));
   const row = (text, logP, logQ, isChosen) => el("tr", { class: isChosen ? "chosen" : "" },
-    el("th", { scope: "row" }, el("code", {}, shownToken(text)), isChosen ? " ← answer" : ""),
+    el("th", { scope: "row" }, el("code", {}, shownToken(text)), isChosen ? " ← response" : ""),
     record.has_teacher ? bar("teacher", logP) : null, bar("student", logQ));
-  const top = answer.top?.[i] ?? [];
+  const top = response.top?.[i] ?? [];
   const texts = top.map(([id]) => record.texts[id] ?? "");
-  const chosenAt = top.findIndex(([id]) => id === answer.ids[i]);
+  const chosenAt = top.findIndex(([id]) => id === response.ids[i]);
   const rows = top.map(([, logP, logQ], k) => row(texts[k], logP, logQ, k === chosenAt));
-  if (chosenAt < 0) rows.push(row(answer.tokens[i], answer.log_p?.[i], answer.log_q[i], true));
+  if (chosenAt < 0) rows.push(row(response.tokens[i], response.log_p?.[i], response.log_q[i], true));
   const head = el("tr", {}, el("th", {}, record.has_teacher ? "teacher's choices" : "token"),
     record.has_teacher ? el("th", {}, "teacher") : null, el("th", {}, "model"));
   return [heading, el("table", {}, el("thead", {}, head), el("tbody", {}, rows))];

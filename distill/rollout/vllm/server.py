@@ -79,7 +79,7 @@ class OwnServer:
         """Raises RunStopped, with the end of the server's log, if it has ended by itself."""
         if self._process is not None and self._process.poll() is not None:
             log = self.log.read_text(errors="replace")
-            errors = re.findall(r"\w+Error: .*", log) or ["no error in its log"]
+            errors = re.findall(r"\w+Error: .*", log) or log.splitlines() or ["it wrote nothing"]
             raise RunStopped(
                 f"the vLLM server that was started here ended with status "
                 f"{self._process.returncode}: {errors[-1][-200:]} (see {self.log})"
