@@ -321,7 +321,7 @@ class TestTermsAndWeights:
     )
     def test_what_does_not_go_together(self, registry, options, words):
         register_term("pair")(lambda log_p, log_q, is_target: log_p * log_q)
-        register_weight("sure", teacher_entropy=True)(lambda statistics, columns: 1.0)
+        register_weight("sure", teacher_entropy=True)(lambda statistics, columns: columns["weight"])
         register_loss("row")(lambda log_p_cv, log_q_cv, targets_c: log_q_cv[:, 0])
         with pytest.raises(UserError, match=words) as error:
             make_objective(**dict(kl_type="forward") | options)
