@@ -110,7 +110,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         assert mine[role] == pytest.approx(values, **EVALUATION), role
     assert 0 < other["student"]["accuracy"] < 1, "else shares of the grading could be lost"
     for role in ("base", "student"):
-        mine, other = (read_run(folder).rollouts[role]["answers"] for folder in (ours, theirs))
+        mine, other = (read_run(folder).rollouts[role]["responses"] for folder in (ours, theirs))
         assert len(mine) == len(other) > 4
         for answer, same in zip(mine, other, strict=True):
             assert answer["correct"] == same["correct"] and answer["tokens"] == same["tokens"]
