@@ -28,9 +28,12 @@ EXAMPLES = {
 }
 
 
-def run_with(names: list[str], models, folder: Path, monkeypatch) -> tuple[distill.Result, Path]:
+def run_with(
+    names: list[str], models, folder: Path, monkeypatch, held_out: int = 8
+) -> tuple[distill.Result, Path]:
     """A tiny run with modules of the docs and their flags, both as they are written there."""
     config = with_models(tiny_config(max_steps=2, eval_steps=1), models)
+    config.data.validation.max_samples = held_out
     for name in names:
         source, flags = EXAMPLES[name]
         (folder / f"{name}.py").write_text(source)
@@ -57,7 +60,7 @@ def test_every_module_shown_is_run_here():
 
 def test_own_divergence(models, tmp_path, monkeypatch):
     names = ["my_divergence", "my_step_metric"]
-    _, workdir = run_with(names, models, tmp_path, monkeypatch)
+    _, workdir = run_with(names, models, tmp_path, monkeypatch, held_out=0)
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     assert len(lines) == 2 and all(0 < line["loss"] < 1 for line in lines), "a total variation"
     assert all(0 <= line["confident"] <= 1 for line in lines)
@@ -71,7 +74,7 @@ def test_own_grader():
 
 
 def test_own_term(models, tmp_path, monkeypatch):
-    _, workdir = run_with(["my_term"], models, tmp_path, monkeypatch)
+    _, workdir = run_with(["my_term"], models, tmp_path, monkeypatch, held_out=0)
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     # Between such models the divergence alone is a hundredth of a nat.
     shares = [line["loss"] / -line["student_log_prob"] for line in lines]

@@ -9,6 +9,7 @@ workdir=$(mktemp -d)
 trap 'rm -rf "$workdir"' EXIT
 # XManager keeps a list of experiments in the home folder.
 export HOME="$workdir/home" JAX_COMPILATION_CACHE_DIR="$workdir/programs"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 mkdir "$HOME"
 config=configs/arithmetic.py:short
 small=(--config.preflight=False --config.policy.train_global_batch_size=16

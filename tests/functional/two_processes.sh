@@ -7,7 +7,7 @@ python=${PYTHON:-.venv/bin/python}
 workdir=$(mktemp -d)
 trap 'rm -rf "$workdir"' EXIT
 export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=2"
-export JAX_COMPILATION_CACHE_DIR="$workdir/programs"
+export JAX_COMPILATION_CACHE_DIR="$workdir/programs" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 
 # Starts a command of the package in two processes; fails if either does.
 both() {
