@@ -262,6 +262,7 @@ def test_sizes_that_work_divide_both_models():
     plan = estimate(workload, parse_topology("gpu:h200x8"))
     assert changes.working_sizes(plan, "tensor") == [1, 2]  # 12 heads over 2
     assert 512 in changes.working_sizes(plan, "fsdp")  # widths 1536 and 5120
+    assert changes.working_sizes(plan, "data") == [1]  # which cuts no weights
 
 
 # --------------------------------------------------------------------------- real compilers
