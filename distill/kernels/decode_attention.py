@@ -17,8 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from distill.kernels.attention import AttentionSpec
 from distill.kernels.attention.blockwise import cap_scores
@@ -51,21 +49,27 @@ class Kernel:
         """
         block = self.block
         if block is None:
-            step_bytes = int(STEP_SECONDS * pltpu.get_tpu_info().mem_bw_bytes_per_second)
+            step_bytes = int(STEP_SECONDS * _tpu_info().mem_bw_bytes_per_second)
             fitting = step_bytes // (2 * self.heads_of_core(heads) * width * dtype.itemsize)
             block = max(fitting // LANES, 1) * LANES
         block = min(block, size)
         # A row without positions takes a step, too, that writes its zeros.
-        blocks_w = jnp.maximum(pl.cdiv(lengths_w, block), 1)
+        blocks_w = jnp.maximum(-(-lengths_w // block), 1)
         first_w = jnp.cumsum(blocks_w) - blocks_w
-        most = len(lengths_w) * pl.cdiv(size, block)
+        most = len(lengths_w) * -(-size // block)
         slot_i = jnp.repeat(jnp.arange(len(lengths_w)), blocks_w, total_repeat_length=most)
         return Steps(slot_i, jnp.arange(most) - first_w[slot_i], jnp.sum(blocks_w), block)
 
     def heads_of_core(self, heads: int) -> int:
         """Two cores that are one device share the heads."""
-        cores = 1 if self.interpret else pltpu.get_tpu_info().num_cores
+        cores = 1 if self.interpret else _tpu_info().num_cores
         return heads // cores if heads % cores == 0 else heads
+
+
+def _tpu_info():
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.get_tpu_info()
 
 
 def can_tile(head_width: int) -> bool:
@@ -107,6 +111,10 @@ def attend_cache(
       steps: from `kernel.plan`, of the same lengths.
       spec: without a window; its sinks are the caller's, who has the sums.
     """
+    # Imported here: Pallas is slow to import, and only TPUs need it.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     (rows, heads, group, width), block = q_wkgh.shape, steps.block
     num_cached = rows * heads * width * k_lpckhs.shape[-1]  # keys of the layer
     heads_of_core = kernel.heads_of_core(heads)
@@ -181,6 +189,8 @@ def _kernel(
     block: int,
     positions_last: bool,
 ):
+    from jax.experimental import pallas as pl
+
     del layer_ref  # only the indices of blocks have it
     *scale_refs, attended_ref, log_sum_ref, max_ref, sum_ref, total_ref = refs
     core, step, num_heads = pl.program_id(0), pl.program_id(1), q_ref.shape[0]
