@@ -18,6 +18,7 @@ from distill.run.interrupts import Interrupts
 from distill.run.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = [ROOT / "tests" / name for name in ("", "run", "run/faults", "without_torch")]
 WEIGHTS, CARD = "student/model.safetensors", "student/README.md"
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,7 @@ class Runs:
         ]  # fmt: skip
         environment = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}/tests:{ROOT}/tests/run:{ROOT}/tests/run/faults",
+            "PYTHONPATH": ":".join(map(str, FOLDERS)),
             "FAULT": fault,
             "FAULT_LOG": str(self.folder / "faults.log"),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),

@@ -23,6 +23,7 @@ from distill.base.roll_call import call_the_roll
 from distill.reporting.read import read_run
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = [ROOT / "tests" / name for name in ("", "run", "run/faults", "without_torch")]
 # float32: sums over devices come in another order; Adam divides by roots of tiny squares, so that
 # rounding grows from step to step.
 CURVE = dict(rel=2e-5)
@@ -63,7 +64,7 @@ class Two:
         ]  # fmt: skip
         environment = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}/tests:{ROOT}/tests/run:{ROOT}/tests/run/faults",
+            "PYTHONPATH": ":".join(map(str, FOLDERS)),
             "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4"),
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             "FAULT": fault,
