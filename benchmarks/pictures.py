@@ -27,7 +27,8 @@ from matplotlib.patches import FancyBboxPatch
 from distill.data.arithmetic import ArithmeticDataset
 from distill.data.tokenizer import end_ids, load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import resolve_model
-from distill.models.checkpoints.load import load_model_config, load_params
+from distill.models.checkpoints.load import load_params
+from distill.models.checkpoints.source import load_model_config
 from distill.models.transformer import Transformer
 from distill.sampling import engine as engines
 from distill.sampling import schedule

@@ -93,7 +93,8 @@ def student():
 
     from distill.data.tokenizer import end_ids, load_tokenizer, vocabulary_size
     from distill.models.checkpoints.hub import resolve_model
-    from distill.models.checkpoints.load import load_model_config, load_params
+    from distill.models.checkpoints.load import load_params
+    from distill.models.checkpoints.source import load_model_config
     from distill.models.transformer import Transformer
 
     source = resolve_model("embedded:arithmetic-student")

@@ -19,7 +19,7 @@ from distill.data.arithmetic import CHARACTERS
 from distill.data.tokenizer import character_tokenizer, load_tokenizer
 from distill.evaluate import evaluate_checkpoint
 from distill.generate import generate
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 from distill.rollout.in_process import JaxBackend
 from distill.run import progress as metrics
 from distill.sampling.engine import Engine

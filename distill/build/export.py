@@ -16,26 +16,29 @@ from distill.config.changes import check_changes, find_changes
 from distill.config.parse import to_flat_dict
 from distill.config.schema import BEST_METRICS
 from distill.models.checkpoints.export import export_model
-from distill.models.checkpoints.hub import read_json
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.hub import read_json, tokenizer_folder
+from distill.models.checkpoints.source import open_source
 from distill.reporting.model_card import model_card
 from distill.run.checkpoint import Checkpoints
 
 
 def export_student(session: Session, folder: Path, params: nnx.State, card: str) -> None:
     """Writes the student as a Hugging Face folder, with its card."""
-    source, checkpointing = session.student_folder, session.config.checkpointing
-    model_config, hf_config = load_model_config(source)
-    path = source / "generation_config.json"
+    source, checkpointing = open_source(session.student_folder), session.config.checkpointing
+    if source.quantization is not None and processes.is_first():
+        kind = source.quantization["quant_method"]
+        print(f"{source.folder} is in {kind}; exported in {checkpointing.export_dtype}")
+    path = source.folder / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
     export_model(
         folder,
         params,
-        model_config,
-        hf_config,
-        session.vocabulary.tokenizer,
+        source.config,
+        source.hf_config,
+        tokenizer_folder(session.student_folder),
         jnp.dtype(checkpointing.export_dtype),
         {**generation_config, "eos_token_id": list(session.vocabulary.end_ids)},
+        source,
         max_shard_bytes=checkpointing.export_shard_size * 1e9,
         card=card,
     )

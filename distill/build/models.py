@@ -21,7 +21,8 @@ from distill.base.sharding import (
     replicated,
 )
 from distill.config.schema import Policy
-from distill.models.checkpoints.load import load_model_config, load_params
+from distill.models.checkpoints.load import load_params
+from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
 from distill.models.transformer import Transformer

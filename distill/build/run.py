@@ -22,7 +22,7 @@ from distill.build.teachers import abstract_teacher
 from distill.config.parse import digest, to_flat_dict
 from distill.config.schema import Config, Logger
 from distill.data.pipeline import make_train_iterator
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 from distill.models.model import Model
 from distill.run.checkpoint import Checkpoints, SaveSchedule
 from distill.run.health import Health

@@ -18,7 +18,7 @@ from distill.data.tokenizer import (
     vocabulary_size,
 )
 from distill.models.checkpoints.export import export_model, hf_config_dict
-from distill.models.checkpoints.hub import read_json, resolve_model
+from distill.models.checkpoints.hub import read_json, tokenizer_folder
 from distill.models.facts import ModelConfig
 from distill.models.rope import Rope
 from distill.models.transformer import Transformer
@@ -41,7 +41,7 @@ def make_tokenizer(name: str, dataset: DatasetInterface) -> PreTrainedTokenizerB
         texts = (f"{example.prompt}\n{example.response or ''}" for example in examples)
         # A word without end would take hours: their number of steps is quadratic in its length.
         return train_bpe_tokenizer((text[:_LONGEST_TEXT] for text in texts), int(argument))
-    return load_tokenizer(resolve_model(name))
+    return load_tokenizer(tokenizer_folder(name))
 
 
 def make_random_model(

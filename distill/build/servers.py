@@ -12,7 +12,7 @@ from distill.base.files import local_path
 from distill.base.sharding import batch_parts
 from distill.config.schema import Policy
 from distill.data.tokenizer import Vocabulary
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 from distill.models.model import Model
 from distill.rollout.vllm import backend
 from distill.rollout.vllm.checks import check_sampler

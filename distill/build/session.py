@@ -46,8 +46,8 @@ from distill.data.tokenizer import Vocabulary, shared_vocabulary
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import MOST_RESPONSES, RolloutRecorder
 from distill.losses.objective import Objective
-from distill.models.checkpoints.hub import resolve_model
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.hub import resolve_model, tokenizer_folder
+from distill.models.checkpoints.source import load_model_config
 from distill.models.model import Model
 from distill.rollout.base import RolloutBackend
 from distill.sampling.engine import Engine
@@ -122,7 +122,14 @@ class Session:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        return shared_vocabulary(self.student_folder, self.teacher_folder)
+        folders = [self.student_folder, *([self.teacher_folder] if self.teacher_folder else [])]
+        # Before any complaint about tokenizers: a model that is not supported is refused as that.
+        local = folders if self.config.teacher.backend == "local" else folders[:1]
+        rows = [load_model_config(folder)[0].vocab_size for folder in local]
+        vocabulary = shared_vocabulary(*map(tokenizer_folder, folders))
+        for folder, number in zip(local, rows, strict=True):
+            vocabulary = vocabulary.within(number, folder)
+        return vocabulary
 
     @property
     def samples(self) -> bool:

@@ -16,7 +16,7 @@ from distill.build.models import abstract_model, build_model, frozen_options
 from distill.config.schema import Config
 from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
 from distill.teachers.base import Teacher

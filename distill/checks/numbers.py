@@ -25,7 +25,7 @@ from distill.data.sequences import Sequences
 from distill.kernels.platform import platform
 from distill.losses.objective import make_objective
 from distill.models.checkpoints.keys import mapped_params
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 from distill.rollout.base import check_rollout
 from distill.sampling.request import RolloutRequest
 from distill.step import TrainState, make_loss

@@ -106,8 +106,26 @@ class Vocabulary:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
+    def within(self, rows: int, model: Path) -> Vocabulary:
+        """The ids of which a model has embedding rows.
 
-def shared_vocabulary(student_folder: Path, teacher_folder: Path | None) -> Vocabulary:
+        Raises:
+          UserError: it lacks rows of more than added tokens, which a container's other parts use.
+        """
+        if self.size <= rows:
+            return self
+        added = self.tokenizer.added_tokens_decoder
+        if beyond := [i for i in range(rows, self.size) if i not in added or i in self.end_ids]:
+            token = self.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise UserError(
+                f"the tokenizer has {self.size} ids, but the model in {model} only {rows} rows in "
+                f"its embedding, none for id {beyond[0]}, {token!r}: use the tokenizer that the "
+                "model was trained with"
+            )
+        return dataclasses.replace(self, size=rows)
+
+
+def shared_vocabulary(student_folder: Path, teacher_folder: Path | None = None) -> Vocabulary:
     """The student's tokenizer; the ids at which either model ends a response.
 
     A base model and an instruction-tuned one of one family end responses differently: what the

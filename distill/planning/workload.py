@@ -18,7 +18,8 @@ from distill.base.sharding import (
 from distill.build.devices import split_devices
 from distill.config.schema import Config, microbatch_values, rows_per_microbatch
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
-from distill.models.checkpoints.hub import find_config, read_json
+from distill.models.checkpoints.hub import find_config
+from distill.models.checkpoints.source import read_text_config
 from distill.models.facts import ModelConfig
 from distill.models.published import PUBLISHED, Published
 
@@ -117,7 +118,7 @@ def _find(name: str) -> tuple[Published, str]:
                 f"download the model, or name one of {', '.join(PUBLISHED)}"
             )
         return known, f"{name} is not in the local cache: planned with its published shape"
-    config = ModelConfig.from_hf(read_json(path), str(path))
+    config = ModelConfig.from_hf(read_text_config(path), str(path))
     if known is not None:
         return Published(config, known.vocab_size), ""
     try:

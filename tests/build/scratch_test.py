@@ -12,7 +12,7 @@ from distill.build.scratch import make_random_model, make_tokenizer
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import get_dataset
 from distill.data.tokenizer import character_tokenizer, load_tokenizer, vocabulary_size
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 
 ROOT = Path(__file__).parents[2]
 SIZES = dict(num_layers=1, model_width=16, num_heads=2, num_kv_heads=2, max_positions=8)

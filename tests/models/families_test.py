@@ -16,7 +16,8 @@ from distill.data.tokenizer import character_tokenizer
 from distill.models import decoding
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.keys import key_table
-from distill.models.checkpoints.load import load_model_config, load_params
+from distill.models.checkpoints.load import load_params
+from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.families import FAMILIES, Family
 from distill.models.transformer import Transformer

@@ -14,7 +14,8 @@ from flax import nnx
 from distill.base.sharding import make_mesh, param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints.export import export_model
-from distill.models.checkpoints.load import load_model_config, load_params
+from distill.models.checkpoints.load import load_params
+from distill.models.checkpoints.source import load_model_config
 from distill.models.transformer import Transformer
 
 

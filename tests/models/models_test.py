@@ -16,7 +16,8 @@ from distill.base.errors import UserError
 from distill.base.sharding import make_mesh, param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints.export import export_model, hf_config_dict
-from distill.models.checkpoints.load import load_model_config, load_params
+from distill.models.checkpoints.load import load_params
+from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.transformer import Transformer
 from distill.sampling.choice import SamplingParams

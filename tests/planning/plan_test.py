@@ -22,7 +22,7 @@ from distill.base.topology import CHIPS, GPUS, SLICES, parse_topology
 from distill.build.session import Session, open_session
 from distill.build.teachers import abstract_teacher
 from distill.config.parse import parse_config
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 from distill.planning import changes, costs, programs, run
 from distill.planning.arrays import make_arrays
 from distill.planning.estimate import estimate

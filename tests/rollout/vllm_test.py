@@ -35,7 +35,7 @@ from distill.data.tokenizer import Vocabulary, character_tokenizer, load_tokeniz
 from distill.export_server import export_server
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.hub import ASSETS
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.transformer import Transformer
 from distill.rollout.vllm import guard

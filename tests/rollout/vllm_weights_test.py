@@ -15,7 +15,8 @@ from distill.base.errors import RunStopped
 from distill.base.sharding import batch_parts, make_mesh, param_shardings
 from distill.data.tokenizer import Vocabulary, character_tokenizer
 from distill.models.checkpoints.export import export_model, hf_config_dict
-from distill.models.checkpoints.load import load_model_config, load_params
+from distill.models.checkpoints.load import load_params
+from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.rollout.vllm.probe import Probe
 from distill.rollout.vllm.weights import HEAD, ServerExport, WeightsFolder, rehearse

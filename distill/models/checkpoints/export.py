@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +15,15 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 from safetensors.numpy import save_file
 
 from distill.base.errors import UserError
 from distill.base.sharding import inner_sharding, replicated
 from distill.models.checkpoints.hub import CARD, CONFIG
 from distill.models.checkpoints.keys import Weight, mapped_params
-from distill.models.checkpoints.load import INDEX
+from distill.models.checkpoints.source import Source
+from distill.models.checkpoints.tensors import INDEX, Stored, Tensor
 from distill.models.facts import ModelConfig
 from distill.models.families import FAMILIES
 
@@ -34,6 +36,7 @@ def export_model(
     tokenizer: Any,
     dtype: jax.typing.DTypeLike,
     generation_config: dict[str, Any] | None = None,
+    source: Source | None = None,
     max_shard_bytes: float = 5e9,
     untied_rows: int | None = None,
     transform: Callable[[str, np.ndarray], np.ndarray] | None = None,
@@ -49,9 +52,10 @@ def export_model(
       params: the nnx.Param state of a `Transformer`.
       config: of these parameters.
       hf_config_dict: goes to config.json, with its dtype updated.
-      tokenizer: anything with `save_pretrained`.
+      tokenizer: a folder whose tokenizer's files are copied; or anything with `save_pretrained`.
       dtype: of the written weights.
       generation_config: goes to generation_config.json.
+      source: a container, whose keys are used, and whose other tensors are written as they are.
       max_shard_bytes: weights beyond this are spread over several files, as huggingface_hub does;
         the first process holds one file's weights at a time.
       untied_rows: writes the head of a tied model too, and of it and the embedding this many rows.
@@ -69,12 +73,19 @@ def export_model(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     exported = list(_exported(params, config, untied_rows))
-    _write_weights(partial, exported, dtype, max_shard_bytes, transform or (lambda _, value: value))
+    if source is not None:
+        exported = [each._replace(key=source.name(each.key)) for each in exported]
+    others = {} if source is None else source.others
+    transform = transform or (lambda _, value: value)
+    _write_weights(partial, exported, others, dtype, max_shard_bytes, transform)
     if jax.process_index() == 0:
         _write_json(partial / CONFIG, _with_dtype(hf_config_dict, dtype))
         if generation_config is not None:
             _write_json(partial / "generation_config.json", generation_config)
-        tokenizer.save_pretrained(partial)
+        if isinstance(tokenizer, Path):
+            _copy_tokenizer(tokenizer, partial)
+        else:
+            tokenizer.save_pretrained(partial)
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
         _replace(folder, partial)
@@ -92,22 +103,56 @@ def check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} is a file: export to a folder")
 
 
+# What tokenizers and processors of all kinds are made of.
+_TOKENIZER_FILES = (
+    "*token*.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "*processor_config.json",
+)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Unchanged: other versions of transformers than ours read them as they read the source."""
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
 def _write_weights(
-    folder: Path, exported: list[_Exported], dtype: np.dtype, max_shard_bytes: float, transform
+    folder: Path,
+    exported: list[_Exported],
+    others: dict[str, Tensor],
+    dtype: np.dtype,
+    max_shard_bytes: float,
+    transform,
 ) -> None:
     from huggingface_hub import split_state_dict_into_shards_factory
 
     writes = jax.process_index() == 0
+    by_key = {each.key: each for each in exported}
+    sizes = {key: math.prod(each.shape) * dtype.itemsize for key, each in by_key.items()}
+    sizes |= {key: _num_bytes(each, dtype) for key, each in others.items()}
     plan = split_state_dict_into_shards_factory(
-        {each.key: each for each in exported},
-        get_storage_size=lambda each: math.prod(each.shape) * dtype.itemsize,
+        sizes,
+        get_storage_size=lambda size: size,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=int(max_shard_bytes),
     )
-    by_key = {each.key: each for each in exported}
     for name, keys in plan.filename_to_tensors.items():
         tensors = {}
         for key in keys:
+            if key in others:
+                if writes:
+                    tensors[key] = _read_whole(others[key], dtype)
+                continue
             parts = by_key[key].parts
             gathered = [_gather(part, dtype) for part in parts]  # by all processes, in this order
             if writes:
@@ -123,16 +168,29 @@ def _write_weights(
         _write_json(folder / INDEX, index)
 
 
+def _num_bytes(tensor: Tensor, dtype: np.dtype) -> int:
+    """Of a carried tensor as it is written; its kind names its bits, BOOL has eight."""
+    bits = re.search(r"\d+", tensor.kind)
+    stored = int(bits.group()) // 8 if bits else 1
+    return math.prod(tensor.shape) * (stored if isinstance(tensor, Stored) else dtype.itemsize)
+
+
+def _read_whole(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    value = tensor.read(tuple(slice(None) for _ in tensor.shape))
+    # What was dequantised is written like the weights.
+    return value if isinstance(tensor, Stored) else value.astype(dtype)
+
+
 class _Part(NamedTuple):
-    """What a parameter has in one tensor: array[index], in our layout."""
+    """What a parameter has in one tensor: array[place], in our layout."""
 
     weight: Weight
     array: jax.Array
-    index: tuple[int, ...]
+    place: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weight.hf_shape(self.array.shape[len(self.index) :])
+        return self.weight.hf_shape(self.array.shape[len(self.place) :])
 
 
 class _Exported(NamedTuple):
@@ -161,15 +219,16 @@ def _exported(params: nnx.State, config: ModelConfig, rows: int | None) -> Itera
 
 def _gather(part: _Part, dtype: np.dtype) -> np.ndarray:
     """It in our layout, from the devices of all processes."""
-    place = part.array.sharding
+    layout = part.array.sharding
     if not part.array.is_fully_addressable:
         # A process can read only what its own devices hold.
-        slicer = _slicer(dtype, replicated(place.mesh))
-    elif part.index:
-        slicer = _slicer(dtype, inner_sharding(place, len(part.index)))
+        assert isinstance(layout, NamedSharding)
+        slicer = _slicer(dtype, replicated(layout.mesh))
+    elif part.place:
+        slicer = _slicer(dtype, inner_sharding(layout, len(part.place)))
     else:
-        slicer = _slicer(dtype, place)
-    return np.asarray(slicer(part.array, *part.index))
+        slicer = _slicer(dtype, layout)
+    return np.asarray(slicer(part.array, *part.place))
 
 
 @functools.cache

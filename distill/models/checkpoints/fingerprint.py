@@ -6,15 +6,20 @@ import hashlib
 import json
 from pathlib import Path
 
-from distill.models.checkpoints.hub import CONFIG
+from distill.models.checkpoints.hub import ADAPTER, CONFIG, base_folder
 
 _SAMPLE = 4096  # bytes from the middle of every tensor
 _WHOLE = (CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def fingerprint(folder: Path) -> str:
-    """Of config, tokenizer, names and shapes of all tensors, and some bytes of each."""
+    """Of config, tokenizer, names and shapes of all tensors, and some bytes of each.
+
+    Of an adapter, its base's too.
+    """
     digest = hashlib.sha256()
+    if (base := base_folder(folder)) != folder:
+        digest.update(fingerprint(base).encode() + (folder / ADAPTER).read_bytes())
     for path in map(folder.joinpath, _WHOLE):
         digest.update(path.read_bytes() if path.exists() else b"-")
     for path in sorted(folder.glob("*.safetensors")):

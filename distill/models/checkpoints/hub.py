@@ -10,6 +10,8 @@ from typing import Any
 from distill.base.errors import UserError
 
 CONFIG, CARD = "config.json", "README.md"
+ADAPTER = "adapter_config.json"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 ASSETS = Path(__file__).parents[2] / "assets"
 EMBEDDED = "embedded:"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -19,22 +21,52 @@ def resolve_model(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """Local folder of a model.
 
     Args:
-      path_or_id: a folder with config.json, 'embedded:NAME' for a model that comes with the
-        package, or a Hugging Face hub id, which is downloaded (safetensors, JSON and tokenizer).
+      path_or_id: a folder with config.json, or that of a LoRA adapter, 'embedded:NAME' for a model
+        that comes with the package, or a Hugging Face hub id, which is downloaded (safetensors,
+        JSON and tokenizer).
       weights: whether safetensors are.
 
     Raises:
       UserError: nothing is there, or the hub cannot be reached or has no such model.
     """
-    return _folder(path_or_id) or _download(str(path_or_id), weights)
+    return _folder(path_or_id, CONFIG, ADAPTER) or _download(str(path_or_id), weights)
+
+
+def base_folder(folder: Path, *, weights: bool = True) -> Path:
+    """The folder itself; of an adapter, that of its base model.
+
+    Raises:
+      UserError: the adapter names no base, or one that cannot be found.
+    """
+    if (folder / CONFIG).is_file() or not (folder / ADAPTER).is_file():
+        return folder
+    named = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path={named!r} names no model")
+    try:
+        return resolve_model(named, weights=weights)
+    except UserError as error:
+        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path: {error}") from None
+
+
+def tokenizer_folder(path_or_id: str | Path) -> Path:
+    """Where a model's tokenizer is: of an adapter without one, its base's.
+
+    A folder with a tokenizer alone will do.
+    """
+    folder = _folder(path_or_id, CONFIG, ADAPTER, *_TOKENIZER)
+    folder = folder or _download(str(path_or_id), weights=False)
+    if any((folder / name).is_file() for name in _TOKENIZER):
+        return folder
+    return base_folder(folder, weights=False)
 
 
 def find_config(path_or_id: str | Path) -> Path | None:
     """config.json as `resolve_model` finds it; None for a hub id that was never downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    if folder := _folder(path_or_id):
-        return folder / CONFIG
+    if folder := _folder(path_or_id, CONFIG, ADAPTER):
+        return base_folder(folder) / CONFIG
     cached = try_to_load_from_cache(str(path_or_id), CONFIG)
     return Path(cached) if isinstance(cached, str) else None
 
@@ -44,14 +76,14 @@ def is_hub_id(path_or_id: str) -> bool:
     return bool(_HUB_ID.fullmatch(path_or_id)) and not Path(path_or_id).exists()
 
 
-def _folder(path_or_id: str | Path) -> Path | None:
-    """The folder on this machine, None for a hub id."""
+def _folder(path_or_id: str | Path, *contents: str) -> Path | None:
+    """The folder on this machine, with one of these files in it; None for a hub id."""
     name = str(path_or_id)
     if name.startswith(EMBEDDED):
         return _embedded_folder(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / CONFIG).is_file():
+        if not any((folder / name).is_file() for name in contents):
             raise UserError(f"{folder} has no {CONFIG}: pass a folder saved by save_pretrained")
         return folder
     if folder.exists():

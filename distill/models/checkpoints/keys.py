@@ -166,7 +166,9 @@ def mapped_params(config: ModelConfig, params: nnx.State) -> dict[str, tuple[Wei
       ValueError: a parameter has no row, or a row no parameter.
     """
     table = key_table(config)
-    values = {"/".join(path): param.get_value() for path, param in nnx.to_flat_state(params)}
+    values = {
+        "/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(params)
+    }
     if odd := sorted(table.keys() ^ values.keys()):
         which = "no parameter" if odd[0] in table else "no Hugging Face key"
         raise ValueError(f"{config.family}: {which} is known for {odd[0]}: see the key table")

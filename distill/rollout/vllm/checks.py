@@ -11,7 +11,7 @@ from typing import Any
 from distill.base.errors import UserError
 from distill.config.schema import VllmServers
 from distill.data.tokenizer import Vocabulary
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.rollout.vllm.client import RequestRefused, VllmClient, VllmError
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.export import export_model
-from distill.models.checkpoints.load import load_model_config
+from distill.models.checkpoints.source import load_model_config
 
 _VERSION = re.compile(r"\d{8}")
 _KEPT = 2  # versions: a server may be loading the last while the next is written
@@ -46,7 +46,8 @@ class ServerExport:
             # vLLM refuses a longer context than this; positions are not embedded, only rotated.
             # Scalings of them depend on it, so it only grows where it must.
             "max_position_embeddings": max(
-                hf_config["max_position_embeddings"], self.max_length + 1
+                hf_config.get("max_position_embeddings", model_config.max_positions),
+                self.max_length + 1,
             ),
         }
         export_model(

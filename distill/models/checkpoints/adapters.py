@@ -1,0 +1,117 @@
+"""LoRA adapters as PEFT saves them: a base model, and two factors for some of its matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.base.errors import UserError
+from distill.models.checkpoints.hub import ADAPTER, read_json
+from distill.models.checkpoints.tensors import Index, Tensor, read_header
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Fields that change what is added to the base: with these values, or absent, they change nothing.
+_ONLY: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "layer_replication": (),
+    "trainable_token_indices": (),
+    "target_parameters": ((), []),
+    "init_lora_weights": (True, False, "gaussian"),  # others change the base
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """base + scale * b @ a, in float32."""
+
+    base: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    kind: str = "F32"
+
+    @property
+    def key(self) -> str:
+        return self.base.key
+
+    @property
+    def file(self) -> Path:
+        return self.a.file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def read(self, index: Index) -> np.ndarray:
+        rows, columns = index
+        a = self.a.read((slice(None), columns)).astype(np.float32)
+        b = self.b.read((rows, slice(None))).astype(np.float32)
+        return self.base.read(index).astype(np.float32) + self.scale * (b @ a)
+
+
+def merge_adapter(
+    folder: Path, base: dict[str, Tensor], rename: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """The base's tensors with an adapter's folder merged into them.
+
+    `rename` makes the base's keys of those of the adapted model.
+
+    Raises:
+      UserError: the adapter has parts that cannot be merged, or that the base has no place for.
+    """
+    config = read_json(folder / ADAPTER)
+    scale = _scale(config, folder / ADAPTER)
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: save the adapter as safetensors")
+    parts: dict[str, Tensor] = {
+        rename(each.key.removeprefix(_PREFIX)): each for each in read_header(path)
+    }
+    merged = dict(base)
+    for key, part in parts.items():
+        name, _, factor = key.partition(".lora_")
+        other = parts.get(f"{name}.lora_B.weight")
+        weight = f"{name}.weight"
+        if factor == "A.weight" and other is not None and weight in base:
+            rank, inputs = part.shape
+            if (other.shape[0], inputs) != base[weight].shape or other.shape[1] != rank:
+                raise UserError(
+                    f"{path}: {key} {part.shape} and {other.shape} do not fit {weight} "
+                    f"{base[weight].shape} of the base model"
+                )
+            merged[weight] = Merged(base[weight], part, other, scale)
+        elif not factor and (key in base or key == "lm_head.weight"):  # modules_to_save
+            merged[key] = part
+        elif factor != "B.weight" or f"{name}.lora_A.weight" not in parts:
+            raise UserError(
+                f"{path}: {key} cannot be merged into the base model "
+                f"{config.get('base_model_name_or_path')!r}: merge it with peft's "
+                "merge_and_unload, and pass the folder that it saves"
+            )
+    return merged
+
+
+def _scale(config: dict[str, Any], source: Path) -> float:
+    for name, allowed in _ONLY.items():
+        value = config.get(name)
+        if value is not None and value not in allowed:
+            raise UserError(
+                f"{source}: {name}={value!r} cannot be merged here: merge it with peft's "
+                "merge_and_unload, and pass the folder that it saves"
+            )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        raise UserError(f"{source}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
