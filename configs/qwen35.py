@@ -4,8 +4,8 @@
 
 Hardware: of each of eight H100s, 9.8 GB by an estimate: `python -m distill.plan
 --config=configs/qwen35.py --topology=gpu:h100x8`. Weights are split over all devices (mesh.fsdp).
-Both names are folders or hub ids of text decoders, `Qwen3_5ForCausalLM`: the hub's own folders
-hold a vision tower too, and are refused by name.
+Of the hub's folders the text decoder is trained; vision tower and draft layers are exported
+unchanged. Folders of the decoder alone, `Qwen3_5ForCausalLM`, will do too.
 Validation: MATH-500, greedy accuracy and divergences to the teacher before and after.
 No result is stated here because none has been measured yet.
 

@@ -65,7 +65,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation:
-    teacher_model_path: str = _from("", "folder, hub id or embedded:NAME")
+    teacher_model_path: str = _from("", "folder, hub id (ID@REVISION) or embedded:NAME")
     lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
     mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
     kl_type: str = _key(
@@ -200,7 +200,7 @@ class DynamicBatching:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    model_name: str = _from("", "folder, hub id or embedded:NAME")
+    model_name: str = _from("", "folder, hub id (ID@REVISION) or embedded:NAME")
     max_total_sequence_length: int = _key(
         2048, "prompt and response tokens at most", low=2, high=_LONGEST
     )

@@ -18,7 +18,7 @@ from distill.base.sharding import (
 from distill.build.devices import split_devices
 from distill.config.schema import Config, microbatch_values, rows_per_microbatch
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
-from distill.models.checkpoints.hub import find_config
+from distill.models.checkpoints.hub import find_config, split_revision
 from distill.models.checkpoints.source import read_text_config
 from distill.models.facts import ModelConfig
 from distill.models.published import PUBLISHED, Published
@@ -110,7 +110,7 @@ def find_workload(config: Config) -> Workload:
 
 def _find(name: str) -> tuple[Published, str]:
     """A model's facts and ids in use, and a note where they are not from its own files."""
-    path, known = find_config(name), PUBLISHED.get(name)
+    path, known = find_config(name), PUBLISHED.get(split_revision(name)[0])
     if path is None:
         if known is None:
             raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 from distill.base.errors import printable
 from distill.data import gsm8k, math_cl
 from distill.evaluation.table import format_table
-from distill.models.checkpoints.hub import EMBEDDED, is_hub_id
+from distill.models.checkpoints.hub import EMBEDDED, is_hub_id, split_revision
 
 _HUB_DATASETS = {"gsm8k": gsm8k.HUB_ID, "math_cl": math_cl.HUB_ID}
 # kl_type: the key that sets its parameter.
@@ -93,8 +93,8 @@ def _metadata(settings: Mapping[str, Any]) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         license="unknown",
-        base_model=base if _is_on_hub(base) else None,
-        datasets=[dataset] if dataset else None,
+        base_model=split_revision(base)[0] if _is_on_hub(base) else None,
+        datasets=[split_revision(dataset)[0]] if dataset else None,
         tags=[kind, "distill", "jax"],
     )
     return data.to_yaml()
@@ -180,13 +180,13 @@ def _model(path: str) -> str:
     if path.startswith(EMBEDDED):
         return f"the built-in `{_plain(path.removeprefix(EMBEDDED))}`"
     if _is_on_hub(path):
-        return f"[{path}](https://huggingface.co/{path})"
+        return _link(path)
     return f"`{_last_part(path)}`"
 
 
 def _data(settings: Mapping[str, Any]) -> str:
     if dataset := _hub_dataset(settings):
-        return f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+        return _link(dataset, "datasets/")
     path = settings["data.path"]
     of = f" of `{_last_part(path)}`" if path else ""
     return f"`{_plain(settings['data.name'])}`{of}"
@@ -197,6 +197,12 @@ def _hub_dataset(settings: Mapping[str, Any]) -> str | None:
     if name == "hf":
         return path if _is_on_hub(path) else None
     return None if path else _HUB_DATASETS.get(name)
+
+
+def _link(name: str, kind: str = "") -> str:
+    hub_id, revision = split_revision(name)
+    tree = f"/tree/{revision}" if revision else ""
+    return f"[{name}](https://huggingface.co/{kind}{hub_id}{tree})"
 
 
 def _is_on_hub(name: str) -> bool:

@@ -318,14 +318,26 @@ def test_unsupported_config_names_the_file(folder):
         load_model_config(folder)
 
 
-def test_hub_models_are_downloaded_without_pickles(folder, monkeypatch):
-    def download(hub_id, allow_patterns):
+@pytest.mark.parametrize(
+    ("name", "revision"),
+    [
+        ("someone/model", None),
+        ("someone/model@v1.0", "v1.0"),
+        ("someone/model@refs/pr/1", "refs/pr/1"),
+    ],
+)
+def test_hub_models_are_downloaded_without_pickles(folder, monkeypatch, name, revision):
+    asked = []
+
+    def download(hub_id, revision, allow_patterns):
+        asked.append(revision)
         assert hub_id == "someone/model" and "*.safetensors" in allow_patterns
         assert not any(pattern.endswith(("bin", "py", "pt", "*")) for pattern in allow_patterns)
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert load_model_config("someone/model")[0] == CONFIG
+    assert load_model_config(name)[0] == CONFIG
+    assert set(asked) == {revision}
 
 
 def test_unreachable_hub_says_what_to_pass_instead(monkeypatch):

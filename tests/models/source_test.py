@@ -17,6 +17,7 @@ from tiny_models import model_config, random_model
 from distill.base.errors import UserError
 from distill.data.tokenizer import character_tokenizer, load_tokenizer, shared_vocabulary
 from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.fingerprint import fingerprint
 from distill.models.checkpoints.hub import base_folder, resolve_model, tokenizer_folder
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config, open_source
@@ -50,9 +51,9 @@ def loaded(folder):
     return load_file(again / FILE)
 
 
-def edit_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+def edit_config(folder, name="config.json", **changes):
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(config | changes))
 
 
 def assert_equal(found, expected):
@@ -191,6 +192,16 @@ def test_an_adapter_is_merged_into_its_base(folder, stabilised):
     assert tokenizer_folder(adapter) == folder
 
 
+def test_an_adapters_fingerprint_is_of_its_base_too(folder):
+    adapter = make_adapter(folder, factors(Q, load_file(folder / FILE)[Q].shape))
+    found = {fingerprint(adapter), fingerprint(folder)}
+    edit_config(folder, rope_theta=5e4)
+    found.add(fingerprint(adapter))
+    edit_config(adapter, "adapter_config.json", lora_alpha=2)
+    found.add(fingerprint(adapter))
+    assert len(found) == 4
+
+
 def test_modules_that_an_adapter_saves_replace_those_of_the_base(folder):
     tensors = load_file(folder / FILE)
     whole = {"model.embed_tokens.weight": 2 * tensors["model.embed_tokens.weight"]}
@@ -257,9 +268,10 @@ OLD_PYTHON = os.environ.get("DISTILL_TRANSFORMERS4_PYTHON", "")
 
 @pytest.mark.skipif(
     not OLD_PYTHON,
-    reason="needs an interpreter with transformers 4.57 in DISTILL_TRANSFORMERS4_PYTHON",
+    reason="needs an interpreter with transformers 4.57 in DISTILL_TRANSFORMERS4_PYTHON: "
+    "make test-transformers4",
 )
-def test_transformers_4_loads_the_tokenizer_of_an_export(folder):
+def test_transformers_4_loads_config_and_tokenizer_of_an_export(folder):
     """Of a source that it can load: its files are written by the tokenizers package alone."""
     for path in folder.glob("*token*"):
         if path.name != "tokenizer.json":
@@ -269,47 +281,70 @@ def test_transformers_4_loads_the_tokenizer_of_an_export(folder):
     source, again = open_source(folder), folder.with_name("again")
     _, params = random_model(source.config)
     export_model(again, params, source.config, source.hf_config, folder, jnp.float32, source=source)
-    program = "import sys, transformers as t; print(t.__version__, t.AutoTokenizer."
-    program += "from_pretrained(sys.argv[1])('0321').input_ids)"
+    program = (
+        "import sys, transformers as t; folder = sys.argv[1]; print(t.__version__, "
+        "t.AutoConfig.from_pretrained(folder).model_type, "
+        "t.AutoTokenizer.from_pretrained(folder)('0321').input_ids)"
+    )
     command = [OLD_PYTHON, "-c", program, str(again)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    version, _, ids = result.stdout.strip().partition(" ")
-    assert version.startswith("4.57") and json.loads(ids) == load_tokenizer(again)("0321").input_ids
+    version, family, ids = result.stdout.strip().split(" ", 2)
+    assert version.startswith("4.57.") and family == "llama"
+    assert json.loads(ids) == load_tokenizer(again)("0321").input_ids
 
 
 # ------------------------------------------------------------------------------------- containers
 
 
-def container_config(transformers):
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    text = transformers.LlamaConfig(
-        **sizes,
-        vocab_size=32,
-        intermediate_size=24,
-        num_key_value_heads=1,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=64,
-    )
-    vision = dict(**sizes, intermediate_size=8, image_size=8, patch_size=4, head_dim=8)
-    return transformers.Mistral3Config(
-        text_config=text.to_dict(),
-        vision_config=dict(vision, model_type="pixtral"),
-        tie_word_embeddings=False,
+SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+TEXT = dict(SIZES, vocab_size=32, num_key_value_heads=1, max_position_embeddings=64)
+ROPE = dict(rope_type="default", rope_theta=1e4)
+CONTAINERS = {
+    "Mistral3": dict(
+        text_config=dict(TEXT, model_type="llama"),
+        vision_config=dict(SIZES, model_type="pixtral", image_size=8, patch_size=4, head_dim=8),
         image_token_index=3,
-    )
+    ),
+    "Gemma3": dict(
+        text_config=dict(TEXT, model_type="gemma3_text", head_dim=8, sliding_window=4)
+        | dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
+        vision_config=dict(SIZES, model_type="siglip_vision_model", image_size=8, patch_size=4),
+        mm_tokens_per_image=4,
+        image_token_id=3,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3_5": dict(
+        text_config=dict(TEXT, model_type="qwen3_5_text", head_dim=8, num_hidden_layers=2)
+        | dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=1)
+        | dict(linear_num_value_heads=2, linear_key_head_dim=4, linear_value_head_dim=6)
+        | dict(rope_parameters=dict(ROPE, partial_rotary_factor=0.5, mrope_section=[1, 1, 0])),
+        vision_config=dict(depth=1, hidden_size=16, num_heads=2, intermediate_size=8)
+        | dict(patch_size=4, out_hidden_size=16, num_position_embeddings=16),
+        image_token_id=3,
+    ),
+}
+# Layers for drafts of several tokens, which the hub's folders have and transformers leaves out.
+DRAFTS = {"mtp.fc.weight": np.ones((2, 3), np.float32)}
 
 
-def test_a_containers_decoder_is_trained_and_the_rest_carried(tmp_path):
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_containers_decoder_is_trained_and_the_rest_carried(name, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is the reference; pip install torch")
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.Mistral3ForConditionalGeneration(container_config(transformers)).eval()
+    config = getattr(transformers, f"{name}Config")(
+        **dict(tie_word_embeddings=False) | CONTAINERS[name]
+    )
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
+    model = kind(config).eval()
     folder, again = tmp_path / "model", tmp_path / "again"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    if name == "Qwen3_5":
+        save_file(load_file(folder / FILE) | DRAFTS, folder / FILE)
     character_tokenizer("0123").save_pretrained(folder)
     tokens = np.random.default_rng(0).integers(4, 32, (2, 9))
 
@@ -329,13 +364,12 @@ def test_a_containers_decoder_is_trained_and_the_rest_carried(tmp_path):
     trained = jax.tree.map(lambda x: 1.1 * x, params)
     arguments = trained, source.config, source.hf_config, folder, jnp.float32
     export_model(again, *arguments, source=source, max_shard_bytes=4000)
-    reloaded, info = transformers.Mistral3ForConditionalGeneration.from_pretrained(
-        again, output_loading_info=True
-    )
+    reloaded, info = kind.from_pretrained(again, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     np.testing.assert_allclose(theirs(reloaded.eval()), ours(trained), atol=1e-4)
-    assert source.others
+    assert source.others and (name != "Qwen3_5" or DRAFTS.keys() < source.others.keys())
     written = {k: v for path in again.glob("*.safetensors") for k, v in load_file(path).items()}
+    assert written.keys() == load_file(folder / FILE).keys()
     for key, tensor in source.others.items():
         np.testing.assert_array_equal(written[key], tensor.read(np.s_[:,] * len(tensor.shape)))
 

@@ -39,8 +39,8 @@ def card_of(results=None, **changes) -> ModelCard:
 def test_hub_ids_are_metadata_and_links():
     card = card_of(
         **{
-            "policy.model_name": "Qwen/Qwen2.5-1.5B-Instruct",
-            "distillation.teacher_model_path": "Qwen/Qwen2.5-32B-Instruct",
+            "policy.model_name": "Qwen/Qwen2.5-1.5B-Instruct@main",
+            "distillation.teacher_model_path": "Qwen/Qwen2.5-32B-Instruct@v1",
             "distillation.kl_type": "jsd",
             "distillation.jsd_beta": 0.3,
             "data.name": "math_cl",
@@ -50,7 +50,7 @@ def test_hub_ids_are_metadata_and_links():
     assert card.data.base_model == "Qwen/Qwen2.5-1.5B-Instruct"
     assert card.data.datasets == ["pe-nlp/math-cl"]
     assert "on-policy-distillation" in card.data.tags
-    assert "(https://huggingface.co/Qwen/Qwen2.5-32B-Instruct)" in card.text
+    assert "(https://huggingface.co/Qwen/Qwen2.5-32B-Instruct/tree/v1)" in card.text
     assert "`jsd` with `jsd_beta=0.3`" in card.text
     assert card.text.count("FILL IN") == 4
 

@@ -14,7 +14,7 @@ ADAPTER = "adapter_config.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 ASSETS = Path(__file__).parents[2] / "assets"
 EMBEDDED = "embedded:"
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 
 
 def resolve_model(path_or_id: str | Path, *, weights: bool = True) -> Path:
@@ -23,30 +23,39 @@ def resolve_model(path_or_id: str | Path, *, weights: bool = True) -> Path:
     Args:
       path_or_id: a folder with config.json, or that of a LoRA adapter, 'embedded:NAME' for a model
         that comes with the package, or a Hugging Face hub id, which is downloaded (safetensors,
-        JSON and tokenizer).
+        JSON and tokenizer), of the revision in ID@REVISION. An adapter's base too.
       weights: whether safetensors are.
 
     Raises:
       UserError: nothing is there, or the hub cannot be reached or has no such model.
     """
-    return _folder(path_or_id, CONFIG, ADAPTER) or _download(str(path_or_id), weights)
+    folder = _folder(path_or_id, CONFIG, ADAPTER) or _download(str(path_or_id), weights)
+    base_folder(folder, weights=weights)
+    return folder
 
 
-def base_folder(folder: Path, *, weights: bool = True) -> Path:
+def base_folder(folder: Path, *, weights: bool = False) -> Path:
     """The folder itself; of an adapter, that of its base model.
 
     Raises:
       UserError: the adapter names no base, or one that cannot be found.
     """
-    if (folder / CONFIG).is_file() or not (folder / ADAPTER).is_file():
+    if (named := _base(folder)) is None:
         return folder
-    named = read_json(folder / ADAPTER).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path={named!r} names no model")
     try:
         return resolve_model(named, weights=weights)
     except UserError as error:
         raise UserError(f"{folder / ADAPTER}: base_model_name_or_path: {error}") from None
+
+
+def _base(folder: Path) -> str | None:
+    """The name of an adapter's base model; None for a model."""
+    if (folder / CONFIG).is_file() or not (folder / ADAPTER).is_file():
+        return None
+    named = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path={named!r} names no model")
+    return named
 
 
 def tokenizer_folder(path_or_id: str | Path) -> Path:
@@ -58,7 +67,7 @@ def tokenizer_folder(path_or_id: str | Path) -> Path:
     folder = folder or _download(str(path_or_id), weights=False)
     if any((folder / name).is_file() for name in _TOKENIZER):
         return folder
-    return base_folder(folder, weights=False)
+    return base_folder(folder)
 
 
 def find_config(path_or_id: str | Path) -> Path | None:
@@ -66,14 +75,22 @@ def find_config(path_or_id: str | Path) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     if folder := _folder(path_or_id, CONFIG, ADAPTER):
-        return base_folder(folder) / CONFIG
-    cached = try_to_load_from_cache(str(path_or_id), CONFIG)
+        named = _base(folder)
+        return find_config(named) if named else folder / CONFIG
+    hub_id, revision = split_revision(str(path_or_id))
+    cached = try_to_load_from_cache(hub_id, CONFIG, revision=revision)
     return Path(cached) if isinstance(cached, str) else None
 
 
 def is_hub_id(path_or_id: str) -> bool:
     """Whether the name is none of a folder here or of a model in the package."""
     return bool(_HUB_ID.fullmatch(path_or_id)) and not Path(path_or_id).exists()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A hub id, and the branch, tag or commit that it names behind an @."""
+    hub_id, _, revision = name.partition("@")
+    return hub_id, revision or None
 
 
 def _folder(path_or_id: str | Path, *contents: str) -> Path | None:
@@ -105,15 +122,16 @@ def _embedded_folder(name: str) -> Path:
     return ASSETS / wanted
 
 
-def _download(hub_id: str, weights: bool) -> Path:
+def _download(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
+    hub_id, revision = split_revision(name)
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, repository, permission: one class each in the hub client
         raise UserError(
-            f"there is no local folder {hub_id!r} and the Hugging Face hub did not provide it "
+            f"there is no local folder {name!r} and the Hugging Face hub did not provide it "
             f"({first_line(error)}): pass a local folder with {CONFIG} and *.safetensors instead"
         ) from None
 
