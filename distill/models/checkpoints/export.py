@@ -106,7 +106,6 @@ def check_replaceable(folder: Path) -> None:
 # What tokenizers and processors of all kinds are made of.
 _TOKENIZER_FILES = (
     "*token*.json",
-    "special_tokens_map.json",
     "vocab.*",
     "merges.txt",
     "*.model",
