@@ -62,7 +62,7 @@ def open_session(config: Config, workdir: Path | None = None) -> Iterator[Sessio
     Raises:
       UserError: a plugin cannot be imported, or batches cannot be split over the devices.
     """
-    if jax.config.jax_enable_x64:
+    if jax.config.read("jax_enable_x64"):
         raise UserError(
             "JAX_ENABLE_X64 is on, and precisions are keys of the config (policy.precision): "
             "unset it"

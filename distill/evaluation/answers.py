@@ -36,7 +36,8 @@ def spoken(response: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """What the box that closes last holds; None without one."""
-    content, opened = None, []
+    content: str | None = None
+    opened: list[int | None] = []
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}":

@@ -122,9 +122,11 @@ class Evaluator:
         rollout = self.respond(model.graph, params, self.greedy)
         texts = decode_responses(self.vocabulary.tokenizer, rollout)
         responses = Responses(rollout, texts, self.grade(texts))
+        forward_kl, reverse_kl = self._divergences(model, params, teacher, rollout)
         evaluation = Evaluation(
             **_accuracy(responses.correct),
-            **self._divergences(model, params, teacher, rollout),
+            forward_kl=forward_kl,
+            reverse_kl=reverse_kl,
             examples=len(texts),
             mean_length=float(np.mean(rollout.lengths_b)),
             truncated=1.0 - float(np.mean(rollout.stopped_b)),
@@ -164,7 +166,7 @@ class Evaluator:
 
     def _opens_thinking(self, prompt_tokens: np.ndarray) -> bool:
         end = self.vocabulary.tokenizer.decode(prompt_tokens[-8:].tolist())
-        return end.rstrip().endswith(OPEN)
+        return str(end).rstrip().endswith(OPEN)
 
     @functools.cached_property
     def num_graded(self) -> int:
@@ -179,15 +181,15 @@ class Evaluator:
 
     def _divergences(
         self, model: Model, params, teacher: Model | None, rollout: Rollout
-    ) -> dict[str, float | None]:
+    ) -> tuple[float | None, float | None]:
         if teacher is None:
-            return dict(forward_kl=None, reverse_kl=None)
+            return None, None
         teacher_params = params if teacher is model else teacher.fetch()
         models, sums = (model.graph, params, teacher.graph, teacher_params), np.zeros(2)
         for rows in rows_of(self.prompts, rollout, self.settings.batch_size):
             sums += self._divergence_sums(*models, jax.tree.map(self.put, rows))
         forward_kl, reverse_kl = (sums / rollout.lengths_b.sum()).tolist()
-        return dict(forward_kl=forward_kl, reverse_kl=reverse_kl)
+        return forward_kl, reverse_kl
 
     def _measure(self, responses: Responses) -> dict[str, float | None]:
         """What the user's own metrics say, in the first process."""

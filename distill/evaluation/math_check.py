@@ -9,7 +9,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from distill.evaluation.answers import last_boxed, marked, split_unit, unwrapped
 
@@ -24,7 +24,7 @@ _PERCENT = re.compile(r"\\?%")
 _BASE = re.compile(r"[0-9A-Fa-f]+_\{?(\d+)\}?")  # a number with the base in which it is written
 _SPACE = r"(?:,?\\[,;:! ]|\{,\}|[ \u00a0\u2009\u202f])"
 # How people write numbers, as math-verify takes them.
-_NUMBERS = [
+_NUMBERS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (
         re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)"),
         lambda match: re.sub(r"\D", "", match[0]),
@@ -94,8 +94,8 @@ def _is_equal(answer: str, said: str) -> bool:
     if _depth(said) > _DEEPEST:
         return False
     said = _plain(said)
-    bases = [_BASE.fullmatch(each) for each in (answer, said)]
-    if all(bases) and bases[0][1] != bases[1][1]:
+    bases = {found[1] for each in (answer, said) if (found := _BASE.fullmatch(each))}
+    if len(bases) > 1:
         return False
     if (answer[:2] == r"\{") != (said[:2] == r"\{") and {answer[:1], said[:1]} & set("(["):
         return False  # a set is no pair and no interval

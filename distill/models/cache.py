@@ -38,6 +38,7 @@ class Axes(NamedTuple):
     ring: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
 class LayerCache:
     """Base of the classes, which are dataclasses of arrays; an array may be None."""
 
@@ -117,7 +118,7 @@ class AttentionCache(LayerCache):
             return rows.reshape(-1, *rows.shape[2:])
 
         part = self.map(cut)
-        if part.k_scale_lpcks is None:
+        if part.k_scale_lpcks is None or part.v_scale_lpcks is None:
             return part.k_lpckhs, part.v_lpcksh
         k_bkhs = part.k_lpckhs * part.k_scale_lpcks[:, :, None, :]
         v_bksh = part.v_lpcksh * part.v_scale_lpcks[:, :, :, None]
@@ -194,10 +195,10 @@ def new_cache(
     """What layers keep of some tokens, from stacked tails by kind; b: parts and slots."""
 
     def make(kind: LayerKind, tail: Tail) -> LayerCache:
-        arrays = (x.reshape(len(x), parts, -1, *x.shape[2:]) for x in tail)
+        first, second = (x.reshape(len(x), parts, -1, *x.shape[2:]) for x in tail)
         if kind.recurrent:
-            return RecurrentCache(*arrays)
-        return AttentionCache.encode(*arrays, int8)
+            return RecurrentCache(first, second)
+        return AttentionCache.encode(first, second, int8)
 
     return {name: make(kind, tails[name]) for name, kind in config.kinds.items()}
 

@@ -280,10 +280,11 @@ def _merge(one: Attended, other: Attended, sinks_n: jax.Array | None) -> jax.Arr
     log_sum_bkg = jnp.logaddexp(one.log_sum_bkg, other.log_sum_bkg)
     if sinks_n is not None:
         log_sum_bkg = jnp.logaddexp(log_sum_bkg, _sinks_kg(one.values_bkgh, sinks_n))
-    return sum(
+    mine, others = (
         part.values_bkgh * jnp.exp(part.log_sum_bkg - log_sum_bkg)[..., None]
         for part in (one, other)
     )
+    return mine + others
 
 
 def _scores(q_bkgh: jax.Array, part: Part, spec: AttentionSpec) -> jax.Array:
@@ -360,6 +361,7 @@ def _in_window(prefix: Part, step: Step, spec: AttentionSpec) -> Part:
     """The prefix, of which what the window has left behind is not valid."""
     if spec.window is None:
         return prefix
+    assert prefix.position_bs is not None, "only a tail has no positions"
     first_b = step.lengths_b + step.number - spec.window + 1
     seen_bs = prefix.position_bs >= first_b[:, None]
     return prefix._replace(valid_bs=prefix.valid_bs & seen_bs)
