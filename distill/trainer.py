@@ -211,7 +211,9 @@ def _identify(
     session: Session, step: int, record: dict[str, Any], changes: Changes
 ) -> tuple[dict[str, Any], dict[str, Any], Changes]:
     """What the run is, what is known of it, and all that has changed since its checkpoint."""
-    identity: dict[str, Any] = dict(config=to_flat_dict(session.config), contents=find_contents(session))
+    identity: dict[str, Any] = dict(
+        config=to_flat_dict(session.config), contents=find_contents(session)
+    )
     if step:
         of_contents = find_changes(record.get("contents", {}), identity["contents"])
         check_changes(of_contents, session.config.checkpointing.allow_changes)

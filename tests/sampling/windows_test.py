@@ -105,7 +105,7 @@ def test_sliding_layers_keep_their_window_only():
 
 def test_kernel_that_was_asked_for_refuses_a_window():
     graphdef, weights = random_model(config_of(**SLIDING))
-    with pytest.raises(ValueError, match="cannot attend to a window of 9 tokens; use 'xla'"):
+    with pytest.raises(ValueError, match="cannot attend to a window of 9 tokens; choose 'xla'"):
         make_engine(graphdef, attention=Kernel(interpret=True)).generate(weights, make_request())
 
 
