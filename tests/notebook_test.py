@@ -15,7 +15,7 @@ nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "notebooks" / "quickstart.ipynb"
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-STEPS = 14
+STEPS = 2
 
 
 def read_notebook():
@@ -80,22 +80,29 @@ def test_first_cell_fetches_the_project(tmp_path):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """Outputs by cell, of a run with few steps; and the run's folder."""
+    """Outputs by cell, of a run with few steps and problems; and the run's folder."""
     folder = tmp_path_factory.mktemp("notebook")
-    settings = {
-        "DISTILL_NOTEBOOK_STEPS": str(STEPS),
-        "DISTILL_NOTEBOOK_WORKDIR": str(folder / "run"),
+    environment = {
         "IPYTHONDIR": str(folder / "ipython"),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, as users have it
     }
+    smaller = {
+        "max_steps = 350\n": f"max_steps = {STEPS}\n",
+        'Path("runs/notebook")': f'Path("{folder / "run"}")',
+        "print(": "config.data.validation.max_samples = 32\nprint(",
+    }
     notebook = read_notebook()
+    (cell,) = (cell for cell in notebook.cells if cell.id == "config")
+    for source, replacement in smaller.items():
+        assert source in cell.source
+        cell.source = cell.source.replace(source, replacement)
     client = nbclient.NotebookClient(
         notebook,
         timeout=240,
         kernel_name="python3",
         resources={"metadata": {"path": str(PATH.parent)}},
     )
-    client.execute(env=os.environ | settings)
+    client.execute(env=os.environ | environment)
     return {cell.id: cell.get("outputs", []) for cell in notebook.cells}, folder / "run"
 
 

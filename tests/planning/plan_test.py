@@ -270,7 +270,7 @@ def test_sizes_that_work_divide_both_models():
 
 @pytest.mark.slow
 def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
-    """The train step, from nothing, 2 and 64 layers; processor time, the better of 2."""
+    """The train step, from nothing, 2 and 64 layers; processor time."""
     mesh = make_mesh(2, 2, 2)
 
     def compile_seconds(num_layers: int) -> float:
@@ -283,11 +283,9 @@ def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
         compile_update(workload, arrays, mesh)
         return time.process_time() - start
 
-    seconds = {2: [], 64: []}
-    for _ in range(2):
-        for layers in seconds:
-            seconds[layers].append(compile_seconds(layers))
-    shallow, deep = min(seconds[2]), min(seconds[64])
+    deep, shallow = compile_seconds(64), compile_seconds(2)  # what is done once counts against it
+    if deep >= 1.3 * shallow:
+        deep, shallow = min(deep, compile_seconds(64)), min(shallow, compile_seconds(2))
     assert deep < 1.3 * shallow, (deep, shallow)
 
 

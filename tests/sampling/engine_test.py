@@ -235,7 +235,7 @@ def test_what_can_not_be_served_is_said_in_one_line():
 
 @pytest.mark.slow
 def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
-    """All programs of a request, from nothing, 2 and 28 layers; processor time, the better of 2."""
+    """All programs of a request, from nothing, 2 and 28 layers; processor time."""
 
     def compile_seconds(num_layers: int) -> float:
         engine = make_engine(num_layers, num_slots=16)
@@ -247,9 +247,7 @@ def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
         engine.generate(weights, request())
         return first - (time.process_time() - start)
 
-    seconds = {2: [], 28: []}
-    for _ in range(2):
-        for layers in seconds:
-            seconds[layers].append(compile_seconds(layers))
-    shallow, deep = min(seconds[2]), min(seconds[28])
+    deep, shallow = compile_seconds(28), compile_seconds(2)  # what is done once counts against it
+    if deep >= 1.3 * shallow:
+        deep, shallow = min(deep, compile_seconds(28)), min(shallow, compile_seconds(2))
     assert deep < 1.3 * shallow, (deep, shallow)
