@@ -34,6 +34,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "ffn": "tensor",
     "state_heads": "tensor",
     "state_channels": "tensor",
+    "expert": None,  # however they are kept, a layer's are gathered before they are used
+    "router": None,
+    "gate_up": None,
     # activations
     "batch": ("data", "fsdp"),
     "position": None,

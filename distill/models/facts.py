@@ -33,11 +33,17 @@ _ONLY: dict[str, Any] = {
     "use_sliding_window": False,
     "partial_rotary_factor": 1,
     "pretraining_tp": 1,
+    "clip_qkv": None,
+    "n_group": 1,
+    "topk_group": 1,
     "quantization_config": None,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "pruned_heads": {},
 }
+
+# Ends the names of layers without experts, where others have some.
+_DENSE = "_dense"
 
 # Fields that do not change what the weights compute: bookkeeping of transformers' PretrainedConfig
 # (versions 4 and 5), token ids, default sampling options, initialisation.
@@ -64,6 +70,7 @@ class Recurrent:
     Attributes:
       key_heads, value_heads, key_width, value_width: of its states.
       taps: of the convolution before.
+      joined: its projections are stored joined, key head by key head.
     """
 
     key_heads: int = 0
@@ -71,11 +78,41 @@ class Recurrent:
     key_width: int = 0
     value_width: int = 0
     taps: int = 0
+    joined: bool = False
 
     @property
     def channels(self) -> int:
         """Of the convolution: queries, keys and values."""
         return 2 * self.key_heads * self.key_width + self.value_heads * self.value_width
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Feed-forwards of which a router picks a few for every token.
+
+    Attributes:
+      number: how many there are.
+      per_token: how many of them a token passes.
+      width: of each, as `ffn_width`.
+      scores: of the experts: the 'softmax' or the 'sigmoid' of what the router gives.
+      normalized: the scores of a token's experts are divided by their sum,
+      scale: and multiplied by this.
+      correction: experts are picked by their scores plus a learned number for each.
+      bias: router and experts have biases.
+      shared_width: of a further one that every token passes; 0: there is none.
+      shared_gate: it is multiplied by a sigmoid of the token.
+    """
+
+    number: int = 0
+    per_token: int = 0
+    width: int = 0
+    scores: str = "softmax"
+    normalized: bool = False
+    scale: float = 1.0
+    correction: bool = False
+    bias: bool = False
+    shared_width: int = 0
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +124,7 @@ class LayerKind:
       rotary: of its queries and keys; None: they have no positions.
       num_kv_heads, head_width: of attention.
       recurrent: sizes, in place of all of those.
+      experts: in place of the feed-forward; see `moe`.
     """
 
     attention: AttentionSpec | None = None
@@ -94,6 +132,7 @@ class LayerKind:
     num_kv_heads: int = 0
     head_width: int = 0
     recurrent: Recurrent | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +156,9 @@ class ModelConfig:
       output_gate: what attention results in is multiplied by a sigmoid of its input's projection.
       recurrent: sizes of recurrent layers.
       activation: of the feed-forward's gate, as named in `mlp.ACTIVATIONS`.
+      swiglu_limit, swiglu_alpha: of gpt-oss' gate, in place of that; see `mlp.gate`.
+      experts: in place of the feed-forward, in layers for which `mixtures` is true.
+      mixtures: repeated over the depth.
       o_bias, mlp_bias: those projections have a bias.
       norms: each of attention and feed-forward has an RMSNorm 'before', 'after' or 'both'.
       norm_offset: RMSNorms multiply by their weight plus this.
@@ -150,6 +192,10 @@ class ModelConfig:
     output_gate: bool = False
     recurrent: Recurrent | None = None
     activation: str = "silu"
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
+    experts: Experts | None = None
+    mixtures: tuple[bool, ...] = (True,)
     o_bias: bool = False
     mlp_bias: bool = False
     norms: str = "before"
@@ -162,7 +208,11 @@ class ModelConfig:
     @property
     def layers(self) -> tuple[str, ...]:
         """The kind of every layer, by its name."""
-        return tuple(itertools.islice(itertools.cycle(self.pattern), self.num_layers))
+        names = itertools.cycle(self.pattern)
+        if self.experts and not all(self.mixtures):
+            mixtures = itertools.cycle(self.mixtures)
+            names = (x if mixture else x + _DENSE for x, mixture in zip(names, mixtures))  # noqa: B905
+        return tuple(itertools.islice(names, self.num_layers))
 
     @property
     def places(self) -> tuple[tuple[str, int], ...]:
@@ -175,21 +225,23 @@ class ModelConfig:
         """The kinds of its layers by name, in the order in which they first come."""
         return {name: self._kind(name) for name in dict.fromkeys(self.layers)}
 
-    def _kind(self, name: str) -> LayerKind:
+    def _kind(self, layer: str) -> LayerKind:
+        name = layer.removesuffix(_DENSE)
+        experts = self.experts if name == layer else None
         if name == "recurrent":
-            return LayerKind(recurrent=self.recurrent)
+            return LayerKind(recurrent=self.recurrent, experts=experts)
         attention = AttentionSpec(
             scale=self.head_width**-0.5 if self.attention_scale is None else self.attention_scale,
             window=self.window if name == "sliding" else None,
             soft_cap=self.attention_soft_cap,
             sinks=self.sinks,
         )
-        sizes = self.num_kv_heads, self.head_width
-        if name == "unrotated":
-            return LayerKind(attention, None, *sizes)
         rope = (self.sliding_rope if name == "sliding" else None) or self.rope
-        width = int(self.head_width * rope.fraction)
-        return LayerKind(attention, Rotary(width, rope, self.interleaved_rope), *sizes)
+        rotary = Rotary(int(self.head_width * rope.fraction), rope, self.interleaved_rope)
+        sizes = self.num_kv_heads, self.head_width
+        return LayerKind(
+            attention, None if name == "unrotated" else rotary, *sizes, experts=experts
+        )
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str) -> ModelConfig:
@@ -238,12 +290,10 @@ class ModelConfig:
                 fact, read = READERS[name]
                 facts[fact] = read(config, name, source)
         facts |= {name: make(facts) for name, make in row.facts.items() if callable(make)}
-        of_recurrent = {
-            fact: facts.pop(fact) for fact in list(facts) if fact.startswith("recurrent.")
-        }
-        if of_recurrent:
-            sizes = {fact.partition(".")[2]: value for fact, value in of_recurrent.items()}
-            facts["recurrent"] = Recurrent(**sizes)
+        for part, make in {"recurrent": Recurrent, "experts": Experts}.items():
+            own = [fact for fact in facts if fact.startswith(f"{part}.")]
+            if own:
+                facts[part] = make(**{fact.partition(".")[2]: facts.pop(fact) for fact in own})
         return _checked(cls(**facts), source)
 
 
@@ -253,6 +303,11 @@ def _checked(model: ModelConfig, source: str) -> ModelConfig:
         raise UserError(
             f"{source}: num_attention_heads={model.num_heads} is not a multiple of "
             f"num_key_value_heads={model.num_kv_heads}"
+        )
+    if (experts := model.experts) and not 0 < experts.per_token <= experts.number:
+        raise UserError(
+            f"{source}: {experts.per_token} experts of {experts.number} for each token: the fields "
+            "num_experts_per_tok and num_experts, or num_local_experts, say how many"
         )
     if "sliding" not in model.pattern:
         model = dataclasses.replace(model, window=None, sliding_rope=None)

@@ -26,7 +26,8 @@ class Family:
       ignored: fields of config.json that change nothing in this family.
       defaults: of fields that config.json may leave out, as transformers has them.
       layer_types: makes the default of that field from the others.
-      keys: Hugging Face keys of parameters, where they are not Llama's; see `checkpoints.keys`.
+      keys: Hugging Face keys of parameters, where they are not Llama's, with axes where these are
+        not; see `checkpoints.keys`.
       fused: parameters that lie in one tensor one behind the other, by its key.
     """
 
@@ -37,7 +38,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layer_types: Callable[[dict[str, Any], str], list[str]] | None = None
-    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str | tuple[str, str]] = dataclasses.field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -147,10 +148,54 @@ _GLM: dict[str, Any] = dict(
     fused=_GATE_UP,
 )
 
+# Of training with a loss of the router's own, which is not there.
+_ROUTER_LOSS = ("router_aux_loss_coef", "output_router_logits")
+_EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok")
+_OF_QWEN = ("moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+_SHARED = ("moe_intermediate_size", "shared_expert_intermediate_size")
+_AS_WIDE = {"experts.width": lambda facts: facts["ffn_width"]}
+_BLOCK_SPARSE = "model.layers.{layer}.block_sparse_moe."
+_MLP = "model.layers.{layer}.mlp."
+_DEEPSEEK: dict[str, Any] = dict(  # its router, and its names for what is in Qwen's, too
+    fields=("num_local_experts", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
+    + ("moe_intermediate_size", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace"),
+    required=("head_dim", "moe_intermediate_size"),
+    keys={
+        f"layers/shared_{name}_proj": f"{_MLP}shared_experts.{name}_proj.weight"
+        for name in ("gate", "up", "down")
+    },
+)
+_SIGMOID_ROUTER = {"experts.scores": "sigmoid", "experts.correction": True}
+
 FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, **_QWEN),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": "head"}, required=("head_dim",), **_QWEN),
     "qwen3_5_text": Family("Qwen3_5ForCausalLM", _HYBRID_FACTS, **_HYBRID),
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5MoeForCausalLM",
+        _HYBRID_FACTS | {"experts.normalized": True, "experts.shared_gate": True},
+        **_HYBRID
+        | {
+            "fields": (*_HYBRID["fields"], *_EXPERTS, "moe_intermediate_size")
+            + ("shared_expert_intermediate_size",),
+            "required": (*_HYBRID["required"], *_SHARED),
+            "ignored": (*_HYBRID["ignored"], *_ROUTER_LOSS),
+            # No layer is without experts.
+            "defaults": _HYBRID["defaults"] | {"intermediate_size": 1},
+        },
+    ),
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        _HYBRID_FACTS | {"recurrent.joined": True, "experts.shared_gate": True},
+        **_HYBRID
+        | {
+            "fields": (*_HYBRID["fields"], *_EXPERTS, *_OF_QWEN)
+            + ("shared_expert_intermediate_size",),
+            "required": (*_HYBRID["required"], *_SHARED),
+            "ignored": (*_HYBRID["ignored"], *_ROUTER_LOSS),
+            "defaults": _HYBRID["defaults"] | {"norm_topk_prob": True},
+        },
+    ),
     "llama": Family("LlamaForCausalLM", defaults={"rope_theta": 1e4}),
     # Loaded as ministral by transformers if it has layer_types.
     "mistral": Family("MistralForCausalLM", **_WINDOWED),
@@ -253,5 +298,101 @@ FAMILIES: dict[str, Family] = {
         "HeliumForCausalLM",
         {"interleaved_rope": True},
         defaults={"rope_theta": 1e5, "head_dim": 128},
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {"qkv_bias": True, "experts.shared_gate": True},
+        fields=("qkv_bias", *_EXPERTS, *_OF_QWEN, "shared_expert_intermediate_size"),
+        required=_SHARED,
+        ignored=("sliding_window", "max_window_layers", *_ROUTER_LOSS),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"qk_norm": "head"},
+        fields=(*_EXPERTS, *_OF_QWEN),
+        required=("head_dim", "moe_intermediate_size"),
+        ignored=("sliding_window", "max_window_layers", *_ROUTER_LOSS),
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {"experts.normalized": True} | _AS_WIDE,
+        fields=_EXPERTS,
+        ignored=(*_ROUTER_LOSS, "router_jitter_noise"),
+        keys={
+            "layers/router": _BLOCK_SPARSE + "gate.weight",
+            "layers/expert_gate_up_proj": _BLOCK_SPARSE + "experts.{expert}.{w1|w3}.weight",
+            "layers/expert_down_proj": _BLOCK_SPARSE + "experts.{expert}.w2.weight",
+        },
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {
+            "sinks": True,
+            "o_bias": lambda facts: facts["qkv_bias"],
+            "swiglu_limit": 7.0,
+            "swiglu_alpha": 1.702,
+            "experts.normalized": True,
+            "experts.bias": True,
+        }
+        | _AS_WIDE,
+        fields=(*_EXPERTS, "swiglu_limit", "swiglu_alpha", "attention_bias")
+        + ("layer_types", "sliding_window"),
+        required=("head_dim",),
+        ignored=(*_ROUTER_LOSS, "experts_per_token", "initial_context_length"),
+        defaults={"rope_theta": 1.5e5, "sliding_window": 128, "attention_bias": True},
+        layer_types=_full_every(2),
+        keys={
+            "layers/router": _MLP + "router.weight",
+            "layers/router_bias": _MLP + "router.bias",
+            "layers/expert_gate_up_proj": (_MLP + "experts.gate_up_proj", "ecdf -> e d fc"),
+            "layers/expert_gate_up_bias": (_MLP + "experts.gate_up_proj_bias", "ecf -> e fc"),
+            "layers/expert_down_proj": (_MLP + "experts.down_proj", "efd -> e f d"),
+            "layers/expert_down_bias": (_MLP + "experts.down_proj_bias", "ed -> e d"),
+        },
+    ),
+    "granitemoe": Family(
+        "GraniteMoeForCausalLM",
+        {"experts.normalized": True} | _AS_WIDE,
+        fields=(*_EXPERTS, "attention_multiplier", "embedding_multiplier", "residual_multiplier")
+        + ("logits_scaling",),
+        ignored=_ROUTER_LOSS,
+        defaults={"attention_multiplier": 1.0},
+        keys={
+            "layers/router": _BLOCK_SPARSE + "router.layer.weight",
+            "layers/expert_gate_up_proj": (_BLOCK_SPARSE + "input_linear.weight", "ecdf -> e cf d"),
+            "layers/expert_down_proj": (_BLOCK_SPARSE + "output_linear.weight", "efd -> e d f"),
+        },
+    ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        _SIGMOID_ROUTER | {"experts.normalized": True},
+        **_DEEPSEEK
+        | {
+            "fields": (*_DEEPSEEK["fields"], "use_qk_norm", "attention_bias")
+            + ("partial_rotary_factor",),
+            "ignored": (*_ROUTER_LOSS, "num_nextn_predict_layers"),
+            "defaults": {"partial_rotary_factor": 0.5, "first_k_dense_replace": 1},
+        },
+    ),
+    "dots1": Family(
+        "Dots1ForCausalLM",
+        _SIGMOID_ROUTER | {"qk_norm": "head"},
+        **_DEEPSEEK
+        | {
+            "fields": (*_DEEPSEEK["fields"], "layer_types", "sliding_window"),
+            "ignored": (*_ROUTER_LOSS, "max_window_layers"),
+            "defaults": {
+                "sliding_window": 4096,
+                "max_window_layers": 62,
+                "use_sliding_window": True,
+            },
+            "layer_types": _full_first,
+        },
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {"qk_norm": "all"} | _AS_WIDE,
+        fields=(*_EXPERTS, "norm_topk_prob"),
+        ignored=_ROUTER_LOSS,
     ),
 }

@@ -53,10 +53,22 @@ def _pattern(config: dict[str, Any], name: str, source: str) -> tuple[str, ...]:
     return shortest_period([known[each] for each in types])
 
 
-def shortest_period(kinds: list[str]) -> tuple[str, ...]:
+def shortest_period(kinds: list[Any]) -> tuple[Any, ...]:
     """What gives the list when it is repeated, the last time perhaps in part."""
     period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
     return tuple(kinds[:period])
+
+
+def _mixtures(config: dict[str, Any], name: str, source: str) -> tuple[bool, ...]:
+    """Which layers have experts: each `decoder_sparse_step`-th that is not in `mlp_only_layers`."""
+    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
+    if type(step) is not int or not isinstance(dense, list):
+        raise UserError(
+            f"{source}: decoder_sparse_step={brief(step)} must be a number of layers, and "
+            f"mlp_only_layers={brief(dense)} a list of numbers of layers"
+        )
+    layers = range(size(config, "num_hidden_layers", source))
+    return shortest_period([i not in dense and (i + 1) % step == 0 for i in layers])
 
 
 def _window(config: dict[str, Any], name: str, source: str) -> int | None:
@@ -95,6 +107,23 @@ def _power(exponent: float):
     return lambda config, name, source: positive(config, name, source) ** exponent
 
 
+def _first_dense(config: dict[str, Any], name: str, source: str) -> tuple[bool, ...]:
+    dense, num_layers = config[name], size(config, "num_hidden_layers", source)
+    if type(dense) is not int or not 0 <= dense < num_layers:
+        raise UserError(
+            f"{source}: {name}={brief(dense)} must be a number of layers below {num_layers}"
+        )
+    return shortest_period([layer >= dense for layer in range(num_layers)])
+
+
+def _shared_width(config: dict[str, Any], name: str, source: str) -> int:
+    return size(config, name, source) * size(config, "moe_intermediate_size", source)
+
+
+def _head_norm(config: dict[str, Any], name: str, source: str) -> str | None:
+    return "head" if flag(config, name, source) else None
+
+
 _activation = _one_of("silu", "gelu", "gelu_pytorch_tanh")
 
 # Fields of config.json that some families have: the fact that each is, and how it is read.
@@ -120,4 +149,20 @@ READERS: dict[str, tuple[str, Callable[[dict[str, Any], str, str], Any]]] = {
     "linear_key_head_dim": ("recurrent.key_width", size),
     "linear_value_head_dim": ("recurrent.value_width", size),
     "linear_conv_kernel_dim": ("recurrent.taps", size),
+    "qkv_bias": ("qkv_bias", flag),
+    "use_qk_norm": ("qk_norm", _head_norm),
+    "n_routed_experts": ("experts.number", size),
+    "n_shared_experts": ("experts.shared_width", _shared_width),
+    "routed_scaling_factor": ("experts.scale", positive),
+    "first_k_dense_replace": ("mixtures", _first_dense),
+    "num_experts": ("experts.number", size),
+    "num_local_experts": ("experts.number", size),
+    "num_experts_per_tok": ("experts.per_token", size),
+    "moe_intermediate_size": ("experts.width", size),
+    "norm_topk_prob": ("experts.normalized", flag),
+    "decoder_sparse_step": ("mixtures", _mixtures),
+    "mlp_only_layers": ("mixtures", _mixtures),
+    "shared_expert_intermediate_size": ("experts.shared_width", size),
+    "swiglu_limit": ("swiglu_limit", positive),
+    "swiglu_alpha": ("swiglu_alpha", positive),
 }

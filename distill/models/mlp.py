@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from distill.base.sharding import constrain
@@ -22,11 +23,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
     """All layers' parameters by name."""
     d, f = config.model_width, config.ffn_width
-    params = {
-        "gate_proj": make.normal(INIT_STD, embed=d, ffn=f),
-        "up_proj": make.normal(INIT_STD, embed=d, ffn=f),
-        "down_proj": make.residual(ffn=f, embed=d),
-    }
+    params = gated_parameters(config, make, "", f)
     if config.mlp_bias:
         params["gate_bias"] = make.filled(0.0, ("ffn",), f)
         params["up_bias"] = make.filled(0.0, ("ffn",), f)
@@ -34,14 +31,39 @@ def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
     return params
 
 
+def gated_parameters(
+    config: ModelConfig, make: ParamMaker, prefix: str, f: int
+) -> dict[str, nnx.Param]:
+    """The matrices of one of width f, whose names begin with `prefix`."""
+    d = config.model_width
+    return {
+        f"{prefix}gate_proj": make.normal(INIT_STD, embed=d, ffn=f),
+        f"{prefix}up_proj": make.normal(INIT_STD, embed=d, ffn=f),
+        f"{prefix}down_proj": make.residual(ffn=f, embed=d),
+    }
+
+
 def output(layer: Layer, x_btd: jax.Array) -> jax.Array:
     """What the feed-forward adds to the residual stream, before any norm or scale."""
-    gate_btf = _project(layer, "gate", x_btd)
-    up_btf = _project(layer, "up", x_btd)
-    gated_btf = ACTIVATIONS[layer.config.activation](gate_btf) * up_btf
-    return _project(layer, "down", constrain(gated_btf, "batch", "position", "act_ffn"))
+    return gated(layer, x_btd, "")
 
 
-def _project(layer: Layer, name: str, x: jax.Array) -> jax.Array:
-    projected = layer.project(f"{name}_proj", x)
-    return projected + layer.weight(f"{name}_bias") if layer.config.mlp_bias else projected
+def gated(layer: Layer, x_btd: jax.Array, prefix: str) -> jax.Array:
+    """Of the matrices whose names begin with `prefix`, and their biases where they have some."""
+
+    def project(name: str, x: jax.Array) -> jax.Array:
+        projected = layer.project(f"{prefix}{name}_proj", x)
+        bias = f"{prefix}{name}_bias"
+        return projected + layer.weight(bias) if layer.has(bias) else projected
+
+    gated_btf = gate(layer.config, project("gate", x_btd), project("up", x_btd))
+    return project("down", constrain(gated_btf, "batch", "position", "act_ffn"))
+
+
+def gate(config: ModelConfig, gate_f: jax.Array, up_f: jax.Array) -> jax.Array:
+    """What the last projection takes."""
+    if config.swiglu_limit is None:
+        return ACTIVATIONS[config.activation](gate_f) * up_f
+    gate_f = jnp.minimum(gate_f, config.swiglu_limit)
+    up_f = jnp.clip(up_f, -config.swiglu_limit, config.swiglu_limit)
+    return gate_f * jax.nn.sigmoid(config.swiglu_alpha * gate_f) * (up_f + 1)

@@ -25,6 +25,9 @@ class Layer(Protocol):
     def project(self, name: str, x: jax.Array) -> jax.Array:
         """x (b, t, inputs...) times a matrix (inputs..., outputs...)."""
 
+    def has(self, name: str) -> bool:
+        """Whether it has a weight of the name."""
+
     def weight(self, name: str) -> jax.Array:
         """Any weight, in the dtype of the computation."""
 

@@ -1,9 +1,11 @@
 """Shapes of published models, for plans on machines that have none of their files.
 
 Meant to be those of each config.json on the Hugging Face hub. The shapes of Qwen2.5, Qwen3 and
-Llama agree with torchtune's model builders (github.com/pytorch/torchtune); the others were not
-compared with a file, which is read instead where there is one. Heads may have more rows than the
-tokenizers have ids.
+Llama agree with torchtune's model builders (github.com/pytorch/torchtune), those of Qwen3's
+mixtures with slime's (github.com/THUDM/slime). Mixtral, OLMoE, gpt-oss-120b, Qwen3.5-35B-A3B and
+Qwen3-Next have the defaults of transformers' configurations. The others were not compared with
+anything but their numbers of weights. A file is read instead where there is one. Heads may have
+more rows than the tokenizers have ids.
 """
 
 from __future__ import annotations
@@ -82,24 +84,44 @@ def _qwen3(size: str, *, base: bool) -> Published:
     return _published(_QWEN3[size], facts, 151669)
 
 
+_HYBRID = {
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e7,
+    "max_position_embeddings": 262144,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+
 def _qwen3_5(size: str) -> Published:
     """The text decoder."""
     *shape, value_heads = _QWEN3_5[size]
     facts = {
         "model_type": "qwen3_5_text",
         "vocab_size": 248320,
-        "head_dim": 256,
         "tie_word_embeddings": size in ("0.8B", "4B"),
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e7,
-        "max_position_embeddings": 262144,
-        "linear_num_key_heads": 16,
         "linear_num_value_heads": value_heads,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
+        **_HYBRID,
     }
     return _published(tuple(shape), facts, 248077)
+
+
+def _hybrid_mixture(
+    model_type: str, vocab_size: int, value_heads: int, experts: int, picked: int, width: int
+) -> dict:
+    return {
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "linear_num_value_heads": value_heads,
+        "num_experts": experts,
+        "num_experts_per_tok": picked,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width,
+        **_HYBRID,
+    }
 
 
 def _llama3(size: str) -> Published:
@@ -116,6 +138,91 @@ def _llama3(size: str) -> Published:
         "max_position_embeddings": 131072,
     }
     return _published(_LLAMA3[size], facts, 128256)
+
+
+# Mixtures of experts: a shape, the ids in use, and the other fields.
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40960,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1.5e5,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 4,
+}
+_MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+_OLMOE = {
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 4096,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+_MIXTURES = {
+    "Qwen/Qwen3-30B-A3B": (
+        (48, 2048, 32, 4, 6144),
+        _QWEN3_MOE | {"moe_intermediate_size": 768},
+        151669,
+    ),
+    "Qwen/Qwen3-235B-A22B": (
+        (94, 4096, 64, 4, 12288),
+        _QWEN3_MOE | {"moe_intermediate_size": 1536},
+        151669,
+    ),
+    "Qwen/Qwen3.5-35B-A3B": (
+        (40, 2048, 16, 2, 512),
+        _hybrid_mixture("qwen3_5_moe_text", 248320, 32, 256, 8, 512),
+        248077,
+    ),
+    "Qwen/Qwen3.5-122B-A10B": (
+        (48, 3072, 32, 2, 1024),
+        _hybrid_mixture("qwen3_5_moe_text", 248320, 64, 256, 8, 1024),
+        248077,
+    ),
+    "Qwen/Qwen3.5-397B-A17B": (
+        (60, 4096, 32, 2, 1024),
+        _hybrid_mixture("qwen3_5_moe_text", 248320, 64, 512, 10, 1024),
+        248077,
+    ),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": (
+        (48, 2048, 16, 2, 5120),
+        _hybrid_mixture("qwen3_next", 151936, 32, 512, 10, 512),
+        151669,
+    ),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": ((32, 4096, 32, 8, 14336), _MIXTRAL, 32000),
+    "allenai/OLMoE-1B-7B-0924-Instruct": ((16, 2048, 16, 16, 1024), _OLMOE, 50280),
+    "openai/gpt-oss-20b": ((24, 2880, 64, 8, 2880), _GPT_OSS | {"num_local_experts": 32}, 200019),
+    "openai/gpt-oss-120b": ((36, 2880, 64, 8, 2880), _GPT_OSS | {"num_local_experts": 128}, 200019),
+}
 
 
 def _published(shape: tuple[int, ...], facts: dict, vocab_size: int) -> Published:
@@ -234,5 +341,5 @@ PUBLISHED = {
     **{f"Qwen/Qwen3.5-{size}": _qwen3_5(size) for size in _QWEN3_5},
     **{f"meta-llama/Llama-{size}": _llama3(size) for size in _LLAMA3},
     **{f"meta-llama/Llama-{size}-Instruct": _llama3(size) for size in _LLAMA3},
-    **{name: _published(*row) for name, row in _OTHERS.items()},
+    **{name: _published(*row) for name, row in (_OTHERS | _MIXTURES).items()},
 }

@@ -47,8 +47,8 @@ def abstract_quantized(config: ModelConfig, name: str, param: nnx.Variable) -> n
 def _channels(config: ModelConfig, name: str) -> tuple[int, ...]:
     """Axes of a stacked matrix that have a scale for each of their entries; () for the others."""
     weight = key_table(config)[name]
-    if not weight.stacked or len(weight.theirs) < 2:
-        return ()
+    if not weight.stacked or len(weight.theirs) < 2 or name.endswith("router"):
+        return ()  # what is picked must not depend on rounding
     # The last axis of theirs is what a product sums over.
     leading = len(weight.stacked)
     inner = (i for i, axis in enumerate(weight.ours, leading) if axis not in weight.theirs[-1])

@@ -5,6 +5,8 @@ What it remembers of a row is a state of one size, whatever the row's length, an
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,12 +28,21 @@ Remembered = tuple[jax.Array, jax.Array]
 def parameters(config: ModelConfig, sizes: Recurrent, make: ParamMaker) -> dict[str, nnx.Param]:
     """Parameters of the layers of a kind by name."""
     d, j, y, z = config.model_width, sizes.value_heads, sizes.value_width, sizes.channels
+    if sizes.joined:
+        key_heads = dict(embed=d, state_heads=sizes.key_heads)
+        params = {
+            "qkvz_proj": make.normal(INIT_STD, **key_heads, head_width=sum(_joined_widths(sizes))),
+            "ba_proj": make.normal(INIT_STD, **key_heads, head_width=2 * j // sizes.key_heads),
+        }
+    else:
+        params = {
+            "qkv_proj": make.normal(INIT_STD, embed=d, state_channels=z),
+            "z_proj": make.normal(INIT_STD, embed=d, state_heads=j, head_width=y),
+            "b_proj": make.normal(INIT_STD, embed=d, state_heads=j),
+            "a_proj": make.normal(INIT_STD, embed=d, state_heads=j),
+        }
     # Names that end in 'bias' and 'norm' are those that weight decay leaves alone.
-    return {
-        "qkv_proj": make.normal(INIT_STD, embed=d, state_channels=z),
-        "z_proj": make.normal(INIT_STD, embed=d, state_heads=j, head_width=y),
-        "b_proj": make.normal(INIT_STD, embed=d, state_heads=j),
-        "a_proj": make.normal(INIT_STD, embed=d, state_heads=j),
+    return params | {
         "taps": make.filled(1 / sizes.taps, (None, None, None), z, 1, sizes.taps),
         "step_bias": make.filled(1.0, (None,), j),
         "decay_bias": make.filled(0.0, (None,), j),
@@ -86,11 +97,29 @@ def _sizes(layer: Layer) -> Recurrent:
 def _inputs(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, ...]:
     """inputs_btz of the convolution, gate_btjy, and in float32 rate_btj and log_decay_btj."""
     inputs_btz, gate_btjy, b_btj, a_btj = (
-        layer.project(f"{name}_proj", x_btd) for name in ("qkv", "z", "b", "a")
+        _split_joined(layer, x_btd)
+        if _sizes(layer).joined
+        else (layer.project(f"{name}_proj", x_btd) for name in ("qkv", "z", "b", "a"))
     )
     speed_btj = jax.nn.softplus(a_btj.astype(jnp.float32) + layer.exact("step_bias"))
     log_decay_btj = -jnp.exp(layer.exact("decay_bias")) * speed_btj
     return inputs_btz, gate_btjy, jax.nn.sigmoid(b_btj.astype(jnp.float32)), log_decay_btj
+
+
+def _joined_widths(sizes: Recurrent) -> tuple[int, ...]:
+    """What the joined projection gives for a key head: its query, key, values and their gates."""
+    values = sizes.value_heads // sizes.key_heads * sizes.value_width
+    return sizes.key_width, sizes.key_width, values, values
+
+
+def _split_joined(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, ...]:
+    """inputs_btz, gate_btjy, b_btj and a_btj."""
+    sizes, rows = _sizes(layer), x_btd.shape[:2]
+    ends = list(itertools.accumulate(_joined_widths(sizes)))[:-1]
+    *parts, z_btio = jnp.split(layer.project("qkvz_proj", x_btd), ends, axis=-1)
+    inputs_btz = jnp.concatenate([part.reshape(*rows, -1) for part in parts], axis=-1)
+    b_btj, a_btj = (x.reshape(*rows, -1) for x in jnp.split(layer.project("ba_proj", x_btd), 2, -1))
+    return inputs_btz, z_btio.reshape(*rows, sizes.value_heads, -1), b_btj, a_btj
 
 
 def _taps_zw(layer: Layer) -> jax.Array:

@@ -3,6 +3,7 @@
 Shape suffixes, used in the whole project:
   b batch          t query position   s key position     d model width    n query heads
   k kv heads       h head width       f ffn width        v vocabulary     l layers
+  e experts        c picked experts of a token
 
 Layers may be of several kinds (`facts.LayerKind`), each with parameters of its own. The layers of a
 kind live in one `Block`, whose parameters have a leading 'layers' axis. A model of one kind has it
@@ -26,7 +27,7 @@ from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import RESIDUALS
 from distill.kernels.attention import attention as attention_kernel
 from distill.kernels.linear_divergence import Head
-from distill.models import attention, mlp, recurrent
+from distill.models import attention, mlp, moe, recurrent
 from distill.models.attention import Rotation, make_rotations
 from distill.models.facts import ModelConfig
 from distill.models.primitives import INIT_STD, ParamMaker, normal, project, rms_norm
@@ -64,7 +65,8 @@ class Block(nnx.Module):
             params = recurrent.parameters(config, self.kind.recurrent, make)
         else:
             params = attention.parameters(config, self.kind, make)
-        params |= mlp.parameters(config, make)
+        feed_forward = moe if self.kind.experts else mlp
+        params |= feed_forward.parameters(config, make)
         for name in _norm_names(config):
             params[name] = make.filled(1.0 - config.norm_offset, (None,), config.model_width)
         for name, param in params.items():
@@ -104,7 +106,8 @@ class Block(nnx.Module):
         """Adds what attention or recurrence gives, and then the feed-forward, to the stream."""
         x_btd = self._add(x_btd, mixed_btd, "attention_out_norm")
         y_btd = x_btd if self.config.norms == "after" else self.normalize("ffn_norm", x_btd)
-        return self._add(x_btd, mlp.output(self, y_btd), "ffn_out_norm")
+        feed_forward = moe if self.kind.experts else mlp
+        return self._add(x_btd, feed_forward.output(self, y_btd), "ffn_out_norm")
 
     def _add(self, x_btd: jax.Array, added_btd: jax.Array, norm: str) -> jax.Array:
         if self.config.norms != "before":
@@ -113,6 +116,9 @@ class Block(nnx.Module):
 
     def project(self, name: str, x: jax.Array) -> jax.Array:
         return project(x, self.weight(name))
+
+    def has(self, name: str) -> bool:
+        return hasattr(self, name)
 
     def weight(self, name: str) -> jax.Array:
         return dequantize(in_device_memory(getattr(self, name).get_value()), self.dtype)

@@ -25,7 +25,7 @@ class Counts:
       depth: layers.
       width: of the residual stream.
       weights: of all matrices, on all devices.
-      layer_weights: of those of the layers.
+      layer_weights: of those of the layers, all that a token is multiplied with.
       attention_width: numbers that attention results in per token, of all layers and devices.
       own: weights that a device keeps.
       used: weights that a device multiplies with: its own, and what it gathers over the width.
@@ -68,9 +68,10 @@ def count(config: ModelConfig, params: nnx.State) -> Counts:
         for x in (weights, *scales):
             sums["used_bytes"] += math.prod(_used(x, axes)) * x.dtype.itemsize
         if "layers" in axes:
-            sums["layer_weights"] += weights.size
             sums["used_of_layers"] += math.prod(used)
-            sums.update(_per_token(axes, weights.shape, used))
+            shape, used = (_of_picked(config, axes, sizes) for sizes in (weights.shape, used))
+            sums["layer_weights"] += math.prod(shape)
+            sums.update(_per_token(axes, shape, used))
         else:  # the head, which a tied model has in its embedding
             sums["used_of_head"] = math.prod(used)
     names = [field.name for field in dataclasses.fields(Counts)][2:]
@@ -86,6 +87,14 @@ def _used(x, axes: tuple[str | None, ...]) -> tuple[int, ...]:
     )
 
 
+def _of_picked(config: ModelConfig, axes: tuple[str | None, ...], shape) -> tuple[int, ...]:
+    """A shape, with no more experts than a token passes."""
+    picked = config.experts.per_token if config.experts else 0
+    return tuple(
+        picked if axis == "expert" else size for axis, size in zip(axes, shape, strict=True)
+    )
+
+
 def _per_token(axes: tuple[str | None, ...], shape, used) -> dict[str, float]:
     """Numbers per token of all layers that a stack of matrices has to do with."""
     layers = shape[axes.index("layers")]
@@ -96,7 +105,10 @@ def _per_token(axes: tuple[str | None, ...], shape, used) -> dict[str, float]:
     # Back to the residual stream: what it takes is no product's result, nor is the norm's before.
     everywhere, here = (layers * math.prod(sizes[i] for i in inner) for sizes in (shape, used))
     width = layers * shape[-1]
-    numbers = {"made": width, "kept": 2 * width + here, "summed": width * (1 - here / everywhere)}
+    if "expert" in axes:  # each of which has a copy of the token, and a result of its own
+        width *= shape[axes.index("expert")]
+    summed = layers * shape[-1] * (1 - here / everywhere)
+    numbers = {"made": width, "kept": 2 * width + here, "summed": summed}
     if "heads" in axes:
         numbers |= {"attention_width": everywhere, "attended": here}
     return numbers

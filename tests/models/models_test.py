@@ -41,7 +41,6 @@ SIZES = dict(
     pad_token_id=0,
 )
 # With 128 original positions all three bands of the scaling (kept, blended, slowed) are in use.
-# With 128 original positions all three bands of the scaling (kept, blended, slowed) are in use.
 LLAMA3_ROPE = dict(
     rope_type="llama3",
     rope_theta=10000.0,
@@ -82,6 +81,28 @@ HYBRID = dict(
     # Of text, all three positions of a token are the same: sections have no effect.
     rope_parameters=dict(PLAIN_ROPE, partial_rotary_factor=0.25, mrope_section=[1, 1, 0]),
 )
+MIXTURE = dict(num_experts_per_tok=3, moe_intermediate_size=12)
+SHARED = MIXTURE | dict(num_experts=8, shared_expert_intermediate_size=20)
+ROUTED = MIXTURE | dict(n_routed_experts=8, head_dim=16)
+SHALLOW = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+MIXTURES = {
+    "qwen2_moe": SHARED | dict(decoder_sparse_step=2),
+    "qwen3_moe": MIXTURE | dict(num_experts=8, head_dim=16, norm_topk_prob=True),
+    "qwen3_moe dense": MIXTURE | dict(num_experts=8, head_dim=16, mlp_only_layers=[1]),
+    "mixtral": dict(num_local_experts=4),
+    "olmoe": dict(num_experts=8, num_experts_per_tok=3),
+    "gpt_oss": dict(num_local_experts=8, num_experts_per_tok=3, head_dim=16)
+    | dict(
+        sliding_window=WINDOW, swiglu_limit=1.0, rope_parameters=dict(YARN_ROPE, truncate=False)
+    ),
+    "granitemoe": MULTIPLIERS | dict(attention_multiplier=0.4, num_local_experts=4),
+    "glm4_moe": ROUTED | dict(use_qk_norm=True, attention_bias=True, routed_scaling_factor=1.5),
+    "dots1": ROUTED
+    | dict(n_shared_experts=2, first_k_dense_replace=1)
+    | dict(sliding_window=WINDOW, max_window_layers=1),
+    "qwen3_5_moe_text": HYBRID | SHARED | SHALLOW,
+    "qwen3_next": HYBRID | SHARED | SHALLOW | dict(mlp_only_layers=[1]),
+}
 OTHERS = {
     "qwen2 windows": SLIDING | dict(use_sliding_window=True, max_window_layers=2),
     "qwen3 windows": dict(use_sliding_window=True, max_window_layers=1, head_dim=16) | SLIDING,
@@ -116,10 +137,12 @@ OTHERS = {
     "ernie4_5": dict(head_dim=16),
     "helium": dict(head_dim=8),
     "qwen3_5_text": HYBRID,
-}
+} | MIXTURES
 # One of each layout of layers is decoded.
 DECODED = ("mistral", "smollm3", "phi3", "olmo3", "exaone4", "granite", "glm4", "gemma3_text")
 DECODED += ("qwen3_5_text",)
+# Mixtures take torch long.
+DECODED_SHORTLY = ("qwen2_moe", "gpt_oss", "qwen3_next")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,7 +176,8 @@ def make_case(model_type, folder, **fields) -> Case:
     torch_config = AutoConfig.for_model(model_type, **(SIZES | fields))
     torch_model = AutoModelForCausalLM.from_config(torch_config, attn_implementation="eager").eval()
     with torch.no_grad():  # transformers starts biases at 0 and norms at 1, which would hide them
-        for parameter in torch_model.parameters():
+        corrections = [x for name, x in torch_model.named_buffers() if "correction" in name]
+        for parameter in (*torch_model.parameters(), *corrections):
             parameter.add_(0.2 * torch.randn_like(parameter))
     torch_model.save_pretrained(folder)
     config, hf_config = load_model_config(folder)
@@ -267,6 +291,49 @@ def test_greedy_tokens_equal_torch_generate(case):
 def test_long_greedy_responses_equal_torch_generate(name, other):
     """Of each layout of layers; past windows, and past what a call of the decode loop makes."""
     assert_greedy_tokens_equal_generate(other(name), 64)
+
+
+@pytest.mark.parametrize("name", DECODED_SHORTLY)
+def test_greedy_responses_of_mixtures_equal_torch_generate(name, other):
+    assert_greedy_tokens_equal_generate(other(name), 8)
+
+
+def test_gradients_of_experts_equal_those_of_torch(other):
+    """And of the routers, by the keys that an export gives them."""
+    import torch
+
+    from distill.models.checkpoints.export import _exported, _to_hf
+
+    case, tokens = other("qwen3_moe dense"), random_tokens(2, LENGTH)
+    (case.torch_model(torch.tensor(tokens)).logits ** 2).mean().backward()
+    expected = {name: x.grad.numpy() for name, x in case.torch_model.named_parameters()}
+    case.torch_model.zero_grad()
+    graph, params = nnx.split(case.model, nnx.Param)
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        return jnp.square(model.logits(model(tokens))).mean()
+
+    found = {
+        each.key: _to_hf(np.asarray(part.array[part.place]), part.weight)
+        for each in _exported(jax.jit(jax.grad(loss))(params), case.config, None)
+        for part in each.parts
+    }
+
+    def same(found, expected):
+        largest = np.abs(expected).max()
+        assert largest > 1e-3
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE * largest)
+
+    key = "model.layers.0.mlp."
+    same(found[key + "gate.weight"], expected[key + "gate.weight"])
+    experts = [f"{key}experts.{expert}." for expert in range(8)]
+    gates, ups, downs = (
+        np.stack([found[f"{expert}{name}_proj.weight"] for expert in experts])
+        for name in ("gate", "up", "down")
+    )
+    same(np.concatenate([gates, ups], axis=1), expected[key + "experts.gate_up_proj"])
+    same(downs, expected[key + "experts.down_proj"])
 
 
 def assert_export_loads_in_transformers(case, folder, **options):

@@ -39,6 +39,16 @@ from distill.planning.workload import Workload
         ("Qwen/Qwen3-0.6B", 596_049_920),
         ("meta-llama/Llama-3.1-8B", 8_030_261_248),
         ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
+        ("Qwen/Qwen3-235B-A22B", 235_093_634_560),
+        ("Qwen/Qwen3.5-35B-A3B", 34_660_610_688),
+        ("Qwen/Qwen3.5-122B-A10B", 122_111_526_912),
+        ("Qwen/Qwen3.5-397B-A17B", 396_346_350_336),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", 79_674_391_296),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", 46_702_792_704),
+        ("allenai/OLMoE-1B-7B-0924-Instruct", 6_919_161_856),
+        ("openai/gpt-oss-20b", 20_914_757_184),
+        ("openai/gpt-oss-120b", 116_829_156_672),
     ],
 )
 def test_published_shapes_have_the_published_number_of_weights(name, weights):
@@ -47,6 +57,18 @@ def test_published_shapes_have_the_published_number_of_weights(name, weights):
     model = abstract_model(config, name, make_abstract_mesh(1, 1, 1), **options)
     assert sum(x.size for x in jax.tree.leaves(model.params)) == weights
     assert count(config, model.params).weights == pytest.approx(weights, rel=1e-3)
+
+
+def test_a_token_passes_the_picked_experts_only():
+    config = PUBLISHED["Qwen/Qwen3-30B-A3B"].config
+    options = dict(dtype="float32", param_dtype="float32", remat="none", max_length=8)
+    mesh = make_abstract_mesh(1, 1, 2)
+    counts = count(config, abstract_model(config, "it", mesh, **options).params)
+    attention = 2048 * 128 * (32 + 4 + 4 + 32)
+    assert counts.layer_weights == 48 * (attention + 2048 * 128 + 8 * 3 * 2048 * 768)
+    made_by_experts = 8 * (2 * 768 // 2 + 2048)
+    made_by_attention = 128 * (32 + 4 + 4) // 2 + 2048
+    assert counts.made == 48 * (made_by_experts + made_by_attention + 128)
 
 
 def test_operations_are_twice_the_weights_per_token_and_pass():

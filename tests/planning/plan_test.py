@@ -23,9 +23,10 @@ from distill.build.session import Session, open_session
 from distill.build.teachers import abstract_teacher
 from distill.config.parse import parse_config
 from distill.models.checkpoints.source import load_model_config
+from distill.models.facts import Experts
 from distill.planning import changes, costs, programs, run
 from distill.planning.arrays import make_arrays
-from distill.planning.estimate import estimate
+from distill.planning.estimate import compile_plan, estimate
 from distill.planning.programs import compile_update
 from distill.sampling.slots import Slots
 
@@ -309,6 +310,21 @@ def test_flagship_on_a_slice_of_tpus(capsys):
     assert 0 < generation.sent < update.sent
     printed = capsys.readouterr().out
     assert "planned with 64" in printed and ": fits" in printed
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+@pytest.mark.parametrize("name", ["v5p:2x2x1", "v6e:2x2"])
+def test_mixture_of_experts_on_tpus(name):
+    """Teacher, train step, prefill and decode loop; nothing takes work for all experts."""
+    experts = Experts(64, 2, 128, normalized=True)
+    sizes = dict(model_width=256, num_heads=2, num_kv_heads=2, head_width=128, vocab_size=512)
+    model = model_config("qwen3", **sizes, experts=experts)
+    workload = workload_on_mesh(tiny_config(), model, 1, 2, 2)
+    made = compile_plan(workload, parse_topology(name))
+    assert not any(each.failure for each in made.compiled.values())
+    # One gradient of experts' weights, were rows masked for each of them: 64 * 288 * 256 * 4 bytes.
+    assert 0 < made.memory.update < 3 * made.memory.gradients + 64 * 288 * 256 * 4
 
 
 @needs_tpu_compiler

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from distill.models.facts import ModelConfig
+from distill.models.facts import Experts, ModelConfig, Recurrent
 from distill.models.families import FAMILIES
 
 
@@ -21,7 +21,7 @@ class Weight(NamedTuple):
     Attributes:
       path: our parameter, as in the nnx State.
       key: the Hugging Face key; '{layer}' and '{expert}' count through the leading axes of a
-        stacked parameter, in this order.
+        stacked parameter, in this order, and '{gate|up}' names the entries of such an axis.
       axes: 'ours -> theirs' for one of its tensors, a letter per axis (the shape suffixes of
         transformer.py); letters written together are merged into one axis there.
       layers: numbers of the layers that a stack of one kind's layers holds; (): of all.
@@ -38,7 +38,7 @@ class Weight(NamedTuple):
     @property
     def stacked(self) -> tuple[str, ...]:
         """What the parameter's leading axes count."""
-        return tuple(re.findall(r"{(\w+)}", self.key))
+        return tuple(re.findall(r"{([\w|]+)}", self.key))
 
     @property
     def ours(self) -> str:
@@ -52,9 +52,11 @@ class Weight(NamedTuple):
     def tensors(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
         """Index and key of every tensor that a parameter of this shape is made of."""
         for index in itertools.product(*map(range, shape[: len(self.stacked)])):
-            counted = dict(zip(self.stacked, index, strict=True))
-            if self.layers:
-                counted["layer"] = self.layers[counted["layer"]]
+            counted: dict[str, int | str] = {}
+            for name, i in zip(self.stacked, index, strict=True):
+                counted[name] = name.split("|")[i] if "|" in name else i
+                if name == "layer" and self.layers:
+                    counted[name] = self.layers[i]
             yield index, self.key.format(**counted)
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -64,19 +66,20 @@ class Weight(NamedTuple):
 
 
 _BLOCK = "model.layers.{layer}."
-_ROWS = (
+_EXPERT = _BLOCK + "mlp.experts.{expert}."
+_STATE = _BLOCK + "linear_attn."
+_MODEL = (
     Weight("embedding", "model.embed_tokens.weight", "vd -> v d"),
     Weight("layers/attention_norm", _BLOCK + "input_layernorm.weight", "d -> d"),
+    Weight("layers/ffn_norm", _BLOCK + "post_attention_layernorm.weight", "d -> d"),
+    Weight("final_norm", "model.norm.weight", "d -> d"),
+    Weight("output_head", "lm_head.weight", "dv -> v d"),
+)
+_ATTENTION = (
     Weight("layers/q_proj", _BLOCK + "self_attn.q_proj.weight", "dnh -> nh d"),
     Weight("layers/k_proj", _BLOCK + "self_attn.k_proj.weight", "dkh -> kh d"),
     Weight("layers/v_proj", _BLOCK + "self_attn.v_proj.weight", "dkh -> kh d"),
     Weight("layers/o_proj", _BLOCK + "self_attn.o_proj.weight", "nhd -> d nh"),
-    Weight("layers/ffn_norm", _BLOCK + "post_attention_layernorm.weight", "d -> d"),
-    Weight("layers/gate_proj", _BLOCK + "mlp.gate_proj.weight", "df -> f d"),
-    Weight("layers/up_proj", _BLOCK + "mlp.up_proj.weight", "df -> f d"),
-    Weight("layers/down_proj", _BLOCK + "mlp.down_proj.weight", "fd -> d f"),
-    Weight("final_norm", "model.norm.weight", "d -> d"),
-    Weight("output_head", "lm_head.weight", "dv -> v d"),
     Weight("layers/q_bias", _BLOCK + "self_attn.q_proj.bias", "nh -> nh"),
     Weight("layers/k_bias", _BLOCK + "self_attn.k_proj.bias", "kh -> kh"),
     Weight("layers/v_bias", _BLOCK + "self_attn.v_proj.bias", "kh -> kh"),
@@ -84,12 +87,8 @@ _ROWS = (
     Weight("layers/q_norm", _BLOCK + "self_attn.q_norm.weight", "h -> h"),
     Weight("layers/k_norm", _BLOCK + "self_attn.k_norm.weight", "h -> h"),
     Weight("layers/sinks", _BLOCK + "self_attn.sinks", "n -> n"),
-    Weight("layers/gate_bias", _BLOCK + "mlp.gate_proj.bias", "f -> f"),
-    Weight("layers/up_bias", _BLOCK + "mlp.up_proj.bias", "f -> f"),
-    Weight("layers/down_bias", _BLOCK + "mlp.down_proj.bias", "d -> d"),
 )
-_STATE = _BLOCK + "linear_attn."
-_RECURRENT = (
+_RECURRENCE = (
     Weight("layers/taps", _STATE + "conv1d.weight", "zow -> z o w"),
     Weight("layers/step_bias", _STATE + "dt_bias", "j -> j"),
     Weight("layers/decay_bias", _STATE + "A_log", "j -> j"),
@@ -99,13 +98,29 @@ _RECURRENT = (
     Weight("layers/z_proj", _STATE + "in_proj_z.weight", "djy -> jy d"),
     Weight("layers/b_proj", _STATE + "in_proj_b.weight", "dj -> j d"),
     Weight("layers/a_proj", _STATE + "in_proj_a.weight", "dj -> j d"),
+    Weight("layers/qkvz_proj", _STATE + "in_proj_qkvz.weight", "dio -> io d"),
+    Weight("layers/ba_proj", _STATE + "in_proj_ba.weight", "dio -> io d"),
 )
-# Of what is above, in layers with attention alone.
-_OF_ATTENTION = frozenset(
-    f"layers/{name}"
-    for name in (
-        "q_proj k_proj v_proj o_proj q_bias k_bias v_bias o_bias q_norm k_norm sinks"
-    ).split()
+_FEED_FORWARD = (
+    Weight("layers/gate_proj", _BLOCK + "mlp.gate_proj.weight", "df -> f d"),
+    Weight("layers/up_proj", _BLOCK + "mlp.up_proj.weight", "df -> f d"),
+    Weight("layers/down_proj", _BLOCK + "mlp.down_proj.weight", "fd -> d f"),
+    Weight("layers/gate_bias", _BLOCK + "mlp.gate_proj.bias", "f -> f"),
+    Weight("layers/up_bias", _BLOCK + "mlp.up_proj.bias", "f -> f"),
+    Weight("layers/down_bias", _BLOCK + "mlp.down_proj.bias", "d -> d"),
+)
+_EXPERTS = (
+    Weight("layers/router", _BLOCK + "mlp.gate.weight", "de -> e d"),
+    Weight("layers/router_bias", _BLOCK + "mlp.gate.bias", "e -> e"),
+    Weight("layers/router_correction", _BLOCK + "mlp.gate.e_score_correction_bias", "e -> e"),
+    Weight("layers/expert_gate_up_proj", _EXPERT + "{gate|up}_proj.weight", "df -> f d"),
+    Weight("layers/expert_down_proj", _EXPERT + "down_proj.weight", "fd -> d f"),
+    Weight("layers/expert_gate_up_bias", _EXPERT + "{gate|up}_proj.bias", "f -> f"),
+    Weight("layers/expert_down_bias", _EXPERT + "down_proj.bias", "d -> d"),
+    Weight("layers/shared_gate_proj", _BLOCK + "mlp.shared_expert.gate_proj.weight", "df -> f d"),
+    Weight("layers/shared_up_proj", _BLOCK + "mlp.shared_expert.up_proj.weight", "df -> f d"),
+    Weight("layers/shared_down_proj", _BLOCK + "mlp.shared_expert.down_proj.weight", "fd -> d f"),
+    Weight("layers/shared_gate", _BLOCK + "mlp.shared_expert_gate.weight", "de -> e d"),
 )
 # Where there is a norm behind attention, it has the key that the feed-forward's has elsewhere.
 _NORMS_AFTER = (
@@ -121,13 +136,15 @@ _NORMS_OVER_HEADS = (
 
 def key_table(config: ModelConfig) -> dict[str, Weight]:
     """The rows of this model's parameters, by path; ValueError if two have one key."""
-    rows = {weight.path: weight for weight in _ROWS}
+    all_rows = (*_MODEL, *_ATTENTION, *_RECURRENCE, *_FEED_FORWARD, *_EXPERTS)
+    rows = {weight.path: weight for weight in all_rows}
     if config.norms != "before":
         rows |= {weight.path: weight for weight in _NORMS_AFTER}
     if config.qk_norm == "all":
         rows |= {weight.path: weight for weight in _NORMS_OVER_HEADS}
-    for path, key in FAMILIES[config.family].keys.items():
-        rows[path] = rows[path]._replace(key=key)
+    for path, theirs in FAMILIES[config.family].keys.items():
+        key, axes = (theirs, rows[path].axes) if isinstance(theirs, str) else theirs
+        rows[path] = rows[path]._replace(key=key, axes=axes)
     for key, parts in FAMILIES[config.family].fused.items():
         rows |= {path: rows[path]._replace(key=key, parts=parts) for path in parts}
     for path in _absent(config):
@@ -138,25 +155,28 @@ def key_table(config: ModelConfig) -> dict[str, Weight]:
     for weight in rows.values():
         if sorted(paths[weight.key]) != sorted(weight.parts or (weight.path,)):
             raise ValueError(f"{config.family}: more than one parameter is mapped to {weight.key}")
-    return rows if len(config.kinds) == 1 else _by_kind(config, rows)
+    return _by_kind(config, rows)
 
 
 def _by_kind(config: ModelConfig, rows: dict[str, Weight]) -> dict[str, Weight]:
-    """The table of a model with layers of several kinds, each of which has its own stacks."""
+    """The table, of which each kind of layer has what it needs; of several, in its own stacks."""
     table = {path: row for path, row in rows.items() if "layer" not in row.stacked}
     in_layers = {path: row for path, row in rows.items() if "layer" in row.stacked}
     for name, kind in config.kinds.items():
         layers = tuple(i for i, other in enumerate(config.layers) if other == name)
-        own = in_layers
-        if kind.recurrent:
-            own = {path: row for path, row in own.items() if path not in _OF_ATTENTION}
-            own |= {row.path: row for row in _RECURRENT}
-        for path, row in own.items():
-            path, *parts = (
-                each.replace("layers/", f"layers/{name}/", 1) for each in (path, *row.parts)
-            )
-            table[path] = row._replace(path=path, layers=layers, parts=tuple(parts))
+        others = _FEED_FORWARD if kind.experts else _EXPERTS
+        others += _ATTENTION if kind.recurrent else _RECURRENCE
+        absent = {weight.path for weight in others}
+        own = [row for path, row in in_layers.items() if path not in absent]
+        if len(config.kinds) > 1:
+            own = [_moved(row, f"layers/{name}/", layers) for row in own]
+        table |= {row.path: row for row in own}
     return table
+
+
+def _moved(row: Weight, prefix: str, layers: tuple[int, ...]) -> Weight:
+    path, *parts = (each.replace("layers/", prefix, 1) for each in (row.path, *row.parts))
+    return row._replace(path=path, parts=tuple(parts), layers=layers)
 
 
 def mapped_params(config: ModelConfig, params: nnx.State) -> dict[str, tuple[Weight, Any]]:
@@ -187,6 +207,10 @@ def fused_rows(mapped: dict[str, tuple[Weight, Any]], path: str) -> tuple[int, i
 
 def _absent(config: ModelConfig) -> list[str]:
     """Paths of parameters that some models have and this one lacks."""
+    experts, recurrent = config.experts or Experts(), config.recurrent or Recurrent()
+    apart, joined = (
+        [f"layers/{name}_proj" for name in names] for names in (("qkv", *"zba"), ("qkvz", "ba"))
+    )
     optional = [
         (not config.tied, ["output_head"]),
         (config.norms != "after", ["layers/attention_norm", "layers/ffn_norm"]),
@@ -196,5 +220,12 @@ def _absent(config: ModelConfig) -> list[str]:
         (config.qk_norm is not None, ["layers/q_norm", "layers/k_norm"]),
         (config.sinks, ["layers/sinks"]),
         (config.mlp_bias, ["layers/gate_bias", "layers/up_bias", "layers/down_bias"]),
+        (not recurrent.joined, apart),
+        (recurrent.joined, joined),
+        (experts.bias, ["layers/router_bias"]),
+        (experts.bias, ["layers/expert_gate_up_bias", "layers/expert_down_bias"]),
+        (experts.correction, ["layers/router_correction"]),
+        (experts.shared_width, [f"layers/shared_{name}_proj" for name in ("gate", "up", "down")]),
+        (experts.shared_width and experts.shared_gate, ["layers/shared_gate"]),
     ]
     return [path for present, paths in optional if not present for path in paths]

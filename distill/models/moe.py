@@ -1,0 +1,164 @@
+"""The mixture of experts: of many small feed-forwards, a router picks a few for every token.
+
+A layer has this in place of `mlp` where its `LayerKind` has `experts`. Both modules have the same
+two functions: `parameters` and `output`.
+
+The router works in float32. No token is dropped, and none depends on others: a token's experts are
+picked from its own scores alone. Tokens are sorted by expert, and each expert multiplies its own
+(`kernels.grouped_dot`). On a mesh, devices sort the tokens of their own rows. A layer's experts are
+gathered, and stay cut along their width (`act_ffn`) only.
+
+Shape suffixes, beside those of transformer.py: e experts, c picked experts of a token, m tokens
+times picked experts; t counts the tokens of all rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from distill.base.sharding import num_shards, partition_spec
+from distill.kernels.attention import RESIDUALS
+from distill.kernels.grouped_dot import grouped_dot
+from distill.models import mlp
+from distill.models.facts import Experts, ModelConfig
+from distill.models.primitives import INIT_STD, Layer, ParamMaker
+
+# Weights that every device takes for its own tokens, and their logical axes then.
+_USED: dict[str, tuple[str | None, ...]] = {
+    "router": (None, None),
+    "router_bias": (None,),
+    "router_correction": (None,),
+    "expert_gate_up_proj": (None, None, None, "act_ffn"),
+    "expert_down_proj": (None, "act_ffn", None),
+    "expert_gate_up_bias": (None, None, "act_ffn"),
+    "expert_down_bias": (None, None),
+}
+
+
+def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
+    """All layers' parameters by name."""
+    experts = _experts(config)
+    d, e, f = config.model_width, experts.number, experts.width
+    params = {
+        "router": make.normal(INIT_STD, embed=d, router=e),
+        "expert_gate_up_proj": make.normal(INIT_STD, expert=e, gate_up=2, embed=d, ffn=f),
+        "expert_down_proj": make.residual(expert=e, ffn=f, embed=d),
+    }
+    if experts.bias:
+        params["router_bias"] = make.filled(0.0, ("router",), e)
+        gate_up = "expert", "gate_up", "ffn"
+        params["expert_gate_up_bias"] = make.filled(0.0, gate_up, e, 2, f)
+        params["expert_down_bias"] = make.filled(0.0, ("expert", None), e, d)
+    if experts.correction:
+        params["router_correction"] = make.filled(0.0, ("router",), e)
+    if width := experts.shared_width:
+        params |= mlp.gated_parameters(config, make, "shared_", width)
+        if experts.shared_gate:
+            params["shared_gate"] = make.normal(INIT_STD, embed=d, router=1)
+    return params
+
+
+def output(layer: Layer, x_btd: jax.Array) -> jax.Array:
+    """What the mixture adds to the residual stream, before any norm or scale."""
+    experts = _experts(layer.config)
+    weights = {name: layer.weight(name) for name in _USED if layer.has(name)}
+    y_btd = _routed(x_btd, weights, layer.config)
+    if experts.shared_width:
+        shared_btd = mlp.gated(layer, x_btd, "shared_")
+        if experts.shared_gate:
+            shared_btd = shared_btd * jax.nn.sigmoid(layer.project("shared_gate", x_btd))
+        y_btd = y_btd + shared_btd
+    return y_btd
+
+
+def _experts(config: ModelConfig) -> Experts:
+    assert config.experts is not None  # of a layer with a mixture
+    return config.experts
+
+
+def _routed(x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
+    """The picked experts' outputs, by the devices of the current mesh; each has its own rows."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return _mixed(x_btd, weights, config)
+    # What the mesh does not divide is whole on its devices.
+    rows = "batch" if len(x_btd) % num_shards("batch") == 0 else None
+    rows_spec = partition_spec((rows, "position", None))
+    specs = {name: partition_spec(_USED[name]) for name in weights}
+    # A leading axis of the parts of the experts' width: summed here, its gradient is not sent.
+    return jnp.sum(
+        jax.shard_map(
+            lambda x_btd, weights: _mixed(x_btd, weights, config)[None],
+            in_specs=(rows_spec, specs),
+            out_specs=partition_spec(("act_ffn", rows, "position", None)),
+            check_vma=False,
+        )(x_btd, weights),
+        axis=0,
+    )
+
+
+def _mixed(x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
+    """Of a device's rows and its part of the experts' width."""
+    x_td = x_btd.reshape(-1, x_btd.shape[-1])
+    scores_tc, picked_tc = pick(x_td, weights, _experts(config))
+    y_td = _sum_of_experts(x_td, scores_tc, picked_tc, weights, config)
+    return y_td.reshape(x_btd.shape)
+
+
+def pick(x_td: jax.Array, weights: dict[str, Any], experts: Experts) -> tuple[jax.Array, jax.Array]:
+    """Scores of the picked experts, float32, and their numbers, scores_tc and picked_tc."""
+    router_de = weights["router"].astype(jnp.float32)
+    x_td = x_td.astype(jnp.float32)
+    logits_te = jnp.matmul(x_td, router_de, precision=jax.lax.Precision.HIGHEST)
+    if "router_bias" in weights:
+        logits_te = logits_te + weights["router_bias"].astype(jnp.float32)
+    scores_te = SCORES[experts.scores](logits_te)
+    ranked_te = jax.lax.stop_gradient(scores_te)
+    if "router_correction" in weights:
+        ranked_te = ranked_te + weights["router_correction"].astype(jnp.float32)
+    _, picked_tc = jax.lax.top_k(ranked_te, experts.per_token)
+    scores_tc = jnp.take_along_axis(scores_te, picked_tc, axis=-1)
+    if experts.normalized:
+        scores_tc = scores_tc / jnp.sum(scores_tc, axis=-1, keepdims=True)
+    return scores_tc * experts.scale, picked_tc
+
+
+SCORES = {"softmax": functools.partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}
+
+
+def _sum_of_experts(x_td, scores_tc, picked_tc, weights, config: ModelConfig) -> jax.Array:
+    """Each token's experts, weighted by their scores; partial sums of a device's part of f."""
+    (num_tokens, width), number = x_td.shape, len(weights["expert_down_proj"])
+    expert_m = picked_tc.reshape(-1)
+    order_m = jnp.argsort(expert_m)
+    of_expert_me = expert_m[order_m][:, None] == jnp.arange(number)
+    sizes_e = jnp.sum(of_expert_me, axis=0, dtype=jnp.int32)
+
+    def project(which: int) -> jax.Array:
+        y_mf = grouped_dot(x_md, weights["expert_gate_up_proj"][:, which], sizes_e)
+        y_mf = checkpoint_name(y_mf, RESIDUALS)  # a product that a policy does not know as one
+        if "expert_gate_up_bias" in weights:
+            y_mf += of_expert_me.astype(y_mf.dtype) @ weights["expert_gate_up_bias"][:, which]
+        return y_mf
+
+    x_md = _permute(jnp.repeat(x_td, picked_tc.shape[1], axis=0), order_m)
+    gated_mf = mlp.gate(config, project(0), project(1))
+    y_md = grouped_dot(gated_mf, weights["expert_down_proj"], sizes_e)
+    y_md = _permute(y_md, jnp.argsort(order_m))
+    y_tcd = y_md.reshape(num_tokens, -1, width).astype(jnp.float32)
+    y_td = jnp.sum(y_tcd * scores_tc[:, :, None], axis=1)
+    if "expert_down_bias" in weights:
+        scores_te = jnp.sum(scores_tc[:, :, None] * jax.nn.one_hot(picked_tc, number), axis=1)
+        bias_ed = weights["expert_down_bias"].astype(jnp.float32) / num_shards("act_ffn")
+        y_td = y_td + scores_te @ bias_ed
+    return y_td.astype(x_td.dtype)
+
+
+def _permute(x_md: jax.Array, order_m: jax.Array) -> jax.Array:
+    # Without repetition, the gradient adds nothing up, in whatever order.
+    return x_md.at[order_m].get(unique_indices=True, mode="promise_in_bounds")

@@ -1,0 +1,115 @@
+"""The router of a mixture of experts, and experts on a mesh; models_test.py has torch's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_models import model_config, random_model
+
+from distill.base.errors import UserError
+from distill.models import moe
+from distill.models.facts import Experts, ModelConfig
+
+VOCAB, LENGTH, TOLERANCE = 32, 24, 1e-4
+FIELDS = dict(
+    model_type="qwen3_moe",
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=12,
+    norm_topk_prob=True,
+    mlp_only_layers=[1],
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(1, VOCAB, shape)
+
+
+def test_an_expert_without_tokens_has_no_effect_and_no_gradient():
+    config = model_config("llama", experts=Experts(8, 2, 12), num_layers=1)
+    graph, params = random_model(config, std=0.4)
+    flat = dict(nnx.to_flat_state(params))
+    # Scores are relative: a router of nothing but a tie between its first two is never another's.
+    router = np.zeros(flat["layers", "router"].get_value().shape, np.float32)
+    flat["layers", "router"] = flat["layers", "router"].replace(jnp.asarray(router))
+    params = nnx.from_flat_state(flat)
+    tokens = random_tokens(2, LENGTH)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            model = nnx.merge(graph, params)
+            return jnp.square(model.logits(model(tokens))).mean()
+
+        return jax.grad(loss)(params)
+
+    by_expert = np.abs(gradient(params)["layers"]["expert_down_proj"][...][0]).max(axis=(1, 2))
+    assert (by_expert[:2] > 0).all() and (by_expert[2:] == 0).all()
+
+
+def test_the_correction_picks_and_does_not_weigh():
+    experts = Experts(4, 2, 12, scores="sigmoid", correction=True, normalized=True, scale=3.0)
+    weights = {"router": jnp.eye(4), "router_correction": jnp.array([0.0, 0.0, 9.0, 0.0])}
+    scores_tc, picked_tc = moe.pick(jnp.array([[2.0, 1.0, -1.0, 0.0]]), weights, experts)
+    assert picked_tc.tolist() == [[2, 0]]
+    sigmoids = 1 / (1 + np.exp([1.0, -2.0]))
+    np.testing.assert_allclose(scores_tc[0], 3 * sigmoids / sigmoids.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 9}, "9 experts of 8 for each token: the fields num_experts_per_t"),
+        ({"num_experts": None}, "3 experts of 0 for each token"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be true or false"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers=1 a list of numbers of layers"),
+        ({"n_group": 4}, "n_group=4 is not supported, only 1"),
+    ],
+)
+def test_what_is_not_understood_is_refused(change, message):
+    assert ModelConfig.from_hf(FIELDS, "here").mixtures == (True, False)
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf(FIELDS | change, "here")
+
+
+def test_sharded_gradients_equal_those_of_one_device():
+    """Where experts have biases, and none is divided along its number."""
+    from distill.base.sharding import make_mesh, param_shardings
+
+    experts = Experts(8, 3, 12, bias=True, shared_width=8, shared_gate=True)
+    config = dataclasses.replace(model_config("llama", experts=experts), swiglu_limit=1.0)
+    graph, params = random_model(config, std=0.4)
+    tokens = random_tokens(4, LENGTH)
+
+    def loss(params, remat):
+        model = nnx.merge(graph, params)
+        model.remat = remat
+        return jnp.square(model.logits(model(tokens))).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected = gradient(params, "none")
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        found = gradient(jax.device_put(params, param_shardings(params, mesh)), "dots")
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=TOLERANCE * float(np.abs(y).max()))
