@@ -18,7 +18,7 @@ from distill.build.session import Session
 from distill.config.changes import is_same_run
 from distill.config.parse import to_flat_dict
 from distill.data.base import Example
-from distill.data.prompts import wrap_prompt
+from distill.data.chat import wrap_prompt
 from distill.evaluation.evaluator import decode_responses
 from distill.sampling.request import RolloutRequest
 

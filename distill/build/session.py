@@ -24,7 +24,7 @@ from distill.base.compilation import keep_compiled_programs
 from distill.base.errors import UserError
 from distill.base.sharding import batch_parts, check_host_memory
 from distill.base.status import busy
-from distill.build.data import build_dataset, build_validation
+from distill.build.data import build_dataset, build_validation, template_arguments
 from distill.build.devices import build_mesh, build_sampler_mesh, make_put
 from distill.build.models import (
     abstract_model,
@@ -126,7 +126,8 @@ class Session:
         # Before any complaint about tokenizers: a model that is not supported is refused as that.
         local = folders if self.config.teacher.backend == "local" else folders[:1]
         rows = [load_model_config(folder)[0].vocab_size for folder in local]
-        vocabulary = shared_vocabulary(*map(tokenizer_folder, folders))
+        template = self.config.data.chat_template
+        vocabulary = shared_vocabulary(*map(tokenizer_folder, folders), chat_template=template)
         for folder, number in zip(local, rows, strict=True):
             vocabulary = vocabulary.within(number, folder)
         return vocabulary
@@ -164,6 +165,8 @@ class Session:
             system_prompt=data.system_prompt,
             prompt_template=data.prompt_template,
             keep_truncated=data.keep_truncated,
+            template_arguments=template_arguments(data),
+            special_tokens=data.special_tokens,
         )
 
     # -------------------------------------------------------------------------------- models

@@ -2,43 +2,76 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import AutoTokenizer
 
+from distill.base.errors import UserError
+from distill.build.data import template_arguments
 from distill.build.session import Session
 from distill.checks.problem import Problem
-from distill.data.tokenizer import load_tokenizer
+from distill.data.chat import Refused, render_chat
+from distill.data.messages import Prompt
+from distill.data.tokenizer import closing_token, load_tokenizer
 
 SAMPLED_PROMPTS = 8
 
 
 def check_tokenizers(session: Session) -> str:
-    """Student and teacher cut the same prompts into the same tokens, template included."""
+    """Student and teacher cut the same rendered prompts into the same tokens."""
+    texts, rendered = _texts(session), _rendered_prompts(session)
+    found = _compare_with_transformers(session, rendered)
     if session.teacher_folder is None:
-        return "no teacher's tokenizer to compare with"
-    texts = _texts(session)
-    tokenizers = session.vocabulary.tokenizer, load_tokenizer(session.teacher_folder)
+        return f"no teacher's tokenizer to compare with{found}"
+    tokenizers = session.vocabulary.tokenizer, load_tokenizer(session.teacher_folder, "none")
     ours, theirs = (
-        tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers
+        tokenizer([*rendered, *texts], add_special_tokens=False)["input_ids"]
+        for tokenizer in tokenizers
     )
-    for text, mine, other in zip(texts, ours, theirs, strict=True):
+    for text, mine, other in zip([*rendered, *texts], ours, theirs, strict=True):
         if mine != other:
             raise Problem(
                 f"student and teacher make different tokens of {_short(text)}, "
                 f"{_difference(mine, other)}: their merges or normalisation differ; pick a pair "
                 "from one model family"
             )
+    found = f"{len(ours)} texts are the same tokens for both{found}"
     if not session.vocabulary.tokenizer.chat_template:
-        return f"{len(texts)} texts are the same tokens for both"
+        return found
+    return f"{found}{_compare_templates(session)}"
+
+
+def _compare_with_transformers(session: Session, rendered: list[str]) -> str:
+    """A warning where those who load the student otherwise would see other tokens."""
+    try:
+        usual = AutoTokenizer.from_pretrained(
+            str(session.student_folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception:  # what it can't load it doesn't cut otherwise either
+        return ""
+    ours, theirs = (
+        tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        for tokenizer in (session.vocabulary.tokenizer, usual)
+    )
+    if ours == theirs:
+        return ""
+    at = next(i for i, ids in enumerate(ours) if ids != theirs[i])
     return (
-        f"{len(texts)} texts are the same tokens for both{_compare_templates(session, tokenizers)}"
+        f"; warning: AutoTokenizer of transformers cuts {_short(rendered[at])} otherwise than "
+        "tokenizer.json, by which this run goes: load the student with PreTrainedTokenizerFast"
     )
 
 
-def _compare_templates(session: Session, tokenizers) -> str:
+def _compare_templates(session: Session) -> str:
     """A warning where the teacher knows prompts in another form: it may be wanted."""
-    ours, theirs = (_rendered(session, tokenizer) for tokenizer in tokenizers)
+    assert session.teacher_folder is not None
+    try:
+        teacher = load_tokenizer(session.teacher_folder)
+        ours, theirs = (_in_template(session, t) for t in (session.vocabulary.tokenizer, teacher))
+    except (Refused, UserError) as error:
+        return f"; warning: the teacher's chat template cannot be compared ({error})"
     if ours == theirs:
         return ", with the same chat template"
     return (
@@ -53,10 +86,10 @@ def check_template(session: Session) -> str:
     tokenizer, ends = session.vocabulary.tokenizer, session.vocabulary.end_ids
     for row, tokens in _first_prompts(session):
         prompt = session.dataset[int(row)].prompt
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         rendered = tokenizer.decode(tokens, skip_special_tokens=False)
         assert isinstance(rendered, str)  # a list is of several prompts
-        if _squeezed(text) not in _squeezed(rendered):
+        text = _said(prompt)[-1]
+        if _comparable(tokenizer, text) not in _comparable(tokenizer, rendered):
             raise Problem(
                 f"the prompt {_short(text)} becomes {_short(rendered)}: the chat template or the "
                 "tokenizer loses its text; check tokenizer_config.json, chat_template.jinja and "
@@ -82,28 +115,20 @@ def check_end(session: Session) -> str:
             "generation_config.json"
         )
     names = ", ".join(repr(tokenizer.decode([end])) for end in ends)
-    closing = _closing_token(tokenizer)
+    closing = closing_token(tokenizer)
     if closing is None:
         return f"responses end at {names}; the chat template puts no token behind them"
-    if closing not in ends:
-        raise Problem(
-            f"the chat template closes a response with {tokenizer.decode([closing])!r} (id "
-            f"{closing}), but responses end only at {names}: they would run to max_length; add "
-            f"{closing} to eos_token_id in generation_config.json"
-        )
-    return f"responses end at {names}, as the chat template closes them"
+    return f"responses end at {names}; those of the data with {tokenizer.decode([closing])!r}"
 
 
-def _closing_token(tokenizer) -> int | None:
-    """First special token that the template puts behind a response; None if there is none."""
-    if not tokenizer.chat_template:
-        return None
-    response = "R7esponse"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": response}]
-    _, _, tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(response)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return next((token for token in ids if token in special), None)
+def check_overlap(session: Session) -> str:
+    """How many held-out prompts are trained on."""
+    if session.validation is None:
+        return "nothing is evaluated"
+    trained, held_out = set(session.prompts.keys), session.evaluator.prompts.keys
+    shared = sum(key in trained for key in held_out)
+    found = f"{shared} of {len(held_out)} held-out prompts are trained on"
+    return f"warning: {found}: accuracy on them says little" if shared else found
 
 
 def _first_prompts(session: Session) -> list[tuple[int, np.ndarray]]:
@@ -112,21 +137,32 @@ def _first_prompts(session: Session) -> list[tuple[int, np.ndarray]]:
     return list(zip(prompts.rows, prompts.prompt_tokens, strict=True))[:SAMPLED_PROMPTS]
 
 
+def _said(prompt: Prompt) -> list[str]:
+    """The texts of a prompt, what is asked last."""
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+
+
 def _texts(session: Session) -> list[str]:
     """Prompts, and responses where the data has them: what both tokenizers must cut alike."""
     examples = [session.dataset[int(row)] for row, _ in _first_prompts(session)]
-    prompts = [e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"] for e in examples]
+    prompts = [_said(example.prompt)[-1] for example in examples]
     return [*prompts, *(example.response for example in examples if example.response)]
 
 
-def _rendered(session: Session, tokenizer) -> list[str]:
+def _rendered_prompts(session: Session) -> list[str]:
+    """The prompts as the student reads them."""
+    decode = session.vocabulary.tokenizer.decode
+    return [decode(tokens, skip_special_tokens=False) for _, tokens in _first_prompts(session)]
+
+
+def _in_template(session: Session, tokenizer) -> list[str]:
     """Prompts as the tokenizer's chat template renders them."""
     if not tokenizer.chat_template:
         return [""]
-    system_prompt = session.config.data.system_prompt
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    data = session.config.data
+    system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
     turns = [[*system, {"role": "user", "content": text}] for text in _texts(session)]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return [render_chat(tokenizer, each, template_arguments(data)) for each in turns]
 
 
 def _difference(ours: Sequence, theirs: Sequence) -> str:
@@ -137,8 +173,11 @@ def _difference(ours: Sequence, theirs: Sequence) -> str:
     return f"from position {at} on: {ours[window]!r} and {theirs[window]!r}"
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
+def _comparable(tokenizer, text: str) -> str:
+    """The text as the tokenizer normalises it, without white space however it is spelt."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalised = normalizer.normalize_str(text) if normalizer else text
+    return "".join(unicodedata.normalize("NFKC", normalised).replace("\u2581", " ").split())
 
 
 def _short(text: str, size: int = 60) -> str:

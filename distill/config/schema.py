@@ -259,9 +259,10 @@ class Validation:
 class Data:
     name: str = _from(
         "arithmetic",
-        "arithmetic, gsm8k, hf, jsonl, math_cl, parquet, tfds, or one that a plugin registers",
+        "arithmetic, csv, gsm8k, hf, json, jsonl, math_cl, parquet, tfds, or one that a plugin "
+        "registers",
     )
-    path: str = _from("", "local file or folder, or hub id for name=hf")
+    path: str = _from("", "local file, pattern or folder; for name=hf a hub id or ID@REVISION")
     split: str = _from("train", "split to train on")
     max_samples: int | None = _from(None, "first n examples only, for debugging", low=1)
     shuffle: bool = _fixed(False, "reshuffle every epoch; False keeps the curriculum's order")
@@ -272,14 +273,25 @@ class Data:
         0.01, "share of rows that are skipped if unusable; more are an error", low=0, high=1
     )
     subset: str = _from("", "configuration of a hub dataset, for hf")
-    prompt_column: str = _from("prompt", "for hf, jsonl, parquet and tfds")
-    response_column: str = _from("response", "for hf, jsonl, parquet and tfds")
-    answer_column: str = _from("answer", "for hf, jsonl, parquet and tfds")
+    prompt_column: str = _from("prompt", "for files, hf and tfds; NAME.FIELD is inside a column")
+    response_column: str = _from(
+        "response", "for files, hf and tfds; NAME.FIELD is inside a column"
+    )
+    answer_column: str = _from("answer", "for files, hf and tfds; NAME.FIELD is inside a column")
     keep_truncated: bool = _key(
         True, "train on responses marked as cut off, without an end token; False: leave them out"
     )
     system_prompt: str = _from("", "system message of the chat template; '' is none")
     prompt_template: str = _from("", "text with {problem}; '' is the dataset's own")
+    chat_template: str = _from(
+        "", "'' is the student's, none for plain text, or the name of one of its several"
+    )
+    template_arguments: tuple[str, ...] = _from(
+        (), "NAME=VALUE, variables of the chat template such as enable_thinking=False"
+    )
+    special_tokens: str = _from(
+        "text", "what special tokens are that the data spells", choices=("text", "control")
+    )
     validation: Validation = _section(Validation)
 
 

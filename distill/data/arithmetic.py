@@ -10,8 +10,6 @@ better, not make them.
               15-9=6
               6*6=36
     answer    36
-
-The tokenizer of the built-in models has no use for the line ends and drops them: 7+8=1515-9=6...
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ from distill.base.registry import Registry
 
 _BUILT_IN_MODULES = {
     "arithmetic": "distill.data.arithmetic",
+    "csv": "distill.data.files",
     "gsm8k": "distill.data.gsm8k",
     "hf": "distill.data.hf",
+    "json": "distill.data.files",
     "jsonl": "distill.data.files",
     "math_cl": "distill.data.math_cl",
     "parquet": "distill.data.files",
@@ -37,7 +39,7 @@ class Example:
         truncated: whether the response was cut off, so that no end belongs behind it.
     """
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     response: str | None
     answer: str | tuple[str, ...] | None
     id: str

@@ -1,8 +1,18 @@
-"""JSON-lines and Parquet files; the same reader serves local copies of the other sources."""
+"""Files of rows; the same reader serves local copies of the other sources."""
 
+from __future__ import annotations
+
+import codecs
+import csv
 import functools
+import glob
+import io
 import json
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from distill.base.errors import UserError
 from distill.data.base import Example, register_dataset
@@ -13,14 +23,22 @@ from distill.data.table import (
     Tables,
     choose_split,
     chosen_columns,
-    examples_from_columns,
+    examples_from_arrow,
     make_example,
 )
 
-SUFFIXES = (".jsonl", ".parquet")
-_SPLIT_NAMES = ("train", "validation", "test", "math500")
+_COMPRESSED = (".gz", ".zst")
+# Splits by the words in names of files and folders that stand for them.
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    "math500": "math500",
+}
 
 
+@register_dataset("csv")
+@register_dataset("json")
 @register_dataset("jsonl")
 @register_dataset("parquet")
 def make(
@@ -35,13 +53,16 @@ def make(
     holdout_fraction: float = 0.02,
     max_bad_rows: float = 0.01,
 ) -> InMemoryDataset:
-    """Reads a file, or a folder with files such as train.jsonl or train-00000-of-00002.parquet.
+    """Reads a file, those that a pattern such as data/*.jsonl.gz names, or a folder.
 
     A prompt is a text or a list of chat messages. See `choose_split` for the splits and bad rows,
     and `chosen_columns` for the columns.
     """
     if not path:
-        raise UserError("data.path is not set: pass the file or folder to read, data.path=LOCAL")
+        raise UserError(
+            "no path is set: pass the file or folder to read, data.path=LOCAL (for held-out data, "
+            "data.validation.path=LOCAL)"
+        )
     tables = file_tables(path, chosen_columns(prompt_column, response_column, answer_column))
     examples, bad_rows = choose_split(
         tables,
@@ -60,79 +81,159 @@ def file_tables(path: str, columns: Columns) -> Tables:
     A folder none of whose files is named after a split is one 'train' too.
 
     Raises:
-        UserError: nothing is there, or no file ends in .jsonl or .parquet.
+        UserError: nothing is there, or no file of a kind that is read.
     """
     root = Path(path).expanduser()
-    if not root.exists():
-        raise UserError(f"data.path={path} does not exist; pass data.path=LOCAL, {_ALLOWED}")
-    # A copy of a hub repository often keeps its tables in data/.
-    files = [root] if root.is_file() else _tables_in(root) or _tables_in(root / "data")
-    if not files or files[0].suffix not in SUFFIXES:
+    files, by_name = _files_at(root), not root.is_file()
+    if not files:
+        if not root.exists():
+            raise UserError(f"data.path={path} does not exist; pass data.path=LOCAL, {_ALLOWED}")
         raise UserError(f"data.path={path} has nothing to read; it must be {_ALLOWED}")
-    by_split = {"train": files}
-    if root.is_dir():
-        named = {name: [f for f in files if _split_of(f) == name] for name in _SPLIT_NAMES}
-        by_split = {name: found for name, found in named.items() if found} or by_split
+    base = root if root.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+    splits = {file: _split_of(file.relative_to(base)) for file in files if by_name}
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        # Files of no split are trained on where no others are.
+        split = splits.get(file) or ("train" if "train" not in splits.values() else None)
+        if split:
+            by_split.setdefault(split, []).append(file)
     return {
-        name: functools.partial(_read_files, found, columns) for name, found in by_split.items()
+        name: functools.partial(_read_files, found, base, columns)
+        for name, found in by_split.items()
     }
 
 
-_ALLOWED = f"a file ({' or '.join(SUFFIXES)}) or a folder of such files"
+def _files_at(root: Path) -> list[Path]:
+    if glob.has_magic(str(root)) and not root.exists():
+        found = [Path(file) for file in glob.glob(str(root), recursive=True)]
+    elif root.is_dir():
+        # A copy of a hub repository often keeps its tables in data/.
+        return (
+            _readable(root.glob("*"))
+            or _readable((root / "data").glob("*"))
+            or _readable(
+                file for file in root.rglob("*") if not any(part[0] == "." for part in file.parts)
+            )
+        )
+    else:
+        found = [root]
+    return _readable(found)
 
 
-def _tables_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.*") if file.suffix in SUFFIXES)
+def _readable(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if file.is_file() and _kind(file) in _READERS)
+
+
+def _kind(file: Path) -> str:
+    """The suffix that says how a file's text is to be read."""
+    return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
 
 
 def _split_of(file: Path) -> str | None:
-    names = (name for name in _SPLIT_NAMES if file.name.startswith((f"{name}.", f"{name}-")))
-    return next(names, None)
+    """The split that the last word of the path that names one stands for."""
+    words = re.split(r"[^a-z0-9]+", str(file).lower())
+    return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
 
 
-def _read_files(files: list[Path], columns: Columns) -> list[Example | BadRow]:
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    return [row for file in files for row in readers[file.suffix](file, columns)]
+def _read_files(files: list[Path], base: Path, columns: Columns) -> list[Example | BadRow]:
+    ids = {file: str(file.relative_to(base)) for file in files}
+    return [row for file in files for row in _read_file(file, ids[file], columns)]
 
 
-def _read_jsonl(file: Path, columns: Columns) -> list[Example | BadRow]:
-    with file.open("rb") as lines:  # decoded one by one, so that a bad line spoils no other
-        return [
-            _read_line(line, columns, f"{file}:{number}", id=f"{file.name}/{number}")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
+def _read_file(file: Path, id: str, columns: Columns) -> list[Example | BadRow]:
+    import pyarrow
+
+    try:
+        with pyarrow.input_stream(str(file), compression="detect") as stream:
+            return _READERS[_kind(file)](io.BufferedReader(stream), str(file), id, columns)
+    except (pyarrow.ArrowException, OSError, csv.Error) as error:
+        reason = str(error).splitlines()[0]
+        kind = "Parquet" if _kind(file) == ".parquet" else "readable"
+        raise UserError(
+            f"{file} is not a whole {kind} file ({reason}): copy or download it again"
+        ) from None
+
+
+def _read_lines(stream: BinaryIO, where: str, id: str, columns: Columns) -> list[Example | BadRow]:
+    return [  # decoded one by one, so that a bad line spoils no other
+        _read_line(line, columns, f"{where}:{number}", id=f"{id}/{number}")
+        for number, line in enumerate(stream, start=1)
+        if line.strip()
+    ]
 
 
 def _read_line(line: bytes, columns: Columns, where: str, id: str) -> Example | BadRow:
+    row = _parse(line, where)
+    return row if isinstance(row, BadRow) else _read_row(row, columns, where, id)
+
+
+def _parse(text: bytes, where: str) -> Any:
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a mark
+        return json.loads(text.decode("utf-8-sig"))  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         return BadRow(where, "not UTF-8 text", error.reason)
     # Besides wrong syntax: numbers of more digits than Python reads, and nesting beyond its stack.
     except (ValueError, RecursionError) as error:
         return BadRow(where, "not valid JSON", getattr(error, "msg", str(error)))
+
+
+def _read_row(row: Any, columns: Columns, where: str, id: str) -> Example | BadRow:
     if not isinstance(row, dict):
         return BadRow(where, "not a JSON object", type(row).__name__)
     return make_example(row, columns, where, id)
 
 
-def _read_parquet(file: Path, columns: Columns) -> list[Example | BadRow]:
-    import pyarrow
+def _read_json(stream: BinaryIO, where: str, id: str, columns: Columns) -> list[Example | BadRow]:
+    """One list of rows; or lines, which some name .json too."""
+    text = stream.read()
+    if not text.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return _read_lines(io.BytesIO(text), where, id, columns)
+    rows = _parse(text, where)
+    if isinstance(rows, BadRow):
+        return [rows]
+    return [
+        _read_row(row, columns, f"{where} row {i}", id=f"{id}/{i}") for i, row in enumerate(rows)
+    ]
+
+
+def _read_csv(stream: BinaryIO, where: str, id: str, columns: Columns) -> list[Example | BadRow]:
+    """Values as they are written, an empty one is missing."""
+    csv.field_size_limit(2**31 - 1)
+    # Bytes that are no text become what no text holds, and spoil their own row only.
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.DictReader(text)
+    columns.present(rows.fieldnames or [], where)
+    return [
+        make_example(
+            {name: value or None for name, value in row.items() if name},
+            columns,
+            f"{where}:{rows.line_num}",
+            f"{id}/{number}",
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _read_parquet(
+    stream: BinaryIO, where: str, id: str, columns: Columns
+) -> list[Example | BadRow]:
     import pyarrow.parquet
 
-    try:
-        names = columns.present(pyarrow.parquet.read_schema(file).names, str(file))
-        table = pyarrow.parquet.read_table(file, columns=names)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{file} is not a whole Parquet file ({reason}): copy or download it again"
-        ) from None
-    # As bytes, which are decoded one by one like the lines of a text file.
-    as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-    values = {
-        name: column.cast(as_bytes.get(column.type, column.type)).to_pylist()
-        for name, column in zip(table.column_names, table.columns, strict=True)
-    }
-    return examples_from_columns(values, columns, str(file), file.name)
+    file = pyarrow.parquet.ParquetFile(where)
+    available = file.schema_arrow.names
+    names = columns.present(available, where)
+    if twice := [name for name in names if available.count(name) > 1]:
+        raise UserError(f"{where} has several columns {twice[0]}: rename all but one")
+    return examples_from_arrow(file.read(columns=names), columns, where, id)
+
+
+_READERS = {
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+_ALLOWED = (
+    f"a file ({', '.join(_READERS)}, all but the last also {' or '.join(_COMPRESSED)}), "
+    "a pattern that names such files, or a folder of them"
+)

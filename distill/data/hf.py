@@ -14,11 +14,14 @@ from distill.data.table import (
     Tables,
     choose_split,
     chosen_columns,
-    examples_from_columns,
+    examples_from_arrow,
 )
 
 if TYPE_CHECKING:
     import datasets
+
+# Names that `datasets.load_dataset` takes for formats.
+_FILE_READERS = {"arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml"}
 
 
 @register_dataset("hf")
@@ -35,12 +38,13 @@ def make(
     holdout_fraction: float = 0.02,
     max_bad_rows: float = 0.01,
 ) -> InMemoryDataset:
-    """Reads a hub dataset (`path` is its id, `subset` its configuration) or a saved folder.
+    """Reads a dataset of the hub or a saved folder.
 
+    `path` is the folder, an ID of the hub or ID@REVISION; `subset` the hub's configuration.
     See `choose_split` for the splits and bad rows, `chosen_columns` for the columns.
     """
     if not path:
-        raise UserError("data.path is not set: pass a hub id or data.path=LOCAL, a saved folder")
+        raise UserError("no path is set: pass a hub id or data.path=LOCAL, a saved folder")
     columns = chosen_columns(prompt_column, response_column, answer_column)
     if Path(path).expanduser().is_dir():
         tables = _saved_tables(path, columns)
@@ -73,11 +77,18 @@ def hub_tables(
     """
     import datasets
 
-    reachable = _hub_answers(hub_id)
+    if hub_id in _FILE_READERS:
+        raise UserError(
+            f"data.path={hub_id} names a reader of files and no dataset: for files set data.name "
+            "to csv, json or parquet and data.path=LOCAL; for the hub, an id such as openai/gsm8k"
+        )
+    name, _, revision = hub_id.partition("@")
+    reachable = _hub_answers(name)
     try:
         with contextlib.nullcontext() if reachable else _offline():
-            splits = datasets.load_dataset(hub_id, subset or None)
-    except (OSError, ValueError) as error:  # what `datasets` raises, from no network to no subset
+            splits = datasets.load_dataset(name, subset or None, revision=revision or None)
+    # From no network to no subset; readers and the hub's client raise classes of their own.
+    except Exception as error:
         reason = str(error).split("\n")[0] if reachable else "no network, no cached copy"
         raise UserError(
             f"hub dataset {hub_id!r} cannot be loaded ({reason}); check the id and the network, or "
@@ -112,13 +123,9 @@ def _read(
     table: "datasets.Dataset", columns: Columns, where: str, split: str
 ) -> list[Example | BadRow]:
     names = columns.present(table.column_names, where)
-    try:
-        values = table.select_columns(names)[:]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} holds text that is not UTF-8 ({error.reason}): convert it, or drop the row"
-        ) from None
-    return examples_from_columns(values, columns, where, split)
+    rows = table.select_columns(names).with_format("arrow")[:]
+    rows = rows.replace_schema_metadata(table.select_columns(names).features.arrow_schema.metadata)
+    return examples_from_arrow(rows, columns, where, split)
 
 
 def _hub_answers(hub_id: str) -> bool:

@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from distill.base.errors import UserError, printable
 from distill.data.base import DatasetInterface, Dropped, Example, count_drops, examples_of
+from distill.data.chat import Chat, Refused
+from distill.data.messages import prompt_key
 from distill.data.sequences import Sequences
+from distill.data.tokenizer import response_end
 
 _WIDTH_MULTIPLE = 8
 
@@ -29,6 +31,8 @@ class Prompts:
         dropped: rows left out, by reason, bad rows of the source among them; reasons that never
             applied are absent.
         pad_id: fills up to the widths.
+        noted: kept rows of which something is worth saying.
+        keys: for each kept row, the same as for other rows of the same prompt.
     """
 
     rows: np.ndarray
@@ -36,6 +40,8 @@ class Prompts:
     response_tokens: list[np.ndarray] | None
     dropped: dict[str, Dropped]
     pad_id: int
+    noted: dict[str, Dropped] = dataclasses.field(default_factory=dict)
+    keys: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,9 +79,10 @@ class Prompts:
         distinct = len({tokens.tobytes() for tokens in self.prompt_tokens})
         # Repeats are what curricula are made of, and what a broken export looks like.
         repeats = f" ({distinct} distinct)" if distinct < len(self) else ""
+        noted = f"; {_describe(self.noted)}" if self.noted else ""
         return printable(
             f"{len(self)} prompts{repeats} of {min(lengths)} to {max(lengths)} tokens; "
-            f"dropped: {_describe(self.dropped) or 'none'}"
+            f"dropped: {_describe(self.dropped) or 'none'}{noted}"
         )
 
 
@@ -89,6 +96,8 @@ def tokenize_prompts(
     system_prompt: str = "",
     prompt_template: str = "",
     keep_truncated: bool = True,
+    template_arguments: Mapping[str, Any] | None = None,
+    special_tokens: str = "text",
 ) -> Prompts:
     """Tokenises a dataset; rows that do not fit are dropped and counted, never truncated.
 
@@ -107,6 +116,8 @@ def tokenize_prompts(
         prompt_template: text with one '{problem}' that wraps the prompt (the last message of a
             list); '' takes the dataset's own.
         keep_truncated: whether responses that were cut off are kept, without an end token.
+        template_arguments: further variables of the chat template.
+        special_tokens: what those are that the data spells, 'text' or 'control' tokens.
 
     Raises:
         UserError: bad template, a list of messages without a chat template, or nothing is left.
@@ -117,12 +128,22 @@ def tokenize_prompts(
             f"data.prompt_template={template!r} must have {{problem}} exactly once, where the "
             "prompt goes"
         )
+    chat = Chat(
+        tokenizer,
+        system_prompt=system_prompt,
+        template=template,
+        arguments=template_arguments,
+        special_tokens=special_tokens,
+    )
     examples = examples_of(dataset)
     limits = _Limits(
         max_prompt_length, max_response_length, _longest_piece(tokenizer), keep_truncated
     )
-    prompts = _encode_prompts(examples, tokenizer, template, system_prompt, limits)
-    responses = _encode_responses(examples, tokenizer, limits) if needs_responses else None
+    notes: list[tuple[str, str]] = []
+    prompts = _encode_prompts(examples, tokenizer, chat, limits, notes)
+    responses = None
+    if needs_responses:
+        responses = _encode_responses(examples, tokenizer, chat, limits, notes)
 
     def reason_to_drop(i: int) -> str | None:
         found = [prompts[i]] if responses is None else [prompts[i], responses[i]]
@@ -141,6 +162,8 @@ def tokenize_prompts(
         response_tokens=None if responses is None else [responses[i] for i in kept],
         dropped=dropped,
         pad_id=_pad_id(tokenizer),
+        noted=count_drops(notes),
+        keys=tuple(prompt_key(examples[i].prompt) for i in kept),
     )
 
 
@@ -165,17 +188,14 @@ _Encoded = np.ndarray | str
 
 
 def _encode_prompts(
-    examples: Sequence[Example], tokenizer, template: str, system_prompt: str, limits: _Limits
+    examples: Sequence[Example],
+    tokenizer,
+    chat: Chat,
+    limits: _Limits,
+    notes: list[tuple[str, str]],
 ) -> list[_Encoded]:
     too_long = f"prompts longer than {limits.prompt} tokens"
     most_characters = limits.prompt * limits.longest_piece
-
-    def render(prompt: str | list[dict[str, str]]) -> str:
-        turns = _messages(prompt, template, system_prompt)
-        if not tokenizer.chat_template:
-            return _plain_text(turns)
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
     # A curriculum repeats its problems: each distinct prompt is rendered and encoded once.
     keys = [json.dumps(example.prompt) for example in examples]
     encoded: dict[str, _Encoded] = {}
@@ -184,36 +204,55 @@ def _encode_prompts(
         if key in encoded or key in texts:
             continue
         try:
-            text = render(example.prompt)
-        except jinja2.TemplateError as error:
-            encoded[key] = f"prompts that the chat template refuses: {error}"
+            text = chat.render(example.prompt)
+        except Refused as refusal:
+            encoded[key] = str(refusal)
             continue
-        if len(text) > most_characters:
+        whole = chat.restored(text)
+        if len(whole) > most_characters:
             encoded[key] = too_long
         elif not _is_unicode(text):
             encoded[key] = "prompts that are not Unicode text"
         else:
             texts[key] = text
-    # The template has put the special tokens where they belong.
-    special = {"add_special_tokens": False} if tokenizer.chat_template else {}
-    ids = tokenizer(list(texts.values()), **special)["input_ids"] if texts else []
+            if whole != text:
+                notes.append((_SPELLED.format("prompts"), example.id))
+    # A chat template has put the special tokens where they belong.
+    plain = not tokenizer.chat_template
+    ids = chat.encode(list(texts.values()), add_special_tokens=plain)
     for key, tokens in zip(texts, ids, strict=True):
         if not tokens:
             encoded[key] = "prompts without a token"
+        elif plain and len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
+            encoded[key] = "prompts with two begin tokens, of data.prompt_template and tokenizer"
         else:
             fits = len(tokens) <= limits.prompt
             encoded[key] = np.array(tokens, np.int32) if fits else too_long
     return [encoded[key] for key in keys]
 
 
-def _encode_responses(examples: Sequence[Example], tokenizer, limits: _Limits) -> list[_Encoded]:
+_SPELLED = "{} that spell special tokens, which are text there (data.special_tokens)"
+
+
+def _encode_responses(
+    examples: Sequence[Example],
+    tokenizer,
+    chat: Chat,
+    limits: _Limits,
+    notes: list[tuple[str, str]],
+) -> list[_Encoded]:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token, so responses could never end; set one")
     too_long = f"responses longer than {limits.response} tokens with the end token"
+    end = response_end(tokenizer)
+    endings = tuple(tokenizer.convert_ids_to_tokens([end, tokenizer.eos_token_id]))
     encoded: dict[int, _Encoded] = {}
     texts: dict[int, str] = {}
     for i, example in enumerate(examples):
         response = example.response or ""
+        if ending := next((e for e in endings if response.rstrip().endswith(e)), None):
+            response = response.rstrip().removesuffix(ending)
+            notes.append(("responses with an end token, which is not doubled", example.id))
         if not response.strip():
             encoded[i] = "rows without a response"
         elif example.truncated and not limits.keep_truncated:
@@ -223,10 +262,12 @@ def _encode_responses(examples: Sequence[Example], tokenizer, limits: _Limits) -
         elif not _is_unicode(response):
             encoded[i] = "responses that are not Unicode text"
         else:
-            texts[i] = response
-    ids = tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"] if texts else []
+            texts[i] = chat.protected(response)
+            if texts[i] != response:
+                notes.append((_SPELLED.format("responses"), example.id))
+    ids = chat.encode(list(texts.values()), add_special_tokens=False)
     for i, tokens in zip(texts, ids, strict=True):
-        ending = [] if examples[i].truncated else [tokenizer.eos_token_id]
+        ending = [] if examples[i].truncated else [end]
         fits = len(tokens) + len(ending) <= limits.response
         encoded[i] = np.array([*tokens, *ending], np.int32) if fits else too_long
     return [encoded[i] for i in range(len(examples))]
@@ -241,31 +282,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _messages(prompt: str | list[dict[str, str]], template: str, system_prompt: str) -> list[dict]:
-    wrapped = wrap_prompt(prompt, template)
-    turns = [{"role": "user", "content": wrapped}] if isinstance(wrapped, str) else wrapped
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, *turns]
-
-
-def wrap_prompt(prompt: str | list[dict[str, str]], template: str) -> str | list[dict[str, str]]:
-    """The prompt, or the last of its messages, in the place of '{problem}' in the template."""
-    # Not str.format: LaTeX in templates is full of braces.
-    if isinstance(prompt, str):
-        return template.replace("{problem}", prompt)
-    return [*prompt[:-1], {**prompt[-1], "content": wrap_prompt(prompt[-1]["content"], template)}]
-
-
-def _plain_text(turns: list[dict[str, str]]) -> str:
-    system, user = turns[:-1], turns[-1]
-    if len(system) > 1 or any(turn["role"] != "system" for turn in system):
-        raise UserError(
-            "the dataset's prompts are lists of chat messages, but the tokenizer has no chat "
-            "template: use an instruction-tuned model's tokenizer or prompts of plain text"
-        )
-    return "\n\n".join(turn["content"] for turn in [*system, user])
-
-
 def _describe(dropped: Mapping[str, Dropped]) -> str:
     return ", ".join(
         f"{drops.count} {reason} (first {drops.first})" for reason, drops in dropped.items()
@@ -278,6 +294,10 @@ def _nothing_left(total: int, dropped: Mapping[str, Dropped]) -> str:
         "prompts longer": "raise policy.max_total_sequence_length",
         "responses longer": "raise distillation.generate_strategy.max_length",
         "without a response": "set data.response_column to where the responses are",
+        "rendered already": "set data.chat_template=none and data.special_tokens=control",
+        "beside data.system_prompt": "leave data.system_prompt empty",
+        "two begin tokens": "leave the begin token out of data.prompt_template",
+        "leaves out": "rename the roles as the model's chat template has them",
     }
     advice = [remedy for reason, remedy in remedies.items() if reason in reasons]
     return (

@@ -1,15 +1,21 @@
 """What the sources that read tables share: columns, splits without leaks, examples in memory."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.base.errors import UserError
 from distill.data.base import DatasetInterface, Dropped, Example, count_drops
+from distill.data.messages import Unusable, prompt_key, read_answer, read_prompt, read_response
 
-Prompt = str | list[dict[str, str]]
+if TYPE_CHECKING:
+    import pyarrow
+
+# What other trainers name the columns that are named as ours by default.
+_OTHER_NAMES = {"prompt": ("messages", "conversations"), "response": ("completion",)}
 _NAMED_BAD_ROWS = 5  # in an error
 _DETAIL_LENGTH = 300
 
@@ -60,7 +66,7 @@ TRUNCATED = "truncated"
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names of the columns that make an example.
+    """Names of the columns that make an example; NAME.FIELD is a field of what a column holds.
 
     `response` and `answer` are not read when '' and may be absent when they are in `optional`.
     """
@@ -75,23 +81,51 @@ class Columns:
     def named(self) -> list[str]:
         return [name for name in (self.prompt, self.response, self.answer) if name]
 
-    def present(self, available: Sequence[str], where: str) -> list[str]:
+    def among(self, available: Collection[str]) -> Columns:
+        """The columns that a table has: other trainers' names where it lacks the usual ones."""
+
+        def found(name: str) -> str:
+            others = _OTHER_NAMES.get(name, ()) if self.optional else ()
+            return next((n for n in (name, *others) if _column(n, available)), name)
+
+        if all(_column(name, available) for name in self.named):
+            return self
+        return dataclasses.replace(self, prompt=found(self.prompt), response=found(self.response))
+
+    def present(self, available: Collection[str], where: str) -> list[str]:
         """Returns the columns to read; a UserError shows those wanted and those there are."""
         missing = self.missing(available)
         if missing:
             raise UserError(
                 f"{where} has no column {', '.join(missing)}: {self.describe(available)}"
             )
-        return [name for name in (*self.named, TRUNCATED) if name in available]
+        named = (*self.among(available).named, TRUNCATED)
+        columns = [_column(name, available) for name in named]
+        return list(dict.fromkeys(column for column in columns if column))
 
     def missing(self, available: Collection[str]) -> list[str]:
-        return [name for name in self.named if name not in {*available, *self.optional}]
+        named = self.among(available).named
+        return [n for n in named if not _column(n, available) and n not in self.optional]
 
     def describe(self, available: Iterable[str]) -> str:
         return (
             f"wanted {', '.join(self.named)}; it has {', '.join(available) or 'none'}; "
             f"{self.advice}"
         )
+
+
+def _column(name: str, available: Collection[str]) -> str | None:
+    """The column that holds what is named."""
+    head = name.partition(".")[0]
+    return next((column for column in (name, head) if column in available), None)
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    if name in row:
+        return row[name]
+    head, _, rest = name.partition(".")
+    inner = row.get(head)
+    return _value(inner, rest) if rest and isinstance(inner, Mapping) else None
 
 
 def chosen_columns(prompt_column: str, response_column: str, answer_column: str) -> Columns:
@@ -110,67 +144,61 @@ def make_example(row: Mapping[str, Any], columns: Columns, where: str, id: str) 
     missing = columns.missing(row)
     if missing:
         return BadRow(where, f"no column {', '.join(missing)}", columns.describe(row))
+    found = columns.among(row)
     try:
-        prompt = _read_prompt(row[columns.prompt], columns.prompt)
-        response = _read_text(row.get(columns.response), columns.response)
-        answer = _read_answer(row.get(columns.answer), columns.answer)
-    except _Unusable as error:
+        prompt, ending = read_prompt(_value(row, found.prompt), found.prompt)
+        response = read_response(_value(row, found.response), found.response)
+        if ending is not None and response is not None:
+            raise Unusable(f"{found.prompt} ends with an answer", f"beside {found.response}")
+        answer = read_answer(_value(row, found.answer), found.answer)
+    except Unusable as error:
         return BadRow(where, *error.args)
-    return Example(prompt, response, answer, id, row.get(TRUNCATED) is True)
+    truncated = row.get(TRUNCATED) is True
+    return Example(prompt, ending if response is None else response, answer, id, truncated)
 
 
-class _Unusable(Exception):
-    """A value that is no text: its kind and, perhaps, a detail, as in `BadRow`."""
-
-
-def _read_prompt(value: Any, name: str) -> Prompt:
-    is_chat = _is_chat(value)
-    texts = [turn["content"] for turn in value] if is_chat else [value]
-    texts = [_read_text(text, name) for text in texts]
-    # What is asked comes last; before it may stand an empty system message.
-    if not (texts[-1] or "").strip():
-        raise _Unusable(f"{name} is empty")
-    if is_chat and value[-1]["role"] == "assistant":
-        raise _Unusable(f"{name} ends with an answer")
-    return value if is_chat else texts[0]
-
-
-def _read_answer(value: Any, name: str) -> str | tuple[str, ...] | None:
-    """A list holds several answers that are right."""
-    if not isinstance(value, list):
-        return _read_text(value, name)
-    texts = (_read_text(each, name) for each in value)
-    return tuple(text for text in texts if text is not None) or None
-
-
-def _read_text(value: Any, name: str) -> str | None:
-    try:
-        if isinstance(value, bytes):
-            return value.decode()
-        if isinstance(value, str):
-            value.encode()
-            return value
-    except UnicodeError as error:
-        # JSON can spell lone surrogates, which no tokenizer reads.
-        raise _Unusable(f"{name} is not Unicode text", error.reason) from None
-    # Plain numbers are common as answers; anything nested has no one spelling.
-    if value is None or isinstance(value, int | float):
-        return value if value is None else str(value)
-    raise _Unusable(f"{name} is not text", type(value).__name__)
-
-
-def examples_from_columns(
-    values: Mapping[str, Sequence[Any]], columns: Columns, where: str, id_prefix: str
+def examples_from_arrow(
+    table: pyarrow.Table, columns: Columns, where: str, id_prefix: str
 ) -> list[Example | BadRow]:
-    """Examples of a table given as equally long columns, in its order."""
-    names = columns.present(list(values), where)
-    rows = zip(*(values[name] for name in names), strict=True)
+    """Examples of a table's rows, in its order; classes by their names."""
+    names = columns.present(table.column_names, where)
+    classes = _class_names(table.schema)
+    values = [_values(table.column(name), classes.get(name)) for name in names]
     return [
         make_example(
             dict(zip(names, row, strict=True)), columns, f"{where} row {i}", f"{id_prefix}/{i}"
         )
-        for i, row in enumerate(rows)
+        for i, row in enumerate(zip(*values, strict=True))
     ]
+
+
+def _class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
+    """Of the columns that hold numbers of classes."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    labels = {k: label for k, label in features.items() if isinstance(label, datasets.ClassLabel)}
+    return {name: label.names for name, label in labels.items() if label.names}
+
+
+def _values(column: pyarrow.ChunkedArray, classes: list[str] | None) -> list[Any]:
+    if classes:
+        return [None if i is None or i < 0 else classes[i] for i in column.to_pylist()]
+    try:
+        return column.to_pylist()
+    except (ValueError, ArithmeticError, ImportError):  # one value that Python cannot hold
+        return [_python_value(value) for value in column]
+
+
+def _python_value(value: pyarrow.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return "\ud800"  # what is no Unicode text
+    except (ValueError, ArithmeticError, ImportError):
+        return value  # which is no text
 
 
 def choose_split(
@@ -249,22 +277,3 @@ def holdout_split(texts: Sequence[str], split: str, seed: int, fraction: float) 
             f"validation with data.holdout_fraction={fraction}; change it or give more data"
         )
     return indices
-
-
-def prompt_key(prompt: Prompt) -> str:
-    """What makes two prompts the same: their text, whatever the white space."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-    return " ".join(text.split())
-
-
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in value
-        )
-    )

@@ -34,7 +34,7 @@ def make(
     and bad rows, `chosen_columns` for the columns.
     """
     if not path:
-        raise UserError("data.path is not set: pass a TFDS name or data.path=LOCAL, its folder")
+        raise UserError("no path is set: pass a TFDS name or data.path=LOCAL, its folder")
     columns = chosen_columns(prompt_column, response_column, answer_column)
     sources = _data_sources(path)
     tables = {
@@ -74,9 +74,15 @@ def _data_sources(path: str) -> dict:
 
 
 def _read(source, columns: Columns, where: str, split: str) -> list[Example | BadRow]:
-    available = list(source.dataset_info.features)
-    columns.present(available, where)
+    features = source.dataset_info.features
+    columns.present(list(features), where)
+    names = {n: label.names for n, label in features.items() if getattr(label, "names", None)}
     return [
-        make_example(row, columns, f"{where} row {i}", f"{split}/{i}")
+        make_example(
+            {**row, **{n: classes[row[n]] for n, classes in names.items() if row[n] >= 0}},
+            columns,
+            f"{where} row {i}",
+            f"{split}/{i}",
+        )
         for i, row in enumerate(source)
     ]

@@ -10,11 +10,20 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.base.errors import UserError
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+# Whatever transformers makes a tokenizer of.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+_SESSION_KEYS = {"backend", "is_local", "local_files_only"}  # how it was loaded, not what it is
+# As Qwen2's, whatever class loads the folder: the models made here are of that family.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # For models of random weights: prompt, one separator, response.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -22,17 +31,26 @@ PLAIN_CHAT_TEMPLATE = (
 )
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | Path, chat_template: str = "") -> PreTrainedTokenizerFast:
     """Tokenizer of a model folder; a missing padding token becomes the end-of-sequence token.
 
+    Its ids are those of the folder's tokenizer.json.
+
+    Args:
+      folder: of a model.
+      chat_template: '' is the model's own, 'none' is plain text, else the name of one of several.
+
     Raises:
-      UserError: the folder holds no loadable tokenizer.
+      UserError: the folder holds no loadable tokenizer, or no such template.
     """
-    try:
-        # Left open, transformers would ask on the terminal whether to run a model's own code.
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+    folder = Path(folder)
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise UserError(
+            f"{folder} holds no tokenizer: copy the model's tokenizer.json and "
+            "tokenizer_config.json into it"
         )
+    try:
+        tokenizer = _load(folder)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -46,7 +64,53 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = _choose_template(tokenizer.chat_template, chat_template, folder)
     return tokenizer
+
+
+def _choose_template(templates: str | dict[str, str] | None, name: str, folder: Path) -> str | None:
+    if name == "none":
+        return None
+    if not name and not isinstance(templates, dict):
+        return templates
+    named = templates if isinstance(templates, dict) else {}
+    if (name or "default") in named:
+        return named[name or "default"]
+    known = ", ".join(sorted(named)) or "one without a name"
+    raise UserError(
+        f"data.chat_template={name!r}: the chat templates of {folder} are {known}; set the name of "
+        "one of them, or none for plain text"
+    )
+
+
+def _load(folder: Path) -> PreTrainedTokenizerFast:
+    exact = folder / "tokenizer.json"
+    if not exact.exists():  # converted as the model's type has it
+        # Left open, transformers would ask on the terminal whether to run a model's own code.
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    # AutoTokenizer puts the model type's normaliser and pre-tokeniser in place of the file's, and
+    # any class of transformers changes the flags of added tokens: ids would be others.
+    backend = Tokenizer.from_file(str(exact))
+    backend.no_truncation()
+    backend.no_padding()
+    known = backend.get_vocab()
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    backend.add_tokens([token for _, token in added if token.content not in known])
+    tokenizer._tokenizer = backend
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the tokenizer's files, readable by transformers 4 and 5 alike."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 knows no other of these
+    kept = {key: value for key, value in config.items() if key not in _SESSION_KEYS}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def vocabulary_size(tokenizer) -> int:
@@ -73,19 +137,46 @@ def check_same_vocabulary(student, teacher) -> None:
 
 
 def end_ids(tokenizer, folder: str | Path) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's and those of generation_config.json, sorted."""
-    ids = {tokenizer.eos_token_id}
-    path = Path(folder) / "generation_config.json"
-    if path.exists():
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
-        listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if not all(type(each) is int for each in listed):
-            raise UserError(f"{path}: eos_token_id={listed!r} must be an id or a list of ids")
-        ids.update(listed)
+    """Ids that end a response: of tokenizer, template, config and generation config, sorted."""
+    ids = {tokenizer.eos_token_id, response_end(tokenizer)}
+    for name in ("config.json", "generation_config.json"):
+        path = Path(folder) / name
+        if path.exists():
+            ids.update(_listed_ends(path))
     return tuple(sorted(ids))
+
+
+def _listed_ends(path: Path) -> list[int]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        listed = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(id) is int for id in ids):
+        raise UserError(f"{path} has eos_token_id {listed!r}: it must be an id or a list of ids")
+    return ids
+
+
+def response_end(tokenizer) -> int:
+    """The special token with which the chat template closes a response, or the end of text."""
+    closing = closing_token(tokenizer)
+    return tokenizer.eos_token_id if closing is None else closing
+
+
+def closing_token(tokenizer) -> int | None:
+    """First special token that the chat template puts behind a response; None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    response = "R7esponse"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": response}]
+    try:
+        _, found, tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(response)
+    except Exception:  # a template that takes no such turns, of which the prompts will tell
+        return None
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+    return next((token for token in ids if token in special), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,38 +216,50 @@ class Vocabulary:
         return dataclasses.replace(self, size=rows)
 
 
-def shared_vocabulary(student_folder: Path, teacher_folder: Path | None = None) -> Vocabulary:
+def shared_vocabulary(
+    student_folder: Path, teacher_folder: Path | None = None, *, chat_template: str = ""
+) -> Vocabulary:
     """The student's tokenizer; the ids at which either model ends a response.
 
     A base model and an instruction-tuned one of one family end responses differently: what the
     student learns from the teacher must end its own too.
     """
-    tokenizer = load_tokenizer(student_folder)
+    tokenizer = load_tokenizer(student_folder, chat_template)
     ends = set(end_ids(tokenizer, student_folder))
     if teacher_folder is not None:
-        teacher_tokenizer = load_tokenizer(teacher_folder)
+        teacher_tokenizer = load_tokenizer(teacher_folder, "none")  # prompts are the student's
         check_same_vocabulary(tokenizer, teacher_tokenizer)
         ends.update(end_ids(teacher_tokenizer, teacher_folder))
     return Vocabulary(tokenizer, vocabulary_size(tokenizer), tuple(sorted(ends)))
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character; for the built-in arithmetic models."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """One token per ASCII character, others are padding; for the built-in arithmetic models.
 
-    words = [PADDING, END_OF_TEXT, *characters]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, PADDING))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    A byte-level BPE without merges, which every class that loads the folder cuts alike.
+    """
+    from tokenizers import decoders, models, pre_tokenizers
+
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelled = [split.pre_tokenize_str(character)[0][0] for character in characters]
+    words = {word: i for i, word in enumerate([PADDING, END_OF_TEXT, *spelled])}
+    tokenizer = Tokenizer(models.BPE(words, [], unk_token=PADDING))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
     return _wrap(tokenizer)
 
 
 def train_bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with `size` entries, trained on `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,

@@ -172,6 +172,23 @@ def test_loss_that_moves_a_perfect_student(config, monkeypatch):
 def test_template_that_loses_the_problem(config, models, tmp_path):
     folder = copied(models["student"], tmp_path)
     config.policy.model_name = with_template(folder, "1+1\n")
+    with pytest.raises(UserError, match="message by 'user' the chat template leaves out"):
+        preflight_alone(config)
+
+
+def test_tokenizer_that_loses_the_problem(config, models, tmp_path):
+    folder = copied(models["student"], tmp_path)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": "+"}
+    content["decoder"] = {"type": "Fuse"}
+    path.write_text(json.dumps(content))
+    config.policy.model_name = str(folder)
+    config.distillation.update(hard_labels=True, lambda_=0.0)
+    assert preflight_alone(config)  # the text is looked for as the tokenizer normalises it
+    content["normalizer"] = None
+    content["decoder"] = {"type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": "+"}
+    path.write_text(json.dumps(content))
     assert "loses its text" in problem_of(config)
 
 
@@ -182,15 +199,27 @@ def test_template_that_closes_the_prompt(config, models, tmp_path):
     assert "ends a response before it has begun" in problem_of(config)
 
 
-def test_end_that_the_template_never_produces(config, models, tmp_path):
+def test_end_that_only_the_template_names(config, models, tmp_path):
     folder = copied(models["student"], tmp_path)
     other_end = (
         "{% for m in messages %}{{ m['content'] }}"
         "{% if m['role'] == 'assistant' %}<|pad|>{% else %}\n{% endif %}{% endfor %}"
     )
     config.policy.model_name = with_template(folder, other_end)
-    problem = problem_of(config)
-    assert "closes a response with '<|pad|>'" in problem and "max_length" in problem
+    found = preflight_alone(config)["end of responses"]
+    assert found == "responses end at '<|pad|>', '<|endoftext|>'; those of the data with '<|pad|>'"
+
+
+def test_held_out_prompts_that_are_trained_on(config, tmp_path):
+    rows = [{"prompt": f"{i}+{i}", "response": str(2 * i)} for i in range(2, 42)]
+    for name, part in (("train", rows), ("other", rows[:10])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    config.data.update(name="jsonl", path=str(tmp_path / "train.jsonl"))
+    config.data.validation.path = str(tmp_path / "other.jsonl")
+    found = preflight_alone(config)["held-out prompts"]
+    assert found.startswith("warning: 8 of 8 held-out prompts are trained on")
+    config.data.validation.path = ""
+    assert preflight_alone(config)["held-out prompts"].startswith("0 of 1 held-out prompts")
 
 
 def test_end_outside_of_the_vocabulary(config, models, tmp_path):
@@ -203,8 +232,8 @@ def test_end_outside_of_the_vocabulary(config, models, tmp_path):
 def test_tokenizer_of_the_same_words_that_cuts_otherwise(config, monkeypatch):
     """Equal vocabularies, which the comparison of ids cannot tell apart."""
 
-    def other(folder):
-        tokenizer = load_tokenizer(folder)
+    def other(folder, chat_template=""):
+        tokenizer = load_tokenizer(folder, chat_template)
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[0-9]"), "7")
         return tokenizer
 

@@ -179,7 +179,9 @@ class Unreading:
     def __init__(self, characters: str):
         self._tokenizer = character_tokenizer(characters)
         self.get_vocab = self._tokenizer.get_vocab
-        self.eos_token_id, self.pad_token_id = 1, 0
+        self.convert_ids_to_tokens = self._tokenizer.convert_ids_to_tokens
+        self.added_tokens_decoder = self._tokenizer.added_tokens_decoder
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = None, 1, 0
 
     def __call__(self, texts, **options):
         assert max(map(len, texts)) < 1000

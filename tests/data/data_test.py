@@ -636,6 +636,7 @@ class TestPrompts:
 
         class Counting:
             chat_template, pad_token_id, eos_token_id = None, None, 2
+            bos_token_id, added_tokens_decoder = 1, tokenizer.added_tokens_decoder
             __call__ = staticmethod(encode)
             get_vocab = staticmethod(tokenizer.get_vocab)
 

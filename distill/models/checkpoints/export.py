@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from distill.base.errors import UserError
 from distill.base.sharding import inner_sharding, replicated
+from distill.data.tokenizer import save_tokenizer
 from distill.models.checkpoints.hub import CARD, CONFIG
 from distill.models.checkpoints.keys import Weight, mapped_params
 from distill.models.checkpoints.source import Source
@@ -85,7 +86,7 @@ def export_model(
         if isinstance(tokenizer, Path):
             _copy_tokenizer(tokenizer, partial)
         else:
-            tokenizer.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
         _replace(folder, partial)
