@@ -18,6 +18,7 @@ from distill.data.tokenizer import (
     train_bpe_tokenizer,
     vocabulary_size,
 )
+from distill.models.checkpoints.hub import resolve_model
 
 
 def test_character_tokenizer_round_trips_through_a_folder(tmp_path):
@@ -29,6 +30,16 @@ def test_character_tokenizer_round_trips_through_a_folder(tmp_path):
     assert len(ids) == len(text) and loaded.decode(ids) == text
     assert vocabulary_size(loaded) == 15
     assert loaded.eos_token_id != loaded.pad_token_id
+
+
+def test_the_built_in_models_read_every_character():
+    made = character_tokenizer(CHARACTERS)
+    assert made("3+6\n").input_ids == [5, 12, 8, 16]
+    for name in ("student", "teacher"):
+        loaded = load_tokenizer(resolve_model(f"embedded:arithmetic-{name}"))
+        for text in ("3+6\n", "12-3=9\n9*2=18", "3x 6"):
+            assert loaded(text).input_ids == made(text).input_ids
+        assert loaded("x").input_ids == [loaded.pad_token_id]  # unknown, but not lost
 
 
 def digits_in_threes(tokenizer):
