@@ -165,7 +165,7 @@ def test_rows_that_are_no_examples(write):
     for kind, words in {
         "dict": "row 2 of the dataset .Rows. is dict: .*Example",
         "none": "row 2 of the dataset .Rows. is NoneType: .*Example",
-        "field": "row 2 of the dataset .Rows. has a prompt of type int",
+        "field": "row 2 of the dataset .Rows. has prompt of type int",
         "answer": "row 2 of the dataset .Rows. has a answer of type int",
         "raises": "row 2 of the dataset .Rows. cannot be read: KeyError: 'raises' .faulty.py:",
     }.items():

@@ -176,7 +176,7 @@ def _checked(dataset: DatasetInterface, i: int) -> Example:
     if wrong:
         value = getattr(example, wrong[0])
         raise UserError(
-            f"{where} has a {wrong[0]} of type {type(value).__name__}: it must be a text"
+            f"{where} has {wrong[0]} of type {type(value).__name__}: it must be a text"
             + (", or a list of messages with role and content" if wrong[0] == "prompt" else "")
         )
     return example

@@ -1,7 +1,7 @@
 """Chat templates and special tokens: what the data says reaches the model, as text, and whole."""
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from distill.base.errors import UserError
@@ -127,9 +127,9 @@ def test_all_messages_that_the_template_knows_are_kept():
 def test_two_begin_tokens():
     tokenizer = byte_tokenizer(None)
     tokenizer.bos_token = "<|start|>"
-    tokenizer.backend_tokenizer.post_processor = __import__(
-        "tokenizers"
-    ).processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 1)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", 1)]
+    )
     assert tokenize("a", tokenizer).prompt_tokens[1][0] == 1
     with pytest.raises(UserError, match="two begin tokens.*leave the begin token out"):
         tokenize("a", tokenizer, prompt_template="<|start|>{problem}")
@@ -169,10 +169,10 @@ class Faulty(InMemoryDataset):
         ({"prompt": "a"}, "is dict"),
         (7, "is int"),
         (ValueError("no\nrow"), "row 1 .* cannot be read: ValueError: no row .chat_test.py"),
-        (Example(None, None, None, "1"), "row 1 .* has a prompt of type NoneType"),
-        (Example([{"role": "user"}], None, None, "1"), "has a prompt of type list"),
-        (Example("a", 3, None, "1"), "has a response of type int"),
-        (Example("a", None, 3, "1"), "has a answer of type int"),
+        (Example(None, None, None, "1"), "row 1 .* has prompt of type NoneType"),
+        (Example([{"role": "user"}], None, None, "1"), "has prompt of type list"),
+        (Example("a", 3, None, "1"), "has response of type int"),
+        (Example("a", None, 3, "1"), "has answer of type int"),
     ],
 )
 def test_rows_of_a_faulty_dataset_are_named(row, complaint):
