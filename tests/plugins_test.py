@@ -166,7 +166,7 @@ def test_rows_that_are_no_examples(write):
         "dict": "row 2 of the dataset .Rows. is dict: .*Example",
         "none": "row 2 of the dataset .Rows. is NoneType: .*Example",
         "field": "row 2 of the dataset .Rows. has prompt of type int",
-        "answer": "row 2 of the dataset .Rows. has a answer of type int",
+        "answer": "row 2 of the dataset .Rows. has answer of type int",
         "raises": "row 2 of the dataset .Rows. cannot be read: KeyError: 'raises' .faulty.py:",
     }.items():
         with pytest.raises(UserError, match=words):
