@@ -47,7 +47,7 @@ def nothing_compiled_before():
 
 
 @pytest.fixture
-def losses_as_before(monkeypatch):
+def losses_as_before():
     """What a test registers is unknown to those behind it."""
     from distill.data import base as data
     from distill.evaluation import grading
@@ -57,5 +57,9 @@ def losses_as_before(monkeypatch):
 
     losses = divergences._LOSSES, weights._WEIGHTS, metrics._METRICS
     others = data._DATASETS, grading._GRADERS, evaluated._METRICS, rollout._BACKENDS
-    for registry in (*losses, *others):
-        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+    before = [(registry, dict(registry._parts)) for registry in (*losses, *others)]
+    yield
+    for registry, parts in before:
+        # A built-in module is imported once, so what it registered must stay.
+        added = {k: part for k, part in registry._parts.items() if k in registry._built_in}
+        registry._parts = added | parts

@@ -294,6 +294,9 @@ def test_a_backend_of_ones_own_says_whether_it_samples_ahead(may, monkeypatch):
     class Own:
         samples_ahead = may
 
+        def __init__(self, parts):
+            pass
+
     config = async_config()
     config.policy.generation.colocated.enabled = True
     config.policy.generation.backend, config.plugins = name, ("json",)
