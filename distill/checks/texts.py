@@ -15,6 +15,7 @@ from distill.checks.problem import Problem
 from distill.data.chat import Refused, render_chat
 from distill.data.messages import Prompt
 from distill.data.tokenizer import closing_token, load_tokenizer
+from distill.models.checkpoints.hub import tokenizer_folder
 
 SAMPLED_PROMPTS = 8
 
@@ -25,7 +26,7 @@ def check_tokenizers(session: Session) -> str:
     found = _compare_with_transformers(session, rendered)
     if session.teacher_folder is None:
         return f"no teacher's tokenizer to compare with{found}"
-    tokenizers = session.vocabulary.tokenizer, load_tokenizer(session.teacher_folder, "none")
+    tokenizers = session.vocabulary.tokenizer, _teachers(session, "none")
     ours, theirs = (
         tokenizer([*rendered, *texts], add_special_tokens=False)["input_ids"]
         for tokenizer in tokenizers
@@ -47,7 +48,9 @@ def _compare_with_transformers(session: Session, rendered: list[str]) -> str:
     """A warning where those who load the student otherwise would see other tokens."""
     try:
         usual = AutoTokenizer.from_pretrained(
-            str(session.student_folder), local_files_only=True, trust_remote_code=False
+            tokenizer_folder(session.student_folder),
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception:  # what it can't load it doesn't cut otherwise either
         return ""
@@ -66,10 +69,9 @@ def _compare_with_transformers(session: Session, rendered: list[str]) -> str:
 
 def _compare_templates(session: Session) -> str:
     """A warning where the teacher knows prompts in another form: it may be wanted."""
-    assert session.teacher_folder is not None
+    tokenizer = session.vocabulary.tokenizer
     try:
-        teacher = load_tokenizer(session.teacher_folder)
-        ours, theirs = (_in_template(session, t) for t in (session.vocabulary.tokenizer, teacher))
+        ours, theirs = (_in_template(session, t) for t in (tokenizer, _teachers(session)))
     except (Refused, UserError) as error:
         return f"; warning: the teacher's chat template cannot be compared ({error})"
     if ours == theirs:
@@ -79,6 +81,12 @@ def _compare_templates(session: Session) -> str:
         f"student's ({_difference(ours[0], theirs[0])}): set data.system_prompt, or use a student "
         "with the teacher's template"
     )
+
+
+def _teachers(session: Session, chat_template: str = ""):
+    """The teacher's tokenizer."""
+    assert session.teacher_folder is not None
+    return load_tokenizer(tokenizer_folder(session.teacher_folder), chat_template)
 
 
 def check_template(session: Session) -> str:
