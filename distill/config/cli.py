@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from distill.base import processes
 from distill.base.errors import RunInterrupted, RunStopped, UserError, printable
-from distill.config.parse import CREDENTIALS, known_keys, unknown_key
+from distill.config.parse import CREDENTIALS, known_keys, parse_config, unknown_key
 from distill.config.words import help_lines
 
 USAGE_ERROR = 2
@@ -297,9 +297,10 @@ def required_config(holder: flags.FlagHolder) -> ConfigDict:
         if _plugin_values:
             with config.unlocked():
                 config.plugin = {**config.get("plugin", {}), **_plugin_values}
-        return config
     except Exception as error:  # ml_collections keeps a missing file's error until the first use
         raise UserError(f"the config cannot be loaded: {error}") from None
+    parse_config(config)  # a mistake does not wait for JAX
+    return config
 
 
 def _check_override_names(argv: Sequence[str]) -> None:

@@ -178,6 +178,15 @@ def test_flags_that_are_keys_or_nothing_at_all(flag, words):
     assert words in run_main("--config=arithmetic", flag)
 
 
+def test_a_value_out_of_range_does_not_wait_for_jax():
+    command = [sys.executable, "-X", "importtime", "-m", "distill.main", "--workdir=nowhere"]
+    command += ["--config=arithmetic", "--config.distillation.max_steps=-3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2 and "must be at least 1" in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "distill.config.parse" in imported and not imported & {"jax", "transformers"}
+
+
 def run_main(*arguments: str) -> str:
     """The one line that an error is."""
     command = [sys.executable, "-m", "distill.main", *arguments]
