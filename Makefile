@@ -30,6 +30,7 @@ test-transformers4: $(VENV)/.installed-test $(TRANSFORMERS4_VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck $$(grep -rlE '^#!/usr/bin/env bash$$' .ci launch tests)
 	$(BIN)/python tests/jobset_check.py launch/gke_jobset.yaml
 

@@ -24,6 +24,7 @@ from distill.sampling.request import RolloutRequest
 
 # At once: many more than there are slots, and little enough to be made again after a stop.
 _RESPONSES_PER_REQUEST = 1024
+_Made = tuple[int, int, dict[str, int]]  # prompts, bytes, and lines by what they are
 _GENERATIONS = "distillation.generate_strategy.num_generations"
 
 
@@ -69,7 +70,7 @@ class _Partial:
         self._output, self._identity = output, identity
         self._lines = output.with_name(output.name + ".partial")
         self._state = output.with_name(output.name + ".partial.json")
-        saved = processes.from_first(self._read)
+        saved: _Made | None = processes.from_first(self._read)
         self.prompts, self._size, self._counts = saved or (0, 0, {"written": 0, "truncated": 0})
         if processes.is_first():
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ class _Partial:
         if self.prompts:
             say(f"going on behind {self.prompts} prompts of {self._lines}")
 
-    def _read(self) -> list[Any] | None:
+    def _read(self) -> _Made | None:
         if not (self._lines.exists() and self._state.exists()):
             return None
         state = json.loads(self._state.read_text())

@@ -160,7 +160,7 @@ def _texts(session: Session) -> list[str]:
 def _rendered_prompts(session: Session) -> list[str]:
     """The prompts as the student reads them."""
     decode = session.vocabulary.tokenizer.decode
-    return [decode(tokens, skip_special_tokens=False) for _, tokens in _first_prompts(session)]
+    return [str(decode(tokens, skip_special_tokens=False)) for _, tokens in _first_prompts(session)]
 
 
 def _in_template(session: Session, tokenizer) -> list[str]:

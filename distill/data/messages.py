@@ -70,7 +70,7 @@ def read_text(value: Any, name: str) -> str | None:
         if isinstance(value, str):
             value.encode()  # JSON can spell lone surrogates, which no tokenizer reads
             return value
-    except UnicodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise Unusable(f"{name} is not Unicode text", error.reason) from None
     if _is_missing(value):
         return None

@@ -158,8 +158,8 @@ def tokenize_prompts(
         raise UserError(_nothing_left(len(examples), dropped))
     return Prompts(
         rows=np.array(kept, np.int64),
-        prompt_tokens=[prompts[i] for i in kept],
-        response_tokens=None if responses is None else [responses[i] for i in kept],
+        prompt_tokens=_arrays(prompts, kept),
+        response_tokens=None if responses is None else _arrays(responses, kept),
         dropped=dropped,
         pad_id=_pad_id(tokenizer),
         noted=count_drops(notes),
@@ -185,6 +185,10 @@ def _longest_piece(tokenizer) -> int:
 
 # Token ids, or the reason why a text has none that could be used.
 _Encoded = np.ndarray | str
+
+
+def _arrays(encoded: list[_Encoded], kept: list[int]) -> list[np.ndarray]:
+    return [tokens for i in kept if isinstance(tokens := encoded[i], np.ndarray)]
 
 
 def _encode_prompts(

@@ -87,9 +87,12 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
     exact = folder / "tokenizer.json"
     if not exact.exists():  # converted as the model's type has it
         # Left open, transformers would ask on the terminal whether to run a model's own code.
-        return AutoTokenizer.from_pretrained(
+        converted = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        if not isinstance(converted, PreTrainedTokenizerFast):
+            raise ValueError(f"transformers cannot convert a {type(converted).__name__}")
+        return converted
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     # AutoTokenizer puts the model type's normaliser and pre-tokeniser in place of the file's, and
     # any class of transformers changes the flags of added tokens: ids would be others.

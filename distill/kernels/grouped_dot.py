@@ -101,4 +101,7 @@ def _over_blocks(multiply: Callable[..., Any], result: Any, sizes_g: jax.Array, 
     return jax.lax.fori_loop(0, jnp.sum(cuts_i < stops_i), step, result)
 
 
-_FORWARD = {"ragged": jax.lax.ragged_dot, "blockwise": _blockwise}
+_FORWARD: dict[str, Callable[..., jax.Array]] = {
+    "ragged": jax.lax.ragged_dot,
+    "blockwise": _blockwise,
+}

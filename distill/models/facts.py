@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,7 +209,7 @@ class ModelConfig:
     @property
     def layers(self) -> tuple[str, ...]:
         """The kind of every layer, by its name."""
-        names = itertools.cycle(self.pattern)
+        names: Iterator[str] = itertools.cycle(self.pattern)
         if self.experts and not all(self.mixtures):
             mixtures = itertools.cycle(self.mixtures)
             names = (x if mixture else x + _DENSE for x, mixture in zip(names, mixtures))  # noqa: B905

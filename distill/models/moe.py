@@ -15,6 +15,7 @@ times picked experts; t counts the tokens of all rows.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -128,7 +129,10 @@ def pick(x_td: jax.Array, weights: dict[str, Any], experts: Experts) -> tuple[ja
     return scores_tc * experts.scale, picked_tc
 
 
-SCORES = {"softmax": functools.partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}
+SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+}
 
 
 def _sum_of_experts(x_td, scores_tc, picked_tc, weights, config: ModelConfig) -> jax.Array:

@@ -210,10 +210,12 @@ class Transformer(nnx.Module):
 
     def split_layers(self) -> tuple[dict[str, nnx.GraphDef], dict[str, nnx.State]]:
         """The graph of a layer of each kind, and the stacked parameters of the kind's layers."""
-        kinds = tuple(self.config.kinds)
-        blocks = {kinds[0]: self.layers} if len(kinds) == 1 else dict(self.layers.items())
-        halves = {kind: nnx.split(blocks[kind]) for kind in kinds}
-        return tuple({kind: half[i] for kind, half in halves.items()} for i in range(2))
+        stacks = self.layers
+        of_one = {kind: stacks for kind in self.config.kinds}
+        blocks = dict(stacks.items()) if isinstance(stacks, nnx.Dict) else of_one
+        halves = {kind: nnx.split(blocks[kind]) for kind in self.config.kinds}
+        graphs = {kind: graph for kind, (graph, _) in halves.items()}
+        return graphs, {kind: state for kind, (_, state) in halves.items()}
 
     def head(self) -> Head:
         """The output head in `dtype`; the transposed embedding when tied."""

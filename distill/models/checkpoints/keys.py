@@ -164,7 +164,7 @@ def _by_kind(config: ModelConfig, rows: dict[str, Weight]) -> dict[str, Weight]:
     in_layers = {path: row for path, row in rows.items() if "layer" in row.stacked}
     for name, kind in config.kinds.items():
         layers = tuple(i for i, other in enumerate(config.layers) if other == name)
-        others = _FEED_FORWARD if kind.experts else _EXPERTS
+        others: tuple[Weight, ...] = _FEED_FORWARD if kind.experts else _EXPERTS
         others += _ATTENTION if kind.recurrent else _RECURRENCE
         absent = {weight.path for weight in others}
         own = [row for path, row in in_layers.items() if path not in absent]
