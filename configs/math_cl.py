@@ -9,12 +9,13 @@ No result is stated here because none has been measured yet.
 
     python -m distill.scratch --config=configs/math_cl.py:smoke --tokenizer=bpe:400 \
         --width=32 --vocab_size=416
-    python -m distill.scratch --config=configs/math_cl.py:smoke --tokenizer=bpe:400 --seed=1 \
-        --layers=3 --vocab_size=448 --output=runs/random/math_cl_teacher
+    python -m distill.scratch --config=configs/math_cl.py:smoke --layers=3 --vocab_size=448 \
+        --tokenizer=runs/random/math_cl_student --seed=1 --output=runs/random/math_cl_teacher
     python -m distill.main --config=configs/math_cl.py:smoke --workdir=runs/math_cl_smoke
 
 runs the same code in about a minute on a CPU: tiny random models with differently padded
-vocabularies, and a local JSONL with math-cl's columns.
+vocabularies, and a local JSONL with math-cl's columns. configs/qwen3.py, qwen35.py, gemma.py and
+moe.py are this with other models.
 """
 
 from pathlib import Path
@@ -27,15 +28,21 @@ from distill.config import default_config
 def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "smoke"):
         raise ValueError(f"argument {arg!r}: allowed is smoke")
+    if arg == "smoke":
+        return smoke("math_cl")
+    return distil("Qwen/Qwen2.5-32B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct")
+
+
+def distil(teacher: str, student: str) -> ConfigDict:
     config = default_config()
-    config.distillation.teacher_model_path = "Qwen/Qwen2.5-32B-Instruct"
+    config.distillation.teacher_model_path = teacher
     config.distillation.kl_type = "forward"
     config.distillation.lambda_ = 1.0
     config.distillation.max_steps = 1000
     config.distillation.eval_steps = 100
     config.distillation.save_steps = 100
     config.distillation.generate_strategy.max_length = 2048
-    config.policy.model_name = "Qwen/Qwen2.5-1.5B-Instruct"
+    config.policy.model_name = student
     config.policy.max_total_sequence_length = 3072
     config.policy.train_global_batch_size = 64
     config.policy.train_micro_batch_size = 32
@@ -46,17 +53,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.validation.max_samples = 500
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    return _shrink(config) if arg == "smoke" else config
+    return config
 
 
-def _shrink(config: ConfigDict) -> ConfigDict:
-    config.distillation.teacher_model_path = "runs/random/math_cl_teacher"
+def smoke(name: str) -> ConfigDict:
+    """The same code in little, with the models runs/random/NAME_teacher and NAME_student."""
+    config = distil(f"runs/random/{name}_teacher", f"runs/random/{name}_student")
     config.distillation.max_steps = 4
     config.distillation.eval_steps = 2
     config.distillation.save_steps = 2
     config.distillation.logging_steps = 1
     config.distillation.generate_strategy.max_length = 24
-    config.policy.model_name = "runs/random/math_cl_student"
     config.policy.max_total_sequence_length = 160
     config.policy.train_global_batch_size = 8
     config.policy.train_micro_batch_size = 4

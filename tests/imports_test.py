@@ -138,10 +138,12 @@ def test_few_modules_at_the_top():
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name
 )
-def test_configs_import_only_the_schema(path):
+def test_configs_import_only_the_schema_and_each_other(path):
     for name in all_imports(path):
         assert not name.startswith("jax")
-        assert not name.startswith("distill") or name.startswith("distill.config.")
+        assert not name.startswith("distill") or name.startswith(
+            ("distill.config.", "distill.configs.")
+        )
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,10 @@ def _facts(
 
 
 _GEMMA3 = dict(sliding_window=512, query_pre_attn_scalar=256, head_dim=256)
+_GEMMA3_LARGER = _GEMMA3 | dict(
+    sliding_window=1024, rope_scaling={"rope_type": "linear", "factor": 8.0}
+)
+_GEMMA3_27B = _GEMMA3_LARGER | dict(query_pre_attn_scalar=168, head_dim=128)
 _MISTRAL = dict(sliding_window=None, head_dim=128)
 _GRANITE = dict(embedding_multiplier=12.0, residual_multiplier=0.22, tie_word_embeddings=True)
 _SMOLLM3 = dict(no_rope_layers=[1, 1, 1, 0] * 9, tie_word_embeddings=True)
@@ -258,6 +262,21 @@ _OTHERS: dict[str, tuple[tuple[int, ...], dict, int]] = {
         (26, 1152, 4, 1, 6912),
         _facts("gemma3_text", 262144, 32768, 1e6, 1e-6, **_GEMMA3),
         262144,
+    ),
+    "google/gemma-3-4b-it": (
+        (34, 2560, 8, 4, 10240),
+        _facts("gemma3_text", 262208, 131072, 1e6, 1e-6, **_GEMMA3_LARGER),
+        262145,
+    ),
+    "google/gemma-3-12b-it": (
+        (48, 3840, 16, 8, 15360),
+        _facts("gemma3_text", 262208, 131072, 1e6, 1e-6, **_GEMMA3_LARGER),
+        262145,
+    ),
+    "google/gemma-3-27b-it": (
+        (62, 5376, 32, 16, 21504),
+        _facts("gemma3_text", 262208, 131072, 1e6, 1e-6, **_GEMMA3_27B),
+        262145,
     ),
     "mistralai/Mistral-7B-Instruct-v0.3": (
         (32, 4096, 32, 8, 14336),
