@@ -180,7 +180,13 @@ def check_same_loss(path: Path, loss: float, dtype: str) -> None:
 
 
 def make_state_and_step(workload: Workload, folder: Path | None, loss: str | None = None):
-    """The first train state, and `step(state, batch) -> (state, metrics)`.
+    """The first train state, and `step(state, batch) -> (state, metrics)`; see `make_parts`."""
+    state, teacher_params, step = make_parts(workload, folder, loss)
+    return state, lambda state, batch: step(state, teacher_params, batch)
+
+
+def make_parts(workload: Workload, folder: Path | None, loss: str | None = None):
+    """The first train state, the teacher's parameters and the jitted step.
 
     Weights are those of the folder's `student` and `teacher`, or random; `loss` is an
     implementation of it, None the default.
@@ -198,7 +204,7 @@ def make_state_and_step(workload: Workload, folder: Path | None, loss: str | Non
         vocab_size=workload.student.vocab_size,
     )
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    return state, lambda state, batch: step(state, teacher_params, batch)
+    return state, teacher_params, step
 
 
 def build_torch(workload: Workload, folder: Path, compiled: bool):
