@@ -167,6 +167,7 @@ class Session:
             keep_truncated=data.keep_truncated,
             template_arguments=template_arguments(data),
             special_tokens=data.special_tokens,
+            vocab_size=self.vocabulary.size,
         )
 
     # -------------------------------------------------------------------------------- models

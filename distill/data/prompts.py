@@ -14,7 +14,7 @@ from distill.data.base import DatasetInterface, Dropped, Example, count_drops, e
 from distill.data.chat import Chat, Refused
 from distill.data.messages import prompt_key
 from distill.data.sequences import Sequences
-from distill.data.tokenizer import response_end
+from distill.data.tokenizer import padding, response_end, vocabulary_size
 
 _WIDTH_MULTIPLE = 8
 
@@ -98,6 +98,7 @@ def tokenize_prompts(
     keep_truncated: bool = True,
     template_arguments: Mapping[str, Any] | None = None,
     special_tokens: str = "text",
+    vocab_size: int | None = None,
 ) -> Prompts:
     """Tokenises a dataset; rows that do not fit are dropped and counted, never truncated.
 
@@ -118,6 +119,7 @@ def tokenize_prompts(
         keep_truncated: whether responses that were cut off are kept, without an end token.
         template_arguments: further variables of the chat template.
         special_tokens: what those are that the data spells, 'text' or 'control' tokens.
+        vocab_size: ids that the models know, where those are fewer than the tokenizer's.
 
     Raises:
         UserError: bad template, a list of messages without a chat template, or nothing is left.
@@ -137,7 +139,11 @@ def tokenize_prompts(
     )
     examples = examples_of(dataset)
     limits = _Limits(
-        max_prompt_length, max_response_length, _longest_piece(tokenizer), keep_truncated
+        max_prompt_length,
+        max_response_length,
+        _longest_piece(tokenizer),
+        vocab_size or vocabulary_size(tokenizer),
+        keep_truncated,
     )
     notes: list[tuple[str, str]] = []
     prompts = _encode_prompts(examples, tokenizer, chat, limits, notes)
@@ -161,7 +167,7 @@ def tokenize_prompts(
         prompt_tokens=_arrays(prompts, kept),
         response_tokens=None if responses is None else _arrays(responses, kept),
         dropped=dropped,
-        pad_id=_pad_id(tokenizer),
+        pad_id=padding(tokenizer, limits.ids),
         noted=count_drops(notes),
         keys=tuple(prompt_key(examples[i].prompt) for i in kept),
     )
@@ -169,11 +175,12 @@ def tokenize_prompts(
 
 @dataclasses.dataclass(frozen=True)
 class _Limits:
-    """Tokens of prompts and of responses at most, characters of the longest token, and the key."""
+    """Tokens of prompts and responses at most, characters of the longest, ids, and the key."""
 
     prompt: int
     response: int
     longest_piece: int
+    ids: int
     keep_truncated: bool
 
 
@@ -227,6 +234,8 @@ def _encode_prompts(
     for key, tokens in zip(texts, ids, strict=True):
         if not tokens:
             encoded[key] = "prompts without a token"
+        elif max(tokens) >= limits.ids:
+            encoded[key] = _UNKNOWN.format("prompts")
         elif plain and len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
             encoded[key] = "prompts with two begin tokens, of data.prompt_template and tokenizer"
         else:
@@ -235,6 +244,7 @@ def _encode_prompts(
     return [encoded[key] for key in keys]
 
 
+_UNKNOWN = "{} with tokens that the models have no embedding for"
 _SPELLED = "{} that spell special tokens, which are text there (data.special_tokens)"
 
 
@@ -271,9 +281,12 @@ def _encode_responses(
                 notes.append((_SPELLED.format("responses"), example.id))
     ids = chat.encode(list(texts.values()), add_special_tokens=False)
     for i, tokens in zip(texts, ids, strict=True):
-        ending = [] if examples[i].truncated else [end]
-        fits = len(tokens) + len(ending) <= limits.response
-        encoded[i] = np.array([*tokens, *ending], np.int32) if fits else too_long
+        tokens = tokens if examples[i].truncated else [*tokens, end]
+        if max(tokens, default=0) >= limits.ids:
+            encoded[i] = _UNKNOWN.format("responses")
+        else:
+            fits = len(tokens) <= limits.response
+            encoded[i] = np.array(tokens, np.int32) if fits else too_long
     return [encoded[i] for i in range(len(examples))]
 
 
@@ -301,6 +314,7 @@ def _nothing_left(total: int, dropped: Mapping[str, Dropped]) -> str:
         "rendered already": "set data.chat_template=none and data.special_tokens=control",
         "beside data.system_prompt": "leave data.system_prompt empty",
         "two begin tokens": "leave the begin token out of data.prompt_template",
+        "no embedding": "take added tokens out of tokenizer.json, or give the models rows for them",
         "leaves out": "rename the roles as the model's chat template has them",
     }
     advice = [remedy for reason, remedy in remedies.items() if reason in reasons]
@@ -308,12 +322,6 @@ def _nothing_left(total: int, dropped: Mapping[str, Dropped]) -> str:
         f"none of {total} rows can be used: {reasons or 'the split is empty'}; "
         f"{' and '.join(advice) or 'check data.path'}"
     )
-
-
-def _pad_id(tokenizer) -> int:
-    # Padding is never read (masks come from lengths), so any valid id does.
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in ids if i is not None)
 
 
 def _width(tokens: Sequence[Any]) -> int:

@@ -121,6 +121,12 @@ def vocabulary_size(tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def padding(tokenizer, vocab_size: int) -> int:
+    """What fills up: any id that the models know does, as masks come from lengths."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None and i < vocab_size)
+
+
 def check_same_vocabulary(student, teacher) -> None:
     """Raises UserError with the first token on which the two tokenizers differ."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
@@ -188,7 +194,7 @@ class Vocabulary:
 
     Attributes:
       tokenizer: the student's.
-      size: ids in use; output heads may be padded beyond it.
+      size: ids in use, which all models know; output heads may be padded beyond it.
       end_ids: ids that end a response.
     """
 
@@ -198,7 +204,7 @@ class Vocabulary:
 
     @property
     def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id
+        return padding(self.tokenizer, self.size)
 
     def within(self, rows: int, model: Path) -> Vocabulary:
         """The ids of which a model has embedding rows.

@@ -122,7 +122,8 @@ def _find(name: str) -> tuple[Published, str]:
     if known is not None:
         return Published(config, known.vocab_size), ""
     try:
-        return Published(config, vocabulary_size(load_tokenizer(path.parent))), ""
+        size = vocabulary_size(load_tokenizer(path.parent, "none"))
+        return Published(config, min(size, config.vocab_size)), ""
     except UserError:
         note = f"{name} has no tokenizer: all {config.vocab_size} rows of its head are counted"
         return Published(config, config.vocab_size), note
