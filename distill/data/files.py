@@ -5,14 +5,13 @@ from __future__ import annotations
 import codecs
 import csv
 import functools
-import glob
 import io
 import json
 import os
 import re
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from distill.base.errors import UserError
 from distill.data.base import Example, register_dataset
@@ -27,7 +26,10 @@ from distill.data.table import (
     make_example,
 )
 
-_COMPRESSED = (".gz", ".zst")
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # Splits by the words in names of files and folders that stand for them.
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -55,6 +57,7 @@ def make(
 ) -> InMemoryDataset:
     """Reads a file, those that a pattern such as data/*.jsonl.gz names, or a folder.
 
+    Each may have an address that fsspec knows, such as gs://bucket/data.
     A prompt is a text or a list of chat messages. See `choose_split` for the splits and bad rows,
     and `chosen_columns` for the columns.
     """
@@ -76,81 +79,108 @@ def make(
 
 
 def file_tables(path: str, columns: Columns) -> Tables:
-    """The splits found at a local path: a file is one 'train', a folder is sorted by file name.
+    """The splits found at a path or address: a file is one 'train', a folder is sorted by name.
 
     A folder none of whose files is named after a split is one 'train' too.
 
     Raises:
         UserError: nothing is there, or no file of a kind that is read.
     """
-    root = Path(path).expanduser()
-    files, by_name = _files_at(root), not root.is_file()
-    if not files:
-        if not root.exists():
-            raise UserError(f"data.path={path} does not exist; pass data.path=LOCAL, {_ALLOWED}")
-        raise UserError(f"data.path={path} has nothing to read; it must be {_ALLOWED}")
-    base = root if root.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
-    splits = {file: _split_of(file.relative_to(base)) for file in files if by_name}
-    by_split: dict[str, list[Path]] = {}
+    system, root, files = _find(path)
+    base = root if system.isdir(root) else os.path.commonpath([_parent(file) for file in files])
+    by_name = {file: _split_of(_within(base, file)) for file in files if file != root}
+    by_split: dict[str, list[str]] = {}
     for file in files:
         # Files of no split are trained on where no others are.
-        split = splits.get(file) or ("train" if "train" not in splits.values() else None)
+        split = by_name.get(file) or ("train" if "train" not in by_name.values() else None)
         if split:
             by_split.setdefault(split, []).append(file)
     return {
-        name: functools.partial(_read_files, found, base, columns)
+        name: functools.partial(_read_files, system, found, base, columns)
         for name, found in by_split.items()
     }
 
 
-def _files_at(root: Path) -> list[Path]:
-    if glob.has_magic(str(root)) and not root.exists():
-        found = [Path(file) for file in glob.glob(str(root), recursive=True)]
-    elif root.is_dir():
-        # A copy of a hub repository often keeps its tables in data/.
-        return (
-            _readable(root.glob("*"))
-            or _readable((root / "data").glob("*"))
-            or _readable(
-                file for file in root.rglob("*") if not any(part[0] == "." for part in file.parts)
-            )
-        )
-    else:
-        found = [root]
-    return _readable(found)
+def _find(path: str) -> tuple[AbstractFileSystem, str, list[str]]:
+    """The file system of a path or address, the place there, and the files that are read."""
+    import fsspec
+
+    try:
+        system, root = fsspec.url_to_fs(os.path.expanduser(path))
+        exists = system.exists(root)
+        if exists and system.isdir(root):
+            files = _files_in(system, root)
+        elif exists:
+            files = _readable([system.info(root)])
+        else:
+            files = _readable(system.glob(root, detail=True).values())
+    # Without the package for the scheme, the credentials or a network: each has its own class.
+    except Exception as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"data.path={path} cannot be read ({reason})") from None
+    if not files:
+        if not exists:
+            raise UserError(f"data.path={path} does not exist; pass data.path=LOCAL, {_ALLOWED}")
+        raise UserError(f"data.path={path} has nothing to read; it must be {_ALLOWED}")
+    return system, root, files
 
 
-def _readable(files: Iterable[Path]) -> list[Path]:
-    return sorted(file for file in files if file.is_file() and _kind(file) in _READERS)
+def _files_in(system: AbstractFileSystem, folder: str) -> list[str]:
+    # A copy of a hub repository often keeps its tables in data/.
+    for each in (folder, f"{folder}/data"):
+        if system.isdir(each) and (files := _readable(system.ls(each, detail=True))):
+            return files
+    files = _readable(system.find(folder, detail=True).values())
+    return [file for file in files if not re.search(r"(^|/)\.", _within(folder, file))]
 
 
-def _kind(file: Path) -> str:
+def _readable(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    files = [info["name"] for info in found if info["type"] == "file"]
+    return sorted(file for file in files if _kind(file) in _READERS)
+
+
+def _kind(file: str) -> str:
     """The suffix that says how a file's text is to be read."""
-    return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
+    name = PurePosixPath(file)
+    return PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
 
 
-def _split_of(file: Path) -> str | None:
+def _parent(file: str) -> str:
+    return str(PurePosixPath(file).parent)
+
+
+def _within(folder: str, file: str) -> str:
+    return str(PurePosixPath(file).relative_to(folder))
+
+
+def _split_of(file: str) -> str | None:
     """The split that the last word of the path that names one stands for."""
-    words = re.split(r"[^a-z0-9]+", str(file).lower())
+    words = re.split(r"[^a-z0-9]+", file.lower())
     return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
 
 
-def _read_files(files: list[Path], base: Path, columns: Columns) -> list[Example | BadRow]:
-    ids = {file: str(file.relative_to(base)) for file in files}
-    return [row for file in files for row in _read_file(file, ids[file], columns)]
+def _read_files(
+    system: AbstractFileSystem, files: list[str], base: str, columns: Columns
+) -> list[Example | BadRow]:
+    return [row for file in files for row in _read_file(system, file, _within(base, file), columns)]
 
 
-def _read_file(file: Path, id: str, columns: Columns) -> list[Example | BadRow]:
+def _read_file(
+    system: AbstractFileSystem, file: str, id: str, columns: Columns
+) -> list[Example | BadRow]:
     import pyarrow
+    from fsspec.implementations.local import LocalFileSystem
 
+    where = file if isinstance(system, LocalFileSystem) else system.unstrip_protocol(file)
+    compression = _COMPRESSED.get(PurePosixPath(file).suffix)
     try:
-        with pyarrow.input_stream(str(file), compression="detect") as stream:
-            return _READERS[_kind(file)](io.BufferedReader(stream), str(file), id, columns)
+        with system.open(file) as raw, pyarrow.input_stream(raw, compression) as stream:
+            return _READERS[_kind(file)](io.BufferedReader(stream), where, id, columns)
     except (pyarrow.ArrowException, OSError, csv.Error) as error:
         reason = str(error).splitlines()[0]
         kind = "Parquet" if _kind(file) == ".parquet" else "readable"
         raise UserError(
-            f"{file} is not a whole {kind} file ({reason}): copy or download it again"
+            f"{where} is not a whole {kind} file ({reason}): copy or download it again"
         ) from None
 
 
@@ -219,7 +249,7 @@ def _read_parquet(
 ) -> list[Example | BadRow]:
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(where)
+    file = pyarrow.parquet.ParquetFile(stream)
     available = file.schema_arrow.names
     names = columns.present(available, where)
     if twice := [name for name in names if available.count(name) > 1]:

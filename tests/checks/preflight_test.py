@@ -22,7 +22,8 @@ from distill.build import models as build_models
 from distill.build import session as build_session
 from distill.checks import layout, numbers, texts
 from distill.checks.run import STATE_CHECKS, TEXT_CHECKS
-from distill.data.tokenizer import load_tokenizer
+from distill.config import parse_config
+from distill.data.tokenizer import load_tokenizer, save_tokenizer
 from distill.losses import divergences
 from distill.models.model import Model
 from distill.preflight import preflight_alone
@@ -227,6 +228,18 @@ def test_end_outside_of_the_vocabulary(config, models, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4096]}))
     config.policy.model_name = str(folder)
     assert "4096 is not in the vocabulary" in problem_of(config)
+
+
+def test_ids_without_an_embedding_are_not_in_use(config, models, tmp_path):
+    folders = {role: str(shutil.copytree(models[role], tmp_path / role)) for role in models}
+    for folder in folders.values():
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens([f"<{i}>" for i in range(20)])
+        tokenizer.pad_token = "<19>"
+        save_tokenizer(tokenizer, Path(folder))
+    vocabulary = build_session.Session(parse_config(with_models(config, folders))).vocabulary
+    assert (vocabulary.size, vocabulary.pad_id) == (17, 1)  # of 37 ids
+    assert list(preflight_alone(config)) == CHECKS
 
 
 def test_tokenizer_of_the_same_words_that_cuts_otherwise(config, monkeypatch):

@@ -11,7 +11,7 @@ from distill.config.schema import Data
 from distill.data.base import Dropped, Example
 from distill.data.prompts import tokenize_prompts
 from distill.data.table import InMemoryDataset
-from distill.data.tokenizer import response_end
+from distill.data.tokenizer import response_end, vocabulary_size
 
 SPECIAL = ["<|endoftext|>", "<|start|>", "<|end|>"]
 CHATML = (
@@ -191,3 +191,17 @@ def test_normalised_text_is_still_found():
     for text in ("2 \u2126", "e\u0301te\u0301"):
         tokens = tokenize(text, tokenizer).prompt_tokens[1]
         assert _comparable(tokenizer, text) in _comparable(tokenizer, tokenizer.decode(tokens))
+
+
+def test_tokens_that_the_models_have_no_embedding_for():
+    tokenizer = byte_tokenizer(None)
+    size = vocabulary_size(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.pad_token = "<new>"
+    options = dict(special_tokens="control", vocab_size=size)
+    assert len(tokenize("a <new>", tokenizer)) == 2
+    for prompt, response, kind in (("a <new>", None, "prompts"), ("a", "<new>", "responses")):
+        prompts = tokenize(prompt, tokenizer, response=response, **options)
+        reason = f"{kind} with tokens that the models have no embedding for"
+        assert prompts.dropped == {reason: Dropped(1, "1")}
+        assert prompts.pad_id == tokenizer.eos_token_id  # a row of which would be no number

@@ -293,3 +293,27 @@ def test_factories_that_make_no_dataset(made, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         get_dataset(name, "train")
     assert "\n" not in str(error.value)
+
+
+def test_addresses(tmp_path):
+    import fsspec
+
+    memory, rows = fsspec.filesystem("memory"), b'{"prompt": "a", "answer": 1}\n7\n'
+    table = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["b"]}), table)
+    memory.pipe("/bucket/data/x_train.jsonl.gz", gzip.compress(rows))
+    memory.pipe("/bucket/data/x_test.parquet", table.getvalue())
+    for place in ("data", "data/*.*", ""):
+        train = get_dataset("jsonl", "all", path=f"memory://bucket/{place}", max_bad_rows=0.5)
+        assert texts(train) == ["a"] and prompts(f"memory://bucket/{place}", "test") == ["b"]
+    where = "memory:///bucket/data/x_train.jsonl.gz:2"
+    assert train.bad_rows == {"not a JSON object": Dropped(1, where)}
+    path = write(tmp_path / "d.jsonl", [{"prompt": "c"}])
+    assert read(f"file://{path}") == read(path)
+    for address, reason in {
+        "memory://bucket/no.jsonl": "does not exist",
+        "memory://bucket/data/x_test.txt": "does not exist",
+        "scheme://bucket/data": "cannot be read .Protocol not known: scheme",
+    }.items():
+        with pytest.raises(UserError, match=f"data.path={address} {reason}"):
+            read(address)
