@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -83,7 +84,7 @@ def _choose_template(templates: str | dict[str, str] | None, name: str, folder: 
     )
 
 
-def _load(folder: Path) -> PreTrainedTokenizerFast:
+def _load(folder: Path) -> Any:
     exact = folder / "tokenizer.json"
     if not exact.exists():  # converted as the model's type has it
         # Left open, transformers would ask on the terminal whether to run a model's own code.

@@ -254,6 +254,19 @@ def test_tokenizer_of_the_same_words_that_cuts_otherwise(config, monkeypatch):
     assert "make different tokens of" in problem_of(config)
 
 
+def test_tokenizer_that_transformers_would_load_otherwise(config, models, tmp_path):
+    folders = {role: str(shutil.copytree(models[role], tmp_path / role)) for role in models}
+    for folder in map(Path, folders.values()):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["normalizer"] = {"type": "Replace", "pattern": {"String": "1"}, "content": "7"}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings["tokenizer_class"] = "Qwen2Tokenizer"  # whose own normaliser takes its place
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    session = build_session.Session(parse_config(with_models(config, folders)))
+    assert "warning: AutoTokenizer of transformers cuts" in texts.check_tokenizers(session)
+
+
 def test_tokenizer_of_equal_size_with_other_words(config, models, tmp_path):
     folder = copied(models["teacher"], tmp_path)
     path = folder / "tokenizer.json"

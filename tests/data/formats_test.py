@@ -14,6 +14,7 @@ import pytest
 from distill.base.errors import UserError
 from distill.build.data import build_dataset, build_validation
 from distill.config.schema import Data, Validation
+from distill.data import hf
 from distill.data.base import Dropped, Example, get_dataset, register_dataset
 
 USER, ASSISTANT = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}
@@ -196,6 +197,18 @@ def test_a_format_is_no_dataset_of_the_hub():
         get_dataset("hf", "train", path="parquet")
 
 
+def test_revision_of_a_dataset_of_the_hub(monkeypatch):
+    import datasets
+
+    def load(name, subset, revision):
+        assert (name, subset, revision) == ("owner/data", None, "v2")
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict({"prompt": ["a"]}))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hf, "_hub_answers", lambda hub_id: True)
+    assert texts(get_dataset("hf", "all", path="owner/data@v2")) == ["a"]
+
+
 def test_column_of_two_is_named(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["prompt", "prompt"])
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
@@ -265,6 +278,11 @@ class TestValidation:
         path = write(tmp_path / "one.jsonl", self.ROWS[:1])
         data = Data(name="jsonl", path=path, validation=Validation(max_samples=0))
         assert texts(build_dataset(data, 0)) == ["p0"] and build_validation(data, 0) is None
+
+    def test_no_path_of_its_own(self):
+        data = Data(name="arithmetic", validation=Validation(name="jsonl"))
+        with pytest.raises(UserError, match="no path is set: .*data.validation.path=LOCAL"):
+            build_validation(data, 0)
 
 
 # ---- sources of the user's own ----

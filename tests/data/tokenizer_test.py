@@ -15,6 +15,7 @@ from distill.data.tokenizer import (
     end_ids,
     load_tokenizer,
     save_tokenizer,
+    shared_vocabulary,
     train_bpe_tokenizer,
     vocabulary_size,
 )
@@ -153,6 +154,17 @@ def test_ends_come_from_tokenizer_and_generation_config(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(UserError, match="config.json has eos_token_id .* must be an id or a"):
             end_ids(tokenizer, tmp_path)
+
+
+def test_either_models_ends_are_those_of_both(tmp_path):
+    for role, listed in (("student", [3]), ("teacher", [2, 3])):
+        save_tokenizer(character_tokenizer("ab"), tmp_path / role)
+        settings = json.dumps({"eos_token_id": listed})
+        (tmp_path / role / "generation_config.json").write_text(settings)
+    assert shared_vocabulary(tmp_path / "student", tmp_path / "teacher").end_ids == (1, 2, 3)
+    (tmp_path / "teacher/config.json").write_text("{")
+    with pytest.raises(UserError, match="teacher/config.json cannot be read as a JSON object"):
+        shared_vocabulary(tmp_path / "student", tmp_path / "teacher")
 
 
 def test_folder_without_tokenizer(tmp_path):
