@@ -22,16 +22,15 @@ SAMPLED_PROMPTS = 8
 
 def check_tokenizers(session: Session) -> str:
     """Student and teacher cut the same rendered prompts into the same tokens."""
-    texts, rendered = _texts(session), _rendered_prompts(session)
-    found = _compare_with_transformers(session, rendered)
+    texts = [*_rendered_prompts(session), *_texts(session)]
+    found = _compare_with_transformers(session, texts)
     if session.teacher_folder is None:
         return f"no teacher's tokenizer to compare with{found}"
     tokenizers = session.vocabulary.tokenizer, _teachers(session, "none")
     ours, theirs = (
-        tokenizer([*rendered, *texts], add_special_tokens=False)["input_ids"]
-        for tokenizer in tokenizers
+        tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers
     )
-    for text, mine, other in zip([*rendered, *texts], ours, theirs, strict=True):
+    for text, mine, other in zip(texts, ours, theirs, strict=True):
         if mine != other:
             raise Problem(
                 f"student and teacher make different tokens of {_short(text)}, "
@@ -44,7 +43,7 @@ def check_tokenizers(session: Session) -> str:
     return f"{found}{_compare_templates(session)}"
 
 
-def _compare_with_transformers(session: Session, rendered: list[str]) -> str:
+def _compare_with_transformers(session: Session, texts: list[str]) -> str:
     """A warning where those who load the student otherwise would see other tokens."""
     try:
         usual = AutoTokenizer.from_pretrained(
@@ -55,14 +54,14 @@ def _compare_with_transformers(session: Session, rendered: list[str]) -> str:
     except Exception:  # what it can't load it doesn't cut otherwise either
         return ""
     ours, theirs = (
-        tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        tokenizer(texts, add_special_tokens=False)["input_ids"]
         for tokenizer in (session.vocabulary.tokenizer, usual)
     )
     if ours == theirs:
         return ""
     at = next(i for i, ids in enumerate(ours) if ids != theirs[i])
     return (
-        f"; warning: AutoTokenizer of transformers cuts {_short(rendered[at])} otherwise than "
+        f"; warning: AutoTokenizer of transformers cuts {_short(texts[at])} otherwise than "
         "tokenizer.json, by which this run goes: load the student with PreTrainedTokenizerFast"
     )
 
