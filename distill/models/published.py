@@ -2,10 +2,10 @@
 
 Meant to be those of each config.json on the Hugging Face hub. The shapes of Qwen2.5, Qwen3 and
 Llama agree with torchtune's model builders (github.com/pytorch/torchtune), those of Qwen3's
-mixtures with slime's (github.com/THUDM/slime). Mixtral, OLMoE, gpt-oss-120b, Qwen3.5-35B-A3B and
-Qwen3-Next have the defaults of transformers' configurations. The others were not compared with
-anything but their numbers of weights. A file is read instead where there is one. Heads may have
-more rows than the tokenizers have ids.
+mixtures with slime's (github.com/THUDM/slime). Mixtral, gpt-oss-120b, Qwen3.5-35B-A3B and
+Qwen3-Next have the shapes of transformers' own defaults. The others were not compared with anything
+but their numbers of weights. A file is read instead where there is one. Heads may have more rows
+than the tokenizers have ids.
 """
 
 from __future__ import annotations

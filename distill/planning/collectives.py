@@ -24,7 +24,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _REGULAR_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 

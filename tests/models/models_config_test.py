@@ -1,9 +1,13 @@
 """Reading config.json: what is understood, and that everything else is refused by name."""
 
+import dataclasses
+
 import pytest
+from transformers import AutoConfig
 
 from distill.base.errors import UserError
 from distill.models.facts import ModelConfig
+from distill.models.published import PUBLISHED as SHAPES
 from distill.models.rope import Linear, Llama3, Rope
 
 # As published, fields that do not matter included.
@@ -130,6 +134,26 @@ def test_published_llama3():
     config = read(LLAMA3)
     assert config.rope == Rope(5e5, Llama3(32.0, 1.0, 4.0, 8192))
     assert not config.qk_norm and not config.qkv_bias
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen/Qwen3-Next-80B-A3B-Instruct",
+        "Qwen/Qwen3.5-35B-A3B",
+        "mistralai/Mixtral-8x7B-Instruct-v0.1",
+        "openai/gpt-oss-120b",
+    ],
+)
+def test_published_mixtures_have_the_shapes_of_their_classes(name):
+    """But for positions, and the width of a feed-forward that no layer has."""
+    published = SHAPES[name].config
+    defaults = AutoConfig.for_model(published.family).to_dict()
+    found = ModelConfig.from_hf(defaults, "transformers")
+    own = dict(max_positions=1)
+    if published.recurrent:
+        own |= dict(rope=Rope(1.0), ffn_width=1)
+    assert dataclasses.replace(found, **own) == dataclasses.replace(published, **own)
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

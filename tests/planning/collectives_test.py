@@ -38,7 +38,7 @@ def test_bytes_sent_in_loops_of_a_compiled_program(collective, expected):
 TPU_PROGRAM = """
 %fused_start (p.0: bf16[8,4]) -> (bf16[8,4], bf16[8,16]) {
   %all-gather.1 = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=7, \
-replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={1}
+replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, dimensions={1}
   ROOT %custom-call.1 = (bf16[8,4], bf16[8,16]) custom-call(%all-gather.1), \
 custom_call_target="AsyncCollectiveStart"
 }

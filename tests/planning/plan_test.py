@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import time
 from pathlib import Path
 
@@ -19,9 +20,12 @@ from distill.base import topology
 from distill.base.errors import UserError
 from distill.base.sharding import make_mesh
 from distill.base.topology import CHIPS, GPUS, SLICES, parse_topology
+from distill.build.scratch import make_random_model_like
 from distill.build.session import Session, open_session
 from distill.build.teachers import abstract_teacher
 from distill.config.parse import parse_config
+from distill.data.arithmetic import CHARACTERS
+from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import Experts
 from distill.planning import changes, costs, programs, run
@@ -47,10 +51,26 @@ def with_shapes(config):
     return config
 
 
+def with_mixtures(config, folder):
+    """The same of mixtures of experts."""
+    like = json.loads((ROOT / "configs/tiny/qwen3_moe.json").read_text())
+    models = {"student": 64, "teacher": 128}
+    for name, width in models.items():
+        sizes = dict(hidden_size=width, moe_intermediate_size=width, num_experts=4)
+        sizes |= dict(num_attention_heads=2, head_dim=width // 2)
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(like | sizes))
+        tokenizer = character_tokenizer(CHARACTERS)
+        make_random_model_like(folder / name, tokenizer, path, vocab_size=512)
+    return with_models(config, {name: str(folder / name) for name in models})
+
+
 @pytest.mark.slow
-def test_figures_are_what_a_run_allocates(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mixtures", [False, True])
+def test_figures_are_what_a_run_allocates(mixtures, tmp_path, monkeypatch):
     """Every figure of a plan within 10% of what the first device holds in a real run."""
-    config = with_shapes(tiny_config(max_steps=1))
+    config = tiny_config(max_steps=1)
+    config = with_mixtures(config, tmp_path) if mixtures else with_shapes(config)
     config.data.validation.max_samples = 0
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
     config.policy.train_global_batch_size, config.policy.train_micro_batch_size = 32, 16
