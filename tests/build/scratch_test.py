@@ -1,17 +1,28 @@
 """Models of random weights, and their tokenizers."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from configs import math_cl, moe, qwen35
 from distill.base.errors import UserError
+from distill.build.data import build_dataset
+from distill.build.plugins import import_plugins
 from distill.build.scratch import make_random_model, make_tokenizer
+from distill.config.parse import parse_config
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import get_dataset
-from distill.data.tokenizer import character_tokenizer, load_tokenizer, vocabulary_size
+from distill.data.tokenizer import (
+    character_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    vocabulary_size,
+)
 from distill.models.checkpoints.source import load_model_config
 
 ROOT = Path(__file__).parents[2]
@@ -64,3 +75,21 @@ def test_command_writes_the_model_that_the_config_names(tmp_path):
     model, _ = load_model_config(tmp_path / "student")
     assert (model.vocab_size, model.num_layers, model.model_width) == (416, 2, 32)
     assert vocabulary_size(load_tokenizer(tmp_path / "student")) <= 400
+
+
+@pytest.mark.parametrize(
+    ("config", "family"), [(math_cl, "qwen2"), (qwen35, "qwen3_5_text"), (moe, "qwen3_moe")]
+)
+def test_tokenizers_of_a_smoke_config_are_learned_alike(config, family, tmp_path):
+    """Student's and teacher's, by commands of their own; and read so, by transformers too."""
+    parsed = parse_config(config.get_config("smoke"))
+    import_plugins(parsed)
+    datasets = [build_dataset(parsed.data, parsed.seed) for _ in range(2)]
+    first, second = (make_tokenizer("bpe:400", dataset) for dataset in datasets)
+    text = "Solve $7x + 11 = 74$ for $x$."
+    expected = first(text)["input_ids"]
+    assert len(expected) < len(text)
+    save_tokenizer(second, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    for load in (load_tokenizer, AutoTokenizer.from_pretrained):
+        assert load(tmp_path)(text)["input_ids"] == expected

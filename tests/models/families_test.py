@@ -93,6 +93,8 @@ CONFIGS = {
         num_experts_per_tok=2,
         moe_intermediate_size=12,
         shared_expert_intermediate_size=20,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
     ),
 }
 

@@ -12,7 +12,13 @@ import numpy as np
 from distill.base.errors import UserError
 from distill.models.checkpoints.adapters import merge_adapter
 from distill.models.checkpoints.hub import CONFIG, base_folder, read_json, resolve_model
-from distill.models.checkpoints.tensors import Tensor, find_tensors, has_weights, is_readable
+from distill.models.checkpoints.tensors import (
+    Tensor,
+    find_tensors,
+    has_weights,
+    is_readable,
+    split_experts,
+)
 from distill.models.facts import ModelConfig
 from distill.models.families import FAMILIES
 
@@ -77,6 +83,9 @@ class Source:
         """The key of a tensor in the container's files, be it there or not."""
         if key in self.names or not self.others:
             return self.names.get(key, key)
+        if key.startswith("model."):  # of an expert, in one tensor with others there
+            prefix = self.names[EMBEDDING].removesuffix(EMBEDDING.removeprefix("model."))
+            return prefix + key.removeprefix("model.")
         # Only an untied head is new: beside what the embedding stands below.
         nested = self.names[EMBEDDING].startswith("language_model.")
         return f"language_model.{key}" if nested else key
@@ -98,6 +107,8 @@ def open_source(path_or_id: str | Path) -> Source:
         names = {name: key for key in tensors if (name := _text_key(key))}
         others = {key: tensors[key] for key in tensors.keys() - set(names.values())}
         tensors = {name: tensors[key] for name, key in names.items()}
+    if "layers/expert_gate_up_proj" not in FAMILIES[config.family].keys:
+        tensors = split_experts(tensors)
     if folder != base:
         plain = hf_config is text_config
         tensors = merge_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -146,6 +147,54 @@ class MxFp4:
         values = np.ldexp(pairs.reshape(*exponents.shape, size), exponents[..., None])
         values = values.reshape(*exponents.shape[:-1], -1)
         return values[..., low - first * size : high - first * size].swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfExpert:
+    """One expert's rows in a tensor of all experts, (expert, row, column)."""
+
+    whole: Tensor
+    expert: int
+    rows: range
+
+    @property
+    def key(self) -> str:
+        return self.whole.key
+
+    @property
+    def file(self) -> Path:
+        return self.whole.file
+
+    @property
+    def kind(self) -> str:
+        return self.whole.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.rows), self.whole.shape[2]
+
+    def read(self, index: Index) -> np.ndarray:
+        rows = self.rows[index[0]]
+        own = slice(self.expert, self.expert + 1), slice(rows.start, rows.stop), index[1]
+        return self.whole.read(own)[0]
+
+
+_ALL_EXPERTS = re.compile(r"(.*\.mlp\.experts\.)(gate_up|down)_proj")
+
+
+def split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One tensor per expert and projection where those of all are stored together."""
+    split: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not (found := _ALL_EXPERTS.fullmatch(key)) or len(tensor.shape) != 3:
+            split[key] = tensor
+            continue
+        prefix, names = found[1], found[2].split("_")
+        size = tensor.shape[1] // len(names)
+        for expert, (i, name) in itertools.product(range(tensor.shape[0]), enumerate(names)):
+            rows = range(i * size, (i + 1) * size)
+            split[f"{prefix}{expert}.{name}_proj.weight"] = OfExpert(tensor, expert, rows)
+    return split
 
 
 def _bounds(index: Index, shape: tuple[int, ...]) -> list[tuple[int, int]]:
