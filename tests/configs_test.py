@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from one_device import QUICK_XLA_FLAGS
 
 from distill.config.parse import parse_config
 
@@ -36,7 +37,7 @@ def test_smoke_run(name, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/without_torch'}",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, as users have it
+        "XLA_FLAGS": QUICK_XLA_FLAGS,
     }
     *scratch, train = smoke_commands(name)
     assert [command[2] for command in scratch] == ["distill.scratch"] * 2

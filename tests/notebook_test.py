@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from one_device import QUICK_XLA_FLAGS
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
@@ -84,7 +85,7 @@ def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     environment = {
         "IPYTHONDIR": str(folder / "ipython"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, as users have it
+        "XLA_FLAGS": QUICK_XLA_FLAGS,
     }
     smaller = {
         "max_steps = 350\n": f"max_steps = {STEPS}\n",
