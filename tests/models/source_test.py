@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,7 +20,7 @@ from distill.base.errors import UserError
 from distill.data.tokenizer import character_tokenizer, load_tokenizer, shared_vocabulary
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.fingerprint import fingerprint
-from distill.models.checkpoints.hub import base_folder, resolve_model, tokenizer_folder
+from distill.models.checkpoints.hub import base_folder, find_config, resolve_model, tokenizer_folder
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config, open_source
 from distill.models.checkpoints.tensors import MxFp4, Scaled, read_header
@@ -191,6 +192,22 @@ def test_an_adapter_is_merged_into_its_base(folder, stabilised):
     assert_equal(loaded(adapter), expected)
     assert resolve_model(adapter) == adapter and base_folder(adapter) == folder
     assert tokenizer_folder(adapter) == folder
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_adapters_base_is_downloaded_with_it(folder, monkeypatch, weights):
+    asked = []
+
+    def download(hub_id, revision, allow_patterns):
+        asked.append((hub_id, revision, "*.safetensors" in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    adapter = make_adapter(folder, {}, base_model_name_or_path="someone/base@v2")
+    assert find_config(adapter) is None and not asked  # a plan downloads nothing
+    assert resolve_model(adapter, weights=weights) == adapter
+    assert asked == [("someone/base", "v2", weights)]
+    assert base_folder(adapter) == folder and not asked[1][2]
 
 
 def test_an_adapters_fingerprint_is_of_its_base_too(folder):
