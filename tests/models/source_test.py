@@ -24,9 +24,12 @@ from distill.models.checkpoints.hub import base_folder, find_config, resolve_mod
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config, open_source
 from distill.models.checkpoints.tensors import MxFp4, Scaled, read_header
+from distill.models.facts import ModelConfig
 
 CONFIG = model_config("llama", head_width=4)
 FILE = "model.safetensors"
+SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+TEXT = dict(SIZES, vocab_size=32, num_key_value_heads=1, max_position_embeddings=64)
 Q, GATE = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"
 
 
@@ -147,6 +150,36 @@ def test_four_bits_equal_those_of_transformers(tmp_path):
     assert tensor.shape == whole.shape == (3, 64, 10) and tensor.key == "w"
     for index in (np.s_[:, :, :], np.s_[1:2, 30:35, 4:9], np.s_[:, 32:, :], np.s_[2:, 5:6, 0:1]):
         np.testing.assert_array_equal(tensor.read(index), whole[index])
+
+
+def test_experts_in_four_bits(tmp_path):
+    """As gpt-oss has them, beside matrices of 16 bits or more."""
+    hf_config = dict(
+        **TEXT | dict(hidden_size=32, intermediate_size=32, sliding_window=4, head_dim=8),
+        **dict(architectures=["GptOssForCausalLM"], model_type="gpt_oss", rms_norm_eps=1e-5),
+        **dict(num_local_experts=2, num_experts_per_tok=1, tie_word_embeddings=False),
+        **dict(rope_theta=1e4, layer_types=["full_attention"]),
+    )
+    folder, random = tmp_path / "model", np.random.default_rng(0)
+    config = ModelConfig.from_hf(hf_config, "test")
+    _, params = random_model(config)
+    tokenizer = character_tokenizer("0123")
+    export_model(folder, params, config, hf_config, tokenizer, jnp.float32)
+    tensors = load_file(folder / FILE)
+    expected = dict(tensors)
+    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(key).shape
+        groups = experts, outputs, inputs // 32
+        tensors[f"{key}_blocks"] = random.integers(0, 256, (*groups, 16)).astype(np.uint8)
+        tensors[f"{key}_scales"] = random.integers(120, 130, groups).astype(np.uint8)
+    save_file(tensors, folder / FILE)
+    edit_config(folder, quantization_config=dict(quant_method="mxfp4"))
+    stored = {tensor.key: tensor for tensor in read_header(folder / FILE)}
+    for key in expected.keys() - tensors.keys():
+        tensor = MxFp4(stored[f"{key}_blocks"], stored[f"{key}_scales"])
+        expected[key] = tensor.read(np.s_[:, :, :])
+    assert len(expected.keys() - tensors.keys()) == 2
+    assert_equal(loaded(folder), expected)
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", None])
@@ -314,8 +347,6 @@ def test_transformers_4_loads_config_and_tokenizer_of_an_export(folder):
 # ------------------------------------------------------------------------------------- containers
 
 
-SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-TEXT = dict(SIZES, vocab_size=32, num_key_value_heads=1, max_position_embeddings=64)
 ROPE = dict(rope_type="default", rope_theta=1e4)
 CONTAINERS = {
     "Mistral3": dict(
