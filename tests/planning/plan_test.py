@@ -27,7 +27,7 @@ from distill.config.parse import parse_config
 from distill.data.arithmetic import CHARACTERS
 from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints.source import load_model_config
-from distill.models.facts import Experts
+from distill.models.facts import Experts, ModelConfig
 from distill.planning import changes, costs, programs, run
 from distill.planning.arrays import make_arrays
 from distill.planning.estimate import compile_plan, estimate
@@ -345,6 +345,22 @@ def test_mixture_of_experts_on_tpus(name):
     assert not any(each.failure for each in made.compiled.values())
     # One gradient of experts' weights, were rows masked for each of them: 64 * 288 * 256 * 4 bytes.
     assert 0 < made.memory.update < 3 * made.memory.gradients + 64 * 288 * 256 * 4
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+@pytest.mark.parametrize("name", ["v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("layers", ["qwen3_5", "gemma3"])
+def test_recurrent_and_sliding_layers_on_tpus(layers, name):
+    """Teacher, train step, prefill and decode loop of layers of two kinds."""
+    sizes = dict(hidden_size=256, num_attention_heads=2, head_dim=128, vocab_size=512)
+    sizes |= {"qwen3_5": dict(linear_key_head_dim=128, linear_value_head_dim=128)}.get(layers, {})
+    like = json.loads((ROOT / f"configs/tiny/{layers}.json").read_text())
+    model = ModelConfig.from_hf(like | sizes, layers)
+    assert len(model.kinds) == 2
+    made = compile_plan(workload_on_mesh(tiny_config(), model, 1, 2, 2), parse_topology(name))
+    assert made.compiled.keys() == {"update", "prefill", "decode"}
+    assert not any(each.failure for each in made.compiled.values())
 
 
 @needs_tpu_compiler
