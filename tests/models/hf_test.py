@@ -140,7 +140,7 @@ def with_experts(params):
 def test_every_expert_has_a_key(tmp_path, params, sharded, monkeypatch):
     key = "model.layers.{layer}.mlp.experts.{expert}.w.weight"
     row = keys.Weight("layers/experts", key, "df -> f d")
-    monkeypatch.setattr(keys, "_ROWS", (*keys._ROWS, row))
+    monkeypatch.setattr(keys, "_MODEL", (*keys._MODEL, row))
     params = with_experts(params)
     folder = export(tmp_path / "model", params)
     tensors, experts = load_file(folder / "model.safetensors"), params["layers"]["experts"][...]
@@ -159,7 +159,7 @@ def test_parameters_and_rows_without_each_other_are_errors(tmp_path, params, mon
     with pytest.raises(ValueError, match="no Hugging Face key is known for layers/experts"):
         export(tmp_path / "model", with_experts(params))
     row = keys.Weight("layers/another", "another.{layer}", "d -> d")
-    monkeypatch.setattr(keys, "_ROWS", (*keys._ROWS, row))
+    monkeypatch.setattr(keys, "_MODEL", (*keys._MODEL, row))
     with pytest.raises(ValueError, match="no parameter is known for layers/another"):
         export(tmp_path / "model", params)
 

@@ -69,8 +69,8 @@ def start(*arguments, devices: int) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> dict[str, int]:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
-    [line] = [line for line in output.splitlines() if line.startswith("{")]  # others are Gloo's
-    result = json.loads(line)
+    # Gloo speaks before, and may go on in the same line.
+    result, _ = json.JSONDecoder().raw_decode(output[output.index('{"held"') :])
     print(result)
     return result
 

@@ -404,7 +404,7 @@ def test_raw_log_probs_will_not_do_for_tempered_sampling(servers):
 class Letters:
     """A tokenizer of lower-case letters; `first` is the id of the letter a."""
 
-    all_special_ids, pad_token_id = (), 0
+    all_special_ids, pad_token_id, eos_token_id = (), 0, 1
 
     def __init__(self, first=0):
         self.first = first
