@@ -15,7 +15,7 @@ No result is stated here because none has been measured yet.
         --output=runs/random/gemma_teacher
     python -m distill.main --config=configs/gemma.py:smoke --workdir=runs/gemma_smoke
 
-runs the same code in about a minute on a CPU, with tiny random models of this family.
+runs the same code in one to three minutes on a CPU, with tiny random models of this family.
 """
 
 from ml_collections import ConfigDict

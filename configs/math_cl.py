@@ -13,7 +13,7 @@ No result is stated here because none has been measured yet.
         --tokenizer=runs/random/math_cl_student --seed=1 --output=runs/random/math_cl_teacher
     python -m distill.main --config=configs/math_cl.py:smoke --workdir=runs/math_cl_smoke
 
-runs the same code in about a minute on a CPU: tiny random models with differently padded
+runs the same code in one to three minutes on a CPU: tiny random models with differently padded
 vocabularies, and a local JSONL with math-cl's columns. configs/qwen3.py, qwen35.py, gemma.py and
 moe.py are this with other models.
 """

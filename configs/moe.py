@@ -12,7 +12,7 @@ No result is stated here because none has been measured yet.
         --tokenizer=runs/random/moe_student --seed=1 --output=runs/random/moe_teacher
     python -m distill.main --config=configs/moe.py:smoke --workdir=runs/moe_smoke
 
-runs the same code in about two minutes on a CPU: tiny random models, and a local JSONL with
+runs the same code in one to three minutes on a CPU: tiny random models, and a local JSONL with
 math-cl's columns.
 """
 

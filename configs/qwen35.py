@@ -16,7 +16,7 @@ No result is stated here because none has been measured yet.
         --output=runs/random/qwen35_teacher
     python -m distill.main --config=configs/qwen35.py:smoke --workdir=runs/qwen35_smoke
 
-runs the same code in minutes on a CPU, with tiny random models of this family.
+runs the same code in one to three minutes on a CPU, with tiny random models of this family.
 """
 
 from ml_collections import ConfigDict

@@ -16,6 +16,12 @@ class RunInterrupted(Exception):
     """The run was asked to stop and is saved; the message says how to go on. Exit status 0."""
 
 
+def first_line(error: BaseException) -> str:
+    """How the error's message begins; what kind of error it is where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def printable(text: str) -> str:
     """Text on one line that a terminal only shows: control and direction marks are spelt out.
 

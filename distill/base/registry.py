@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distill.base.errors import UserError
+from distill.base.errors import UserError, first_line
 
 
 class Registry:
@@ -96,10 +96,10 @@ def check_call(what: str, part: Any, takes: Sequence[str]) -> None:
         ) from None
 
 
-def first_line(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """What kind of error it is and how its message begins: JAX's own have many lines."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
 def own_keys(factory: Callable, passed: Sequence[str]) -> dict[str, type]:

@@ -6,7 +6,7 @@ import importlib
 import traceback
 
 from distill.base.errors import UserError
-from distill.base.registry import first_line, own_keys
+from distill.base.registry import describe, own_keys
 from distill.config.schema import KNOWN_BACKENDS, Config
 from distill.data.base import PASSED, get_factory
 from distill.evaluation.grading import get_grader
@@ -30,7 +30,7 @@ def import_plugins(config: Config) -> None:
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
-                f"plugins names {name!r}, which cannot be imported ({first_line(error)}, at "
+                f"plugins names {name!r}, which cannot be imported ({describe(error)}, at "
                 f"{frame.filename}:{frame.lineno}): it must be a module on PYTHONPATH, written as "
                 "my_plugin or my_package.my_plugin"
             ) from None

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from distill.base.errors import UserError
+from distill.base.errors import UserError, first_line
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
     BadRow,
@@ -116,8 +116,7 @@ def _find(path: str) -> tuple[AbstractFileSystem, str, list[str]]:
             files = _readable(system.glob(root, detail=True).values())
     # Without the package for the scheme, the credentials or a network: each has its own class.
     except Exception as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"data.path={path} cannot be read ({reason})") from None
+        raise UserError(f"data.path={path} cannot be read ({first_line(error)})") from None
     if not files:
         if not exists:
             raise UserError(f"data.path={path} does not exist; pass data.path=LOCAL, {_ALLOWED}")
@@ -177,10 +176,9 @@ def _read_file(
         with system.open(file) as raw, pyarrow.input_stream(raw, compression) as stream:
             return _READERS[_kind(file)](io.BufferedReader(stream), where, id, columns)
     except (pyarrow.ArrowException, OSError, csv.Error) as error:
-        reason = str(error).splitlines()[0]
         kind = "Parquet" if _kind(file) == ".parquet" else "readable"
         raise UserError(
-            f"{where} is not a whole {kind} file ({reason}): copy or download it again"
+            f"{where} is not a whole {kind} file ({first_line(error)}): copy or download it again"
         ) from None
 
 

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.base.errors import UserError
+from distill.base.errors import UserError, first_line
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
     BadRow,
@@ -89,7 +89,7 @@ def hub_tables(
             splits = datasets.load_dataset(name, subset or None, revision=revision or None)
     # From no network to no subset; readers and the hub's client raise classes of their own.
     except Exception as error:
-        reason = str(error).split("\n")[0] if reachable else "no network, no cached copy"
+        reason = first_line(error) if reachable else "no network, no cached copy"
         raise UserError(
             f"hub dataset {hub_id!r} cannot be loaded ({reason}); check the id and the network, or "
             f"pass {instead}"
@@ -103,10 +103,9 @@ def _saved_tables(path: str, columns: Columns) -> Tables:
     try:
         saved = datasets.load_from_disk(str(Path(path).expanduser()))
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
         raise UserError(
-            f"data.path={path} was not written by datasets.save_to_disk ({reason}); for .jsonl or "
-            ".parquet files use data.name=jsonl or parquet"
+            f"data.path={path} was not written by datasets.save_to_disk ({first_line(error)}); "
+            "for .jsonl or .parquet files use data.name=jsonl or parquet"
         ) from None
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     return _tables(splits, columns, path)

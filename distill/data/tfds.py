@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from distill.base.errors import UserError
+from distill.base.errors import UserError, first_line
 from distill.data.base import Example, register_dataset
 from distill.data.table import (
     BadRow,
@@ -66,10 +66,9 @@ def _data_sources(path: str) -> dict:
             return tensorflow_datasets.builder_from_directory(folder).as_data_source()
         return tensorflow_datasets.data_source(path)
     except Exception as error:  # TFDS raises anything, down to the download client's own errors
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"TFDS dataset {path!r} cannot be loaded ({reason}); pass data.path=LOCAL, the folder "
-            "that holds dataset_info.json"
+            f"TFDS dataset {path!r} cannot be loaded ({first_line(error)}); pass data.path=LOCAL, "
+            "the folder that holds dataset_info.json"
         ) from None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distill.base.errors import UserError
+from distill.base.errors import UserError, first_line
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 # Whatever transformers makes a tokenizer of.
@@ -53,10 +53,9 @@ def load_tokenizer(folder: str | Path, chat_template: str = "") -> PreTrainedTok
     try:
         tokenizer = _load(folder)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"no tokenizer can be loaded from {folder} ({reason}): it needs tokenizer.json and "
-            "tokenizer_config.json as saved by save_pretrained"
+            f"no tokenizer can be loaded from {folder} ({first_line(error)}): it needs "
+            "tokenizer.json and tokenizer_config.json as saved by save_pretrained"
         ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pebble import ProcessExpired, ProcessPool
 
 from distill.base.errors import RunStopped, UserError
-from distill.base.registry import Registry, first_line, name_of
+from distill.base.registry import Registry, describe, name_of
 from distill.data.base import DatasetInterface, Example
 from distill.evaluation import answers, math_check
 
@@ -154,6 +154,6 @@ def _ask(grader: OwnGrader, example: Example, text: str) -> bool | None:
         return None if verdict is None else bool(verdict)
     except Exception as error:  # whatever the user's code raises
         raise RunStopped(
-            f"{name_of(grader)} fails on example {example.id}: {first_line(error)}; it takes "
+            f"{name_of(grader)} fails on example {example.id}: {describe(error)}; it takes "
             "(example, response) and returns True, False or None"
         ) from error

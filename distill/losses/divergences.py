@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.base.errors import UserError
-from distill.base.registry import Registry, first_line, name_of
+from distill.base.registry import Registry, describe, name_of
 from distill.kernels.linear_divergence import DivergenceTerm, Term, cross_entropy
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.weights import advantage
@@ -122,7 +122,7 @@ def get_loss(name: str) -> DistillationLossFn:
         shape = jax.eval_shape(function, rows, rows, targets).shape
         problem = "" if shape == (3,) else f"makes an array of shape {shape} of 3 tokens"
     except Exception as error:  # whatever the user's code raises
-        problem = f"fails: {first_line(error)}"
+        problem = f"fails: {describe(error)}"
     if problem:
         raise UserError(
             f"distillation.kl_type={name}: {name_of(function)} {problem}; it takes "

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.base.errors import UserError
-from distill.base.registry import Registry, first_line, name_of
+from distill.base.registry import Registry, describe, name_of
 from distill.kernels.linear_divergence import TokenStatistics
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 
@@ -70,7 +70,7 @@ def check_tokenwise(what: str, function: TokenWeight) -> None:
         shape = jax.eval_shape(call, jax.ShapeDtypeStruct((3,), jnp.float32)).shape
         problem = "" if shape == (3,) else f"makes an array of shape {shape} of 3 tokens"
     except Exception as error:  # whatever the user's code raises
-        problem = f"fails: {first_line(error)}"
+        problem = f"fails: {describe(error)}"
     if problem:
         raise UserError(
             f"{what}: {name_of(function)} {problem}; it must return a number per token, of "

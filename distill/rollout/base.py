@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from flax import nnx
 
 from distill.base.errors import RunStopped, UserError
-from distill.base.registry import Registry, first_line, name_of, own_values
+from distill.base.registry import Registry, describe, name_of, own_values
 from distill.config.schema import KNOWN_BACKENDS
 from distill.sampling.request import Rollout, RolloutRequest
 
@@ -120,7 +120,7 @@ def build_own_backend(name: str, parts: BackendParts, values: Mapping[str, Any])
     except UserError:
         raise
     except Exception as error:  # whatever the user's code raises
-        raise UserError(f"{where} fails: {first_line(error)}") from error
+        raise UserError(f"{where} fails: {describe(error)}") from error
     methods = "start", "refit", "generate", "stop"
     if missing := [method for method in methods if not callable(getattr(backend, method, None))]:
         raise UserError(

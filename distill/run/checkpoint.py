@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from distill.base import processes
-from distill.base.errors import RunStopped, UserError
+from distill.base.errors import RunStopped, UserError, first_line
 from distill.config.schema import BEST_METRICS
 from distill.run.manifest import find_damage, write_manifest
 
@@ -231,10 +231,9 @@ class Checkpoints:
             shutil.rmtree(self.folder / f"{step}{PARTIAL}", ignore_errors=True)
         steps = self.steps()
         there = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier one"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return RunStopped(
-            f"step {step} could not be saved ({reason}); {there}: make room in {self.folder}, and "
-            "the same command goes on from there"
+            f"step {step} could not be saved ({first_line(error)}); {there}: make room in "
+            f"{self.folder}, and the same command goes on from there"
         )
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from distill.base.errors import UserError
+from distill.base.errors import UserError, first_line
 
 CONFIG, CARD = "config.json", "README.md"
 ADAPTER = "adapter_config.json"
@@ -144,8 +144,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object")
     return content
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -15,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from distill.base.errors import UserError
-from distill.models.checkpoints.hub import first_line, read_json
+from distill.base.errors import UserError, first_line
+from distill.models.checkpoints.hub import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -62,11 +63,23 @@ class Stored:
         if self.kind != "F8_E4M3":
             with safe_open(self.file, framework="numpy") as file:
                 return file.get_slice(self.key)[index] if index else file.get_tensor(self.key)
-        with self.file.open("rb") as file:  # NumPy's safetensors know no 8 bits
-            size = int.from_bytes(file.read(8), "little")
-            start, _ = json.loads(file.read(size))[self.key]["data_offsets"]
-        values = np.memmap(self.file, np.uint8, "r", offset=8 + size + start, shape=self.shape)
+        # NumPy's safetensors know no 8 bits.
+        offset = _offsets(self.file, self.file.stat().st_mtime_ns)[self.key]
+        values = np.memmap(self.file, np.uint8, "r", offset=offset, shape=self.shape)
         return values[index].copy().view(ml_dtypes.float8_e4m3fn)
+
+
+@functools.lru_cache(maxsize=4)
+def _offsets(path: Path, modified: int) -> dict[str, int]:
+    """Where the tensors of a file begin: a mixture's header is long, and each expert asks."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        key: 8 + size + entry["data_offsets"][0]
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
 
 
 @dataclasses.dataclass(frozen=True)
