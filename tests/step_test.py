@@ -142,7 +142,7 @@ def run_step(
     with jax.set_mesh(mesh):
         params = jax.device_put(state.params, param_shardings(state.params, mesh))
         abstract = jax.eval_shape(optimizer.init, params)
-        moments = optimizer_shardings(optimizer, abstract, params, mesh)
+        moments = optimizer_shardings(abstract, params, mesh)
         state = TrainState(state.step, params, jax.device_put(state.opt_state, moments))
         if teacher_params is not None:
             layout = param_shardings(teacher_params, mesh, teacher_rules)

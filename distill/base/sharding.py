@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -37,6 +36,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert": None,  # however they are kept, a layer's are gathered before they are used
     "router": None,
     "gate_up": None,
+    "rank": None,
     # activations
     "batch": ("data", "fsdp"),
     "position": None,
@@ -324,13 +324,31 @@ def _check_divisible(params, mesh: AnyMesh, rules) -> None:
             )
 
 
-def optimizer_shardings(optimizer, abstract_state, params, mesh: AnyMesh, memory: str = "device"):
-    """Layout of an optax state: moments like their parameters, in `memory`; counters replicated."""
-    layout = jax.tree.map(lambda param: param.sharding.with_memory_kind(memory), params)
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        abstract_state,
-        layout,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+def optimizer_shardings(abstract_state, params, mesh: AnyMesh, memory: str = "device"):
+    """Layout of an optax state: moments like their parameters, in `memory`; counters replicated.
+
+    A moment is known by the end of its path, which is its parameter's. One that has lost an axis,
+    as those of a factored matrix, is cut as the others are.
+    """
+    by_path = {path: x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+    def layout(path, moment) -> NamedSharding:
+        ends = (path[start:] for start in range(len(path)))
+        param = next((by_path[end] for end in ends if end in by_path), None)
+        spec = None if param is None else _spec_of_moment(param, moment.shape)
+        if spec is None:
+            return replicated(mesh)
+        return NamedSharding(mesh, spec, memory_kind=memory)
+
+    return jax.tree_util.tree_map_with_path(layout, abstract_state)
+
+
+def _spec_of_moment(param, shape: tuple[int, ...]) -> PartitionSpec | None:
+    """Of a moment of this shape, None if it is neither the parameter's nor lacks one axis of it."""
+    spec = (*param.sharding.spec, *[None] * (len(param.shape) - len(param.sharding.spec)))
+    if shape == param.shape:
+        return PartitionSpec(*spec)
+    for axis in range(len(param.shape)):
+        if shape == param.shape[:axis] + param.shape[axis + 1 :]:
+            return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
+    return None

@@ -121,7 +121,7 @@ def abstract_state(student: Model, optimizer, mesh: AnyMesh, offload: str) -> Tr
     """
     opt_state = jax.eval_shape(optimizer.init, student.params)
     memory = HOST_MEMORY if offload == "host" else "device"
-    layout = optimizer_shardings(optimizer, opt_state, student.params, mesh, memory)
+    layout = optimizer_shardings(opt_state, student.params, mesh, memory)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return TrainState(
         step,  # type: ignore[arg-type]  # a shape where the state has the array

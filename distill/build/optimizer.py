@@ -1,4 +1,4 @@
-"""AdamW with warm-up and clipping, as one optax chain."""
+"""Optimizers by name, with warm-up and clipping, each as one optax chain."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import jax
 import optax
+import optax.contrib
+from flax import nnx
 
 from distill.config.schema import Optimizer
+from distill.models.primitives import matrix_axes
 
 
 def build_schedule(section: Optimizer, max_steps: int) -> Callable:
@@ -27,18 +30,57 @@ def build_schedule(section: Optimizer, max_steps: int) -> Callable:
 
 
 def build_optimizer(section: Optimizer, max_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm (0 is off), then AdamW; norms and biases are not decayed."""
+    """Clip by global norm (0 is off), then the named rule; norms and biases are not decayed."""
     norm = section.max_grad_norm
     clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    adamw = optax.adamw(
-        build_schedule(section, max_steps),
-        b1=section.beta1,
-        b2=section.beta2,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        mask=_is_matrix,
+    steps = optax.chain(
+        _direction(section),
+        optax.add_decayed_weights(section.weight_decay, _is_matrix),
+        optax.scale_by_learning_rate(build_schedule(section, max_steps)),
     )
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, steps)
+
+
+def _direction(section: Optimizer) -> optax.GradientTransformation:
+    """What a gradient becomes before weight decay and learning rate."""
+    b1, b2, eps = section.beta1, section.beta2, section.eps
+    directions: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
+        # Without the parameters' scale: a learning rate means what it means elsewhere.
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+        ),
+        "lion": lambda: optax.scale_by_lion(b1, b2),
+        "muon": lambda: optax.contrib.muon(
+            -1.0,  # leaves the sign and the size to the chain
+            beta=b1,
+            eps=eps,
+            adam_b1=b1,
+            adam_b2=b2,
+            muon_weight_dimension_numbers=_muon_axes,
+            consistent_rms=0.2,  # as large as Adam's steps (2502.16982)
+        ),
+        "sgd": lambda: optax.trace(b1),
+    }
+    return directions[section.name]()
+
+
+def _muon_axes(params):
+    """Which axes of the layers' matrices are inputs and outputs; None: left to Adam."""
+
+    def axes(param: nnx.Variable) -> nnx.Variable:
+        names = param.get_metadata()["logical_axes"]
+        if (found := matrix_axes(names)) is None:
+            return param.replace(None)
+        leading, inputs = found
+        middle = leading + inputs
+        return param.replace(
+            optax.contrib.MuonDimensionNumbers(
+                tuple(range(leading, middle)), tuple(range(middle, len(names)))
+            )
+        )
+
+    return jax.tree.map(axes, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _is_matrix(params):

@@ -14,6 +14,7 @@ _MOST_ROWS, _LONGEST, _MOST_GB = 10**6, 10**7, 10**6  # beyond what anybody has
 KNOWN_BACKENDS = ("jax", "vllm")
 WRITERS = ("tensorboard", "trackio", "wandb")
 PRECISIONS = ("bfloat16", "float32")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 # What checkpoints are compared by, and whether more is better.
 ACCURACY = "eval/student/accuracy"
 BEST_METRICS = {
@@ -96,12 +97,17 @@ class Distillation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
+    name: str = _fixed("adamw", "what makes steps of gradients", choices=OPTIMIZERS)
     learning_rate: float = _key(2e-5, "peak learning rate", low=0)
     schedule: str = _key("constant", "after warm-up", choices=("constant", "cosine", "linear"))
     warmup_steps: int = _key(10, "linear warm-up, in updates", low=0)
-    beta1: float = _key(0.9, "Adam's first moment decay", low=0, high=1)
-    beta2: float = _key(0.999, "Adam's second moment decay", low=0, high=1)
-    eps: float = _key(1e-8, "Adam's epsilon", low=0)
+    beta1: float = _key(
+        0.9, "decay of the first moment, sgd's momentum; adafactor has none", low=0, high=1
+    )
+    beta2: float = _key(
+        0.999, "decay of the second moment (adamw, muon), or of lion's only one", low=0, high=1
+    )
+    eps: float = _key(1e-8, "epsilon: adamw, muon", low=0)
     weight_decay: float = _key(0.01, "decoupled decay of matrices (not norms or biases)", low=0)
     max_grad_norm: float = _key(1.0, "clip the global gradient norm; 0 is off", low=0)
     offload: str = _free("none", "where moments are between updates", choices=("none", "host"))
