@@ -14,6 +14,7 @@ FLAT = to_flat_dict(Config())
 # whoever adds a key to one of these lists says so.
 EXPECTED_FIXED = {
     "seed",
+    "policy.optimizer.name",
     "policy.train_global_batch_size",
     "distillation.generate_strategy.num_generations",
     "data.shuffle",
