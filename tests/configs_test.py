@@ -14,7 +14,9 @@ from one_device import QUICK_XLA_FLAGS
 from distill.config.parse import parse_config
 
 ROOT = Path(__file__).parents[1]
-SMOKE = [path.stem for path in (ROOT / "configs").glob("*.py") if ":smoke" in path.read_text()]
+SMOKE = [
+    path.stem for path in sorted((ROOT / "configs").glob("*.py")) if ":smoke" in path.read_text()
+]
 
 
 def config_module(name: str):

@@ -44,7 +44,7 @@ def prepare_worker() -> None:
     """Limits memory, and warms up, so that no answer's clock pays for imports and first calls."""
     _end_with_parent()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    if not matches(["1"], r"\boxed{1}"):
+    if not _verify(r"\boxed{1}", r"\boxed{1.0}"):  # what is equal as text never gets that far
         raise RuntimeError("math-verify does not find that 1 equals 1")
     # A huge power must fail here, before the machine has to choose which process to end.
     if sys.platform == "linux":  # macOS refuses to limit address space

@@ -412,7 +412,7 @@ import sys
 from distill.evaluation import math_check
 assert "jax" not in sys.modules and "numpy" not in sys.modules
 math_check.prepare_worker()
-assert "jax" not in sys.modules
+assert "jax" not in sys.modules and "math_verify" in sys.modules  # no answer's clock pays for it
 try:
     mmap.mmap(-1, 8 * 2**30)
 except OSError:
