@@ -6,10 +6,12 @@ TRANSFORMERS4_VENV ?= .venv-transformers4
 TRL_VENV ?= .venv-trl
 LAUNCH_VENV ?= .venv-launch
 AUDIT_VENV ?= .venv-audit
+NEWEST_VENV ?= .venv-newest
+NEWEST_PYTHON ?= python3.12
 BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 
-.PHONY: quickstart test test-vllm test-transformers4 lint functional audit clean
+.PHONY: quickstart test test-vllm test-transformers4 test-newest lint functional audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
@@ -27,6 +29,16 @@ test-transformers4: $(VENV)/.installed-test $(TRANSFORMERS4_VENV)/.installed
 	DISTILL_TRANSFORMERS4_PYTHON=$(abspath $(TRANSFORMERS4_VENV))/bin/python \
 	  $(BIN)/python -m pytest tests/models/source_test.py -k transformers_4 $(PYTEST_ARGS)
 
+# What computes, on the newest JAX: it needs a newer Python than the oldest that is supported.
+NEWEST_TESTS := $(addprefix tests/,data/sequences_test.py models/models_test.py \
+  models/transformer_test.py models/hf_test.py models/families_test.py models/moe_test.py losses \
+  sampling kernels/linear_divergence_test.py kernels/pallas_gpu_test.py kernels/attention_test.py \
+  kernels/grouped_dot_test.py rollout/rollout_test.py batches/rows_test.py batches/coins_test.py \
+  step_test.py)
+test-newest: $(NEWEST_VENV)/.installed
+	$(NEWEST_VENV)/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "jax", jax.__version__)'
+	$(NEWEST_VENV)/bin/python -m pytest $(NEWEST_TESTS) $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,12 +46,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/shellcheck $$(grep -rlE '^#!/usr/bin/env bash$$' .ci launch tests)
 	$(BIN)/python tests/jobset_check.py launch/gke_jobset.yaml
 
-functional: $(VENV)/.installed $(LAUNCH_VENV)/.installed
-	PYTHON=$(abspath $(BIN))/python bash tests/functional/distillation.sh
-	PYTHON=$(abspath $(BIN))/python bash tests/functional/gsm8k.sh
-	PYTHON=$(abspath $(BIN))/python bash tests/functional/two_processes.sh
+functional: $(patsubst tests/functional/%.sh,functional-%,$(wildcard tests/functional/*.sh))
+
+functional-%: $(VENV)/.installed $(LAUNCH_VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python LAUNCH_PYTHON=$(abspath $(LAUNCH_VENV))/bin/python \
-	  bash tests/functional/launch.sh
+	  bash tests/functional/$*.sh
 
 # Known weaknesses of the installed packages. Strict, because an index that
 # lists none would otherwise be reported as "none known".
@@ -74,6 +85,12 @@ $(TRANSFORMERS4_VENV)/.installed: requirements-transformers4.txt
 	$(TRANSFORMERS4_VENV)/bin/python -m pip install --quiet -r requirements-transformers4.txt
 	@touch $@
 
+$(NEWEST_VENV)/.installed: requirements.txt
+	test -x $(NEWEST_VENV)/bin/python || $(NEWEST_PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet -r requirements.txt \
+	  $$(grep -oE '^(pytest[a-z-]*|hypothesis)[<>=.,0-9]*' requirements-test.txt)
+	@touch $@
+
 # For benchmarks/distill_step.py: torch first and alone, so that TRL cannot choose another build.
 $(TRL_VENV)/.installed: requirements-trl.txt
 	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
@@ -88,4 +105,5 @@ $(LAUNCH_VENV)/.installed: requirements-launch.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4_VENV) $(TRL_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) .cache runs
+	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4_VENV) $(TRL_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) $(NEWEST_VENV) \
+	  .cache runs
