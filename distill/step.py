@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from distill.base.sharding import in_device_memory, in_memory_of, is_in_host_memory
-from distill.batches.rows import Batch, Rows, num_filled
+from distill.batches.rows import Batch, Rows, num_filled, teacher_hidden
 from distill.kernels.linear_divergence import TokenStatistics, TopK
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.objective import Objective
@@ -72,12 +72,12 @@ def make_loss(
     def loss_fn(params, teacher_params, rows: Rows, total):
         columns, mask_bt = rows.columns, rows.mask_bt
 
-        def evaluate(graph, params):
-            model = nnx.merge(graph, params)
-            return model(rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt), model.head()
-
-        hidden_s, head_s = evaluate(student, params)
-        hidden_t, head_t = (None, None) if teacher is None else evaluate(teacher, teacher_params)
+        model, hidden_t, head_t = nnx.merge(student, params), None, None
+        hidden_s = model(rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt)
+        head_s = model.head()
+        if teacher is not None:
+            model = nnx.merge(teacher, teacher_params)
+            hidden_t, head_t = teacher_hidden(model, rows), model.head()
         weights_bt = token_weights(columns["weight"], total)
         sampled_bt = mask_bt & columns["sampled"]
         scores = None

@@ -64,6 +64,7 @@ class Rows:
     rollout: Rollout
     on_policy_b: np.ndarray
     scores: TopK | None = None
+    view_prompts: tuple[np.ndarray, ...] | None = None  # what the teacher reads instead
 
     @property
     def lengths_b(self) -> np.ndarray:
@@ -81,7 +82,11 @@ class Rows:
         lengths = zip(self.prompts_bp, self.prompt_lengths_b, strict=True)
         prompts = Sequences.of_tokens([tokens_p[:length] for tokens_p, length in lengths])
         sequences = dataclasses.replace(self.rollout, columns=columns).sequences(prompts)
-        return make_batch(sequences, layout=layout, pad_id=PAD)
+        view = None
+        if self.view_prompts is not None:
+            responses = sequences.behind(self.prompt_lengths_b)
+            view = Sequences.of_tokens(self.view_prompts).join(responses)
+        return make_batch(sequences, layout=layout, pad_id=PAD, view=view)
 
 
 def padded(num_microbatches: int) -> Layout:
@@ -466,6 +471,57 @@ def test_importance_weights_without_sampled_rows_are_one(student, teacher):
     _, metrics = run_step(student, teacher, batch, importance_clip=1.0)
     assert float(metrics["loss"]) == float(plain["loss"])
     assert float(metrics["importance_weight"]) == 1 and float(metrics["importance_clipped"]) == 0
+
+
+VIEW_EXCESS = 8
+
+
+@pytest.fixture(scope="module")
+def update_with_a_view(student, teacher):
+    """Rows, and one step by the definition: every response behind each model's own prompt."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, PROMPT + 4, ROWS)
+    prompts = tuple(rng.integers(1, VOCAB_SIZE, length).astype(np.int32) for length in lengths)
+    rows = dataclasses.replace(make_rows(), view_prompts=prompts)
+    seen_bt = np.zeros((ROWS, PROMPT + 4 + RESPONSE), np.int32)
+    for row, (prompt, length) in enumerate(zip(prompts, rows.rollout.lengths_b, strict=True)):
+        tokens = [*prompt, *rows.rollout.tokens_br[row, :length]]
+        seen_bt[row, : len(tokens)] = tokens
+
+    def log_probs(model, params, tokens_bt):
+        module = nnx.merge(model[0], params)
+        return jax.nn.log_softmax(module.logits(module(tokens_bt))[..., :VOCAB_SIZE])
+
+    def loss(params):
+        q_btv = log_probs(student, params, rows.tokens_bt)
+        p_btv = log_probs(teacher, teacher[1], seen_bt)
+        losses = []
+        for row in range(ROWS):
+            for r in range(int(rows.rollout.lengths_b[row])):
+                q_v = q_btv[row, rows.prompt_lengths_b[row] - 1 + r]
+                p_v = p_btv[row, len(prompts[row]) - 1 + r]
+                losses.append((jnp.exp(p_v) * (p_v - q_v)).sum())
+        return jnp.stack(losses).mean()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(student[1])
+    return rows, float(value), jax.tree.map(jnp.subtract, student[1], gradients)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        (padded(4), None),
+        (LAYOUTS["packed into microbatches"], None),
+        (PACKED, (2, 2, 2)),
+    ],
+)
+def test_teacher_with_its_own_prompts(student, teacher, update_with_a_view, layout, sizes):
+    rows, loss, params = update_with_a_view
+    layout = dataclasses.replace(layout, view_excess=VIEW_EXCESS)
+    options = dict(optimizer=optax.sgd(1.0), layout=layout, mesh=sizes and make_mesh(*sizes))
+    state, metrics = run_step(student, teacher, rows, **options)
+    assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
+    assert_same(jax.device_get(state.params), params)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -28,10 +28,12 @@ class Layout:
     Attributes:
       shapes: from the shortest rows to the longest, which hold any sequence.
       packed: several sequences may share a row, at most MOST_SEGMENTS.
+      view_excess: tokens by which the rows that a teacher reads are longer.
     """
 
     shapes: tuple[Shape, ...]
     packed: bool = False
+    view_excess: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +41,26 @@ class Placement:
     """Where the sequences of one shape stand.
 
     By their numbers in the batch: rows, counted through all microbatches, and the positions of
-    their first tokens.
+    their first tokens, in the student's rows and in those that a teacher reads.
     """
 
     sequence_i: np.ndarray
     row_i: np.ndarray
     start_i: np.ndarray
+    view_start_i: np.ndarray
 
 
-def place(lengths_b: np.ndarray, layout: Layout) -> list[Placement]:
-    """One placement for each of the layout's shapes; a function of the lengths alone."""
+def place(
+    lengths_b: np.ndarray, layout: Layout, view_lengths_b: np.ndarray | None = None
+) -> list[Placement]:
+    """One placement for each of the layout's shapes; a function of the lengths alone.
+
+    `view_lengths_b`: of what a teacher reads, at most `layout.view_excess` longer; None: the same.
+    """
     if layout.packed:
         (shape,) = layout.shapes
-        return [_pack(lengths_b, shape.length)]
+        lengths_bk = np.stack([lengths_b, lengths_b if view_lengths_b is None else view_lengths_b])
+        return [_pack(lengths_bk.T, np.array([shape.length, shape.length + layout.view_excess]))]
     # The longest first: what does not fill a microbatch of long rows is filled up with shorter.
     waiting = np.argsort(-lengths_b, kind="stable")
     placements = []
@@ -66,23 +75,25 @@ def place(lengths_b: np.ndarray, layout: Layout) -> list[Placement]:
 
 def _in_rows_of_their_own(sequence_i: np.ndarray) -> Placement:
     sequence_i = np.sort(sequence_i)  # as the data are ordered
-    return Placement(sequence_i, np.arange(len(sequence_i)), np.zeros(len(sequence_i), np.int64))
+    start_i = np.zeros(len(sequence_i), np.int64)
+    return Placement(sequence_i, np.arange(len(sequence_i)), start_i, start_i)
 
 
-def _pack(lengths_b: np.ndarray, capacity: int) -> Placement:
-    """Each sequence, from the longest on, into the first row that has room for it.
+def _pack(lengths_bk: np.ndarray, capacity_k: np.ndarray) -> Placement:
+    """Each sequence, from the longest on, into the first row that has room for it and its view.
 
     First-fit decreasing: at most 11/9 of the fewest possible rows, and one (Dosa, "The tight bound
     of first fit decreasing bin-packing algorithm", 2007), unless rows reach MOST_SEGMENTS
     before they are full.
     """
-    free_r = np.full(len(lengths_b), capacity)
-    sequences_r = np.zeros(len(lengths_b), np.int64)
-    row_b, start_b = np.zeros((2, len(lengths_b)), np.int64)
-    for i in np.argsort(-lengths_b, kind="stable"):
-        has_room_r = (free_r >= lengths_b[i]) & (sequences_r < MOST_SEGMENTS)
+    number = len(lengths_bk)
+    free_rk = np.tile(capacity_k, (number, 1))
+    sequences_r, row_b = np.zeros((2, number), np.int64)
+    start_bk = np.zeros((number, len(capacity_k)), np.int64)
+    for i in np.argsort(-lengths_bk[:, 0], kind="stable"):
+        has_room_r = (free_rk >= lengths_bk[i]).all(axis=1) & (sequences_r < MOST_SEGMENTS)
         row_b[i] = np.argmax(has_room_r)
-        start_b[i] = capacity - free_r[row_b[i]]
-        free_r[row_b[i]] -= lengths_b[i]
+        start_bk[i] = capacity_k - free_rk[row_b[i]]
+        free_rk[row_b[i]] -= lengths_bk[i]
         sequences_r[row_b[i]] += 1
-    return Placement(np.arange(len(lengths_b)), row_b, start_b)
+    return Placement(np.arange(number), row_b, *start_bk.T)

@@ -20,6 +20,25 @@ from distill.data.sequences import Sequences, columns_of_rows, get_column, posit
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class View:
+    """What the teacher reads of a microbatch's sequences, where it has prompts of its own.
+
+    A row has the sequences of the student's row, so that the index map is a gather within it.
+
+    Attributes:
+      tokens_bt, positions_bt, segment_ids_bt: as those of the student's rows.
+      index_bt: for a position of the student, the one at which the teacher predicts the same token
+        of the response; where the student's predicts none, 0 or any other.
+    """
+
+    tokens_bt: jax.Array
+    positions_bt: jax.Array | None
+    segment_ids_bt: jax.Array | None
+    index_bt: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """Rows of a microbatch; a batch has them stacked, (m, b, t) instead of (b, t).
 
@@ -35,6 +54,7 @@ class Rows:
       lengths_b: tokens of a row, padding not counted.
       sequences_b, sampled_b, truncated_b: a row's sequences, those of them that the student
         sampled, and those of the sampled that stopped at the length limit.
+      view: what the teacher reads; None: the same tokens.
     """
 
     tokens_bt: jax.Array
@@ -45,6 +65,7 @@ class Rows:
     sequences_b: jax.Array
     sampled_b: jax.Array
     truncated_b: jax.Array
+    view: View | None = None
 
     @property
     def targets_bt(self) -> jax.Array:
@@ -61,8 +82,12 @@ class Rows:
 Batch = tuple[Rows, ...]
 
 
-def make_batch(sequences: Sequences, *, layout: Layout, pad_id: int) -> Batch:
+def make_batch(
+    sequences: Sequences, *, layout: Layout, pad_id: int, view: Sequences | None = None
+) -> Batch:
     """Lays out sequences; host arrays in, host arrays out.
+
+    `view` is what a teacher reads in place of each: other prompts before the same responses.
 
     Raises:
       ValueError: a sequence is longer than the longest rows.
@@ -73,21 +98,48 @@ def make_batch(sequences: Sequences, *, layout: Layout, pad_id: int) -> Batch:
             f"a sequence of {lengths_b.max()} tokens in rows of {layout.shapes[-1].length}"
         )
     batch = []
-    for shape, placement in zip(layout.shapes, place(lengths_b, layout), strict=True):
+    placements = place(lengths_b, layout, None if view is None else view.lengths_b)
+    for shape, placement in zip(layout.shapes, placements, strict=True):
         number = -(-len(lengths_b) // shape.rows)  # whatever the lengths
         placed = sequences.take(placement.sequence_i)
         rows = _fill(placed, placement, number * shape.rows, shape.length, layout.packed, pad_id)
+        if view is not None:
+            seen = view.take(placement.sequence_i)
+            rows = _with_view(rows, placed, seen, placement, layout.view_excess, pad_id)
         batch.append(jax.tree.map(lambda x, shape=shape: _stack(x, shape), rows))
     return tuple(batch)
 
 
-def padded_rows(sequences: Sequences, rows: int, length: int, pad_id: int) -> Iterator[Rows]:
+def padded_rows(
+    sequences: Sequences,
+    rows: int,
+    length: int,
+    pad_id: int,
+    view: Sequences | None = None,
+    view_excess: int = 0,
+) -> Iterator[Rows]:
     """Rows of one sequence each, in their order, so many at a time; the last may be empty."""
-    layout = Layout((Shape(rows, length),))
+    layout = Layout((Shape(rows, length),), view_excess=view_excess)
     for start in range(0, len(sequences), rows):
-        some = sequences.take(np.arange(len(sequences))[start : start + rows])
-        (stacked,) = make_batch(some, layout=layout, pad_id=pad_id)
+        some = np.arange(len(sequences))[start : start + rows]
+        seen = None if view is None else view.take(some)
+        (stacked,) = make_batch(sequences.take(some), layout=layout, pad_id=pad_id, view=seen)
         yield jax.tree.map(lambda x: x[0], stacked)
+
+
+def teacher_hidden(model, rows: Rows) -> jax.Array:
+    """A teacher's final hidden states in the places of the student's, (b, t, d)."""
+    if rows.view is None:
+        return model(rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt)
+    view = rows.view
+    hidden_btd = model(view.tokens_bt, view.positions_bt, view.segment_ids_bt)
+    return jnp.take_along_axis(hidden_btd, view.index_bt[..., None], axis=1)
+
+
+def in_place_of(sequences: Sequences, view: Sequences) -> np.ndarray:
+    """Position in its view of every token: the same of the response; of a prompt, 0 at least."""
+    ahead_b = view.lengths_b - sequences.lengths_b
+    return np.maximum(positions(sequences.lengths_b) + np.repeat(ahead_b, sequences.lengths_b), 0)
 
 
 def of_responses(rows: Rows, values_btx: jax.Array, width: int) -> jax.Array:
@@ -109,35 +161,80 @@ def _fill(
     """The sequences in the places that `placement` gives them."""
     lengths_b, row_b = sequences.lengths_b, placement.row_i
     position_n = positions(lengths_b)
-    place_n = np.repeat(row_b * length + placement.start_i, lengths_b) + position_n
-
-    def spread(values_n, place_n, fill) -> Any:
-        spread_n = np.full((rows * length, *values_n.shape[1:]), fill, values_n.dtype)
-        spread_n[place_n] = values_n
-        return spread_n.reshape(rows, length, *values_n.shape[1:])
+    place_n = _places(lengths_b, row_b, placement.start_i, length)
 
     def of_targets(name: str) -> Any:
         # A position predicts the next token of its sequence, whose first nothing predicts.
         is_target_n = position_n > 0
         fill = get_column(name).fill
-        return spread(sequences[name][is_target_n], place_n[is_target_n] - 1, fill)
+        return _spread(sequences[name][is_target_n], place_n[is_target_n] - 1, fill, (rows, length))
 
     def count(values_b) -> Any:
         return np.bincount(row_b, values_b, rows).astype(np.int32)
 
-    number_b = np.zeros(len(row_b), np.int32)
-    number_b[np.argsort(row_b, kind="stable")] = positions(np.bincount(row_b)) + 1
     sampled_b = np.array([sampled_t.any() for sampled_t in sequences.split("sampled")], bool)
     return Rows(
-        tokens_bt=spread(sequences["tokens"], place_n, pad_id),
-        positions_bt=spread(position_n.astype(np.int32), place_n, 0) if packed else None,
-        segment_ids_bt=spread(np.repeat(number_b, lengths_b), place_n, 0) if packed else None,
+        **_tokens(sequences, row_b, place_n, (rows, length), packed, pad_id),
         columns={name: of_targets(name) for name in columns_of_rows(sequences.columns)},
         lengths_b=count(lengths_b),
         sequences_b=count(None),
         sampled_b=count(sampled_b),
         truncated_b=count(sampled_b & sequences["truncated"]),
     )
+
+
+def _with_view(
+    rows: Rows,
+    sequences: Sequences,
+    view: Sequences,
+    placement: Placement,
+    view_excess: int,
+    pad_id: int,
+) -> Rows:
+    """The rows with what the teacher reads in their place."""
+    number, length = rows.tokens_bt.shape
+    shape, row_b = (number, length + view_excess), placement.row_i
+    place_n = _places(view.lengths_b, row_b, placement.view_start_i, shape[1])
+    index_n = in_place_of(sequences, view) + np.repeat(placement.view_start_i, sequences.lengths_b)
+    of_student_n = _places(sequences.lengths_b, row_b, placement.start_i, length)
+    seen = View(
+        **_tokens(view, row_b, place_n, shape, rows.positions_bt is not None, pad_id),
+        index_bt=_spread(index_n.astype(np.int32), of_student_n, 0, (number, length)),
+    )
+    return dataclasses.replace(rows, view=seen)
+
+
+def _tokens(
+    sequences: Sequences,
+    row_b: np.ndarray,
+    place_n: np.ndarray,
+    shape: tuple[int, int],
+    packed: bool,
+    pad_id: int,
+) -> dict[str, Any]:
+    """Tokens, and where several sequences share a row, their positions and numbers."""
+    lengths_b = sequences.lengths_b
+    number_b = np.zeros(len(row_b), np.int32)
+    number_b[np.argsort(row_b, kind="stable")] = positions(np.bincount(row_b)) + 1
+    position_n, number_n = positions(lengths_b).astype(np.int32), np.repeat(number_b, lengths_b)
+    return dict(
+        tokens_bt=_spread(sequences["tokens"], place_n, pad_id, shape),
+        positions_bt=_spread(position_n, place_n, 0, shape) if packed else None,
+        segment_ids_bt=_spread(number_n, place_n, 0, shape) if packed else None,
+    )
+
+
+def _places(
+    lengths_b: np.ndarray, row_b: np.ndarray, start_b: np.ndarray, length: int
+) -> np.ndarray:
+    """Where every token stands in rows of `length`, counted through all of them."""
+    return np.repeat(row_b * length + start_b, lengths_b) + positions(lengths_b)
+
+
+def _spread(values_n: np.ndarray, place_n: np.ndarray, fill: float, shape: tuple[int, int]) -> Any:
+    spread_n = np.full((shape[0] * shape[1], *values_n.shape[1:]), fill, values_n.dtype)
+    spread_n[place_n] = values_n
+    return spread_n.reshape(*shape, *values_n.shape[1:])
 
 
 def _stack(rows_bx: np.ndarray, shape: Shape) -> np.ndarray:

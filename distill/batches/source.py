@@ -19,7 +19,7 @@ import numpy as np
 
 from distill.batches.coins import lambda_coin, sample_coins
 from distill.batches.packing import Layout
-from distill.batches.rows import Batch, make_batch
+from distill.batches.rows import Batch, in_place_of, make_batch
 from distill.data.sequences import Sequences, concatenate
 from distill.rollout.base import RolloutBackend, check_rollout
 from distill.sampling.choice import SamplingParams
@@ -38,6 +38,7 @@ class BatchSource:
       put: places a host's batch on the trainer's mesh.
       score: columns that the teacher adds (see `Teacher.score`); called where the sequences were
         sampled.
+      view: what the teacher reads of sequences; None: the same.
       lambda_: probability that the student responds.
       per_sample: toss `lambda_` for every row instead of once per batch.
     """
@@ -49,6 +50,7 @@ class BatchSource:
         put: Callable[[Batch], Batch],
         *,
         score: Callable[[Sequences], Mapping[str, np.ndarray]] = lambda _: {},
+        view: Callable[[Sequences], Sequences | None] = lambda _: None,
         params: SamplingParams,
         num_generations: int,
         seed: int,
@@ -58,7 +60,7 @@ class BatchSource:
         pad_id: int,
     ):
         self._iterator, self._backend, self._put = iterator, backend, put
-        self._score = score
+        self._score, self._view = score, view
         self._params, self._num_generations, self._seed = params, num_generations, seed
         self._lambda, self._per_sample = lambda_, per_sample
         self._make_batch = functools.partial(make_batch, layout=layout, pad_id=pad_id)
@@ -100,7 +102,7 @@ class BatchSource:
             if begun != step:
                 raise RuntimeError(f"the batch of update {begun} is under way, not of {step}")
             sequences, measured = future.result()
-        batch = self._put(self._make_batch(sequences))
+        batch = self._put(self._make_batch(sequences, view=self._view(sequences)))
         self._position, self._rows = position, sequences["row"]
         return batch, measured
 
@@ -189,9 +191,14 @@ class BatchSource:
         return self._scored(sequences, {**measured, **_describe(rollout, seconds), **by_backend})
 
     def _scored(self, sequences: Sequences, measured: Measured) -> tuple[Sequences, Measured]:
-        start, columns = time.perf_counter(), self._score(sequences)
+        start, view = time.perf_counter(), self._view(sequences)
+        columns = self._score(sequences if view is None else view)
         if not columns:
             return sequences, measured
+        if view is not None:
+            starts_b = np.cumsum(view.lengths_b) - view.lengths_b
+            token_n = np.repeat(starts_b, sequences.lengths_b) + in_place_of(sequences, view)
+            columns = {name: values_n[token_n] for name, values_n in columns.items()}
         measured = {**measured, "teacher/seconds": time.perf_counter() - start}
         return sequences.with_columns(**columns), measured
 

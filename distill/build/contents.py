@@ -60,7 +60,7 @@ def _rows(dataset: DatasetInterface) -> str:
 
 def _template(session: Session) -> str:
     """Of one prompt's tokens: a template may hold the date, which nothing else would show."""
-    probe = _Probe([Example(prompt=_PROBE, response=None, answer=None, id="probe")])
+    probe = _Probe([Example(prompt=_PROBE, response=_PROBE, answer=_PROBE, id="probe")])
     probe.template = session.dataset.get_prompt_template()
     try:
         return session.tokenize(probe, max_prompt_length=2**31).digest()[:12]

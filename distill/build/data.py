@@ -9,7 +9,7 @@ from typing import Any
 from distill.base import processes
 from distill.base.errors import UserError
 from distill.base.registry import own_values
-from distill.config.schema import Data
+from distill.config.schema import Config, Data, Teacher
 from distill.data.base import (
     PASSED,
     DatasetInterface,
@@ -17,7 +17,7 @@ from distill.data.base import (
     get_dataset,
     get_factory,
 )
-from distill.data.prompts import Prompts
+from distill.data.prompts import Prompts, TeacherPrompt
 
 # Keys of the config's data section that a source may take.
 _DATA_KEYS = {
@@ -87,14 +87,24 @@ def _source_options(
     return own_values(get_factory(name), PASSED, plugin or {}) | options
 
 
-def template_arguments(data: Data) -> dict[str, Any]:
+def teacher_prompt(config: Config) -> TeacherPrompt | None:
+    """How the teacher's prompts differ from the student's; None: in nothing, or no teacher."""
+    teacher = config.teacher
+    arguments = template_arguments(teacher, "teacher")
+    differs = TeacherPrompt(teacher.system_prompt, teacher.prompt_template, arguments)
+    if config.distillation.hard_labels or differs == TeacherPrompt():
+        return None
+    return differs
+
+
+def template_arguments(section: Data | Teacher, key: str = "data") -> dict[str, Any]:
     """The variables of the chat template by name; what is no JSON value is a text."""
     arguments = {}
-    for argument in data.template_arguments:
+    for argument in section.template_arguments:
         name, found, value = argument.partition("=")
         if not (found and name.isidentifier()):
             raise UserError(
-                f"data.template_arguments has {argument!r}: write NAME=VALUE, such as "
+                f"{key}.template_arguments has {argument!r}: write NAME=VALUE, such as "
                 "enable_thinking=False"
             )
         try:

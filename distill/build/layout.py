@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from distill.base.errors import UserError
 from distill.base.sharding import AnyMesh, batch_parts
 from distill.batches.packing import Layout, Shape
 from distill.config.schema import Policy, tokens_per_microbatch
 
 
-def build_layout(policy: Policy, longest: int, mesh: AnyMesh) -> Layout:
-    """The microbatches of a batch; `longest` is the most tokens that a sequence can have."""
+def build_layout(policy: Policy, longest: int, mesh: AnyMesh, view_excess: int = 0) -> Layout:
+    """The microbatches of a batch.
+
+    Args:
+      longest: the most tokens that a sequence can have.
+      view_excess: by how many tokens what the teacher reads may be longer.
+    """
+    return dataclasses.replace(_of_students(policy, longest, mesh), view_excess=view_excess)
+
+
+def _of_students(policy: Policy, longest: int, mesh: AnyMesh) -> Layout:
     parts, budget = batch_parts(mesh), tokens_per_microbatch(policy)
     if policy.sequence_packing.enabled:
         length = policy.max_total_sequence_length

@@ -85,12 +85,15 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
         session.backend,
         functools.partial(put_batch, session.mesh),
         score=session.teacher.score,
+        view=prompts.view,
         params=params,
         num_generations=repeats,
         seed=config.seed,
         lambda_=distillation.lambda_,
         per_sample=distillation.mix == "sample",
-        layout=build_layout(policy, prompts.prompt_width + width, session.mesh),
+        layout=build_layout(
+            policy, prompts.prompt_width + width, session.mesh, prompts.view_excess
+        ),
         pad_id=prompts.pad_id,
     )
     session.cleanup.callback(source.close)

@@ -24,7 +24,12 @@ from distill.base.compilation import keep_compiled_programs
 from distill.base.errors import UserError
 from distill.base.sharding import batch_parts, check_host_memory
 from distill.base.status import busy
-from distill.build.data import build_dataset, build_validation, template_arguments
+from distill.build.data import (
+    build_dataset,
+    build_validation,
+    teacher_prompt,
+    template_arguments,
+)
 from distill.build.devices import build_mesh, build_sampler_mesh, make_put
 from distill.build.models import (
     abstract_model,
@@ -168,6 +173,7 @@ class Session:
             template_arguments=template_arguments(data),
             special_tokens=data.special_tokens,
             vocab_size=self.vocabulary.size,
+            teacher=teacher_prompt(self.config),
         )
 
     # -------------------------------------------------------------------------------- models

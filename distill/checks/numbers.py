@@ -72,7 +72,8 @@ def check_numbers(session: Session, state: TrainState) -> str:
 
     With the student as its own teacher, loss and gradient are zero; the log-probabilities that the
     step computes are the sampler's; what stands behind a row's end changes nothing, and neither
-    does packing.
+    does packing. A teacher with other prompts is asked for the student's tokens, and would be
+    noticed to be asked one position late.
     """
     sequences = _short_sequences(session, state)
     padded = _laid_out(session, sequences, packed=False)
@@ -92,12 +93,17 @@ def check_numbers(session: Session, state: TrainState) -> str:
 
     (loss, sums), grads = evaluate(padded)
     details = []
+    if padded.view is not None:
+        details.append(_check_view(session, sequences))
     if own_teacher:
         (other_loss, _), other_grads = evaluate(padded, _half_logits(session, params))
         losses, gradients = (loss, other_loss), map(optax.tree.norm, (grads, other_grads))
         details.append(
             _check_zero(_is_exact(session.config), *map(float, losses), *map(float, gradients))
         )
+        if padded.view is not None:
+            (shifted, _), _ = evaluate(_late(padded))
+            details.append(_check_shift(_is_exact(session.config), float(shifted), *losses))
     if session.samples:
         details.append(_check_gap(session, sums))
     details.append(_check_padding(sums, evaluate(_stirred(padded))[0][1]))
@@ -136,16 +142,26 @@ def _short_sequences(session: Session, state: TrainState) -> Sequences:
     return sequences.first(starts_b + RESPONSE_TOKENS)
 
 
-def _laid_out(session: Session, sequences: Sequences, *, packed: bool) -> Rows:
-    """As many sequences as a microbatch surely holds, in one microbatch on the mesh."""
+def _laid_out(
+    session: Session, sequences: Sequences, *, packed: bool, view: Sequences | None = None
+) -> Rows:
+    """As many sequences as a microbatch surely holds, in one microbatch on the mesh.
+
+    A teacher with other prompts reads `view`; None: the student's tokens, by the way of a view.
+    """
+    prompts = session.prompts
+    if prompts.view_tokens is not None and view is None:
+        view = sequences
     longest = session.prompts.prompt_width + RESPONSE_TOKENS
     shape = build_layout(session.config.policy, longest, session.mesh).shapes[-1]
     if not packed:
         shape = dataclasses.replace(shape, length=longest)
+    some = np.arange(len(sequences))[: shape.rows]
     batch = make_batch(
-        sequences.take(np.arange(len(sequences))[: shape.rows]),
-        layout=Layout((shape,), packed),
-        pad_id=session.prompts.pad_id,
+        sequences.take(some),
+        layout=Layout((shape,), packed, prompts.view_excess),
+        pad_id=prompts.pad_id,
+        view=view and view.take(some),
     )
     return jax.tree.map(lambda x: x[0], put_batch(session.mesh, batch)[0])
 
@@ -183,6 +199,40 @@ def _check_zero(
             "wrongly; try distillation.loss_implementation=reference"
         )
     return f"own teacher: loss {loss:.1e}, gradient {gradient:.1e}"
+
+
+def _late(rows: Rows) -> Rows:
+    """The rows with a teacher that is asked one position late."""
+    assert rows.view is not None
+    last = rows.view.tokens_bt.shape[1] - 1
+    late = dataclasses.replace(rows.view, index_bt=jnp.minimum(rows.view.index_bt + 1, last))
+    return dataclasses.replace(rows, view=late)
+
+
+def _check_shift(exact: bool, shifted: float, loss: jax.Array, other_loss: jax.Array) -> str:
+    """Whether the loss tells a shift by one position from none."""
+    if not abs(shifted) > abs(float(loss)) + ROUNDED_LOSS[exact] * abs(float(other_loss)):
+        raise Problem(
+            f"with its own teacher one position late the loss is {shifted:.3g}, as without a "
+            "shift: what the teacher says at a position is not what the loss compares there"
+        )
+    return f"one position late {shifted:.1e}"
+
+
+def _check_view(session: Session, sequences: Sequences) -> str:
+    """Whether the teacher's next tokens are the student's, wherever that is trained."""
+    packed = session.config.policy.sequence_packing.enabled
+    view = session.prompts.view(sequences)
+    rows = jax.device_get(_laid_out(session, sequences, packed=packed, view=view))
+    next_bt = np.roll(rows.view.tokens_bt, -1, axis=1)
+    asked_bt = np.take_along_axis(next_bt, rows.view.index_bt, axis=1)
+    wrong = int((rows.mask_bt & (asked_bt != rows.targets_bt)).sum())
+    if wrong:
+        raise Problem(
+            f"{wrong} of {int(rows.mask_bt.sum())} response tokens are not what the teacher "
+            "predicts in their place: its prompts and the responses are joined wrongly"
+        )
+    return f"the teacher is asked for the student's {int(rows.mask_bt.sum())} tokens"
 
 
 def _check_gap(session: Session, sums: dict[str, jax.Array]) -> str:

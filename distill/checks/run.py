@@ -11,12 +11,19 @@ from distill.build.session import Session
 from distill.checks.layout import check_layout, check_memory
 from distill.checks.numbers import check_numbers, check_weights
 from distill.checks.problem import Problem
-from distill.checks.texts import check_end, check_overlap, check_template, check_tokenizers
+from distill.checks.texts import (
+    check_end,
+    check_overlap,
+    check_template,
+    check_tokenizers,
+    check_view,
+)
 from distill.step import TrainState
 
 TEXT_CHECKS: dict[str, Callable[[Session], str]] = {
     "tokenizers": check_tokenizers,
     "template": check_template,
+    "view": check_view,
     "end of responses": check_end,
     "held-out prompts": check_overlap,
 }

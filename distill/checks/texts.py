@@ -18,6 +18,7 @@ from distill.data.tokenizer import closing_token, load_tokenizer
 from distill.models.checkpoints.hub import tokenizer_folder
 
 SAMPLED_PROMPTS = 8
+ENDING = 3  # tokens with which a chat template opens a response
 
 
 def check_tokenizers(session: Session) -> str:
@@ -109,6 +110,23 @@ def check_template(session: Session) -> str:
                 "add_generation_prompt, or the tokenizer adds its end token to prompts"
             )
     return f"{len(_first_prompts(session))} prompts hold their text and leave the response open"
+
+
+def check_view(session: Session) -> str:
+    """What the teacher reads in place of the student's prompts, and whether both end alike."""
+    prompts, tokenizer = session.prompts, session.vocabulary.tokenizer
+    if prompts.view_tokens is None:
+        return "the teacher reads the student's prompts"
+    pairs = list(zip(prompts.prompt_tokens, prompts.view_tokens, strict=True))[:SAMPLED_PROMPTS]
+    ours, theirs = (str(tokenizer.decode(tokens)) for tokens in pairs[0])
+    found = f"the teacher reads {_short(theirs, 200)}, the student {_short(ours, 200)}"
+    differ = sum(mine[-ENDING:].tolist() != other[-ENDING:].tolist() for mine, other in pairs)
+    if tokenizer.chat_template and differ:
+        found += (
+            f"; warning: {differ} of {len(pairs)} end differently, so that the response begins in "
+            "another place, such as inside or behind thinking: see the template_arguments"
+        )
+    return found
 
 
 def check_end(session: Session) -> str:

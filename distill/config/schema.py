@@ -246,6 +246,13 @@ class Teacher:
         choices=("none", "host", "layers"),
     )
     split_over_data: bool = _free(False, "split weights over mesh.data too, not only mesh.fsdp")
+    system_prompt: str = _from("", "system message that the teacher reads; '' is the student's")
+    prompt_template: str = _from(
+        "", "text with {problem} that it reads, with {response}, {answer}; '' is the student's"
+    )
+    template_arguments: tuple[str, ...] = _from(
+        (), "NAME=VALUE, variables of its chat template beside data.template_arguments"
+    )
 
     @property
     def dtype(self) -> str:

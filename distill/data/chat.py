@@ -37,6 +37,7 @@ class Chat:
         template: text with one '{problem}' that wraps the prompt (the last message of a list).
         arguments: further variables of the chat template.
         special_tokens: what those are that the data spells, 'text' or 'control' tokens.
+        section: of the config, which errors name.
 
     Raises:
         UserError: the chat template has no such variable.
@@ -50,20 +51,21 @@ class Chat:
         template: str = "{problem}",
         arguments: Mapping[str, Any] | None = None,
         special_tokens: str = "text",
+        section: str = "data",
     ):
         self._tokenizer, self._template, self._arguments = tokenizer, template, arguments or {}
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         unknown = [name for name in self._arguments if name not in (tokenizer.chat_template or "")]
         if unknown:
             raise UserError(
-                f"data.template_arguments sets {unknown[0]!r}, which the model's chat template "
-                "does not use: leave it out"
+                f"{section}.template_arguments sets {unknown[0]!r}, which the model's chat "
+                "template does not use: leave it out"
             )
         added = tokenizer.added_tokens_decoder.items()
         self._ids = {token.content: id for id, token in added if token.special}
         contents = sorted(map(re.escape, self._ids), key=len, reverse=True)
         self._special = "|".join(contents) or "(?!)"
-        self._protects = special_tokens == "text"
+        self._protects, self._section = special_tokens == "text", section
 
     def protected(self, text: str) -> str:
         """The text with its special tokens hidden, which `encode` takes for text."""
@@ -76,8 +78,10 @@ class Chat:
         contents = self._tokenizer.added_tokens_decoder
         return re.sub(_HIDDEN_PATTERN, lambda found: contents[int(found[1])].content, text)
 
-    def render(self, prompt: Prompt) -> str:
+    def render(self, prompt: Prompt, fields: Mapping[str, str] | None = None) -> str:
         """The protected text of a prompt, with the opening of the response.
+
+        `fields`: texts of the example that the template names beside the problem.
 
         Raises:
             Refused: the chat template refuses the prompt or loses a part of it.
@@ -86,9 +90,10 @@ class Chat:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         # As JSON: a message may hold more texts than its content.
         turns = json.loads(self.protected(json.dumps(turns, ensure_ascii=False)))
-        turns = wrap_prompt(turns, self._template)
+        texts = {name: self.protected(text) for name, text in (fields or {}).items()}
+        turns = wrap_prompt(turns, self._template, texts)
         if self._system and any(turn["role"] == "system" for turn in turns):
-            raise Refused("prompts with a system message, beside data.system_prompt")
+            raise Refused(f"prompts with a system message, beside {self._section}.system_prompt")
         turns = [*self._system, *turns]
         if not self._tokenizer.chat_template:
             return _plain_text(turns)
@@ -160,12 +165,18 @@ def render_chat(tokenizer, turns: list[dict[str, Any]], arguments: Mapping[str, 
         raise Refused(f"prompts that the chat template refuses: {error}") from None
 
 
-def wrap_prompt(prompt: Prompt, template: str) -> Any:
-    """The prompt, or the last of its messages, in the place of '{problem}' in the template."""
+def wrap_prompt(prompt: Prompt, template: str, fields: Mapping[str, str] | None = None) -> Any:
+    """The prompt, or the last of its messages, in the place of '{problem}' in the template.
+
+    Other `fields` of the example stand in for their names likewise.
+    """
     # Not str.format: LaTeX in templates is full of braces.
     if isinstance(prompt, str):
-        return template.replace("{problem}", prompt)
-    return [*prompt[:-1], {**prompt[-1], "content": wrap_prompt(prompt[-1]["content"], template)}]
+        texts = {"problem": prompt, **(fields or {})}
+        names = "|".join(texts)
+        return re.sub(rf"\{{({names})\}}", lambda found: texts[found[1]], template)
+    wrapped = wrap_prompt(prompt[-1]["content"], template, fields)
+    return [*prompt[:-1], {**prompt[-1], "content": wrapped}]
 
 
 def _left_out(turns: Sequence[Mapping[str, Any]], text: str) -> str | None:

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class Prompts:
         pad_id: fills up to the widths.
         noted: kept rows of which something is worth saying.
         keys: for each kept row, the same as for other rows of the same prompt.
+        view_tokens: token ids of the prompts that the teacher reads; None: the student's.
     """
 
     rows: np.ndarray
@@ -42,6 +44,7 @@ class Prompts:
     pad_id: int
     noted: dict[str, Dropped] = dataclasses.field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    view_tokens: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,10 +68,32 @@ class Prompts:
         responses = [self.response_tokens[i] for i in positions]
         return prompts.join(Sequences.of_tokens(responses, weight=1))
 
+    def view(self, sequences: Sequences) -> Sequences | None:
+        """What the teacher reads: its own prompts with the same responses; None: the same tokens.
+
+        `sequences` are of these rows, with anything behind the prompts.
+        """
+        if self.view_tokens is None:
+            return None
+        kept = np.searchsorted(self.rows, sequences["row"])
+        responses = sequences.behind(np.array([len(self.prompt_tokens[i]) for i in kept], np.int32))
+        return Sequences.of_tokens([self.view_tokens[i] for i in kept]).join(responses)
+
+    @functools.cached_property
+    def view_excess(self) -> int:
+        """Tokens by which a view is longer than its sequence at most, a multiple of 8."""
+        pairs = zip(self.view_tokens or [], self.prompt_tokens, strict=False)
+        longest = max((len(theirs) - len(ours) for theirs, ours in pairs), default=0)
+        return max(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, 0)
+
     def digest(self) -> str:
         """The same for the same rows and tokens only."""
         digest = hashlib.sha256(self.rows.tobytes())
-        for tokens in [*self.prompt_tokens, *(self.response_tokens or [])]:
+        for tokens in [
+            *self.prompt_tokens,
+            *(self.response_tokens or []),
+            *(self.view_tokens or []),
+        ]:
             digest.update(len(tokens).to_bytes(8, "little"))
             digest.update(tokens.tobytes())
         return digest.hexdigest()
@@ -86,6 +111,18 @@ class Prompts:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class TeacherPrompt:
+    """What differs in the prompts that the teacher reads; what is empty is as the student's.
+
+    `template` may name fields of the example beside '{problem}': '{response}' and '{answer}'.
+    """
+
+    system_prompt: str = ""
+    template: str = ""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def tokenize_prompts(
     dataset: DatasetInterface,
     tokenizer,
@@ -99,6 +136,7 @@ def tokenize_prompts(
     template_arguments: Mapping[str, Any] | None = None,
     special_tokens: str = "text",
     vocab_size: int | None = None,
+    teacher: TeacherPrompt | None = None,
 ) -> Prompts:
     """Tokenises a dataset; rows that do not fit are dropped and counted, never truncated.
 
@@ -120,21 +158,18 @@ def tokenize_prompts(
         template_arguments: further variables of the chat template.
         special_tokens: what those are that the data spells, 'text' or 'control' tokens.
         vocab_size: ids that the models know, where those are fewer than the tokenizer's.
+        teacher: how the teacher's prompts differ; None: it reads the student's.
 
     Raises:
         UserError: bad template, a list of messages without a chat template, or nothing is left.
     """
-    template = prompt_template or dataset.get_prompt_template()
-    if template.count("{problem}") != 1:
-        raise UserError(
-            f"data.prompt_template={template!r} must have {{problem}} exactly once, where the "
-            "prompt goes"
-        )
+    template, arguments = prompt_template or dataset.get_prompt_template(), template_arguments or {}
+    _check_template("data", template)
     chat = Chat(
         tokenizer,
         system_prompt=system_prompt,
         template=template,
-        arguments=template_arguments,
+        arguments=arguments,
         special_tokens=special_tokens,
     )
     examples = examples_of(dataset)
@@ -147,13 +182,29 @@ def tokenize_prompts(
     )
     notes: list[tuple[str, str]] = []
     prompts = _encode_prompts(examples, tokenizer, chat, limits, notes)
+    views = None
+    if teacher is not None:
+        template = teacher.template or template
+        chat_t = Chat(
+            tokenizer,
+            system_prompt=teacher.system_prompt or system_prompt,
+            template=template,
+            arguments={**arguments, **teacher.arguments},
+            special_tokens=special_tokens,
+            section="teacher",
+        )
+        fields = _check_template("teacher", template, tuple(_FIELDS))
+        views = [
+            f"{tokens} (what the teacher reads)" if isinstance(tokens, str) else tokens
+            for tokens in _encode_prompts(examples, tokenizer, chat_t, limits, [], fields)
+        ]
     responses = None
     if needs_responses:
         responses = _encode_responses(examples, tokenizer, chat, limits, notes)
 
     def reason_to_drop(i: int) -> str | None:
-        found = [prompts[i]] if responses is None else [prompts[i], responses[i]]
-        return next((tokens for tokens in found if isinstance(tokens, str)), None)
+        encoded = [each[i] for each in (prompts, views, responses) if each is not None]
+        return next((tokens for tokens in encoded if isinstance(tokens, str)), None)
 
     reasons = [reason_to_drop(i) for i in range(len(examples))]
     kept = [i for i, reason in enumerate(reasons) if reason is None]
@@ -170,7 +221,30 @@ def tokenize_prompts(
         pad_id=padding(tokenizer, limits.ids),
         noted=count_drops(notes),
         keys=tuple(prompt_key(examples[i].prompt) for i in kept),
+        view_tokens=None if views is None else _arrays(views, kept),
     )
+
+
+# Texts of an example that the teacher's template may name beside the problem.
+_FIELDS: dict[str, Callable[[Example], str | None]] = {
+    "response": lambda example: example.response,
+    "answer": lambda example: next(iter(example.answers), None),
+}
+
+
+def _check_template(section: str, template: str, fields: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Those of `fields` that the template names; UserError if it names others, or no problem."""
+    key = f"{section}.prompt_template={template!r}"
+    if template.count("{problem}") != 1:
+        raise UserError(f"{key} must have {{problem}} exactly once, where the prompt goes")
+    # Braces behind a command of LaTeX, an index or another argument name nothing.
+    named = re.findall(r"(?<![\\\w}^_]){([a-z_]+)}", template) if fields else []
+    if unknown := [name for name in named if name not in ("problem", *fields)]:
+        raise UserError(
+            f"{key} names {{{unknown[0]}}}, which examples do not have: the fields are "
+            f"{', '.join(f'{{{name}}}' for name in ('problem', *fields))}"
+        )
+    return tuple(name for name in fields if f"{{{name}}}" in template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,18 +278,23 @@ def _encode_prompts(
     chat: Chat,
     limits: _Limits,
     notes: list[tuple[str, str]],
+    fields: tuple[str, ...] = (),
 ) -> list[_Encoded]:
     too_long = f"prompts longer than {limits.prompt} tokens"
     most_characters = limits.prompt * limits.longest_piece
     # A curriculum repeats its problems: each distinct prompt is rendered and encoded once.
-    keys = [json.dumps(example.prompt) for example in examples]
+    named = [{name: _FIELDS[name](example) or "" for name in fields} for example in examples]
+    keys = [json.dumps([e.prompt, texts]) for e, texts in zip(examples, named, strict=True)]
     encoded: dict[str, _Encoded] = {}
     texts: dict[str, str] = {}
-    for key, example in zip(keys, examples, strict=True):
+    for key, example, of_example in zip(keys, examples, named, strict=True):
         if key in encoded or key in texts:
             continue
+        if missing := next((name for name, text in of_example.items() if not text), None):
+            encoded[key] = f"rows without the {{{missing}}} that teacher.prompt_template names"
+            continue
         try:
-            text = chat.render(example.prompt)
+            text = chat.render(example.prompt, of_example)
         except Refused as refusal:
             encoded[key] = str(refusal)
             continue
@@ -310,6 +389,7 @@ def _nothing_left(total: int, dropped: Mapping[str, Dropped]) -> str:
     remedies = {
         "prompts longer": "raise policy.max_total_sequence_length",
         "responses longer": "raise distillation.generate_strategy.max_length",
+        "without the {": "set data.response_column or data.answer_column, or leave the field out",
         "without a response": "set data.response_column to where the responses are",
         "rendered already": "set data.chat_template=none and data.special_tokens=control",
         "beside data.system_prompt": "leave data.system_prompt empty",

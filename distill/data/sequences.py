@@ -117,6 +117,11 @@ class Sequences:
         kept = positions(self.lengths_b) < np.repeat(lengths_b, self.lengths_b)
         return self._select(np.minimum(lengths_b, self.lengths_b), kept, slice(None))
 
+    def behind(self, lengths_b: np.ndarray) -> Sequences:
+        """What stands behind the first tokens of each sequence."""
+        kept = positions(self.lengths_b) >= np.repeat(lengths_b, self.lengths_b)
+        return self._select(np.maximum(self.lengths_b - lengths_b, 0), kept, slice(None))
+
     def prompts(self) -> Sequences:
         """What stands before the first token that is trained on."""
         weights = [weight_t != 0 for weight_t in self.split("weight")]

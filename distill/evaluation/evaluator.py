@@ -19,7 +19,7 @@ from flax import nnx
 from distill.base import processes
 from distill.base.errors import RunStopped
 from distill.base.sharding import constrain, constrain_whole
-from distill.batches.rows import Rows, padded_rows
+from distill.batches.rows import Rows, padded_rows, teacher_hidden
 from distill.config import schema
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
@@ -234,7 +234,9 @@ def rows_of(prompts: Prompts, rollout: Rollout, batch_size: int) -> Iterator[Row
     """All prompts with anybody's responses, in their order, so many at a time."""
     sequences = rollout.sequences(prompts.sequences(range(len(prompts))))
     width = prompts.prompt_width + rollout.tokens_br.shape[1]
-    return padded_rows(sequences, batch_size, width, prompts.pad_id)
+    return padded_rows(
+        sequences, batch_size, width, prompts.pad_id, prompts.view(sequences), prompts.view_excess
+    )
 
 
 def _divergence_sums(
@@ -242,14 +244,13 @@ def _divergence_sums(
 ) -> jax.Array:
     """Forward and reverse KL summed over the response tokens, shape (2,)."""
 
-    def evaluate(graph, params):
-        model = nnx.merge(graph, params)
-        hidden_btd = model(rows.tokens_bt)
+    def flat(hidden_btd):
         hidden_td = hidden_btd.reshape(-1, hidden_btd.shape[-1])
-        return constrain(hidden_td, "token", "act_embed"), model.head()
+        return constrain(hidden_td, "token", "act_embed")
 
-    hidden_s, head_s = evaluate(graph, params)
-    hidden_t, head_t = evaluate(teacher_graph, teacher_params)
+    student, teacher = nnx.merge(graph, params), nnx.merge(teacher_graph, teacher_params)
+    hidden_s, head_s = flat(student(rows.tokens_bt)), student.head()
+    hidden_t, head_t = flat(teacher_hidden(teacher, rows)), teacher.head()
     values_nt = per_token_divergences(
         hidden_s,
         head_s,

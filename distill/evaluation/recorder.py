@@ -22,7 +22,7 @@ from flax import nnx
 from distill.base import processes
 from distill.base.files import write_atomically
 from distill.base.sharding import constrain_whole, num_shards
-from distill.batches.rows import Rows, of_responses
+from distill.batches.rows import Rows, of_responses, teacher_hidden
 from distill.data.base import DatasetInterface, Example
 from distill.data.prompts import Prompts
 from distill.evaluation.evaluator import Responses, rows_of
@@ -190,18 +190,16 @@ def _token_values(
     (b, r, k).
     """
 
-    def evaluate(graph, params):
-        model = nnx.merge(graph, params)
-        # Prompts need no head.
-        return of_responses(rows, model(rows.tokens_bt), width), model.head()
-
-    hidden_s, head_s = evaluate(graph, params)
+    # Prompts need no head.
+    model = nnx.merge(graph, params)
+    hidden_s, head_s = of_responses(rows, model(rows.tokens_bt), width), model.head()
     weights_bt = rows.mask_bt.astype(jnp.float32)
     known = [of_responses(rows, x_bt, width) for x_bt in (rows.targets_bt, weights_bt)]
     if teacher_graph is None:
         log_q_br = objective.log_probs(hidden_s, head_s, *known, vocab_size=vocab_size)
         return constrain_whole({"log_q": log_q_br})
-    hidden_t, head_t = evaluate(teacher_graph, teacher_params)
+    model = nnx.merge(teacher_graph, teacher_params)
+    hidden_t, head_t = of_responses(rows, teacher_hidden(model, rows), width), model.head()
     _, values = objective.alone(hidden_s, head_s, hidden_t, head_t, *known, vocab_size=vocab_size)
     return constrain_whole(
         {

@@ -18,6 +18,7 @@ from distill.base.sharding import (
     stacked_sharding,
 )
 from distill.batches.rows import Batch, make_batch
+from distill.build.data import teacher_prompt
 from distill.build.layout import build_layout
 from distill.build.models import (
     abstract_model,
@@ -151,7 +152,9 @@ def _abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
     prompts = Sequences.of_tokens([np.zeros(length - response)] * rows)
     responses = Sequences.of_tokens([np.zeros(response)] * rows, **columns)
     layout = build_layout(config.policy, length, mesh)
-    batch = make_batch(prompts.join(responses), layout=layout, pad_id=0)
+    sequences = prompts.join(responses)
+    view = sequences if teacher_prompt(config) else None  # as long at most
+    batch = make_batch(sequences, layout=layout, pad_id=0, view=view)
 
     def placed(x: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.ndim))

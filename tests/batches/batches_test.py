@@ -151,6 +151,28 @@ def test_sequences_sampled_ahead_are_taken_up_by_another_source(source, sampler)
     other.close()
 
 
+def test_scores_of_what_the_teacher_reads_stand_at_the_students_tokens(sampler):
+    """Here a teacher by scores says what it reads, behind a prompt of three tokens."""
+
+    def view(sequences):
+        prompts = Sequences.of_tokens(np.full((len(sequences), 3), 7))
+        return prompts.join(sequences.behind(np.ones(len(sequences), int)))
+
+    def score(sequences):
+        assert (sequences.lengths_b > 3).all()
+        tokens_n1 = sequences["tokens"][:, None]
+        return {"teacher_ids": tokens_n1, "teacher_log_probs": np.zeros_like(tokens_n1)}
+
+    layout = Layout((Shape(ROWS, 1 + WIDTH),), view_excess=2)
+    source = make_source(sampler, score=score, view=view, layout=layout)
+    (rows,), _ = source.next(5, None)
+    assert rows.view.tokens_bt.shape[-1] == rows.tokens_bt.shape[-1] + 2
+    ids_bt, trained_bt = rows.columns["teacher_ids"][..., 0], rows.mask_bt
+    assert trained_bt.any()
+    np.testing.assert_array_equal(ids_bt[trained_bt], rows.targets_bt[trained_bt])
+    source.close()
+
+
 def make_plugin() -> Sampler:
     """Knows a number of every token of its responses, and one of every response."""
     return Sampler(test_of_token=np.arange(12.0).reshape(4, 3), test_of_sequence=np.arange(4))

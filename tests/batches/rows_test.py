@@ -1,7 +1,9 @@
 """Which tokens carry loss, and where sequences stand: padded, packed, rows of several lengths."""
 
+import dataclasses
 import functools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -177,3 +179,51 @@ def test_rows_of_three_lengths_hold_every_sequence_once(lengths_b, rows):
     for shape, placement in zip(shapes[1:], placements[1:], strict=True):
         longer = len(placement.sequence_i) % shape.rows
         assert longer == 0 or not len(placements[0].sequence_i)
+
+
+VIEW_EXCESS = 3
+# The student's prompt, the teacher's, and the response that stands behind both.
+SEEN = st.tuples(
+    *(st.lists(st.integers(0, PAD), min_size=1, max_size=most) for most in (3, 4, MOST_TOKENS - 3))
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(st.lists(SEEN, min_size=1, max_size=12))
+@settings(deadline=None)
+def test_teacher_is_asked_for_every_token_of_a_response_behind_its_own_prompt(layout, examples):
+    """Token by token: up to the asked position the view has its prompt and what came before."""
+    ours, theirs, responses = (
+        Sequences.of_tokens(tokens) for tokens in zip(*examples, strict=True)
+    )
+    sequences = ours.join(responses.with_columns(weight=1))
+    batch = make_batch(
+        sequences,
+        layout=dataclasses.replace(LAYOUTS[layout], view_excess=VIEW_EXCESS),
+        pad_id=PAD,
+        view=theirs.join(responses),
+    )
+    found = []
+    for part in batch:
+        for index in np.ndindex(part.lengths_b.shape):
+            row, seen = (jax.tree.map(lambda x, i=index: x[i], each) for each in (part, part.view))
+            fields = vars(row) | row.columns
+            tokens_t, ids_t = seen.tokens_bt, seen.segment_ids_bt
+            for number, piece in enumerate(pieces_of(fields), start=1):
+                trained = [t for t in piece if fields["weight"][t]]
+                of_view = (
+                    np.arange(len(tokens_t)) if ids_t is None else np.flatnonzero(ids_t == number)
+                )
+                if ids_t is not None:
+                    assert seen.positions_bt[of_view].tolist() == list(range(len(of_view)))
+                read = [
+                    tokens_t[of_view[0] : seen.index_bt[t] + 1].tolist()
+                    for t in trained
+                    if seen.index_bt[t] in of_view
+                ]
+                found.append((row.tokens_bt[piece].tolist(), read))
+    expected = [
+        (mine + response, [other + response[:r] for r in range(len(response))])
+        for mine, other, response in examples
+    ]
+    assert sorted(found) == sorted(expected)

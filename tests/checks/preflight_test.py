@@ -163,6 +163,31 @@ def test_healthy_packed_run_passes(config):
     assert "as padded ones" in preflight_alone(config)["numbers"]
 
 
+@pytest.fixture
+def config_with_a_view(config):
+    config.teacher.prompt_template = "{answer}={problem}"
+    config.policy.sequence_packing.enabled = True
+    return config
+
+
+def test_teacher_with_prompts_of_its_own_passes(config_with_a_view):
+    found = preflight_alone(config_with_a_view)
+    assert "one position late" in found["numbers"] and "the teacher reads '" in found["view"]
+
+
+@pytest.mark.parametrize(
+    ("late", "words"), [(1, "joined wrongly"), (-99, "as without a shift")], ids=["shift", "blind"]
+)
+def test_teacher_that_is_asked_elsewhere(config_with_a_view, monkeypatch, late, words):
+    """By a shift of the index map; and by a map that asks at one place whatever it is given."""
+    of = microbatch.in_place_of
+    if late < 0:
+        monkeypatch.setattr(numbers, "_late", lambda rows: rows)
+    else:
+        monkeypatch.setattr(microbatch, "in_place_of", lambda *args: of(*args) + late)
+    assert words in problem_of(config_with_a_view)
+
+
 def test_loss_that_moves_a_perfect_student(config, monkeypatch):
     monkeypatch.setattr(divergences._LOSSES, "_parts", dict(divergences._LOSSES._parts))
     divergences.register_divergence("doubled")(lambda log_p, log_q: jnp.exp(2 * log_q))

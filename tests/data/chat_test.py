@@ -5,11 +5,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from distill.base.errors import UserError
-from distill.build.data import template_arguments
+from distill.build.data import teacher_prompt, template_arguments
 from distill.checks.texts import _comparable
-from distill.config.schema import Data
+from distill.config.schema import Config, Data, Teacher
 from distill.data.base import Dropped, Example
-from distill.data.prompts import tokenize_prompts
+from distill.data.prompts import TeacherPrompt, tokenize_prompts
 from distill.data.table import InMemoryDataset
 from distill.data.tokenizer import response_end, vocabulary_size
 
@@ -152,6 +152,49 @@ def test_arguments_of_the_template():
         tokenize("a", tokenizer, template_arguments={"thinking": False})
     with pytest.raises(UserError, match="write NAME=VALUE"):
         template_arguments(Data(template_arguments=("think",)))
+
+
+def test_teacher_reads_a_prompt_of_its_own():
+    """With another system prompt, another argument, and fields whose text names no field."""
+    tokenizer = byte_tokenizer()
+    section = Teacher(
+        system_prompt="Be brief.",
+        prompt_template="{answer}: {response} / \\frac{a}{problem}",
+        template_arguments=("think=False",),
+    )
+    teacher = teacher_prompt(Config(teacher=section))
+    rows = [
+        Example("what?", "a {problem} <|end|>", ("4", "5"), "0"),
+        Example("no answer", "r", None, "1"),
+    ]
+    prompts = tokenize_prompts(
+        InMemoryDataset(rows), tokenizer, max_prompt_length=999, teacher=teacher
+    )
+    assert list(prompts.rows) == [0]
+    assert list(prompts.dropped) == [
+        "rows without the {answer} that teacher.prompt_template names (what the teacher reads)"
+    ]
+    student = rendered(prompts, tokenizer, 0)
+    expected = student.replace("what?", "4: a {problem} <|end|> / \\frac{a}what?").replace(
+        "<|start|>user", "<|start|>system\nBe brief.<|end|>\n<|start|>user", 1
+    )
+    assert tokenizer.decode(prompts.view_tokens[0]) == expected + "quick\n"
+    longer = len(prompts.view_tokens[0]) - len(prompts.prompt_tokens[0])
+    assert longer <= prompts.view_excess < longer + 8
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{solution} {problem}", "names {solution}, which examples do not have: the fields are"),
+        ("{response}", "must have {problem} exactly once"),
+        ("{answer} {problem}", "2 rows without the {answer} .*; set data.response_column or"),
+    ],
+)
+def test_template_of_the_teacher_names_what_there_is(template, words):
+    words = words.replace("{", "\\{")
+    with pytest.raises(UserError, match=words):
+        tokenize("a", byte_tokenizer(), "b", teacher=TeacherPrompt(template=template))
 
 
 class Faulty(InMemoryDataset):
