@@ -73,7 +73,8 @@ def make_loss(
         columns, mask_bt = rows.columns, rows.mask_bt
 
         model, hidden_t, head_t = nnx.merge(student, params), None, None
-        hidden_s = model(rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt)
+        arrays = rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt
+        hidden_s, expert_load = model.with_load(*arrays, rows.filled_bt)
         head_s = model.head()
         if teacher is not None:
             model = nnx.merge(teacher, teacher_params)
@@ -105,6 +106,7 @@ def make_loss(
         gap_bt = jnp.abs(values.log_prob_s - columns["log_prob"])
         gap_bt = jnp.where(sampled_bt, gap_bt, 0.0)
         return loss, sums | {
+            "expert_load": expert_load,
             "gap_sum": gap_bt.sum(),
             "gap_max": gap_bt.max(),
             "sampled_tokens": sampled_bt.sum().astype(jnp.float32),
@@ -140,9 +142,10 @@ def make_train_step(
     Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
     tokens, response_length, truncated, on_policy, padding (share of the computed tokens), the gap
     between sampler's and trainer's log-probabilities, skipped, and with importance weights the mean
-    weight of sampled tokens (1 without any) and the share of them whose weight is clipped. A step
-    whose loss or gradient norm is not finite is skipped (1, else 0): of the state, only `step`
-    changes.
+    weight of sampled tokens (1 without any) and the share of them whose weight is clipped. Of a
+    mixture of experts: the largest share of a layer's picks that one expert got, and the share of
+    experts that no token picked. A step whose loss or gradient norm is not finite is skipped (1,
+    else 0): of the state, only `step` changes.
     """
     loss_fn = make_loss(student, teacher, objective, vocab_size=vocab_size, metrics=metrics)
 
@@ -170,6 +173,7 @@ def make_train_step(
             "skipped": 1.0 - finite,
             "tokens": total,
             **_describe(batch, total),
+            **describe_load(sums["expert_load"]),
             "log_prob_gap": sums["gap_sum"] / jnp.maximum(sampled_tokens, 1.0),
             "log_prob_gap_max": sums["gap_max"],
             "student_log_prob": sums["student_log_prob"],
@@ -230,6 +234,15 @@ def _describe(batch: Batch, total: jax.Array) -> dict[str, jax.Array]:
         "on_policy": sum(part.sampled_b.sum() for part in batch) / sequences,
         "padding": 1 - tokens / jnp.maximum(computed, 1),
     }
+
+
+def describe_load(expert_load: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What is logged of a mixture's load, by kind of layer load_le; nothing if there is none."""
+    if not expert_load:
+        return {}
+    load_le = jnp.concatenate(list(expert_load.values()))
+    share_le = load_le / load_le.sum(axis=1, keepdims=True)
+    return {"expert_share_max": share_le.max(), "experts_idle": jnp.mean(load_le == 0)}
 
 
 def _update(optimizer, grads, state: TrainState, finite: jax.Array):

@@ -77,6 +77,11 @@ class Rows:
         """Whether a target is trained on."""
         return self.columns["weight"] != 0
 
+    @property
+    def filled_bt(self) -> jax.Array:
+        """Whether a position holds a token, no padding."""
+        return jnp.arange(self.tokens_bt.shape[-1]) < self.lengths_b[..., None]
+
 
 # Rows of each of the layout's shapes, stacked. The last of the microbatches may be empty.
 Batch = tuple[Rows, ...]

@@ -105,7 +105,7 @@ def prefill(
 
     def layer(kind, x_gpd, state):
         block = nnx.merge(graphs[kind], state)
-        x_gpd, kept = block(x_gpd, rotations[kind], lengths_b=lengths_g)
+        x_gpd, kept, _ = block(x_gpd, rotations[kind], lengths_b=lengths_g)
         if block.kind.attention:
             k_gpkh, v_gpkh = kept
             kept = k_gpkh.transpose(0, 2, 3, 1), v_gpkh.transpose(0, 2, 1, 3)
@@ -318,7 +318,7 @@ def _decode_layer(
         mixed_b1d, tail = recurrent.step(block, y_b1d, tail)
     else:
         mixed_b1d, tail = _attend(block, rotation, prefix, y_b1d, step, tail)
-    return block.finish(x_b1d, mixed_b1d), tail
+    return block.finish(x_b1d, mixed_b1d)[0], tail
 
 
 def _attend(

@@ -43,9 +43,9 @@ def gated_parameters(
     }
 
 
-def output(layer: Layer, x_btd: jax.Array) -> jax.Array:
-    """What the feed-forward adds to the residual stream, before any norm or scale."""
-    return gated(layer, x_btd, "")
+def output(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, None]:
+    """What the feed-forward adds to the residual stream, before any norm or scale; see `moe`."""
+    return gated(layer, x_btd, ""), None
 
 
 def gated(layer: Layer, x_btd: jax.Array, prefix: str) -> jax.Array:

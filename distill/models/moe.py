@@ -65,17 +65,24 @@ def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
     return params
 
 
-def output(layer: Layer, x_btd: jax.Array) -> jax.Array:
-    """What the mixture adds to the residual stream, before any norm or scale."""
+def output(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the mixture adds to the residual stream, and the picked experts, picked_btc."""
     experts = _experts(layer.config)
     weights = {name: layer.weight(name) for name in _USED if layer.has(name)}
-    y_btd = _routed(x_btd, weights, layer.config)
+    y_btd, picked_btc = _routed(x_btd, weights, layer.config)
     if experts.shared_width:
         shared_btd = mlp.gated(layer, x_btd, "shared_")
         if experts.shared_gate:
             shared_btd = shared_btd * jax.nn.sigmoid(layer.project("shared_gate", x_btd))
         y_btd = y_btd + shared_btd
-    return y_btd
+    return y_btd, picked_btc
+
+
+def load(picked_btc: jax.Array, counted_bt: jax.Array, number: int) -> jax.Array:
+    """Of a layer: for how many of the counted tokens each expert was picked, load_e."""
+    picked_btce = picked_btc[..., None] == jnp.arange(number)
+    counted_btce = picked_btce & counted_bt[..., None, None]
+    return jnp.sum(counted_btce, axis=(0, 1, 2), dtype=jnp.int32)
 
 
 def _experts(config: ModelConfig) -> Experts:
@@ -83,32 +90,39 @@ def _experts(config: ModelConfig) -> Experts:
     return config.experts
 
 
-def _routed(x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
-    """The picked experts' outputs, by the devices of the current mesh; each has its own rows."""
+def _routed(
+    x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """`_mixed`, by the devices of the current mesh; each has its own rows."""
     if jax.sharding.get_abstract_mesh().empty:
         return _mixed(x_btd, weights, config)
     # What the mesh does not divide is whole on its devices.
     rows = "batch" if len(x_btd) % num_shards("batch") == 0 else None
     rows_spec = partition_spec((rows, "position", None))
     specs = {name: partition_spec(_USED[name]) for name in weights}
+
+    def of_device(x_btd, weights):
+        y_btd, picked_btc = _mixed(x_btd, weights, config)
+        return y_btd[None], picked_btc
+
     # A leading axis of the parts of the experts' width: summed here, its gradient is not sent.
-    return jnp.sum(
-        jax.shard_map(
-            lambda x_btd, weights: _mixed(x_btd, weights, config)[None],
-            in_specs=(rows_spec, specs),
-            out_specs=partition_spec(("act_ffn", rows, "position", None)),
-            check_vma=False,
-        )(x_btd, weights),
-        axis=0,
-    )
+    y_pbtd, picked_btc = jax.shard_map(
+        of_device,
+        in_specs=(rows_spec, specs),
+        out_specs=(partition_spec(("act_ffn", rows, "position", None)), rows_spec),
+        check_vma=False,
+    )(x_btd, weights)
+    return jnp.sum(y_pbtd, axis=0), picked_btc
 
 
-def _mixed(x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
-    """Of a device's rows and its part of the experts' width."""
+def _mixed(
+    x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs and picked experts, of a device's rows and its part of the experts' width."""
     x_td = x_btd.reshape(-1, x_btd.shape[-1])
     scores_tc, picked_tc = pick(x_td, weights, _experts(config))
     y_td = _sum_of_experts(x_td, scores_tc, picked_tc, weights, config)
-    return y_td.reshape(x_btd.shape)
+    return y_td.reshape(x_btd.shape), picked_tc.reshape(*x_btd.shape[:2], -1)
 
 
 def pick(x_td: jax.Array, weights: dict[str, Any], experts: Experts) -> tuple[jax.Array, jax.Array]:

@@ -1,11 +1,17 @@
 """Shapes of published models, for plans on machines that have none of their files.
 
-Meant to be those of each config.json on the Hugging Face hub. The shapes of Qwen2.5, Qwen3 and
-Llama agree with torchtune's model builders (github.com/pytorch/torchtune), those of Qwen3's
-mixtures with slime's (github.com/THUDM/slime). Mixtral, gpt-oss-120b, Qwen3.5-35B-A3B and
-Qwen3-Next have the shapes of transformers' own defaults. The others were not compared with anything
-but their numbers of weights. A file is read instead where there is one. Heads may have more rows
-than the tokenizers have ids.
+Meant to be those of each config.json on the Hugging Face hub, and compared with:
+
+  torchtune's builders        Qwen2.5, Qwen3, Llama
+  slime's scripts             Qwen3's mixtures, Qwen3.5, Qwen3-Next
+  litgpt's table              Gemma 3 from 1B on, Mistral 7B, Mixtral, Phi-4, SmolLM2, OLMo 2 (7B,
+                              13B)
+  copies of the hub's files   Granite 3.3, Mistral Nemo and Small, gpt-oss-20b, SmolLM3; sizes of
+                              Gemma 3 270M, OLMo 2 1B and Qwen3.5-122B-A10B
+  transformers' defaults      gpt-oss-120b, Qwen3.5 9B and 35B-A3B
+
+Of OLMo 2 32B, OLMoE and Qwen3.5-397B-A17B, only the number of weights was. A file is read instead
+where there is one. Heads may have more rows than the tokenizers have ids.
 """
 
 from __future__ import annotations
@@ -230,126 +236,107 @@ def _published(shape: tuple[int, ...], facts: dict, vocab_size: int) -> Publishe
     return Published(ModelConfig.from_hf(config, "this table"), vocab_size)
 
 
-def _facts(
-    model_type: str, vocab_size: int, max_positions: int, rope_theta: float, eps: float, **others
-) -> dict:
-    return {
-        "model_type": model_type,
-        "vocab_size": vocab_size,
-        "max_position_embeddings": max_positions,
-        "rope_theta": rope_theta,
-        "rms_norm_eps": eps,
-        **others,
-    }
-
-
-_GEMMA3 = dict(sliding_window=512, query_pre_attn_scalar=256, head_dim=256)
-_GEMMA3_LARGER = _GEMMA3 | dict(
-    sliding_window=1024, rope_scaling={"rope_type": "linear", "factor": 8.0}
-)
-_GEMMA3_27B = _GEMMA3_LARGER | dict(query_pre_attn_scalar=168, head_dim=128)
-_MISTRAL = dict(sliding_window=None, head_dim=128)
-_GRANITE = dict(embedding_multiplier=12.0, residual_multiplier=0.22, tie_word_embeddings=True)
-_SMOLLM3 = dict(no_rope_layers=[1, 1, 1, 0] * 9, tie_word_embeddings=True)
-# By name: layers, width, heads, key-value heads and feed-forward; the facts; ids in use.
-_OTHERS: dict[str, tuple[tuple[int, ...], dict, int]] = {
-    "google/gemma-3-270m-it": (
-        (18, 640, 4, 1, 2048),
-        _facts("gemma3_text", 262144, 32768, 1e6, 1e-6, **_GEMMA3),
-        262144,
-    ),
-    "google/gemma-3-1b-it": (
-        (26, 1152, 4, 1, 6912),
-        _facts("gemma3_text", 262144, 32768, 1e6, 1e-6, **_GEMMA3),
-        262144,
-    ),
-    "google/gemma-3-4b-it": (
-        (34, 2560, 8, 4, 10240),
-        _facts("gemma3_text", 262208, 131072, 1e6, 1e-6, **_GEMMA3_LARGER),
-        262145,
-    ),
-    "google/gemma-3-12b-it": (
-        (48, 3840, 16, 8, 15360),
-        _facts("gemma3_text", 262208, 131072, 1e6, 1e-6, **_GEMMA3_LARGER),
-        262145,
-    ),
-    "google/gemma-3-27b-it": (
-        (62, 5376, 32, 16, 21504),
-        _facts("gemma3_text", 262208, 131072, 1e6, 1e-6, **_GEMMA3_27B),
-        262145,
-    ),
-    "mistralai/Mistral-7B-Instruct-v0.3": (
-        (32, 4096, 32, 8, 14336),
-        _facts("mistral", 32768, 32768, 1e6, 1e-5, **_MISTRAL),
-        32768,
-    ),
-    "mistralai/Mistral-Nemo-Instruct-2407": (
-        (40, 5120, 32, 8, 14336),
-        _facts("mistral", 131072, 1024000, 1e6, 1e-5, **_MISTRAL),
-        131072,
-    ),
+# The facts of dense models whose sizes share most of them; ids in use are those of the row.
+_GEMMA3 = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "max_position_embeddings": 131072,
+    "sliding_window": 1024,
+    "query_pre_attn_scalar": 256,
+}
+_GEMMA3_SMALL = _GEMMA3 | {
+    "vocab_size": 262144,
+    "rope_scaling": None,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
+}
+_MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 131072,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+}
+_PHI4 = {
+    "model_type": "phi3",
+    "vocab_size": 100352,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 250000.0,
+    "max_position_embeddings": 16384,
+}
+_SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+_SMOLLM3 = {
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "max_position_embeddings": 65536,
+    "tie_word_embeddings": True,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+}
+_OLMO2 = {
+    "model_type": "olmo2",
+    "vocab_size": 100352,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e5,
+    "max_position_embeddings": 4096,
+}
+_GRANITE = {
+    "model_type": "granite",
+    "vocab_size": 49159,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e7,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+}
+_GRANITE_2B = _GRANITE | {"attention_multiplier": 0.015625, "logits_scaling": 8.0}
+_GRANITE_8B = _GRANITE | {"attention_multiplier": 0.0078125, "logits_scaling": 16.0}
+_MISTRAL_7B = _MISTRAL | {"vocab_size": 32768}
+_NEMO = _MISTRAL | {"max_position_embeddings": 1024000}
+_GEMMA3_27B = _GEMMA3 | {"query_pre_attn_scalar": 168, "head_dim": 128}
+_DENSE: dict[str, tuple[tuple[int, ...], dict, int]] = {
+    "google/gemma-3-270m-it": ((18, 640, 4, 1, 2048), _GEMMA3_SMALL, 262144),
+    "google/gemma-3-1b-it": ((26, 1152, 4, 1, 6912), _GEMMA3_SMALL, 262144),
+    "google/gemma-3-4b-it": ((34, 2560, 8, 4, 10240), _GEMMA3, 262145),
+    "google/gemma-3-12b-it": ((48, 3840, 16, 8, 15360), _GEMMA3, 262145),
+    "google/gemma-3-27b-it": ((62, 5376, 32, 16, 21504), _GEMMA3_27B, 262145),
+    "mistralai/Mistral-7B-Instruct-v0.3": ((32, 4096, 32, 8, 14336), _MISTRAL_7B, 32768),
+    "mistralai/Mistral-Nemo-Instruct-2407": ((40, 5120, 32, 8, 14336), _NEMO, 131072),
     "mistralai/Mistral-Small-24B-Instruct-2501": (
         (40, 5120, 32, 8, 32768),
-        _facts("mistral", 131072, 32768, 1e8, 1e-5, **_MISTRAL),
+        _MISTRAL | {"rope_theta": 1e8},
         131072,
     ),
-    "microsoft/phi-4": (
-        (40, 5120, 40, 10, 17920),
-        _facts("phi3", 100352, 16384, 250000.0, 1e-5),
-        100352,
-    ),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": (
-        (30, 576, 9, 3, 1536),
-        _facts("llama", 49152, 8192, 1e5, 1e-5, tie_word_embeddings=True),
-        49152,
-    ),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": (
-        (32, 960, 15, 5, 2560),
-        _facts("llama", 49152, 8192, 1e5, 1e-5, tie_word_embeddings=True),
-        49152,
-    ),
+    "microsoft/phi-4": ((40, 5120, 40, 10, 17920), _PHI4, 100352),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ((30, 576, 9, 3, 1536), _SMOLLM2, 49152),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": ((32, 960, 15, 5, 2560), _SMOLLM2, 49152),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": (
         (24, 2048, 32, 32, 8192),
-        _facts("llama", 49152, 8192, 130000.0, 1e-5, tie_word_embeddings=True),
+        _SMOLLM2 | {"rope_theta": 130000.0},
         49152,
     ),
-    "HuggingFaceTB/SmolLM3-3B": (
-        (36, 2048, 16, 4, 11008),
-        _facts("smollm3", 128256, 65536, 5e6, 1e-6, **_SMOLLM3),
-        128256,
-    ),
-    "allenai/OLMo-2-0425-1B-Instruct": (
-        (16, 2048, 16, 16, 8192),
-        _facts("olmo2", 100352, 4096, 5e5, 1e-6),
-        100278,
-    ),
-    "allenai/OLMo-2-1124-7B-Instruct": (
-        (32, 4096, 32, 32, 11008),
-        _facts("olmo2", 100352, 4096, 5e5, 1e-6),
-        100278,
-    ),
-    "allenai/OLMo-2-1124-13B-Instruct": (
-        (40, 5120, 40, 40, 13824),
-        _facts("olmo2", 100352, 4096, 5e5, 1e-6),
-        100278,
-    ),
-    "allenai/OLMo-2-0325-32B-Instruct": (
-        (64, 5120, 40, 8, 27648),
-        _facts("olmo2", 100352, 4096, 5e5, 1e-6),
-        100278,
-    ),
-    "ibm-granite/granite-3.3-2b-instruct": (
-        (40, 2048, 32, 8, 8192),
-        _facts("granite", 49159, 131072, 1e7, 1e-5, **_GRANITE)
-        | {"attention_multiplier": 0.015625, "logits_scaling": 8.0},
-        49159,
-    ),
-    "ibm-granite/granite-3.3-8b-instruct": (
-        (40, 4096, 32, 8, 12800),
-        _facts("granite", 49159, 131072, 1e7, 1e-5, **_GRANITE)
-        | {"attention_multiplier": 0.0078125, "logits_scaling": 16.0},
-        49159,
-    ),
+    "HuggingFaceTB/SmolLM3-3B": ((36, 2048, 16, 4, 11008), _SMOLLM3, 128256),
+    "allenai/OLMo-2-0425-1B-Instruct": ((16, 2048, 16, 16, 8192), _OLMO2, 100278),
+    "allenai/OLMo-2-1124-7B-Instruct": ((32, 4096, 32, 32, 11008), _OLMO2, 100278),
+    "allenai/OLMo-2-1124-13B-Instruct": ((40, 5120, 40, 40, 13824), _OLMO2, 100278),
+    "allenai/OLMo-2-0325-32B-Instruct": ((64, 5120, 40, 8, 27648), _OLMO2, 100278),
+    "ibm-granite/granite-3.3-2b-instruct": ((40, 2048, 32, 8, 8192), _GRANITE_2B, 49159),
+    "ibm-granite/granite-3.3-8b-instruct": ((40, 4096, 32, 8, 12800), _GRANITE_8B, 49159),
 }
 
 PUBLISHED = {
@@ -360,5 +347,5 @@ PUBLISHED = {
     **{f"Qwen/Qwen3.5-{size}": _qwen3_5(size) for size in _QWEN3_5},
     **{f"meta-llama/Llama-{size}": _llama3(size) for size in _LLAMA3},
     **{f"meta-llama/Llama-{size}-Instruct": _llama3(size) for size in _LLAMA3},
-    **{name: _published(*row) for name, row in (_OTHERS | _MIXTURES).items()},
+    **{name: _published(*row) for name, row in (_DENSE | _MIXTURES).items()},
 }

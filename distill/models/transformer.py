@@ -78,21 +78,23 @@ class Block(nnx.Module):
         rotation: Rotation | None,
         segment_ids_bt: jax.Array | None = None,
         lengths_b: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """One layer over whole rows: the residual stream after it, and what it remembers.
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None]:
+        """One layer over whole rows: the stream after it, what it remembers, the picked experts.
 
-        That is k_btkh and v_btkh, or a state after lengths_b tokens; see `recurrent.Remembered`.
+        It remembers k_btkh and v_btkh, or a state after lengths_b tokens: `recurrent.Remembered`.
         """
         y_btd = self.mixer_input(x_btd)
         if self.kind.attention is None:
             mixed_btd, remembered = recurrent.output(self, y_btd, segment_ids_bt, lengths_b)
-            return self.finish(x_btd, mixed_btd), remembered
+            x_btd, picked_btc = self.finish(x_btd, mixed_btd)
+            return x_btd, remembered, picked_btc
         q_btnh, k_btkh, v_btkh, gate_btnh = attention.query_key_value(self, y_btd, rotation)
         attended_btnh = attention_kernel(
             q_btnh, k_btkh, v_btkh, self.kind.attention, segment_ids_bt, self.sinks_n()
         )
         mixed_btd = attention.output(self, attended_btnh, gate_btnh)
-        return self.finish(x_btd, mixed_btd), (k_btkh, v_btkh)
+        x_btd, picked_btc = self.finish(x_btd, mixed_btd)
+        return x_btd, (k_btkh, v_btkh), picked_btc
 
     def mixer_input(self, x_btd: jax.Array) -> jax.Array:
         """What attention or recurrence reads of the residual stream."""
@@ -102,12 +104,16 @@ class Block(nnx.Module):
         """Scores of the attention's sinks, where it has some."""
         return self.weight("sinks") if self.config.sinks else None
 
-    def finish(self, x_btd: jax.Array, mixed_btd: jax.Array) -> jax.Array:
-        """Adds what attention or recurrence gives, and then the feed-forward, to the stream."""
+    def finish(self, x_btd: jax.Array, mixed_btd: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Adds what attention or recurrence gives, and then the feed-forward, to the stream.
+
+        The second result is picked_btc of a mixture of experts.
+        """
         x_btd = self._add(x_btd, mixed_btd, "attention_out_norm")
         y_btd = x_btd if self.config.norms == "after" else self.normalize("ffn_norm", x_btd)
         feed_forward = moe if self.kind.experts else mlp
-        return self._add(x_btd, feed_forward.output(self, y_btd), "ffn_out_norm")
+        added_btd, picked_btc = feed_forward.output(self, y_btd)
+        return self._add(x_btd, added_btd, "ffn_out_norm"), picked_btc
 
     def _add(self, x_btd: jax.Array, added_btd: jax.Array, norm: str) -> jax.Array:
         if self.config.norms != "before":
@@ -189,6 +195,19 @@ class Transformer(nnx.Module):
           segment_ids_bt: a token attends to tokens of its own segment at its own index or before.
             Default: every row is one segment; padding behind its end then changes nothing before.
         """
+        return self.with_load(tokens_bt, positions_bt, segment_ids_bt)[0]
+
+    def with_load(
+        self,
+        tokens_bt: jax.Array,
+        positions_bt: jax.Array | None = None,
+        segment_ids_bt: jax.Array | None = None,
+        counted_bt: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Hidden states as above, and by kind of layer the load_le of its experts, if it has some.
+
+        The load is how many of the counted tokens an expert was picked for; see `moe.load`.
+        """
         batch, length = tokens_bt.shape
         if positions_bt is None:
             positions_bt = jnp.broadcast_to(jnp.arange(length), (batch, length))
@@ -198,15 +217,18 @@ class Transformer(nnx.Module):
         def layer(kind, x_btd, state):
             def run(x_btd, state):
                 block = nnx.merge(graphs[kind], state)
-                return block(x_btd, rotations[kind], segment_ids_bt)[0], None
+                x_btd, _, picked_btc = block(x_btd, rotations[kind], segment_ids_bt)
+                if picked_btc is None or counted_bt is None:
+                    return x_btd, None
+                return x_btd, moe.load(picked_btc, counted_bt, block.kind.experts.number)
 
             if self.remat != "none":
                 # Inside scan nothing can be merged across iterations, so no barrier is needed.
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             return run(x_btd, state)
 
-        x_btd, _ = scan_layers(layer, self.embed(tokens_bt), stacks, self.config.layers)
-        return self.normalize(x_btd)
+        x_btd, loads = scan_layers(layer, self.embed(tokens_bt), stacks, self.config.layers)
+        return self.normalize(x_btd), {k: load for k, load in loads.items() if load is not None}
 
     def split_layers(self) -> tuple[dict[str, nnx.GraphDef], dict[str, nnx.State]]:
         """The graph of a layer of each kind, and the stacked parameters of the kind's layers."""

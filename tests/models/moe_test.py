@@ -10,8 +10,13 @@ from flax import nnx
 from tiny_models import model_config, random_model
 
 from distill.base.errors import UserError
+from distill.batches.packing import Layout, Shape
+from distill.batches.rows import make_batch
+from distill.data.sequences import Sequences
+from distill.losses.objective import make_objective
 from distill.models import moe
 from distill.models.facts import Experts, ModelConfig
+from distill.step import describe_load, make_loss
 
 VOCAB, LENGTH, TOLERANCE = 32, 24, 1e-4
 FIELDS = dict(
@@ -53,18 +58,38 @@ def test_an_expert_without_tokens_has_no_effect_and_no_gradient():
     router = np.zeros(flat["layers", "router"].get_value().shape, np.float32)
     flat["layers", "router"] = flat["layers", "router"].replace(jnp.asarray(router))
     params = nnx.from_flat_state(flat)
-    tokens = random_tokens(2, LENGTH)
+    tokens, counted_bt = random_tokens(2, LENGTH), np.arange(LENGTH) < np.array([[5], [0]])
 
-    @jax.jit
-    def gradient(params):
-        def loss(params):
-            model = nnx.merge(graph, params)
-            return jnp.square(model.logits(model(tokens))).mean()
+    def loss(params):
+        model = nnx.merge(graph, params)
+        hidden_btd, loads = model.with_load(tokens, counted_bt=counted_bt)
+        return jnp.square(model.logits(hidden_btd)).mean(), loads
 
-        return jax.grad(loss)(params)
-
-    by_expert = np.abs(gradient(params)["layers"]["expert_down_proj"][...][0]).max(axis=(1, 2))
+    gradient, loads = jax.jit(jax.grad(loss, has_aux=True))(params)
+    by_expert = np.abs(gradient["layers"]["expert_down_proj"][...][0]).max(axis=(1, 2))
     assert (by_expert[:2] > 0).all() and (by_expert[2:] == 0).all()
+    assert loads["full"].tolist() == [[5, 5, 0, 0, 0, 0, 0, 0]]
+
+
+def test_the_load_does_not_depend_on_layout():
+    lengths = 3, 9, 5, 7
+    graph, params = random_model(model_config("llama", experts=Experts(8, 2, 12), num_layers=1))
+    sequences = Sequences.of_tokens([random_tokens(x, seed=x) for x in lengths], weight=1)
+    loss = jax.jit(
+        make_loss(graph, None, make_objective("forward", hard_labels=True), vocab_size=9)
+    )
+
+    def load(layout):
+        (batch,) = make_batch(sequences, layout=layout, pad_id=0)
+        rows = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.lengths_b))]
+        return sum(loss(params, None, each, 1.0)[1]["expert_load"]["full"] for each in rows)
+
+    load_le = load(Layout((Shape(4, 9),)))
+    assert load_le.sum() == 2 * sum(lengths)
+    np.testing.assert_array_equal(load_le, load(Layout((Shape(1, 12),), packed=True)))
+    shares = describe_load({"full": load_le, "sliding": 3 * load_le})
+    expected = {"expert_share_max": load_le.max() / (2 * sum(lengths)), "experts_idle": 1 / 8}
+    assert shares == pytest.approx(expected) and np.count_nonzero(load_le) == 7
 
 
 def test_the_correction_picks_and_does_not_weigh():
