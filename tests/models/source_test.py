@@ -366,6 +366,8 @@ CONTAINERS = {
         text_config=dict(TEXT, model_type="qwen3_5_text", head_dim=8, num_hidden_layers=2)
         | dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=1)
         | dict(linear_num_value_heads=2, linear_key_head_dim=4, linear_value_head_dim=6)
+        # With less, states near zero would be scaled up a thousand times, rounding and all.
+        | dict(rms_norm_eps=1e-3)
         | dict(rope_parameters=dict(ROPE, partial_rotary_factor=0.5, mrope_section=[1, 1, 0])),
         vision_config=dict(depth=1, hidden_size=16, num_heads=2, intermediate_size=8)
         | dict(patch_size=4, out_hidden_size=16, num_position_embeddings=16),
@@ -376,7 +378,6 @@ CONTAINERS["Qwen3_5Moe"] = CONTAINERS["Qwen3_5"] | dict(
     text_config=CONTAINERS["Qwen3_5"]["text_config"]
     | dict(model_type="qwen3_5_moe_text", num_experts=4, num_experts_per_tok=2)
     | dict(moe_intermediate_size=8, shared_expert_intermediate_size=12)
-    | dict(layer_types=["full_attention"] * 2)  # recurrent ones are above
 )
 # Layers for drafts of several tokens, which the hub's folders have and transformers leaves out.
 DRAFTS = {"mtp.fc.weight": np.ones((2, 3), np.float32)}
