@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLOCK = ("second", "queue_wait", "share_of_step")
+CLOCK = ("second", "queue_wait", "share_of_step", "compilation/")
 
 
 def command(*arguments: str) -> str:

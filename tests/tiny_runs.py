@@ -67,7 +67,7 @@ def with_models(config: ConfigDict, models: dict[str, str]) -> ConfigDict:
 
 def read_metrics(workdir: Path) -> list[dict]:
     """Lines without what depends on the clock."""
-    clock = ("second", "queue_wait", "share_of_step")
+    clock = ("second", "queue_wait", "share_of_step", "compilation/")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: value for key, value in line.items() if not any(word in key for word in clock)}

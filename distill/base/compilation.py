@@ -1,4 +1,4 @@
-"""JAX's store of compiled programs: what one run has compiled, the next one only loads."""
+"""Compiled programs: how many there are, and JAX's store from which the next run loads them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from distill.base.errors import UserError
 from distill.base.files import local_path
@@ -13,6 +14,14 @@ from distill.base.files import local_path
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 # Programs that compile faster are not worth a file: there are hundreds of them in any run.
 _WORTH_KEEPING = 0.1  # seconds
+# What becomes of a program: traced, lowered, and compiled or loaded.
+_STAGES = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+_PROGRAMS, _SECONDS = "compilation/programs", "compilation/seconds"
+_counts: dict[str, float] = {}  # JAX's listeners cannot be removed: of the process
 
 
 def keep_compiled_programs(where: str) -> None:
@@ -47,6 +56,26 @@ def keep_compiled_programs(where: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
     jax.config.update("jax_compilation_cache_dir", folder)
     compilation_cache.reset_cache()  # JAX looks once, perhaps before this
+
+
+def count_compiled_programs() -> None:
+    """Counts the programs of this process from now on, for `compiled`."""
+    import jax
+
+    if _SECONDS not in _counts:
+        _counts.update({_PROGRAMS: 0, _SECONDS: 0.0})
+        jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def compiled() -> dict[str, float]:
+    """Programs that this process has compiled or loaded, and the seconds of preparing them."""
+    return dict(_counts)
+
+
+def _count(event: str, seconds: float, **_: Any) -> None:
+    if event in _STAGES:
+        _counts[_SECONDS] += seconds
+        _counts[_PROGRAMS] += event == _STAGES[-1]
 
 
 def _users_folder() -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -134,4 +135,4 @@ def first_state(params: nnx.State, optimizer, shapes: TrainState) -> TrainState:
     """The train state before the first update, laid out like `shapes`."""
     layout = jax.tree.map(lambda x: x.sharding, shapes)
     opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), layout.step), params, opt_state)
+    return TrainState(jax.device_put(np.zeros((), np.int32), layout.step), params, opt_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -40,11 +41,13 @@ def engine_sizes(policy: Policy) -> EngineConfig:
     )
 
 
-def build_engine(policy: Policy, graph: nnx.GraphDef, vocabulary: Vocabulary) -> Engine:
+def build_engine(
+    policy: Policy, graph: nnx.GraphDef, vocabulary: Vocabulary, *, few_programs: bool = False
+) -> Engine:
     """What samples from a model: rollouts, responses to held-out prompts, fixed data."""
     return Engine(
         graph,
-        engine_sizes(policy),
+        dataclasses.replace(engine_sizes(policy), few_programs=few_programs),
         eos_ids=vocabulary.end_ids,
         pad_id=vocabulary.pad_id,
         vocab_size=vocabulary.size,

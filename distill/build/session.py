@@ -20,7 +20,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from distill.base.compilation import keep_compiled_programs
+from distill.base.compilation import count_compiled_programs, keep_compiled_programs
 from distill.base.errors import UserError
 from distill.base.sharding import batch_parts, check_host_memory
 from distill.base.status import busy
@@ -59,6 +59,9 @@ from distill.sampling.engine import Engine
 from distill.step import TrainState
 from distill.teachers.base import Teacher
 
+# Evaluations of responses up to this length are short beside the compilation of their programs.
+SHORT_RESPONSE = 128
+
 
 @contextlib.contextmanager
 def open_session(config: Config, workdir: Path | None = None) -> Iterator[Session]:
@@ -74,6 +77,7 @@ def open_session(config: Config, workdir: Path | None = None) -> Iterator[Sessio
         )
     import_plugins(config)
     keep_compiled_programs(config.compilation_cache)
+    count_compiled_programs()
     session = Session(config, workdir)
     with jax.set_mesh(session.mesh), session.cleanup:
         yield session
@@ -257,13 +261,19 @@ class Session:
         settings, strategy = self.config.evaluation, self.config.distillation.generate_strategy
         prompts = self.tokenize(self.validation)
         size = self._batch_size(len(prompts))
+        max_length = settings.max_length or strategy.max_length
         evaluator = Evaluator(
             self.validation,
             prompts,
             self.vocabulary,
             dataclasses.replace(settings, batch_size=size),
-            max_length=settings.max_length or strategy.max_length,
-            make_engine=self.build_engine,
+            max_length=max_length,
+            make_engine=functools.partial(
+                build_engine,
+                self.config.policy,
+                vocabulary=self.vocabulary,
+                few_programs=max_length <= SHORT_RESPONSE,
+            ),
             put=make_put(self.mesh),
         )
         if self.config.checkpointing.best_metric == ACCURACY and not evaluator.num_graded:

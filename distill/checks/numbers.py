@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from distill.base.sharding import constrain_whole, on_device_memory
+from distill.base.sharding import HOST_MEMORY, constrain_whole, on_device_memory
 from distill.batches.packing import Layout
 from distill.batches.rows import Rows, make_batch
-from distill.build.devices import put_batch
+from distill.build.devices import make_put
 from distill.build.layout import build_layout
 from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
@@ -47,24 +48,46 @@ def check_weights(session: Session, state: TrainState) -> str:
         models["teacher"] = session.teacher_folder, session.teacher.model.params
     for role, (folder, params) in models.items():
         mapped = mapped_params(load_model_config(folder)[0], params)
-        for weight, value in mapped.values():
-            leading = len(weight.stacked)
-            on_devices = jax.device_put(value, on_device_memory(value))
-            answers = [np.asarray(_finite(x, leading)) for x in jax.tree.leaves(on_devices)]
-            finite = np.logical_and.reduce(answers)
-            for index, key in weight.tensors(finite.shape):
-                if not finite[index]:
-                    raise Problem(
-                        f"the {role}'s {key} has entries that are not finite: download {folder} "
-                        "again, or take another model"
-                    )
+        for names in _looked_at_together(mapped):
+            values = {name: mapped[name][1] for name in names}
+            leading = tuple((name, len(mapped[name][0].stacked)) for name in names)
+            on_devices = jax.device_put(values, on_device_memory(values))
+            for name, answers in jax.device_get(_finite(on_devices, leading)).items():
+                finite = np.logical_and.reduce(answers)
+                for index, key in mapped[name][0].tensors(finite.shape):
+                    if not finite[index]:
+                        raise Problem(
+                            f"the {role}'s {key} has entries that are not finite: download "
+                            f"{folder} again, or take another model"
+                        )
     return "all finite"
 
 
+def _looked_at_together(mapped: dict[str, tuple[Any, Any]]) -> list[list[str]]:
+    """Parameters on the devices, by one program; each of those in host memory, by itself."""
+
+    def in_host(name: str) -> bool:
+        leaves = jax.tree.leaves(mapped[name][1])
+        return any(x.sharding.memory_kind == HOST_MEMORY for x in leaves)
+
+    return [
+        [name for name in mapped if not in_host(name)],
+        *([name] for name in mapped if in_host(name)),
+    ]
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _finite(array: jax.Array, leading: int) -> jax.Array:
-    """Whether all entries are, one answer for each index of the leading axes."""
-    return constrain_whole(jnp.isfinite(array).all(axis=tuple(range(leading, array.ndim))))
+def _finite(
+    values: dict[str, Any], leading: tuple[tuple[str, int], ...]
+) -> dict[str, list[jax.Array]]:
+    """Of every array, whether its entries are, for each index of so many leading axes."""
+
+    def of_array(array: jax.Array, axes: int) -> jax.Array:
+        return jnp.isfinite(array).all(axis=tuple(range(axes, array.ndim)))
+
+    return constrain_whole(
+        {name: [of_array(x, axes) for x in jax.tree.leaves(values[name])] for name, axes in leading}
+    )
 
 
 def check_numbers(session: Session, state: TrainState) -> str:
@@ -84,32 +107,36 @@ def check_numbers(session: Session, state: TrainState) -> str:
         session.objective.alone if own_teacher else make_objective("forward", hard_labels=True),
         vocab_size=session.vocabulary.size,
     )
-    value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     params = state.params
-    total = jnp.maximum(padded.mask_bt.sum(), 1).astype(jnp.float32)
+
+    @jax.jit
+    def measure(params, teacher_params, rows: Rows):
+        total = jnp.maximum(rows.mask_bt.sum(), 1).astype(jnp.float32)
+        differentiated = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, sums), grads = differentiated(params, teacher_params, rows, total)
+        return constrain_whole((loss, sums, optax.tree.norm(grads)))
 
     def evaluate(rows: Rows, teacher_params=params if own_teacher else None):
-        return value_and_grad(params, teacher_params, rows, total)
+        batch = jax.tree.map(make_put(session.mesh), rows)
+        return jax.tree.map(float, jax.device_get(measure(params, teacher_params, batch)))
 
-    (loss, sums), grads = evaluate(padded)
+    loss, sums, gradient = evaluate(padded)
     details = []
     if padded.view is not None:
         details.append(_check_view(session, sequences))
     if own_teacher:
-        (other_loss, _), other_grads = evaluate(padded, _half_logits(session, params))
-        losses, gradients = (loss, other_loss), map(optax.tree.norm, (grads, other_grads))
-        details.append(
-            _check_zero(_is_exact(session.config), *map(float, losses), *map(float, gradients))
-        )
+        other_loss, _, other_gradient = evaluate(padded, _half_logits(session, params))
+        exact = _is_exact(session.config)
+        details.append(_check_zero(exact, loss, other_loss, gradient, other_gradient))
         if padded.view is not None:
-            (shifted, _), _ = evaluate(_late(padded))
-            details.append(_check_shift(_is_exact(session.config), float(shifted), *losses))
+            shifted, *_ = evaluate(_late(padded))
+            details.append(_check_shift(exact, shifted, loss, other_loss))
     if session.samples:
         details.append(_check_gap(session, sums))
-    details.append(_check_padding(sums, evaluate(_stirred(padded))[0][1]))
+    details.append(_check_padding(sums, evaluate(_stirred(padded))[1]))
     if session.config.policy.sequence_packing.enabled:
         packed = _laid_out(session, sequences, packed=True)
-        details.append(_check_packing(session, sums, evaluate(packed)[0][1]))
+        details.append(_check_packing(session, sums, evaluate(packed)[1]))
     return "; ".join(details)
 
 
@@ -145,7 +172,7 @@ def _short_sequences(session: Session, state: TrainState) -> Sequences:
 def _laid_out(
     session: Session, sequences: Sequences, *, packed: bool, view: Sequences | None = None
 ) -> Rows:
-    """As many sequences as a microbatch surely holds, in one microbatch on the mesh.
+    """As many sequences as a microbatch surely holds, in one microbatch, on the host.
 
     A teacher with other prompts reads `view`; None: the student's tokens, by the way of a view.
     """
@@ -163,23 +190,22 @@ def _laid_out(
         pad_id=prompts.pad_id,
         view=view and view.take(some),
     )
-    return jax.tree.map(lambda x: x[0], put_batch(session.mesh, batch)[0])
+    return jax.tree.map(lambda x: x[0], batch[0])
 
 
 def _stirred(rows: Rows) -> Rows:
     """The rows with other tokens behind their ends."""
-    t = jnp.arange(rows.tokens_bt.shape[1])
-    behind_bt = t >= rows.lengths_b[:, None]
-    return dataclasses.replace(
-        rows, tokens_bt=jnp.where(behind_bt, rows.tokens_bt[:, :1], rows.tokens_bt)
-    )
+    behind_bt = np.arange(rows.tokens_bt.shape[1]) >= rows.lengths_b[:, None]
+    tokens_bt: Any = np.where(behind_bt, rows.tokens_bt[:, :1], rows.tokens_bt)
+    return dataclasses.replace(rows, tokens_bt=tokens_bt)
 
 
 def _half_logits(session: Session, params: nnx.State) -> nnx.State:
     """The parameters of a teacher that differs: its final norm is half as wide."""
     offset = nnx.merge(session.student.graph, params).config.norm_offset
     other = jax.tree.map(lambda x: x, params)
-    other["final_norm"] = jax.tree.map(lambda w_d: (w_d - offset) / 2, params["final_norm"])
+    halved = jax.jit(lambda norm: jax.tree.map(lambda w_d: (w_d - offset) / 2, norm))
+    other["final_norm"] = halved(params["final_norm"])
     return other
 
 
@@ -205,13 +231,14 @@ def _late(rows: Rows) -> Rows:
     """The rows with a teacher that is asked one position late."""
     assert rows.view is not None
     last = rows.view.tokens_bt.shape[1] - 1
-    late = dataclasses.replace(rows.view, index_bt=jnp.minimum(rows.view.index_bt + 1, last))
+    index_bt: Any = np.minimum(rows.view.index_bt + 1, last)
+    late = dataclasses.replace(rows.view, index_bt=index_bt)
     return dataclasses.replace(rows, view=late)
 
 
-def _check_shift(exact: bool, shifted: float, loss: jax.Array, other_loss: jax.Array) -> str:
+def _check_shift(exact: bool, shifted: float, loss: float, other_loss: float) -> str:
     """Whether the loss tells a shift by one position from none."""
-    if not abs(shifted) > abs(float(loss)) + ROUNDED_LOSS[exact] * abs(float(other_loss)):
+    if not abs(shifted) > abs(loss) + ROUNDED_LOSS[exact] * abs(other_loss):
         raise Problem(
             f"with its own teacher one position late the loss is {shifted:.3g}, as without a "
             "shift: what the teacher says at a position is not what the loss compares there"
@@ -223,7 +250,7 @@ def _check_view(session: Session, sequences: Sequences) -> str:
     """Whether the teacher's next tokens are the student's, wherever that is trained."""
     packed = session.config.policy.sequence_packing.enabled
     view = session.prompts.view(sequences)
-    rows = jax.device_get(_laid_out(session, sequences, packed=packed, view=view))
+    rows: Any = _laid_out(session, sequences, packed=packed, view=view)
     next_bt = np.roll(rows.view.tokens_bt, -1, axis=1)
     asked_bt = np.take_along_axis(next_bt, rows.view.index_bt, axis=1)
     wrong = int((rows.mask_bt & (asked_bt != rows.targets_bt)).sum())
@@ -235,9 +262,9 @@ def _check_view(session: Session, sequences: Sequences) -> str:
     return f"the teacher is asked for the student's {int(rows.mask_bt.sum())} tokens"
 
 
-def _check_gap(session: Session, sums: dict[str, jax.Array]) -> str:
+def _check_gap(session: Session, sums: dict[str, float]) -> str:
     generation = session.config.policy.generation
-    gap = float(sums["gap_sum"] / jnp.maximum(sums["sampled_tokens"], 1))
+    gap = sums["gap_sum"] / max(sums["sampled_tokens"], 1)
     exact = (
         _is_exact(session.config)
         and generation.backend == "jax"
@@ -261,8 +288,8 @@ def _is_exact(config: Config) -> bool:
     return config.policy.precision == "float32" and (platform() == "cpu" or unrounded)
 
 
-def _check_padding(sums: dict[str, jax.Array], other: dict[str, jax.Array]) -> str:
-    ours, theirs = float(sums["student_log_prob"]), float(other["student_log_prob"])
+def _check_padding(sums: dict[str, float], other: dict[str, float]) -> str:
+    ours, theirs = sums["student_log_prob"], other["student_log_prob"]
     if not math.isclose(ours, theirs, rel_tol=1e-5, abs_tol=1e-6):
         raise Problem(
             f"what stands behind a row's end changes the mean log-probability from {ours:.6f} to "
@@ -271,10 +298,8 @@ def _check_padding(sums: dict[str, jax.Array], other: dict[str, jax.Array]) -> s
     return "padding has no influence"
 
 
-def _check_packing(
-    session: Session, sums: dict[str, jax.Array], packed: dict[str, jax.Array]
-) -> str:
-    ours, theirs = float(sums["student_log_prob"]), float(packed["student_log_prob"])
+def _check_packing(session: Session, sums: dict[str, float], packed: dict[str, float]) -> str:
+    ours, theirs = sums["student_log_prob"], packed["student_log_prob"]
     exact = _is_exact(session.config)
     if not math.isclose(ours, theirs, rel_tol=1e-4 if exact else 1e-2, abs_tol=1e-5):
         raise Problem(

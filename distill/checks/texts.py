@@ -6,7 +6,6 @@ import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from distill.base.errors import UserError
 from distill.build.data import template_arguments
@@ -46,6 +45,9 @@ def check_tokenizers(session: Session) -> str:
 
 def _compare_with_transformers(session: Session, texts: list[str]) -> str:
     """A warning where those who load the student otherwise would see other tokens."""
+    # Imported late: with it comes torch, where that is installed.
+    from transformers import AutoTokenizer
+
     try:
         usual = AutoTokenizer.from_pretrained(
             tokenizer_folder(session.student_folder),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from distill.base.errors import UserError, first_line
 
@@ -86,6 +86,9 @@ def _choose_template(templates: str | dict[str, str] | None, name: str, folder: 
 def _load(folder: Path) -> Any:
     exact = folder / "tokenizer.json"
     if not exact.exists():  # converted as the model's type has it
+        # Imported late: with it comes torch, where that is installed.
+        from transformers import AutoTokenizer
+
         # Left open, transformers would ask on the terminal whether to run a model's own code.
         converted = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

@@ -184,11 +184,13 @@ class Evaluator:
     ) -> tuple[float | None, float | None]:
         if teacher is None:
             return None, None
-        teacher_params = params if teacher is model else teacher.fetch()
-        models, sums = (model.graph, params, teacher.graph, teacher_params), np.zeros(2)
+        if teacher is model:
+            return 0.0, 0.0
+        models = model.graph, params, teacher.graph, teacher.fetch()
+        sums = np.zeros(2, np.float32)
         for rows in rows_of(self.prompts, rollout, self.settings.batch_size):
-            sums += self._divergence_sums(*models, jax.tree.map(self.put, rows))
-        forward_kl, reverse_kl = (sums / rollout.lengths_b.sum()).tolist()
+            sums += np.asarray(self._divergence_sums(*models, jax.tree.map(self.put, rows)))
+        forward_kl, reverse_kl = (sums * (1 / np.float32(rollout.lengths_b.sum()))).tolist()
         return forward_kl, reverse_kl
 
     def _measure(self, responses: Responses) -> dict[str, float | None]:

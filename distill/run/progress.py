@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from distill.base.compilation import compiled
 from distill.base.errors import RunStopped
 from distill.base.status import busy, how_far, reminding, say, shows_bars, so_far
 from distill.run.health import Health
@@ -117,6 +118,9 @@ class Progress:
           rows: of the dataset, in its batch.
         """
         self._compiling.close()
+        if step == self._first_step + 1 and (counts := compiled()):
+            programs, seconds = counts.values()
+            self.say(f"compiled so far: {programs} programs, {seconds:.1f} s")
         self.flush()
         self._pending = _Step(step, metrics, measured, rows)
         if self._measuring:
@@ -259,7 +263,7 @@ class Progress:
             "skipped": self._skipped,
             "warnings": self._health.take_count(),
         }
-        self._writer.write(step, {**values, **measured, **seconds, **rates, **counts})
+        self._writer.write(step, {**values, **measured, **seconds, **rates, **counts, **compiled()})
         if self._prints_steps:
             self.say(
                 f"{time.strftime('%H:%M:%S')} step {step} of {self._max_steps}: loss "

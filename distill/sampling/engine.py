@@ -46,6 +46,8 @@ class EngineConfig:
       cache_memory: bytes per device that the cache may take; with num_slots given, not looked at.
       int8: keep keys and values as 8-bit integers.
       attention: how the cache is read; see attention.py.
+      few_programs: for few requests of short responses, where programs for fewer rows would take
+        longer to compile than they save.
     """
 
     max_length: int
@@ -53,6 +55,7 @@ class EngineConfig:
     cache_memory: float = 4e9
     int8: bool = False
     attention: str | Kernel | None = None
+    few_programs: bool = False
 
     @property
     def cache_size(self) -> int:
@@ -103,7 +106,8 @@ class Engine:
         self._check(request)
         self.slots.allocate(weights, *self._slots_for(weights, request.num_rows))
         try:
-            return Run(self.slots, weights, request, self._pad_id).finish()
+            few_programs = self.config.few_programs
+            return Run(self.slots, weights, request, self._pad_id, few_programs).finish()
         except BaseException:
             self.release()  # a donated cache may be gone
             raise

@@ -26,7 +26,14 @@ WIDTHS = 5  # each half as wide as the one before, down to 4; and three quarters
 class Run:
     """One request on its way through the slots."""
 
-    def __init__(self, slots: Slots, weights: nnx.State, request: RolloutRequest, pad_id: int):
+    def __init__(
+        self,
+        slots: Slots,
+        weights: nnx.State,
+        request: RolloutRequest,
+        pad_id: int,
+        few_programs: bool = False,
+    ):
         self._slots, self._weights, self._request = slots, weights, request
         self._pad_id = pad_id
         self._loop_weights = slots.make_loop_weights(weights)
@@ -61,11 +68,9 @@ class Run:
         # Rows of each part that are prefilled and want a slot: (prefilled, prompt in it, row).
         self._waiting: list[collections.deque[tuple[programs.Prefilled, int, int]]]
         self._waiting = [collections.deque() for _ in range(self._parts)]
-        halves = [count >> i for i in range(1, WIDTHS) if count >> i >= 4]
-        # The widest steps take longest. The longest response often ends alone, and without company
-        # a CPU need not repack the weights.
-        wide = [count * 3 // 4] if halves else []
-        self._widths = list(dict.fromkeys([count, *wide, *halves, 1]))
+        # Slots that a first prefill fills: the later ones are of `_refill_size`, for most requests.
+        self._at_first = self._refill_size if few_programs and rows > count else count
+        self._widths = [count] if few_programs else _widths(count)
         self._started = time.perf_counter()
         self._prefill_seconds = self._decode_seconds = self._wait_seconds = 0.0
         self._slot_steps = self._kept_steps = 0
@@ -100,7 +105,7 @@ class Run:
         self._insert_waiting()
         repeats = self._request.num_generations
         # Where nothing waits for it, few large prefills.
-        at_once = self._refill_size if self._running.any() else self._slots.count
+        at_once = self._refill_size if self._running.any() else self._at_first
         while self._queue:
             free = (~self._running).sum(axis=1) - [len(rows) for rows in self._waiting]
             wanted = min(self._refill_size, len(self._queue) * repeats)
@@ -272,6 +277,15 @@ class Run:
 
 
 _row_keys = jax.jit(row_keys)
+
+
+def _widths(count: int) -> list[int]:
+    """Rows of the decode programs, for so many slots."""
+    halves = [count >> i for i in range(1, WIDTHS) if count >> i >= 4]
+    # The widest steps take longest. The longest response often ends alone, and without company a
+    # CPU need not repack the weights.
+    wide = [count * 3 // 4] if halves else []
+    return list(dict.fromkeys([count, *wide, *halves, 1]))
 
 
 def prompts_per_prefill(size: int, slots: int, num_generations: int) -> int:

@@ -3,10 +3,11 @@
 import os
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from distill.base.compilation import keep_compiled_programs
+from distill.base.compilation import compiled, count_compiled_programs, keep_compiled_programs
 from distill.base.errors import UserError
 
 
@@ -56,6 +57,17 @@ def test_off_keeps_nothing_and_may_be_taken_back(fresh):
     keep_compiled_programs("default")
     keep_compiled_programs("off")
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_programs_are_counted_once_and_their_seconds_added_up():
+    count_compiled_programs()
+    count_compiled_programs()
+    before = compiled()
+    function = jax.jit(lambda x: x * 5 + 2)
+    for _ in range(2):
+        function(np.ones(3))
+    change = {name: count - before[name] for name, count in compiled().items()}
+    assert change["compilation/programs"] == 1 and 0 < change["compilation/seconds"] < 60
 
 
 def test_folder_that_cannot_be_made_is_refused_only_if_it_was_asked_for(fresh, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from distill.base.sharding import make_mesh, param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints import export as hf_export
 from distill.models.checkpoints import hub, keys, tensors
+from distill.models.checkpoints import load as checkpoint_load
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.hub import resolve_model
 from distill.models.checkpoints.keys import key_table
@@ -120,6 +121,11 @@ def test_load_is_the_inverse_of_export(tmp_path, params, max_shard_bytes):
     loaded = load(folder)
     assert_same(loaded, params)
     assert loaded["embedding"].get_metadata()["logical_axes"] == ("vocab", "embed")
+
+
+def test_large_stacks_are_filled_on_the_devices(folder, params, monkeypatch):
+    monkeypatch.setattr(checkpoint_load, "_PIECE_BYTES", 0)
+    assert_same(load(folder), params)
 
 
 def with_experts(params):

@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import tiny_config, with_models
 
 import distill
+from distill.base.compilation import count_compiled_programs
 from distill.base.errors import RunStopped, UserError
 from distill.build.run import check_loggers
 from distill.build.session import Session
@@ -168,7 +169,8 @@ def run_step(
     progress.end_step(step, metrics, measured, np.array([step, step + 1]))
 
 
-def test_logged_steps_carry_rates_and_the_rate_of_learning(tmp_path):
+def test_logged_steps_carry_rates_and_the_rate_of_learning(tmp_path, capsys):
+    count_compiled_programs()
     progress = make_progress(tmp_path)
     for step in range(1, 5):
         run_step(progress, step)
@@ -184,6 +186,8 @@ def test_logged_steps_carry_rates_and_the_rate_of_learning(tmp_path):
         # What a backend measured is passed on, with its share of the step.
         assert line["generation/slot_occupancy"] == 0.9 and line["generation/staleness"] == 0
         assert line["generation/share_of_step"] == pytest.approx(1e-3 / line["seconds/step"])
+        assert line["compilation/programs"] >= 0 and line["compilation/seconds"] >= 0
+    assert capsys.readouterr().out.count("compiled so far: ") == 1
 
 
 def test_metrics_are_reported_one_step_late(tmp_path):

@@ -81,6 +81,13 @@ def test_same_responses_as_defined(num_slots, greedy):
         assert measured["generation/queue_wait"] > 0
 
 
+def test_few_programs_give_the_same_responses():
+    """More prompts than slots, of two buckets: one prefill for each, and one decode loop."""
+    engine = make_engine(num_slots=24, few_programs=True)
+    assert_same(engine.generate(model()[1], request())[0], expected())
+    assert engine.slots.prefill._cache_size() == 2 and engine.slots._decode._cache_size() == 1
+
+
 def test_deep_models_are_scanned_with_the_same_responses():
     layers = UNROLLED_LAYERS + 1
     rollout, _ = make_engine(layers, num_slots=24).generate(model(layers)[1], request())

@@ -145,7 +145,14 @@ def _read_stack(
     place: Sharding,
     dtype: np.dtype,
 ) -> jax.Array:
-    """The tensors of all layers as one parameter, filled one by one on the devices."""
+    """The tensors of all layers as one parameter, filled one by one on the devices.
+
+    A small one is put together on the host: it needs no program.
+    """
+    if math.prod(shape) * dtype.itemsize <= _PIECE_BYTES:
+        return _place_blocks(
+            lambda bounds: _join(reads, weight, shape, bounds, dtype), shape, place
+        )
     stack = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
     write, leading = _writer(place), len(weight.stacked)
     inner = shape[leading:], inner_sharding(place, leading), dtype
@@ -169,19 +176,51 @@ def _read_tensor(
     read_slice: Read, weight: Weight, shape: tuple[int, ...], place: Sharding, dtype: np.dtype
 ) -> jax.Array:
     """One tensor in our layout, of which this host reads what its devices hold."""
-    blocks: dict[Bounds, np.ndarray] = {}
+    return _place_blocks(
+        lambda bounds: _read_block(read_slice, weight, shape, bounds, dtype), shape, place
+    )
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+
+def _place_blocks(
+    read: Callable[[Bounds], np.ndarray], shape: tuple[int, ...], place: Sharding
+) -> jax.Array:
+    """An array of which this host reads what its devices hold."""
+    # Devices that hold copies of one shard ask for it one after another.
+    read_once = functools.cache(read)
+
+    def of_index(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # JAX asks for slices of what has axes
-        bounds = tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
-        # Devices that hold copies of one shard ask for it one after another.
-        if bounds not in blocks:
-            blocks[bounds] = block = np.empty([stop - start for start, stop in bounds], dtype)
-            for piece, cut in _pieces(weight, shape, bounds, dtype):
-                block[cut] = _read_piece(read_slice, weight, shape, piece)
-        return blocks[bounds]
+        bounds = (each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
+        return read_once(tuple(bounds))
 
-    return jax.make_array_from_callback(shape, place, read)
+    return jax.make_array_from_callback(shape, place, of_index)
+
+
+def _join(
+    reads: dict[str, Read],
+    weight: Weight,
+    shape: tuple[int, ...],
+    bounds: Bounds,
+    dtype: np.dtype,
+) -> np.ndarray:
+    """A block of a stack."""
+    whole = np.empty([stop - start for start, stop in bounds], dtype)
+    leading = len(weight.stacked)
+    for index, key in weight.tensors(shape):
+        place = [i - start for i, (start, _) in zip(index, bounds, strict=False)]
+        if all(0 <= i < size for i, size in zip(place, whole.shape, strict=False)):
+            inner = shape[leading:], bounds[leading:], dtype
+            whole[tuple(place)] = _read_block(reads[key], weight, *inner)
+    return whole
+
+
+def _read_block(
+    read_slice: Read, weight: Weight, shape: tuple[int, ...], bounds: Bounds, dtype: np.dtype
+) -> np.ndarray:
+    block = np.empty([stop - start for start, stop in bounds], dtype)
+    for piece, cut in _pieces(weight, shape, bounds, dtype):
+        block[cut] = _read_piece(read_slice, weight, shape, piece)
+    return block
 
 
 def _pieces(weight: Weight, shape: tuple[int, ...], bounds: Bounds, dtype: np.dtype):
