@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from distill.base.files import local_path
 from distill.config import cli
 from distill.config.parse import parse_config
+from distill.config.schema import OF_STUDENT
 from distill.run.interrupts import Interrupts
 
 
@@ -49,6 +50,8 @@ def run() -> None:
     def main() -> None:
         config = cli.required_config(config_flag)
         responder = model.value or config.distillation.teacher_model_path
+        if responder in OF_STUDENT:
+            responder = config.policy.model_name
         if not responder:
             raise cli.UserError("pass --model=PATH: the config names no teacher_model_path")
         if not output.value:

@@ -49,6 +49,14 @@ class TrainState:
         return whole_params(self.trainable, self.frozen)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AveragedState(TrainState):
+    """A train state with the moving average of its trainable parameters, float32."""
+
+    average: Params = None
+
+
 def whole_params(trainable: Params, frozen: Params) -> Params:
     """One tree of both; differentiable by the trainable ones."""
     return nnx.merge_state(trainable, frozen)
@@ -126,6 +134,8 @@ def make_train_step(
     vocab_size: int,
     metrics: Mapping[str, TokenWeight] | None = None,
     state_shardings: Any = None,
+    teacher_from: Callable[[TrainState], Params] | None = None,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
 
@@ -138,6 +148,8 @@ def make_train_step(
       vocab_size: ids shared by both models; rows of a head beyond it are ignored.
       metrics: of the user's own, by name; their means over the response tokens are added.
       state_shardings: layout of the new state, None for a single device.
+      teacher_from: what of the state the teacher's parameters are, `teacher_params` being None.
+      ema_decay: share that the average of an AveragedState keeps of itself in an update.
 
     Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
     tokens, response_length, truncated, on_policy, padding (share of the computed tokens), the gap
@@ -152,6 +164,8 @@ def make_train_step(
     def train_step(state: TrainState, teacher_params, batch: Batch):
         total = sum(jnp.sum(part.mask_bt) for part in batch)
         total = jnp.maximum(total, 1).astype(jnp.float32)
+        if teacher_from is not None:
+            teacher_params = teacher_from(state)
 
         def evaluate(microbatch):
             def loss_of(trainable):
@@ -187,6 +201,10 @@ def make_train_step(
         new = dataclasses.replace(
             state, step=state.step + 1, trainable=trainable, opt_state=opt_state
         )
+        if isinstance(new, AveragedState):
+            moved = optax.incremental_update(trainable, new.average, 1 - ema_decay)
+            kept = jax.tree.map(lambda x, old: jnp.where(finite, x, old), moved, new.average)
+            new = dataclasses.replace(new, average=kept)
         return new, measured
 
     out_shardings = None if state_shardings is None else (state_shardings, None)

@@ -142,6 +142,8 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         vocab_size=session.vocabulary.size,
         metrics={name: get_step_metric(name) for name in config.logger.step_metrics},
         state_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+        teacher_from=teacher.from_state,
+        ema_decay=config.teacher.ema_decay,
     )
 
     # ------------------------------------------------------------------------- batches, log, saving
@@ -158,24 +160,25 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     if changes:
         progress.changed(step, changes)
     so_far = record.get("results", {}), record.get("evaluated", 0)
-    evaluations = Evaluations(evaluator, recorder, teacher.model, progress, interrupts, *so_far)
+    evaluations = Evaluations(evaluator, recorder, progress, interrupts, *so_far)
     saves = build_save_schedule(config)
     saver = Saver(checkpoints, saves, batches, progress, evaluations, interrupts, identity)
 
     # ----------------------------------------------------------------------------------------- loop
     saver.save_beginning(step)
     if step == 0 and "base" not in evaluations.results:
-        evaluations.evaluate("base", step, Model(graph, state.params))
+        evaluations.evaluate("base", step, Model(graph, state.params), teacher.at(state))
         saver.save_beginning(step)
     if teacher.model and "teacher" not in evaluations.results:
-        evaluations.evaluate("teacher", step, teacher.model)
+        evaluations.evaluate("teacher", step, teacher.model, teacher.model)
         saver.save_beginning(step)
     while True:
         evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
         # One that a signal prevented or spoilt is made up for when the run goes on.
         if evaluating and evaluations.evaluated < step and not interrupts.agree():
             with saver.saving_on(RunStopped, step=step, state=state):
-                evaluations.evaluate("student", step, Model(graph, state.params))
+                student = Model(graph, state.params)
+                evaluations.evaluate("student", step, student, teacher.at(state))
         stopping = interrupts.agree_by_first()
         if stopping or (step and saver.is_due(step)):
             saver.save(step, state, batches.position)

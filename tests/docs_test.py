@@ -1,18 +1,26 @@
 """Docs are executed: the modules and flags that they show, the keys and links that they name."""
 
+import ast
+import contextlib
 import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
 from distill.base.errors import UserError
-from distill.config.parse import known_keys
+from distill.batches.packing import Layout, Shape
+from distill.batches.rows import make_batch
+from distill.build.session import open_session
+from distill.config.parse import known_keys, parse_config
 from distill.data.base import Example, get_dataset
+from distill.data.sequences import Sequences
 from distill.evaluation.grading import get_grader
+from distill.step import make_loss
 
 pytestmark = pytest.mark.usefixtures("losses_as_before")
 
@@ -226,3 +234,42 @@ def test_keys_of_ours_in_the_migration_table_exist():
 def _cells(text: str, column: int) -> list[str]:
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     return [row[column] for row in rows[1:] if len(row) > column]
+
+
+METHODS = [
+    (cells[1].strip(), dict(map(parse_flag, re.findall("`([^`]*)`", cells[2]))))
+    for cells in (row.split("|") for row in (DOCS / "methods.md").read_text().splitlines())
+    if len(cells) > 3 and "`" in cells[2]
+]
+
+
+@pytest.mark.parametrize(("method", "lines"), METHODS, ids=[method for method, _ in METHODS])
+def test_method_has_a_loss(method, lines, models, tmp_path):
+    """The config lines are those of a run whose first batch has a loss."""
+    config = with_models(tiny_config(), models)
+    config.policy.max_total_sequence_length = 64
+    config.data.chat_template = "none"  # random models have one that knows no system prompt
+    with config.unlocked():
+        config.update_from_flattened_dict({key: read_value(text) for key, text in lines.items()})
+    with open_session(parse_config(config), tmp_path) as session:
+        state, teacher = session.load_state(), session.load_teacher()
+        sequences = session.prompts.sequences(np.arange(4))
+        if session.prompts.response_tokens is None:
+            sampled = Sequences.of_tokens([[3, 4, 5]] * 4, sampled=True, weight=1, log_prob=-2)
+            sequences = sequences.join(sampled)
+        layout = Layout((Shape(8, 64),), view_excess=session.prompts.view_excess)
+        view = session.prompts.view(sequences)
+        (rows,) = make_batch(sequences, layout=layout, pad_id=0, view=view)
+        rows = jax.tree.map(lambda x: x[0], rows)
+        loss_fn = make_loss(session.student.graph, teacher.graph, session.objective, vocab_size=16)
+        model = teacher.at(state)
+        arguments = state.params, model and model.params, rows, float(rows.mask_bt.sum())
+        loss, _ = jax.jit(loss_fn)(*arguments)
+    assert 1e-6 < loss < 9
+    assert (view is None) == (not any(key.startswith("teacher.") for key in lines))
+
+
+def read_value(text):
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text

@@ -10,6 +10,7 @@ from pathlib import Path
 from distill.base import processes
 from distill.base.errors import UserError
 from distill.build.session import Session
+from distill.config.schema import own_teacher
 from distill.data.base import DatasetInterface, Example
 from distill.data.table import InMemoryDataset
 from distill.models.checkpoints.fingerprint import fingerprint
@@ -29,7 +30,7 @@ def find_inputs(session: Session) -> dict[str, str]:
     def find() -> dict[str, str]:
         return dict(
             student=_model(session.student_folder),
-            teacher=_model(session.teacher_folder),
+            teacher=own_teacher(session.config) or _model(session.teacher_folder),
             data=_rows(session.dataset),
             template=_template(session),
         )

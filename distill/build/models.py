@@ -27,7 +27,7 @@ from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
 from distill.models.transformer import Transformer
-from distill.step import TrainState
+from distill.step import AveragedState, TrainState
 
 
 def abstract_model(
@@ -115,24 +115,33 @@ def build_frozen_model(policy: Policy, folder: Path, mesh: Mesh, precision: str)
     return build_model(folder, mesh, **frozen_options(policy, precision))
 
 
-def abstract_state(student: Model, optimizer, mesh: AnyMesh, offload: str) -> TrainState:
+def abstract_state(
+    student: Model, optimizer, mesh: AnyMesh, offload: str, averages: bool = False
+) -> TrainState:
     """Shapes of the train state on the mesh, moments laid out like the student's parameters.
 
-    `offload`: where moments are between updates, `policy.optimizer.offload`.
+    Args:
+      offload: where moments are between updates, `policy.optimizer.offload`.
+      averages: whether a moving average of the trainable parameters is kept.
     """
     opt_state = jax.eval_shape(optimizer.init, student.params)
     memory = HOST_MEMORY if offload == "host" else "device"
     layout = optimizer_shardings(opt_state, student.params, mesh, memory)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return TrainState(
+    state = TrainState(
         step,  # type: ignore[arg-type]  # a shape where the state has the array
         student.params,
         on_mesh(opt_state, layout),
     )
+    return AveragedState(**vars(state), average=student.params) if averages else state
 
 
 def first_state(params: nnx.State, optimizer, shapes: TrainState) -> TrainState:
     """The train state before the first update, laid out like `shapes`."""
     layout = jax.tree.map(lambda x: x.sharding, shapes)
     opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
-    return TrainState(jax.device_put(np.zeros((), np.int32), layout.step), params, opt_state)
+    state = TrainState(jax.device_put(np.zeros((), np.int32), layout.step), params, opt_state)
+    if not isinstance(shapes, AveragedState):
+        return state
+    # Not the same arrays: an update donates all of the state.
+    return AveragedState(**vars(state), average=jax.tree.map(jnp.copy, params))

@@ -20,7 +20,7 @@ from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
 from distill.build.teachers import abstract_teacher
 from distill.config.parse import digest, to_flat_dict
-from distill.config.schema import Config, Logger
+from distill.config.schema import Config, Logger, own_teacher
 from distill.data.pipeline import make_train_iterator
 from distill.models.checkpoints.source import load_model_config
 from distill.models.model import Model
@@ -49,6 +49,8 @@ def describe_run(session: Session, step: int) -> Iterator[str]:
     if folder is not None and config.teacher.backend == "local":
         model = abstract_teacher(config, load_model_config(folder)[0], mesh)
         yield f"teacher: {teacher}, {_weights(model)} weights, {config.teacher.precision}"
+    if own := own_teacher(config):
+        yield f"teacher: the student's own weights ({own})"
     yield (
         f"learning rate: up to {optimizer.learning_rate:.2e} at step {optimizer.warmup_steps}, "
         f"{after}; next {float(build_schedule(optimizer, max_steps)(step)):.2e}"

@@ -44,7 +44,7 @@ from distill.build.optimizer import build_optimizer
 from distill.build.plugins import import_plugins
 from distill.build.sampler import build_backend, build_engine
 from distill.build.teachers import build_teacher
-from distill.config.schema import ACCURACY, Config
+from distill.config.schema import ACCURACY, IN_STATE, OF_STUDENT, Config, own_teacher
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.tokenizer import Vocabulary, shared_vocabulary
@@ -123,10 +123,12 @@ class Session:
 
     @functools.cached_property
     def teacher_folder(self) -> Path | None:
-        """None for hard labels, and where nothing of the teacher is here."""
+        """None for hard labels, and where no model of the teacher is here beside the student."""
         distillation = self.config.distillation
-        if distillation.hard_labels or not distillation.teacher_model_path:
+        if distillation.hard_labels or distillation.teacher_model_path in ("", *IN_STATE):
             return None
+        if distillation.teacher_model_path in OF_STUDENT:
+            return self.student_folder
         return resolve_model(distillation.teacher_model_path, weights=self._weights)
 
     @functools.cached_property
@@ -202,7 +204,8 @@ class Session:
         offload = self.config.policy.optimizer.offload
         if offload == "host":
             check_host_memory(self.mesh, "policy.optimizer.offload")
-        return abstract_state(self.student, self.optimizer, self.mesh, offload)
+        averages = own_teacher(self.config) == "ema"
+        return abstract_state(self.student, self.optimizer, self.mesh, offload, averages)
 
     def load_state(self) -> TrainState:
         """The state before the first update."""
@@ -223,7 +226,12 @@ class Session:
         """
         with busy("loading the teacher"):
             self.teacher = build_teacher(
-                self.config, self.teacher_folder, self.mesh, self.vocabulary, compared_on
+                self.config,
+                self.teacher_folder,
+                self.mesh,
+                self.vocabulary,
+                self.student,
+                compared_on,
             )
         return self.teacher
 

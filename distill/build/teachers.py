@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,22 @@ from distill.base.sharding import RULES, SPREAD_RULES, AnyMesh, check_host_memor
 from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
 from distill.build.models import abstract_model, build_model, frozen_options
-from distill.config.schema import Config
+from distill.config.schema import Config, own_teacher
 from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
-from distill.teachers.base import Teacher
+from distill.step import whole_params
+from distill.teachers.base import OwnTeacher, Teacher
 from distill.teachers.local import Texts, abstract_stored, load_teacher
 from distill.teachers.server import ServerTeacher
+
+# What of the train state a teacher is that is the student.
+FROM_STATE: dict[str, Callable[[Any], Any]] = {
+    "self": lambda state: state.params,
+    "ema": lambda state: whole_params(state.average, state.frozen),
+}
 
 
 def build_teacher(
@@ -29,6 +37,7 @@ def build_teacher(
     folder: Path | None,
     mesh: Mesh,
     vocabulary: Vocabulary,
+    student: Model,
     compared_on: Prompts | None = None,
 ) -> Teacher:
     """The teacher, loaded from its folder if it is here, but not yet started.
@@ -43,6 +52,8 @@ def build_teacher(
         return Teacher()
     if section.backend == "vllm":
         return ServerTeacher(section.vllm, vocabulary, config.policy.max_total_sequence_length)
+    if own := own_teacher(config):
+        return OwnTeacher(student.graph, FROM_STATE[own])
     if section.offload != "none":
         check_host_memory(mesh, "teacher.offload")
     assert folder is not None  # hard labels and servers have none

@@ -9,8 +9,10 @@ import urllib.parse
 from distill.base.errors import UserError
 from distill.config.changes import CONTENTS, classes
 from distill.config.schema import (
+    IN_STATE,
     KNOWN_BACKENDS,
     NAMED,
+    OF_STUDENT,
     WRITERS,
     Config,
     Distillation,
@@ -25,6 +27,7 @@ def check_combinations(config: Config) -> None:
     _check_batches(config.policy, config.distillation)
     _check_lengths(config)
     _check_models(config)
+    _check_own_teacher(config)
     _check_vllm(config)
     if unknown := set(config.logger.writers) - set(WRITERS):
         raise UserError(
@@ -188,6 +191,34 @@ def _check_servers(section: str, servers: VllmServers) -> None:
         raise UserError(
             f"config key '{section}.api_key_variable' is not the name of an environment variable: "
             "export the key in one, such as SERVER_KEY, and write SERVER_KEY here"
+        )
+
+
+def _check_own_teacher(config: Config) -> None:
+    path, teacher = config.distillation.teacher_model_path, config.teacher
+    if (path == "ema") != (teacher.ema_decay > 0) or teacher.ema_decay == 1:
+        raise UserError(
+            f"teacher.ema_decay={teacher.ema_decay} with distillation.teacher_model_path={path!r}: "
+            "a teacher that is the student's moving average (ema) needs a decay between 0 and 1, "
+            "such as 0.99, and no other has one"
+        )
+    if path not in OF_STUDENT or config.distillation.hard_labels:
+        return
+    for key, value, needed in (
+        ("backend", teacher.backend, "local"),
+        ("offload", teacher.offload, "none" if path in IN_STATE else teacher.offload),
+    ):
+        if value != needed:
+            raise UserError(
+                f"teacher.{key}={value} does not go with distillation.teacher_model_path={path}, "
+                f"a teacher that is in the train state: set it to {needed}"
+            )
+    reads = teacher.system_prompt, teacher.prompt_template, teacher.template_arguments
+    if not any(reads) and not config.distillation.objective.terms:
+        raise UserError(
+            f"distillation.teacher_model_path={path} reads what the student reads and says the "
+            "same, so nothing would be learned: give it teacher.prompt_template, "
+            "teacher.system_prompt or teacher.template_arguments, or name objective.terms"
         )
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 _MOST_ROWS, _LONGEST, _MOST_GB = 10**6, 10**7, 10**6  # beyond what anybody has
 KNOWN_BACKENDS = ("jax", "vllm")
+# Teachers that are the student: its weights, their moving average, or those that it started from.
+IN_STATE = ("self", "ema")
+OF_STUDENT = (*IN_STATE, "start")
 WRITERS = ("tensorboard", "trackio", "wandb")
 PRECISIONS = ("bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
@@ -66,7 +69,11 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation:
-    teacher_model_path: str = _from("", "folder, hub id (ID@REVISION) or embedded:NAME")
+    teacher_model_path: str = _from(
+        "",
+        "folder, hub id (ID@REVISION) or embedded:NAME; self, ema or start: the student itself, "
+        "its moving average, or what it was",
+    )
     lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
     mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
     kl_type: str = _key(
@@ -246,6 +253,9 @@ class Teacher:
         choices=("none", "host", "layers"),
     )
     split_over_data: bool = _free(False, "split weights over mesh.data too, not only mesh.fsdp")
+    ema_decay: float = _key(
+        0.0, "of teacher_model_path=ema, the share kept in each update, such as 0.99", low=0, high=1
+    )
     system_prompt: str = _from("", "system message that the teacher reads; '' is the student's")
     prompt_template: str = _from(
         "", "text with {problem} that it reads, with {response}, {answer}; '' is the student's"
@@ -285,7 +295,7 @@ class Data:
     max_bad_rows: float = _free(
         0.01, "share of rows that are skipped if unusable; more are an error", low=0, high=1
     )
-    subset: str = _from("", "configuration of a hub dataset, for hf")
+    subset: str = _from("", "configuration of a hub dataset, for hf; hinted, for arithmetic")
     prompt_column: str = _from("prompt", "for files, hf and tfds; NAME.FIELD is inside a column")
     response_column: str = _from(
         "response", "for files, hf and tfds; NAME.FIELD is inside a column"
@@ -411,6 +421,12 @@ class Config:
     mesh: MeshSizes = _section(MeshSizes)
     checkpointing: Checkpointing = _section(Checkpointing)
     logger: Logger = _section(Logger)
+
+
+def own_teacher(config: Config) -> str:
+    """Which part of the train state is the teacher, of `IN_STATE`; '' if none is."""
+    path = config.distillation.teacher_model_path
+    return path if path in IN_STATE and not config.distillation.hard_labels else ""
 
 
 def tokens_per_microbatch(policy: Policy) -> int:

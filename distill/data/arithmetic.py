@@ -31,18 +31,25 @@ class ArithmeticDataset(DatasetInterface):
     """Problem i depends on (seed, split, i) alone; splits share no problem.
 
     Training goes from level 1 up to `LEVELS`, an equal share each. The held-out splits cycle
-    through the levels instead, so that any prefix of them covers all levels.
+    through the levels instead, so that any prefix of them covers all levels. Of `hinted` problems,
+    every second has its worked response before it, for a model that shall learn to read one.
 
     Raises:
         UserError: there is no such split.
     """
 
-    def __init__(self, split: str = "train", seed: int = 0, max_samples: int | None = None):
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        max_samples: int | None = None,
+        hinted: bool = False,
+    ):
         if split not in SIZES:
             raise UserError(
                 f"arithmetic has no split {split!r}; it has: {', '.join(sorted(SIZES))}"
             )
-        self.split, self.seed = split, seed
+        self.split, self.seed, self._hinted = split, seed, hinted
         self._length = min(SIZES[split], max_samples or SIZES[split])
 
     def __len__(self) -> int:
@@ -57,9 +64,9 @@ class ArithmeticDataset(DatasetInterface):
             problem, steps, total = _make_problem(rng, self.level(i))
             if _split_of(problem) == self.split:
                 break
-        return Example(
-            prompt=problem, response="\n".join(steps), answer=str(total), id=f"{self.split}-{i}"
-        )
+        response = "\n".join(steps)
+        prompt = f"{response}\n{problem}" if self._hinted and i % 2 else problem
+        return Example(prompt=prompt, response=response, answer=str(total), id=f"{self.split}-{i}")
 
     def is_correct(self, example: Example, response: str) -> bool:
         """Whether the last stated result is exactly the answer."""
@@ -67,8 +74,17 @@ class ArithmeticDataset(DatasetInterface):
 
 
 @register_dataset("arithmetic")
-def make_arithmetic(split="train", seed=0, max_samples=None, path=None, **options):
-    return ArithmeticDataset(split, seed, max_samples)
+def make_arithmetic(
+    split="train", seed=0, max_samples=None, path=None, subset="", **options
+) -> ArithmeticDataset:
+    """`subset`: '' or hinted.
+
+    Raises:
+        UserError: there is no such split or subset.
+    """
+    if subset not in ("", "hinted"):
+        raise UserError(f"arithmetic has no data.subset={subset!r}: leave it empty, or hinted")
+    return ArithmeticDataset(split, seed, max_samples, hinted=subset == "hinted")
 
 
 def _make_problem(rng: random.Random, level: int) -> tuple[str, list[str], int]:

@@ -29,7 +29,7 @@ from distill.build.models import (
 from distill.build.optimizer import build_optimizer
 from distill.build.sampler import engine_sizes
 from distill.build.teachers import abstract_teacher
-from distill.config.schema import Config
+from distill.config.schema import Config, own_teacher
 from distill.data.sequences import Sequences
 from distill.models.decoding import abstract_loop_weights
 from distill.models.model import Model
@@ -100,12 +100,18 @@ def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arr
     student = abstract_model(workload.student, "the student", mesh, **options)
     optimizer = build_optimizer(config.policy.optimizer, config.distillation.max_steps)
     teacher = teacher_counts = None
-    if workload.teacher:
+    own = own_teacher(config)
+    offload = config.policy.optimizer.offload
+    state = abstract_state(student, optimizer, mesh, offload, own == "ema")
+    if own:
+        teacher = Model(student.graph, getattr(state, "average", None))
+        teacher_counts = count(workload.student, student.params)
+    elif workload.teacher:
         teacher = abstract_teacher(config, workload.teacher, mesh)
         teacher_counts = count(workload.teacher, teacher.params)
     return Arrays(
         student,
-        abstract_state(student, optimizer, mesh, config.policy.optimizer.offload),
+        state,
         teacher,
         _abstract_batch(config, mesh),
         _abstract_sampler(workload, student, sampler_mesh) if workload.samples else None,

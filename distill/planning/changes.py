@@ -12,7 +12,7 @@ from typing import Any
 from distill.base.errors import UserError
 from distill.base.sharding import MESH_AXES, batch_parts, make_abstract_mesh
 from distill.base.topology import SLICES, Topology, parse_topology
-from distill.config.schema import microbatch_values, rows_per_microbatch
+from distill.config.schema import microbatch_values, own_teacher, rows_per_microbatch
 from distill.planning.counts import cut_sizes
 from distill.planning.estimate import Plan, compile_plan, estimate
 from distill.planning.workload import Workload, fit_to_devices, with_values
@@ -125,7 +125,7 @@ def kinds(plan: Plan) -> list[list[Values]]:
         or any(mesh[axis] > sizes[axis] for axis in _WEIGHTS[1:])
     ]
     meshes.sort(key=lambda mesh: [mesh[axis] for axis in reversed(_WEIGHTS)])
-    if plan.workload.teacher is None:
+    if plan.workload.teacher is None or own_teacher(config):
         precision = streamed = []
     return [
         beyond("policy.activation_checkpointing", "none", "dots", "full"),

@@ -17,6 +17,8 @@ from distill.base.sharding import bytes_per_device
 from distill.build.objective import build_objective
 from distill.build.optimizer import build_optimizer
 from distill.build.sampler import build_sampling_params
+from distill.build.teachers import FROM_STATE
+from distill.config.schema import own_teacher
 from distill.planning.arrays import Arrays
 from distill.planning.collectives import sent_bytes
 from distill.planning.workload import Workload
@@ -59,6 +61,7 @@ def compile_programs(
 def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
     """The train step of a run, as the trainer makes it."""
     config, teacher = workload.config, arrays.teacher
+    teacher_from = FROM_STATE.get(own_teacher(config))
     # Of the loops over rows of several lengths, full rows run the one over the longest, the last.
     trips = [0] * (len(arrays.batch) - 1) + [workload.tokens.microbatches]
     with jax.set_mesh(mesh):
@@ -69,8 +72,11 @@ def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
             build_optimizer(config.policy.optimizer, config.distillation.max_steps),
             vocab_size=workload.vocab_size,
             state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
+            teacher_from=teacher_from,
+            ema_decay=config.teacher.ema_decay,
         )
-        arguments = arrays.state, teacher and teacher.params, arrays.batch
+        teacher_params = None if teacher_from or teacher is None else teacher.params
+        arguments = arrays.state, teacher_params, arrays.batch
         lower = step.lower  # type: ignore[attr-defined]  # its type says what it is called with
         return _compile(lambda: lower(*arguments), arguments, mesh, trips)
 

@@ -16,7 +16,7 @@ from distill.base.sharding import (
     sampler_mesh_sizes,
 )
 from distill.build.devices import split_devices
-from distill.config.schema import Config, microbatch_values, rows_per_microbatch
+from distill.config.schema import OF_STUDENT, Config, microbatch_values, rows_per_microbatch
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import find_config, split_revision
 from distill.models.checkpoints.source import read_text_config
@@ -102,7 +102,9 @@ def find_workload(config: Config) -> Workload:
     """
     (student, vocab_size), *notes = _find(config.policy.model_name)
     teacher = None
-    if not config.distillation.hard_labels and config.teacher.backend == "local":
+    if config.distillation.teacher_model_path in OF_STUDENT and not config.distillation.hard_labels:
+        teacher = student
+    elif not config.distillation.hard_labels and config.teacher.backend == "local":
         (teacher, _), note = _find(config.distillation.teacher_model_path)
         notes.append(note)
     return Workload(config, student, teacher, vocab_size, tuple(filter(None, notes)))

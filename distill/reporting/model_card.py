@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import printable
+from distill.config.schema import OF_STUDENT
 from distill.data import gsm8k, math_cl
 from distill.evaluation.table import format_table
 from distill.models.checkpoints.hub import EMBEDDED, is_hub_id, split_revision
@@ -169,6 +170,8 @@ def _divergence(settings: Mapping[str, Any]) -> str:
 
 def _teacher(settings: Mapping[str, Any]) -> str:
     path = settings["distillation.teacher_model_path"]
+    if path in OF_STUDENT:
+        return f"the student itself (`{path}`)"
     if not path and settings["teacher.backend"] != "local":
         return "the model that a vLLM server served"
     return _model(path)

@@ -33,28 +33,27 @@ class Evaluations:
 
     Attributes:
       evaluator, recorder: None without held-out prompts; then nothing is evaluated.
-      teacher: what models are compared with; None where it is not on the mesh.
       results: evaluations so far, by role.
       evaluated: the last step whose student was evaluated.
     """
 
     evaluator: Evaluator | None
     recorder: RolloutRecorder | None
-    teacher: Model | None
     progress: Progress
     interrupts: Interrupts
     results: dict[str, dict[str, Any]]
     evaluated: int
 
-    def evaluate(self, role: str, step: int, model: Model) -> None:
+    def evaluate(self, role: str, step: int, model: Model, teacher: Model | None) -> None:
+        """`teacher` is what the model is compared with; None where it is not on the mesh."""
         if self.evaluator is None or self.recorder is None:
             return
         with busy(f"evaluating the {role}"):
-            evaluation, responses = self.evaluator(model, self.teacher)
+            evaluation, responses = self.evaluator(model, teacher)
         if self.interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
             return
         if role != "teacher":
-            self.recorder(role, step, model, self.teacher, responses)
+            self.recorder(role, step, model, teacher, responses)
         self.results[role], self.evaluated = evaluation.to_dict(), step
         self.progress.evaluation(step, role, self.results[role])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ class Teacher:
     """A teacher that says nothing, which is right for hard labels; the others override this.
 
     One *in the step* has a model: the train step is compiled for its `graph` and computes with what
-    `fetch` returns. Evaluation and report compare with its model, too. One *by scores* has none: it
-    is asked about every batch, once that is sampled and before the step.
+    `fetch` returns, or with the part of the train state that `from_state` chooses. Evaluation and
+    report compare with its model, too. One *by scores* has none: it is asked about every batch,
+    once that is sampled and before the step.
     """
 
     model: Model | None = None
+    from_state: Callable[[Any], Any] | None = None
 
     @property
     def graph(self) -> nnx.GraphDef | None:
@@ -30,6 +32,10 @@ class Teacher:
     def fetch(self) -> Any:
         """Its weights, where they can be used; a copy lives as long as the caller holds it."""
         return None if self.model is None else self.model.fetch()
+
+    def at(self, state: Any) -> Model | None:
+        """The model in the step, as it is at a train state."""
+        return self.model
 
     def start(self) -> None:
         """Checks what the teacher needs, such as servers.
@@ -49,3 +55,18 @@ class Teacher:
     def measured(self) -> dict[str, float]:
         """Metrics to log once, before the first step."""
         return {}
+
+
+class OwnTeacher(Teacher):
+    """The student itself: a part of the train state, computed with by the student's graph."""
+
+    def __init__(self, graph: nnx.GraphDef, from_state: Callable[[Any], Any]):
+        self._graph, self.from_state = graph, from_state
+
+    @property
+    def graph(self) -> nnx.GraphDef:
+        return self._graph
+
+    def at(self, state: Any) -> Model:
+        assert self.from_state is not None
+        return Model(self._graph, self.from_state(state))

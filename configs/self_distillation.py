@@ -1,0 +1,41 @@
+"""The student as its own teacher, on the built-in task."""
+
+from ml_collections import ConfigDict
+
+from distill.config import default_config
+
+ARGUMENTS = ("reader", "opsd", "sdft")
+
+
+def get_config(arg: str = "opsd") -> ConfigDict:
+    if arg not in ARGUMENTS:
+        raise ValueError(f"argument {arg!r}: allowed are {', '.join(ARGUMENTS)}")
+    config = default_config()
+    config.policy.model_name = "runs/self_distillation/reader/student"
+    config.policy.max_total_sequence_length = 64
+    config.policy.precision = "float32"
+    config.policy.train_global_batch_size = config.policy.train_micro_batch_size = 64
+    config.policy.optimizer.learning_rate = 1e-3
+    config.distillation.generate_strategy.max_length = 28
+    config.distillation.eval_steps = 0
+    config.data.name = "arithmetic"
+    config.data.max_samples = 30_000  # of one to three operations
+    config.data.shuffle = True
+    config.data.validation.max_samples = 512
+    config.evaluation.batch_size = 128
+    config.checkpointing.export_dtype = "float32"
+    if arg == "reader":  # learns to read a worked response before the problem
+        config.policy.model_name = "embedded:arithmetic-student"
+        config.distillation.hard_labels = True
+        config.distillation.lambda_ = 0.0
+        config.distillation.max_steps = 2000
+        config.policy.optimizer.learning_rate = 3e-3
+        config.policy.optimizer.schedule = "cosine"
+        config.data.subset = "hinted"
+        return config
+    config.teacher.prompt_template = "{response}\n{problem}"
+    config.distillation.max_steps = 200
+    config.distillation.teacher_model_path = "ema" if arg == "sdft" else "start"
+    if arg == "sdft":
+        config.teacher.ema_decay = 0.98
+    return config

@@ -1,0 +1,140 @@
+"""The student as its own teacher: current weights, their moving average, those it started from."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from step_test import ROWS, VOCAB_SIZE, assert_same, make_model, make_rows, on_mesh, padded
+from tiny_runs import read_metrics, tiny_config, with_models
+
+import distill
+from distill.base.sharding import make_mesh, param_shardings
+from distill.build.teachers import FROM_STATE
+from distill.losses.objective import make_objective
+from distill.run import progress
+from distill.step import AveragedState, TrainState, make_train_step
+
+DECAY = 0.75
+
+
+@pytest.fixture(scope="module")
+def student():
+    return make_model(32, 1, 32, seed=1, num_kv_heads=4)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """What the teacher reads has a prompt of its own."""
+    rng = np.random.default_rng(3)
+    prompts = tuple(rng.integers(1, VOCAB_SIZE, 4).astype(np.int32) for _ in range(ROWS))
+    return dataclasses.replace(make_rows(), view_prompts=prompts)
+
+
+OPTIMIZER = optax.sgd(0.5)
+PARTS = "trainable", "average"
+LAYOUT = dataclasses.replace(padded(2), view_excess=8)
+
+
+def make_step(student, kind=None):
+    return make_train_step(
+        student[0],
+        student[0],
+        make_objective("forward"),
+        OPTIMIZER,
+        vocab_size=VOCAB_SIZE,
+        teacher_from=kind and FROM_STATE[kind],
+        ema_decay=DECAY,
+    )
+
+
+@pytest.fixture(scope="module")
+def given(student):
+    """The step whose teacher is an argument."""
+    return make_step(student)
+
+
+@pytest.fixture(scope="module")
+def averaging(student):
+    return make_step(student, "ema")
+
+
+def first_state(student, kind=TrainState, **parts):
+    params = jax.tree.map(jnp.copy, student[1])
+    return kind(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params), **parts)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["device", "mesh"])
+def test_average_of_the_weights_is_the_teacher(student, rows, given, averaging, sizes):
+    """Against updates with a teacher that is given, and an average made beside them."""
+    batch = rows.batch(LAYOUT)
+    params, average, expected = student[1], student[1], []
+    for _ in range(2):
+        state, metrics = given(first_state((None, params)), average, batch)
+        params = state.params
+        average = jax.tree.map(lambda a, p: DECAY * a + (1 - DECAY) * p, average, params)
+        expected.append(float(metrics["loss"]))
+    assert 0 < expected[0] != expected[1]
+    state = first_state(student, AveragedState, average=jax.tree.map(jnp.copy, student[1]))
+    mesh = None
+    if sizes:
+        mesh = make_mesh(*sizes)
+        batch, layout = on_mesh(mesh, batch), param_shardings(student[1], mesh)
+        put = {name: jax.device_put(getattr(state, name), layout) for name in PARTS}
+        state = dataclasses.replace(state, **put)
+    losses = []
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        for _ in range(2):
+            state, metrics = averaging(state, None, batch)
+            losses.append(float(metrics["loss"]))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert_same(jax.device_get((state.params, state.average)), jax.device_get((params, average)))
+
+
+def test_current_weights_are_the_teacher_and_get_no_gradient(student, rows, given):
+    batch = rows.batch(LAYOUT)
+    expected, _ = given(first_state(student), student[1], batch)
+    own, metrics = make_step(student, "self")(first_state(student), None, batch)
+    assert float(metrics["grad_norm"]) > 1e-3
+    assert_same(own.params, expected.params)
+
+
+def test_average_stays_where_an_update_is_skipped(student, rows, averaging):
+    bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), student[1])
+    state = first_state(student, AveragedState, average=jax.tree.map(jnp.copy, bad))
+    new, metrics = averaging(state, None, rows.batch(LAYOUT))
+    assert float(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, new.average, bad)
+
+
+def own_config(models, kind):
+    config = with_models(tiny_config(max_steps=3, save_steps=2, eval_steps=2), models)
+    config.distillation.teacher_model_path = kind
+    config.teacher.prompt_template = "{answer}={problem}"
+    config.teacher.ema_decay = DECAY if kind == "ema" else 0.0
+    config.mesh.fsdp = 2
+    return config
+
+
+def test_killed_run_with_an_average_resumes_to_the_same_bits(models, tmp_path, monkeypatch):
+    whole = distill.train(own_config(models, "ema"), tmp_path / "whole")
+    assert whole.results.keys() == {"base", "student"} and whole.results["base"]["forward_kl"] > 0
+    end_step = progress.Progress.end_step
+
+    def dies(self, step, *values):
+        end_step(self, step, *values)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Progress, "end_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            distill.train(own_config(models, "ema"), tmp_path / "killed")
+    again = distill.train(own_config(models, "ema"), tmp_path / "killed")
+    weights = "model.safetensors"
+    assert (again.student / weights).read_bytes() == (whole.student / weights).read_bytes()
+    assert again.results == whole.results
+    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
