@@ -22,6 +22,7 @@ from distill.kernels.linear_divergence import TokenStatistics, TopK
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.objective import Objective
 from distill.losses.weights import TruncatedImportance, token_weights
+from distill.models.lora import attach
 
 Params = Any
 
@@ -33,7 +34,8 @@ class TrainState:
 
     Attributes:
       step: batches seen, skipped ones included; the optimizer counts its own updates.
-      trainable: parameters that updates change, float32; gradients and `opt_state` are of them.
+      trainable: parameters or adapters (`models.lora`) that updates change, float32; gradients
+        and `opt_state` are of them.
       opt_state: of the optimizer.
       frozen: parameters that no update changes, stored as they come; none in full training.
     """
@@ -48,6 +50,11 @@ class TrainState:
         """All parameters of the student, as its graph takes them."""
         return whole_params(self.trainable, self.frozen)
 
+    @property
+    def saved(self) -> TrainState:
+        """What a checkpoint holds: what is frozen is loaded again from where it came."""
+        return dataclasses.replace(self, frozen=nnx.State({}))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,7 @@ class AveragedState(TrainState):
 
 def whole_params(trainable: Params, frozen: Params) -> Params:
     """One tree of both; differentiable by the trainable ones."""
-    return nnx.merge_state(trainable, frozen)
+    return attach(frozen, trainable) if frozen else trainable
 
 
 def make_loss(

@@ -35,7 +35,6 @@ from distill.config.changes import Changes, check_changes, find_changes
 from distill.config.parse import digest, parse_config, to_flat_dict
 from distill.evaluation.table import format_table
 from distill.losses.metrics import get_step_metric
-from distill.models.model import Model
 from distill.reporting.facts import environment, write_facts
 from distill.reporting.model_card import model_card
 from distill.reporting.page import REPORT, write_report
@@ -126,8 +125,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         teacher.start()
         session.backend.start()
     if step:
-        with busy(f"restoring step {step}"):
-            state = checkpoints.restore(step, shapes)
+        state = session.restore_state(checkpoints, step)
     else:
         state = session.load_state()
     checked = digest([flat_config, identity["contents"], environment()])
@@ -167,7 +165,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     # ----------------------------------------------------------------------------------------- loop
     saver.save_beginning(step)
     if step == 0 and "base" not in evaluations.results:
-        evaluations.evaluate("base", step, Model(graph, state.params), teacher.at(state))
+        evaluations.evaluate("base", step, session.evaluated(state), teacher.at(state))
         saver.save_beginning(step)
     if teacher.model and "teacher" not in evaluations.results:
         evaluations.evaluate("teacher", step, teacher.model, teacher.model)
@@ -177,7 +175,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         # One that a signal prevented or spoilt is made up for when the run goes on.
         if evaluating and evaluations.evaluated < step and not interrupts.agree():
             with saver.saving_on(RunStopped, step=step, state=state):
-                student = Model(graph, state.params)
+                student = session.evaluated(state)
                 evaluations.evaluate("student", step, student, teacher.at(state))
         stopping = interrupts.agree_by_first()
         if stopping or (step and saver.is_due(step)):
@@ -238,7 +236,7 @@ def _export(
     folder = session.workdir / "student"
     card = model_card(to_flat_dict(session.config), results, step, history)
     with busy("exporting the student"):
-        export_student(session, folder, state.params, card)
+        export_student(session, folder, state, card)
     if results:
         print(format_table(results))
     print(f"student: {folder}", flush=True)

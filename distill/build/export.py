@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from distill.base import processes
 from distill.base.errors import UserError
@@ -18,11 +17,13 @@ from distill.config.schema import BEST_METRICS
 from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.hub import read_json, tokenizer_folder
 from distill.models.checkpoints.source import open_source
+from distill.models.lora import merged
 from distill.reporting.model_card import model_card
 from distill.run.checkpoint import Checkpoints
+from distill.step import TrainState
 
 
-def export_student(session: Session, folder: Path, params: nnx.State, card: str) -> None:
+def export_student(session: Session, folder: Path, state: TrainState, card: str) -> None:
     """Writes the student as a Hugging Face folder, with its card."""
     source, checkpointing = open_source(session.student_folder), session.config.checkpointing
     if source.quantization is not None and processes.is_first():
@@ -32,7 +33,7 @@ def export_student(session: Session, folder: Path, params: nnx.State, card: str)
     generation_config = read_json(path) if path.exists() else {}
     export_model(
         folder,
-        params,
+        merged(state.params, checkpointing.export_dtype),
         source.config,
         source.hf_config,
         tokenizer_folder(session.student_folder),
@@ -66,9 +67,9 @@ def export_saved(session: Session, folder: Path, checkpoint: str) -> int:
     record = checkpoints.record(step)
     changes = find_changes(record["config"], to_flat_dict(config))
     check_changes(changes, config.checkpointing.allow_changes)
-    state = checkpoints.restore(step, session.state_shapes)
+    state = session.restore_state(checkpoints, step)
     card = model_card(record["config"], _results_at(step, record), step, record.get("history", ()))
-    export_student(session, folder, state.params, card)
+    export_student(session, folder, state, card)
     return step
 
 

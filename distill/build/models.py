@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from distill.config.schema import Policy
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
+from distill.models.lora import abstract_adapters, make_adapters
 from distill.models.model import Model
+from distill.models.quantization import quantize, quantized_shapes
 from distill.models.transformer import Transformer
 from distill.step import AveragedState, TrainState
 
@@ -92,10 +95,10 @@ def build_model(
 
 
 def student_options(policy: Policy) -> dict[str, Any]:
-    """Of `abstract_model`, for the model that is trained: float32 master weights."""
+    """Of `abstract_model`, for the student: float32 master weights, or the base of adapters."""
     return dict(
         dtype=policy.precision,
-        param_dtype="float32",
+        param_dtype=policy.precision if policy.lora.rank else "float32",
         remat=policy.activation_checkpointing,
         max_length=policy.max_total_sequence_length,
     )
@@ -115,32 +118,56 @@ def build_frozen_model(policy: Policy, folder: Path, mesh: Mesh, precision: str)
     return build_model(folder, mesh, **frozen_options(policy, precision))
 
 
+def load_student(folder: Path, mesh: Mesh, policy: Policy) -> nnx.State:
+    """The student's parameters before the first update; with adapters, what stays frozen."""
+    finish = None
+    if policy.lora.base_dtype == "int8":
+        finish = functools.partial(quantize, load_model_config(folder)[0])
+    return build_model(folder, mesh, finish=finish, **student_options(policy)).params
+
+
 def abstract_state(
-    student: Model, optimizer, mesh: AnyMesh, offload: str, averages: bool = False
+    student: Model,
+    config: ModelConfig,
+    optimizer,
+    mesh: AnyMesh,
+    policy: Policy,
+    averages: bool = False,
 ) -> TrainState:
-    """Shapes of the train state on the mesh, moments laid out like the student's parameters.
+    """Shapes of the train state on the mesh, moments laid out like what is trained.
 
     Args:
-      offload: where moments are between updates, `policy.optimizer.offload`.
-      averages: whether a moving average of the trainable parameters is kept.
+      config: of the student.
+      averages: whether a moving average of what is trained is kept.
     """
-    opt_state = jax.eval_shape(optimizer.init, student.params)
-    memory = HOST_MEMORY if offload == "host" else "device"
-    layout = optimizer_shardings(opt_state, student.params, mesh, memory)
+    trainable, frozen = student.params, nnx.State({})
+    if policy.lora.rank:
+        shapes = abstract_adapters(student.params, policy.lora)
+        trainable, frozen = on_mesh(shapes, param_shardings(shapes, mesh)), student.params
+        if policy.lora.base_dtype == "int8":
+            frozen = quantized_shapes(config, frozen)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    memory = HOST_MEMORY if policy.optimizer.offload == "host" else "device"
+    layout = optimizer_shardings(opt_state, trainable, mesh, memory)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     state = TrainState(
         step,  # type: ignore[arg-type]  # a shape where the state has the array
-        student.params,
+        trainable,
         on_mesh(opt_state, layout),
+        frozen,
     )
-    return AveragedState(**vars(state), average=student.params) if averages else state
+    return AveragedState(**vars(state), average=trainable) if averages else state
 
 
-def first_state(params: nnx.State, optimizer, shapes: TrainState) -> TrainState:
-    """The train state before the first update, laid out like `shapes`."""
+def first_state(params: nnx.State, optimizer, shapes: TrainState, seed: int) -> TrainState:
+    """The train state before the first update, laid out like `shapes`; `seed`: of adapters."""
     layout = jax.tree.map(lambda x: x.sharding, shapes)
+    frozen = nnx.State({})
+    if shapes.frozen:
+        params, frozen = make_adapters(shapes.trainable, seed), params
     opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
-    state = TrainState(jax.device_put(np.zeros((), np.int32), layout.step), params, opt_state)
+    step = jax.device_put(np.zeros((), np.int32), layout.step)
+    state = TrainState(step, params, opt_state, frozen)
     if not isinstance(shapes, AveragedState):
         return state
     # Not the same arrays: an update donates all of the state.

@@ -35,8 +35,8 @@ from distill.build.models import (
     abstract_model,
     abstract_state,
     build_frozen_model,
-    build_model,
     first_state,
+    load_student,
     student_options,
 )
 from distill.build.objective import build_objective
@@ -53,8 +53,10 @@ from distill.evaluation.recorder import MOST_RESPONSES, RolloutRecorder
 from distill.losses.objective import Objective
 from distill.models.checkpoints.hub import resolve_model, tokenizer_folder
 from distill.models.checkpoints.source import load_model_config
+from distill.models.lora import merged
 from distill.models.model import Model
 from distill.rollout.base import RolloutBackend
+from distill.run.checkpoint import Checkpoints
 from distill.sampling.engine import Engine
 from distill.step import TrainState
 from distill.teachers.base import Teacher
@@ -201,18 +203,31 @@ class Session:
     @functools.cached_property
     def state_shapes(self) -> TrainState:
         """What a checkpoint is restored to."""
-        offload = self.config.policy.optimizer.offload
-        if offload == "host":
+        policy, config = self.config.policy, load_model_config(self.student_folder)[0]
+        if policy.optimizer.offload == "host":
             check_host_memory(self.mesh, "policy.optimizer.offload")
         averages = own_teacher(self.config) == "ema"
-        return abstract_state(self.student, self.optimizer, self.mesh, offload, averages)
+        return abstract_state(self.student, config, self.optimizer, self.mesh, policy, averages)
 
     def load_state(self) -> TrainState:
         """The state before the first update."""
-        shapes, options = self.state_shapes, student_options(self.config.policy)
+        shapes = self.state_shapes
         with busy("loading the student"):
-            student = build_model(self.student_folder, self.mesh, **options)
-            return first_state(student.params, self.optimizer, shapes)
+            params = load_student(self.student_folder, self.mesh, self.config.policy)
+            return first_state(params, self.optimizer, shapes, self.config.seed)
+
+    def restore_state(self, checkpoints: Checkpoints, step: int) -> TrainState:
+        """The state after `step` updates; what is frozen is loaded as at the beginning."""
+        with busy(f"restoring step {step}"):
+            state = checkpoints.restore(step, self.state_shapes.saved)
+            if not self.config.policy.lora.rank:
+                return state
+            frozen = load_student(self.student_folder, self.mesh, self.config.policy)
+            return dataclasses.replace(state, frozen=frozen)
+
+    def evaluated(self, state: TrainState) -> Model:
+        """The student as it is sampled from and scored: with its adapters merged."""
+        return Model(self.student.graph, merged(state.params, self.config.policy.precision))
 
     def load_frozen(self, folder: Path, precision: str) -> Model:
         """A model that is not trained, stored in the precision in which it computes."""

@@ -24,7 +24,8 @@ def check_layout(session: Session, state: TrainState) -> str:
     # The scales of an 8-bit teacher are whole along what their channels sum over.
     model = session.teacher.model
     teacher = model and without_scales(model.params)
-    arrays = {"student and optimizer": state, "teacher": teacher}
+    # Adapters are small, and along their rank whole; what they are of must be split.
+    arrays = {"student and optimizer": without_scales(state.frozen) or state, "teacher": teacher}
     for owner, tree in arrays.items():
         for path, array in jax.tree_util.tree_leaves_with_path(tree):
             if array.nbytes >= LARGE_BYTES and array.sharding.is_fully_replicated:
@@ -54,11 +55,12 @@ def check_memory(session: Session, state: TrainState) -> str:
     generation = policy.generation
     if session.samples and generation.backend == "jax" and generation.colocated.enabled:
         size = jnp.dtype(policy.precision).itemsize
-        params = jax.tree.leaves(state.params)
+        params = jax.tree.leaves(session.student.params)
         # Gathered over fsdp for the sampler.
         needs["sampler"] = sum(x.size for x in params) * size // num_shards("act_heads")
         engine = session.build_engine(session.student.graph)
-        needs["cache"] = engine.cache_bytes(state.params, policy.train_global_batch_size)
+        rows = policy.train_global_batch_size
+        needs["cache"] = engine.cache_bytes(session.student.params, rows)
     total, limit = sum(needs.values()), _device_memory()
     listed = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needs.items())
     if limit is not None and total > limit:

@@ -29,7 +29,7 @@ from distill.models.checkpoints.keys import mapped_params
 from distill.models.checkpoints.source import load_model_config
 from distill.rollout.base import check_rollout
 from distill.sampling.request import RolloutRequest
-from distill.step import TrainState, make_loss
+from distill.step import TrainState, make_loss, whole_params
 
 RESPONSE_TOKENS = 16
 # Of a student that is its own teacher, as shares of what a teacher with half its logits gives: the
@@ -110,15 +110,19 @@ def check_numbers(session: Session, state: TrainState) -> str:
     params = state.params
 
     @jax.jit
-    def measure(params, teacher_params, rows: Rows):
+    def measure(trainable, frozen, teacher_params, rows: Rows):
         total = jnp.maximum(rows.mask_bt.sum(), 1).astype(jnp.float32)
-        differentiated = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, sums), grads = differentiated(params, teacher_params, rows, total)
+
+        def loss_of(trainable):
+            return loss_fn(whole_params(trainable, frozen), teacher_params, rows, total)
+
+        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable)
         return constrain_whole((loss, sums, optax.tree.norm(grads)))
 
     def evaluate(rows: Rows, teacher_params=params if own_teacher else None):
         batch = jax.tree.map(make_put(session.mesh), rows)
-        return jax.tree.map(float, jax.device_get(measure(params, teacher_params, batch)))
+        measured = measure(state.trainable, state.frozen, teacher_params, batch)
+        return jax.tree.map(float, jax.device_get(measured))
 
     loss, sums, gradient = evaluate(padded)
     details = []

@@ -28,6 +28,7 @@ def check_combinations(config: Config) -> None:
     _check_lengths(config)
     _check_models(config)
     _check_own_teacher(config)
+    _check_lora(config)
     _check_vllm(config)
     if unknown := set(config.logger.writers) - set(WRITERS):
         raise UserError(
@@ -219,6 +220,21 @@ def _check_own_teacher(config: Config) -> None:
             f"distillation.teacher_model_path={path} reads what the student reads and says the "
             "same, so nothing would be learned: give it teacher.prompt_template, "
             "teacher.system_prompt or teacher.template_arguments, or name objective.terms"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.policy.lora
+    if lora.rank and not lora.targets:
+        raise UserError("config key 'policy.lora.targets' is empty: all-linear adapts every matrix")
+    asked = {
+        "policy.lora.base_dtype": lora.base_dtype == "int8",
+        "checkpointing.export_format": config.checkpointing.export_format == "peft",
+    }
+    for key in (key for key, is_asked in asked.items() if is_asked and not lora.rank):
+        raise UserError(
+            f"{key} is about adapters, and policy.lora.rank=0 trains none: set a rank, or leave "
+            f"{key} at its default"
         )
 
 

@@ -17,6 +17,7 @@ IN_STATE = ("self", "ema")
 OF_STUDENT = (*IN_STATE, "start")
 WRITERS = ("tensorboard", "trackio", "wandb")
 PRECISIONS = ("bfloat16", "float32")
+ALL_LINEAR = "all-linear"
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 # What checkpoints are compared by, and whether more is better.
 ACCURACY = "eval/student/accuracy"
@@ -212,12 +213,30 @@ class DynamicBatching:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Trains small adapters of a frozen student; `rank=0` trains all of its weights."""
+
+    rank: int = _fixed(0, "columns of an adapter's factors; 0: no adapters", low=0, high=_LONGEST)
+    alpha: float = _fixed(32.0, "an adapter's product is multiplied by alpha / rank", low=1e-6)
+    targets: tuple[str, ...] = _fixed(
+        (ALL_LINEAR,), "adapted matrices of the layers, such as q_proj; all-linear: every one"
+    )
+    base_dtype: str = _fixed(
+        "auto",
+        "dtype of the frozen weights; auto: policy.precision; int8: matrices in 8 bits (QLoRA)",
+        choices=("auto", "int8"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     model_name: str = _from("", "folder, hub id (ID@REVISION) or embedded:NAME")
     max_total_sequence_length: int = _key(
         2048, "prompt and response tokens at most", low=2, high=_LONGEST
     )
-    precision: str = _key("bfloat16", "compute dtype; master weights: float32", choices=PRECISIONS)
+    precision: str = _key(
+        "bfloat16", "compute dtype; weights that are trained are float32", choices=PRECISIONS
+    )
     train_global_batch_size: int = _fixed(
         64, "sequences per update, all hosts", low=1, high=_MOST_ROWS
     )
@@ -229,6 +248,7 @@ class Policy:
     activation_checkpointing: str = _free(
         "dots", "what the backward pass recomputes", choices=("none", "dots", "full")
     )
+    lora: Lora = _section(Lora)
     optimizer: Optimizer = _section(Optimizer)
     generation: Generation = _section(Generation)
 
@@ -362,6 +382,11 @@ class Checkpointing:
     )
     allow_changes: tuple[str, ...] = _free(
         (), "keys and contents that may differ from the checkpoint's, from here on"
+    )
+    export_format: str = _free(
+        "merged",
+        "what a student with adapters is exported as: merged into its base, or peft's folder",
+        choices=("merged", "peft"),
     )
     export_dtype: str = _free("bfloat16", "dtype of the exported student", choices=PRECISIONS)
     export_shard_size: float = _free(

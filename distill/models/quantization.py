@@ -44,6 +44,18 @@ def abstract_quantized(config: ModelConfig, name: str, param: nnx.Variable) -> n
     return param.replace(qwix.QArray(steps, scale))
 
 
+def quantized_shapes(config: ModelConfig, params: nnx.State) -> nnx.State:
+    """`abstract_quantized` of all parameters."""
+    flat = nnx.to_flat_state(params)
+    names = ["/".join(map(str, path)) for path, _ in flat]
+    return nnx.from_flat_state(
+        [
+            (path, abstract_quantized(config, name, param))
+            for name, (path, param) in zip(names, flat, strict=True)
+        ]
+    )
+
+
 def _channels(config: ModelConfig, name: str) -> tuple[int, ...]:
     """Axes of a stacked matrix that have a scale for each of their entries; () for the others."""
     weight = key_table(config)[name]

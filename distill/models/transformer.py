@@ -27,11 +27,10 @@ from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import RESIDUALS
 from distill.kernels.attention import attention as attention_kernel
 from distill.kernels.linear_divergence import Head
-from distill.models import attention, mlp, moe, recurrent
+from distill.models import attention, lora, mlp, moe, recurrent
 from distill.models.attention import Rotation, make_rotations
 from distill.models.facts import ModelConfig
 from distill.models.primitives import INIT_STD, ParamMaker, normal, project, rms_norm
-from distill.models.quantization import dequantize
 from distill.models.scan import scan_layers
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -127,7 +126,7 @@ class Block(nnx.Module):
         return hasattr(self, name)
 
     def weight(self, name: str) -> jax.Array:
-        return dequantize(in_device_memory(getattr(self, name).get_value()), self.dtype)
+        return lora.weight(in_device_memory(getattr(self, name).get_value()), self.dtype)
 
     def exact(self, name: str) -> jax.Array:
         return getattr(self, name)[...].astype(jnp.float32)

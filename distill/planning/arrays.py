@@ -101,8 +101,8 @@ def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arr
     optimizer = build_optimizer(config.policy.optimizer, config.distillation.max_steps)
     teacher = teacher_counts = None
     own = own_teacher(config)
-    offload = config.policy.optimizer.offload
-    state = abstract_state(student, optimizer, mesh, offload, own == "ema")
+    averages = own == "ema"
+    state = abstract_state(student, workload.student, optimizer, mesh, config.policy, averages)
     if own:
         teacher = Model(student.graph, getattr(state, "average", None))
         teacher_counts = count(workload.student, student.params)

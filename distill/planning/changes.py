@@ -196,7 +196,7 @@ def _mesh_values(sizes: dict[str, int]) -> Values:
 def working_sizes(plan: Plan, axis: str) -> list[int]:
     """Sizes of a mesh axis that divide all that it splits."""
     teacher = plan.arrays.teacher
-    sizes = cut_sizes(plan.arrays.state.params, axis)
+    sizes = cut_sizes(plan.arrays.student.params, axis)
     sizes += cut_sizes(teacher.params, axis) if teacher else []
     common = math.gcd(*sizes) or 1  # nothing is split over it
     return [size for size in range(1, common + 1) if common % size == 0]

@@ -28,6 +28,7 @@ class Memory:
 
     apart: bool  # sampler and cache are on other devices
     student: float = _shown("student, float32")
+    frozen: float = _shown("student's frozen weights")
     optimizer: float = _shown("optimizer")
     teacher: float = _shown("teacher")
     batch: float = _shown("batch")
@@ -47,7 +48,7 @@ class Memory:
     @property
     def held(self) -> float:
         """By the trainer, always."""
-        return self.student + self.optimizer + self.teacher
+        return self.student + self.frozen + self.optimizer + self.teacher
 
     @property
     def peaks(self) -> dict[str, float]:
@@ -137,7 +138,8 @@ def _plan(
     if sampler:
         phases.append(costs.generation_phase(workload, arrays, sent))
     memory = Memory(
-        student=bytes_per_device(arrays.state.params),
+        student=bytes_per_device(arrays.state.trainable),
+        frozen=bytes_per_device(arrays.state.frozen),
         optimizer=bytes_per_device(arrays.state.opt_state),
         gradients=bytes_per_device(arrays.state.trainable),
         teacher=bytes_per_device(arrays.teacher and arrays.teacher.params),

@@ -35,7 +35,8 @@ class RolloutBackend(Protocol):
         The time until it returns is logged as the time of the refit.
 
         Args:
-          student_params: on the trainer's mesh.
+          student_params: on the trainer's mesh; of a student with adapters,
+            `models.lora.merged` makes plain arrays.
           version: updates the student has had; at least that of the refit before.
 
         Raises:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from distill.base.sharding import copy_to_mesh
+from distill.models.lora import is_stored, weight
 from distill.sampling.engine import Engine
 from distill.sampling.request import Rollout, RolloutRequest
 
@@ -39,7 +40,9 @@ class JaxBackend:
 
         def copy(student_params):
             # a true copy even if nothing is cast: the trainer donates its buffers to the next step
-            return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), student_params)
+            return jax.tree.map(
+                lambda x: jnp.array(weight(x, dtype), copy=True), student_params, is_leaf=is_stored
+            )
 
         self._copy = jax.jit(copy, out_shardings=shardings)
         self._weights: nnx.State | None = None

@@ -95,7 +95,7 @@ class Saver:
         """Starts saving; `position` is where the data go on."""
         arrays, measured = self.batches.sequences_ahead()
         record = self._record(step, position) | dict(measured_ahead=measured)
-        self.checkpoints.save(step, state, record, arrays)
+        self.checkpoints.save(step, state.saved, record, arrays)
         self.schedule.restart_clock()
 
     def save_beginning(self, step: int) -> None:

@@ -14,6 +14,10 @@ FLAT = to_flat_dict(Config())
 # whoever adds a key to one of these lists says so.
 EXPECTED_FIXED = {
     "seed",
+    "policy.lora.rank",
+    "policy.lora.alpha",
+    "policy.lora.targets",
+    "policy.lora.base_dtype",
     "policy.optimizer.name",
     "policy.train_global_batch_size",
     "distillation.generate_strategy.num_generations",
