@@ -19,7 +19,7 @@ from distill.base.files import local_path, to_json, write_atomically
 from distill.base.status import busy, say
 from distill.build.contents import find_contents
 from distill.build.data import check_same_data
-from distill.build.export import export_student
+from distill.build.export import check_export, export_student
 from distill.build.run import (
     build_batches,
     build_checkpoints,
@@ -118,8 +118,9 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     loggers = open_loggers(session, step, identity["run_id"])
 
     # --------------------------------------------------------------------------------------- models
-    teacher = session.load_teacher(None if record else prompts)  # compared once per run
     graph, shapes = session.student.graph, session.state_shapes
+    check_export(session)
+    teacher = session.load_teacher(None if record else prompts)  # compared once per run
     if updates_remain:
         # Servers that will not do are told before anything takes time.
         teacher.start()

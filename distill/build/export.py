@@ -15,8 +15,15 @@ from distill.config.changes import check_changes, find_changes
 from distill.config.parse import to_flat_dict
 from distill.config.schema import BEST_METRICS
 from distill.models.checkpoints.export import export_model
-from distill.models.checkpoints.hub import read_json, tokenizer_folder
-from distill.models.checkpoints.source import open_source
+from distill.models.checkpoints.export_adapter import check_modules, export_adapter
+from distill.models.checkpoints.hub import (
+    base_folder,
+    is_hub_id,
+    read_json,
+    split_revision,
+    tokenizer_folder,
+)
+from distill.models.checkpoints.source import Source, load_model_config, open_source
 from distill.models.lora import merged
 from distill.reporting.model_card import model_card
 from distill.run.checkpoint import Checkpoints
@@ -24,11 +31,15 @@ from distill.step import TrainState
 
 
 def export_student(session: Session, folder: Path, state: TrainState, card: str) -> None:
-    """Writes the student as a Hugging Face folder, with its card."""
+    """Writes the student as a Hugging Face folder, or its adapters as peft's, with a card."""
     source, checkpointing = open_source(session.student_folder), session.config.checkpointing
     if source.quantization is not None and processes.is_first():
         kind = source.quantization["quant_method"]
         print(f"{source.folder} is in {kind}; exported in {checkpointing.export_dtype}")
+    if checkpointing.export_format == "peft":
+        check_export(session)
+        _export_adapter(session, folder, source, state, card)
+        return
     path = source.folder / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
     export_model(
@@ -41,6 +52,37 @@ def export_student(session: Session, folder: Path, state: TrainState, card: str)
         {**generation_config, "eos_token_id": list(session.vocabulary.end_ids)},
         source,
         max_shard_bytes=checkpointing.export_shard_size * 1e9,
+        card=card,
+    )
+
+
+def check_export(session: Session) -> None:
+    """Raises UserError if what the student will be exported as cannot be."""
+    if session.config.checkpointing.export_format != "peft":
+        return
+    folder, base = session.student_folder, base_folder(session.student_folder)
+    if folder != base:
+        raise UserError(
+            f"checkpointing.export_format=peft adapts a model, and {folder} is an adapter of {base}"
+            " itself: set export_format=merged"
+        )
+    check_modules(load_model_config(folder)[0], session.state_shapes.trainable)
+
+
+def _export_adapter(
+    session: Session, folder: Path, source: Source, state: TrainState, card: str
+) -> None:
+    named = session.config.policy.model_name
+    hub_id, revision = split_revision(named) if is_hub_id(named.partition("@")[0]) else (None, None)
+    export_adapter(
+        folder,
+        session.student.params,
+        state.trainable,
+        source.config,
+        session.config.policy.lora,
+        base=dict(base_model_name_or_path=hub_id or str(source.folder), revision=revision),
+        name=source.name,
+        tokenizer=tokenizer_folder(session.student_folder),
         card=card,
     )
 

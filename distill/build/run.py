@@ -23,7 +23,6 @@ from distill.config.parse import digest, to_flat_dict
 from distill.config.schema import Config, Logger, own_teacher
 from distill.data.pipeline import make_train_iterator
 from distill.models.checkpoints.source import load_model_config
-from distill.models.model import Model
 from distill.run.checkpoint import Checkpoints, SaveSchedule
 from distill.run.health import Health
 from distill.run.progress import Progress
@@ -44,11 +43,16 @@ def describe_run(session: Session, step: int) -> Iterator[str]:
     )
     yield f"run: {session.workdir}, config {digest(to_flat_dict(config))}, JAX {jax.__version__}"
     yield f"steps: {step} of {max_steps} made; devices: {mesh.size} x {device}, mesh {sizes}"
-    yield f"student: {config.policy.model_name}, {_weights(session.student)} weights"
+    of_adapters = ""
+    if rank := config.policy.lora.rank:
+        trained = _weights(session.state_shapes.trainable)
+        of_adapters = f"; {trained} of adapters of rank {rank} are trained"
+    total = _weights(session.student.params)
+    yield f"student: {config.policy.model_name}, {total} weights{of_adapters}"
     teacher, folder = config.distillation.teacher_model_path, session.teacher_folder
     if folder is not None and config.teacher.backend == "local":
         model = abstract_teacher(config, load_model_config(folder)[0], mesh)
-        yield f"teacher: {teacher}, {_weights(model)} weights, {config.teacher.precision}"
+        yield f"teacher: {teacher}, {_weights(model.params)} weights, {config.teacher.precision}"
     if own := own_teacher(config):
         yield f"teacher: the student's own weights ({own})"
     yield (
@@ -57,8 +61,8 @@ def describe_run(session: Session, step: int) -> Iterator[str]:
     )
 
 
-def _weights(model: Model) -> str:
-    count = float(sum(math.prod(x.shape) for x in jax.tree.leaves(model.params)))
+def _weights(params: Any) -> str:
+    count = float(sum(math.prod(x.shape) for x in jax.tree.leaves(params)))
     for unit in ("", " thousand", " million"):
         if count < 1000:
             return f"{count:.3g}{unit}"

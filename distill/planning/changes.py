@@ -112,6 +112,7 @@ def kinds(plan: Plan) -> list[list[Values]]:
         if size < rows_per_microbatch(policy)
     ]
     precision = beyond("teacher.precision", "float32", "bfloat16", "int8")
+    base = beyond("policy.lora.base_dtype", "auto", "int8") if policy.lora.rank else []
     streamed = [{"teacher.offload": "layers"}] if config.teacher.offload == "none" else []
     cache = [
         {"policy.generation.cache_memory": policy.generation.cache_memory / part}
@@ -131,6 +132,7 @@ def kinds(plan: Plan) -> list[list[Values]]:
         beyond("policy.activation_checkpointing", "none", "dots", "full"),
         microbatches,
         precision,
+        base,
         beyond("policy.optimizer.offload", "none", "host") + streamed,
         cache,
         list(map(_mesh_values, meshes)),

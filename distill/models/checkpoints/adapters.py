@@ -1,9 +1,10 @@
-"""LoRA adapters as PEFT saves them: a base model, and two factors for some of its matrices."""
+"""LoRA adapters as PEFT has them: a base model, and two factors for some of its matrices."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from distill.models.checkpoints.hub import ADAPTER, read_json
 from distill.models.checkpoints.tensors import Index, Tensor, read_header
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Fields that change what is added to the base: with these values, or absent, they change nothing.
 _ONLY: dict[str, tuple] = {
     "peft_type": ("LORA",),
@@ -23,8 +24,6 @@ _ONLY: dict[str, tuple] = {
     "use_dora": (False,),
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
     "layer_replication": (),
     "trainable_token_indices": (),
     "target_parameters": ((), []),
@@ -72,12 +71,12 @@ def merge_adapter(
       UserError: the adapter has parts that cannot be merged, or that the base has no place for.
     """
     config = read_json(folder / ADAPTER)
-    scale = _scale(config, folder / ADAPTER)
+    scale_of = _scales(config, folder / ADAPTER)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: save the adapter as safetensors")
     parts: dict[str, Tensor] = {
-        rename(each.key.removeprefix(_PREFIX)): each for each in read_header(path)
+        rename(each.key.removeprefix(PREFIX)): each for each in read_header(path)
     }
     merged = dict(base)
     for key, part in parts.items():
@@ -91,7 +90,7 @@ def merge_adapter(
                     f"{path}: {key} {part.shape} and {other.shape} do not fit {weight} "
                     f"{base[weight].shape} of the base model"
                 )
-            merged[weight] = Merged(base[weight], part, other, scale)
+            merged[weight] = Merged(base[weight], part, other, scale_of(name))
         elif not factor and (key in base or key == "lm_head.weight"):  # modules_to_save
             merged[key] = part
         elif factor != "B.weight" or f"{name}.lora_A.weight" not in parts:
@@ -103,7 +102,8 @@ def merge_adapter(
     return merged
 
 
-def _scale(config: dict[str, Any], source: Path) -> float:
+def _scales(config: dict[str, Any], source: Path) -> Callable[[str], float]:
+    """What a module's product is multiplied by, from its name."""
     for name, allowed in _ONLY.items():
         value = config.get(name)
         if value is not None and value not in allowed:
@@ -111,7 +111,23 @@ def _scale(config: dict[str, Any], source: Path) -> float:
                 f"{source}: {name}={value!r} cannot be merged here: merge it with peft's "
                 "merge_and_unload, and pass the folder that it saves"
             )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{source}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def scale(module: str) -> float:
+        rank, alpha = (
+            next(
+                (x for key, x in (config.get(pattern) or {}).items() if _names(key, module)),
+                config.get(default),
+            )
+            for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+        )
+        if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+            raise UserError(f"{source}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    scale("")
+    return scale
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether a pattern of peft's means this module."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None

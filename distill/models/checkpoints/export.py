@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from distill.base.errors import UserError
 from distill.base.sharding import inner_sharding, replicated
 from distill.data.tokenizer import save_tokenizer
-from distill.models.checkpoints.hub import CARD, CONFIG
+from distill.models.checkpoints.hub import ADAPTER, CARD, CONFIG
 from distill.models.checkpoints.keys import Weight, mapped_params
 from distill.models.checkpoints.source import Source
 from distill.models.checkpoints.tensors import INDEX, Stored, Tensor
@@ -69,10 +69,7 @@ def export_model(
     folder = Path(folder)
     check_replaceable(folder)
     dtype = np.dtype(dtype)
-    partial = folder.with_name(folder.name + ".partial")
-    if jax.process_index() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    partial = begin_folder(folder)
     exported = list(_exported(params, config, untied_rows))
     if source is not None:
         exported = [each._replace(key=source.name(each.key)) for each in exported]
@@ -80,23 +77,34 @@ def export_model(
     transform = transform or (lambda _, value: value)
     _write_weights(partial, exported, others, dtype, max_shard_bytes, transform)
     if jax.process_index() == 0:
-        _write_json(partial / CONFIG, _with_dtype(hf_config_dict, dtype))
+        write_json(partial / CONFIG, _with_dtype(hf_config_dict, dtype))
         if generation_config is not None:
-            _write_json(partial / "generation_config.json", generation_config)
+            write_json(partial / "generation_config.json", generation_config)
         if isinstance(tokenizer, Path):
-            _copy_tokenizer(tokenizer, partial)
+            copy_tokenizer(tokenizer, partial)
         else:
             save_tokenizer(tokenizer, partial)
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
-        _replace(folder, partial)
+        replace_folder(folder, partial)
     multihost_utils.sync_global_devices(f"exported {folder}")
+
+
+def begin_folder(folder: Path) -> Path:
+    """An empty folder beside it, which `replace_folder` puts in its place."""
+    partial = folder.with_name(folder.name + ".partial")
+    if jax.process_index() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    return partial
 
 
 def check_replaceable(folder: Path) -> None:
     """Raises UserError unless an export to the folder overwrites nothing but an earlier one."""
     if folder.is_dir():
-        if not (folder / CONFIG).is_file() and any(folder.iterdir()):
+        if not any((folder / name).is_file() for name in (CONFIG, ADAPTER)) and any(
+            folder.iterdir()
+        ):
             raise UserError(
                 f"{folder} is not empty and holds no {CONFIG}: export to another folder"
             )
@@ -117,7 +125,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
     """Unchanged: other versions of transformers than ours read them as they read the source."""
     for pattern in _TOKENIZER_FILES:
         for path in source.glob(pattern):
@@ -128,7 +136,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _write_weights(
     folder: Path,
-    exported: list[_Exported],
+    exported: list[Exported],
     others: dict[str, Tensor],
     dtype: np.dtype,
     max_shard_bytes: float,
@@ -153,19 +161,21 @@ def _write_weights(
                 if writes:
                     tensors[key] = _read_whole(others[key], dtype)
                 continue
-            parts = by_key[key].parts
-            gathered = [_gather(part, dtype) for part in parts]  # by all processes, in this order
-            if writes:
-                made = [_to_hf(x, part.weight) for x, part in zip(gathered, parts, strict=True)]
-                value = made[0] if len(made) == 1 else np.concatenate(made)
-                tensors[key] = transform(key, value[: by_key[key].rows])
+            value = by_key[key].gather(dtype)  # by all processes, in this order
+            if value is not None:
+                tensors[key] = transform(key, value)
         if writes:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            # safetensors leaves it to its owner alone, whatever the umask that made the folder.
-            (folder / name).chmod(folder.stat().st_mode & 0o666)
+            save_tensors(folder / name, tensors)
     if plan.is_sharded and writes:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors leaves it to its owner alone, whatever the umask that made the folder.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _num_bytes(tensor: Tensor, dtype: np.dtype) -> int:
@@ -181,7 +191,7 @@ def _read_whole(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     return value if isinstance(tensor, Stored) else value.astype(dtype)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What a parameter has in one tensor: array[place], in our layout."""
 
     weight: Weight
@@ -193,11 +203,11 @@ class _Part(NamedTuple):
         return self.weight.hf_shape(self.array.shape[len(self.place) :])
 
 
-class _Exported(NamedTuple):
+class Exported(NamedTuple):
     """One tensor of the checkpoint: its parts one behind the other, and `rows` of them."""
 
     key: str
-    parts: list[_Part]
+    parts: list[Part]
     rows: int | None = None
 
     @property
@@ -205,19 +215,27 @@ class _Exported(NamedTuple):
         rows = sum(part.shape[0] for part in self.parts)
         return (min(rows, self.rows or rows), *self.parts[0].shape[1:])
 
+    def gather(self, dtype: np.dtype) -> np.ndarray | None:
+        """Its value in the first process, None in others; all must call this."""
+        gathered = [_gather(part, dtype) for part in self.parts]
+        if jax.process_index() != 0:
+            return None
+        made = [_to_hf(x, part.weight) for x, part in zip(gathered, self.parts, strict=True)]
+        return (made[0] if len(made) == 1 else np.concatenate(made))[: self.rows]
 
-def _exported(params: nnx.State, config: ModelConfig, rows: int | None) -> Iterator[_Exported]:
+
+def _exported(params: nnx.State, config: ModelConfig, rows: int | None) -> Iterator[Exported]:
     mapped = mapped_params(config, params)
     for path, (weight, array) in mapped.items():
         cut = rows if path in ("embedding", "output_head") else None
         paths = weight.parts or (path,)
         for index, key in weight.tensors(array.shape) if path == paths[0] else ():
-            yield _Exported(key, [_Part(*mapped[part], index) for part in paths], cut)
+            yield Exported(key, [Part(*mapped[part], index) for part in paths], cut)
     if rows is not None and config.tied:
-        yield _Exported("lm_head.weight", [_Part(*mapped["embedding"], ())], rows)
+        yield Exported("lm_head.weight", [Part(*mapped["embedding"], ())], rows)
 
 
-def _gather(part: _Part, dtype: np.dtype) -> np.ndarray:
+def _gather(part: Part, dtype: np.dtype) -> np.ndarray:
     """It in our layout, from the devices of all processes."""
     layout = part.array.sharding
     if not part.array.is_fully_addressable:
@@ -248,11 +266,11 @@ def _with_dtype(hf_config: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     return {**hf_config, **dict.fromkeys(names, dtype.name)}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _replace(folder: Path, new: Path) -> None:
+def replace_folder(folder: Path, new: Path) -> None:
     """Puts `new` in the place of `folder`; a folder with content cannot be renamed over."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
