@@ -140,7 +140,8 @@ def abstract_state(
       config: of the student.
       averages: whether a moving average of what is trained is kept.
     """
-    trainable, frozen = student.params, nnx.State({})
+    trainable: nnx.State = student.params
+    frozen: nnx.State = nnx.State({})
     if policy.lora.rank:
         shapes = abstract_adapters(student.params, policy.lora)
         trainable, frozen = on_mesh(shapes, param_shardings(shapes, mesh)), student.params
@@ -162,7 +163,7 @@ def abstract_state(
 def first_state(params: nnx.State, optimizer, shapes: TrainState, seed: int) -> TrainState:
     """The train state before the first update, laid out like `shapes`; `seed`: of adapters."""
     layout = jax.tree.map(lambda x: x.sharding, shapes)
-    frozen = nnx.State({})
+    frozen: nnx.State = nnx.State({})
     if shapes.frozen:
         params, frozen = make_adapters(shapes.trainable, seed), params
     opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
