@@ -1,5 +1,6 @@
 """Model folders: loading into shards, damaged checkpoints, finding models, exporting."""
 
+import dataclasses
 import json
 
 import huggingface_hub
@@ -24,7 +25,7 @@ from distill.models.checkpoints.hub import resolve_model
 from distill.models.checkpoints.keys import key_table
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config
-from distill.models.facts import ModelConfig
+from distill.models.facts import Experts, ModelConfig
 from distill.models.rope import Llama3, Rope
 from distill.models.transformer import Transformer
 
@@ -128,42 +129,31 @@ def test_large_stacks_are_filled_on_the_devices(folder, params, monkeypatch):
     assert_same(load(folder), params)
 
 
-def with_experts(params):
-    """The parameters and three experts of every layer."""
-    values = np.random.default_rng(1).standard_normal((2, 3, 8, 12)).astype(np.float32)
-    layers = nnx.State(
-        {
-            **params["layers"],
-            "experts": nnx.Param(
-                jnp.asarray(values), logical_axes=("layers", None, "embed", "ffn")
-            ),
-        }
-    )
-    return nnx.State({**params, "layers": layers})
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_every_expert_has_a_key(tmp_path, params, sharded, monkeypatch):
-    key = "model.layers.{layer}.mlp.experts.{expert}.w.weight"
-    row = keys.Weight("layers/experts", key, "df -> f d")
-    monkeypatch.setattr(keys, "_MODEL", (*keys._MODEL, row))
-    params = with_experts(params)
-    folder = export(tmp_path / "model", params)
-    tensors, experts = load_file(folder / "model.safetensors"), params["layers"]["experts"][...]
+def test_every_expert_has_a_key(tmp_path):
+    experts = Experts(3, 2, 12, normalized=True)
+    config = dataclasses.replace(CONFIG, family="qwen3_moe", qkv_bias=False, experts=experts)
+    params, key = random_params(config), "model.layers.{}.mlp.experts.{}.{}_proj.weight"
+    folder = tmp_path / "model"
+    export_model(folder, params, config, HF_CONFIG, character_tokenizer("0"), jnp.float32)
+    tensors = load_file(folder / "model.safetensors")
+    gate_up, down = (params["layers"][f"expert_{x}_proj"][...] for x in ("gate_up", "down"))
     for layer, expert in np.ndindex(2, 3):
-        stored = tensors[key.format(layer=layer, expert=expert)]
-        np.testing.assert_array_equal(stored, experts[layer, expert].T)
-    shapes = jax.eval_shape(lambda: params)
-    shardings = param_shardings(shapes, make_mesh(data=2, fsdp=2, tensor=2)) if sharded else None
-    assert_same(load_params(folder, CONFIG, shapes, shardings, jnp.float32), params)
-    rewrite(folder, lambda tensors: tensors.pop(key.format(layer=1, expert=2)))
+        for x, name in zip(
+            (*gate_up[layer, expert], down[layer, expert]), ("gate", "up", "down"), strict=True
+        ):
+            np.testing.assert_array_equal(tensors[key.format(layer, expert, name)], x.T)
+    shapes = abstract_params(config)
+    for shardings in (None, param_shardings(shapes, make_mesh(data=2, fsdp=2, tensor=2))):
+        assert_same(load_params(folder, config, shapes, shardings, jnp.float32), params)
+    rewrite(folder, lambda tensors: tensors.pop(key.format(1, 2, "up")))
     with pytest.raises(UserError, match=r"lacks .*layers\.1\.mlp\.experts\.2"):
-        load_params(folder, CONFIG, shapes, None, jnp.float32)
+        load_params(folder, config, shapes, None, jnp.float32)
 
 
 def test_parameters_and_rows_without_each_other_are_errors(tmp_path, params, monkeypatch):
-    with pytest.raises(ValueError, match="no Hugging Face key is known for layers/experts"):
-        export(tmp_path / "model", with_experts(params))
+    layers = nnx.State({**params["layers"], "another": params["layers"]["q_proj"]})
+    with pytest.raises(ValueError, match="no Hugging Face key is known for layers/another"):
+        export(tmp_path / "model", nnx.State({**params, "layers": layers}))
     row = keys.Weight("layers/another", "another.{layer}", "d -> d")
     monkeypatch.setattr(keys, "_MODEL", (*keys._MODEL, row))
     with pytest.raises(ValueError, match="no parameter is known for layers/another"):

@@ -1,7 +1,5 @@
 """The router of a mixture of experts, and experts on a mesh; models_test.py has torch's."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from flax import nnx
 from tiny_models import model_config, random_model
 
 from distill.base.errors import UserError
+from distill.base.sharding import make_mesh, param_shardings
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.data.sequences import Sequences
@@ -121,23 +120,22 @@ def test_what_is_not_understood_is_refused(change, message):
 
 
 def test_sharded_gradients_equal_those_of_one_device():
-    """Where experts have biases, and none is divided along its number."""
-    from distill.base.sharding import make_mesh, param_shardings
-
+    """Of a layer's experts with biases; families_test.py has whole models."""
     experts = Experts(8, 3, 12, bias=True, shared_width=8, shared_gate=True)
-    config = dataclasses.replace(model_config("llama", experts=experts), swiglu_limit=1.0)
+    config = model_config("llama", experts=experts, num_layers=1, swiglu_limit=1.0)
     graph, params = random_model(config, std=0.4)
-    tokens = random_tokens(4, LENGTH)
+    x_btd = np.random.default_rng(0).normal(size=(4, LENGTH, config.model_width))
 
-    def loss(params, remat):
-        model = nnx.merge(graph, params)
-        model.remat = remat
-        return jnp.square(model.logits(model(tokens))).mean()
+    def loss(params):
+        graphs, stacks = nnx.merge(graph, params).split_layers()
+        layer = nnx.merge(graphs["full"], jax.tree.map(lambda x: x[0], stacks["full"]))
+        y_btd, picked_btc = moe.output(layer, jnp.asarray(x_btd, jnp.float32))
+        return jnp.square(y_btd).mean(), picked_btc
 
-    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    expected = gradient(params, "none")
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    expected = gradient(params)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        found = gradient(jax.device_put(params, param_shardings(params, mesh)), "dots")
+        found = gradient(jax.device_put(params, param_shardings(params, mesh)))
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, atol=TOLERANCE * float(np.abs(y).max()))
