@@ -157,6 +157,7 @@ class ModelConfig:
       output_gate: what attention results in is multiplied by a sigmoid of its input's projection.
       recurrent: sizes of recurrent layers.
       activation: of the feed-forward's gate, as named in `mlp.ACTIVATIONS`.
+      gated: the feed-forward has a gate; else it activates what its first projection gives.
       swiglu_limit, swiglu_alpha: of gpt-oss' gate, in place of that; see `mlp.gate`.
       experts: in place of the feed-forward, in layers for which `mixtures` is true.
       mixtures: repeated over the depth.
@@ -193,6 +194,7 @@ class ModelConfig:
     output_gate: bool = False
     recurrent: Recurrent | None = None
     activation: str = "silu"
+    gated: bool = True
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.0
     experts: Experts | None = None

@@ -197,6 +197,12 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "llama": Family("LlamaForCausalLM", defaults={"rope_theta": 1e4}),
+    "arcee": Family(
+        "ArceeForCausalLM",
+        {"gated": False},
+        fields=("hidden_act",),
+        defaults={"hidden_act": "relu2", "rope_theta": 1e4},
+    ),
     # Loaded as ministral by transformers if it has layer_types.
     "mistral": Family("MistralForCausalLM", **_WINDOWED),
     "ministral": Family("MinistralForCausalLM", required=("head_dim",), **_WINDOWED),

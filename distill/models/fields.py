@@ -124,7 +124,7 @@ def _head_norm(config: dict[str, Any], name: str, source: str) -> str | None:
     return "head" if flag(config, name, source) else None
 
 
-_activation = _one_of("silu", "gelu", "gelu_pytorch_tanh")
+_activation = _one_of("silu", "gelu", "gelu_pytorch_tanh", "relu2")
 
 # Fields of config.json that some families have: the fact that each is, and how it is read.
 READERS: dict[str, tuple[str, Callable[[dict[str, Any], str, str], Any]]] = {

@@ -1,4 +1,4 @@
-"""The feed-forward of a layer: a gated MLP (GLU variants, 2002.05202)."""
+"""The feed-forward of a layer: an MLP, of nearly all families a gated one (2002.05202)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -24,6 +25,8 @@ def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
     """All layers' parameters by name."""
     d, f = config.model_width, config.ffn_width
     params = gated_parameters(config, make, "", f)
+    if not config.gated:
+        del params["gate_proj"]
     if config.mlp_bias:
         params["gate_bias"] = make.filled(0.0, ("ffn",), f)
         params["up_bias"] = make.filled(0.0, ("ffn",), f)
@@ -56,8 +59,11 @@ def gated(layer: Layer, x_btd: jax.Array, prefix: str) -> jax.Array:
         bias = f"{prefix}{name}_bias"
         return projected + layer.weight(bias) if layer.has(bias) else projected
 
-    gated_btf = gate(layer.config, project("gate", x_btd), project("up", x_btd))
-    return project("down", constrain(gated_btf, "batch", "position", "act_ffn"))
+    if layer.has(f"{prefix}gate_proj"):
+        inner_btf = gate(layer.config, project("gate", x_btd), project("up", x_btd))
+    else:
+        inner_btf = ACTIVATIONS[layer.config.activation](project("up", x_btd))
+    return project("down", constrain(inner_btf, "batch", "position", "act_ffn"))
 
 
 def gate(config: ModelConfig, gate_f: jax.Array, up_f: jax.Array) -> jax.Array:

@@ -219,6 +219,7 @@ def _absent(config: ModelConfig) -> list[str]:
         (config.o_bias, ["layers/o_bias"]),
         (config.qk_norm is not None, ["layers/q_norm", "layers/k_norm"]),
         (config.sinks, ["layers/sinks"]),
+        (config.gated, ["layers/gate_proj", "layers/gate_bias"]),
         (config.mlp_bias, ["layers/gate_bias", "layers/up_bias", "layers/down_bias"]),
         (not recurrent.joined, apart),
         (recurrent.joined, joined),
