@@ -1,16 +1,19 @@
-"""A train step and a decode step of each family, ours and transformers' in torch; compilation.
+"""A train step and a decode step of families, ours and transformers' in torch; compilation.
 
     python -m benchmarks.models [--json=PATH] [--repeats=N] [--families=NAME,...]
 
 How to read it. Each family is a random model of transformers with the sizes below, in float32, read
-by both from one folder. `ratio` is the part of torch's time: 0.5 is twice as fast. `seconds` are
-medians of interleaved repeats on the first two CPUs.
+by both from one folder. A family's row is printed as soon as it is measured. Seconds are medians of
+interleaved repeats, all on one CPU: threads that wait for each other would measure who else is at
+work. `of torch` is the part of torch's time: 0.5 is twice as fast. Without `--families` there is
+one of each kind: dense, with windows, a mixture of experts, recurrent.
 
 A train step is that of benchmarks/train_step.py: the model and another of the same sizes as its
-teacher, forward KL, 16 rows of up to 128 tokens in two microbatches, AdamW. A decode step is a
-64th of what sampling 64 tokens for each of 16 prompts of 32 tokens takes, prefill included; torch
-keeps its keys and values in the cache that transformers takes by itself. The first losses must
-agree. `compilation` is that of the train step, from nothing, and its `ratio` is to 4 layers.
+teacher, forward KL, 8 rows of up to 96 tokens in two microbatches, AdamW. A decode step is a 32nd
+of what sampling 32 tokens for each of 16 prompts of 32 tokens takes, prefill included; torch keeps
+its keys and values in the cache that transformers takes by itself. The first losses must agree.
+`compiled` is the processor's time to compile the train step from nothing with 4 layers, and
+`32 layers` what 32 take in parts of that.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import dataclasses
 import multiprocessing
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,7 +33,7 @@ from absl import flags
 
 from benchmarks import harness
 from benchmarks.sampling_jobs import load_weights
-from benchmarks.train_step_jobs import CPUS, Workload, build_ours, build_torch, make_parts
+from benchmarks.train_step_jobs import Workload, build_ours, build_torch, make_parts
 from distill.base.errors import RunStopped, UserError
 from distill.config import cli
 from distill.models.checkpoints.source import load_model_config
@@ -37,8 +42,9 @@ from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import RolloutRequest
 
+T = TypeVar("T")
 OURS, TORCH = "distill", "transformers"
-NUM_PROMPTS, PROMPT, RESPONSE = 16, 32, 64
+NUM_PROMPTS, PROMPT, RESPONSE = 16, 32, 32
 SHALLOW, DEEP = 4, 32
 SIZES: dict[str, Any] = dict(
     vocab_size=4096,
@@ -86,8 +92,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=64),
 }
 
-_FAMILIES = flags.DEFINE_list("families", list(FAMILIES), "Families, by model_type.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each implementation.", lower_bound=1)
+DEFAULTS = ["qwen3", "gemma3_text", "qwen3_moe", "qwen3_5_text"]
+
+_FAMILIES = flags.DEFINE_list("families", DEFAULTS, "Families, by model_type.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs of each implementation.", lower_bound=1)
 
 
 def main() -> None:
@@ -95,54 +103,64 @@ def main() -> None:
     if unknown := set(_FAMILIES.value) - set(FAMILIES):
         raise UserError(f"--families={unknown.pop()}: there are {', '.join(FAMILIES)}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the workers inherit both
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
-    rows, notes = [], []
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
+    rows: list[harness.Row] = []
+    print("family            train step  of torch  decode step  of torch  compiled  32 layers")
     for family in _FAMILIES.value:
-        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-            for kind, jobs, baseline in _comparisons(family, Path(folder)):
-                name = f"{family}, {kind}"
-                measurements = harness.measure(jobs, _REPEATS.value)
-                rows += harness.compare(name, measurements, baseline)
-                notes += harness.failures(name, measurements)
-    for row in rows:
-        del row["peak_bytes"], row["peak_ratio"]  # not compared: torch keeps what it frees
-        if row["seconds"] and row["name"].endswith("decode step"):
-            row["seconds"] /= RESPONSE
-    harness.print_rows(rows)
-    print(*notes, sep="\n")
+        row = _measure(family, _REPEATS.value)
+        step, part, decode, decode_part, compiled, deep = list(row.values())[1:]
+        print(
+            f"{family:16} {step:9.3f} s {part:9.2f} {1e3 * decode:9.2f} ms {decode_part:9.2f} "
+            f"{compiled:7.1f} s {deep:10.2f}",
+            flush=True,
+        )
+        rows.append(row)
     harness.write_json(rows)
 
 
-def _comparisons(family: str, folder: Path) -> list[tuple[str, list[harness.Job], str]]:
-    """What is compared, the jobs, and the one that the others are compared with."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=_write_models, args=(family, folder)
-    )
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RunStopped(f"transformers made no model of {family}: see above")
-    config, _ = load_model_config(folder / "student")
-    workload = _workload(family, config)
-    deep = _workload(family, dataclasses.replace(config, num_layers=DEEP))
-    shallow = _workload(family, dataclasses.replace(config, num_layers=SHALLOW))
-    train = [
-        harness.Job(OURS, build_ours, (workload, folder, False, True)),
-        harness.Job(TORCH, build_torch, (workload, folder, False)),
-    ]
-    decode = [
-        harness.Job(OURS, build_engine, (config, folder / "student")),
-        harness.Job(TORCH, build_generate, (folder / "student",)),
-    ]
-    compiled = [
-        harness.Job(f"{layers.student.num_layers} layers", build_compilation, (layers,))
-        for layers in (shallow, deep)
-    ]
-    return [
-        ("train step", train, TORCH),
-        ("decode step", decode, TORCH),
-        ("compilation", compiled, f"{SHALLOW} layers"),
-    ]
+def _measure(family: str, repeats: int) -> harness.Row:
+    """RunStopped where there is no model of the family, or an implementation fails."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        folder = Path(name)
+        _alone(_write_models, family, folder)
+        config, _ = load_model_config(folder / "student")
+        workload, student = _workload(family, config), folder / "student"
+        train = {
+            OURS: (build_ours, (workload, folder, False, True)),
+            TORCH: (build_torch, (workload, folder, False)),
+        }
+        decode = {
+            OURS: (build_engine, (config, student)),
+            TORCH: (build_generate, (student,)),
+        }
+        step, part = _compared(family, train, repeats)
+        sampling, decode_part = _compared(family, decode, repeats)
+    shallow, deep = _alone(compilation, family, config)
+    return {
+        "family": family,
+        "train_step_seconds": step,
+        "train_step_of_torch": part,
+        "decode_step_seconds": sampling / RESPONSE,
+        "decode_step_of_torch": decode_part,
+        "compilation_seconds": shallow,
+        "compilation_of_32_layers": deep / shallow,
+    }
+
+
+def _compared(family: str, jobs: dict[str, tuple], repeats: int) -> tuple[float, float]:
+    """Our seconds, and their part of torch's."""
+    found = harness.measure([harness.Job(name, *job) for name, job in jobs.items()], repeats)
+    if failures := harness.failures(family, found):
+        raise RunStopped("; ".join(failures))
+    ours, torch = found[OURS].seconds, found[TORCH].seconds
+    assert ours and torch  # nothing failed
+    return ours, ours / torch
+
+
+def _alone(function: Callable[..., T], *arguments: Any) -> T:
+    """What the function gives in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def _write_models(family: str, folder: Path) -> None:
@@ -161,9 +179,9 @@ def _workload(family: str, config: ModelConfig) -> Workload:
         config,
         config,
         "float32",
-        rows=16,
+        rows=8,
         prompt=32,
-        response=96,
+        response=64,
         microbatches=2,
         matrix=0,
     )
@@ -193,7 +211,7 @@ def build_generate(folder: Path):
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    torch.set_num_threads(CPUS)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.from_numpy(_prompts(model.config.vocab_size))
     inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
@@ -209,16 +227,18 @@ def build_generate(folder: Path):
     return run
 
 
-def build_compilation(workload: Workload):
+def compilation(family: str, config: ModelConfig) -> tuple[float, float]:
+    """The processor's seconds to compile the train step of few layers, and of many."""
     jax.config.update("jax_enable_compilation_cache", False)
-    state, teacher_params, step = make_parts(workload, None)
-    batch = workload.batch()
-
-    def run() -> None:
+    seconds = []
+    for layers in (SHALLOW, SHALLOW, DEEP):  # the first warms the compiler up
+        workload = _workload(family, dataclasses.replace(config, num_layers=layers))
+        state, teacher_params, step = make_parts(workload, None)
+        start = time.process_time()
+        step.lower(state, teacher_params, (workload.batch(),)).compile()
+        seconds.append(time.process_time() - start)
         jax.clear_caches()
-        step.lower(state, teacher_params, (batch,)).compile()
-
-    return run
+    return seconds[1], seconds[2]
 
 
 if __name__ == "__main__":
