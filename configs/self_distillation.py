@@ -15,7 +15,8 @@ def get_config(arg: str = "opsd") -> ConfigDict:
     config.policy.max_total_sequence_length = 64
     config.policy.precision = "float32"
     config.policy.train_global_batch_size = config.policy.train_micro_batch_size = 64
-    config.policy.optimizer.learning_rate = 1e-3
+    config.policy.optimizer.learning_rate = 3e-4
+    config.policy.optimizer.schedule = "cosine"
     config.distillation.generate_strategy.max_length = 28
     config.distillation.eval_steps = 0
     config.data.name = "arithmetic"
@@ -28,13 +29,12 @@ def get_config(arg: str = "opsd") -> ConfigDict:
         config.policy.model_name = "embedded:arithmetic-student"
         config.distillation.hard_labels = True
         config.distillation.lambda_ = 0.0
-        config.distillation.max_steps = 2000
+        config.distillation.max_steps = 400
         config.policy.optimizer.learning_rate = 3e-3
-        config.policy.optimizer.schedule = "cosine"
         config.data.subset = "hinted"
         return config
     config.teacher.prompt_template = "{response}\n{problem}"
-    config.distillation.max_steps = 200
+    config.distillation.max_steps = 300
     config.distillation.teacher_model_path = "ema" if arg == "sdft" else "start"
     if arg == "sdft":
         config.teacher.ema_decay = 0.98

@@ -238,7 +238,8 @@ def _cells(text: str, column: int) -> list[str]:
 
 METHODS = [
     (cells[1].strip(), dict(map(parse_flag, re.findall("`([^`]*)`", cells[2]))))
-    for cells in (row.split("|") for row in (DOCS / "methods.md").read_text().splitlines())
+    for section in [CONCEPTS.partition("## Methods")[2].partition("\n## ")[0]]
+    for cells in (row.split("|") for row in section.splitlines())
     if len(cells) > 3 and "`" in cells[2]
 ]
 

@@ -273,7 +273,7 @@ class Teacher:
         choices=("none", "host", "layers"),
     )
     split_over_data: bool = _free(False, "split weights over mesh.data too, not only mesh.fsdp")
-    ema_decay: float = _key(
+    ema_decay: float = _fixed(
         0.0, "of teacher_model_path=ema, the share kept in each update, such as 0.99", low=0, high=1
     )
     system_prompt: str = _from("", "system message that the teacher reads; '' is the student's")

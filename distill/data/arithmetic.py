@@ -32,7 +32,7 @@ class ArithmeticDataset(DatasetInterface):
 
     Training goes from level 1 up to `LEVELS`, an equal share each. The held-out splits cycle
     through the levels instead, so that any prefix of them covers all levels. Of `hinted` problems,
-    every second has its worked response before it, for a model that shall learn to read one.
+    four of five have their worked response before them, for a model that shall learn to read one.
 
     Raises:
         UserError: there is no such split.
@@ -65,7 +65,7 @@ class ArithmeticDataset(DatasetInterface):
             if _split_of(problem) == self.split:
                 break
         response = "\n".join(steps)
-        prompt = f"{response}\n{problem}" if self._hinted and i % 2 else problem
+        prompt = f"{response}\n{problem}" if self._hinted and i % 5 else problem
         return Example(prompt=prompt, response=response, answer=str(total), id=f"{self.split}-{i}")
 
     def is_correct(self, example: Example, response: str) -> bool:

@@ -19,6 +19,7 @@ EXPECTED_FIXED = {
     "policy.lora.targets",
     "policy.lora.base_dtype",
     "policy.optimizer.name",
+    "teacher.ema_decay",
     "policy.train_global_batch_size",
     "distillation.generate_strategy.num_generations",
     "data.shuffle",
