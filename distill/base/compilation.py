@@ -6,14 +6,11 @@ import hashlib
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 from distill.base.errors import UserError
 from distill.base.files import local_path
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-# Programs that compile faster are not worth a file: there are hundreds of them in any run.
-_WORTH_KEEPING = 0.1  # seconds
 # What becomes of a program: traced, lowered, and compiled or loaded.
 _STAGES = (
     "/jax/core/compile/jaxpr_trace_duration",
@@ -53,7 +50,8 @@ def keep_compiled_programs(where: str) -> None:
             print(f"{problem}: each run compiles again; see compilation_cache")
             return
     if _VARIABLE not in os.environ:  # whose owner has thresholds of its own, too
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+        # A small program is loaded in a tenth of the time that it takes to compile.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_compilation_cache_dir", folder)
     compilation_cache.reset_cache()  # JAX looks once, perhaps before this
 
@@ -72,9 +70,9 @@ def compiled() -> dict[str, float]:
     return dict(_counts)
 
 
-def _count(event: str, seconds: float, **_: Any) -> None:
+def _count(event: str, duration_secs: float, **_: str | int) -> None:
     if event in _STAGES:
-        _counts[_SECONDS] += seconds
+        _counts[_SECONDS] += duration_secs
         _counts[_PROGRAMS] += event == _STAGES[-1]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -54,7 +53,7 @@ def _rows(dataset: DatasetInterface) -> str:
     digest = hashlib.sha256()
     for i in range(len(dataset)):
         example = dataset[i]
-        row = json.dumps(dataclasses.astuple(example))
+        row = json.dumps(list(vars(example).values()))
         digest.update(row.encode())
     return f"{len(dataset)} rows, {digest.hexdigest()[:12]}"
 

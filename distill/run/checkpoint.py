@@ -25,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -37,6 +38,9 @@ Arrays = dict[str, np.ndarray]
 
 STATE, RECORD, ARRAYS = "state", "record.json", "arrays.npz"
 PARTIAL, REMOVED, TORN = ".partial", ".removed", ".torn"
+# Bytes of an array from which each of several devices that hold it writes a slice of it: a slice is
+# a program for each shape.
+_WORTH_SLICING = 2**20
 
 
 class Checkpoints:
@@ -54,7 +58,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, best_metric: str = ""):
         self.folder, self._keep, self._best_metric = folder.absolute(), keep, best_metric
-        self._orbax = ocp.StandardCheckpointer()
+        handler = ocp.type_handlers.ArrayHandler(
+            min_slice_bytes_for_replica_parallel=_WORTH_SLICING
+        )
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future] | None = None
 
@@ -136,7 +146,7 @@ class Checkpoints:
                     # By its types, an array may be called `allow_pickle`: none is.
                     np.savez(partial / ARRAYS, **arrays)  # type: ignore[arg-type]
             processes.sync(f"saving {partial}")
-            self._orbax.save(partial / STATE, state)
+            self._orbax.save(partial / STATE, args=ocp.args.PyTreeSave(state))
         except Exception as error:
             raise self._failed(step, error) from error
         self._saving = step, self._thread.submit(self._finish, partial)
@@ -159,7 +169,9 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """State of `step` in the shapes and shardings of `abstract_state`."""
-        return self._orbax.restore(self.path(step) / STATE, abstract_state)
+        places = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        args = ocp.args.PyTreeRestore(abstract_state, restore_args=places)
+        return self._orbax.restore(self.path(step) / STATE, args=args)
 
     def best(self) -> int | None:
         """Step of the best checkpoint by the metric, the first of equals; None without any."""

@@ -32,7 +32,7 @@ def find_damage(folder: Path) -> str:
         digests[name[:-1]] = digest
     there = set(_files(folder))
     if missing := sorted(digests.keys() - there):
-        return f"{missing[0]} is missing"
+        return f"{missing[0]}, which {NAME} lists, is missing"
     if surplus := sorted(there - digests.keys()):
         return f"{surplus[0]} is not in {NAME}"
     for name, digest in digests.items():
