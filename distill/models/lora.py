@@ -53,7 +53,7 @@ def is_stored(x: Any) -> bool:
 def weight(value: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The weights to compute with, of a parameter's value."""
     if not isinstance(value, Adapted):
-        return dequantize(value, dtype)
+        return dequantize(value, jnp.dtype(dtype))
     a, b = value.a, value.b
     base = dequantize(value.base, a.dtype)
     number = math.prod(base.shape[: a.ndim + b.ndim - 2 - base.ndim])
@@ -90,7 +90,7 @@ def attach(frozen: nnx.State, trainable: nnx.State) -> nnx.State:
     factors: dict[Path, dict[str, nnx.Variable]] = {}
     for path, param in nnx.to_flat_state(trainable):
         if path[:-1] in flat:
-            factors.setdefault(path[:-1], {})[path[-1]] = param
+            factors.setdefault(path[:-1], {})[str(path[-1])] = param
         else:
             flat[path] = param
     for path, each in factors.items():

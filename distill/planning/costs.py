@@ -22,7 +22,9 @@ from distill.planning.workload import Workload
 from distill.sampling.slots import STEPS_PER_CALL
 
 FLOAT32 = 4
-HEAD_PASSES = 6  # of the student's output head in the loss: logits, and their two gradients
+# Of the student's output head in the loss: logits, and their two gradients; or one, where it is
+# frozen.
+HEAD_PASSES, FROZEN_HEAD_PASSES = 6, 4
 
 
 def flops(workload: Workload, arrays: Arrays) -> dict[str, float]:
@@ -32,7 +34,9 @@ def flops(workload: Workload, arrays: Arrays) -> dict[str, float]:
     if workload.teacher and teacher:
         of_teacher = _forward(workload.teacher, teacher, workload)
     remat = workload.config.policy.activation_checkpointing
-    widths = HEAD_PASSES * student.width + (2 * teacher.width if teacher else 0)
+    is_frozen = workload.config.policy.lora.rank > 0
+    widths = (FROZEN_HEAD_PASSES if is_frozen else HEAD_PASSES) * student.width
+    widths += 2 * teacher.width if teacher else 0
     return {
         "teacher": of_teacher,
         "student": 3 * forward,
