@@ -190,6 +190,7 @@ class Evaluator:
         sums = np.zeros(2, np.float32)
         for rows in rows_of(self.prompts, rollout, self.settings.batch_size):
             sums += np.asarray(self._divergence_sums(*models, jax.tree.map(self.put, rows)))
+        # In float32 and by the reciprocal, as XLA divides by one number: logs stay comparable.
         forward_kl, reverse_kl = (sums * (1 / np.float32(rollout.lengths_b.sum()))).tolist()
         return forward_kl, reverse_kl
 
