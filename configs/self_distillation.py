@@ -1,10 +1,23 @@
-"""The student as its own teacher, on the built-in task."""
+"""The student as its own teacher, on the built-in task: what it says with the solution before it.
+
+    python -m distill.main --config=configs/self_distillation.py:reader \
+        --workdir=runs/self_distillation/reader
+    python -m distill.main --config=configs/self_distillation.py:opsd \
+        --workdir=runs/self_distillation/opsd
+
+The first lets the built-in student learn to read a worked response. The second distils what it says
+behind one into what it says without (OPSD). About two minutes each on two CPU cores. Accuracy on
+276 held-out problems did not move, 83.7% before and after (95% interval 78.9 to 87.6); the reverse
+KL to the teacher fell from 0.098 to 0.089. So small a model reads solutions badly. With
+`--config.distillation.teacher_model_path=ema --config.teacher.ema_decay=0.98` accuracy fell to
+29.3%.
+"""
 
 from ml_collections import ConfigDict
 
 from distill.config import default_config
 
-ARGUMENTS = ("reader", "opsd", "sdft")
+ARGUMENTS = ("reader", "opsd")
 
 
 def get_config(arg: str = "opsd") -> ConfigDict:
@@ -35,7 +48,5 @@ def get_config(arg: str = "opsd") -> ConfigDict:
         return config
     config.teacher.prompt_template = "{response}\n{problem}"
     config.distillation.max_steps = 300
-    config.distillation.teacher_model_path = "ema" if arg == "sdft" else "start"
-    if arg == "sdft":
-        config.teacher.ema_decay = 0.98
+    config.distillation.teacher_model_path = "start"
     return config
