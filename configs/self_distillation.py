@@ -8,9 +8,10 @@
 The first lets the built-in student learn to read a worked response. The second distils what it says
 behind one into what it says without (OPSD). About two minutes each on two CPU cores. Accuracy on
 276 held-out problems did not move, 83.7% before and after (95% interval 78.9 to 87.6); the reverse
-KL to the teacher fell from 0.098 to 0.089. So small a model reads solutions badly. With
-`--config.distillation.teacher_model_path=ema --config.teacher.ema_decay=0.98` accuracy fell to
-29.3%.
+KL to the teacher fell from 0.098 to 0.089. Three more readers, of other lengths and rates, were
+tried: 76.4% to 73.9%, 93.1% to 93.1%, 93.1% to 87.0%. So the config shows how it is done, and no
+gain. With `--config.distillation.teacher_model_path=ema --config.teacher.ema_decay=0.98` accuracy
+fell to 29.3%.
 """
 
 from ml_collections import ConfigDict
