@@ -245,7 +245,7 @@ class Session:
                 self.teacher_folder,
                 self.mesh,
                 self.vocabulary,
-                self.student,
+                lambda: self.student,
                 compared_on,
             )
         return self.teacher

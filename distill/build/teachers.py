@@ -37,7 +37,7 @@ def build_teacher(
     folder: Path | None,
     mesh: Mesh,
     vocabulary: Vocabulary,
-    student: Model,
+    student: Callable[[], Model],
     compared_on: Prompts | None = None,
 ) -> Teacher:
     """The teacher, loaded from its folder if it is here, but not yet started.
@@ -53,7 +53,7 @@ def build_teacher(
     if section.backend == "vllm":
         return ServerTeacher(section.vllm, vocabulary, config.policy.max_total_sequence_length)
     if own := own_teacher(config):
-        return OwnTeacher(student.graph, FROM_STATE[own])
+        return OwnTeacher(student().graph, FROM_STATE[own])
     if section.offload != "none":
         check_host_memory(mesh, "teacher.offload")
     assert folder is not None  # hard labels and servers have none

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from distill.kernels.platform import platform
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
+SMALLEST_BLOCK, LARGEST_BLOCK = 4, 512
 
 
 def grouped_dot(
@@ -84,21 +84,20 @@ def _over_blocks(multiply: Callable[..., Any], result: Any, sizes_g: jax.Array, 
     """
     even = num_rows // len(sizes_g)
     size = min(num_rows, LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << even.bit_length()))
-    ends_g = jnp.cumsum(sizes_g)
-    # Rows at which a block or a group begins: from each to the next, both stay the same.
-    cuts_i = jnp.sort(jnp.concatenate([jnp.arange(0, num_rows, size), ends_g - sizes_g]))
-    stops_i = jnp.append(cuts_i[1:], num_rows)
-    filled_i = jnp.argsort(cuts_i == stops_i)  # empty ones last
-    groups_i = jnp.searchsorted(ends_g, cuts_i, side="right")
+    # A group's blocks begin at its first row: most groups have one.
+    blocks_g, ends_g = -(-sizes_g // size), jnp.cumsum(sizes_g)
+    blocks_ends_g = jnp.cumsum(blocks_g)
 
     def step(number, result):
-        i = filled_i[number]
-        start = jnp.minimum(cuts_i[i] // size * size, num_rows - size)
+        group = jnp.searchsorted(blocks_ends_g, number, side="right")
+        later = blocks_ends_g[group] - number  # blocks of the group, from this one on
+        first = ends_g[group] - sizes_g[group] + (blocks_g[group] - later) * size
+        start = jnp.minimum(first, num_rows - size)
         row_b1 = (start + jnp.arange(size))[:, None]
-        inside_b1 = (row_b1 >= cuts_i[i]) & (row_b1 < stops_i[i])
-        return multiply(result, groups_i[i], start, size, inside_b1)
+        inside_b1 = (row_b1 >= first) & (row_b1 < ends_g[group])
+        return multiply(result, group, start, size, inside_b1)
 
-    return jax.lax.fori_loop(0, jnp.sum(cuts_i < stops_i), step, result)
+    return jax.lax.fori_loop(0, blocks_ends_g[-1], step, result)
 
 
 _FORWARD: dict[str, Callable[..., jax.Array]] = {
