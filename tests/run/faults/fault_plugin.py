@@ -46,7 +46,7 @@ POINTS = {
     "restored": (checkpoint.Checkpoints, "restore", True),
     "export": (trainer, "export_student", False),
     "export-weights": (hf_export, "_write_weights", True),
-    "export-rename": (hf_export, "_replace", False),
+    "export-rename": (hf_export, "replace_folder", False),
     "exported": (trainer, "export_student", True),
     "report": (trainer, "write_report", False),
     "results": (os, "replace", False),
