@@ -41,6 +41,9 @@ REQUEST = RolloutRequest(PROMPTS, np.arange(6) + 40, PARAMS, num_generations=2, 
 class Folders:
     """Weights that are nothing but the name of their version."""
 
+    def merged(self, params):
+        return params
+
     def write(self, params, version):
         return Path(f"/weights/{params}-{version}")
 

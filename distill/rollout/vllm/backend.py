@@ -13,7 +13,6 @@ from flax import nnx
 from distill.base.errors import RunStopped, UserError
 from distill.config.schema import VllmServers
 from distill.data.tokenizer import Vocabulary
-from distill.models.lora import merged
 from distill.rollout.vllm.checks import await_all_up, await_up
 from distill.rollout.vllm.client import ServerFailed, VllmClient, VllmError, connect
 from distill.rollout.vllm.dispatch import ask_all, at_each
@@ -79,7 +78,7 @@ class VllmBackend:
 
         The first refit starts the own server, and is rehearsed with other weights (probe.py).
         """
-        student_params = merged(student_params, self._weights.export.dtype)
+        student_params = self._weights.merged(student_params)
         folder = self._weights.write(student_params, version)
         expected = self._probe.expected(student_params)
         if self._own is not None and not self._clients:

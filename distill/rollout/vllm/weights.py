@@ -19,6 +19,7 @@ from flax import nnx
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.source import load_model_config
+from distill.models.lora import merged
 
 _VERSION = re.compile(r"\d{8}")
 _KEPT = 2  # versions: a server may be loading the last while the next is written
@@ -72,6 +73,10 @@ class WeightsFolder:
 
     folder: Path
     export: ServerExport
+
+    def merged(self, params: nnx.State) -> nnx.State:
+        """The parameters as servers hold them, without adapters."""
+        return merged(params, self.export.dtype)
 
     def write(self, params: nnx.State, version: int) -> Path:
         """Writes a version and drops older ones."""
