@@ -1,6 +1,7 @@
 """The run that soak_test.py watches: `python soak_run.py WORKDIR STEPS` prints JSON lines."""
 
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -13,10 +14,14 @@ from tiny_runs import tiny_config
 import distill
 from distill.run import progress as metrics
 
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def resident_bytes() -> int:
+    """What is in use: what was freed may stay with the allocator for thousands of updates."""
+    if TRIM is not None:
+        TRIM(0)
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-STEPS, WARM = 3000, 500
+STEPS, WARM = 3000, 1000
 TESTS = Path(__file__).parents[1]
 
 

@@ -77,6 +77,8 @@ def test_errors_pass_and_end_the_line(capsys, terminal):
 
 def test_logged_steps_are_lines_where_no_bar_is_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(status, "_WORTH_SAYING", 60.0)
+    counts = {"compilation/programs": 7, "compilation/seconds": 1.25}
+    monkeypatch.setattr(metrics, "compiled", lambda: counts)
     progress = make_progress(tmp_path, show_bar=True)
     for step in range(1, 5):
         run_step(progress, step)
@@ -84,7 +86,8 @@ def test_logged_steps_are_lines_where_no_bar_is_drawn(tmp_path, capsys, monkeypa
     shown = capsys.readouterr()
     assert shown.err == ""
     line = r"\d\d:\d\d:\d\d step %d of 4: loss 1.0000, learning rate %s, \d+ tokens/s, 00:00 left"
-    shown_lines = shown.out.splitlines()
+    compiled, *shown_lines = shown.out.splitlines()
+    assert compiled == "compiled so far: 7 programs, 1.2 s"
     for found, expected in zip(shown_lines, ((2, "1.00e-01"), (4, "3.00e-01")), strict=True):
         assert re.fullmatch(line % expected, found), found
 
