@@ -86,18 +86,19 @@ def _over_blocks(multiply: Callable[..., Any], result: Any, sizes_g: jax.Array, 
     size = min(num_rows, LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << even.bit_length()))
     # A group's blocks begin at its first row: most groups have one.
     blocks_g, ends_g = -(-sizes_g // size), jnp.cumsum(sizes_g)
-    blocks_ends_g = jnp.cumsum(blocks_g)
+    most = num_rows // size + len(sizes_g)
+    group_i = jnp.repeat(jnp.arange(len(sizes_g)), blocks_g, total_repeat_length=most)
+    earlier_i = jnp.arange(most) - (jnp.cumsum(blocks_g) - blocks_g)[group_i]  # of the group
+    first_i = (ends_g - sizes_g)[group_i] + earlier_i * size
+    stop_i = ends_g[group_i]
 
-    def step(number, result):
-        group = jnp.searchsorted(blocks_ends_g, number, side="right")
-        later = blocks_ends_g[group] - number  # blocks of the group, from this one on
-        first = ends_g[group] - sizes_g[group] + (blocks_g[group] - later) * size
-        start = jnp.minimum(first, num_rows - size)
+    def step(i, result):
+        start = jnp.minimum(first_i[i], num_rows - size)
         row_b1 = (start + jnp.arange(size))[:, None]
-        inside_b1 = (row_b1 >= first) & (row_b1 < ends_g[group])
-        return multiply(result, group, start, size, inside_b1)
+        inside_b1 = (row_b1 >= first_i[i]) & (row_b1 < stop_i[i])
+        return multiply(result, group_i[i], start, size, inside_b1)
 
-    return jax.lax.fori_loop(0, blocks_ends_g[-1], step, result)
+    return jax.lax.fori_loop(0, jnp.sum(blocks_g), step, result)
 
 
 _FORWARD: dict[str, Callable[..., jax.Array]] = {
