@@ -184,9 +184,8 @@ class Evaluator:
     ) -> tuple[float | None, float | None]:
         if teacher is None:
             return None, None
-        if teacher is model:
-            return 0.0, 0.0
-        models = model.graph, params, teacher.graph, teacher.fetch()
+        teacher_params = params if teacher is model else teacher.fetch()
+        models = model.graph, params, teacher.graph, teacher_params
         sums = np.zeros(2, np.float32)
         for rows in rows_of(self.prompts, rollout, self.settings.batch_size):
             sums += np.asarray(self._divergence_sums(*models, jax.tree.map(self.put, rows)))

@@ -33,7 +33,7 @@ def quantize(config: ModelConfig, name: str, param: nnx.Variable) -> nnx.Variabl
     return param.replace(_quantize(value, channels, value.sharding))
 
 
-def abstract_quantized(config: ModelConfig, name: str, param: nnx.Variable) -> nnx.Variable:
+def _quantized_shape(config: ModelConfig, name: str, param: nnx.Variable) -> nnx.Variable:
     """`quantize` of the shape of a parameter, with its layout."""
     if not (channels := _channels(config, name)):
         return param
@@ -45,12 +45,12 @@ def abstract_quantized(config: ModelConfig, name: str, param: nnx.Variable) -> n
 
 
 def quantized_shapes(config: ModelConfig, params: nnx.State) -> nnx.State:
-    """`abstract_quantized` of all parameters."""
+    """Shapes of all parameters, the matrices among them in 8 bits."""
     flat = nnx.to_flat_state(params)
     names = ["/".join(map(str, path)) for path, _ in flat]
     return nnx.from_flat_state(
         [
-            (path, abstract_quantized(config, name, param))
+            (path, _quantized_shape(config, name, param))
             for name, (path, param) in zip(names, flat, strict=True)
         ]
     )

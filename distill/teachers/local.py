@@ -16,7 +16,7 @@ from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
-from distill.models.quantization import abstract_quantized, quantize
+from distill.models.quantization import quantize, quantized_shapes
 from distill.teachers.base import Teacher
 
 Keep = Callable[[str, nnx.Variable], nnx.Variable]
@@ -88,13 +88,12 @@ def abstract_stored(
         return x.update(sharding=x.sharding.with_memory_kind(HOST_MEMORY))
 
     def keep(name: str, param: nnx.Variable) -> nnx.Variable:
-        if precision == "int8":
-            param = abstract_quantized(model_config, name, param)
         if offload == "layers" and _is_streamed(name, param):  # as a whole, it is fetched before
             return param.replace(jax.tree.map(in_host, param.get_value()))
         return param
 
-    flat = nnx.to_flat_state(model.params)
+    params = quantized_shapes(model_config, model.params) if precision == "int8" else model.params
+    flat = nnx.to_flat_state(params)
     kept = [(path, keep("/".join(map(str, path)), param)) for path, param in flat]
     return dataclasses.replace(model, params=nnx.from_flat_state(kept))
 
