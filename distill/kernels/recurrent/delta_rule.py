@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from distill.base.sharding import num_shards, partition_spec
+from distill.kernels.platform import platform
 
 CHUNK = 64  # tokens
 NORM_EPS = 1e-6  # of transformers' l2norm
@@ -145,12 +146,9 @@ def _one_chunk(carry, chunk):
     # What the state before the chunk and the tokens before it in the chunk know of its value.
     known_bjcy = from_state_bjc[..., None] * jnp.einsum("bcjx,bjxy->bjcy", k_bcjx, state_bjxy)
     products_bjcs = jnp.einsum("bcjx,bsjx->bjcs", k_bcjx, k_bcjx) * decay_bjcs
-    correction_bjcy = jax.lax.linalg.triangular_solve(
+    correction_bjcy = _solve(
         rate_bjc[..., None] * products_bjcs,
         rate_bjc[..., None] * (v_bcjy.astype(dtype).transpose(0, 2, 1, 3) - known_bjcy),
-        left_side=True,
-        lower=True,
-        unit_diagonal=True,  # whatever stands there
     )
     out_bjcy = from_state_bjc[..., None] * jnp.einsum("bcjx,bjxy->bjcy", q_bcjx, state_bjxy)
     scores_bjcs = jnp.einsum("bcjx,bsjx->bjcs", q_bcjx, k_bcjx) * decay_bjcs
@@ -161,3 +159,35 @@ def _one_chunk(carry, chunk):
     )
     out_bcjy = out_bjcy.transpose(0, 2, 1, 3).astype(v_bcjy.dtype)
     return (state_bjxy, segment_bc[:, -1]), out_bcjy
+
+
+def _solve(matrix_bjcs: jax.Array, right_bjcy: jax.Array) -> jax.Array:
+    """Solves by a lower triangle with ones on the diagonal, whatever stands there and above.
+
+    Not by LAPACK on CPUs: jaxlib 0.10's kernel waits, on a thread of XLA's pool, for work that it
+    gives to that pool. Two at once on two cores wait for ever.
+    """
+    if platform() != "cpu":
+        return jax.lax.linalg.triangular_solve(
+            matrix_bjcs, right_bjcy, left_side=True, lower=True, unit_diagonal=True
+        )
+    size = right_bjcy.shape[2]
+    below_bjcs = jnp.tril(matrix_bjcs, -1)
+
+    def substitute(factors_bjcs, right_bjcy, backwards):
+        def step(i, x_bjcy):
+            c = size - 1 - i if backwards else i
+            row_bj1s = jax.lax.dynamic_slice_in_dim(factors_bjcs, c, 1, axis=2)
+            right_bj1y = jax.lax.dynamic_slice_in_dim(x_bjcy, c, 1, axis=2)
+            # What is not solved yet has a factor of 0.
+            solved_bj1y = right_bj1y - row_bj1s @ x_bjcy
+            return jax.lax.dynamic_update_slice_in_dim(x_bjcy, solved_bj1y, c, axis=2)
+
+        return jax.lax.fori_loop(0, size, step, right_bjcy)
+
+    return jax.lax.custom_linear_solve(
+        lambda x_bjcy: x_bjcy + below_bjcs @ x_bjcy,
+        right_bjcy,
+        lambda _, right: substitute(below_bjcs, right, backwards=False),
+        lambda _, right: substitute(below_bjcs.swapaxes(2, 3), right, backwards=True),
+    )
