@@ -1,10 +1,14 @@
 """Writes a model's responses to JSONL, to be used as fixed data (lambda_ < 1, or SFT on them).
 
     python -m distill.generate --config=configs/gsm8k.py --output=runs/teacher.jsonl
+    python -m distill.generate --config=configs/gsm8k.py --output=runs/scores --scores
 
 The model is the teacher unless --model names another; `data.name=jsonl data.path=FILE` reads the
 lines. Responses cut off at the limit are marked `truncated`, and trained on without an end token;
 `data.keep_truncated=False` leaves them out there. A command that was stopped goes on where it was.
+
+With --scores, the folder gets what the teacher says of the data's own responses. Runs on these data
+with `teacher.scores=FOLDER` read that at every step, and load no teacher.
 """
 
 from pathlib import Path
@@ -42,13 +46,37 @@ def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, in
         return write_responses(session, path, repeats)
 
 
+def score(config: ConfigDict, output: str | Path) -> int:
+    """Has the teacher score the data's responses, to the folder `output`; returns their tokens.
+
+    The folder appears when it is complete, and takes the place of an older one.
+    """
+    from distill.build.fixed_data import write_scores  # late: flags come before JAX
+    from distill.build.session import open_session
+
+    config = config.copy_and_resolve_references()
+    config.distillation.lambda_, config.teacher.scores = 0.0, ""
+    path = local_path(output)
+    with open_session(parse_config(config)) as session:
+        return write_scores(session, path)
+
+
 def run() -> None:
     config_flag = cli.define_config_flag()
+    scores = flags.DEFINE_bool("scores", False, "Write the teacher's scores of the data instead.")
     model = flags.DEFINE_string("model", None, "Folder or hub id; default: the teacher.")
-    output = flags.DEFINE_string("output", None, "JSONL file to write.")
+    output = flags.DEFINE_string("output", None, "JSONL file or, of scores, folder to write.")
 
     def main() -> None:
         config = cli.required_config(config_flag)
+        if scores.value:
+            if model.value or not output.value:
+                raise cli.UserError("--scores takes --output=FOLDER, and the config's teacher")
+            with Interrupts():
+                cli.join_processes()
+                tokens = score(config, output.value)
+            print(f"{output.value}: scores of {tokens} tokens; set teacher.scores={output.value}")
+            return
         responder = model.value or config.distillation.teacher_model_path
         if responder in OF_STUDENT:
             responder = config.policy.model_name

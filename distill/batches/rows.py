@@ -134,6 +134,8 @@ def padded_rows(
 
 def teacher_hidden(model, rows: Rows) -> jax.Array:
     """A teacher's final hidden states in the places of the student's, (b, t, d)."""
+    if "teacher_hidden" in rows.columns:
+        return rows.columns["teacher_hidden"]
     if rows.view is None:
         return model(rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt)
     view = rows.view

@@ -1,25 +1,35 @@
-"""Writes a model's responses to JSONL, to be trained on as fixed data."""
+"""Writes fixed data: a model's responses as JSONL, and a teacher's scores of responses."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from distill.base import processes
 from distill.base.files import write_atomically
+from distill.base.sharding import constrain_whole
 from distill.base.status import busy, say
+from distill.batches.rows import Rows, of_responses, padded_rows, teacher_hidden
 from distill.build.contents import find_inputs
+from distill.build.devices import make_put
 from distill.build.sampler import build_sampling_params
+from distill.build.scores import identify_scores
 from distill.build.session import Session
 from distill.config.changes import is_same_run
 from distill.config.parse import to_flat_dict
 from distill.data.base import Example
 from distill.data.chat import wrap_prompt
+from distill.data.scores import ScoreWriter
+from distill.data.sequences import Sequences
 from distill.evaluation.evaluator import decode_responses
+from distill.models.model import Model
 from distill.sampling.request import RolloutRequest
 
 # At once: many more than there are slots, and little enough to be made again after a stop.
@@ -58,6 +68,57 @@ def write_responses(session: Session, output: Path, num_generations: int) -> dic
             lines.append(_line(example, text, row % num_generations, template) | cut)
         made.add(lines, start + len(tokens))
     return made.finish()
+
+
+def write_scores(session: Session, output: Path) -> int:
+    """The teacher's scores of all responses of the data, whose tokens are returned.
+
+    Of a teacher on the mesh, its hidden states; of one behind servers, its likeliest tokens. What
+    was stopped goes on where it was.
+    """
+    config, prompts = session.config, session.prompts
+    say(f"data: {prompts.summary()}")
+    tokens = sum(len(response) for response in prompts.response_tokens or [])
+    at_once = config.evaluation.batch_size
+    identity = identify_scores(config, session.teacher_folder, prompts)
+    writer = ScoreWriter(output, identity, at_once)
+    if writer.rows:
+        say(f"going on behind {writer.rows} rows of {output}.partial")
+    teacher = session.load_teacher()
+    teacher.start()
+    for start in range(writer.rows, len(prompts), at_once):
+        sequences = prompts.sequences(np.arange(len(prompts))[start : start + at_once])
+        seen = prompts.view(sequences) or sequences
+        if teacher.model is not None:
+            columns = {"teacher_hidden": _hidden(session, teacher.model, seen)}
+        else:
+            trained_n = seen["weight"] != 0
+            columns = {name: values[trained_n] for name, values in teacher.score(seen).items()}
+        if not start:
+            size = sum(values[0].nbytes for values in columns.values())
+            say(f"{tokens} tokens of {size} bytes each: {tokens * size / 1e9:.3g} GB")
+        writer.add(columns)
+    writer.finish()
+    return tokens
+
+
+def _hidden(session: Session, teacher: Model, sequences: Sequences) -> np.ndarray:
+    """From what the teacher predicts each trained token, (n, d)."""
+    prompts, rows = session.prompts, session.config.evaluation.batch_size
+    length = prompts.prompt_width + prompts.view_excess + prompts.response_width
+    (host,) = padded_rows(sequences, rows, length, prompts.pad_id)
+    placed = jax.tree.map(make_put(session.mesh), host)
+    hidden_brd = jax.device_get(
+        _hidden_of_responses(teacher.graph, teacher.fetch(), placed, prompts.response_width)
+    )
+    counts_b = [np.count_nonzero(weight_t) for weight_t in sequences.split("weight")]
+    return np.concatenate([hidden_brd[i, :count] for i, count in enumerate(counts_b)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _hidden_of_responses(graph, params, rows: Rows, width: int) -> jax.Array:
+    hidden_btd = teacher_hidden(nnx.merge(graph, params), rows)
+    return constrain_whole(of_responses(rows, hidden_btd, width))
 
 
 class _Partial:

@@ -23,7 +23,7 @@ from distill.base.sharding import (
     replicated,
 )
 from distill.config.schema import Policy
-from distill.models.checkpoints.load import load_params
+from distill.models.checkpoints.load import load_head, load_params
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.lora import abstract_adapters, make_adapters
@@ -92,6 +92,24 @@ def build_model(
     dtype = jnp.dtype(options["param_dtype"])
     params = load_params(folder, config, model.params, shardings, dtype, finish)
     return Model(model.graph, params)
+
+
+def head_only(model: Model) -> Model:
+    """The shapes of a model's output head, and nothing else of it."""
+    network = nnx.merge(model.graph, model.params)
+    kept = "embedding" if network.config.tied else "output_head"
+    for name in {path[0] for path, _ in nnx.to_flat_state(model.params)} - {kept}:
+        delattr(network, name)
+    return Model(*nnx.split(network, nnx.Param))
+
+
+def build_head(folder: Path, mesh: Mesh, **options) -> Model:
+    """`build_model` of the output head alone; no other weight is read."""
+    config, _ = load_model_config(folder)
+    model = head_only(abstract_model(config, folder, mesh, **options))
+    shardings = jax.tree.map(lambda x: x.sharding, model.params)
+    dtype = jnp.dtype(options["param_dtype"])
+    return Model(model.graph, load_head(folder, config, model.params, shardings, dtype))
 
 
 def student_options(policy: Policy) -> dict[str, Any]:

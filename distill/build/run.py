@@ -52,7 +52,9 @@ def describe_run(session: Session, step: int) -> Iterator[str]:
     teacher, folder = config.distillation.teacher_model_path, session.teacher_folder
     if folder is not None and config.teacher.backend == "local":
         model = abstract_teacher(config, load_model_config(folder)[0], mesh)
-        yield f"teacher: {teacher}, {_weights(model.params)} weights, {config.teacher.precision}"
+        by = f", by {config.teacher.scores}" if config.teacher.scores else ""
+        weights = f"{_weights(model.params)} weights, {config.teacher.precision}"
+        yield f"teacher: {teacher}, {weights}{by}"
     if own := own_teacher(config):
         yield f"teacher: the student's own weights ({own})"
     yield (

@@ -43,6 +43,7 @@ from distill.build.objective import build_objective
 from distill.build.optimizer import build_optimizer
 from distill.build.plugins import import_plugins
 from distill.build.sampler import build_backend, build_engine
+from distill.build.scores import build_cached_teacher
 from distill.build.teachers import build_teacher
 from distill.config.schema import ACCURACY, IN_STATE, OF_STUDENT, Config, own_teacher
 from distill.data.base import DatasetInterface
@@ -240,6 +241,10 @@ class Session:
           compared_on: text on which one in 8 bits is compared with itself in bfloat16.
         """
         with busy("loading the teacher"):
+            if self.config.teacher.scores:
+                parts = self.teacher_folder, self.mesh, self.prompts
+                self.teacher = build_cached_teacher(self.config, *parts)
+                return self.teacher
             self.teacher = build_teacher(
                 self.config,
                 self.teacher_folder,

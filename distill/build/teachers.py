@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from distill.base.sharding import RULES, SPREAD_RULES, AnyMesh, check_host_memory
 from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
-from distill.build.models import abstract_model, build_model, frozen_options
+from distill.build.models import abstract_model, build_model, frozen_options, head_only
 from distill.config.schema import Config, own_teacher
 from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
@@ -64,7 +64,7 @@ def build_teacher(
         (rows,) = padded_rows(prompts, size, compared_on.prompt_width, compared_on.pad_id)
         texts = Texts(*map(make_put(mesh), (rows.tokens_bt, rows.lengths_b)))
     return load_teacher(
-        functools.partial(build_model, folder, mesh, **_options(config)),
+        functools.partial(build_model, folder, mesh, **teacher_options(config)),
         load_model_config(folder)[0],
         precision=section.precision,
         offload=section.offload,
@@ -75,14 +75,16 @@ def build_teacher(
 
 def abstract_teacher(config: Config, model_config: ModelConfig, mesh: AnyMesh) -> Model:
     """Shapes of a teacher on the mesh, where the train step takes it from."""
-    model = abstract_model(model_config, "the teacher", mesh, **_options(config))
+    model = abstract_model(model_config, "the teacher", mesh, **teacher_options(config))
     section = config.teacher
+    if section.scores:
+        return head_only(model)
     return abstract_stored(
         model, model_config, precision=section.precision, offload=section.offload
     )
 
 
-def _options(config: Config) -> dict[str, Any]:
+def teacher_options(config: Config) -> dict[str, Any]:
     """Of `abstract_model`."""
     rules = SPREAD_RULES if config.teacher.split_over_data else RULES
     return frozen_options(config.policy, config.teacher.dtype) | dict(rules=rules)

@@ -28,6 +28,7 @@ def check_combinations(config: Config) -> None:
     _check_lengths(config)
     _check_models(config)
     _check_own_teacher(config)
+    _check_scores(config)
     _check_lora(config)
     _check_vllm(config)
     if unknown := set(config.logger.writers) - set(WRITERS):
@@ -221,6 +222,24 @@ def _check_own_teacher(config: Config) -> None:
             "same, so nothing would be learned: give it teacher.prompt_template, "
             "teacher.system_prompt or teacher.template_arguments, or name objective.terms"
         )
+
+
+def _check_scores(config: Config) -> None:
+    """Scores on disk are of fixed data, and of a teacher that stays what it was."""
+    if not config.teacher.scores:
+        return
+    distillation, path = config.distillation, config.distillation.teacher_model_path
+    for key, value, wrong, reason in (
+        ("distillation.lambda_", distillation.lambda_, distillation.lambda_ > 0, "of fixed data"),
+        ("distillation.hard_labels", True, distillation.hard_labels, "of a teacher"),
+        ("distillation.teacher_model_path", path, path in IN_STATE, "of a teacher that stays"),
+        ("policy.generation.async_steps", 1, config.policy.generation.async_steps, "of fixed data"),
+    ):
+        if wrong:
+            raise UserError(
+                f"teacher.scores={config.teacher.scores} does not go with {key}={value}, since "
+                f"scores on disk are {reason}: leave it empty, or change {key}"
+            )
 
 
 def _check_lora(config: Config) -> None:

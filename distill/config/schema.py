@@ -276,6 +276,9 @@ class Teacher:
     ema_decay: float = _fixed(
         0.0, "of teacher_model_path=ema, the share kept in each update, such as 0.99", low=0, high=1
     )
+    scores: str = _free(
+        "", "folder of python -m distill.generate --scores, in place of the teacher; '': none"
+    )
     system_prompt: str = _from("", "system message that the teacher reads; '' is the student's")
     prompt_template: str = _from(
         "", "text with {problem} that it reads, with {response}, {answer}; '' is the student's"

@@ -21,7 +21,7 @@ class Column:
     """What is known of every token, or of every sequence.
 
     Attributes:
-      dtype: of a value.
+      dtype: of a value; None: as the values come.
       fill: stands where nothing is known, padding included.
       per_token: one value for each token; False: one for each sequence.
       optional: rows have it only if their batch has: for vectors, whose width the batch decides.
@@ -43,6 +43,8 @@ _columns = {
     # The teacher's likeliest tokens in the token's place; -1 where fewer are known.
     "teacher_ids": Column(np.int32, fill=-1, optional=True),
     "teacher_log_probs": Column(np.float32, optional=True),
+    # The hidden state from which the teacher predicts the token, in the teacher's dtype.
+    "teacher_hidden": Column(None, optional=True),
     "row": Column(np.int64, per_token=False),  # of the dataset
     "index": Column(np.int64, per_token=False),  # in the endless stream of the data
     "truncated": Column(bool, per_token=False),  # the length limit ended it

@@ -29,7 +29,7 @@ from distill.build.models import (
 from distill.build.optimizer import build_optimizer
 from distill.build.sampler import engine_sizes
 from distill.build.teachers import abstract_teacher
-from distill.config.schema import Config, own_teacher
+from distill.config.schema import own_teacher
 from distill.data.sequences import Sequences
 from distill.models.decoding import abstract_loop_weights
 from distill.models.model import Model
@@ -108,12 +108,13 @@ def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arr
         teacher_counts = count(workload.student, student.params)
     elif workload.teacher:
         teacher = abstract_teacher(config, workload.teacher, mesh)
-        teacher_counts = count(workload.teacher, teacher.params)
+        if not config.teacher.scores:  # of which only the output head is here
+            teacher_counts = count(workload.teacher, teacher.params)
     return Arrays(
         student,
         state,
         teacher,
-        _abstract_batch(config, mesh),
+        _abstract_batch(workload, mesh),
         _abstract_sampler(workload, student, sampler_mesh) if workload.samples else None,
         count(workload.student, student.params),
         teacher_counts,
@@ -147,8 +148,9 @@ def _abstract_sampler(workload: Workload, student: Model, mesh: AnyMesh) -> Samp
         )
 
 
-def _abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
+def _abstract_batch(workload: Workload, mesh: AnyMesh) -> Batch:
     """A batch of full rows: the longest prompts, with responses up to the limit."""
+    config = workload.config
     rows, length = config.policy.train_global_batch_size, config.policy.max_total_sequence_length
     response = config.distillation.generate_strategy.max_length
     columns: dict[str, int | np.ndarray] = {"weight": 1}
@@ -162,7 +164,12 @@ def _abstract_batch(config: Config, mesh: AnyMesh) -> Batch:
     view = sequences if teacher_prompt(config) else None  # as long at most
     batch = make_batch(sequences, layout=layout, pad_id=0, view=view)
 
-    def placed(x: np.ndarray) -> jax.ShapeDtypeStruct:
+    def placed(x: np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.ndim))
 
+    if config.teacher.scores and workload.teacher:  # shapes: the arrays would be large
+        width, dtype = workload.teacher.model_width, config.teacher.dtype
+        for rows in batch:
+            shape = *rows.tokens_bt.shape, width
+            rows.columns["teacher_hidden"] = jax.ShapeDtypeStruct(shape, dtype)
     return jax.tree.map(placed, batch)

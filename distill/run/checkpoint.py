@@ -31,8 +31,8 @@ import orbax.checkpoint as ocp
 
 from distill.base import processes
 from distill.base.errors import RunStopped, UserError, first_line
+from distill.base.manifest import find_damage, write_manifest
 from distill.config.schema import BEST_METRICS
-from distill.run.manifest import find_damage, write_manifest
 
 Arrays = dict[str, np.ndarray]
 

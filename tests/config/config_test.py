@@ -71,6 +71,7 @@ def test_defaults_with_field_evidence():
         ("distillation.teacher_model_path", "ema", ["teacher.ema_decay=0.0", "such as 0.99"]),
         ("distillation.teacher_model_path", "self", ["=self reads what the student", "_prompt"]),
         ("distillation.teacher_model_path", "start", ["=start reads what the student", "_prompt"]),
+        ("teacher.scores", "runs/scores", ["teacher.scores=runs/scores", "distillation.lambda_"]),
         ("teacher.ema_decay", 0.9, ["teacher.ema_decay=0.9", "no other has one"]),
         ("policy.model_name", "", ["policy.model_name", "embedded:NAME"]),
         ("data", 3, ["'data' is a section", "path"]),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distill.base import manifest
 from distill.base.errors import RunStopped, UserError
-from distill.run import manifest
 from distill.run.checkpoint import Checkpoints, SaveSchedule
 
 ACCURACY, FORWARD_KL = "eval/student/accuracy", "eval/student/forward_kl"

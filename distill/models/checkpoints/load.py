@@ -20,8 +20,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from distill.base.errors import UserError
 from distill.base.sharding import inner_sharding
 from distill.models.checkpoints.hub import CONFIG
-from distill.models.checkpoints.keys import Weight, fused_rows, mapped_params
-from distill.models.checkpoints.source import open_source
+from distill.models.checkpoints.keys import Weight, fused_rows, key_table, mapped_params
+from distill.models.checkpoints.source import Source, open_source
 from distill.models.checkpoints.tensors import Index, Tensor
 from distill.models.facts import ModelConfig
 
@@ -31,6 +31,7 @@ _PIECE_BYTES = 32e6
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop on each axis
 Read = Callable[[Index], np.ndarray]  # a slice of one tensor, from disk
+Mapped = dict[str, tuple[Weight, jax.ShapeDtypeStruct]]  # row of the key table and shape, by path
 
 
 def load_params(
@@ -59,9 +60,37 @@ def load_params(
       UserError: keys are missing or unknown, shapes differ, or a file is damaged; the message
         names the key and the file.
     """
+    source, expected = open_source(path_or_id), mapped_params(config, abstract_params)
+    _check_present(source, expected)
+    _check_known(source, config, expected)
+    return _read_params(source, expected, abstract_params, shardings, dtype, finish)
+
+
+def load_head(
+    path_or_id: str | Path,
+    config: ModelConfig,
+    abstract_params: nnx.State,
+    shardings: nnx.State,
+    dtype: jax.typing.DTypeLike,
+) -> nnx.State:
+    """`load_params` of the output head or the embedding alone; no other weight is read."""
+    table = key_table(config)
+    flat = {"/".join(map(str, path)): param for path, param in nnx.to_flat_state(abstract_params)}
+    expected = {path: (table[path], param.get_value()) for path, param in flat.items()}
     source = open_source(path_or_id)
-    tensors, expected = source.tensors, mapped_params(config, abstract_params)
-    _check_keys(source.folder, tensors, config, expected)
+    _check_present(source, expected)
+    return _read_params(source, expected, abstract_params, shardings, dtype, None)
+
+
+def _read_params(
+    source: Source,
+    expected: Mapped,
+    abstract_params: nnx.State,
+    shardings: nnx.State | None,
+    dtype: jax.typing.DTypeLike,
+    finish: Callable[[str, nnx.Variable], nnx.Variable] | None,
+) -> nnx.State:
+    tensors = source.tensors
     _check_tensors(tensors, expected)
 
     def load(path, param: nnx.Variable, sharding: nnx.Variable | None = None) -> nnx.Variable:
@@ -84,24 +113,25 @@ def load_params(
     )
 
 
-def _check_keys(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    config: ModelConfig,
-    params: dict[str, tuple[Weight, jax.ShapeDtypeStruct]],
-) -> None:
-    expected = {key for weight, array in params.values() for _, key in weight.tensors(array.shape)}
-    missing = sorted(expected - tensors.keys())
-    if missing:
+def _keys(params: Mapped) -> set[str]:
+    return {key for weight, array in params.values() for _, key in weight.tensors(array.shape)}
+
+
+def _check_present(source: Source, params: Mapped) -> None:
+    if missing := sorted(_keys(params) - source.tensors.keys()):
         raise UserError(
-            f"{folder} lacks {_listed(missing)}, which {CONFIG} calls for: download the model "
-            f"again, or correct {CONFIG}"
+            f"{source.folder} lacks {_listed(missing)}, which {CONFIG} calls for: download the "
+            f"model again, or correct {CONFIG}"
         )
+
+
+def _check_known(source: Source, config: ModelConfig, params: Mapped) -> None:
+    tensors = source.tensors
     # Both are recomputed from what is there: written by older versions of transformers.
     redundant = {key for key in tensors if key.endswith("rotary_emb.inv_freq")}
     if config.tied:
         redundant.add("lm_head.weight")
-    unknown = sorted(tensors.keys() - expected - redundant)
+    unknown = sorted(tensors.keys() - _keys(params) - redundant)
     if unknown:
         raise UserError(
             f"{tensors[unknown[0]].file} has {_listed(unknown)}, "
@@ -114,9 +144,7 @@ def _listed(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more keys"
 
 
-def _check_tensors(
-    tensors: dict[str, Tensor], params: dict[str, tuple[Weight, jax.ShapeDtypeStruct]]
-) -> None:
+def _check_tensors(tensors: dict[str, Tensor], params: Mapped) -> None:
     for path, (weight, array) in params.items():
         inner = weight.hf_shape(array.shape[len(weight.stacked) :])[1:]
         expected = (fused_rows(params, path)[1], *inner)

@@ -16,11 +16,12 @@ import time
 import jax
 
 from distill import trainer
+from distill.base import manifest
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import RolloutRecorder
 from distill.models.checkpoints import export as hf_export
 from distill.rollout.in_process import JaxBackend
-from distill.run import checkpoint, manifest, progress
+from distill.run import checkpoint, progress
 from distill.run.writers.json_lines import JsonLines
 from distill.sampling.schedule import Run
 
