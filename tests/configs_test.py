@@ -42,7 +42,7 @@ def test_smoke_run(name, tmp_path):
         "XLA_FLAGS": QUICK_XLA_FLAGS,
     }
     *scratch, train = smoke_commands(name)
-    assert [command[2] for command in scratch] == ["distill.scratch"] * 2
+    assert all(command[2] == "distill.scratch" for command in scratch)  # embedded models need none
     assert train[2] == "distill.main"
     for command in (*scratch, train):
         command[0] = sys.executable

@@ -54,9 +54,11 @@ def losses_as_before():
     from distill.evaluation import metrics as evaluated
     from distill.losses import divergences, metrics, weights
     from distill.rollout import base as rollout
+    from distill.rollout import rewards
 
     losses = divergences._LOSSES, weights._WEIGHTS, metrics._METRICS
     others = data._DATASETS, grading._GRADERS, evaluated._METRICS, rollout._BACKENDS
+    others = *others, rewards._REWARDS
     before = [(registry, dict(registry._parts)) for registry in (*losses, *others)]
     yield
     for registry, parts in before:

@@ -61,17 +61,18 @@ def parse_flag(flag: str) -> tuple[str, object]:
 
 def test_every_module_shown_is_run_here():
     losses = {"my_divergence", "my_term", "my_weight"}
-    others = {"my_data", "my_metric", "my_backend", "my_grader", "my_step_metric"}
+    others = {"my_data", "my_metric", "my_backend", "my_grader", "my_step_metric", "my_reward"}
     assert set(EXAMPLES) == others | losses
     assert CONCEPTS.count("```python") == len(EXAMPLES)
 
 
 def test_own_divergence(models, tmp_path, monkeypatch):
-    names = ["my_divergence", "my_step_metric"]
+    names = ["my_divergence", "my_step_metric", "my_reward"]
     _, workdir = run_with(names, models, tmp_path, monkeypatch, held_out=0)
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     assert len(lines) == 2 and all(0 < line["loss"] < 1 for line in lines), "a total variation"
     assert all(0 <= line["confident"] <= 1 for line in lines)
+    assert all(-0.2 < line["reward/mean"] <= 1 for line in lines)
 
 
 def test_own_grader():
@@ -256,7 +257,8 @@ def test_method_has_a_loss(method, lines, models, tmp_path):
         state, teacher = session.load_state(), session.load_teacher()
         sequences = session.prompts.sequences(np.arange(4))
         if session.prompts.response_tokens is None:
-            sampled = Sequences.of_tokens([[3, 4, 5]] * 4, sampled=True, weight=1, log_prob=-2)
+            known = dict(sampled=True, weight=1, log_prob=-2, advantage=1)
+            sampled = Sequences.of_tokens([[3, 4, 5]] * 4, **known)
             sequences = sequences.join(sampled)
         layout = Layout((Shape(8, 64),), view_excess=session.prompts.view_excess)
         view = session.prompts.view(sequences)

@@ -74,6 +74,7 @@ SIGNATURES = {
     "losses.divergences.register_loss": ("(p, q)", r"\(log_p_cv, log_q_cv, targets_c\)"),
     "losses.weights.register_weight": ("(s)", r"weights=bad.*\(statistics, columns\)"),
     "losses.metrics.register_step_metric": ("(s)", r"step_metrics=bad.*\(statistics, columns\)"),
+    "rollout.rewards.register_reward": ("()", r"reward.function=bad.*\(example, response\)"),
     "rollout.base.register_backend": ("()", r"backend=bad.*\(parts\)"),
 }
 

@@ -28,6 +28,7 @@ from distill.data import sequences
 from distill.data.sequences import Column, Sequences, declare_column
 from distill.kernels.linear_divergence import TopK
 from distill.losses import weights
+from distill.losses.advantages import Advantage
 from distill.losses.objective import make_objective
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
@@ -126,7 +127,7 @@ def run_step(
     optimizer=None,
     mesh=None,
     teacher_rules=RULES,
-    importance_clip=0.0,
+    **of_objective,
 ):
     optimizer = optimizer or optax.adamw(1e-2)
     graph, params = student
@@ -134,7 +135,7 @@ def run_step(
     step = make_train_step(
         graph,
         None if hard_labels else teacher[0],
-        make_objective(kl_type, hard_labels=hard_labels, importance_clip=importance_clip),
+        make_objective(kl_type, hard_labels=hard_labels, **of_objective),
         optimizer,
         vocab_size=VOCAB_SIZE,
     )
@@ -283,11 +284,14 @@ def test_scores_on_a_mesh(student, teacher, sizes):
 def test_update_does_not_depend_on_mesh(sizes, teacher_rules, packed):
     student = make_model(32, 2, 32, seed=1, num_kv_heads=4)
     teacher = make_model(64, 2, 40, seed=2, tied=False, num_kv_heads=4)
-    options = dict(optimizer=optax.sgd(1.0, momentum=0.9))
-    single, single_metrics = run_step(student, teacher, make_rows(), **options)
+    rows, options = make_rows(), dict(optimizer=optax.sgd(1.0, momentum=0.9))
+    if sizes == (2, 2, 2):
+        rows, more = with_advantages(rows)
+        options |= more
+    single, single_metrics = run_step(student, teacher, rows, **options)
     options |= dict(mesh=make_mesh(*sizes), teacher_rules=teacher_rules)
     options |= dict(layout=PACKED if packed else padded(1))
-    state, metrics = run_step(student, teacher, make_rows(), **options)
+    state, metrics = run_step(student, teacher, rows, **options)
     assert_same(jax.device_get(state.params), jax.device_get(single.params))
     assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
     if sizes[1] > 1:
@@ -305,10 +309,25 @@ LAYOUTS = {
 }
 
 
+def with_advantages(rows: Rows):
+    """Rows with advantages and log-probabilities of another sampler, and an objective of all."""
+    rng = np.random.default_rng(1)
+    shape = rows.rollout.tokens_br.shape
+    rollout = dataclasses.replace(
+        rows.rollout,
+        log_probs_br=-rng.uniform(0, 6, shape).astype(np.float32),
+        columns={"advantage": rng.standard_normal(shape)},
+    )
+    advantage = Advantage(reward=1.0, teacher=0.5, ratio_clip=0.5)
+    options = dict(divergence=0.5, cross_entropy=0.1, advantage=advantage, importance_clip=2.0)
+    return dataclasses.replace(rows, rollout=rollout), options
+
+
 @pytest.mark.parametrize(
     "objective, name",
     [("forward", name) for name in LAYOUTS]
-    + [(name, "packed into microbatches") for name in ("hard labels", "importance", "scores")],
+    + [(name, "packed into microbatches") for name in ("hard labels", "importance", "scores")]
+    + [("advantages", "packed into microbatches")],
 )
 def test_update_does_not_depend_on_layout(student, teacher, objective, name):
     """Loss, gradient and every metric but the padding are those of padded rows."""
@@ -316,6 +335,9 @@ def test_update_does_not_depend_on_layout(student, teacher, objective, name):
     options = dict(optimizer=optax.sgd(1.0))
     if objective == "scores":
         rows, teacher = with_scores(rows, teacher, 4), (None, None)
+    elif objective == "advantages":
+        rows, more = with_advantages(rows)
+        options |= more
     elif objective == "importance":
         options["importance_clip"] = 1.5
     elif objective == "hard labels":
@@ -326,6 +348,41 @@ def test_update_does_not_depend_on_layout(student, teacher, objective, name):
     for metric in whole_metrics.keys() - {"padding"}:
         expected = pytest.approx(float(whole_metrics[metric]), rel=1e-5, abs=1e-7)
         assert float(metrics[metric]) == expected, metric
+
+
+def test_policy_gradient_is_that_of_the_expected_reward():
+    """Over all responses of up to two tokens, 0 being the end: of sum_y q(y) R(y), by autodiff."""
+    graph, params = make_model(8, 1, 4, seed=3)
+    responses = [[0], *([a, b] for a in (1, 2, 3) for b in range(4))]
+    rewards = np.random.default_rng(0).standard_normal(len(responses)).astype(np.float32)
+    tokens_bt = np.array([[2, *response, 0][:3] for response in responses])
+    is_second_b = np.array([len(response) == 2 for response in responses])
+
+    @jax.jit
+    def probabilities(params):
+        module = nnx.merge(graph, params)
+        log_q_btv = jax.nn.log_softmax(module.logits(module(jnp.asarray(tokens_bt))))
+        first_b, second_b = (
+            jnp.take_along_axis(log_q_btv[:, t], tokens_bt[:, t + 1, None], axis=1)[:, 0]
+            for t in (0, 1)
+        )
+        return jnp.exp(first_b + jnp.where(is_second_b, second_b, 0.0))
+
+    q_b = np.asarray(probabilities(params))
+    assert q_b.sum() == pytest.approx(1, abs=1e-5)
+    expected = jax.jit(jax.grad(lambda params: -probabilities(params) @ rewards))(params)
+    advantages = [np.full(len(y), q * r) for y, q, r in zip(responses, q_b, rewards, strict=True)]
+    sequences = Sequences.of_tokens([[2]] * len(responses)).join(
+        Sequences.of_tokens(responses, sampled=True, weight=1, advantage=np.concatenate(advantages))
+    )
+    (rows,) = make_batch(sequences, layout=Layout((Shape(len(responses), 3),)), pad_id=PAD)
+    objective = make_objective(
+        "forward", divergence=0.0, advantage=Advantage(reward=1.0), has_teacher=False
+    )
+    loss_fn = make_loss(graph, None, objective, vocab_size=4)
+    rows = jax.tree.map(lambda x: x[0], rows)
+    found = jax.jit(jax.grad(lambda params: loss_fn(params, None, rows, jnp.ones(()))[0]))(params)
+    assert_same(found, expected)
 
 
 def test_packing_leaves_less_padding(student, teacher):

@@ -53,6 +53,9 @@ class Registry:
 
         return decorate
 
+    def knows(self, name: str) -> bool:
+        return name in self._parts or name in self._built_in
+
     def names(self, allowed: Callable[[Any], bool] | None = None) -> str:
         """Known names, of the allowed entries if that is asked for, as a text."""
         names = {name for name, (_, found) in self._parts.items() if not allowed or allowed(found)}

@@ -39,6 +39,7 @@ class BatchSource:
       score: columns that the teacher adds (see `Teacher.score`); called where the sequences were
         sampled.
       view: what the teacher reads of sequences; None: the same.
+      reward: adds columns to the sequences of a rollout, and says what it measured.
       lambda_: probability that the student responds.
       per_sample: toss `lambda_` for every row instead of once per batch.
     """
@@ -51,6 +52,7 @@ class BatchSource:
         *,
         score: Callable[[Sequences], Mapping[str, np.ndarray]] = lambda _: {},
         view: Callable[[Sequences], Sequences | None] = lambda _: None,
+        reward: Callable[[Sequences], tuple[Sequences, Measured]] = lambda x: (x, {}),
         params: SamplingParams,
         num_generations: int,
         seed: int,
@@ -60,7 +62,7 @@ class BatchSource:
         pad_id: int,
     ):
         self._iterator, self._backend, self._put = iterator, backend, put
-        self._score, self._view = score, view
+        self._score, self._view, self._reward = score, view, reward
         self._params, self._num_generations, self._seed = params, num_generations, seed
         self._lambda, self._per_sample = lambda_, per_sample
         self._make_batch = functools.partial(make_batch, layout=layout, pad_id=pad_id)
@@ -186,9 +188,11 @@ class BatchSource:
         check_rollout(self._backend, request, made)
         rollout, by_backend = made
         seconds = time.perf_counter() - start
-        both = concatenate([fixed, rollout.sequences(fixed)])
+        measured = {**measured, **_describe(rollout, seconds), **by_backend}
+        sampled, rewarded = self._reward(rollout.sequences(fixed))
+        both = concatenate([fixed, sampled])
         sequences = both.take(np.arange(len(fixed)) + len(fixed) * coins_b)
-        return self._scored(sequences, {**measured, **_describe(rollout, seconds), **by_backend})
+        return self._scored(sequences, {**measured, **rewarded})
 
     def _scored(self, sequences: Sequences, measured: Measured) -> tuple[Sequences, Measured]:
         start, view = time.perf_counter(), self._view(sequences)

@@ -92,7 +92,7 @@ def teacher_prompt(config: Config) -> TeacherPrompt | None:
     teacher = config.teacher
     arguments = template_arguments(teacher, "teacher")
     differs = TeacherPrompt(teacher.system_prompt, teacher.prompt_template, arguments)
-    if config.distillation.hard_labels or differs == TeacherPrompt():
+    if not config.distillation.has_teacher or differs == TeacherPrompt():
         return None
     return differs
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from distill.config.schema import Config
+from distill.losses.advantages import Advantage
 from distill.losses.objective import Objective, make_objective
 
 
 def build_objective(config: Config) -> Objective:
-    distillation = config.distillation
+    distillation, parts = config.distillation, config.distillation.objective
     implementation = distillation.loss_implementation
     return make_objective(
         distillation.kl_type,
@@ -17,8 +18,12 @@ def build_objective(config: Config) -> Objective:
         temperature=distillation.kl_temperature,
         temperature_squared=distillation.kl_temperature_squared,
         hard_labels=distillation.hard_labels,
-        terms=distillation.objective.terms,
-        weights=distillation.objective.weights,
+        divergence=parts.divergence,
+        cross_entropy=parts.cross_entropy,
+        advantage=Advantage(parts.reward_advantage, parts.teacher_advantage, parts.ratio_clip),
+        has_teacher=distillation.has_teacher,
+        terms=parts.terms,
+        weights=parts.weights,
         importance_clip=config.policy.generation.importance_clip,
         top_k_teacher=config.teacher.backend == "vllm",
         implementation=None if implementation == "auto" else implementation,

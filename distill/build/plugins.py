@@ -13,6 +13,7 @@ from distill.evaluation.grading import get_grader
 from distill.evaluation.metrics import get_metric
 from distill.losses.metrics import get_step_metric
 from distill.rollout.base import get_backend
+from distill.rollout.rewards import get_reward
 
 
 def import_plugins(config: Config) -> None:
@@ -44,6 +45,7 @@ def import_plugins(config: Config) -> None:
                 "attribute of what is registered): set async_steps=0"
             )
     get_grader(config.evaluation.grading)
+    get_reward(config.reward.function)
     for name in config.evaluation.metrics:
         get_metric(name)
     for name in config.logger.step_metrics:

@@ -94,6 +94,7 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
         functools.partial(put_batch, session.mesh),
         score=session.teacher.score,
         view=prompts.view,
+        reward=session.reward,
         params=params,
         num_generations=repeats,
         seed=config.seed,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -42,12 +42,14 @@ from distill.build.models import (
 from distill.build.objective import build_objective
 from distill.build.optimizer import build_optimizer
 from distill.build.plugins import import_plugins
+from distill.build.rewards import build_reward
 from distill.build.sampler import build_backend, build_engine
 from distill.build.scores import build_cached_teacher
 from distill.build.teachers import build_teacher
 from distill.config.schema import ACCURACY, IN_STATE, OF_STUDENT, Config, own_teacher
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts, tokenize_prompts
+from distill.data.sequences import Sequences
 from distill.data.tokenizer import Vocabulary, shared_vocabulary
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import MOST_RESPONSES, RolloutRecorder
@@ -128,7 +130,7 @@ class Session:
     def teacher_folder(self) -> Path | None:
         """None for hard labels, and where no model of the teacher is here beside the student."""
         distillation = self.config.distillation
-        if distillation.hard_labels or distillation.teacher_model_path in ("", *IN_STATE):
+        if not distillation.has_teacher or distillation.teacher_model_path in ("", *IN_STATE):
             return None
         if distillation.teacher_model_path in OF_STUDENT:
             return self.student_folder
@@ -184,6 +186,12 @@ class Session:
             vocab_size=self.vocabulary.size,
             teacher=teacher_prompt(self.config),
         )
+
+    @functools.cached_property
+    def reward(self) -> Callable[[Sequences], tuple[Sequences, dict[str, float]]]:
+        """What the student's responses are worth, as columns."""
+        arguments = self.config, self.dataset, self.prompts, self.vocabulary.tokenizer
+        return build_reward(*arguments, self.cleanup)
 
     # -------------------------------------------------------------------------------- models
 

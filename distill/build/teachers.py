@@ -48,7 +48,7 @@ def build_teacher(
       UserError: the platform cannot offload, or the folder is not as it should be.
     """
     section = config.teacher
-    if config.distillation.hard_labels:
+    if not config.distillation.has_teacher:
         return Teacher()
     if section.backend == "vllm":
         return ServerTeacher(section.vllm, vocabulary, config.policy.max_total_sequence_length)

@@ -24,6 +24,7 @@ from distill.config.schema import (
 def check_combinations(config: Config) -> None:
     """Raises UserError, one line, for values that are right one by one but not together."""
     _check_generation(config)
+    _check_advantages(config)
     _check_batches(config.policy, config.distillation)
     _check_lengths(config)
     _check_models(config)
@@ -45,7 +46,7 @@ def check_combinations(config: Config) -> None:
 
 
 def _check_generation(config: Config) -> None:
-    generation, objective = config.policy.generation, config.distillation.objective
+    generation = config.policy.generation
     backend, colocated = generation.backend, generation.colocated
     is_own = backend not in KNOWN_BACKENDS
     # A plugin may register more: `build.import_plugins` looks.
@@ -59,13 +60,6 @@ def _check_generation(config: Config) -> None:
         raise UserError(
             "policy.generation.colocated.enabled=False splits the devices for the jax backend, not "
             f"for {backend!r}, which takes what it needs itself: leave it at True"
-        )
-    names = [*(text.partition(":")[0] for text in objective.terms), *objective.weights]
-    if not is_own and {"policy_gradient", "advantage"} & set(names):
-        raise UserError(
-            f"distillation.objective names {', '.join(names)}, which reads the tokens' advantages, "
-            f"but policy.generation.backend={backend} computes none: choose a plugin's backend "
-            "that does"
         )
     if 0 < generation.importance_clip < 1:
         raise UserError(
@@ -84,6 +78,69 @@ def _check_generation(config: Config) -> None:
             f"policy.generation.colocated.sampler_devices={colocated.sampler_devices} is for a "
             "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
             "sampler_devices=0"
+        )
+
+
+def _check_advantages(config: Config) -> None:
+    """Refuses combinations whose expected gradient is zero, or not that of what they estimate."""
+    distillation, generation = config.distillation, config.policy.generation
+    objective, strategy = distillation.objective, distillation.generate_strategy
+    function, reads = config.reward.function, distillation.reads_advantages
+    key = "distillation.objective"
+    if reads and not function and generation.backend in KNOWN_BACKENDS:
+        raise UserError(
+            f"{key} reads the tokens' advantages, but nothing makes any: set reward.function, or "
+            f"choose a plugin's backend that computes them (policy.generation.backend="
+            f"{generation.backend} does not)"
+        )
+    if reads and function and strategy.num_generations == 1:
+        raise UserError(
+            f"reward.function={function} with distillation.generate_strategy.num_generations=1: a "
+            "reward less the mean of its group is always 0 in a group of one; sample 2 or more"
+        )
+    estimates = objective.reward_advantage or objective.teacher_advantage
+    if distillation.lambda_ == 0 and (estimates or function):
+        raise UserError(
+            "reward.function and the advantages of distillation.objective are about responses that "
+            "the student samples, and distillation.lambda_=0 samples none: raise it"
+        )
+    if objective.ratio_clip and not (
+        estimates and generation.importance_clip >= 1 + objective.ratio_clip
+    ):
+        raise UserError(
+            f"{key}.ratio_clip={objective.ratio_clip} clips the ratio of a policy gradient: give "
+            f"{key}.reward_advantage or teacher_advantage a weight, and "
+            f"policy.generation.importance_clip at least {1 + objective.ratio_clip:g}, which "
+            "multiplies by the ratio"
+        )
+    if not estimates:
+        return
+    # A sampled token stands for the distribution that is differentiated only if it came from it.
+    for name, value, needed in (
+        ("kl_temperature", distillation.kl_temperature, 1.0),
+        ("generate_strategy.temperature", strategy.temperature, 1.0),
+        ("generate_strategy.decoding_method", strategy.decoding_method, "sample"),
+        ("generate_strategy.top_k", strategy.top_k, 0),
+        ("generate_strategy.top_p", strategy.top_p, 1.0),
+        ("generate_strategy.min_p", strategy.min_p, 0.0),
+    ):
+        if value != needed:
+            raise UserError(
+                f"distillation.{name}={value} biases the policy gradient of {key}."
+                "reward_advantage and teacher_advantage, since tokens are not sampled from the "
+                f"distribution that is trained: set it to {needed}"
+            )
+    if generation.async_steps and not generation.importance_clip:
+        raise UserError(
+            f"policy.generation.async_steps={generation.async_steps} biases the policy gradient, "
+            "since older weights sampled the tokens: set policy.generation.importance_clip, such "
+            "as 2, or async_steps=0"
+        )
+    if "advantage" in objective.weights:
+        raise UserError(
+            f"{key}.weights=advantage multiplies every term, so that a response worse than its "
+            "group would be pushed away from the teacher: reward_advantage has its own, leave it "
+            "out"
         )
 
 
@@ -204,7 +261,7 @@ def _check_own_teacher(config: Config) -> None:
             "a teacher that is the student's moving average (ema) needs a decay between 0 and 1, "
             "such as 0.99, and no other has one"
         )
-    if path not in OF_STUDENT or config.distillation.hard_labels:
+    if path not in OF_STUDENT or not config.distillation.has_teacher:
         return
     for key, value, needed in (
         ("backend", teacher.backend, "local"),
@@ -259,7 +316,7 @@ def _check_lora(config: Config) -> None:
 
 def _check_models(config: Config) -> None:
     paths = {"policy.model_name": config.policy.model_name}
-    if not config.distillation.hard_labels and config.teacher.backend == "local":
+    if config.distillation.has_teacher and config.teacher.backend == "local":
         paths["distillation.teacher_model_path"] = config.distillation.teacher_model_path
     for key, path in paths.items():
         if not path:

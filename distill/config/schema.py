@@ -18,6 +18,7 @@ OF_STUDENT = (*IN_STATE, "start")
 WRITERS = ("tensorboard", "trackio", "wandb")
 PRECISIONS = ("bfloat16", "float32")
 ALL_LINEAR = "all-linear"
+_WITHOUT_TEACHER = {"cross_entropy", "policy_gradient", "advantage"}  # built-in terms and weights
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 # What checkpoints are compared by, and whether more is better.
 ACCURACY = "eval/student/accuracy"
@@ -60,8 +61,19 @@ class GenerateStrategy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a token's loss is beside the divergence; names may be those that a plugin registers."""
+    """What a token's loss is: a weighted sum; names may be those that a plugin registers."""
 
+    divergence: float = _key(1.0, "weight of the divergence from the teacher, kl_type", low=0)
+    cross_entropy: float = _key(0.0, "weight of -log q of the response's token", low=0)
+    teacher_advantage: float = _key(
+        0.0, "weight of the policy gradient with advantage log p - log q of the token", low=0
+    )
+    reward_advantage: float = _key(
+        0.0, "weight of the policy gradient with the rewards' advantages", low=0
+    )
+    ratio_clip: float = _key(
+        0.0, "PPO's clip of the policy gradient's ratio, such as 0.2; 0: off", low=0
+    )
     terms: tuple[str, ...] = _key(
         (), "added, NAME or NAME:COEFFICIENT: cross_entropy, policy_gradient or any divergence"
     )
@@ -100,6 +112,33 @@ class Distillation:
     logging_steps: int = _free(10, "updates between log lines", low=1)
     max_skipped_steps: int = _free(
         10, "steps in a row whose loss or gradient may be NaN or infinite, and skipped", low=0
+    )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything in the objective reads one."""
+        objective = self.objective
+        names = {*(text.partition(":")[0] for text in objective.terms), *objective.weights}
+        reads = objective.divergence or objective.teacher_advantage or names - _WITHOUT_TEACHER
+        return bool(reads) and not self.hard_labels
+
+    @property
+    def reads_advantages(self) -> bool:
+        """Whether anything in the objective reads the tokens' column of that name."""
+        objective = self.objective
+        names = {*(text.partition(":")[0] for text in objective.terms), *objective.weights}
+        return bool(objective.reward_advantage or names & {"policy_gradient", "advantage"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward:
+    """What responses are worth; advantages are made of it in groups of num_generations."""
+
+    function: str = _key(
+        "", "accuracy (1 for a right response, by evaluation.grading) or a plugin's; '': none"
+    )
+    standardize: bool = _key(
+        False, "divide advantages by the standard deviation of their group's rewards (GRPO)"
     )
 
 
@@ -442,6 +481,7 @@ class Config:
         "or JAX_COMPILATION_CACHE_DIR; 'off': none",
     )
     distillation: Distillation = _section(Distillation)
+    reward: Reward = _section(Reward)
     policy: Policy = _section(Policy)
     teacher: Teacher = _section(Teacher)
     data: Data = _section(Data)
@@ -454,7 +494,7 @@ class Config:
 def own_teacher(config: Config) -> str:
     """Which part of the train state is the teacher, of `IN_STATE`; '' if none is."""
     path = config.distillation.teacher_model_path
-    return path if path in IN_STATE and not config.distillation.hard_labels else ""
+    return path if path in IN_STATE and config.distillation.has_teacher else ""
 
 
 def tokens_per_microbatch(policy: Policy) -> int:

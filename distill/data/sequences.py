@@ -48,6 +48,7 @@ _columns = {
     "row": Column(np.int64, per_token=False),  # of the dataset
     "index": Column(np.int64, per_token=False),  # in the endless stream of the data
     "truncated": Column(bool, per_token=False),  # the length limit ended it
+    "reward": Column(np.float32, per_token=False),
 }
 
 

@@ -151,7 +151,8 @@ class Evaluator:
         """
         examples = [self.dataset[int(row)] for row in self.prompts.rows]
         # Some templates open the thinking in the prompt.
-        thinking = [self._opens_thinking(tokens) for tokens in self.prompts.prompt_tokens]
+        tokenizer = self.vocabulary.tokenizer
+        thinking = [opens_thinking(tokenizer, tokens) for tokens in self.prompts.prompt_tokens]
         said = [
             f"{OPEN}{text}" if opened else text
             for opened, text in zip(thinking, texts, strict=True)
@@ -163,10 +164,6 @@ class Evaluator:
         for process, verdicts in enumerate(shares):
             correct[process :: len(shares)] = verdicts
         return correct
-
-    def _opens_thinking(self, prompt_tokens: np.ndarray) -> bool:
-        end = self.vocabulary.tokenizer.decode(prompt_tokens[-8:].tolist())
-        return str(end).rstrip().endswith(OPEN)
 
     @functools.cached_property
     def num_graded(self) -> int:
@@ -223,6 +220,12 @@ def _accuracy(correct: list[bool | None]) -> dict[str, Any]:
         return dict(accuracy=None, accuracy_low=None, accuracy_high=None, graded=0)
     rate, (low, high) = sum(graded) / len(graded), wilson_interval(sum(graded), len(graded))
     return dict(accuracy=rate, accuracy_low=low, accuracy_high=high, graded=len(graded))
+
+
+def opens_thinking(tokenizer, prompt_tokens: np.ndarray) -> bool:
+    """Whether a prompt ends with the opening of the response's thinking."""
+    end = tokenizer.decode(prompt_tokens[-8:].tolist())
+    return str(end).rstrip().endswith(OPEN)
 
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:

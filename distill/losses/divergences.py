@@ -80,6 +80,28 @@ def _is(*kinds: str) -> Callable[[_Registered], bool]:
     return lambda registered: registered.kind in kinds
 
 
+# Estimators of a KL from the sampled token, or from few, that estimate another gradient or none.
+_KL3 = "differentiated, its expected gradient is the forward KL's: kl_type=forward is exact"
+_NO_ESTIMATORS = {
+    "k1": "differentiated, log q - log p of the sampled token has an expected gradient of zero: "
+    "distillation.objective.teacher_advantage=1 makes it an advantage, kl_type=reverse is exact",
+    "k2": "its gradient is that of distillation.objective.teacher_advantage=1: use that, or "
+    "kl_type=reverse, which is exact",
+    "k3": _KL3,
+    "low_var_kl": _KL3,
+    "top_k": "a KL of few tokens, cut off or renormalised, is none: kl_type is exact, and with "
+    "teacher.backend=vllm all other tokens are one outcome",
+    "top_k_advantage": "a KL of the place does not depend on the token that was sampled there, so "
+    "that its expected policy gradient is zero: use distillation.objective.teacher_advantage=1",
+}
+
+
+def _find(name: str, key: str, *kinds: str) -> _Registered:
+    if name in _NO_ESTIMATORS and not _LOSSES.knows(name):
+        raise UserError(f"{key}={name} is refused: {_NO_ESTIMATORS[name]}")
+    return _LOSSES.get(name, _is(*kinds), key=key)
+
+
 def register_divergence(name: str):
     """Decorator: makes a pointwise f(log_p, log_q) available as `kl_type=name`.
 
@@ -111,7 +133,7 @@ def register_loss(name: str):
 
 def is_pointwise(name: str) -> bool:
     """Whether a name is a divergence rather than a loss of rows; UserError when it is neither."""
-    return _LOSSES.get(name, _is("divergence", "row loss")).kind == "divergence"
+    return _find(name, "distillation.kl_type", "divergence", "row loss").kind == "divergence"
 
 
 def get_loss(name: str) -> DistillationLossFn:
@@ -168,7 +190,7 @@ def get_term(text: str, **parameters: float) -> Term:
     """
     name, _, number = text.partition(":")
     key = "distillation.objective.terms"
-    registered = _LOSSES.get(name, _is("divergence", "term"), key=key)
+    registered = _find(name, key, "divergence", "term")
     try:
         coefficient = float(number or 1.0)
     except ValueError:

@@ -22,21 +22,26 @@ from distill.kernels.linear_divergence import (
     TokenValues,
     TopK,
     check_pointwise,
-    cross_entropy,
     linear_loss,
     reads_teacher,
     resolve_implementation,
     weighted_first,
     weights_of,
 )
+from distill.kernels.linear_divergence import cross_entropy as CROSS_ENTROPY
 from distill.kernels.linear_divergence.token_losses import TokenWeight
+from distill.losses.advantages import Advantage
 from distill.losses.divergences import PointwiseDivergence, get_loss, get_term, is_pointwise
 from distill.losses.weights import TruncatedImportance, get_weight
+
+_NONE = Advantage()
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The training objective as a hashable function; build it with `make_objective`.
+
+    The divergence is its first term, if it has one.
 
     `importance_clip` is the largest importance weight, 0 without such weights.
     """
@@ -50,15 +55,15 @@ class Objective:
 
     @property
     def divergence(self) -> PointwiseDivergence | None:
-        """The divergence, which is the first term; None for hard labels and losses of rows."""
+        """The divergence; None where it has no weight, and for losses of rows."""
         return getattr(self.loss.terms[0].function, "divergence", None)
 
     @property
     def alone(self) -> Objective:
-        """Without the terms beside the first, and without weights that tokens are multiplied by."""
+        """The first term, without weights."""
         loss = dataclasses.replace(self.loss, weights=())
         if isinstance(loss, TermSum):
-            loss = dataclasses.replace(loss, terms=loss.terms[:1])
+            loss = dataclasses.replace(loss, terms=(Term(loss.terms[0].function),))
         return dataclasses.replace(self, loss=loss, importance_clip=0.0)
 
     def __call__(
@@ -126,7 +131,7 @@ class Objective:
         vocab_size: int,
     ) -> jax.Array:
         """log q(target) at temperature 1, float32 (b, t), 0 where there is no weight."""
-        plain = dataclasses.replace(self, loss=TermSum.of(cross_entropy), needs_teacher=False)
+        plain = dataclasses.replace(self, loss=TermSum.of(CROSS_ENTROPY), needs_teacher=False)
         arrays = hidden_btd, head, None, None, targets_bt, weights_bt
         return plain(*arrays, vocab_size=vocab_size)[1].log_prob_s
 
@@ -140,6 +145,10 @@ def make_objective(
     temperature: float = 1.0,
     temperature_squared: bool = False,
     hard_labels: bool = False,
+    divergence: float = 1.0,
+    cross_entropy: float = 0.0,
+    advantage: Advantage = _NONE,
+    has_teacher: bool = True,
     terms: Sequence[str] = (),
     weights: Sequence[str] = (),
     importance_clip: float = 0.0,
@@ -156,6 +165,9 @@ def make_objective(
       temperature_squared: multiplies the loss by temperature^2, which keeps the size of the
         gradient (Hinton et al., arXiv:1503.02531).
       hard_labels: cross-entropy with the response tokens instead; no teacher, temperature 1.
+      divergence, cross_entropy: weights of the two; without weight, they are not computed.
+      advantage: what the policy gradient is weighted by; none: there is no such term.
+      has_teacher: whether a teacher is there to be read.
       terms: what is added, NAME or NAME:COEFFICIENT each; see `get_term`.
       weights: by which a token's loss is multiplied, names of losses/weights.py.
       importance_clip: multiplies it by `TruncatedImportance` of at most this, too; 0: does not.
@@ -168,8 +180,9 @@ def make_objective(
     """
     if not temperature > 0:
         raise UserError(f"kl_temperature={temperature} is not positive")
-    temperature = 1.0 if hard_labels else float(temperature)
-    pointwise = is_pointwise(kl_type) or hard_labels
+    if hard_labels:
+        temperature, divergence, cross_entropy, has_teacher = 1.0, 0.0, 1.0, False
+    pointwise = is_pointwise(kl_type) or not divergence
     if top_k_teacher and not pointwise:
         raise UserError(
             f"kl_type={kl_type} is a loss of whole rows, but of a teacher behind a server only the "
@@ -179,29 +192,39 @@ def make_objective(
         resolve_implementation(implementation, fused=pointwise and not top_k_teacher)
     except ValueError as error:
         raise UserError(f"loss_implementation: {error}") from None
-    all_logits = not (hard_labels or top_k_teacher)  # of the teacher are there
+    all_logits = has_teacher and not top_k_teacher  # of the teacher are there
     factors = tuple(_get_weight(name, all_logits) for name in weights)
     if importance_clip:
         factors += (TruncatedImportance(float(importance_clip)),)
     loss: TermSum | RowLoss
+    weighted = {kl_type: divergence, "cross_entropy": cross_entropy}
+    texts = [*(f"{name}:{weight}" for name, weight in weighted.items() if weight), *terms]
+    estimates = advantage.reward or advantage.teacher
     if pointwise:
         parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
-        texts = "cross_entropy" if hard_labels else kl_type, *terms
-        found = tuple(get_term(text, **parameters) for text in texts)
+        found = [get_term(text, **parameters) for text in texts]
         for text, term in zip(texts, found, strict=True):
             by_outcomes = top_k_teacher and isinstance(term.function, DivergenceTerm)
             _check_term(text, term, all_logits or by_outcomes)
-        loss = TermSum(found, temperature, factors)
-    elif terms:
+        if estimates:
+            found.append(Term(CROSS_ENTROPY, weight=advantage))
+        if not found:
+            raise UserError(
+                "distillation.objective has no term: give divergence, cross_entropy, "
+                "teacher_advantage or reward_advantage a weight"
+            )
+        loss = TermSum(tuple(found), temperature, factors)
+    elif len(texts) > 1 or estimates:
+        added = [*texts[1:], *(["policy_gradient"] if estimates else [])]
         raise UserError(
-            f"distillation.objective.terms={', '.join(terms)} cannot be added to kl_type="
+            f"distillation.objective.terms={', '.join(added)} cannot be added to kl_type="
             f"{kl_type}, a loss of whole rows: choose a divergence, or leave it empty"
         )
     else:
         loss = RowLoss(get_loss(kl_type), temperature, factors)
     return Objective(
         loss=loss,
-        needs_teacher=not hard_labels,
+        needs_teacher=has_teacher,
         scale=temperature**2 if temperature_squared else 1.0,
         importance_clip=float(importance_clip),
         implementation=implementation,

@@ -102,9 +102,10 @@ def find_workload(config: Config) -> Workload:
     """
     (student, vocab_size), *notes = _find(config.policy.model_name)
     teacher = None
-    if config.distillation.teacher_model_path in OF_STUDENT and not config.distillation.hard_labels:
+    has_teacher = config.distillation.has_teacher
+    if config.distillation.teacher_model_path in OF_STUDENT and has_teacher:
         teacher = student
-    elif not config.distillation.hard_labels and config.teacher.backend == "local":
+    elif has_teacher and config.teacher.backend == "local":
         (teacher, _), note = _find(config.distillation.teacher_model_path)
         notes.append(note)
     return Workload(config, student, teacher, vocab_size, tuple(filter(None, notes)))

@@ -110,6 +110,13 @@ def _summary(settings: Mapping[str, Any], step: int) -> str:
     student, data = _model(settings["policy.model_name"]), _data(settings)
     if settings["distillation.hard_labels"]:
         return f"{student}, after {step} updates of fine-tuning on the responses in {data}."
+    objective = "distillation.objective."
+    rewards = settings["reward.function"] if settings[objective + "reward_advantage"] else ""
+    if not _has_teacher(settings):
+        return (
+            f"{student}, after {step} updates on its own responses to the prompts of {data}, by "
+            f"the policy gradient of the reward `{_plain(rewards)}`."
+        )
     lambda_ = settings["distillation.lambda_"]
     source = (
         "on its own responses"
@@ -121,7 +128,8 @@ def _summary(settings: Mapping[str, Any], step: int) -> str:
     return (
         f"{student}, after {step} updates of distillation {source} to the prompts of {data}. "
         f"At every response token it learned the next-token distribution of {_teacher(settings)}, "
-        f"by the divergence {_divergence(settings)}."
+        f"by the divergence {_divergence(settings)}"
+        + (f", beside the policy gradient of the reward `{_plain(rewards)}`." if rewards else ".")
     )
 
 
@@ -153,11 +161,17 @@ def _licence(settings: Mapping[str, Any]) -> str:
     """What only the user can know."""
     lines = ["- of this model, also above as `license`: FILL IN"]
     lines.append(f"- of the student, {_model(settings['policy.model_name'])}: FILL IN")
-    if not settings["distillation.hard_labels"]:
+    if _has_teacher(settings):
         teacher = _teacher(settings)
         lines.append(f"- of the teacher, {teacher}, and its terms for training on it: FILL IN")
     lines.append(f"- of the data, {_data(settings)}: FILL IN")
     return "\n".join(lines)
+
+
+def _has_teacher(settings: Mapping[str, Any]) -> bool:
+    weights = ("divergence", "teacher_advantage", "terms", "weights")
+    reads = any(settings[f"distillation.objective.{name}"] for name in weights)
+    return reads and not settings["distillation.hard_labels"]
 
 
 def _divergence(settings: Mapping[str, Any]) -> str:

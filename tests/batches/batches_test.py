@@ -73,6 +73,32 @@ def make_source(sampler, **options) -> BatchSource:
     return BatchSource(iterator, sampler, lambda batch: batch, **(defaults | options))
 
 
+def test_rewards_become_columns_of_what_was_sampled(sampler):
+    seen = []
+
+    def reward(sequences):
+        seen.append(sequences)
+        columns = dict(reward=[1, 2, 3, 4], advantage=np.repeat([1, 2, 3, 4], sequences.lengths_b))
+        return sequences.with_columns(**columns), {"reward/mean": 2.5}
+
+    source = make_source(sampler, reward=reward)
+    batch, measured = source.next(0, {})
+    assert measured["reward/mean"] == 2.5 and measured["generation/max_length"] == 3
+    assert seen[0]["sampled"].sum() == 8 and seen[0]["row"].tolist() == [0, 1, 2, 3]
+    advantage_bt = batch[0].columns["advantage"][0]
+    assert [set(row[row != 0]) for row in advantage_bt] == [{1}, {2}, {3}, {4}]
+    source.sample_ahead(1, {})
+    arrays, _ = source.sequences_ahead()
+    assert arrays["reward"].tolist() == [1, 2, 3, 4], "a checkpoint has them"
+    source.close()
+    # Fixed data are not rewarded.
+    source = make_source(sampler, reward=reward, lambda_=0.0)
+    batch, measured = source.next(0, {})
+    assert len(seen) == 2 and "reward/mean" not in measured
+    assert not batch[0].columns["advantage"].any()
+    source.close()
+
+
 def first_prompt(batch) -> int:
     return int(batch[0].tokens_bt[0, 0, 0]) - 100
 

@@ -56,7 +56,7 @@ def test_defaults_with_field_evidence():
         (
             "distillation.objective.terms",
             ("policy_gradient:2",),
-            ["objective names policy_gradient", "backend=jax", "plugin"],
+            ["reads the tokens' advantages", "reward.function", "backend=jax", "plugin"],
         ),
         ("policy.generation.backend", "vllm", ["generation.vllm.urls", "generation.vllm.python"]),
         ("teacher.backend", "vllm", ["teacher.vllm.urls"]),
@@ -217,3 +217,61 @@ def test_sizes_beyond_what_anybody_has_are_refused(key, value):
         config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"config key '{key}'.*must be between"):
         parse_config(config)
+
+
+REWARDED = {
+    "reward.function": "accuracy",
+    "distillation.objective.reward_advantage": 1.0,
+    "distillation.generate_strategy.num_generations": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"reward.function": ""}, "reads the tokens' advantages, but nothing makes any: set rew"),
+        (
+            {"distillation.generate_strategy.num_generations": 1},
+            "num_generations=1: a reward less the mean of its group is always 0",
+        ),
+        (
+            {"distillation.lambda_": 0.0, "distillation.generate_strategy.num_generations": 1},
+            "a group of one",
+        ),
+        ({"distillation.generate_strategy.temperature": 0.8}, "strategy.temperature=0.8 biases"),
+        ({"distillation.generate_strategy.top_p": 0.9}, "strategy.top_p=0.9 biases the policy"),
+        ({"distillation.generate_strategy.decoding_method": "greedy"}, "=greedy biases.*to sample"),
+        ({"distillation.kl_temperature": 2.0}, "kl_temperature=2.0 biases"),
+        (
+            {
+                "policy.generation.async_steps": 1,
+                "policy.generation.colocated.enabled": False,
+            },
+            "async_steps=1 biases the policy gradient.*importance_clip",
+        ),
+        ({"distillation.objective.ratio_clip": 0.2}, "importance_clip at least 1.2"),
+        ({"distillation.objective.weights": ("advantage",)}, "pushed away from the teacher"),
+        ({"distillation.objective.reward_advantage": -1.0}, "reward_advantage.*at least 0"),
+    ],
+)
+def test_advantages_that_estimate_nothing_are_refused(changes, words):
+    config = valid_config()
+    config.update_from_flattened_dict({**REWARDED, **changes})
+    with pytest.raises(UserError, match=words) as error:
+        parse_config(config)
+    assert "\n" not in str(error.value)
+
+
+def test_what_reads_a_teacher():
+    config = valid_config()
+    config.update_from_flattened_dict(REWARDED)
+    assert parse_config(config).distillation.has_teacher
+    config.distillation.objective.divergence = 0.0
+    config.distillation.teacher_model_path = ""
+    assert not parse_config(config).distillation.has_teacher
+    for changes in ({"teacher_advantage": 1.0}, {"terms": ("jsd:0.1",)}, {"weights": ("mine",)}):
+        more = valid_config()
+        more.update_from_flattened_dict(REWARDED)
+        more.distillation.objective.divergence = 0.0
+        more.distillation.objective.update(changes)
+        assert parse_config(more).distillation.has_teacher

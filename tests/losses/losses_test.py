@@ -8,6 +8,7 @@ import pytest
 from distill.base.errors import UserError
 from distill.kernels.linear_divergence import linear_divergence
 from distill.losses import divergences, weights
+from distill.losses.advantages import Advantage
 from distill.losses.divergences import (
     get_divergence,
     get_loss,
@@ -246,22 +247,30 @@ class TestTermsAndWeights:
         for total, *each in zip(*map(jax.tree.leaves, (whole, *parts)), strict=True):
             np.testing.assert_allclose(total, sum(each), rtol=1e-4, atol=1e-6)
 
-    @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-    def test_expected_policy_gradient_is_that_of_what_it_is_the_advantage_of(self, implementation):
+    @pytest.mark.parametrize(
+        "implementation, options",
+        [
+            ("reference", dict(terms=("policy_gradient", "forward:-1"))),
+            ("chunked", dict(terms=("policy_gradient", "forward:-1"))),
+            ("chunked", dict(divergence=0.0, advantage=Advantage(teacher=1.0))),
+        ],
+        ids=["reference", "chunked", "of the teacher"],
+    )
+    def test_expected_policy_gradient_is_that_of_what_it_is_the_advantage_of(
+        self, implementation, options
+    ):
         """Every token of the vocabulary as often as the student samples it, by its log p - log q:
         the gradient of KL(q||p)."""
         logits_s, logits_t = random_logits(0, shape=(1, 10)), random_logits(1, shape=(1, 10))
         log_q, log_p = log_softmax64(logits_s), log_softmax64(logits_t)
         eye, targets_br = jnp.eye(10), jnp.arange(10)[None]
-        objective = make_objective(
-            "forward", terms=("policy_gradient", "forward:-1"), implementation=implementation
-        )
+        objective = make_objective("forward", implementation=implementation, **options)
 
         def loss(logits_s):
             hidden = (jnp.broadcast_to(x, (1, 10, 10)) for x in (logits_s, logits_t))
             hidden_s, hidden_t = hidden
             arguments = hidden_s, eye, hidden_t, eye, targets_br, jnp.float32(np.exp(log_q))
-            columns = {"advantage": jnp.float32(log_p - log_q)}
+            columns = {"advantage": jnp.float32(log_p - log_q), "sampled": jnp.ones((1, 10), bool)}
             return objective(*arguments, vocab_size=10, columns=columns)[0]
 
         _, gradient = expected("reverse", None, logits_s, logits_t)

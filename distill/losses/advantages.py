@@ -1,0 +1,82 @@
+"""Advantages: what makes a sampled token likelier, or less likely, by policy gradient.
+
+The term is -A log q(y), A without gradient. For a response that the student has sampled, its
+expected gradient is that of minus the expected reward (Williams, 1992) where A is the response's
+reward less anything that does not depend on the response. The sum over a batch's tokens is divided
+by one number for all of them (`weights.token_weights`), never by a response's own length, which
+would make long wrong responses cheap (Dr. GRPO, arXiv:2503.20783; DAPO, arXiv:2503.14476): the
+direction is the policy gradient's whatever the lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill.kernels.linear_divergence import TokenStatistics
+
+_SPREAD = 1e-6  # below this, the rewards of a group are the same
+
+
+def group_advantages(
+    rewards_b: np.ndarray, num_generations: int, *, standardize: bool = False
+) -> np.ndarray:
+    """A reward less the mean of its group, the responses to one prompt, which follow each other.
+
+    GRPO without its division (arXiv:2402.03300; Dr. GRPO, arXiv:2503.20783). The mean has the
+    response's own reward, so the expected gradient is the policy gradient's times 1 - 1/g.
+    `standardize` divides by the group's standard deviation, as GRPO does: this weighs prompts by
+    how alike their rewards are, and is the gradient of another objective. float32 (b,).
+    """
+    rewards_gn = np.asarray(rewards_b, np.float64).reshape(-1, num_generations)
+    advantages_gn = rewards_gn - rewards_gn.mean(axis=1, keepdims=True)
+    if standardize:
+        spread_g1 = rewards_gn.std(axis=1, keepdims=True)
+        advantages_gn /= np.where(spread_g1 > _SPREAD, spread_g1, 1.0)
+    return advantages_gn.reshape(-1).astype(np.float32)
+
+
+def describe_rewards(rewards_b: np.ndarray, num_generations: int) -> dict[str, float]:
+    """Metrics: mean, mean standard deviation in a group, share of groups without any spread."""
+    rewards_gn = np.asarray(rewards_b, np.float64).reshape(-1, num_generations)
+    spread_g = rewards_gn.std(axis=1)
+    return {
+        "reward/mean": float(rewards_gn.mean()),
+        "reward/group_std": float(spread_g.mean()),
+        "reward/groups_without_spread": float((spread_g <= _SPREAD).mean()),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantage:
+    """What a sampled token's -log q is multiplied by; 0 for tokens that were not sampled.
+
+    reward * A + teacher * (log p(y) - log q(y)), A being the column `advantage`. The second is the
+    reverse KL's: its expectation over the sampled token has the gradient of KL(q||p) at that place
+    (Thinking Machines Lab, "On-Policy Distillation", 2025). It needs the teacher's log-probability
+    of the response's tokens only.
+
+    `ratio_clip` e is PPO's (arXiv:1707.06347), as its gradient: with rho = q(y) / q_sampler(y), a
+    token has none where A > 0 and rho > 1 + e, or A < 0 and rho < 1 - e. Elsewhere it is
+    rho A grad log q, rho being the weight `TruncatedImportance`. 0: no clip.
+    """
+
+    reward: float = 0.0
+    teacher: float = 0.0
+    ratio_clip: float = 0.0
+
+    def __call__(self, statistics: TokenStatistics, columns) -> jax.Array:
+        advantage = jnp.zeros_like(statistics.log_prob_s)
+        if self.reward:
+            advantage += self.reward * columns["advantage"]
+        if self.teacher:
+            advantage += self.teacher * (statistics.log_prob_t - statistics.log_prob_s)
+        kept = columns["sampled"]
+        if self.ratio_clip:
+            ratio = jnp.exp(statistics.log_prob_s - columns["log_prob"])
+            beyond = jnp.where(advantage > 0, ratio - 1.0, 1.0 - ratio) > self.ratio_clip
+            kept &= ~beyond
+        return jnp.where(kept, advantage, 0.0)
