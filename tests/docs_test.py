@@ -268,7 +268,7 @@ def test_method_has_a_loss(method, lines, models, tmp_path):
         model = teacher.at(state)
         arguments = state.params, model and model.params, rows, float(rows.mask_bt.sum())
         loss, _ = jax.jit(loss_fn)(*arguments)
-    assert 1e-6 < loss < 9
+    assert 1e-6 < abs(loss) < 9  # that of an advantage may be negative
     assert (view is None) == (not any(key.startswith("teacher.") for key in lines))
 
 
