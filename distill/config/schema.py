@@ -445,6 +445,9 @@ class Warn:
         2.0, "mean length of sampled responses, in medians of the last 50 steps", low=0
     )
     truncated: float = _free(0.5, "share of sampled responses cut at the limit", low=0, high=1)
+    truncated_rise: float = _free(
+        0.25, "rise of that share over the run's first 10 steps", low=0, high=1
+    )
     repetition: float = _free(0.5, "share of 4-grams that repeat within a response", low=0, high=1)
     low_entropy: float = _free(
         0.0, "estimated entropy per sampled token, nats, warned of when below", low=0

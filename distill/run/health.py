@@ -26,6 +26,13 @@ _ABOVE = {
     ),
     "repetition": ("generation/repetition", "the student may be looping: read its responses"),
 }
+_RISES = {
+    "truncated_rise": (
+        "generation/truncated",
+        "the student unlearns to end its responses: set lambda_=0.5, which mixes in fixed data, or "
+        "export a checkpoint from before",
+    ),
+}
 _BELOW = {
     "low_entropy": (
         "generation/entropy_estimate",
@@ -50,6 +57,7 @@ class Health:
         self._recent: dict[str, deque[float]] = {
             name: deque(maxlen=_WINDOW) for name, _ in _SPIKES.values()
         }
+        self._first: dict[str, list[float]] = {name: [] for name, _ in _RISES.values()}
         self._warned: dict[str, int] = {}
         self.count = 0
 
@@ -66,6 +74,15 @@ class Health:
                     seen = f"{name} is {values[name]:.4g}, usually {usual:.4g}"
                     found.append((kind, f"{seen}: {advice}"))
             recent.append(values[name])
+        for kind, (name, advice) in _RISES.items():
+            first, limit = self._first[name], getattr(self._limits, kind)
+            if name not in values:
+                continue
+            if len(first) < _FEWEST:
+                first.append(values[name])
+            elif limit and values[name] - statistics.mean(first) > limit:
+                seen = f"{name} is {values[name]:.4g}, at first {statistics.mean(first):.4g}"
+                found.append((kind, f"{seen}: {advice}"))
         for table, sign, word in ((_ABOVE, 1, "above"), (_BELOW, -1, "below")):
             for kind, (name, advice) in table.items():
                 limit = getattr(self._limits, kind)
@@ -88,9 +105,11 @@ class Health:
     def state(self) -> dict[str, Any]:
         """As JSON, for `restore`."""
         recent = {name: list(values) for name, values in self._recent.items()}
-        return {"recent": recent, "warned": self._warned, "count": self.count}
+        first = {name: list(values) for name, values in self._first.items()}
+        return {"recent": recent, "first": first, "warned": self._warned, "count": self.count}
 
     def restore(self, state: dict[str, Any]) -> None:
         for name, values in state["recent"].items():
             self._recent[name].extend(values)
+        self._first |= state.get("first", {})  # earlier checkpoints have none
         self._warned, self.count = dict(state["warned"]), state["count"]

@@ -1,5 +1,7 @@
 """Signs that a run is going wrong: each is made to happen."""
 
+import json
+
 import pytest
 
 from distill.config.schema import Warn
@@ -27,19 +29,34 @@ def after_fine_steps(count: int = 20, **limits) -> Health:
         ("loss_spike", "loss", 5.1),
         ("length_spike", "generation/mean_length", 41.0),
         ("truncated", "generation/truncated", 0.6),
+        ("truncated_rise", "generation/truncated", 0.4),
         ("repetition", "generation/repetition", 0.6),
         ("low_entropy", "generation/entropy_estimate", 0.01),
     ],
 )
 def test_each_kind_is_seen_and_0_switches_it_off(kind, metric, bad):
-    limits = {"low_entropy": 0.05}
+    limits = {"low_entropy": 0.05} | ({"truncated_rise": 0.0} if kind == "truncated" else {})
     (line,) = after_fine_steps(**limits).check(21, FINE | {metric: bad})
     assert f"WARNING: step 21: {metric} is {bad:.4g}" in line and f"logger.warn.{kind}" in line
     assert after_fine_steps(**limits | {kind: 0.0}).check(21, FINE | {metric: bad}) == []
 
 
+def test_a_slow_rise_is_seen_after_a_resume_too():
+    """The usual share rises with it; what it was at first is in the checkpoint."""
+    health = after_fine_steps(100)
+    resumed = Health(Warn(), quiet_steps=5)
+    resumed.restore(json.loads(json.dumps(health.state())))
+    shares = [0.1 + 0.01 * i for i in range(39)]
+    seen = [
+        s
+        for i, s in enumerate(shares)
+        if resumed.check(101 + i, FINE | {"generation/truncated": s})
+    ]
+    assert seen[0] == pytest.approx(0.36) and len(seen) == 3
+
+
 def test_one_kind_is_silent_for_a_while_but_counted():
-    health, looping = after_fine_steps(), FINE | {"generation/repetition": 0.9}
+    health, looping = after_fine_steps(truncated_rise=0.0), FINE | {"generation/repetition": 0.9}
     shown = [step for step in range(21, 33) if health.check(step, looping)]
     assert shown == [21, 26, 31]
     assert health.check(33, FINE | {"generation/truncated": 0.9}), "another kind"
