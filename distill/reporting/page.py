@@ -17,6 +17,7 @@ from typing import Any
 from distill.base.files import to_json, write_atomically
 from distill.reporting import curves
 from distill.reporting.read import Run, read_run
+from distill.reporting.verdict import verdict
 
 REPORT = "report.html"
 _ASSETS = Path(__file__).parent / "assets"
@@ -66,6 +67,7 @@ def _data(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
                 name=name,
                 step=run.step,
                 results=run.results,
+                verdict=verdict(run.results),
                 rollouts=run.rollouts,
                 config=run.config,
                 environment=run.environment,

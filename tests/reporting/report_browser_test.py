@@ -93,6 +93,7 @@ def test_all_sections_are_drawn(page):
         "Results", "Curves", "Responses, token by token", "Setup",
     ]  # fmt: skip
     assert "40.0% → 80.0%" in page.all(".tile")[0].text
+    assert page.one(".verdict").text.startswith("The run helped: 40.0% before, 80.0% after")
     rows = [row.text.split()[0] for row in page.all(".results tbody tr")]
     assert rows == ["base", "student", "teacher"]
     titles = [title.text for title in page.all("figcaption b")]

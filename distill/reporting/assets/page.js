@@ -49,6 +49,8 @@ function results(runs) {
   const names = ["model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off", "prompts"];
   if (runs.length > 1) names.unshift("run");
   return el("section", { id: "results" }, el("h2", {}, "Results"),
+    runs.filter((run) => run.verdict).map((run) => el("p", { class: "verdict" },
+      runs.length > 1 ? `${run.name}: ${run.verdict}` : run.verdict)),
     el("p", { class: "lead" }, "Greedy responses to held-out prompts; divergences to the teacher in nats per " +
       "token of the model's own responses, over the whole vocabulary."),
     el("div", { class: "card scroll" }, el("table", { class: "results" },
