@@ -147,7 +147,7 @@ def test_configs_import_only_the_schema_and_each_other(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name
+    "path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.name
 )
 def test_benchmarks_import_what_is_there(path):
     """Nothing else runs all of them: they take minutes, or packages of their own."""

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from tiny_models import model_config
 
-from benchmarks.evidence_examination import TOP_K, examine
 from distill.config import schema
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
@@ -146,39 +145,3 @@ def test_table_shows_the_three_models_side_by_side():
     assert "50.0%" in lines[1] and "40.0% - 60.0%" in lines[1] and "0.1250" in lines[1]
     assert "0.1250" not in lines[2]
     assert lines[1].index("12.0") == lines[2].index("12.0") == lines[0].index("length")
-
-
-def test_examination_against_one_answer_at_a_time(tokenizer):
-    student, other, size = make_model(1, 24), make_model(2, 24), vocabulary_size(tokenizer)
-    # So alike that they do not part at the first token of every answer.
-    params = jax.tree.map(lambda x, y: x + 0.3 * y, student.params, other.params)
-    teacher = Model(other.graph, params)
-    evaluator = make_evaluator(tokenizer, Sums(), batch_size=2)
-    rollout = evaluator.respond(student.graph, student.params, evaluator.greedy)
-    examination = examine(evaluator, student, teacher, rollout)
-    first = []
-    for i, length in enumerate(rollout.lengths_b):
-        prompt, answer = evaluator.prompts.prompt_tokens[i], rollout.tokens_br[i, :length]
-        row = jnp.asarray([*prompt, *answer])[None]
-        log_q, log_p = (
-            np.asarray(
-                jax.nn.log_softmax(module.logits(module(row))[0, len(prompt) - 1 : -1, :size])
-            )
-            for module in (nnx.merge(model.graph, model.params) for model in (student, teacher))
-        )
-        likeliest = [np.argsort(-x, axis=1)[:, :TOP_K] for x in (log_p, log_q)]
-        departs = answer != likeliest[0][:, 0]
-        first.append(int(departs.argmax()) if departs.any() else -1)
-        expected = dict(
-            forward_kl_br=(np.exp(log_p) * (log_p - log_q)).sum(axis=1),
-            reverse_kl_br=(np.exp(log_q) * (log_q - log_p)).sum(axis=1),
-            teacher_log_prob_br=log_p[np.arange(length), answer],
-            departs_br=departs,
-            overlap_br=[np.isin(*pair).mean() for pair in zip(*likeliest, strict=True)],
-        )
-        for name, values in expected.items():
-            row = getattr(examination, name)[i]
-            np.testing.assert_allclose(row[:length], values, rtol=1e-4, atol=1e-5, err_msg=name)
-            assert not row[length:].any(), name
-    assert len(set(first)) > 1
-    assert examination.first_departure_b().tolist() == first

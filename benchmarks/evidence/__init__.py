@@ -1,0 +1,1 @@
+"""When on-policy distillation pays: what is run, how, and what is made of it."""
