@@ -61,7 +61,7 @@ def check_memory(session: Session, state: TrainState) -> str:
         engine = session.build_engine(session.student.graph)
         rows = policy.train_global_batch_size
         needs["cache"] = engine.cache_bytes(session.student.params, rows)
-    total, limit = sum(needs.values()), _device_memory()
+    total, limit = sum(needs.values()), device_memory()
     listed = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needs.items())
     if limit is not None and total > limit:
         raise Problem(
@@ -73,7 +73,7 @@ def check_memory(session: Session, state: TrainState) -> str:
     return f"at least {total / 1e9:.3g} GB per device ({listed}) of {bound}, without activations"
 
 
-def _device_memory() -> int | None:
+def device_memory() -> int | None:
     """Bytes that a device has for this process; None if nobody says."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()

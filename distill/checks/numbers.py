@@ -98,8 +98,8 @@ def check_numbers(session: Session, state: TrainState) -> str:
     does packing. A teacher with other prompts is asked for the student's tokens, and would be
     noticed to be asked one position late.
     """
-    sequences = _short_sequences(session, state)
-    padded = _laid_out(session, sequences, packed=False)
+    sequences = short_sequences(session, state)
+    padded = laid_out(session, sequences, packed=False)
     own_teacher = session.objective.divergence is not None
     loss_fn = make_loss(
         session.student.graph,
@@ -139,12 +139,12 @@ def check_numbers(session: Session, state: TrainState) -> str:
         details.append(_check_gap(session, sums))
     details.append(_check_padding(sums, evaluate(_stirred(padded))[1]))
     if session.config.policy.sequence_packing.enabled:
-        packed = _laid_out(session, sequences, packed=True)
+        packed = laid_out(session, sequences, packed=True)
         details.append(_check_packing(session, sums, evaluate(packed)[1]))
     return "; ".join(details)
 
 
-def _short_sequences(session: Session, state: TrainState) -> Sequences:
+def short_sequences(session: Session, state: TrainState) -> Sequences:
     """The first prompts with short responses, sampled where any are.
 
     The sampler is asked for a whole batch, so that it compiles what the run will need anyway.
@@ -173,7 +173,7 @@ def _short_sequences(session: Session, state: TrainState) -> Sequences:
     return sequences.first(starts_b + RESPONSE_TOKENS)
 
 
-def _laid_out(
+def laid_out(
     session: Session, sequences: Sequences, *, packed: bool, view: Sequences | None = None
 ) -> Rows:
     """As many sequences as a microbatch surely holds, in one microbatch, on the host.
@@ -254,7 +254,7 @@ def _check_view(session: Session, sequences: Sequences) -> str:
     """Whether the teacher's next tokens are the student's, wherever that is trained."""
     packed = session.config.policy.sequence_packing.enabled
     view = session.prompts.view(sequences)
-    rows: Any = _laid_out(session, sequences, packed=packed, view=view)
+    rows: Any = laid_out(session, sequences, packed=packed, view=view)
     next_bt = np.roll(rows.view.tokens_bt, -1, axis=1)
     asked_bt = np.take_along_axis(next_bt, rows.view.index_bt, axis=1)
     wrong = int((rows.mask_bt & (asked_bt != rows.targets_bt)).sum())

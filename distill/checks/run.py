@@ -11,6 +11,7 @@ from distill.build.session import Session
 from distill.checks.layout import check_layout, check_memory
 from distill.checks.numbers import check_numbers, check_weights
 from distill.checks.problem import Problem
+from distill.checks.teacher import check_teacher
 from distill.checks.texts import (
     check_end,
     check_overlap,
@@ -32,6 +33,7 @@ STATE_CHECKS: dict[str, Callable[[Session, TrainState], str]] = {
     "layout": check_layout,
     "memory": check_memory,
     "numbers": check_numbers,
+    "teacher": check_teacher,
 }
 
 

@@ -13,7 +13,8 @@ from distill.build.session import Session
 from distill.checks.problem import Problem
 from distill.data.chat import Refused, render_chat
 from distill.data.messages import Prompt
-from distill.data.tokenizer import closing_token, load_tokenizer
+from distill.data.prompts import Prompts
+from distill.data.tokenizer import closing_token, load_tokenizer, response_end
 from distill.models.checkpoints.hub import tokenizer_folder
 
 SAMPLED_PROMPTS = 8
@@ -92,9 +93,11 @@ def _teachers(session: Session, chat_template: str = ""):
 
 
 def check_template(session: Session) -> str:
-    """Prompts hold their problem's text and leave the response open."""
+    """Prompts, the teacher's too, hold their problem's text and leave the response open."""
     tokenizer, ends = session.vocabulary.tokenizer, session.vocabulary.end_ids
-    for row, tokens in _first_prompts(session):
+    prompts = session.prompts
+    read = [prompts.prompt_tokens, *([prompts.view_tokens] if prompts.view_tokens else [])]
+    for row, tokens in (pair for each in read for pair in _first_of(prompts, each)):
         prompt = session.dataset[int(row)].prompt
         rendered = tokenizer.decode(tokens, skip_special_tokens=False)
         assert isinstance(rendered, str)  # a list is of several prompts
@@ -104,6 +107,11 @@ def check_template(session: Session) -> str:
                 f"the prompt {_short(text)} becomes {_short(rendered)}: the chat template or the "
                 "tokenizer loses its text; check tokenizer_config.json, chat_template.jinja and "
                 "data.prompt_template"
+            )
+        if len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
+            raise Problem(
+                f"the prompt {_short(text)} begins with {tokenizer.bos_token!r} twice: the chat "
+                "template writes it, and the tokenizer or the data once more"
             )
         if int(tokens[-1]) in ends:
             raise Problem(
@@ -143,9 +151,18 @@ def check_end(session: Session) -> str:
         )
     names = ", ".join(repr(tokenizer.decode([end])) for end in ends)
     closing = closing_token(tokenizer)
+    found = f"responses end at {names}; "
     if closing is None:
-        return f"responses end at {names}; the chat template puts no token behind them"
-    return f"responses end at {names}; those of the data with {tokenizer.decode([closing])!r}"
+        found += "the chat template puts no token behind them"
+    else:
+        found += f"those of the data with {tokenizer.decode([closing])!r}"
+    teachers = None if session.teacher_folder is None else closing_token(_teachers(session))
+    if teachers not in (None, response_end(tokenizer)):
+        found += (
+            f"; warning: the teacher's chat template closes them with "
+            f"{tokenizer.decode([teachers])!r}, so it expects that and no other end"
+        )
+    return found
 
 
 def check_overlap(session: Session) -> str:
@@ -160,8 +177,11 @@ def check_overlap(session: Session) -> str:
 
 def _first_prompts(session: Session) -> list[tuple[int, np.ndarray]]:
     """Dataset row and tokens of the first prompts."""
-    prompts = session.prompts
-    return list(zip(prompts.rows, prompts.prompt_tokens, strict=True))[:SAMPLED_PROMPTS]
+    return _first_of(session.prompts, session.prompts.prompt_tokens)
+
+
+def _first_of(prompts: Prompts, tokens: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
+    return list(zip(prompts.rows, tokens, strict=True))[:SAMPLED_PROMPTS]
 
 
 def _said(prompt: Prompt) -> list[str]:

@@ -339,12 +339,12 @@ def test_unsharded_copy(config, monkeypatch):
 
 
 def test_too_little_memory(config, monkeypatch):
-    monkeypatch.setattr(layout, "_device_memory", lambda: 10_000)
+    monkeypatch.setattr(layout, "device_memory", lambda: 10_000)
     assert "a step needs at least" in problem_of(config)
 
 
 def test_runs_begin_with_it_unless_told_not_to(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "_device_memory", lambda: 10_000)
+    monkeypatch.setattr(layout, "device_memory", lambda: 10_000)
     config.distillation.max_steps = 1
     with pytest.raises(UserError, match="--config.preflight=False"):
         distill.train(config, tmp_path / "checked")

@@ -1,0 +1,150 @@
+"""What the teacher says of responses, by the way of the run, and whether it can be that."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distill.base.sharding import bytes_per_device, constrain_whole
+from distill.batches.rows import Rows, of_responses, teacher_hidden
+from distill.build.devices import make_put
+from distill.build.models import abstract_model, frozen_options
+from distill.build.session import Session
+from distill.checks.layout import device_memory
+from distill.checks.numbers import RESPONSE_TOKENS, laid_out, short_sequences
+from distill.checks.problem import Problem
+from distill.data.sequences import Sequences
+from distill.models.checkpoints.source import load_model_config
+from distill.models.checkpoints.tensors import has_weights
+from distill.models.model import Model
+from distill.step import TrainState
+
+SHIFTS = {"where they are": 0, "one position late": 1, "one position early": -1}
+CLEARLY = 1.0  # nats per token by which a shift says better what the responses are
+SURPRISING = 5.0  # nats of a first token, on the mean: something else was expected there
+
+
+def check_teacher(session: Session, state: TrainState) -> str:
+    """The teacher predicts responses best where they are, and servers say what its weights do."""
+    if session.config.distillation.hard_labels:
+        return "none takes part"
+    sequences, teacher = short_sequences(session, state), session.teacher
+    view = session.prompts.view(sequences)
+    seen, found = sequences if view is None else view, ""
+    if teacher.from_state is not None or teacher.model is not None:
+        log_probs_sn, first_n = _of_model(session, teacher.at(state), sequences, seen)
+    elif teacher.graph is not None:
+        return "known by hidden states on disk, which were compared by their digests"
+    else:
+        columns = dict(teacher.score(seen))
+        log_probs_sn, first_n = _of_scores(seen, columns)
+        found = _compare_with_weights(session, sequences, seen, columns)
+    means = dict(zip(SHIFTS, log_probs_sn.mean(axis=1).tolist(), strict=True))
+    best = max(means, key=lambda name: means[name])
+    here = means["where they are"]
+    if means[best] > here + CLEARLY:
+        raise Problem(
+            f"the teacher gives the tokens of responses {here:.2f} nats where they are, and "
+            f"{means[best]:.2f} {best}: what it says is compared in another place"
+        )
+    first = float(log_probs_sn[0, first_n].mean())
+    warning = ""
+    if first < -SURPRISING:
+        warning = (
+            "; warning: it expects something else where a response begins: another template, "
+            "thinking or system prompt"
+        )
+    return f"{here:.2f} nats per token, {first:.2f} for the first of a response{found}{warning}"
+
+
+def _of_model(
+    session: Session, model: Model | None, sequences: Sequences, view: Sequences
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of the trained tokens, for each shift, and which are a response's first."""
+    assert model is not None
+    rows = laid_out(session, sequences, packed=False, view=view)
+    placed = jax.tree.map(make_put(session.mesh), rows)
+    log_prob = functools.partial(session.objective.log_probs, vocab_size=session.vocabulary.size)
+    log_probs_sbt = jax.device_get(_shifted(log_prob, model.graph, model.fetch(), placed))
+    trained_bt = np.asarray(rows.mask_bt)
+    first_bt = trained_bt & (np.cumsum(trained_bt, axis=1) == 1)
+    return log_probs_sbt[:, trained_bt], first_bt[trained_bt]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _shifted(log_prob, graph: nnx.GraphDef, params, rows: Rows) -> jax.Array:
+    model = nnx.merge(graph, params)
+    hidden_btd, head = teacher_hidden(model, rows), model.head()
+    weights_bt = rows.mask_bt.astype(jnp.float32)
+    targets = (jnp.roll(rows.targets_bt, -shift, axis=1) for shift in SHIFTS.values())
+    return constrain_whole(
+        jnp.stack([log_prob(hidden_btd, head, target_bt, weights_bt) for target_bt in targets])
+    )
+
+
+def _of_scores(
+    sequences: Sequences, columns: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_of_model`, where the likeliest tokens are known; others get what these leave."""
+    trained_n = sequences["weight"] != 0
+    ids_nk, log_probs_nk = (
+        columns[name][trained_n] for name in ("teacher_ids", "teacher_log_probs")
+    )
+    mass_n = np.where(ids_nk >= 0, np.exp(log_probs_nk), 0.0).sum(axis=1)
+    rest_n = np.log(np.maximum(1 - mass_n, 1e-6))
+    log_probs = []
+    for shift in SHIFTS.values():
+        is_target_nk = ids_nk == np.roll(sequences["tokens"], -shift)[trained_n][:, None]
+        listed_n = np.where(is_target_nk, log_probs_nk, 0.0).sum(axis=1)
+        log_probs.append(np.where(is_target_nk.any(axis=1), listed_n, rest_n))
+    first = [np.cumsum(weight_t != 0) == 1 for weight_t in sequences.split("weight")]
+    return np.stack(log_probs), np.concatenate(first)[trained_n]
+
+
+def _compare_with_weights(
+    session: Session, sequences: Sequences, view: Sequences, columns: dict[str, np.ndarray]
+) -> str:
+    """Whether servers say of responses what the teacher's weights do, if those are here.
+
+    Other weights, another configuration or order of the vocabulary, another place, and a prompt
+    that is cut or begins with a token more: each says something else.
+    """
+    folder, config = session.teacher_folder, session.config
+    if folder is None or not has_weights(folder):
+        return "; its servers are not compared with its weights, which are not here"
+    options = frozen_options(config.policy, config.teacher.dtype)
+    shapes = abstract_model(load_model_config(folder)[0], folder, session.mesh, **options).params
+    if (memory := device_memory()) is not None and bytes_per_device(shapes) > memory / 4:
+        return "; its servers are not compared with its weights, which are large beside the run"
+    model = session.load_frozen(folder, config.teacher.dtype)
+    rows = laid_out(session, sequences, packed=False, view=view)
+    placed = jax.tree.map(make_put(session.mesh), rows)
+    size = session.vocabulary.size
+    log_probs_brv = jax.device_get(_log_probs(model.graph, model.params, placed, size))
+    counts_b = np.count_nonzero(rows.mask_bt, axis=1)
+    ours_nv = np.concatenate([log_probs_brv[i, :count] for i, count in enumerate(counts_b)])
+    trained = np.flatnonzero(view["weight"])[: len(ours_nv)]
+    ids_nk, theirs_nk = columns["teacher_ids"][trained], columns["teacher_log_probs"][trained]
+    ours_nk = np.take_along_axis(ours_nv, np.maximum(ids_nk, 0), axis=1)
+    shares_nk = np.where(ids_nk >= 0, np.exp(theirs_nk), 0.0)
+    gap = float((shares_nk * np.abs(ours_nk - theirs_nk)).sum(axis=1).mean())
+    if not gap <= (limit := config.policy.generation.max_log_prob_gap):
+        raise Problem(
+            f"the teacher's servers and its weights in {folder} say of the same tokens "
+            f"log-probabilities {gap:.3g} nats apart (at most {limit:g}): the servers have other "
+            "weights, another configuration or vocabulary, or read the tokens otherwise (cut, or "
+            "with a begin token more); serve that folder, or name the one that is served"
+        )
+    return f"; servers and weights {gap:.1e} nats apart"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _log_probs(graph: nnx.GraphDef, params, rows: Rows, vocab_size: int) -> jax.Array:
+    """Of the whole vocabulary, in the places of the responses' tokens, (b, r, v)."""
+    model = nnx.merge(graph, params)
+    hidden_brd = of_responses(rows, teacher_hidden(model, rows), RESPONSE_TOKENS)
+    return constrain_whole(jax.nn.log_softmax(model.logits(hidden_brd)[..., :vocab_size]))
