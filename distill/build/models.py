@@ -99,7 +99,7 @@ def head_only(model: Model) -> Model:
     network = nnx.merge(model.graph, model.params)
     kept = "embedding" if network.config.tied else "output_head"
     for name in {path[0] for path, _ in nnx.to_flat_state(model.params)} - {kept}:
-        delattr(network, name)
+        delattr(network, str(name))
     return Model(*nnx.split(network, nnx.Param))
 
 

@@ -65,11 +65,12 @@ class ScoreWriter:
     def __init__(self, folder: Path, identity: Mapping[str, Any], rows_per_file: int):
         self._folder, self._partial = folder, folder.with_name(folder.name + ".partial")
         self._about = {"identity": dict(identity), "rows_per_file": rows_per_file}
+        self._rows_per_file = rows_per_file
         self._number = processes.from_first(self._begin)
 
     @property
     def rows(self) -> int:
-        return self._number * self._about["rows_per_file"]
+        return self._number * self._rows_per_file
 
     def _begin(self) -> int:
         if not (self._partial / _ABOUT).exists() or _about(self._partial) != self._about:

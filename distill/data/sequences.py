@@ -27,7 +27,7 @@ class Column:
       optional: rows have it only if their batch has: for vectors, whose width the batch decides.
     """
 
-    dtype: DTypeLike
+    dtype: DTypeLike | None
     fill: float = 0
     per_token: bool = True
     optional: bool = False

@@ -169,7 +169,7 @@ def _abstract_batch(workload: Workload, mesh: AnyMesh) -> Batch:
 
     if config.teacher.scores and workload.teacher:  # shapes: the arrays would be large
         width, dtype = workload.teacher.model_width, config.teacher.dtype
-        for rows in batch:
-            shape = *rows.tokens_bt.shape, width
-            rows.columns["teacher_hidden"] = jax.ShapeDtypeStruct(shape, dtype)
+        for part in batch:
+            shape = *part.tokens_bt.shape, width
+            part.columns["teacher_hidden"] = jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[assignment]
     return jax.tree.map(placed, batch)
