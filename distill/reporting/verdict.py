@@ -38,7 +38,7 @@ def _sentences(base: Numbers, student: Numbers, teacher: Numbers) -> Iterator[st
         return
     if (teacher.get("accuracy") or 1.0) <= base["accuracy_high"]:
         yield f"The teacher itself solves {teacher['accuracy']:.1%}."
-    kls = [numbers.get("forward_kl") for numbers in (base, student)]
-    if None not in kls:
-        went = "fell" if kls[1] < kls[0] else "rose"
-        yield f"The forward KL to the teacher {went} from {kls[0]:.3f} to {kls[1]:.3f}."
+    before, after = (numbers.get("forward_kl") for numbers in (base, student))
+    if before is not None and after is not None:
+        went = "fell" if after < before else "rose"
+        yield f"The forward KL to the teacher {went} from {before:.3f} to {after:.3f}."
