@@ -20,6 +20,7 @@ from distill.config.parse import known_keys, parse_config
 from distill.data.base import Example, get_dataset
 from distill.data.sequences import Sequences
 from distill.evaluation.grading import get_grader
+from distill.rollout.environment import Reply, get_environment, says
 from distill.step import make_loss
 
 pytestmark = pytest.mark.usefixtures("losses_as_before")
@@ -62,6 +63,7 @@ def parse_flag(flag: str) -> tuple[str, object]:
 def test_every_module_shown_is_run_here():
     losses = {"my_divergence", "my_term", "my_weight"}
     others = {"my_data", "my_metric", "my_backend", "my_grader", "my_step_metric", "my_reward"}
+    others |= {"my_environment"}
     assert set(EXAMPLES) == others | losses
     assert CONCEPTS.count("```python") == len(EXAMPLES)
 
@@ -80,6 +82,13 @@ def test_own_grader():
     grader = get_grader("last_word")
     example = Example("p", None, "b", "0")
     assert grader(example, "a b") and not grader(example, "")
+
+
+def test_own_environment():
+    exec(EXAMPLES["my_environment"][0], {"__name__": "my_environment"})
+    dialogue = get_environment("higher_lower")(Example("p", None, "b", "0"), hint="no")
+    assert dialogue.step("a") == Reply(says("user", "no"))
+    assert dialogue.step(" b\n") == Reply(reward=1.0)
 
 
 def test_own_term(models, tmp_path, monkeypatch):

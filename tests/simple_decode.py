@@ -51,15 +51,37 @@ def simple_decode(
         stopped_b=np.zeros(rows, bool),
     )
     params = dataclasses.replace(request.params, max_length=1)
+    limits, given, sampled_br = request.limits.copy(), {}, np.ones((rows, most), bool)
     for position in range(most):
-        running_b = ~rollout.stopped_b & (position < request.limits)
+        running_b = ~rollout.stopped_b & (position < limits)
         sizes = starts_b + rollout.lengths_b, np.int32(position), keys_b
         chosen = next_tokens(graphdef, weights, params, vocab_size, tokens_bt, *sizes)
-        token_b, log_prob_b, sampled_log_prob_b = jax.device_get(chosen)
+        token_b, log_prob_b, sampled_log_prob_b = map(np.array, jax.device_get(chosen))
+        reads_b = np.array([bool(given.get(row)) for row in range(rows)])
+        sampled_br[:, position] = ~reads_b
+        token_b[reads_b] = [given[row].pop(0) for row in np.flatnonzero(reads_b)]
+        log_prob_b[reads_b] = sampled_log_prob_b[reads_b] = 0
         tokens_bt[running_b, (starts_b + position)[running_b]] = token_b[running_b]
         rollout.tokens_br[running_b, position] = token_b[running_b]
         rollout.log_probs_br[running_b, position] = log_prob_b[running_b]
         rollout.sampled_log_probs_br[running_b, position] = sampled_log_prob_b[running_b]
         rollout.lengths_b[running_b] += 1
-        rollout.stopped_b[running_b] |= np.isin(token_b, eos_ids)[running_b]
-    return rollout
+        ended_b = running_b & ~reads_b & np.isin(token_b, eos_ids)
+        if request.turns is None:
+            rollout.stopped_b[ended_b] = True
+            continue
+        for row in np.flatnonzero(ended_b):
+            of_row = np.arange(most) <= position
+            begun = np.where(of_row & ~sampled_br[row], np.arange(1, most + 1), 0).max()
+            request.turns.ask(row, rollout.tokens_br[row, begun : position + 1])
+        for row, tokens_t in request.turns.replies(wait=True) if ended_b.any() else ():
+            rollout.stopped_b[row] = tokens_t is None
+            if tokens_t is not None and position + 1 + len(tokens_t) < limits[row]:
+                given[row] = list(tokens_t)
+            elif tokens_t is not None:
+                limits[row] = position + 1
+    if request.turns is None:
+        return rollout
+    sampled_br |= np.arange(most) >= rollout.lengths_b[:, None]
+    columns = dict(sampled=sampled_br, weight=sampled_br.astype(np.float32))
+    return dataclasses.replace(rollout, columns=columns)

@@ -22,6 +22,7 @@ from distill.batches.packing import Layout
 from distill.batches.rows import Batch, in_place_of, make_batch
 from distill.data.sequences import Sequences, concatenate
 from distill.rollout.base import RolloutBackend, check_rollout
+from distill.rollout.environment import Dialogues
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
 
@@ -40,6 +41,7 @@ class BatchSource:
         sampled.
       view: what the teacher reads of sequences; None: the same.
       reward: adds columns to the sequences of a rollout, and says what it measured.
+      dialogues: environments for rows of the dataset; None: a response is all there is.
       lambda_: probability that the student responds.
       per_sample: toss `lambda_` for every row instead of once per batch.
     """
@@ -53,6 +55,7 @@ class BatchSource:
         score: Callable[[Sequences], Mapping[str, np.ndarray]] = lambda _: {},
         view: Callable[[Sequences], Sequences | None] = lambda _: None,
         reward: Callable[[Sequences], tuple[Sequences, Measured]] = lambda x: (x, {}),
+        dialogues: Callable[[np.ndarray], Dialogues] | None = None,
         params: SamplingParams,
         num_generations: int,
         seed: int,
@@ -62,7 +65,8 @@ class BatchSource:
         pad_id: int,
     ):
         self._iterator, self._backend, self._put = iterator, backend, put
-        self._score, self._view, self._reward = score, view, reward
+        self._score, self._view = score, view
+        self._dialogues, self._reward = dialogues, reward
         self._params, self._num_generations, self._seed = params, num_generations, seed
         self._lambda, self._per_sample = lambda_, per_sample
         self._make_batch = functools.partial(make_batch, layout=layout, pad_id=pad_id)
@@ -170,6 +174,7 @@ class BatchSource:
             num_generations=self._num_generations,
             seed=self._seed,
             step=step,
+            turns=self._dialogues and self._dialogues(fixed["row"]),
         )
         return position, functools.partial(self._sample, request, fixed, coins_b, measured)
 
@@ -189,7 +194,11 @@ class BatchSource:
         rollout, by_backend = made
         seconds = time.perf_counter() - start
         measured = {**measured, **_describe(rollout, seconds), **by_backend}
-        sampled, rewarded = self._reward(rollout.sequences(fixed))
+        sampled = rollout.sequences(fixed)
+        if isinstance(request.turns, Dialogues):
+            sampled = sampled.with_columns(reward=request.turns.reward_b)
+            measured |= request.turns.measured()
+        sampled, rewarded = self._reward(sampled)
         both = concatenate([fixed, sampled])
         sequences = both.take(np.arange(len(fixed)) + len(fixed) * coins_b)
         return self._scored(sequences, {**measured, **rewarded})
@@ -209,7 +218,7 @@ class BatchSource:
 
 def _describe(rollout: Rollout, seconds: float) -> Measured:
     """What any rollout tells, whichever backend made it."""
-    tokens = rollout.lengths_b.sum()
+    tokens = rollout.num_sampled
     return {
         "generation/seconds": seconds,
         "generation/tokens_per_second": float(tokens / seconds),

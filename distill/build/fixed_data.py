@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from distill.base import processes
+from distill.base.errors import UserError
 from distill.base.files import write_atomically
 from distill.base.sharding import constrain_whole
 from distill.base.status import busy, say
@@ -41,6 +42,11 @@ _GENERATIONS = "distillation.generate_strategy.num_generations"
 def write_responses(session: Session, output: Path, num_generations: int) -> dict[str, int]:
     """The student's responses to all prompts; see `distill.generate`."""
     config, dataset, vocabulary = session.config, session.dataset, session.vocabulary
+    if name := config.environment.name:
+        raise UserError(
+            f"environment.name={name} makes dialogues, and generated data has single responses: "
+            "set environment.name=''"
+        )
     prompts = session.tokenize(dataset)
     say(f"data: {prompts.summary()}")
     flat = to_flat_dict(config) | {_GENERATIONS: num_generations}

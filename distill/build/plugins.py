@@ -7,12 +7,13 @@ import traceback
 
 from distill.base.errors import UserError
 from distill.base.registry import describe, own_keys
-from distill.config.schema import KNOWN_BACKENDS, Config
+from distill.config.schema import ENVIRONMENTS, KNOWN_BACKENDS, Config
 from distill.data.base import PASSED, get_factory
 from distill.evaluation.grading import get_grader
 from distill.evaluation.metrics import get_metric
 from distill.losses.metrics import get_step_metric
 from distill.rollout.base import get_backend
+from distill.rollout.environment import get_environment
 from distill.rollout.rewards import get_reward
 
 
@@ -44,6 +45,8 @@ def import_plugins(config: Config) -> None:
                 f"but {generation.backend!r} does not say that it can (samples_ahead=True, an "
                 "attribute of what is registered): set async_steps=0"
             )
+    if config.environment.name not in ("", *ENVIRONMENTS):
+        get_environment(config.environment.name)
     get_grader(config.evaluation.grading)
     get_reward(config.reward.function)
     for name in config.evaluation.metrics:
@@ -62,8 +65,11 @@ def _check_keys(config: Config, backend: str) -> None:
         known |= own_keys(get_factory(name), PASSED)
     if backend not in KNOWN_BACKENDS:
         known |= own_keys(get_backend(backend), ("parts",))
+    if config.environment.name not in ("", *ENVIRONMENTS):
+        known |= own_keys(get_environment(config.environment.name), ("example",))
     if unknown := [name for name in config.plugin if name not in known]:
         raise UserError(
-            f"unknown config key 'plugin.{unknown[0]}': no data source or backend of this config "
-            f"has such a parameter with a default; known are {', '.join(known) or 'none'}"
+            f"unknown config key 'plugin.{unknown[0]}': no data source, backend or environment of "
+            "this config has such a parameter with a default; known are "
+            f"{', '.join(known) or 'none'}"
         )

@@ -18,7 +18,7 @@ from distill.evaluation.answers import OPEN
 from distill.evaluation.evaluator import opens_thinking
 from distill.evaluation.grading import Grader
 from distill.losses.advantages import describe_rewards, group_advantages
-from distill.rollout.rewards import ask_each, get_reward
+from distill.rollout.rewards import ACCURACY, ENVIRONMENT, ask_each, get_reward
 
 Rewarded = tuple[Sequences, dict[str, float]]
 
@@ -43,11 +43,11 @@ def build_reward(
     if not name:
         return lambda sequences: (sequences, {})
     function = get_reward(name)
-    if function is None:
+    if name == ACCURACY:
         _check_answers(dataset, prompts)
         grading = config.evaluation.grading, config.evaluation.answer_timeout
         grader = cleanup.enter_context(Grader(*grading))
-    else:
+    elif function is not None:
         try:
             ask_each(function, [dataset[int(prompts.rows[0])]], [""])
         except RunStopped as error:
@@ -55,8 +55,12 @@ def build_reward(
 
     def score(sequences: Sequences) -> list[float]:
         examples = [dataset[int(row)] for row in sequences["row"]]
+        if name == ENVIRONMENT:
+            return sequences["reward"].tolist()
         pairs = zip(sequences.split("tokens"), sequences.split("sampled"), strict=True)
-        cut = [(tokens_t[~is_t], tokens_t[is_t].tolist()) for tokens_t, is_t in pairs]
+        # Of dialogues, the last turn.
+        starts = [(tokens_t, 1 + np.flatnonzero(~is_t).max()) for tokens_t, is_t in pairs]
+        cut = [(tokens_t[:start], tokens_t[start:].tolist()) for tokens_t, start in starts]
         texts = tokenizer.batch_decode([response for _, response in cut], skip_special_tokens=True)
         texts = [
             f"{OPEN}{text}" if opens_thinking(tokenizer, prompt) else text

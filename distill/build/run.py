@@ -95,6 +95,7 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
         score=session.teacher.score,
         view=prompts.view,
         reward=session.reward,
+        dialogues=session.dialogues(session.dataset),
         params=params,
         num_generations=repeats,
         seed=config.seed,

@@ -31,6 +31,7 @@ from distill.build.data import (
     template_arguments,
 )
 from distill.build.devices import build_mesh, build_sampler_mesh, make_put
+from distill.build.environment import MakeDialogues, build_dialogues
 from distill.build.models import (
     abstract_model,
     abstract_state,
@@ -284,6 +285,10 @@ class Session:
         self.cleanup.callback(backend.stop)
         return backend
 
+    def dialogues(self, dataset: DatasetInterface) -> MakeDialogues | None:
+        """Environments for rows of the dataset; None where a response is all there is."""
+        return build_dialogues(self.config, self.vocabulary, dataset, self.cleanup)
+
     # ---------------------------------------------------------------------- held-out prompts
 
     @functools.cached_property
@@ -311,6 +316,7 @@ class Session:
                 few_programs=max_length <= SHORT_RESPONSE,
             ),
             put=make_put(self.mesh),
+            dialogues=self.dialogues(self.validation),
         )
         if self.config.checkpointing.best_metric == ACCURACY and not evaluator.num_graded:
             raise UserError(

@@ -9,6 +9,7 @@ import urllib.parse
 from distill.base.errors import UserError
 from distill.config.changes import CONTENTS, classes
 from distill.config.schema import (
+    ENVIRONMENTS,
     IN_STATE,
     KNOWN_BACKENDS,
     NAMED,
@@ -32,6 +33,7 @@ def check_combinations(config: Config) -> None:
     _check_scores(config)
     _check_lora(config)
     _check_vllm(config)
+    _check_environment(config)
     if unknown := set(config.logger.writers) - set(WRITERS):
         raise UserError(
             f"logger.writers names {', '.join(sorted(unknown))}: it takes {', '.join(WRITERS)}, "
@@ -141,6 +143,22 @@ def _check_advantages(config: Config) -> None:
             f"{key}.weights=advantage multiplies every term, so that a response worse than its "
             "group would be pushed away from the teacher: reward_advantage has its own, leave it "
             "out"
+        )
+
+
+def _check_environment(config: Config) -> None:
+    name, backend = config.environment.name, config.policy.generation.backend
+    if name and not config.plugins and name not in ENVIRONMENTS:
+        raise UserError(
+            f"config key 'environment.name' is {name!r}: allowed is {', '.join(ENVIRONMENTS)}, or "
+            "what a module that plugins names registers"
+        )
+    if config.reward.function == "environment" and not name:
+        raise UserError("reward.function=environment is of dialogues: set environment.name")
+    if name and backend != "jax":
+        raise UserError(
+            f"environment.name={name} samples dialogues, which policy.generation.backend="
+            f"{backend} does not: use backend=jax"
         )
 
 

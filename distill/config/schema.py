@@ -12,6 +12,7 @@ from typing import Any
 
 _MOST_ROWS, _LONGEST, _MOST_GB = 10**6, 10**7, 10**6  # beyond what anybody has
 KNOWN_BACKENDS = ("jax", "vllm")
+ENVIRONMENTS = ("python_tool", "self_check")
 # Teachers that are the student: its weights, their moving average, or those that it started from.
 IN_STATE = ("self", "ema")
 OF_STUDENT = (*IN_STATE, "start")
@@ -135,7 +136,9 @@ class Reward:
     """What responses are worth; advantages are made of it in groups of num_generations."""
 
     function: str = _key(
-        "", "accuracy (1 for a right response, by evaluation.grading) or a plugin's; '': none"
+        "",
+        "accuracy (1 for a right response, by evaluation.grading), environment (the sum of its "
+        "replies' rewards) or a plugin's; '': none",
     )
     standardize: bool = _key(
         False, "divide advantages by the standard deviation of their group's rewards (GRPO)"
@@ -357,7 +360,9 @@ class Data:
     max_bad_rows: float = _free(
         0.01, "share of rows that are skipped if unusable; more are an error", low=0, high=1
     )
-    subset: str = _from("", "configuration of a hub dataset, for hf; hinted, for arithmetic")
+    subset: str = _from(
+        "", "configuration of a hub dataset, for hf; hinted or tools, for arithmetic"
+    )
     prompt_column: str = _from("prompt", "for files, hf and tfds; NAME.FIELD is inside a column")
     response_column: str = _from(
         "response", "for files, hf and tfds; NAME.FIELD is inside a column"
@@ -393,6 +398,25 @@ class Evaluation:
     )
     answer_timeout: float = _key(5.0, "seconds per response for math-verify", low=0.1)
     metrics: tuple[str, ...] = _key((), "metrics of the responses that a plugin registers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What replies to the student's turns; a rollout is then a dialogue."""
+
+    name: str = _key(
+        "",
+        "python_tool, self_check, or one that a plugin registers; '' is none: a response is all",
+    )
+    max_turns: int = _key(8, "turns of the student in a dialogue", low=1)
+    timeout: float = _key(30.0, "seconds that a reply may take", low=0.1)
+    max_failures: float = _key(
+        0.1, "share of dialogues whose environment may fail before the run stops", low=0, high=1
+    )
+    call: str = _key(
+        r"<tool_call>(.*?)</tool_call>\s*$",
+        "for python_tool: regular expression that finds the expression in a turn",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -489,6 +513,7 @@ class Config:
     teacher: Teacher = _section(Teacher)
     data: Data = _section(Data)
     evaluation: Evaluation = _section(Evaluation)
+    environment: Environment = _section(Environment)
     mesh: MeshSizes = _section(MeshSizes)
     checkpointing: Checkpointing = _section(Checkpointing)
     logger: Logger = _section(Logger)

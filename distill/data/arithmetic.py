@@ -19,9 +19,11 @@ import random
 
 from distill.base.errors import UserError
 from distill.data.base import DatasetInterface, Example, register_dataset
+from distill.data.tokenizer import END_OF_TEXT
 
 CHARACTERS = "0123456789+-*=\n"
 LEVELS = 6
+VARIANTS = "hinted", "tools"
 SIZES = {"train": 60_000, "validation": 2_000, "test": 2_000}
 _LARGEST = 99
 _HELD_OUT = {0: "validation", 1: "test"}  # of 20 buckets of problem texts; the rest is train
@@ -31,8 +33,12 @@ class ArithmeticDataset(DatasetInterface):
     """Problem i depends on (seed, split, i) alone; splits share no problem.
 
     Training goes from level 1 up to `LEVELS`, an equal share each. The held-out splits cycle
-    through the levels instead, so that any prefix of them covers all levels. Of `hinted` problems,
-    four of five have their worked response before them, for a model that shall learn to read one.
+    through the levels instead, so that any prefix of them covers all levels.
+
+    Args:
+        variant: of `hinted` problems, four of five have their worked response before them, for a
+            model that shall learn to read one; in responses with `tools`, an end token behind every
+            "=" calls a calculator, whose reply is the line's rest, and the answer is said at last.
 
     Raises:
         UserError: there is no such split.
@@ -43,13 +49,13 @@ class ArithmeticDataset(DatasetInterface):
         split: str = "train",
         seed: int = 0,
         max_samples: int | None = None,
-        hinted: bool = False,
+        variant: str = "",
     ):
         if split not in SIZES:
             raise UserError(
                 f"arithmetic has no split {split!r}; it has: {', '.join(sorted(SIZES))}"
             )
-        self.split, self.seed, self._hinted = split, seed, hinted
+        self.split, self.seed, self._variant = split, seed, variant
         self._length = min(SIZES[split], max_samples or SIZES[split])
 
     def __len__(self) -> int:
@@ -65,7 +71,9 @@ class ArithmeticDataset(DatasetInterface):
             if _split_of(problem) == self.split:
                 break
         response = "\n".join(steps)
-        prompt = f"{response}\n{problem}" if self._hinted and i % 5 else problem
+        prompt = f"{response}\n{problem}" if self._variant == "hinted" and i % 5 else problem
+        if self._variant == "tools":
+            response = f"{response}\n{total}".replace("=", f"={END_OF_TEXT}")
         return Example(prompt=prompt, response=response, answer=str(total), id=f"{self.split}-{i}")
 
     def is_correct(self, example: Example, response: str) -> bool:
@@ -77,14 +85,16 @@ class ArithmeticDataset(DatasetInterface):
 def make_arithmetic(
     split="train", seed=0, max_samples=None, path=None, subset="", **options
 ) -> ArithmeticDataset:
-    """`subset`: '' or hinted.
+    """`subset`: a variant.
 
     Raises:
         UserError: there is no such split or subset.
     """
-    if subset not in ("", "hinted"):
-        raise UserError(f"arithmetic has no data.subset={subset!r}: leave it empty, or hinted")
-    return ArithmeticDataset(split, seed, max_samples, hinted=subset == "hinted")
+    if subset not in ("", *VARIANTS):
+        raise UserError(
+            f"arithmetic has no data.subset={subset!r}: leave it empty, or {' or '.join(VARIANTS)}"
+        )
+    return ArithmeticDataset(split, seed, max_samples, variant=subset)
 
 
 def _make_problem(rng: random.Random, level: int) -> tuple[str, list[str], int]:

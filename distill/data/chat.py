@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -103,6 +104,28 @@ class Chat:
         if role := _left_out(turns, text):
             raise Refused(f"prompts whose message by {role!r} the chat template leaves out")
         return text
+
+    def reply(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The protected text behind a response: messages, and the opening of the next response.
+
+        Raises:
+            Refused: the chat template refuses the messages, or writes an earlier response in
+                another way than it was begun.
+        """
+        turns = json.loads(self.protected(json.dumps(list(messages), ensure_ascii=False)))
+        if not self._tokenizer.chat_template:
+            return "".join(turn["content"] for turn in turns)
+        begun = [{"role": "user", "content": _PROBE}]
+        opening = render_chat(self._tokenizer, begun, self._arguments)
+        said = {"role": "assistant", "content": _PROBE}
+        text = render_chat(self._tokenizer, [*begun, said, *turns], self._arguments)
+        if not text.startswith(opening + _PROBE):
+            at = len(os.path.commonprefix([text, opening + _PROBE]))
+            raise Refused(
+                f"dialogues, in which the chat template writes {text[at : at + 20]!r} where a "
+                f"response was begun with {opening[at : at + 20]!r}"
+            )
+        return text.removeprefix(opening + _PROBE)
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of protected texts."""

@@ -27,8 +27,8 @@ _WORDS = (
 )
 # For models of random weights: prompt, one separator, response.
 PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] != 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}"
 )
 
 

@@ -32,7 +32,7 @@ from distill.losses.divergences import get_divergence
 from distill.models.model import Model
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine
-from distill.sampling.request import Rollout, RolloutRequest
+from distill.sampling.request import Rollout, RolloutRequest, Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Responses:
 
     Attributes:
       rollout: their tokens.
-      texts: without special tokens.
+      texts: without special tokens; of dialogues, their last turns.
       correct: whether each is right; None where the data has no answer.
     """
 
@@ -95,6 +95,7 @@ class Evaluator:
       max_length: response tokens at most.
       make_engine: the engine that samples from a model, of its graph.
       put: places a host array with batch rows first on the mesh.
+      dialogues: environments for rows of the dataset; None: a response is all there is.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class Evaluator:
         max_length: int,
         make_engine: Callable[[nnx.GraphDef], Engine],
         put: Callable[[np.ndarray], jax.Array],
+        dialogues: Callable[[np.ndarray], Turns] | None = None,
     ):
         self.dataset, self.prompts, self.vocabulary = dataset, prompts, vocabulary
+        self._dialogues = dialogues
         self.settings, self.put = settings, put
         self.greedy = SamplingParams(max_length=max_length, greedy=True)
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
@@ -138,7 +141,10 @@ class Evaluator:
         """A model's responses to the prompts, in their order."""
         engine = self._engine_for(graph)
         request = RolloutRequest(
-            tuple(self.prompts.prompt_tokens), np.arange(len(self.prompts)), sampling
+            tuple(self.prompts.prompt_tokens),
+            np.arange(len(self.prompts)),
+            sampling,
+            turns=self._dialogues and self._dialogues(self.prompts.rows),
         )
         rollout, _ = engine.generate(params, request)
         engine.release()
@@ -187,7 +193,7 @@ class Evaluator:
         for rows in rows_of(self.prompts, rollout, self.settings.batch_size):
             sums += np.asarray(self._divergence_sums(*models, jax.tree.map(self.put, rows)))
         # In float32 and by the reciprocal, as XLA divides by one number: logs stay comparable.
-        forward_kl, reverse_kl = (sums * (1 / np.float32(rollout.lengths_b.sum()))).tolist()
+        forward_kl, reverse_kl = (sums * (1 / np.float32(rollout.num_sampled))).tolist()
         return forward_kl, reverse_kl
 
     def _measure(self, responses: Responses) -> dict[str, float | None]:
@@ -229,9 +235,9 @@ def opens_thinking(tokenizer, prompt_tokens: np.ndarray) -> bool:
 
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
-    """Texts without special tokens."""
-    rows = zip(rollout.tokens_br, rollout.lengths_b, strict=True)
-    kept = [tokens_r[:length].tolist() for tokens_r, length in rows]
+    """Texts without special tokens; of dialogues, their last turns."""
+    rows = zip(rollout.tokens_br, rollout.last_turn_b, rollout.lengths_b, strict=True)
+    kept = [tokens_r[start:length].tolist() for tokens_r, start, length in rows]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 

@@ -83,11 +83,13 @@ class Step(NamedTuple):
       number: of the step, from 0.
       lengths_b: tokens of each row's prefix.
       rotations: of the newest tokens, for each kind of layer.
+      remembers_b: rows whose recurrent layers take the token up; None: all.
     """
 
     number: jax.Array
     lengths_b: jax.Array
     rotations: dict[str, Rotation | None]
+    remembers_b: jax.Array | None = None
 
 
 def prefill(
@@ -226,7 +228,13 @@ def make_walk(
 
 
 def decode_step(
-    model: Transformer, walk: Walk, token_b: jax.Array, lengths_b: jax.Array, number, tail
+    model: Transformer,
+    walk: Walk,
+    token_b: jax.Array,
+    lengths_b: jax.Array,
+    number,
+    tail,
+    remembers_b: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """hidden_bd of each row's newest token, and the tail with its keys and values.
 
@@ -237,9 +245,10 @@ def decode_step(
       lengths_b: tokens of each row's prefix.
       number: of the step, from 0.
       tail: of all layers, after the steps before.
+      remembers_b: see `Step`.
     """
     rotations = make_rotations(model.config, (lengths_b + number)[:, None])
-    step = Step(number, lengths_b, rotations)
+    step = Step(number, lengths_b, rotations, remembers_b)
     x_b1d, tail = walk(model.embed(token_b[:, None]), step, tail)
     return model.normalize(x_b1d)[:, 0], tail
 
@@ -315,10 +324,18 @@ def _decode_layer(
     """One layer of a decode step; a recurrent one has no prefix."""
     y_b1d = block.mixer_input(x_b1d)
     if prefix is None:
-        mixed_b1d, tail = recurrent.step(block, y_b1d, tail)
+        mixed_b1d, new = recurrent.step(block, y_b1d, tail)
+        tail = new if step.remembers_b is None else _select(step.remembers_b, new, tail)
     else:
         mixed_b1d, tail = _attend(block, rotation, prefix, y_b1d, step, tail)
     return block.finish(x_b1d, mixed_b1d)[0], tail
+
+
+def _select(chosen_b: jax.Array, new: Tail, old: Tail) -> Tail:
+    def select(new_b: jax.Array, old_b: jax.Array) -> jax.Array:
+        return jnp.where(chosen_b.reshape(-1, *[1] * (new_b.ndim - 1)), new_b, old_b)
+
+    return jax.tree.map(select, new, old)
 
 
 def _attend(

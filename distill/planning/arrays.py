@@ -171,5 +171,6 @@ def _abstract_batch(workload: Workload, mesh: AnyMesh) -> Batch:
         width, dtype = workload.teacher.model_width, config.teacher.dtype
         for part in batch:
             shape = *part.tokens_bt.shape, width
-            part.columns["teacher_hidden"] = jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[assignment]
+            hidden: Any = jax.ShapeDtypeStruct(shape, dtype)
+            part.columns["teacher_hidden"] = hidden
     return jax.tree.map(placed, batch)

@@ -4,8 +4,8 @@
     def short(example, response):  # the text, without special tokens
         return -len(response) / 100
 
-`reward.function=short` then rewards every response that the student samples. `accuracy` is built
-in, the verdict of the grader that evaluates: build/rewards.py asks either.
+`reward.function=short` then rewards every response that the student samples. Built in are
+`accuracy`, the verdict of the grader that evaluates, and `environment`: build/rewards.py asks each.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from distill.base.registry import Registry, describe, name_of
 from distill.data.base import Example
 
 RewardFunction = Callable[[Example, str], float]
-ACCURACY = "accuracy"
+ACCURACY, ENVIRONMENT = "accuracy", "environment"
 
 _REWARDS = Registry(
-    "reward.function", "distill.rollout.rewards.register_reward", {ACCURACY: "distill.rollout"}
+    "reward.function",
+    "distill.rollout.rewards.register_reward",
+    dict.fromkeys((ACCURACY, ENVIRONMENT), "distill.rollout"),
 )
 
 
@@ -34,8 +36,8 @@ def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
 
 
 def get_reward(name: str) -> RewardFunction | None:
-    """What was registered under `name`; None for `accuracy` and ''; UserError for no name."""
-    return None if name in ("", ACCURACY) else _REWARDS.get(name)
+    """What was registered under `name`; None for '' and what is built in; UserError for no name."""
+    return None if name in ("", ACCURACY, ENVIRONMENT) else _REWARDS.get(name)
 
 
 def ask_each(

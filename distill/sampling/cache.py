@@ -76,10 +76,10 @@ def insert(
     return _for_each(source_pm.shape[1], one, cache, new)
 
 
-def append(cache: Cache, tail: Cache, lengths_pw: jax.Array, count: jax.Array) -> Cache:
-    """Writes a tail of `count` tokens behind the lengths_pw tokens of each part's first w slots.
+def append(cache: Cache, tail: Cache, lengths_pw: jax.Array, count_pw: jax.Array) -> Cache:
+    """Writes tails of count_pw tokens behind the lengths_pw tokens of each part's first w slots.
 
-    What has no positions takes the place of what was there. What stands in the tail from `count` on
+    What has no positions takes the place of what was there. What stands in a tail from its count on
     means nothing; where nothing is in its place, it may be written, too.
     """
 
@@ -87,7 +87,7 @@ def append(cache: Cache, tail: Cache, lengths_pw: jax.Array, count: jax.Array) -
         slots_p, start_p = jnp.full(lengths_pw.shape[0], slot), lengths_pw[:, slot]
         row = _rows(new_array, slots_p)
         if axes.ring:
-            row = _into_ring(_rows(array, slots_p), row, axes.position, start_p, count)
+            row = _into_ring(_rows(array, slots_p), row, axes.position, start_p, count_pw[:, slot])
         at = () if axes.ring or axes.position is None else ((axes.position, start_p),)
         return _write(array, row, slots_p, at)
 

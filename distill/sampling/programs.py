@@ -74,7 +74,8 @@ class Rows:
       made_pw: tokens of the response so far.
       limit_pw: tokens that the response may have.
       key_pw2: data of the row's random key.
-      running_pw: False for idle slots.
+      running_pw: False for slots that are idle or wait.
+      given_pwt: tokens of dialogues that the next steps read instead of choosing; -1 where none is.
     """
 
     token_pw: _Array
@@ -83,6 +84,7 @@ class Rows:
     limit_pw: _Array
     key_pw2: _Array
     running_pw: _Array
+    given_pwt: _Array = None
 
 
 @jax.tree_util.register_dataclass
@@ -175,25 +177,38 @@ def decode_rows(
         return (step < steps) & (in_part_p.sum() > stop_at[0]) & (in_part_p.max() > stop_at[1])
 
     def advance(state):
-        step, running_b, token_b, tail, chosen_tb = state
-        hidden_bd, tail = decode_step(model, walk, token_b, lengths_b, step, tail)
+        step, running_b, token_b, tail, chosen_tb, count_b = state
+        # Slots whose rows go on in a later call remember nothing of the steps after their end.
+        remembers_b = None if rows.given_pwt is None else running_b
+        hidden_bd, tail = decode_step(model, walk, token_b, lengths_b, step, tail, remembers_b)
         logits_bv = model.logits(hidden_bd[:, None], loop_weights.head)[:, 0]
         chosen_b = Chosen(*choose(logits_bv, uniform_tb2[step], params, facts.vocab_size))
+        ended_b = jnp.isin(chosen_b.token, eos_ids)
+        if rows.given_pwt is not None:
+            given_b = merged(rows.given_pwt)[:, step]
+            read_b = given_b >= 0
+            token_b = jnp.where(read_b, given_b, chosen_b.token)
+            chosen_b = dataclasses.replace(chosen_b, token=token_b)
+            ended_b &= ~read_b
+            count_b += running_b
         chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[step].set(x_b), chosen_tb, chosen_b)
-        ended_b = jnp.isin(chosen_b.token, eos_ids) | (made_b + step + 1 >= limit_b)
-        return step + 1, running_b & ~ended_b, chosen_b.token, tail, chosen_tb
+        ended_b |= made_b + step + 1 >= limit_b
+        return step + 1, running_b & ~ended_b, chosen_b.token, tail, chosen_tb, count_b
 
+    no_count_b = None if rows.given_pwt is None else jnp.zeros_like(made_b)
     state = (
         jnp.int32(0),
         merged(rows.running_pw),
         merged(rows.token_pw),
         first_tails(model, cache, width, steps),
         _no_tokens(steps, parts * width),
+        no_count_b,
     )
-    step, _, _, tail, chosen_tb = jax.lax.while_loop(goes_on, advance, state)
+    step, _, _, tail, chosen_tb, count_b = jax.lax.while_loop(goes_on, advance, state)
     tails = stack_tails(model.config, tail)
     new = new_cache(model.config, parts, tails, facts.int8)
-    cache = caches.append(cache, new, rows.lengths_pw, step)
+    count_pw = jnp.broadcast_to(step, (parts, width)) if count_b is None else count_b
+    cache = caches.append(cache, new, rows.lengths_pw, count_pw.reshape(parts, width))
     chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width), chosen_tb)
     return cache, *constrain_whole((chosen, step))
 

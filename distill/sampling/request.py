@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from distill.data.sequences import Sequences, get_column
 from distill.sampling.choice import SamplingParams
+
+
+class Turns(Protocol):
+    """What follows the turns of dialogues: the other side of those that are no single response."""
+
+    def ask(self, row: int, tokens_t: np.ndarray) -> None:
+        """Asks what follows a turn of the student, its end token included; returns at once."""
+
+    def replies(self, wait: bool) -> Iterable[tuple[int, np.ndarray | None]]:
+        """Rows with the tokens that follow their turns, up to the next turn's first token.
+
+        None ends a dialogue. With `wait`, at least one of those asked for.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +38,8 @@ class RolloutRequest:
       seed, step: with prompt index and number of the response, all that its randomness depends on.
       max_lengths: response tokens of each row at most, int32 (num_rows,), where rows differ; never
         more than params.max_length.
+      turns: the other side of dialogues; the responses are then of several turns, and `limits` are
+        of both sides' tokens.
     """
 
     prompts: tuple[np.ndarray, ...]
@@ -34,6 +49,7 @@ class RolloutRequest:
     seed: int = 0
     step: int = 0
     max_lengths: np.ndarray | None = None
+    turns: Turns | None = None
 
     @property
     def num_rows(self) -> int:
@@ -68,6 +84,23 @@ class Rollout:
     sampled_log_probs_br: np.ndarray
     stopped_b: np.ndarray
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the student wrote."""
+        return int(self._sampled_br.sum())
+
+    @property
+    def last_turn_b(self) -> np.ndarray:
+        """Where the last turn begins: behind the last token that the student did not write."""
+        positions_r = np.arange(1, self.tokens_br.shape[1] + 1)
+        inside_br = positions_r <= self.lengths_b[:, None]
+        return np.where(inside_br & ~self._sampled_br, positions_r, 0).max(axis=1)
+
+    @property
+    def _sampled_br(self) -> np.ndarray:
+        inside_br = np.arange(self.tokens_br.shape[1]) < self.lengths_b[:, None]
+        return inside_br & self.columns.get("sampled", True)
 
     def sequences(self, prompts: Sequences) -> Sequences:
         """The prompts with these responses behind them, in place of any of their own."""

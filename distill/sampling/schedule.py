@@ -14,8 +14,8 @@ from distill.base.sharding import num_shards
 from distill.base.status import how_far
 from distill.sampling import programs
 from distill.sampling.choice import row_keys
-from distill.sampling.request import Rollout, RolloutRequest
-from distill.sampling.slots import Slots
+from distill.sampling.request import Rollout, RolloutRequest, Turns
+from distill.sampling.slots import STEPS_PER_CALL, Slots
 
 INSERTED_PER_CALL = 16  # rows, per part
 PREFILL_TOKENS = 4096  # of a prefill, per part
@@ -39,7 +39,7 @@ class Run:
         self._loop_weights = slots.make_loop_weights(weights)
         self._params = dataclasses.replace(request.params, max_length=1)  # limits are per row
         rows, length = request.num_rows, request.params.max_length
-        self._limits = request.limits
+        self._limits = request.limits.copy()
         repeats = request.num_generations
         self._prompt_lengths = np.repeat([len(prompt) for prompt in request.prompts], repeats)
         self._keys = np.asarray(
@@ -58,10 +58,13 @@ class Run:
             sampled_log_probs_br=np.zeros((rows, length), np.float32),
             stopped_b=np.zeros(rows, bool),
         )
+        # Of dialogues: whose turn has ended and who waits, where it began, and what is to be read.
+        self._asked, self._begun = np.zeros(rows, bool), np.zeros(rows, np.int32)
+        self._given: dict[int, np.ndarray] = {}
+        self._sampled_br = np.ones((rows, length), bool)
         self._parts = num_shards("batch")
         count = slots.count
         self._row = np.full((self._parts, count), -1)  # -1: idle
-        self._token = np.zeros((self._parts, count), np.int32)
         # Longest prompts first: prefills then have little padding.
         order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
         self._queue = collections.deque(order)
@@ -76,24 +79,33 @@ class Run:
         self._slot_steps = self._kept_steps = 0
 
     def finish(self) -> tuple[Rollout, dict[str, float]]:
-        while self._queue or any(self._waiting) or self._running.any():
+        while self._queue or any(self._waiting) or self._taken.any():
             self._refill()
             how_far(f"{self._num_finished} of {self._request.num_rows} responses")
+            if self._request.turns is not None:
+                self._take_replies(self._request.turns)
             if self._running.any():
                 self._decode()
         how_far("")
-        return self._rollout, self._measured()
+        if self._request.turns is None:
+            return self._rollout, self._measured()
+        columns = dict(sampled=self._sampled_br, weight=self._sampled_br.astype(np.float32))
+        return dataclasses.replace(self._rollout, columns=columns), self._measured()
 
     @property
     def _num_finished(self) -> int:
         waiting = len(self._queue) * self._request.num_generations + sum(map(len, self._waiting))
-        return self._request.num_rows - waiting - int(self._running.sum())
+        return self._request.num_rows - waiting - int(self._taken.sum())
 
     # ----------------------------------------------------------------------------- filling slots
 
     @property
-    def _running(self) -> np.ndarray:
+    def _taken(self) -> np.ndarray:
         return self._row >= 0
+
+    @property
+    def _running(self) -> np.ndarray:
+        return self._taken & ~self._asked[self._row]
 
     @property
     def _refill_size(self) -> int:
@@ -105,9 +117,9 @@ class Run:
         self._insert_waiting()
         repeats = self._request.num_generations
         # Where nothing waits for it, few large prefills.
-        at_once = self._refill_size if self._running.any() else self._at_first
+        at_once = self._refill_size if self._taken.any() else self._at_first
         while self._queue:
-            free = (~self._running).sum(axis=1) - [len(rows) for rows in self._waiting]
+            free = (~self._taken).sum(axis=1) - [len(rows) for rows in self._waiting]
             wanted = min(self._refill_size, len(self._queue) * repeats)
             if self._running.any() and free.max() < wanted or free.max() <= 0:
                 break
@@ -148,7 +160,7 @@ class Run:
         while True:
             fronts = [
                 rows[0][0]
-                for rows, free in zip(self._waiting, np.any(~self._running, axis=1), strict=True)
+                for rows, free in zip(self._waiting, np.any(~self._taken, axis=1), strict=True)
                 if rows and free
             ]
             if not fronts:
@@ -175,7 +187,6 @@ class Run:
             row = rows[part, i]
             self._wait_seconds += now
             self._row[part, slot[part, i]] = row
-            self._token[part, slot[part, i]] = chosen.token[part, i]
             self._keep(row, jax.tree.map(lambda x: x[part, i : i + 1], chosen))  # noqa: B023
         self._free_ended()
 
@@ -184,23 +195,24 @@ class Run:
     def _decode(self) -> None:
         start = time.perf_counter()
         width = self._narrow()
-        row_pw = self._row[:, :width]
-        running_pw, rows_b = row_pw >= 0, row_pw[row_pw >= 0]
+        row_pw, running_pw = self._row[:, :width], self._running[:, :width]
+        taken_pw, rows_b = row_pw >= 0, row_pw[row_pw >= 0]
 
         def of_rows(values):
             full = np.zeros((*row_pw.shape, *values.shape[1:]), values.dtype)
-            full[running_pw] = values[rows_b]
+            full[taken_pw] = values[rows_b]
             return full
 
-        made = self._rollout.lengths_b
+        made, tokens_br = self._rollout.lengths_b, self._rollout.tokens_br
         lengths = self._prompt_lengths + made - 1
         rows = programs.Rows(
-            token_pw=self._token[:, :width],
+            token_pw=of_rows(tokens_br[np.arange(len(made)), made - 1]),
             lengths_pw=of_rows(lengths.astype(np.int32)),
             made_pw=of_rows(made),
             limit_pw=of_rows(self._limits),
             key_pw2=of_rows(self._keys),
             running_pw=running_pw,
+            given_pwt=self._given_next(row_pw),
         )
         stop_at = np.array(self._stop_at(width), np.int32)
         chosen, steps = self._slots.decode(
@@ -212,7 +224,6 @@ class Run:
                 self._row[part, slot],
                 jax.tree.map(lambda x: x[:steps, part, slot], chosen),  # noqa: B023
             )
-        self._token[:, :width] = chosen.token[steps - 1]
         self._free_ended()
         self._kept_steps += int(made.sum() - kept_before)
         self._slot_steps += int(steps) * self._parts * width
@@ -220,7 +231,7 @@ class Run:
 
     def _stop_at(self, width: int) -> tuple[int, int]:
         """Rows running, in all and in every part, at which the host can do something useful."""
-        if self._queue or any(self._waiting):
+        if self._queue or any(self._waiting) or self._request.turns is not None:
             return int(self._running.sum()) - self._refill_size, 0
         narrower = [other for other in self._widths if other < width]
         return 0, narrower[0] if narrower else 0
@@ -229,7 +240,7 @@ class Run:
         """The smallest width that holds every part's rows, which are moved into it."""
         if self._queue or any(self._waiting):
             return self._widths[0]
-        most = int(self._running.sum(axis=1).max())
+        most = int(self._taken.sum(axis=1).max())
         width = min(width for width in self._widths if width >= most)
         outside = [np.flatnonzero(part[width:] >= 0) + width for part in self._row]
         count = max(map(len, outside))
@@ -241,7 +252,6 @@ class Run:
                 targets = np.flatnonzero(self._row[part, :width] < 0)[: len(sources)]
                 source[: len(sources), part], target[: len(sources), part] = sources, targets
                 self._row[part, targets] = self._row[part, sources]
-                self._token[part, targets] = self._token[part, sources]
                 self._row[part, sources] = -1
             self._slots.move(source, target, count)
         return width
@@ -252,19 +262,61 @@ class Run:
         """Adds a row's tokens up to its end."""
         rollout, made = self._rollout, self._rollout.lengths_b[row]
         count = min(len(chosen.token), self._limits[row] - made)
-        ends = np.flatnonzero(np.isin(chosen.token[:count], self._slots.facts.eos_ids))
+        read = self._read(row, made, count)
+        ends = np.flatnonzero(np.isin(chosen.token[read:count], self._slots.facts.eos_ids))
         if len(ends):
-            count = ends[0] + 1
-            rollout.stopped_b[row] = True
-        to = slice(made, made + count)
+            count = read + ends[0] + 1
+        to, sampled = slice(made, made + count), slice(made + read, made + count)
         rollout.tokens_br[row, to] = chosen.token[:count]
-        rollout.log_probs_br[row, to] = chosen.log_prob[:count]
-        rollout.sampled_log_probs_br[row, to] = chosen.sampled_log_prob[:count]
+        rollout.log_probs_br[row, sampled] = chosen.log_prob[read:count]
+        rollout.sampled_log_probs_br[row, sampled] = chosen.sampled_log_prob[read:count]
         rollout.lengths_b[row] += count
+        if len(ends) and self._request.turns is not None:
+            self._asked[row] = True
+            self._request.turns.ask(row, rollout.tokens_br[row, self._begun[row] : to.stop].copy())
+        elif len(ends):
+            rollout.stopped_b[row] = True
 
     def _free_ended(self) -> None:
         ended = self._rollout.stopped_b | (self._rollout.lengths_b >= self._limits)
         self._row[self._running & ended[self._row]] = -1
+
+    # ---------------------------------------------------------------------------------- dialogues
+
+    def _take_replies(self, turns: Turns) -> None:
+        """Rows whose dialogues go on read the other side's tokens next; the others have ended."""
+        if not self._asked.any():
+            return
+        for row, tokens_t in turns.replies(wait=not self._running.any()):
+            self._asked[row], made = False, self._rollout.lengths_b[row]
+            if tokens_t is None:
+                self._rollout.stopped_b[row] = True
+            elif made + len(tokens_t) < self._limits[row]:
+                self._given[row], self._begun[row] = tokens_t, made + len(tokens_t)
+            else:
+                self._limits[row] = made  # no room for another turn
+        self._free_ended()
+
+    def _given_next(self, row_pw: np.ndarray) -> np.ndarray | None:
+        """What the rows read in the next steps; None where there are no dialogues."""
+        if self._request.turns is None:
+            return None
+        given_pwt = np.full((*row_pw.shape, STEPS_PER_CALL), -1, np.int32)
+        for part, slot in zip(*np.nonzero(row_pw >= 0), strict=True):
+            tokens_t = self._given.get(row_pw[part, slot], ())[:STEPS_PER_CALL]
+            given_pwt[part, slot, : len(tokens_t)] = tokens_t
+        return given_pwt
+
+    def _read(self, row: int, made: int, count: int) -> int:
+        """How many of a row's next tokens are the other side's, which are its own no more."""
+        if row not in self._given:
+            return 0
+        tokens_t = self._given.pop(row)
+        read = min(len(tokens_t), count)
+        if read < len(tokens_t):
+            self._given[row] = tokens_t[read:]
+        self._sampled_br[row, made : made + read] = False
+        return read
 
     def _measured(self) -> dict[str, float]:
         """What `RolloutBackend.generate` reports."""

@@ -5,6 +5,7 @@ import pytest
 from distill.base.errors import UserError
 from distill.data.arithmetic import CHARACTERS, LEVELS, SIZES, ArithmeticDataset
 from distill.data.base import get_dataset
+from distill.data.tokenizer import END_OF_TEXT
 
 
 def test_worked_steps_lead_to_the_answer():
@@ -59,3 +60,11 @@ def test_checker_reads_the_last_result_exactly(response, right):
 def test_unknown_split_lists_the_known():
     with pytest.raises(UserError, match="'math500'; it has: test, train, validation"):
         get_dataset("arithmetic", "math500")
+
+
+def test_variants():
+    plain, hinted, tools = (ArithmeticDataset("test", variant=v) for v in ("", "hinted", "tools"))
+    assert hinted[0] == plain[0] and hinted[1].prompt == f"{plain[1].response}\n{plain[1].prompt}"
+    called = [line.split(END_OF_TEXT) for line in tools[3].response.splitlines()]
+    assert ["".join(line) for line in called] == [*plain[3].response.splitlines(), plain[3].answer]
+    assert len(called) > 2 and all(line[0].endswith("=") for line in called[:-1])

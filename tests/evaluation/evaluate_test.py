@@ -14,6 +14,7 @@ from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
 from distill.data.prompts import tokenize_prompts
 from distill.data.tokenizer import Vocabulary, character_tokenizer, vocabulary_size
+from distill.evaluation import evaluator as evaluator_module
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.table import format_table
 from distill.models.model import Model
@@ -129,7 +130,7 @@ def test_accuracy_is_of_the_prompts_with_an_answer(tokenizer):
 
 def test_what_a_template_begins_to_think_is_no_answer(tokenizer, monkeypatch):
     evaluator = make_evaluator(tokenizer, Sums(), batch_size=5)
-    monkeypatch.setattr(Evaluator, "_opens_thinking", lambda self, tokens: True)
+    monkeypatch.setattr(evaluator_module, "opens_thinking", lambda tokenizer, tokens: True)
     assert evaluator.grade([str(i) for i in range(5)]) == 5 * [False]
     assert evaluator.grade([f"no</think>{i}" for i in range(5)]) == 5 * [True]
 
