@@ -30,8 +30,6 @@ SURPRISING = 5.0  # nats of a first token, on the mean: something else was expec
 
 def check_teacher(session: Session, state: TrainState) -> str:
     """The teacher predicts responses best where they are, and servers say what its weights do."""
-    if session.config.distillation.hard_labels:
-        return "none takes part"
     sequences, teacher = short_sequences(session, state), session.teacher
     view = session.prompts.view(sequences)
     seen, found = sequences if view is None else view, ""
@@ -41,6 +39,8 @@ def check_teacher(session: Session, state: TrainState) -> str:
         return "known by hidden states on disk, which were compared by their digests"
     else:
         columns = dict(teacher.score(seen))
+        if not columns:
+            return "none takes part"
         log_probs_sn, first_n = _of_scores(seen, columns)
         found = _compare_with_weights(session, sequences, seen, columns)
     means = dict(zip(SHIFTS, log_probs_sn.mean(axis=1).tolist(), strict=True))
