@@ -19,8 +19,8 @@ before and 0.81 after 50 of the 100 updates.
     python -m distill.main --config=configs/smollm2.py:prompt --workdir=runs/smollm2/prompt
 
 distils a system prompt into the whole model: its own teacher reads "Answer in one short sentence.",
-and adapters learn to respond like that without reading it. About 20 minutes on one core; on 32 held-out
-prompts, the forward KL fell from 0.093 to 0.015 (docs/models.md).
+and adapters learn to respond like that without reading it. About 20 minutes on one core; on 32
+held-out prompts, the forward KL fell from 0.093 to 0.015 (docs/models.md).
 """
 
 from pathlib import Path
