@@ -218,7 +218,6 @@ def _make_batches(student, vocab_size: int) -> BatchSource:
         num_generations=1,
         seed=0,
         lambda_=1.0,
-        per_sample=False,
         layout=Layout((Shape(MICROBATCH, longest),)),
         pad_id=0,
     )

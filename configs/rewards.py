@@ -5,11 +5,14 @@
     python -m distill.main --config=configs/rewards.py:teacher --workdir=runs/rewards/teacher
 
 Eight responses to each of eight problems in a step. The objective is the forward KL to the teacher
-plus the policy gradient of the reward, the reward alone without any teacher, or the KL alone.
+plus the policy gradient of the reward, the reward alone without any teacher, or the KL alone. Less
+than two minutes each on one CPU core. Accuracy on 512 held-out problems, before: 42.2%; with both:
+50.4%, with the teacher alone: 49.2%, with the reward alone: 41.2% (docs/results.md). So the reward
+neither helps nor harms beside this teacher, and alone it moves this student nowhere in 400 steps.
 
     python -m distill.main --config=configs/rewards.py:smoke --workdir=runs/rewards_smoke
 
-makes two updates with everything in the objective.
+makes two updates with everything in the objective, on a CPU in a minute.
 """
 
 from ml_collections import ConfigDict
@@ -39,12 +42,21 @@ def get_config(arg: str = "") -> ConfigDict:
     config.distillation.objective.reward_advantage = 1.0
     if arg == "reward":
         config.distillation.objective.divergence = 0.0
+        config.policy.optimizer.learning_rate = 2e-5  # at higher rates, noise ruins the student
     elif arg == "teacher":
         config.distillation.objective.reward_advantage = 0.0
     elif arg == "smoke":
-        config.distillation.objective.teacher_advantage = 0.5
-        config.distillation.objective.cross_entropy = 0.1
-        config.distillation.objective.ratio_clip = 0.2
+        config.distillation.objective.update(
+            teacher_advantage=0.5,
+            cross_entropy=0.1,
+            ratio_clip=0.2,
+            divergence_clip=0.5,
+            entropy_threshold=0.5,
+            target_start=0.5,
+            horizon=20,
+            position_discount=0.99,
+            skip_tokens=("=",),
+        )
         config.policy.generation.importance_clip = 2.0
         config.reward.standardize = True
         config.distillation.max_steps = 2

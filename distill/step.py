@@ -20,6 +20,7 @@ from distill.base.sharding import in_device_memory, in_memory_of, is_in_host_mem
 from distill.batches.rows import Batch, Rows, num_filled, teacher_hidden
 from distill.kernels.linear_divergence import TokenStatistics, TopK
 from distill.kernels.linear_divergence.token_losses import TokenWeight
+from distill.losses.interpolation import interpolated
 from distill.losses.objective import Objective
 from distill.losses.weights import TruncatedImportance, token_weights
 from distill.models.lora import attach
@@ -77,14 +78,14 @@ def make_loss(
     vocab_size: int,
     metrics: Mapping[str, TokenWeight] | None = None,
 ) -> Callable[[Params, Params, Rows, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns `loss_fn(params, teacher_params, rows, total) -> (loss, sums)`.
+    """Returns `loss_fn(params, teacher_params, rows, total, share=None) -> (loss, sums)`.
 
     The arguments are those of `make_train_step`; `total` is the number of response tokens of the
-    whole batch, by which the loss is divided. Differentiable by `params`. The sums of microbatches
-    add up, but for `gap_max`, a maximum.
+    whole batch, by which the loss is divided, and `share` the teacher's of the target, None: all.
+    Differentiable by `params`. The sums of microbatches add up, but for `gap_max`, a maximum.
     """
 
-    def loss_fn(params, teacher_params, rows: Rows, total):
+    def loss_fn(params, teacher_params, rows: Rows, total, share=None):
         columns, mask_bt = rows.columns, rows.mask_bt
 
         model, hidden_t, head_t = nnx.merge(student, params), None, None
@@ -94,6 +95,9 @@ def make_loss(
         if teacher is not None:
             model = nnx.merge(teacher, teacher_params)
             hidden_t, head_t = teacher_hidden(model, rows), model.head()
+            if share is not None:
+                pairs = hidden_s, head_s, hidden_t, head_t
+                hidden_t, head_t = interpolated(*pairs, share, vocab_size)
         weights_bt = token_weights(columns["weight"], total)
         sampled_bt = mask_bt & columns["sampled"]
         scores = None
@@ -171,13 +175,14 @@ def make_train_step(
     def train_step(state: TrainState, teacher_params, batch: Batch):
         total = sum(jnp.sum(part.mask_bt) for part in batch)
         total = jnp.maximum(total, 1).astype(jnp.float32)
+        share = objective.target_share(state.step)
         if teacher_from is not None:
             teacher_params = teacher_from(state)
 
         def evaluate(microbatch):
             def loss_of(trainable):
                 params = whole_params(trainable, state.frozen)
-                return loss_fn(params, teacher_params, microbatch, total)
+                return loss_fn(params, teacher_params, microbatch, total, share)
 
             return jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
 

@@ -109,7 +109,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     with busy("tokenizing the data"):
         prompts = session.prompts
     check_same_data(prompts)
-    _ = session.reward
+    _ = session.reward, session.weighing
     identity, record, changes = _identify(session, step, record, changes)
     evaluator = recorder = None
     if validation is not None:

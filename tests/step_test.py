@@ -310,17 +310,19 @@ LAYOUTS = {
 
 
 def with_advantages(rows: Rows):
-    """Rows with advantages and log-probabilities of another sampler, and an objective of all."""
+    """Half of the rows sampled, by another sampler; advantages, weights; an objective of all."""
     rng = np.random.default_rng(1)
     shape = rows.rollout.tokens_br.shape
+    on_policy_b = np.arange(ROWS) % 2 == 0
     rollout = dataclasses.replace(
         rows.rollout,
         log_probs_br=-rng.uniform(0, 6, shape).astype(np.float32),
-        columns={"advantage": rng.standard_normal(shape)},
+        columns={"advantage": rng.standard_normal(shape), "weight": 0.9 ** np.indices(shape)[1]},
     )
     advantage = Advantage(reward=1.0, teacher=0.5, ratio_clip=0.5)
     options = dict(divergence=0.5, cross_entropy=0.1, advantage=advantage, importance_clip=2.0)
-    return dataclasses.replace(rows, rollout=rollout), options
+    options |= dict(entropy_threshold=1.0, target_start=0.5, kl_type_on_data="jsd")
+    return dataclasses.replace(rows, rollout=rollout, on_policy_b=on_policy_b), options
 
 
 @pytest.mark.parametrize(

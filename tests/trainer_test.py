@@ -154,6 +154,16 @@ def test_mix_per_sample_tosses_for_every_row(models, tmp_path):
     assert any(0 < share < 1 for share in shares)
 
 
+def test_mix_both_trains_on_both_responses(models, tmp_path):
+    changes = dict(lambda_=0.5, mix="both", kl_type_on_data="jsd", max_steps=1)
+    config = with_models(tiny_config(**changes), models)
+    config.distillation.objective.horizon = 2
+    config.data.validation.max_samples = 0
+    distill.train(config, tmp_path)
+    (line,) = read_metrics(tmp_path)
+    assert line["on_policy"] == 0.5 and 8 < line["tokens"] <= 16
+
+
 def test_disagreeing_sampler_stops_the_run(models, tmp_path, monkeypatch):
     """Weights that never reach the sampler: the classic silent failure."""
     refit = "distill.rollout.in_process.JaxBackend.refit"

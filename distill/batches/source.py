@@ -42,8 +42,10 @@ class BatchSource:
       view: what the teacher reads of sequences; None: the same.
       reward: adds columns to the sequences of a rollout, and says what it measured.
       dialogues: environments for rows of the dataset; None: a response is all there is.
+      weigh: sets how much tokens count.
       lambda_: probability that the student responds.
-      per_sample: toss `lambda_` for every row instead of once per batch.
+      mix: toss `lambda_` once per 'batch' or for every row ('sample'); 'both': no toss, a batch has
+        the fixed and the sampled response to every prompt.
     """
 
     def __init__(
@@ -56,19 +58,20 @@ class BatchSource:
         view: Callable[[Sequences], Sequences | None] = lambda _: None,
         reward: Callable[[Sequences], tuple[Sequences, Measured]] = lambda x: (x, {}),
         dialogues: Callable[[np.ndarray], Dialogues] | None = None,
+        weigh: Callable[[Sequences], Sequences] = lambda x: x,
         params: SamplingParams,
         num_generations: int,
         seed: int,
         lambda_: float,
-        per_sample: bool,
+        mix: str = "batch",
         layout: Layout,
         pad_id: int,
     ):
         self._iterator, self._backend, self._put = iterator, backend, put
         self._score, self._view = score, view
-        self._dialogues, self._reward = dialogues, reward
+        self._dialogues, self._reward, self._weigh = dialogues, reward, weigh
         self._params, self._num_generations, self._seed = params, num_generations, seed
-        self._lambda, self._per_sample = lambda_, per_sample
+        self._lambda, self._mix = lambda_, mix
         self._make_batch = functools.partial(make_batch, layout=layout, pad_id=pad_id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         # The update that a batch is under way for, where the data go on behind it, and the batch.
@@ -108,7 +111,8 @@ class BatchSource:
             if begun != step:
                 raise RuntimeError(f"the batch of update {begun} is under way, not of {step}")
             sequences, measured = future.result()
-        batch = self._put(self._make_batch(sequences, view=self._view(sequences)))
+        view = self._view(sequences)
+        batch = self._put(self._make_batch(self._weigh(sequences), view=view))
         self._position, self._rows = position, sequences["row"]
         return batch, measured
 
@@ -179,7 +183,9 @@ class BatchSource:
         return position, functools.partial(self._sample, request, fixed, coins_b, measured)
 
     def _toss(self, step: int, index_b: np.ndarray) -> np.ndarray:
-        if self._per_sample:
+        if self._mix == "both":
+            return np.ones(len(index_b), bool)
+        if self._mix == "sample":
             index_b = index_b.astype(np.uint32)
             return np.asarray(sample_coins(self._seed, step, index_b, self._lambda))
         return np.full(len(index_b), lambda_coin(self._seed, step, self._lambda))
@@ -199,8 +205,9 @@ class BatchSource:
             sampled = sampled.with_columns(reward=request.turns.reward_b)
             measured |= request.turns.measured()
         sampled, rewarded = self._reward(sampled)
-        both = concatenate([fixed, sampled])
-        sequences = both.take(np.arange(len(fixed)) + len(fixed) * coins_b)
+        sequences = concatenate([fixed, sampled])
+        if self._mix != "both":
+            sequences = sequences.take(np.arange(len(fixed)) + len(fixed) * coins_b)
         return self._scored(sequences, {**measured, **rewarded})
 
     def _scored(self, sequences: Sequences, measured: Measured) -> tuple[Sequences, Measured]:

@@ -78,9 +78,10 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
     distillation, policy = config.distillation, config.policy
     params = build_sampling_params(distillation.generate_strategy)
     repeats = distillation.generate_strategy.num_generations
+    of_a_prompt = repeats + (distillation.mix == "both")
     iterator = make_train_iterator(
         prompts,
-        batch_size=policy.train_global_batch_size // repeats,
+        batch_size=policy.train_global_batch_size // of_a_prompt,
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
@@ -96,11 +97,12 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
         view=prompts.view,
         reward=session.reward,
         dialogues=session.dialogues(session.dataset),
+        weigh=session.weighing,
         params=params,
         num_generations=repeats,
         seed=config.seed,
         lambda_=distillation.lambda_,
-        per_sample=distillation.mix == "sample",
+        mix=distillation.mix,
         layout=build_layout(
             policy, prompts.prompt_width + width, session.mesh, prompts.view_excess
         ),

@@ -24,6 +24,7 @@ from distill.base.compilation import count_compiled_programs, keep_compiled_prog
 from distill.base.errors import UserError
 from distill.base.sharding import batch_parts, check_host_memory
 from distill.base.status import busy
+from distill.batches.weighing import make_weighing
 from distill.build.data import (
     build_dataset,
     build_validation,
@@ -193,6 +194,12 @@ class Session:
         """What the student's responses are worth, as columns."""
         arguments = self.config, self.dataset, self.prompts, self.vocabulary.tokenizer
         return build_reward(*arguments, self.cleanup)
+
+    @functools.cached_property
+    def weighing(self) -> Callable[[Sequences], Sequences]:
+        """How much tokens count."""
+        vocab = self.vocabulary.tokenizer.get_vocab()
+        return make_weighing(self.config.distillation.objective, vocab)
 
     # -------------------------------------------------------------------------------- models
 

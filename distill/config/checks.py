@@ -189,6 +189,20 @@ def _check_batches(policy: Policy, distillation: Distillation) -> None:
             f"prompt, but with lambda_={distillation.lambda_} batches come from fixed data with "
             "one response each: use lambda_=1 or num_generations=1"
         )
+    if distillation.mix == "both" and not (
+        distillation.lambda_ == 0.5 and policy.train_global_batch_size % 2 == 0
+    ):
+        raise UserError(
+            "distillation.mix=both makes half of every batch the student's responses and half the "
+            f"data's, to the same prompts: set distillation.lambda_=0.5 (it is "
+            f"{distillation.lambda_}) and an even policy.train_global_batch_size"
+        )
+    if distillation.kl_type_on_data and not 0 < distillation.lambda_ < 1:
+        raise UserError(
+            f"distillation.kl_type_on_data={distillation.kl_type_on_data} is for the data's "
+            f"responses beside the student's own, and distillation.lambda_={distillation.lambda_} "
+            "has one kind only: set kl_type, or a lambda_ between 0 and 1"
+        )
     if distillation.hard_labels and distillation.lambda_ > 0:
         raise UserError(
             f"distillation.hard_labels trains on fixed data only, but lambda_="

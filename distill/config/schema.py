@@ -75,6 +75,20 @@ class Objective:
     ratio_clip: float = _key(
         0.0, "PPO's clip of the policy gradient's ratio, such as 0.2; 0: off", low=0
     )
+    divergence_clip: float = _key(
+        0.0, "most that an entry of the vocabulary adds to a token's divergence; 0: off", low=0
+    )
+    entropy_threshold: float = _key(
+        0.0, "nats; forward KL is added where the teacher's entropy is above; 0: off", low=0
+    )
+    target_start: float = _key(
+        1.0, "teacher's share of the target's logits at first, growing to 1; 1: off", low=0, high=1
+    )
+    position_discount: float = _key(
+        1.0, "token i of a response counts this to the power of i", low=1e-6, high=1
+    )
+    horizon: int = _key(0, "tokens of a response that count, from its first; 0: all", low=0)
+    skip_tokens: tuple[str, ...] = _key((), "tokens that are not trained on, such as <think>")
     terms: tuple[str, ...] = _key(
         (), "added, NAME or NAME:COEFFICIENT: cross_entropy, policy_gradient or any divergence"
     )
@@ -89,11 +103,16 @@ class Distillation:
         "its moving average, or what it was",
     )
     lambda_: float = _key(1.0, "probability that a batch is student-generated", low=0, high=1)
-    mix: str = _key("batch", "toss lambda_ per batch or per sample", choices=("batch", "sample"))
+    mix: str = _key(
+        "batch",
+        "toss lambda_ per batch or per sample; both: every prompt with both responses",
+        choices=("batch", "sample", "both"),
+    )
     kl_type: str = _key(
         "forward",
         "forward, reverse, mixed, jsd, skew_forward, skew_reverse, or one that a plugin registers",
     )
+    kl_type_on_data: str = _key("", "divergence on the data's responses; '' is kl_type")
     mixed_kl_weight: float = _key(0.5, "weight of forward KL in mixed", low=0, high=1)
     jsd_beta: float = _key(0.5, "weight of the teacher in the JSD mixture", low=0, high=1)
     skew_alpha: float = _key(0.1, "share of the other model in skewed KLs", low=0, high=1)

@@ -131,9 +131,9 @@ def register_loss(name: str):
     return _register(name, "row loss")
 
 
-def is_pointwise(name: str) -> bool:
+def is_pointwise(name: str, key: str = "distillation.kl_type") -> bool:
     """Whether a name is a divergence rather than a loss of rows; UserError when it is neither."""
-    return _find(name, "distillation.kl_type", "divergence", "row loss").kind == "divergence"
+    return _find(name, key, "divergence", "row loss").kind == "divergence"
 
 
 def get_loss(name: str) -> DistillationLossFn:
@@ -200,6 +200,21 @@ def get_term(text: str, **parameters: float) -> Term:
     if registered.kind == "term":
         return Term(registered.function, coefficient, registered.weight)
     return Term(DivergenceTerm(get_divergence(name, **parameters)), coefficient)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipped:
+    """min(f, most) of every vocabulary entry: its part beyond has no gradient.
+
+    The pointwise clip of OPSD (arXiv:2601.18734), by which few entries of a few tokens, often of
+    style, do not dominate.
+    """
+
+    divergence: PointwiseDivergence
+    most: float
+
+    def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+        return jnp.minimum(self.divergence(log_p, log_q), self.most)
 
 
 def _expectation_term(log_weight: jax.Array, log_ratio: jax.Array) -> jax.Array:

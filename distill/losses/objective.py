@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from distill.base.errors import UserError
 from distill.base.sharding import constrain
@@ -31,8 +32,20 @@ from distill.kernels.linear_divergence import (
 from distill.kernels.linear_divergence import cross_entropy as CROSS_ENTROPY
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.advantages import Advantage
-from distill.losses.divergences import PointwiseDivergence, get_loss, get_term, is_pointwise
-from distill.losses.weights import TruncatedImportance, get_weight
+from distill.losses.divergences import (
+    Clipped,
+    PointwiseDivergence,
+    get_divergence,
+    get_loss,
+    get_term,
+    is_pointwise,
+)
+from distill.losses.weights import (
+    TruncatedImportance,
+    UnsureTeacher,
+    WrittenBy,
+    get_weight,
+)
 
 _NONE = Advantage()
 
@@ -52,6 +65,18 @@ class Objective:
     importance_clip: float
     implementation: str | None
     chunk: int | None
+    target_start: float = 1.0
+    target_steps: int = 1
+
+    def target_share(self, step: jax.Array) -> jax.Array | None:
+        """The teacher's share of the target at a step, linear up to 1; None where it is all.
+
+        TAID's schedule without its adaptive part (arXiv:2501.16937).
+        """
+        if self.target_start == 1:
+            return None
+        done = jnp.minimum(step / self.target_steps, 1.0)
+        return self.target_start + (1 - self.target_start) * done
 
     @property
     def divergence(self) -> PointwiseDivergence | None:
@@ -147,6 +172,11 @@ def make_objective(
     hard_labels: bool = False,
     divergence: float = 1.0,
     cross_entropy: float = 0.0,
+    kl_type_on_data: str = "",
+    divergence_clip: float = 0.0,
+    entropy_threshold: float = 0.0,
+    target_start: float = 1.0,
+    target_steps: int = 1,
     advantage: Advantage = _NONE,
     has_teacher: bool = True,
     terms: Sequence[str] = (),
@@ -166,6 +196,10 @@ def make_objective(
         gradient (Hinton et al., arXiv:1503.02531).
       hard_labels: cross-entropy with the response tokens instead; no teacher, temperature 1.
       divergence, cross_entropy: weights of the two; without weight, they are not computed.
+      kl_type_on_data: the divergence of tokens that the student did not sample; '': the same.
+      divergence_clip: of every vocabulary entry, see `Clipped`; 0: none.
+      entropy_threshold: adds the forward KL by `UnsureTeacher`; 0: does not.
+      target_start, target_steps: see `Objective.target_share`.
       advantage: what the policy gradient is weighted by; none: there is no such term.
       has_teacher: whether a teacher is there to be read.
       terms: what is added, NAME or NAME:COEFFICIENT each; see `get_term`.
@@ -196,13 +230,25 @@ def make_objective(
     factors = tuple(_get_weight(name, all_logits) for name in weights)
     if importance_clip:
         factors += (TruncatedImportance(float(importance_clip)),)
-    loss: TermSum | RowLoss
-    weighted = {kl_type: divergence, "cross_entropy": cross_entropy}
-    texts = [*(f"{name}:{weight}" for name, weight in weighted.items() if weight), *terms]
+    if (entropy_threshold or target_start < 1) and not (all_logits and divergence and pointwise):
+        raise UserError(
+            "distillation.objective.entropy_threshold and target_start are about the divergence "
+            f"from a teacher whose logits are here, and of no loss of whole rows: {_NEEDS}"
+        )
+    parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
+    named = [f"cross_entropy:{cross_entropy}"] if cross_entropy else []
+    named += terms
     estimates = advantage.reward or advantage.teacher
+    loss: TermSum | RowLoss
     if pointwise:
-        parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
-        found = [get_term(text, **parameters) for text in texts]
+        found = []
+        if divergence:
+            found = _divergences(kl_type, kl_type_on_data, divergence, divergence_clip, parameters)
+        if entropy_threshold:
+            forward = DivergenceTerm(get_divergence("forward"))
+            found.append(Term(forward, divergence, UnsureTeacher(entropy_threshold)))
+        found += [get_term(text, **parameters) for text in named]
+        texts = [kl_type] * (len(found) - len(named)) + named
         for text, term in zip(texts, found, strict=True):
             by_outcomes = top_k_teacher and isinstance(term.function, DivergenceTerm)
             _check_term(text, term, all_logits or by_outcomes)
@@ -214,11 +260,14 @@ def make_objective(
                 "teacher_advantage or reward_advantage a weight"
             )
         loss = TermSum(tuple(found), temperature, factors)
-    elif len(texts) > 1 or estimates:
-        added = [*texts[1:], *(["policy_gradient"] if estimates else [])]
+    elif named or estimates or kl_type_on_data or divergence_clip or divergence != 1:
+        added = [*named, *(["policy_gradient"] if estimates else [])]
         raise UserError(
             f"distillation.objective.terms={', '.join(added)} cannot be added to kl_type="
             f"{kl_type}, a loss of whole rows: choose a divergence, or leave it empty"
+            if added
+            else f"kl_type={kl_type} is a loss of whole rows: it takes no kl_type_on_data, "
+            "objective.divergence_clip or objective.divergence"
         )
     else:
         loss = RowLoss(get_loss(kl_type), temperature, factors)
@@ -229,7 +278,23 @@ def make_objective(
         importance_clip=float(importance_clip),
         implementation=implementation,
         chunk=chunk,
+        target_start=target_start,
+        target_steps=target_steps,
     )
+
+
+def _divergences(
+    kl_type: str, on_data: str, weight: float, clip: float, parameters: Mapping[str, float]
+) -> list[Term]:
+    """That of all tokens, or of the student's and of all others (DistiLLM-2, arXiv:2503.07067)."""
+    if on_data and not is_pointwise(on_data, "distillation.kl_type_on_data"):
+        raise UserError(f"distillation.kl_type_on_data={on_data} is a loss of whole rows")
+    found = []
+    for name, by_student in ((kl_type, True), (on_data, False))[: 2 if on_data else 1]:
+        divergence = get_divergence(name, **parameters)
+        function = DivergenceTerm(Clipped(divergence, clip) if clip else divergence)
+        found.append(Term(function, weight, WrittenBy(by_student) if on_data else None))
+    return found
 
 
 _NEEDS = "it needs teacher.backend=local and hard_labels=False"

@@ -85,6 +85,32 @@ def advantage(statistics: TokenStatistics, columns) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class UnsureTeacher:
+    """1 where the teacher's entropy is above a threshold in nats, else 0.
+
+    Entropy-aware OPD (arXiv:2603.07079): the reverse KL everywhere, and the forward KL on top where
+    the teacher is unsure.
+    """
+
+    threshold: float
+    teacher_entropy = True
+
+    def __call__(self, statistics: TokenStatistics, columns) -> jax.Array:
+        assert statistics.teacher_entropy is not None  # it was asked for
+        return jnp.where(statistics.teacher_entropy > self.threshold, 1.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenBy:
+    """1 for tokens that the student sampled, or for all others; else 0."""
+
+    student: bool
+
+    def __call__(self, statistics: TokenStatistics, columns) -> jax.Array:
+        return jnp.where(columns["sampled"] == self.student, 1.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TruncatedImportance:
     """min(clip, q_now(token) / q_sampler(token)) for sampled tokens, 1 for others.
 

@@ -60,7 +60,7 @@ def dry_run(config: ConfigDict) -> Plan:
     with jax.set_mesh(session.mesh):
         _ = session.state_shapes
     _say([f"data: {session.prompts.summary()}"])
-    _ = session.reward
+    _ = session.reward, session.weighing
     if session.validation is not None:
         _say([f"validation data: {session.evaluator.prompts.summary()}"])
     return made

@@ -1,11 +1,16 @@
 """The batch of a step, with a sampler that is none: what is drawn when, and what is handed out."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
+from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
 from distill.batches.source import BatchSource, repetition
+from distill.batches.weighing import make_weighing, weigh
+from distill.config.schema import Objective
 from distill.data.sequences import Column, Sequences, declare_column
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout
@@ -67,7 +72,7 @@ def source(sampler):
 def make_source(sampler, **options) -> BatchSource:
     defaults = dict(
         params=SamplingParams(max_length=WIDTH), num_generations=1, seed=0, lambda_=1.0,
-        per_sample=False, layout=Layout((Shape(ROWS, 1 + WIDTH),)), pad_id=0,
+        layout=Layout((Shape(ROWS, 1 + WIDTH),)), pad_id=0,
     )  # fmt: skip
     iterator = options.pop("iterator", Counter())
     return BatchSource(iterator, sampler, lambda batch: batch, **(defaults | options))
@@ -97,6 +102,57 @@ def test_rewards_become_columns_of_what_was_sampled(sampler):
     assert len(seen) == 2 and "reward/mean" not in measured
     assert not batch[0].columns["advantage"].any()
     source.close()
+
+
+def test_both_responses_to_every_prompt(sampler):
+    layout = Layout((Shape(2 * ROWS, 1 + WIDTH),))
+    source = make_source(sampler, mix="both", lambda_=0.5, layout=layout)
+    batch, measured = source.next(0, {})
+    (rows,) = batch
+    assert rows.sampled_b[0].tolist() == [0] * ROWS + [1] * ROWS
+    prompts = rows.tokens_bt[0, :, 0].tolist()
+    assert prompts[:ROWS] == prompts[ROWS:] == [100, 101, 102, 103]
+    assert rows.targets_bt[0, :ROWS, 0].tolist() == [200, 201, 202, 203]
+    assert measured["generation/max_length"] == 3
+    source.close()
+
+
+WEIGHED = Sequences.of_tokens(
+    [[1, 2, 3, 4], [5, 3, 6], [7]],
+    weight=[0, 1, 1, 1, 0, 1, 1, 0],  # the last has a prompt only
+)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [0, 1, 1, 1, 0, 1, 1, 0]),
+        (dict(horizon=2), [0, 1, 1, 0, 0, 1, 1, 0]),
+        (dict(discount=0.5), [0, 1, 0.5, 0.25, 0, 1, 0.5, 0]),
+        (dict(skipped=[3]), [0, 1, 0, 1, 0, 0, 1, 0]),
+        (dict(horizon=2, discount=0.1, skipped=[2]), [0, 0, 0.1, 0, 0, 1, 0.1, 0]),
+    ],
+    ids=str,
+)
+def test_tokens_count_by_place_and_kind(options, expected):
+    np.testing.assert_allclose(weigh(WEIGHED, **options)["weight"], expected, rtol=1e-6)
+
+
+def test_turns_of_others_are_not_counted():
+    dialogue = Sequences.of_tokens([[1, 2, 3, 4, 5]], weight=[0, 1, 0, 0, 1])
+    assert weigh(dialogue, discount=0.5)["weight"].tolist() == [0, 1, 0, 0, 0.5]
+
+
+def test_weights_reach_the_batch(sampler):
+    source = make_source(sampler, weigh=functools.partial(weigh, horizon=2, discount=0.5))
+    batch, _ = source.next(0, {})
+    assert batch[0].columns["weight"][0].max(0).tolist() == [1, 0.5, 0, 0]
+    source.close()
+
+
+def test_a_token_that_is_none():
+    with pytest.raises(UserError, match="skip_tokens names '<thinking>', which is no token"):
+        make_weighing(Objective(skip_tokens=("<think>", "<thinking>")), {"<think>": 3})
 
 
 def first_prompt(batch) -> int:
@@ -206,7 +262,7 @@ def make_plugin() -> Sampler:
 
 def test_column_of_a_plugin_reaches_the_rows(tmp_path):
     """Through a checkpoint of a batch sampled ahead, too, and beside fixed data that lack it."""
-    options = dict(lambda_=0.5, per_sample=True)
+    options = dict(lambda_=0.5, mix="sample")
     source = make_source(make_plugin(), **options)
     source.sample_ahead(1, None)
     arrays, measured = source.sequences_ahead()

@@ -275,3 +275,19 @@ def test_what_reads_a_teacher():
         more.distillation.objective.divergence = 0.0
         more.distillation.objective.update(changes)
         assert parse_config(more).distillation.has_teacher
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"distillation.mix": "both"}, "mix=both makes half.*set distillation.lambda_=0.5"),
+        ({"distillation.kl_type_on_data": "forward"}, "kl_type_on_data=forward is for the data's"),
+        ({"distillation.objective.position_discount": 1.1}, "position_discount.*and 1"),
+        ({"distillation.objective.horizon": -1}, "horizon.*at least 0"),
+    ],
+)
+def test_weights_that_do_not_go_together(changes, words):
+    config = valid_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words):
+        parse_config(config)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from distill.base.errors import UserError
-from distill.kernels.linear_divergence import linear_divergence
+from distill.kernels.linear_divergence import Head, linear_divergence
 from distill.losses import divergences, weights
 from distill.losses.advantages import Advantage
 from distill.losses.divergences import (
+    Clipped,
     get_divergence,
     get_loss,
     is_pointwise,
@@ -17,6 +18,7 @@ from distill.losses.divergences import (
     register_loss,
     register_term,
 )
+from distill.losses.interpolation import interpolated
 from distill.losses.objective import make_objective
 from distill.losses.weights import register_weight, token_weights
 
@@ -38,6 +40,8 @@ KEYS = {"mixed": "mixed_kl_weight", "jsd": "jsd_beta"}
 
 
 def divergence_of(name, parameter):
+    if callable(name):
+        return name
     options = {} if parameter is None else {KEYS.get(name, "skew_alpha"): parameter}
     return get_divergence(name, **options)
 
@@ -294,6 +298,81 @@ class TestTermsAndWeights:
         for ours_x, plain_x in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
             np.testing.assert_allclose(ours_x, plain_x, rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.parametrize("clip", [0.05, 50.0])
+    @pytest.mark.parametrize("name", ["forward", "jsd"])
+    def test_clip_of_entries(self, name, clip):
+        """min(f, clip) of every entry, in float64: what is clipped has no slope."""
+        logits_s, logits_t = random_logits(0), random_logits(1)
+        log_q, log_p = log_softmax64(np.float64(logits_s)), log_softmax64(np.float64(logits_t))
+        p, q = np.exp(log_p), np.exp(log_q)
+        log_m = np.logaddexp(np.log(0.5) + log_p, np.log(0.5) + log_q)
+        f = p * (log_p - log_q)
+        slope = -p
+        if name == "jsd":
+            slope = 0.5 * q * (log_q - log_m)  # the rest of the derivative adds up to nothing
+            f = 0.5 * p * (log_p - log_m) + slope
+        slope = np.where(f < clip, slope, 0)
+        values, gradients = evaluate(Clipped(get_divergence(name), clip), None, logits_s, logits_t)
+        np.testing.assert_allclose(values, np.minimum(f, clip).sum(-1), rtol=1e-5, atol=1e-6)
+        expected = slope - q * slope.sum(-1, keepdims=True)
+        np.testing.assert_allclose(gradients, expected, rtol=1e-4, atol=2e-6)
+        assert (f > clip).any() == (clip < 1)
+
+    @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+    def test_forward_is_added_where_the_teacher_is_unsure(self, implementation):
+        arrays, targets_br, mask_br = objective_inputs()
+        log_q, log_p = (
+            log_softmax64(np.einsum("btd,dv->btv", *pair)[..., :10].astype(np.float64))
+            for pair in (arrays[:2], arrays[2:])
+        )
+        entropy = -(np.exp(log_p) * log_p).sum(-1)
+        threshold = float(np.median(entropy))
+        token_losses = kl64(log_q, log_p)[..., 0]
+        token_losses += np.where(entropy > threshold, kl64(log_p, log_q)[..., 0], 0)
+        objective = make_objective(
+            "reverse", entropy_threshold=threshold, implementation=implementation
+        )
+        weights_br = token_weights(mask_br, mask_br.sum())
+        loss, _ = objective(*arrays, targets_br, weights_br, vocab_size=10, columns={})
+        assert loss == pytest.approx(token_losses[mask_br].mean(), rel=1e-5)
+
+    def test_two_kinds_of_responses_have_two_divergences(self):
+        arrays, targets_br, mask_br = objective_inputs()
+        weights_br, sampled = token_weights(mask_br, 10), np.arange(24).reshape(4, 6) % 2 == 0
+        pair = make_objective("skew_reverse", kl_type_on_data="skew_forward")
+        whole = objective_gradient(pair, arrays, targets_br, weights_br, sampled=sampled)
+        parts = [
+            objective_gradient(make_objective(name), arrays, targets_br, weights_br * mine)
+            for name, mine in (("skew_reverse", sampled), ("skew_forward", ~sampled))
+        ]
+        for total, *each in zip(*map(jax.tree.leaves, (whole, *parts)), strict=True):
+            np.testing.assert_allclose(total, sum(each), rtol=1e-4, atol=1e-6)
+
+    def test_target_between_student_and_teacher(self):
+        """TAID in float64: the KL of softmax((1 - t) s + t u) from q; its gradient is q less it."""
+        logits_s, logits_t = random_logits(0, shape=(5, 12)), random_logits(1, shape=(5, 12))
+        objective = make_objective("forward", target_start=0.4, target_steps=10)
+        share = objective.target_share(jnp.array(5))
+        assert float(share) == pytest.approx(0.7)
+        assert float(objective.target_share(jnp.array(99))) == 1
+        assert make_objective("forward").target_share(jnp.array(5)) is None
+        mixed = 0.3 * np.float64(logits_s) + 0.7 * np.float64(logits_t)
+        log_p, log_q = log_softmax64(mixed), log_softmax64(np.float64(logits_s))
+        head = Head(jnp.eye(12))
+
+        def loss(logits_s):
+            pair = interpolated(logits_s[None], head, logits_t[None], head, share, 12)
+            target, head_t = jax.lax.stop_gradient(pair)
+            ones = jnp.ones((1, 5))
+            arguments = logits_s[None], head, target, head_t, jnp.zeros((1, 5), int), ones
+            return objective(*arguments, vocab_size=12)[0]
+
+        value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits_s))
+        assert value == pytest.approx(kl64(log_p, log_q).sum(), rel=1e-5)
+        np.testing.assert_allclose(gradient, np.exp(log_q) - np.exp(log_p), rtol=1e-4, atol=2e-6)
+        with pytest.raises(UserError, match="soft cap: set it to 1"):
+            interpolated(logits_s, Head(jnp.eye(12), 30.0), logits_t, head, share, 12)
+
     def test_alone_is_the_divergence(self):
         objective = make_objective("jsd", terms=("cross_entropy",), importance_clip=2.0)
         assert objective != make_objective("jsd") == objective.alone
@@ -318,6 +397,11 @@ class TestTermsAndWeights:
                 "kl_type names 'cross_entropy', but the known names are forward",
             ),
             (dict(kl_type="row", terms=("reverse",)), "terms=reverse cannot be added to .*row"),
+            (dict(kl_type="row", divergence_clip=1.0), "kl_type=row is a loss of whole rows"),
+            (dict(kl_type_on_data="row"), "kl_type_on_data=row is a loss of whole rows"),
+            (dict(kl_type_on_data="jsb"), "kl_type_on_data names 'jsb', but the known"),
+            (dict(entropy_threshold=1.0, top_k_teacher=True), "entropy_threshold and target_start"),
+            (dict(target_start=0.5, divergence=0.0, cross_entropy=1.0), "target_start are about"),
             (
                 dict(weights=("sure",), top_k_teacher=True),
                 "names 'sure', which asks for the .*local",
