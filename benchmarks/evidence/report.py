@@ -256,24 +256,25 @@ def cost_table(evidence: Evidence) -> Table:
     table: Table = [(*header, "student sampled")]
     for method in METHODS:
         rows = [row for row in evidence.rows if row["method"] == method]
-        if rows:
-            scored = 0 if "hard_labels" in str(METHODS[method].phases) else _mean(rows, "tokens")
-            table.append(
-                (
-                    METHODS[method].title,
-                    str(len(rows)),
-                    f"{np.median([row['seconds_per_update'] for row in rows]):.3f}",
-                    f"{_mean(rows, 'seconds'):.0f}",
-                    f"{_mean(rows, 'cpu_seconds'):.0f}",
-                    f"{scored / 1000:.0f}k",
-                    f"{_mean(rows, 'sampled_tokens') / 1000:.0f}k",
-                )
+        if not rows:
+            continue
+        scored = 0 if "distillation.hard_labels" in METHODS[method].phases[0] else 1
+        table.append(
+            (
+                METHODS[method].title,
+                str(len(rows)),
+                f"{_median(rows, 'seconds_per_update'):.3f}",
+                f"{_median(rows, 'seconds'):.0f}",
+                f"{_median(rows, 'cpu_seconds'):.0f}",
+                f"{scored * _median(rows, 'tokens') / 1000:.0f}k",
+                f"{_median(rows, 'sampled_tokens') / 1000:.0f}k",
             )
+        )
     return table
 
 
-def _mean(rows: Sequence[Row], name: str) -> float:
-    return float(np.mean([row[name] for row in rows]))
+def _median(rows: Sequence[Row], name: str) -> float:
+    return float(np.median([row[name] for row in rows]))
 
 
 def _percent(share: float) -> str:

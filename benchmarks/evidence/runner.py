@@ -43,13 +43,9 @@ def perform_all(runs: Iterable[Run], output: Path) -> None:
         if not (output / "rows" / f"{run.name}.json").exists():
             row = perform(run, output)
             _write(output, run.name, row)
-            print(f"{run.name}: {np.mean(bits(row)):.1%} in {row['seconds']:.0f} s", flush=True)
+            solved = f"{row['right'].count('1')} of {len(row['right'])}"
+            print(f"{run.name}: {solved} in {row['seconds']:.0f} s", flush=True)
             jax.clear_caches()  # of programs that no other run will call
-
-
-def bits(row: Row) -> np.ndarray:
-    """Whether each held-out problem was solved."""
-    return np.array([each == "1" for each in row["right"]])
 
 
 def _write(output: Path, name: str, row: Row) -> None:
@@ -58,10 +54,8 @@ def _write(output: Path, name: str, row: Row) -> None:
 
 def perform(run: Run, output: Path) -> Row:
     """Trains and measures a student; the row has its config, its numbers and its cost."""
-    folder, student = output / "runs" / run.name, STUDENT
+    folder, student, best_step = output / "runs" / run.name, STUDENT, 0
     folder.mkdir(parents=True, exist_ok=True)
-    numbers: Row = {}
-    best: Path | None = None
     with _timed(folder):
         for phase in range(len(METHODS[run.method].phases)):
             config, workdir = config_of(run, phase), folder / f"phase{phase}"
@@ -72,13 +66,17 @@ def perform(run: Run, output: Path) -> Row:
                 config.data.max_samples = None
             if not (workdir / "student").exists():
                 distill.train(config, workdir)
+            # Of several phases, the best of the last one.
+            best_step = phase * config.distillation.max_steps
+            best_step += distill.export_checkpoint(config, workdir, workdir / "best")
             student = str(workdir / "student")
-            best = workdir / "best"
-            numbers["best_step"] = distill.export_checkpoint(config, workdir, best)
-            numbers["best_step"] += phase * config.distillation.max_steps
-    row = {**dataclasses.asdict(run), **numbers, **_training_numbers(folder)}
-    row["best"] = _measured(str(best))
-    return {**row, **_measured(student)}
+    return {
+        **dataclasses.asdict(run),
+        **_training_numbers(folder),
+        **_measured(student),
+        "best_step": best_step,
+        "best": _measured(str(workdir / "best")),
+    }
 
 
 def _teacher_samples(run: Run, output: Path) -> Path:
@@ -96,7 +94,7 @@ def _teacher_samples(run: Run, output: Path) -> Path:
 
 @contextlib.contextmanager
 def _timed(folder: Path) -> Iterator[None]:
-    """Adds a line to seconds.jsonl, also for a part of a run that was stopped."""
+    """Adds a line to seconds.jsonl, also where an error ends the run."""
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         yield

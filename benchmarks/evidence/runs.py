@@ -13,9 +13,8 @@ from configs import arithmetic
 STUDENT, TEACHER = "embedded:arithmetic-student", "embedded:arithmetic-teacher"
 UPDATES, BATCH = 400, 64
 SEEDS = 3
-# Distinct prompts, in the order in which they are run.
-PROMPTS = (384, 1536, 6000, 64)
-MANY = 24000  # about as many as there are responses in all updates
+# Distinct prompts; of the most, each is seen about once.
+PROMPTS, MORE_PROMPTS = (384, 1536, 24000), (64, 6000)
 FEW = 384  # where all methods and other learning rates are run
 RATES = (1e-3, 5e-4)
 LEARNING_RATE = 2e-3
@@ -60,8 +59,7 @@ METHODS = {
     ),
 }
 MAIN = (OFF, ON)
-RIVALS = ("off_samples", "on_jsd", "on_reverse")
-OTHERS = ("mix", "warm", "sft")
+RIVALS = tuple(method for method in METHODS if method not in MAIN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +84,11 @@ class Run:
 def all_runs() -> list[Run]:
     """In such an order that whatever is there at any time makes whole tables."""
     main = [[Run(m, n, seed) for n in PROMPTS for m in MAIN] for seed in range(SEEDS)]
-    many = [[Run(m, MANY, seed) for m in MAIN] for seed in range(SEEDS)]
+    more = [[Run(m, n, seed) for n in MORE_PROMPTS for m in MAIN] for seed in range(SEEDS)]
     rivals = [[Run(m, FEW, seed) for m in RIVALS] for seed in range(SEEDS)]
-    others = [[Run(m, FEW, seed) for m in OTHERS] for seed in range(SEEDS)]
     rates = [Run(m, FEW, 0, learning_rate=rate) for rate in RATES for m in MAIN]
-    queue = [main[0], many[0], rivals[0], *main[1:], others[0], rates]
-    queue += [*many[1:], *rivals[1:], *others[1:]]
+    queue = [main[0], more[0], rivals[0][:1], *main[1:], rivals[0][1:], rates]
+    queue += [*more[1:], *rivals[1:]]
     return [run for runs in queue for run in runs]
 
 
