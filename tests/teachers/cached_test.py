@@ -145,7 +145,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("fault", REFUSED, ids=str)
+@pytest.mark.parametrize("fault", REFUSED, ids=lambda fault: getattr(fault, "__name__", fault))
 def test_what_is_not_whole_or_of_something_else_is_refused(
     models, folder, tmp_path, monkeypatch, fault
 ):
