@@ -84,17 +84,20 @@ class Grader:
         self._workers = workers
 
     def __enter__(self) -> "Grader":
+        self._start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._pool.stop()
+        self._pool.join()
+
+    def _start(self) -> None:
         self._pool = ProcessPool(
             max_workers=self._workers,
             initializer=math_check.prepare_worker,
             # Not fork: the parent has threads and an accelerator.
             context=multiprocessing.get_context("spawn"),
         )
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._pool.stop()
-        self._pool.join()
 
     def grade(
         self, dataset: DatasetInterface, examples: Sequence[Example], responses: Sequence[str]
@@ -131,7 +134,12 @@ class Grader:
         if not formulas:
             return False
         arguments = (formulas, text)
-        return self._pool.schedule(math_check.matches, arguments, timeout=self._time_limit)
+        try:
+            return self._pool.schedule(math_check.matches, arguments, timeout=self._time_limit)
+        except RuntimeError:  # since the last responses, a worker was ended with nothing to do
+            self.__exit__()
+            self._start()
+            return self._pool.schedule(math_check.matches, arguments, timeout=self._time_limit)
 
     def _await(self, future) -> bool:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import threading
 from collections.abc import Callable
 
 from pebble import ProcessExpired, ProcessPool
@@ -42,17 +43,22 @@ class SelfCheck(Environment):
 
 
 class Calculator:
-    """Evaluates expressions in a process of its own, which a huge one can only end itself."""
+    """Evaluates expressions in a process of its own, which is replaced if it ends."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPool(
-            max_workers=1,
-            initializer=calculator.prepare_worker,
-            context=multiprocessing.get_context("spawn"),  # the parent has threads
-        )
+        self._pool, self._alone = _make_pool(), threading.Lock()
 
     def __call__(self, expression: str) -> str:
         """The value, or what is wrong with the expression."""
+        with self._alone:
+            try:
+                return self._evaluate(expression)
+            except RuntimeError:  # the process was ended while it had nothing to do
+                self.stop()
+                self._pool = _make_pool()
+                return self._evaluate(expression)
+
+    def _evaluate(self, expression: str) -> str:
         future = self._pool.schedule(calculator.evaluate, (expression,), timeout=_SECONDS)
         try:
             return future.result()
@@ -62,6 +68,14 @@ class Calculator:
     def stop(self) -> None:
         self._pool.stop()
         self._pool.join()
+
+
+def _make_pool() -> ProcessPool:
+    return ProcessPool(
+        max_workers=1,
+        initializer=calculator.prepare_worker,
+        context=multiprocessing.get_context("spawn"),  # the parent has threads
+    )
 
 
 def compile_call(pattern: str) -> re.Pattern[str]:

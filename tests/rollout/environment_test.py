@@ -1,5 +1,6 @@
 """Environments: what they reply, what becomes of those that fail, and runs of dialogues."""
 
+import multiprocessing
 import threading
 import time
 
@@ -51,7 +52,12 @@ def test_tool_replies_to_a_call_and_survives_a_huge_one():
     assert tool.step("the answer is 42") == Reply()
     assert tool.step("<call>9**9**9</call>") == Reply(says("tool", "error: too large"))
     assert tool.step("<call>1+1</call>") == Reply(says("tool", "2"))
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    assert tool.step("<call>1+1</call>") == Reply(says("tool", "2"))
     calculator.stop()
+    assert not multiprocessing.active_children()
 
 
 def test_second_attempt():
