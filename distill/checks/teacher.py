@@ -125,8 +125,9 @@ def _compare_with_weights(
     placed = jax.tree.map(make_put(session.mesh), rows)
     size = session.vocabulary.size
     log_probs_brv = jax.device_get(_log_probs(model.graph, model.params, placed, size))
-    counts_b = np.count_nonzero(rows.mask_bt, axis=1)
-    ours_nv = np.concatenate([log_probs_brv[i, :count] for i, count in enumerate(counts_b)])
+    # An environment's tokens may stand between those that are trained.
+    places = [np.flatnonzero(mask_t) - mask_t.argmax() for mask_t in np.asarray(rows.mask_bt)]
+    ours_nv = np.concatenate([log_probs_brv[i, place] for i, place in enumerate(places)])
     trained = np.flatnonzero(view["weight"])[: len(ours_nv)]
     ids_nk, theirs_nk = columns["teacher_ids"][trained], columns["teacher_log_probs"][trained]
     ours_nk = np.take_along_axis(ours_nv, np.maximum(ids_nk, 0), axis=1)
