@@ -47,7 +47,7 @@ from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
 from benchmarks.train_step_jobs import build_products
 from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
-from distill.batches.source import BatchSource
+from distill.batches.source import Asked, BatchSource
 from distill.build.optimizer import build_optimizer
 from distill.config import cli
 from distill.config.schema import Optimizer
@@ -58,7 +58,7 @@ from distill.models.facts import ModelConfig
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
-from distill.step import TrainState, make_train_step
+from distill.step import TeacherInStep, TrainState, make_train_step
 
 CPUS = 2
 BASELINE, PRODUCTS = "distill", "products of the update"
@@ -183,7 +183,9 @@ def build_ours(workload: Workload, folder: Path):
     adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=WEIGHT_DECAY)
     optimizer = build_optimizer(adamw, max_steps=1)
     objective = make_objective("jsd", jsd_beta=BETA)
-    train_step = make_train_step(student, teacher, objective, optimizer, vocab_size=vocab_size)
+    train_step = make_train_step(
+        student, [TeacherInStep(teacher)], objective, optimizer, vocab_size=vocab_size
+    )
     batches = _make_batches(student, vocab_size)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     held, steps = [state], itertools.count()
@@ -192,7 +194,7 @@ def build_ours(workload: Workload, folder: Path):
         batch, measured = batches.next(next(steps), held[0].params)
         if measured["generation/mean_length"] != RESPONSE:
             raise RuntimeError("answers have other lengths than were asked for")
-        held[0], metrics = train_step(held[0], teacher_params, batch)
+        held[0], metrics = train_step(held[0], [teacher_params], batch)
         return float(jax.block_until_ready((held[0], metrics))[1]["loss"])
 
     (folder / "loss.txt").write_text(str(step()))
@@ -218,7 +220,7 @@ def _make_batches(student, vocab_size: int) -> BatchSource:
         num_generations=1,
         seed=0,
         lambda_=1.0,
-        layout=Layout((Shape(MICROBATCH, longest),)),
+        teachers=[Asked(Layout((Shape(MICROBATCH, longest),)))],
         pad_id=0,
     )
 

@@ -23,7 +23,7 @@ from distill.config.schema import Optimizer
 from distill.data.sequences import Sequences
 from distill.losses.objective import make_objective
 from distill.models.facts import ModelConfig
-from distill.step import TrainState, make_train_step
+from distill.step import TeacherInStep, TrainState, make_train_step
 
 CPUS = 2
 LEARNING_RATE = 1e-4
@@ -182,7 +182,7 @@ def check_same_loss(path: Path, loss: float, dtype: str) -> None:
 def make_state_and_step(workload: Workload, folder: Path | None, loss: str | None = None):
     """The first train state, and `step(state, batch) -> (state, metrics)`; see `make_parts`."""
     state, teacher_params, step = make_parts(workload, folder, loss)
-    return state, lambda state, batch: step(state, teacher_params, batch)
+    return state, lambda state, batch: step(state, [teacher_params], batch)
 
 
 def make_parts(workload: Workload, folder: Path | None, loss: str | None = None):
@@ -198,7 +198,7 @@ def make_parts(workload: Workload, folder: Path | None, loss: str | None = None)
     optimizer = build_optimizer(adamw, max_steps=1)
     step = make_train_step(
         student,
-        teacher,
+        [TeacherInStep(teacher)],
         make_objective("forward", implementation=loss),
         optimizer,
         vocab_size=workload.student.vocab_size,

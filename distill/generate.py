@@ -55,7 +55,10 @@ def score(config: ConfigDict, output: str | Path) -> int:
     from distill.build.session import open_session
 
     config = config.copy_and_resolve_references()
-    config.distillation.lambda_, config.teacher.scores = 0.0, ""
+    config.distillation.lambda_ = 0.0
+    for section in (config.teacher, *config.teachers.values()):
+        if "scores" in section:
+            section.scores = ""
     path = local_path(output)
     with open_session(parse_config(config)) as session:
         return write_scores(session, path)

@@ -28,7 +28,7 @@ def preflight_alone(config: ConfigDict) -> dict[str, str]:
         tempfile.TemporaryDirectory() as folder,
         open_session(parse_config(config), Path(folder)) as session,
     ):
-        session.load_teacher()
+        session.load_teachers()
         state = session.load_state()
         session.backend.start()
         return preflight(session, state, print)

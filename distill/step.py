@@ -1,14 +1,17 @@
-"""One optimizer update: student and teacher together in one jitted, sharded function.
+"""One optimizer update: student and teachers together in one jitted, sharded function.
 
-The batch comes in microbatches, walked by a loop; gradients are summed in float32 and normalised by
-the global number of response tokens, so the update does not depend on how the batch was cut.
+The batch comes in microbatches of one teacher each, walked by a loop for each teacher. The
+objective is the sum over tokens, and over the teachers that are asked about them, of weight times
+token loss, divided by the global number of response tokens, each counted once. Gradients are summed
+in float32, so that the update does not depend on how the batch was cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +73,21 @@ def whole_params(trainable: Params, frozen: Params) -> Params:
     return attach(frozen, trainable) if frozen else trainable
 
 
+@dataclasses.dataclass(frozen=True)
+class TeacherInStep:
+    """What the step is compiled for, of one teacher.
+
+    Attributes:
+      graph: its network; None for hard labels, and where batches bring its scores.
+      from_state: what of the state its parameters are; None: they are an argument of the step.
+      name: what its own metrics are called by; '' has none.
+    """
+
+    graph: nnx.GraphDef | None = None
+    from_state: Callable[[TrainState], Params] | None = None
+    name: str = ""
+
+
 def make_loss(
     student: nnx.GraphDef,
     teacher: nnx.GraphDef | None,
@@ -86,8 +104,7 @@ def make_loss(
     """
 
     def loss_fn(params, teacher_params, rows: Rows, total, share=None):
-        columns, mask_bt = rows.columns, rows.mask_bt
-
+        columns, mask_bt, counted_bt = rows.columns, rows.mask_bt, rows.counted_bt
         model, hidden_t, head_t = nnx.merge(student, params), None, None
         arrays = rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt
         hidden_s, expert_load = model.with_load(*arrays, rows.filled_bt)
@@ -99,7 +116,7 @@ def make_loss(
                 pairs = hidden_s, head_s, hidden_t, head_t
                 hidden_t, head_t = interpolated(*pairs, share, vocab_size)
         weights_bt = token_weights(columns["weight"], total)
-        sampled_bt = mask_bt & columns["sampled"]
+        sampled_bt = counted_bt & columns["sampled"]
         scores = None
         if "teacher_ids" in columns:
             scores = TopK(columns["teacher_ids"], columns["teacher_log_probs"])
@@ -129,7 +146,7 @@ def make_loss(
             "gap_sum": gap_bt.sum(),
             "gap_max": gap_bt.max(),
             "sampled_tokens": sampled_bt.sum().astype(jnp.float32),
-            "student_log_prob": (values.log_prob_s * mask_bt).sum() / total,
+            "student_log_prob": (values.log_prob_s * counted_bt).sum() / total,
             "teacher_log_prob": (values.log_prob_t * mask_bt).sum() / total,
         }
 
@@ -138,28 +155,26 @@ def make_loss(
 
 def make_train_step(
     student: nnx.GraphDef,
-    teacher: nnx.GraphDef | None,
+    teachers: Sequence[TeacherInStep],
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
     vocab_size: int,
     metrics: Mapping[str, TokenWeight] | None = None,
     state_shardings: Any = None,
-    teacher_from: Callable[[TrainState], Params] | None = None,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Sequence[Params], Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
 
     Args:
       student: graph of the trained model, whose parameters are `state.params`.
-      teacher: graph of the frozen model; None (with `teacher_params=None`) for hard labels, and
-        where batches bring the teacher's scores.
+      teachers: in the order of their numbers in the batch, and of `teacher_params`, which are None
+        where a teacher has no graph or is a part of the state.
       objective: per-token loss summed with weights.
       optimizer: optax chain.
-      vocab_size: ids shared by both models; rows of a head beyond it are ignored.
+      vocab_size: ids shared by all models; rows of a head beyond it are ignored.
       metrics: of the user's own, by name; their means over the response tokens are added.
       state_shardings: layout of the new state, None for a single device.
-      teacher_from: what of the state the teacher's parameters are, `teacher_params` being None.
       ema_decay: share that the average of an AveragedState keeps of itself in an update.
 
     Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
@@ -167,32 +182,42 @@ def make_train_step(
     between sampler's and trainer's log-probabilities, skipped, and with importance weights the mean
     weight of sampled tokens (1 without any) and the share of them whose weight is clipped. Of a
     mixture of experts: the largest share of a layer's picks that one expert got, and the share of
-    experts that no token picked. A step whose loss or gradient norm is not finite is skipped (1,
-    else 0): of the state, only `step` changes.
+    experts that no token picked. Of each named teacher: tokens it was asked about, their share, and
+    the loss and its log-probability per one of them. A step whose loss or gradient norm is not
+    finite is skipped (1, else 0): of the state, only `step` changes.
     """
-    loss_fn = make_loss(student, teacher, objective, vocab_size=vocab_size, metrics=metrics)
+    losses = [
+        make_loss(student, each.graph, objective, vocab_size=vocab_size, metrics=metrics)
+        for each in teachers
+    ]
 
-    def train_step(state: TrainState, teacher_params, batch: Batch):
-        total = sum(jnp.sum(part.mask_bt) for part in batch)
+    def train_step(state: TrainState, teacher_params: Sequence[Params], batch: Batch):
+        total = sum(jnp.sum(part.counted_bt) for part in batch)
         total = jnp.maximum(total, 1).astype(jnp.float32)
         share = objective.target_share(state.step)
-        if teacher_from is not None:
-            teacher_params = teacher_from(state)
+        params_of = [
+            each.from_state(state) if each.from_state else given
+            for each, given in zip(teachers, teacher_params, strict=True)
+        ]
 
-        def evaluate(microbatch):
+        def evaluate(number: int, params_t: Params, microbatch: Rows):
             def loss_of(trainable):
                 params = whole_params(trainable, state.frozen)
-                return loss_fn(params, teacher_params, microbatch, total, share)
+                return losses[number](params, params_t, microbatch, total, share)
 
             return jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
 
-        (loss, sums), grads = _sum_over_microbatches(evaluate, batch)
+        by_teacher, grads = _sum_over_microbatches(evaluate, batch, params_of)
+        loss, sums = functools.reduce(_add, by_teacher)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         update = _update_from_host if is_in_host_memory(state.opt_state) else _update
         trainable, opt_state, update_norm = update(optimizer, grads, state, finite)
         sampled_tokens = sums["sampled_tokens"]
-        measured = {name: sums[name] for name in metrics or {}} | {
+        asked = [_num_tokens(batch, number) for number in range(len(teachers))]
+        # Of a token, on average. Division by what is always 1 would round what is divided.
+        times_asked = jnp.maximum(sum(asked), 1) / total if len(teachers) > 1 else 1.0
+        measured = {name: sums[name] / times_asked for name in metrics or {}} | {
             "loss": loss,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
@@ -203,8 +228,11 @@ def make_train_step(
             "log_prob_gap": sums["gap_sum"] / jnp.maximum(sampled_tokens, 1.0),
             "log_prob_gap_max": sums["gap_max"],
             "student_log_prob": sums["student_log_prob"],
-            "teacher_log_prob": sums["teacher_log_prob"],
+            "teacher_log_prob": sums["teacher_log_prob"] / times_asked,
         }
+        for teacher, of_teacher, tokens in zip(teachers, by_teacher, asked, strict=True):
+            if teacher.name:
+                measured |= _describe_teacher(teacher.name, of_teacher, tokens, total)
         if objective.importance_clip:
             mean = sums["importance_weight"] / jnp.maximum(sampled_tokens, 1.0)
             measured["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)
@@ -223,34 +251,92 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def _sum_over_microbatches(evaluate: Callable, batch: Batch):
-    """The sum of `evaluate(microbatch)`, ((loss, sums), grads), over those that are filled.
+def _sum_over_microbatches(evaluate: Callable, batch: Batch, params_of: Sequence[Params]):
+    """Sums of `evaluate(teacher, params, microbatch)`, ((loss, sums), grads), over those filled.
 
     Their number is known when the step runs, not when it is compiled: one program for all batches.
-    """
+    `params_of`: of each teacher; those that are in host memory are fetched while it is walked.
 
-    def add(carry, more):
-        (loss, sums), grads = carry
-        (more_loss, more_sums), more_grads = more
-        highest = jnp.maximum(sums["gap_max"], more_sums["gap_max"])
-        sums = jax.tree.map(jnp.add, sums, more_sums) | {"gap_max": highest}
-        return (loss + more_loss, sums), jax.tree.map(jnp.add, grads, more_grads)
+    Returns:
+      (loss, sums) of each teacher's microbatches, and the gradients of all.
+    """
 
     def one(microbatches: Rows, number) -> Rows:
         return jax.tree.map(lambda x: x[number], microbatches)
 
     if len(batch) == 1 and len(batch[0].tokens_bt) == 1:
-        return evaluate(one(batch[0], 0))  # nothing to add up, and no room for the sum
-    shapes = jax.eval_shape(evaluate, one(batch[0], 0))
-    carry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    for part in batch:
-        carry = jax.lax.fori_loop(
-            0,
-            num_filled(part),
-            lambda i, carry, part=part: add(carry, evaluate(one(part, i))),
-            carry,
-        )
-    return carry
+        of_teacher, grads = evaluate(0, params_of[0], one(batch[0], 0))
+        return [of_teacher], grads  # nothing to add up, and no room for the sum
+
+    def walk(number: int, params: Params, carry):
+        for part in batch:
+            if part.teacher != number:
+                continue
+
+            def add(i, carry, part=part):
+                so_far, grads = carry
+                more, more_grads = evaluate(number, params, one(part, i))
+                return _add(so_far, more), jax.tree.map(jnp.add, grads, more_grads)
+
+            carry = jax.lax.fori_loop(0, num_filled(part), add, carry)
+        return carry
+
+    def first(params: Params, microbatch: Rows):
+        fetched = in_device_memory(params) if _is_all_in_host_memory(params) else params
+        return evaluate(0, fetched, microbatch)
+
+    shapes = jax.eval_shape(first, params_of[0], one(batch[0], 0))
+    nothing, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    by_teacher = []
+    for number, params in enumerate(params_of):
+        carry = nothing, grads
+        if _is_all_in_host_memory(params):
+            # In a branch, for the reason of `_update_from_host`: no two are fetched at once.
+            carry = jax.lax.cond(
+                sum(num_filled(part) for part in batch if part.teacher == number) > 0,
+                lambda params, carry, number=number: walk(number, in_device_memory(params), carry),
+                lambda params, carry: carry,
+                params,
+                carry,
+            )
+        else:
+            carry = walk(number, params, carry)
+        of_teacher, grads = carry
+        by_teacher.append(of_teacher)
+    return by_teacher, grads
+
+
+def _is_all_in_host_memory(params: Params) -> bool:
+    """Not so of those that are streamed: some of them are small, and stay on the devices."""
+    leaves = jax.tree.leaves(params)
+    return bool(leaves) and all(is_in_host_memory(x) for x in leaves)
+
+
+def _add(so_far, more):
+    """(loss, sums) of two parts of a batch."""
+    (loss, sums), (more_loss, more_sums) = so_far, more
+    highest = jnp.maximum(sums["gap_max"], more_sums["gap_max"])
+    sums = jax.tree.map(jnp.add, sums, more_sums) | {"gap_max": highest}
+    return loss + more_loss, sums
+
+
+def _num_tokens(batch: Batch, teacher: int) -> jax.Array:
+    """Response tokens that a teacher is asked about."""
+    return jnp.asarray(sum(part.mask_bt.sum() for part in batch if part.teacher == teacher))
+
+
+def _describe_teacher(
+    name: str, of_teacher: tuple[jax.Array, Any], tokens: jax.Array, total: jax.Array
+) -> dict[str, jax.Array]:
+    """What is logged of one of several teachers; means over the tokens it was asked about."""
+    loss, sums = of_teacher
+    own = jnp.maximum(tokens, 1)
+    return {
+        f"teacher/{name}/tokens": tokens,
+        f"teacher/{name}/share": tokens / total,
+        f"teacher/{name}/loss": loss * total / own,
+        f"teacher/{name}/log_prob": sums["teacher_log_prob"] * total / own,
+    }
 
 
 def _describe(batch: Batch, total: jax.Array) -> dict[str, jax.Array]:

@@ -33,6 +33,7 @@ from distill.build.session import Session, open_session
 from distill.checks.run import preflight
 from distill.config.changes import Changes, check_changes, find_changes
 from distill.config.parse import digest, parse_config, to_flat_dict
+from distill.config.schema import ema_decay
 from distill.evaluation.table import format_table
 from distill.losses.metrics import get_step_metric
 from distill.reporting.facts import environment, write_facts
@@ -47,7 +48,7 @@ from distill.run.saver import (
     how_to_go_on,
 )
 from distill.run.workdir import claim_workdir
-from distill.step import TrainState, make_train_step
+from distill.step import TeacherInStep, TrainState, make_train_step
 
 Results = dict[str, dict[str, Any]]  # evaluation fields by role
 History = list[dict[str, Any]]  # what was changed, and at which step
@@ -58,7 +59,7 @@ class Result:
     """What a run produced.
 
     Attributes:
-      results: {'base'|'student'|'teacher': evaluation fields}, as in results.json.
+      results: {'base'|'student'|'teacher'|'teacher/NAME': evaluation fields}, as in results.json.
       student: folder of the exported student.
       steps: optimizer updates made in all.
     """
@@ -121,10 +122,11 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     # --------------------------------------------------------------------------------------- models
     graph, shapes = session.student.graph, session.state_shapes
     check_export(session)
-    teacher = session.load_teacher(None if record else prompts)  # compared once per run
+    teachers = session.load_teachers(compares=not record)  # once per run
     if updates_remain:
         # Servers that will not do are told before anything takes time.
-        teacher.start()
+        for teacher in teachers.values():
+            teacher.start()
         session.backend.start()
     if step:
         state = session.restore_state(checkpoints, step)
@@ -136,14 +138,13 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         identity["checked"] = checked
     train_step = make_train_step(
         graph,
-        teacher.graph,
+        [TeacherInStep(each.graph, each.from_state, name) for name, each in teachers.items()],
         objective,
         session.optimizer,
         vocab_size=session.vocabulary.size,
         metrics={name: get_step_metric(name) for name in config.logger.step_metrics},
         state_shardings=jax.tree.map(lambda x: x.sharding, shapes),
-        teacher_from=teacher.from_state,
-        ema_decay=config.teacher.ema_decay,
+        ema_decay=ema_decay(config),
     )
 
     # ------------------------------------------------------------------------- batches, log, saving
@@ -154,7 +155,8 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     if processes.is_first():
         write_facts(workdir, flat_config)
     progress.say(f"data: {prompts.summary()}")
-    progress.teacher(step, teacher.measured())
+    for name, teacher in teachers.items():
+        progress.teacher(step, name, teacher.measured())
     if evaluator is not None:
         progress.say(f"validation data: {evaluator.summary()}")
     if changes:
@@ -167,18 +169,17 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     # ----------------------------------------------------------------------------------------- loop
     saver.save_beginning(step)
     if step == 0 and "base" not in evaluations.results:
-        evaluations.evaluate("base", step, session.evaluated(state), teacher.at(state))
+        evaluations.evaluate("base", step, session.evaluated(state), session.teachers_at(state))
         saver.save_beginning(step)
-    if teacher.model and "teacher" not in evaluations.results:
-        evaluations.evaluate("teacher", step, teacher.model, teacher.model)
-        saver.save_beginning(step)
+    evaluations.evaluate_teachers(step, {name: each.model for name, each in teachers.items()})
+    saver.save_beginning(step)
     while True:
         evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
         # One that a signal prevented or spoilt is made up for when the run goes on.
         if evaluating and evaluations.evaluated < step and not interrupts.agree():
             with saver.saving_on(RunStopped, step=step, state=state):
                 student = session.evaluated(state)
-                evaluations.evaluate("student", step, student, teacher.at(state))
+                evaluations.evaluate("student", step, student, session.teachers_at(state))
         stopping = interrupts.agree_by_first()
         if stopping or (step and saver.is_due(step)):
             saver.save(step, state, batches.position)
@@ -191,7 +192,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
                 if config.policy.generation.async_steps and step + 1 < max_steps:
                     batches.sample_ahead(step + 1, state.params)
         with progress.phase("train") as finish:
-            state, metrics = train_step(state, teacher.fetch(), batch)
+            state, metrics = train_step(state, session.weights_in_step(), batch)
             finish(metrics)
         step += 1
         interrupts.hold()

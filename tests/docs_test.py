@@ -16,7 +16,7 @@ from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.build.session import open_session
-from distill.config.parse import known_keys, parse_config
+from distill.config.parse import default_teacher, known_keys, parse_config
 from distill.data.base import Example, get_dataset
 from distill.data.sequences import Sequences
 from distill.evaluation.grading import get_grader
@@ -260,25 +260,33 @@ def test_method_has_a_loss(method, lines, models, tmp_path):
     config = with_models(tiny_config(), models)
     config.policy.max_total_sequence_length = 64
     config.data.chat_template = "none"  # random models have one that knows no system prompt
+    values = {key: read_value(text) for key, text in lines.items()}
+    named = {key.split(".")[1]: {} for key in values if key.startswith("teachers.")}
+    if named:
+        config.distillation.teacher_model_path, config.teacher.precision = "", "bfloat16"
     with config.unlocked():
-        config.update_from_flattened_dict({key: read_value(text) for key, text in lines.items()})
+        config.teachers = {name: default_teacher() for name in named}
+        config.update_from_flattened_dict(values)
     with open_session(parse_config(config), tmp_path) as session:
-        state, teacher = session.load_state(), session.load_teacher()
+        state, teachers = session.load_state(), session.load_teachers().values()
         sequences = session.prompts.sequences(np.arange(4))
         if session.prompts.response_tokens is None:
             known = dict(sampled=True, weight=1, log_prob=-2, advantage=1)
             sampled = Sequences.of_tokens([[3, 4, 5]] * 4, **known)
             sequences = sequences.join(sampled)
-        layout = Layout((Shape(8, 64),), view_excess=session.prompts.view_excess)
-        view = session.prompts.view(sequences)
-        (rows,) = make_batch(sequences, layout=layout, pad_id=0, view=view)
-        rows = jax.tree.map(lambda x: x[0], rows)
-        loss_fn = make_loss(session.student.graph, teacher.graph, session.objective, vocab_size=16)
-        model = teacher.at(state)
-        arguments = state.params, model and model.params, rows, float(rows.mask_bt.sum())
-        loss, _ = jax.jit(loss_fn)(*arguments)
-    assert 1e-6 < abs(loss) < 9  # that of an advantage may be negative
-    assert (view is None) == (not any(key.startswith("teacher.") for key in lines))
+        losses, views = [], []
+        for teacher, prompts in zip(teachers, session.prompts.by_teacher, strict=True):
+            layout = Layout((Shape(8, 64),), view_excess=prompts.view_excess)
+            views.append(prompts.view(sequences))
+            (rows,) = make_batch(sequences, layout=layout, pad_id=0, view=views[-1])
+            rows = jax.tree.map(lambda x: x[0], rows)
+            graphs = session.student.graph, teacher.graph
+            loss_fn = make_loss(*graphs, session.objective, vocab_size=16)
+            model = teacher.at(state)
+            arguments = state.params, model and model.params, rows, float(rows.mask_bt.sum())
+            losses.append(abs(jax.jit(loss_fn)(*arguments)[0]))  # an advantage's may be negative
+    assert 1e-6 < sum(losses) < 9
+    assert any(views) == any(key.startswith(("teacher.", "teachers.")) for key in lines)
 
 
 def read_value(text):

@@ -16,7 +16,7 @@ from distill.losses.objective import make_objective
 from distill.models import lora
 from distill.models.model import Model
 from distill.models.quantization import quantize
-from distill.step import TrainState, make_train_step
+from distill.step import TeacherInStep, TrainState, make_train_step
 
 SETTINGS = Lora(rank=4, alpha=4.0, base_dtype="int8")
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -35,7 +35,8 @@ def teacher():
 
 def make_step(graph, teacher, optimizer):
     objective = make_objective("forward")
-    return make_train_step(graph, teacher[0], objective, optimizer, vocab_size=VOCAB_SIZE)
+    teachers = [TeacherInStep(teacher[0])]
+    return make_train_step(graph, teachers, objective, optimizer, vocab_size=VOCAB_SIZE)
 
 
 def copied(state: TrainState) -> TrainState:
@@ -73,7 +74,7 @@ def case(student, teacher):
 @pytest.fixture(scope="module")
 def stepped(case, teacher):
     step, state = case
-    return step(copied(state), teacher[1], make_rows().batch(padded(1)))
+    return step(copied(state), [teacher[1]], make_rows().batch(padded(1)))
 
 
 def assert_near(ours, theirs):
@@ -97,7 +98,7 @@ def test_the_base_stays_to_the_bit_and_the_adapters_move(case, stepped):
 
 def test_update_does_not_depend_on_microbatches(case, stepped, teacher):
     step, state = case
-    after, metrics = step(copied(state), teacher[1], make_rows().batch(padded(4)))
+    after, metrics = step(copied(state), [teacher[1]], make_rows().batch(padded(4)))
     assert float(metrics["loss"]) == pytest.approx(float(stepped[1]["loss"]), rel=1e-5)
     assert_near(after.trainable, stepped[0].trainable)
 
@@ -124,7 +125,7 @@ def test_full_rank_is_full_fine_tuning_of_the_matrix(student, teacher):
     batch = make_rows().batch(padded(1))
     others, own = nnx.split_state(params, lambda path, _: path[-1] != name, ...)
     full = TrainState(zero, own, optimizer.init(own), others)
-    full, whole = make_step(graph, teacher, optimizer)(copied(full), teacher[1], batch)
+    full, whole = make_step(graph, teacher, optimizer)(copied(full), [teacher[1]], batch)
     outputs = own["layers"][name].get_value()[0, 0].size
     adapters = lora.abstract_adapters(params, Lora(rank=outputs, alpha=outputs, targets=(name,)))
     random = np.random.default_rng(0)
@@ -135,7 +136,7 @@ def test_full_rank_is_full_fine_tuning_of_the_matrix(student, teacher):
         jnp.asarray(b.reshape(shape), jnp.float32)
     )
     state = TrainState(zero, made, optimizer.init(made), params)
-    state, metrics = make_step(graph, teacher, optimizer)(copied(state), teacher[1], batch)
+    state, metrics = make_step(graph, teacher, optimizer)(copied(state), [teacher[1]], batch)
     merged = lora.merged(state.params, jnp.float32)
     for key in ("loss", "grad_norm", "update_norm"):
         assert float(metrics[key]) == pytest.approx(float(whole[key]), rel=1e-5)

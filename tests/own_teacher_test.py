@@ -16,7 +16,7 @@ from distill.base.sharding import make_mesh, param_shardings
 from distill.build.teachers import FROM_STATE
 from distill.losses.objective import make_objective
 from distill.run import progress
-from distill.step import AveragedState, TrainState, make_train_step
+from distill.step import AveragedState, TeacherInStep, TrainState, make_train_step
 
 DECAY = 0.75
 
@@ -42,11 +42,10 @@ LAYOUT = dataclasses.replace(padded(2), view_excess=8)
 def make_step(student, kind=None):
     return make_train_step(
         student[0],
-        student[0],
+        [TeacherInStep(student[0], kind and FROM_STATE[kind])],
         make_objective("forward"),
         OPTIMIZER,
         vocab_size=VOCAB_SIZE,
-        teacher_from=kind and FROM_STATE[kind],
         ema_decay=DECAY,
     )
 
@@ -73,7 +72,7 @@ def test_average_of_the_weights_is_the_teacher(student, rows, given, averaging, 
     batch = rows.batch(LAYOUT)
     params, average, expected = student[1], student[1], []
     for _ in range(2):
-        state, metrics = given(first_state((None, params)), average, batch)
+        state, metrics = given(first_state((None, params)), [average], batch)
         params = state.params
         average = jax.tree.map(lambda a, p: DECAY * a + (1 - DECAY) * p, average, params)
         expected.append(float(metrics["loss"]))
@@ -88,7 +87,7 @@ def test_average_of_the_weights_is_the_teacher(student, rows, given, averaging, 
     losses = []
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         for _ in range(2):
-            state, metrics = averaging(state, None, batch)
+            state, metrics = averaging(state, [None], batch)
             losses.append(float(metrics["loss"]))
     assert losses == pytest.approx(expected, rel=1e-5)
     assert_same(jax.device_get((state.params, state.average)), jax.device_get((params, average)))
@@ -96,8 +95,8 @@ def test_average_of_the_weights_is_the_teacher(student, rows, given, averaging, 
 
 def test_current_weights_are_the_teacher_and_get_no_gradient(student, rows, given):
     batch = rows.batch(LAYOUT)
-    expected, _ = given(first_state(student), student[1], batch)
-    own, metrics = make_step(student, "self")(first_state(student), None, batch)
+    expected, _ = given(first_state(student), [student[1]], batch)
+    own, metrics = make_step(student, "self")(first_state(student), [None], batch)
     assert float(metrics["grad_norm"]) > 1e-3
     assert_same(own.params, expected.params)
 
@@ -105,7 +104,7 @@ def test_current_weights_are_the_teacher_and_get_no_gradient(student, rows, give
 def test_average_stays_where_an_update_is_skipped(student, rows, averaging):
     bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), student[1])
     state = first_state(student, AveragedState, average=jax.tree.map(jnp.copy, bad))
-    new, metrics = averaging(state, None, rows.batch(LAYOUT))
+    new, metrics = averaging(state, [None], rows.batch(LAYOUT))
     assert float(metrics["skipped"]) == 1
     jax.tree.map(np.testing.assert_array_equal, new.average, bad)
 

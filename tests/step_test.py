@@ -32,7 +32,7 @@ from distill.losses.advantages import Advantage
 from distill.losses.objective import make_objective
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
-from distill.step import TrainState, make_loss, make_train_step
+from distill.step import TeacherInStep, TrainState, make_loss, make_train_step
 
 VOCAB_SIZE = 29
 ROWS, PROMPT, RESPONSE = 8, 5, 7
@@ -75,19 +75,25 @@ class Rows:
     def tokens_bt(self) -> np.ndarray:
         return self.batch(padded(1))[0].tokens_bt[0]
 
-    def batch(self, layout: Layout):
+    @property
+    def sequences(self) -> Sequences:
         columns = self.rollout.columns | {"sampled": np.tile(self.on_policy_b, (RESPONSE, 1)).T}
         if self.scores is not None:
             columns["teacher_ids"] = self.scores.ids_tk
             columns["teacher_log_probs"] = self.scores.log_probs_tk
         lengths = zip(self.prompts_bp, self.prompt_lengths_b, strict=True)
         prompts = Sequences.of_tokens([tokens_p[:length] for tokens_p, length in lengths])
-        sequences = dataclasses.replace(self.rollout, columns=columns).sequences(prompts)
-        view = None
-        if self.view_prompts is not None:
-            responses = sequences.behind(self.prompt_lengths_b)
-            view = Sequences.of_tokens(self.view_prompts).join(responses)
-        return make_batch(sequences, layout=layout, pad_id=PAD, view=view)
+        return dataclasses.replace(self.rollout, columns=columns).sequences(prompts)
+
+    @property
+    def view(self) -> Sequences | None:
+        if self.view_prompts is None:
+            return None
+        responses = self.sequences.behind(self.prompt_lengths_b)
+        return Sequences.of_tokens(self.view_prompts).join(responses)
+
+    def batch(self, layout: Layout):
+        return make_batch(self.sequences, layout=layout, pad_id=PAD, view=self.view)
 
 
 def padded(num_microbatches: int) -> Layout:
@@ -134,7 +140,7 @@ def run_step(
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     step = make_train_step(
         graph,
-        None if hard_labels else teacher[0],
+        [TeacherInStep(None if hard_labels else teacher[0])],
         make_objective(kl_type, hard_labels=hard_labels, **of_objective),
         optimizer,
         vocab_size=VOCAB_SIZE,
@@ -144,7 +150,7 @@ def run_step(
     teacher_params = None if hard_labels else teacher[1]
     batch = rows.batch(layout or padded(num_microbatches))
     if mesh is None:
-        return step(state, teacher_params, batch)
+        return step(state, [teacher_params], batch)
     with jax.set_mesh(mesh):
         params = jax.device_put(state.params, param_shardings(state.params, mesh))
         abstract = jax.eval_shape(optimizer.init, params)
@@ -153,7 +159,7 @@ def run_step(
         if teacher_params is not None:
             layout = param_shardings(teacher_params, mesh, teacher_rules)
             teacher_params = jax.device_put(teacher_params, layout)
-        return step(state, teacher_params, on_mesh(mesh, batch))
+        return step(state, [teacher_params], on_mesh(mesh, batch))
 
 
 @pytest.fixture(scope="module")
@@ -515,9 +521,11 @@ def test_importance_weights_cost_no_product_with_the_head(student, teacher):
     def products(clip):
         optimizer = optax.sgd(1.0)
         objective = make_objective("forward", importance_clip=clip)
-        step = make_train_step(student[0], teacher[0], objective, optimizer, vocab_size=VOCAB_SIZE)
+        step = make_train_step(
+            student[0], [TeacherInStep(teacher[0])], objective, optimizer, vocab_size=VOCAB_SIZE
+        )
         state = TrainState(jnp.zeros((), jnp.int32), student[1], optimizer.init(student[1]))
-        return str(jax.make_jaxpr(step)(state, teacher[1], make_rows().batch(padded(1)))).count(
+        return str(jax.make_jaxpr(step)(state, [teacher[1]], make_rows().batch(padded(1)))).count(
             "dot_general"
         )
 
@@ -606,10 +614,10 @@ def test_step_donates_its_state(student, teacher):
         jnp.copy, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     )
     step = make_train_step(
-        graph, teacher[0], make_objective("forward"), optimizer,
+        graph, [TeacherInStep(teacher[0])], make_objective("forward"), optimizer,
         vocab_size=VOCAB_SIZE,
     )  # fmt: skip
-    step(state, teacher[1], make_rows().batch(padded(1)))
+    step(state, [teacher[1]], make_rows().batch(padded(1)))
     assert jax.tree.leaves(state.params)[0].is_deleted()
     assert not jax.tree.leaves(teacher[1])[0].is_deleted()
 
@@ -703,12 +711,13 @@ def test_frozen_parameters_stay_and_take_part(student, teacher):
     frozen, trainable = nnx.split_state(params, lambda path, _: path[0] == "embedding", ...)
     optimizer = optax.sgd(0.1, momentum=0.9)
     objective, batch = make_objective("forward"), make_rows().batch(padded(2))
-    step = make_train_step(graph, teacher[0], objective, optimizer, vocab_size=VOCAB_SIZE)
+    teachers = [TeacherInStep(teacher[0])]
+    step = make_train_step(graph, teachers, objective, optimizer, vocab_size=VOCAB_SIZE)
 
     def run(trainable, *frozen):
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, trainable, optimizer.init(trainable), *frozen)
-        return step(jax.tree.map(jnp.copy, state), teacher[1], batch)[0]
+        return step(jax.tree.map(jnp.copy, state), [teacher[1]], batch)[0]
 
     whole, part = run(params), run(trainable, frozen)
     assert jax.tree.structure(part.params) == jax.tree.structure(params)

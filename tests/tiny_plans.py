@@ -22,7 +22,7 @@ def workload_on_mesh(config, model, data: int, fsdp: int, tensor: int) -> Worklo
     config = parse_config(config)
     mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
     config = dataclasses.replace(config, mesh=mesh)
-    return fit_to_devices(Workload(config, model, model, 30), data * fsdp * tensor)
+    return fit_to_devices(Workload(config, model, (model,), 30), data * fsdp * tensor)
 
 
 def arrays_of(workload: Workload) -> Arrays:

@@ -148,7 +148,7 @@ def _evaluate(student: str) -> tuple[Evaluation, Responses]:
     session = _session()
     with jax.set_mesh(session.mesh):
         model = session.load_frozen(resolve_model(student), "float32")
-        return session.evaluator(model, session.teacher.model)
+        return session.evaluator(model, session.teachers[""].model)
 
 
 @functools.cache
@@ -158,5 +158,5 @@ def _session() -> Session:
     config.data.validation.split, config.data.validation.max_samples = "test", HELD_OUT
     session = Session(parse_config(config))
     with jax.set_mesh(session.mesh):
-        session.load_teacher()
+        session.load_teachers()
     return session

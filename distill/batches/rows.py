@@ -52,9 +52,10 @@ class Rows:
         its sequence; (b, t) or (b, t, k). 'tokens' are the targets, 'weight' is not 0 where they
         are trained on; where nothing is predicted, a column has its fill.
       lengths_b: tokens of a row, padding not counted.
-      sequences_b, sampled_b, truncated_b: a row's sequences, those of them that the student
-        sampled, and those of the sampled that stopped at the length limit.
+      sequences_b, sampled_b, truncated_b: a row's sequences that are not repeated, those of them
+        that the student sampled, and those of the sampled that stopped at the length limit.
       view: what the teacher reads; None: the same tokens.
+      teacher: the number of the one that is asked.
     """
 
     tokens_bt: jax.Array
@@ -66,6 +67,7 @@ class Rows:
     sampled_b: jax.Array
     truncated_b: jax.Array
     view: View | None = None
+    teacher: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     @property
     def targets_bt(self) -> jax.Array:
@@ -78,40 +80,55 @@ class Rows:
         return self.columns["weight"] != 0
 
     @property
+    def counted_bt(self) -> jax.Array:
+        """Those of them that count once, whichever teachers are asked about them."""
+        return self.mask_bt & ~self.columns["repeated"]
+
+    @property
     def filled_bt(self) -> jax.Array:
         """Whether a position holds a token, no padding."""
         return jnp.arange(self.tokens_bt.shape[-1]) < self.lengths_b[..., None]
 
 
-# Rows of each of the layout's shapes, stacked. The last of the microbatches may be empty.
+# Rows of each shape of each teacher's layout, stacked. The last of the microbatches may be empty.
 Batch = tuple[Rows, ...]
 
 
 def make_batch(
-    sequences: Sequences, *, layout: Layout, pad_id: int, view: Sequences | None = None
+    sequences: Sequences,
+    *,
+    layout: Layout,
+    pad_id: int,
+    view: Sequences | None = None,
+    teacher: int = 0,
+    most: int | None = None,
 ) -> Batch:
-    """Lays out sequences; host arrays in, host arrays out.
+    """Lays out the sequences that a teacher is asked about; host arrays in, host arrays out.
 
-    `view` is what a teacher reads in place of each: other prompts before the same responses.
+    Args:
+      view: what it reads in place of each: other prompts before the same responses.
+      teacher: its number.
+      most: sequences for which there is room, so that all batches have one shape; None: these.
 
     Raises:
       ValueError: a sequence is longer than the longest rows.
     """
     lengths_b = sequences.lengths_b
-    if lengths_b.max() > layout.shapes[-1].length:
+    if lengths_b.max(initial=0) > layout.shapes[-1].length:
         raise ValueError(
             f"a sequence of {lengths_b.max()} tokens in rows of {layout.shapes[-1].length}"
         )
     batch = []
     placements = place(lengths_b, layout, None if view is None else view.lengths_b)
     for shape, placement in zip(layout.shapes, placements, strict=True):
-        number = -(-len(lengths_b) // shape.rows)  # whatever the lengths
+        number = -(-(most or len(lengths_b)) // shape.rows)  # whatever the lengths
         placed = sequences.take(placement.sequence_i)
         rows = _fill(placed, placement, number * shape.rows, shape.length, layout.packed, pad_id)
         if view is not None:
             seen = view.take(placement.sequence_i)
             rows = _with_view(rows, placed, seen, placement, layout.view_excess, pad_id)
-        batch.append(jax.tree.map(lambda x, shape=shape: _stack(x, shape), rows))
+        stacked = jax.tree.map(lambda x, shape=shape: _stack(x, shape), rows)
+        batch.append(dataclasses.replace(stacked, teacher=teacher))
     return tuple(batch)
 
 
@@ -159,7 +176,7 @@ def of_responses(rows: Rows, values_btx: jax.Array, width: int) -> jax.Array:
 
 def num_filled(microbatches: Rows) -> jax.Array:
     """How many of stacked microbatches have sequences: they come first."""
-    return (microbatches.sequences_b > 0).any(axis=1).sum()
+    return (microbatches.lengths_b > 0).any(axis=1).sum()
 
 
 def _fill(
@@ -179,12 +196,16 @@ def _fill(
     def count(values_b) -> Any:
         return np.bincount(row_b, values_b, rows).astype(np.int32)
 
-    sampled_b = np.array([sampled_t.any() for sampled_t in sequences.split("sampled")], bool)
+    def of_any_token(name: str) -> np.ndarray:
+        return np.array([values_t.any() for values_t in sequences.split(name)], bool)
+
+    counted_b = ~of_any_token("repeated")
+    sampled_b = of_any_token("sampled") & counted_b
     return Rows(
         **_tokens(sequences, row_b, place_n, (rows, length), packed, pad_id),
         columns={name: of_targets(name) for name in columns_of_rows(sequences.columns)},
         lengths_b=count(lengths_b),
-        sequences_b=count(None),
+        sequences_b=count(counted_b),
         sampled_b=count(sampled_b),
         truncated_b=count(sampled_b & sequences["truncated"]),
     )

@@ -8,9 +8,10 @@ threads that start programs on the same devices could start them in different or
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +30,39 @@ from distill.sampling.request import Rollout, RolloutRequest
 Measured = dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a teacher is asked of a batch.
+
+    Attributes:
+      layout: of its rows.
+      about: whether it is asked about each sequence.
+      weight: what the losses of its tokens are multiplied by.
+      score: columns that it adds (see `Teacher.score`); called where the sequences were sampled.
+      view: what it reads of sequences; None: the same.
+    """
+
+    layout: Layout
+    about: Callable[[Sequences], np.ndarray] = lambda sequences: np.ones(len(sequences), bool)
+    weight: float = 1.0
+    score: Callable[[Sequences], Mapping[str, np.ndarray]] = lambda _: {}
+    view: Callable[[Sequences], Sequences | None] = lambda _: None
+
+    def scored(self, sequences: Sequences) -> Sequences:
+        """With the teacher's columns, in the places of the sequences' own tokens."""
+        view = self.view(sequences)
+        columns = self.score(sequences if view is None else view)
+        if view is not None and columns:
+            starts_b = np.cumsum(view.lengths_b) - view.lengths_b
+            token_n = np.repeat(starts_b, sequences.lengths_b) + in_place_of(sequences, view)
+            columns = {name: values_n[token_n] for name, values_n in columns.items()}
+        return sequences.with_columns(**columns)
+
+
+# The sequences of a batch, once for every teacher that is asked about them.
+Parts = list[Sequences]
+
+
 class BatchSource:
     """Makes the batch of a step: from the student's own responses or from the fixed data.
 
@@ -37,9 +71,7 @@ class BatchSource:
     Args:
       iterator: of Sequences, with `get_state`; not to be moved by others any more.
       put: places a host's batch on the trainer's mesh.
-      score: columns that the teacher adds (see `Teacher.score`); called where the sequences were
-        sampled.
-      view: what the teacher reads of sequences; None: the same.
+      teachers: what each is asked.
       reward: adds columns to the sequences of a rollout, and says what it measured.
       dialogues: environments for rows of the dataset; None: a response is all there is.
       weigh: sets how much tokens count.
@@ -54,8 +86,7 @@ class BatchSource:
         backend: RolloutBackend,
         put: Callable[[Batch], Batch],
         *,
-        score: Callable[[Sequences], Mapping[str, np.ndarray]] = lambda _: {},
-        view: Callable[[Sequences], Sequences | None] = lambda _: None,
+        teachers: Sequence[Asked],
         reward: Callable[[Sequences], tuple[Sequences, Measured]] = lambda x: (x, {}),
         dialogues: Callable[[np.ndarray], Dialogues] | None = None,
         weigh: Callable[[Sequences], Sequences] = lambda x: x,
@@ -64,15 +95,13 @@ class BatchSource:
         seed: int,
         lambda_: float,
         mix: str = "batch",
-        layout: Layout,
         pad_id: int,
     ):
         self._iterator, self._backend, self._put = iterator, backend, put
-        self._score, self._view = score, view
+        self._teachers, self._pad_id = teachers, pad_id
         self._dialogues, self._reward, self._weigh = dialogues, reward, weigh
         self._params, self._num_generations, self._seed = params, num_generations, seed
         self._lambda, self._mix = lambda_, mix
-        self._make_batch = functools.partial(make_batch, layout=layout, pad_id=pad_id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         # The update that a batch is under way for, where the data go on behind it, and the batch.
         self._ahead: tuple[int, Any, Future] | None = None
@@ -105,15 +134,14 @@ class BatchSource:
         """
         if self._ahead is None:
             position, finish = self._begin(step, student_params, version=step)
-            sequences, measured = finish()
+            parts, measured = finish()
         else:
             (begun, position, future), self._ahead = self._ahead, None
             if begun != step:
                 raise RuntimeError(f"the batch of update {begun} is under way, not of {step}")
-            sequences, measured = future.result()
-        view = self._view(sequences)
-        batch = self._put(self._make_batch(self._weigh(sequences), view=view))
-        self._position, self._rows = position, sequences["row"]
+            parts, measured = future.result()
+        batch = self._put(self._laid_out(parts))
+        self._position, self._rows = position, np.concatenate([part["row"] for part in parts])
         return batch, measured
 
     def sample_ahead(self, step: int, student_params) -> None:
@@ -135,14 +163,23 @@ class BatchSource:
         """
         if self._ahead is None or self._ahead[-1].exception() is not None:
             return {}, {}
-        sequences, measured = self._ahead[-1].result()
-        return sequences.arrays(), measured
+        parts, measured = self._ahead[-1].result()
+        arrays = {
+            name + f"/{number}" * (number > 0): values
+            for number, part in enumerate(parts)
+            for name, values in part.arrays().items()
+        }
+        return arrays, measured
 
     def take_up(self, step: int, arrays: dict[str, np.ndarray], measured: Measured) -> None:
         """Goes on with saved `sequences_ahead`, which are those of update `step`."""
         next(self._iterator)
+        by_teacher: list[dict[str, np.ndarray]] = [{} for _ in self._teachers]
+        for key, values in arrays.items():
+            name, _, number = key.partition("/")
+            by_teacher[int(number or 0)][name] = values
         future: Future = Future()
-        future.set_result((Sequences.of_arrays(arrays), measured))
+        future.set_result((list(map(Sequences.of_arrays, by_teacher)), measured))
         self._ahead = step, self._iterator.get_state(), future
 
     def close(self) -> None:
@@ -152,7 +189,7 @@ class BatchSource:
 
     def _begin(
         self, step: int, student_params, version: int
-    ) -> tuple[Any, Callable[[], tuple[Sequences, Measured]]]:
+    ) -> tuple[Any, Callable[[], tuple[Parts, Measured]]]:
         """Takes the prompts of `step`, tosses its coins and, if it samples, refits the sampler.
 
         Returns:
@@ -192,7 +229,7 @@ class BatchSource:
 
     def _sample(
         self, request: RolloutRequest, fixed: Sequences, coins_b: np.ndarray, measured: Measured
-    ) -> tuple[Sequences, Measured]:
+    ) -> tuple[Parts, Measured]:
         """The student's sequences where the coin says so, else the fixed ones."""
         start = time.perf_counter()
         made = self._backend.generate(request)
@@ -210,17 +247,42 @@ class BatchSource:
             sequences = sequences.take(np.arange(len(fixed)) + len(fixed) * coins_b)
         return self._scored(sequences, {**measured, **rewarded})
 
-    def _scored(self, sequences: Sequences, measured: Measured) -> tuple[Sequences, Measured]:
-        start, view = time.perf_counter(), self._view(sequences)
-        columns = self._score(sequences if view is None else view)
-        if not columns:
-            return sequences, measured
-        if view is not None:
-            starts_b = np.cumsum(view.lengths_b) - view.lengths_b
-            token_n = np.repeat(starts_b, sequences.lengths_b) + in_place_of(sequences, view)
-            columns = {name: values_n[token_n] for name, values_n in columns.items()}
-        measured = {**measured, "teacher/seconds": time.perf_counter() - start}
-        return sequences.with_columns(**columns), measured
+    def _scored(self, sequences: Sequences, measured: Measured) -> tuple[Parts, Measured]:
+        """The sequences by teacher, with what each knows of them by scores."""
+        start, parts = time.perf_counter(), []
+        asked_before_b = np.zeros(len(sequences), bool)
+        for teacher in self._teachers:
+            about_b = teacher.about(sequences)
+            part = sequences.with_columns(
+                weight=sequences["weight"] * np.float32(teacher.weight),
+                repeated=np.repeat(asked_before_b, sequences.lengths_b),
+            )
+            parts.append(teacher.scored(part.take(np.flatnonzero(about_b))))
+            asked_before_b |= about_b
+        known = {name for part in parts for name in part.columns}
+        if known - {*sequences.columns, "weight", "repeated"}:
+            measured = {**measured, "teacher/seconds": time.perf_counter() - start}
+        return parts, measured
+
+    def _laid_out(self, parts: Parts) -> Batch:
+        """As many rows for each teacher as if it were asked about all sequences."""
+        most = int(sum(len(part) - _num_repeated(part) for part in parts))
+        return tuple(
+            rows
+            for number, (teacher, part) in enumerate(zip(self._teachers, parts, strict=True))
+            for rows in make_batch(
+                self._weigh(part),
+                layout=teacher.layout,
+                pad_id=self._pad_id,
+                view=teacher.view(part),
+                teacher=number,
+                most=most,
+            )
+        )
+
+
+def _num_repeated(part: Sequences) -> int:
+    return sum(bool(repeated_t.any()) for repeated_t in part.split("repeated"))
 
 
 def _describe(rollout: Rollout, seconds: float) -> Measured:

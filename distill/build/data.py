@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from distill.base import processes
 from distill.base.errors import UserError
 from distill.base.registry import own_values
-from distill.config.schema import Config, Data, Teacher
+from distill.config.schema import Config, Data, Teacher, all_teachers, teacher_key
 from distill.data.base import (
     PASSED,
     DatasetInterface,
@@ -31,7 +33,10 @@ _DATA_KEYS = {
 
 
 def build_dataset(
-    data: Data, seed: int, plugin: Mapping[str, Any] | None = None
+    data: Data,
+    seed: int,
+    plugin: Mapping[str, Any] | None = None,
+    more_columns: tuple[str, ...] = (),
 ) -> DatasetInterface:
     """The data to train on; less what is held out, where nothing else is evaluated on."""
     separate = data.validation.max_samples == 0 or _validates_elsewhere(data)
@@ -42,12 +47,15 @@ def build_dataset(
         seed=seed,
         max_samples=data.max_samples,
         path=data.path or None,
-        **_source_options(data, data.name, plugin, holdout_fraction),
+        **_source_options(data, data.name, plugin, holdout_fraction, more_columns),
     )
 
 
 def build_validation(
-    data: Data, seed: int, plugin: Mapping[str, Any] | None = None
+    data: Data,
+    seed: int,
+    plugin: Mapping[str, Any] | None = None,
+    more_columns: tuple[str, ...] = (),
 ) -> DatasetInterface | None:
     """The held-out prompts; None when data.validation.max_samples is 0."""
     validation = data.validation
@@ -63,7 +71,11 @@ def build_validation(
         path=path or None,
         # What is given for validation is for nothing else.
         **_source_options(
-            data, name, plugin, 1.0 if _validates_elsewhere(data) else data.holdout_fraction
+            data,
+            name,
+            plugin,
+            1.0 if _validates_elsewhere(data) else data.holdout_fraction,
+            more_columns,
         ),
     )
 
@@ -78,40 +90,85 @@ def _validates_elsewhere(data: Data) -> bool:
 
 
 def _source_options(
-    data: Data, name: str, plugin: Mapping[str, Any] | None, holdout_fraction: float
+    data: Data,
+    name: str,
+    plugin: Mapping[str, Any] | None,
+    holdout_fraction: float,
+    more_columns: tuple[str, ...],
 ) -> dict[str, Any]:
     """The keys of `data` that the source has a parameter for, and those of a plugin's source."""
     values = {key: getattr(data, key) for key in _DATA_KEYS}
-    values["holdout_fraction"] = holdout_fraction
-    options = {key: values[key] for key in dataset_options(name) & _DATA_KEYS}
+    values |= dict(holdout_fraction=holdout_fraction, more_columns=more_columns)
+    options = {key: values[key] for key in dataset_options(name) & values.keys()}
     return own_values(get_factory(name), PASSED, plugin or {}) | options
 
 
-def teacher_prompt(config: Config) -> TeacherPrompt | None:
-    """How the teacher's prompts differ from the student's; None: in nothing, or no teacher."""
-    teacher = config.teacher
-    arguments = template_arguments(teacher, "teacher")
-    differs = TeacherPrompt(teacher.system_prompt, teacher.prompt_template, arguments)
-    if not config.distillation.has_teacher or differs == TeacherPrompt():
-        return None
-    return differs
+def teacher_prompts(config: Config) -> dict[str, TeacherPrompt]:
+    """By teacher, what it is asked about, and how its prompts differ from the student's."""
+    return {
+        name: TeacherPrompt(
+            teacher.system_prompt,
+            teacher.prompt_template,
+            template_arguments(teacher, teacher_key(name, "template_arguments")),
+            teacher.prompts,
+            section=teacher_key(name, "prompt_template").rpartition(".")[0],
+        )
+        for name, teacher in all_teachers(config).items()
+    }
 
 
-def template_arguments(section: Data | Teacher, key: str = "data") -> dict[str, Any]:
+def columns_of_teachers(config: Config) -> tuple[str, ...]:
+    """Those of the data by which teachers are asked."""
+    teachers = all_teachers(config).values()
+    return tuple(dict.fromkeys(column for each in teachers for column in each.columns))
+
+
+def template_arguments(
+    section: Data | Teacher, key: str = "data.template_arguments"
+) -> dict[str, Any]:
     """The variables of the chat template by name; what is no JSON value is a text."""
     arguments = {}
     for argument in section.template_arguments:
         name, found, value = argument.partition("=")
         if not (found and name.isidentifier()):
             raise UserError(
-                f"{key}.template_arguments has {argument!r}: write NAME=VALUE, such as "
-                "enable_thinking=False"
+                f"{key} has {argument!r}: write NAME=VALUE, such as enable_thinking=False"
             )
         try:
             arguments[name] = json.loads({"True": "true", "False": "false"}.get(value, value))
         except ValueError:
             arguments[name] = value
     return arguments
+
+
+def check_asked(config: Config, dataset: DatasetInterface, prompts: Prompts) -> None:
+    """Raises UserError unless each of several teachers has prompts, and each prompt a teacher."""
+    if not prompts.parts:
+        return
+    teachers = all_teachers(config)
+
+    def there_are() -> str:
+        names = columns_of_teachers(config)
+        examples = (dataset[int(row)] for row in prompts.rows)
+        values = (tuple(str(each.columns.get(name)) for name in names) for each in examples)
+        found = list(map("/".join, dict.fromkeys(values)))
+        more = " and others" if len(found) > 10 else ""
+        return f"rows have {'/'.join(names)} {', '.join(found[:10])}{more}"
+
+    for (name, teacher), part in zip(teachers.items(), prompts.parts, strict=True):
+        if not len(part):
+            raise UserError(
+                f"teachers.{name}.prompts={', '.join(teacher.prompts)} fits none of {len(prompts)} "
+                f"prompts: {there_are()}"
+            )
+    asked = np.concatenate([part.rows for part in prompts.parts])
+    missed = prompts.rows[~np.isin(prompts.rows, asked)]
+    if len(missed):
+        raise UserError(
+            f"no teacher is asked about {len(missed)} of {len(prompts)} prompts, the first of them "
+            f"{dataset[int(missed[0])].id}: {there_are()}, and teachers.*.prompts name "
+            f"{', '.join(rule for each in teachers.values() for rule in each.prompts)}"
+        )
 
 
 def check_same_data(prompts: Prompts) -> None:

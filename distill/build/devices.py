@@ -19,7 +19,7 @@ from distill.base.sharding import (
 )
 from distill.batches.rows import Batch
 from distill.build.layout import build_layout
-from distill.config.schema import Config, Generation
+from distill.config.schema import Config, Generation, all_teachers, teacher_key
 
 
 def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -63,11 +63,15 @@ def _check_processes(config: Config) -> None:
             f"{jax.process_count()} processes see each other's devices, but cannot speak to each "
             "other: pass --coordinator_address, --num_processes and --process_id"
         )
-    generation, teacher = config.policy.generation, config.teacher
-    for key, backend in (("policy.generation", generation.backend), ("teacher", teacher.backend)):
+    backends = {
+        teacher_key(name, "backend"): teacher.backend
+        for name, teacher in all_teachers(config).items()
+    }
+    backends |= {"policy.generation.backend": config.policy.generation.backend}
+    for key, backend in backends.items():
         if backend == "vllm":
             raise UserError(
-                f"{key}.backend=vllm works within one process, and {jax.process_count()} were "
+                f"{key}=vllm works within one process, and {jax.process_count()} were "
                 "started: use the devices themselves, or one process"
             )
 

@@ -25,8 +25,10 @@ from distill.build.scores import identify_scores
 from distill.build.session import Session
 from distill.config.changes import is_same_run
 from distill.config.parse import to_flat_dict
+from distill.config.schema import all_teachers
 from distill.data.base import Example
 from distill.data.chat import wrap_prompt
+from distill.data.prompts import Prompts
 from distill.data.scores import ScoreWriter
 from distill.data.sequences import Sequences
 from distill.evaluation.evaluator import decode_responses
@@ -79,24 +81,36 @@ def write_responses(session: Session, output: Path, num_generations: int) -> dic
 def write_scores(session: Session, output: Path) -> int:
     """The teacher's scores of all responses of the data, whose tokens are returned.
 
-    Of a teacher on the mesh, its hidden states; of one behind servers, its likeliest tokens. What
-    was stopped goes on where it was.
+    Of several teachers, each has a folder of its name in `output`, for those it is asked about.
     """
-    config, prompts = session.config, session.prompts
-    say(f"data: {prompts.summary()}")
+    say(f"data: {session.prompts.summary()}")
+    tokens = 0
+    for name, prompts in zip(session.load_teachers(), session.prompts.by_teacher, strict=True):
+        tokens += _write_scores_of(session, name, prompts, output / name)
+    return tokens
+
+
+def _write_scores_of(session: Session, name: str, prompts: Prompts, output: Path) -> int:
+    """Of a teacher on the mesh, its hidden states; of one behind servers, its likeliest tokens.
+
+    What was stopped goes on where it was.
+    """
+    config = session.config
     tokens = sum(len(response) for response in prompts.response_tokens or [])
     at_once = config.evaluation.batch_size
-    identity = identify_scores(config, session.teacher_folder, prompts)
-    writer = ScoreWriter(output, identity, at_once)
+    folder = session.teacher_folders.get(name)
+    writer = ScoreWriter(
+        output, identify_scores(all_teachers(config)[name], folder, prompts), at_once
+    )
     if writer.rows:
         say(f"going on behind {writer.rows} rows of {output}.partial")
-    teacher = session.load_teacher()
+    teacher = session.teachers[name]
     teacher.start()
     for start in range(writer.rows, len(prompts), at_once):
         sequences = prompts.sequences(np.arange(len(prompts))[start : start + at_once])
         seen = prompts.view(sequences) or sequences
         if teacher.model is not None:
-            columns = {"teacher_hidden": _hidden(session, teacher.model, seen)}
+            columns = {"teacher_hidden": _hidden(session, prompts, teacher.model, seen)}
         else:
             trained_n = seen["weight"] != 0
             columns = {name: values[trained_n] for name, values in teacher.score(seen).items()}
@@ -108,9 +122,9 @@ def write_scores(session: Session, output: Path) -> int:
     return tokens
 
 
-def _hidden(session: Session, teacher: Model, sequences: Sequences) -> np.ndarray:
+def _hidden(session: Session, prompts: Prompts, teacher: Model, sequences: Sequences) -> np.ndarray:
     """From what the teacher predicts each trained token, (n, d)."""
-    prompts, rows = session.prompts, session.config.evaluation.batch_size
+    rows = session.config.evaluation.batch_size
     length = prompts.prompt_width + prompts.view_excess + prompts.response_width
     (host,) = padded_rows(sequences, rows, length, prompts.pad_id)
     placed = jax.tree.map(make_put(session.mesh), host)

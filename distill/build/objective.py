@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill.config.schema import Config
+from distill.config.schema import Config, all_teachers
 from distill.losses.advantages import Advantage
 from distill.losses.objective import Objective, make_objective
 
@@ -30,6 +30,6 @@ def build_objective(config: Config) -> Objective:
         terms=parts.terms,
         weights=parts.weights,
         importance_clip=config.policy.generation.importance_clip,
-        top_k_teacher=config.teacher.backend == "vllm",
+        top_k_teacher=any(each.backend == "vllm" for each in all_teachers(config).values()),
         implementation=None if implementation == "auto" else implementation,
     )

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from distill.base import processes
 from distill.base.errors import UserError
-from distill.batches.source import BatchSource
+from distill.batches.source import Asked, BatchSource
 from distill.build.devices import put_batch
 from distill.build.layout import build_layout
 from distill.build.optimizer import build_schedule
@@ -20,7 +21,7 @@ from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
 from distill.build.teachers import abstract_teacher
 from distill.config.parse import digest, to_flat_dict
-from distill.config.schema import Config, Logger, own_teacher
+from distill.config.schema import Config, Logger, all_teachers
 from distill.data.pipeline import make_train_iterator
 from distill.models.checkpoints.source import load_model_config
 from distill.run.checkpoint import Checkpoints, SaveSchedule
@@ -49,14 +50,17 @@ def describe_run(session: Session, step: int) -> Iterator[str]:
         of_adapters = f"; {trained} of adapters of rank {rank} are trained"
     total = _weights(session.student.params)
     yield f"student: {config.policy.model_name}, {total} weights{of_adapters}"
-    teacher, folder = config.distillation.teacher_model_path, session.teacher_folder
-    if folder is not None and config.teacher.backend == "local":
-        model = abstract_teacher(config, load_model_config(folder)[0], mesh)
-        by = f", by {config.teacher.scores}" if config.teacher.scores else ""
-        weights = f"{_weights(model.params)} weights, {config.teacher.precision}"
-        yield f"teacher: {teacher}, {weights}{by}"
-    if own := own_teacher(config):
-        yield f"teacher: the student's own weights ({own})"
+    for name, teacher in all_teachers(config).items():
+        if teacher.in_state:
+            of = f"the student's own weights ({teacher.model})"
+        elif teacher.backend == "local":
+            facts = load_model_config(session.teacher_folders[name])[0]
+            params = abstract_teacher(config, teacher, facts, mesh).params
+            by = f", by {teacher.scores}" if teacher.scores else ""
+            of = f"{teacher.model}, {_weights(params)} weights, {teacher.precision}{by}"
+        else:
+            continue
+        yield f"teacher{name and f' {name}'}: {of}"
     yield (
         f"learning rate: up to {optimizer.learning_rate:.2e} at step {optimizer.warmup_steps}, "
         f"{after}; next {float(build_schedule(optimizer, max_steps)(step)):.2e}"
@@ -93,8 +97,7 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
         iterator,
         session.backend,
         functools.partial(put_batch, session.mesh),
-        score=session.teacher.score,
-        view=prompts.view,
+        teachers=[_asked(session, name, width) for name in session.teachers],
         reward=session.reward,
         dialogues=session.dialogues(session.dataset),
         weigh=session.weighing,
@@ -103,13 +106,24 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
         seed=config.seed,
         lambda_=distillation.lambda_,
         mix=distillation.mix,
-        layout=build_layout(
-            policy, prompts.prompt_width + width, session.mesh, prompts.view_excess
-        ),
         pad_id=prompts.pad_id,
     )
     session.cleanup.callback(source.close)
     return source
+
+
+def _asked(session: Session, name: str, width: int) -> Asked:
+    """What a teacher is asked of batches whose responses have `width` tokens at most."""
+    number = list(session.teachers).index(name)
+    prompts, section = session.prompts.by_teacher[number], all_teachers(session.config).get(name)
+    longest = session.prompts.prompt_width + width
+    return Asked(
+        build_layout(session.config.policy, longest, session.mesh, prompts.view_excess),
+        about=lambda sequences: np.isin(sequences["row"], prompts.rows),
+        weight=section.weight if section else 1.0,
+        score=session.teachers[name].score,
+        view=prompts.view,
+    )
 
 
 def build_checkpoints(config: Config, workdir: Path) -> Checkpoints:

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 
 from distill.base.files import local_path
 from distill.build.models import build_head
-from distill.build.teachers import teacher_options
-from distill.config.schema import Config
+from distill.config.schema import OneTeacher
 from distill.data.prompts import Prompts
 from distill.data.scores import Scores
 from distill.models.checkpoints.fingerprint import fingerprint
@@ -20,27 +19,28 @@ from distill.teachers.cached import CachedTeacher
 
 
 def build_cached_teacher(
-    config: Config, folder: Path | None, mesh: Mesh, prompts: Prompts
+    section: OneTeacher, folder: Path | None, mesh: Mesh, prompts: Prompts, options: dict[str, Any]
 ) -> CachedTeacher:
-    """The teacher of `teacher.scores`; with its output head, where it isn't behind servers.
+    """The teacher of a key `scores`; with its output head, where it isn't behind servers.
+
+    `prompts` are those that it is asked about, and `options` those of `build_head`.
 
     Raises:
       UserError: the scores are not there, damaged, or of another teacher or other data.
     """
     lengths_r = [len(tokens) for tokens in prompts.response_tokens or []]
-    identity = identify_scores(config, folder, prompts)
-    scores = Scores(local_path(config.teacher.scores), identity, lengths_r)
+    identity = identify_scores(section, folder, prompts)
+    scores = Scores(local_path(section.scores), identity, lengths_r)
     head = None
-    if config.teacher.backend == "local":
+    if section.backend == "local":
         assert folder is not None  # only servers have none
-        head = build_head(folder, mesh, **teacher_options(config))
+        head = build_head(folder, mesh, **options)
     return CachedTeacher(scores, prompts.rows, head)
 
 
-def identify_scores(config: Config, folder: Path | None, prompts: Prompts) -> dict[str, Any]:
+def identify_scores(teacher: OneTeacher, folder: Path | None, prompts: Prompts) -> dict[str, Any]:
     """What scores depend on, by what a message would call it."""
-    teacher = config.teacher
-    by_kind: dict[str, Any] = {"teacher": config.distillation.teacher_model_path or "server"}
+    by_kind: dict[str, Any] = {"teacher": teacher.model or "server"}
     if teacher.backend == "local":
         assert folder is not None
         by_kind = {"teacher": fingerprint(folder), "teacher.precision": teacher.precision}

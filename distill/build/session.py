@@ -2,10 +2,10 @@
 
     with open_session(config, workdir) as session:
         student = session.load_frozen(session.student_folder, precision)
-        session.evaluator(student, session.load_teacher().model)
+        session.evaluator(student, [each.model for each in session.load_teachers().values()])
 
 Properties are built once and kept. What `load_...` returns is large and belongs to the caller, but
-for the teacher, which the session keeps too.
+for the teachers, which the session keeps too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -28,7 +29,9 @@ from distill.batches.weighing import make_weighing
 from distill.build.data import (
     build_dataset,
     build_validation,
-    teacher_prompt,
+    check_asked,
+    columns_of_teachers,
+    teacher_prompts,
     template_arguments,
 )
 from distill.build.devices import build_mesh, build_sampler_mesh, make_put
@@ -46,9 +49,8 @@ from distill.build.optimizer import build_optimizer
 from distill.build.plugins import import_plugins
 from distill.build.rewards import build_reward
 from distill.build.sampler import build_backend, build_engine
-from distill.build.scores import build_cached_teacher
-from distill.build.teachers import build_teacher
-from distill.config.schema import ACCURACY, IN_STATE, OF_STUDENT, Config, own_teacher
+from distill.build.teachers import build_teachers
+from distill.config.schema import ACCURACY, OF_STUDENT, Config, all_teachers, ema_decay
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.sequences import Sequences
@@ -96,13 +98,13 @@ class Session:
     Attributes:
       config: whose parts they are; without `weights`, those of hub models are not downloaded.
       cleanup: what ends with the session.
-      teacher: as loaded last.
+      teachers: by name, as loaded last.
     """
 
     def __init__(self, config: Config, workdir: Path | None = None, *, weights: bool = True):
         self.config, self._workdir, self._weights = config, workdir, weights
         self.cleanup = contextlib.ExitStack()
-        self.teacher = Teacher()
+        self.teachers: dict[str, Teacher] = {"": Teacher()}
 
     @property
     def workdir(self) -> Path:
@@ -129,24 +131,30 @@ class Session:
         return resolve_model(self.config.policy.model_name, weights=self._weights)
 
     @functools.cached_property
-    def teacher_folder(self) -> Path | None:
-        """None for hard labels, and where no model of the teacher is here beside the student."""
-        distillation = self.config.distillation
-        if not distillation.has_teacher or distillation.teacher_model_path in ("", *IN_STATE):
-            return None
-        if distillation.teacher_model_path in OF_STUDENT:
-            return self.student_folder
-        return resolve_model(distillation.teacher_model_path, weights=self._weights)
+    def teacher_folders(self) -> dict[str, Path]:
+        """By name, of the teachers of which a model is here."""
+        return {
+            name: self.student_folder
+            if teacher.model in OF_STUDENT
+            else resolve_model(teacher.model, weights=self._weights)
+            for name, teacher in all_teachers(self.config).items()
+            if teacher.model and not teacher.in_state
+        }
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        folders = [self.student_folder, *([self.teacher_folder] if self.teacher_folder else [])]
+        teachers = all_teachers(self.config)
+        folders = list(dict.fromkeys([self.student_folder, *self.teacher_folders.values()]))
         # Before any complaint about tokenizers: a model that is not supported is refused as that.
-        local = folders if self.config.teacher.backend == "local" else folders[:1]
-        rows = [load_model_config(folder)[0].vocab_size for folder in local]
+        local = {self.teacher_folders.get(n) for n, t in teachers.items() if t.backend == "local"}
+        rows = {
+            folder: load_model_config(folder)[0].vocab_size
+            for folder in folders
+            if folder in (self.student_folder, *local)
+        }
         template = self.config.data.chat_template
         vocabulary = shared_vocabulary(*map(tokenizer_folder, folders), chat_template=template)
-        for folder, number in zip(local, rows, strict=True):
+        for folder, number in rows.items():
             vocabulary = vocabulary.within(number, folder)
         return vocabulary
 
@@ -157,12 +165,15 @@ class Session:
 
     @functools.cached_property
     def dataset(self) -> DatasetInterface:
-        return build_dataset(self.config.data, self.config.seed, self.config.plugin)
+        return build_dataset(*self._of_data)
 
     @functools.cached_property
     def prompts(self) -> Prompts:
         """What is trained on."""
-        return self.tokenize(self.dataset, needs_responses=self.config.distillation.lambda_ < 1)
+        needs_responses = self.config.distillation.lambda_ < 1
+        prompts = self.tokenize(self.dataset, needs_responses=needs_responses)
+        check_asked(self.config, self.dataset, prompts)
+        return prompts
 
     def tokenize(
         self,
@@ -186,7 +197,7 @@ class Session:
             template_arguments=template_arguments(data),
             special_tokens=data.special_tokens,
             vocab_size=self.vocabulary.size,
-            teacher=teacher_prompt(self.config),
+            teachers=[*teacher_prompts(self.config).values()],
         )
 
     @functools.cached_property
@@ -223,7 +234,7 @@ class Session:
         policy, config = self.config.policy, load_model_config(self.student_folder)[0]
         if policy.optimizer.offload == "host":
             check_host_memory(self.mesh, "policy.optimizer.offload")
-        averages = own_teacher(self.config) == "ema"
+        averages = ema_decay(self.config) > 0
         return abstract_state(self.student, config, self.optimizer, self.mesh, policy, averages)
 
     def load_state(self) -> TrainState:
@@ -250,26 +261,43 @@ class Session:
         """A model that is not trained, stored in the precision in which it computes."""
         return build_frozen_model(self.config.policy, folder, self.mesh, precision)
 
-    def load_teacher(self, compared_on: Prompts | None = None) -> Teacher:
-        """The teacher, not yet started.
+    def load_teachers(self, *, compares: bool = False) -> dict[str, Teacher]:
+        """The teachers by name, not yet started.
 
         Args:
-          compared_on: text on which one in 8 bits is compared with itself in bfloat16.
+          compares: whether those in 8 bits are compared with themselves in bfloat16.
         """
         with busy("loading the teacher"):
-            if self.config.teacher.scores:
-                parts = self.teacher_folder, self.mesh, self.prompts
-                self.teacher = build_cached_teacher(self.config, *parts)
-                return self.teacher
-            self.teacher = build_teacher(
+            self.teachers = build_teachers(
                 self.config,
-                self.teacher_folder,
+                self.teacher_folders,
                 self.mesh,
                 self.vocabulary,
                 lambda: self.student,
-                compared_on,
+                lambda: self.prompts,
+                compares=compares,
             )
-        return self.teacher
+        return self.teachers
+
+    def weights_in_step(self) -> list[Any]:
+        """Of every teacher, what the step takes.
+
+        Of several that are in host memory, the step fetches the one that it is at.
+        """
+        models = {id(each.model): each.model for each in self.teachers.values() if each.model}
+        hosted = [key for key, model in models.items() if model.on_devices is not None]
+        fetched = {  # once, where several teachers are one model
+            key: model.params if hosted[1:] and key in hosted else model.fetch()
+            for key, model in models.items()
+        }
+        return [
+            fetched[id(each.model)] if each.model else each.fetch()
+            for each in self.teachers.values()
+        ]
+
+    def teachers_at(self, state: TrainState) -> list[Model | None]:
+        """The models of the teachers as they are at a state; None for those not on the mesh."""
+        return [teacher.at(state) for teacher in self.teachers.values()]
 
     # -------------------------------------------------------------------------------- sampler
 
@@ -301,7 +329,12 @@ class Session:
     @functools.cached_property
     def validation(self) -> DatasetInterface | None:
         """None where data.validation.max_samples is 0: then nothing is evaluated."""
-        return build_validation(self.config.data, self.config.seed, self.config.plugin)
+        return build_validation(*self._of_data)
+
+    @property
+    def _of_data(self) -> tuple[Any, ...]:
+        config = self.config
+        return config.data, config.seed, config.plugin, columns_of_teachers(config)
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
@@ -324,6 +357,7 @@ class Session:
             ),
             put=make_put(self.mesh),
             dialogues=self.dialogues(self.validation),
+            teachers={n: each.weight for n, each in all_teachers(self.config).items()},
         )
         if self.config.checkpointing.best_metric == ACCURACY and not evaluator.num_graded:
             raise UserError(

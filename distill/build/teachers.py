@@ -1,9 +1,9 @@
-"""The teacher of a config: here on the mesh, behind servers, or none for hard labels."""
+"""The teachers of a config: here on the mesh, behind servers, or none for hard labels."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from distill.base.sharding import RULES, SPREAD_RULES, AnyMesh, check_host_memor
 from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
 from distill.build.models import abstract_model, build_model, frozen_options, head_only
-from distill.config.schema import Config, own_teacher
+from distill.build.scores import build_cached_teacher
+from distill.config.schema import Config, OneTeacher, all_teachers, teacher_key
 from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.source import load_model_config
@@ -32,39 +33,71 @@ FROM_STATE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def build_teacher(
+def build_teachers(
     config: Config,
-    folder: Path | None,
+    folders: Mapping[str, Path],
     mesh: Mesh,
     vocabulary: Vocabulary,
     student: Callable[[], Model],
-    compared_on: Prompts | None = None,
-) -> Teacher:
-    """The teacher, loaded from its folder if it is here, but not yet started.
+    prompts: Callable[[], Prompts],
+    *,
+    compares: bool = False,
+) -> dict[str, Teacher]:
+    """The teachers by name, loaded from their folders if they are here, but not yet started.
 
-    `compared_on`: text on which one in 8 bits is compared with itself in bfloat16; None: it is not.
+    One that says nothing, for hard labels. Models that are stored alike are loaded once.
+
+    Args:
+      prompts: what the student is trained on.
+      compares: whether those in 8 bits are compared with themselves in bfloat16, on these.
 
     Raises:
-      UserError: the platform cannot offload, or the folder is not as it should be.
+      UserError: the platform cannot offload, or a folder or scores are not as they should be.
     """
-    section = config.teacher
-    if not config.distillation.has_teacher:
-        return Teacher()
-    if section.backend == "vllm":
-        return ServerTeacher(section.vllm, vocabulary, config.policy.max_total_sequence_length)
-    if own := own_teacher(config):
-        return OwnTeacher(student().graph, FROM_STATE[own])
+    loaded: dict[Any, Teacher] = {}
+
+    def build(number: int, name: str, section: OneTeacher) -> Teacher:
+        if section.scores:
+            asked, options = prompts().by_teacher[number], teacher_options(config, section)
+            return build_cached_teacher(section, folders.get(name), mesh, asked, options)
+        if section.backend == "vllm":
+            longest = config.policy.max_total_sequence_length
+            vllm = teacher_key(name, "vllm")
+            return ServerTeacher(section.vllm, vocabulary, longest, vllm)
+        if section.in_state:
+            return OwnTeacher(student().graph, FROM_STATE[section.model])
+        stored = folders[name], section.precision, section.offload, section.split_over_data
+        if stored not in loaded:
+            compared_on = prompts() if compares and section.precision == "int8" else None
+            loaded[stored] = _load(config, name, section, folders, mesh, vocabulary, compared_on)
+        return loaded[stored]
+
+    sections = all_teachers(config).items()
+    built = {name: build(number, name, each) for number, (name, each) in enumerate(sections)}
+    return built or {"": Teacher()}
+
+
+def _load(
+    config: Config,
+    name: str,
+    section: OneTeacher,
+    folders: Mapping[str, Path],
+    mesh: Mesh,
+    vocabulary: Vocabulary,
+    compared_on: Prompts | None,
+) -> Teacher:
+    """A teacher from its folder."""
     if section.offload != "none":
-        check_host_memory(mesh, "teacher.offload")
-    assert folder is not None  # hard labels and servers have none
+        check_host_memory(mesh, teacher_key(name, "offload"))
     texts = None
-    if compared_on is not None and section.precision == "int8":
+    if compared_on is not None:
         size = config.evaluation.batch_size
         prompts = compared_on.sequences(np.arange(size) % len(compared_on)).prompts()
         (rows,) = padded_rows(prompts, size, compared_on.prompt_width, compared_on.pad_id)
         texts = Texts(*map(make_put(mesh), (rows.tokens_bt, rows.lengths_b)))
+    folder = folders[name]
     return load_teacher(
-        functools.partial(build_model, folder, mesh, **teacher_options(config)),
+        functools.partial(build_model, folder, mesh, **teacher_options(config, section)),
         load_model_config(folder)[0],
         precision=section.precision,
         offload=section.offload,
@@ -73,10 +106,11 @@ def build_teacher(
     )
 
 
-def abstract_teacher(config: Config, model_config: ModelConfig, mesh: AnyMesh) -> Model:
+def abstract_teacher(
+    config: Config, section: OneTeacher, model_config: ModelConfig, mesh: AnyMesh
+) -> Model:
     """Shapes of a teacher on the mesh, where the train step takes it from."""
-    model = abstract_model(model_config, "the teacher", mesh, **teacher_options(config))
-    section = config.teacher
+    model = abstract_model(model_config, "the teacher", mesh, **teacher_options(config, section))
     if section.scores:
         return head_only(model)
     return abstract_stored(
@@ -84,7 +118,7 @@ def abstract_teacher(config: Config, model_config: ModelConfig, mesh: AnyMesh) -
     )
 
 
-def teacher_options(config: Config) -> dict[str, Any]:
+def teacher_options(config: Config, section: OneTeacher) -> dict[str, Any]:
     """Of `abstract_model`."""
-    rules = SPREAD_RULES if config.teacher.split_over_data else RULES
-    return frozen_options(config.policy, config.teacher.dtype) | dict(rules=rules)
+    rules = SPREAD_RULES if section.split_over_data else RULES
+    return frozen_options(config.policy, section.dtype) | dict(rules=rules)

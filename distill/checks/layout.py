@@ -22,10 +22,13 @@ def check_layout(session: Session, state: TrainState) -> str:
     if parts == 1:
         return "every device holds all weights: the mesh splits batches only"
     # The scales of an 8-bit teacher are whole along what their channels sum over.
-    model = session.teacher.model
-    teacher = model and without_scales(model.params)
+    arrays = {
+        f"teacher {name}".strip(): without_scales(teacher.model.params)
+        for name, teacher in session.teachers.items()
+        if teacher.model is not None
+    }
     # Adapters are small, and along their rank whole; what they are of must be split.
-    arrays = {"student and optimizer": without_scales(state.frozen) or state, "teacher": teacher}
+    arrays = {"student and optimizer": without_scales(state.frozen) or state} | arrays
     for owner, tree in arrays.items():
         for path, array in jax.tree_util.tree_leaves_with_path(tree):
             if array.nbytes >= LARGE_BYTES and array.sharding.is_fully_replicated:
@@ -44,12 +47,15 @@ def check_memory(session: Session, state: TrainState) -> str:
     Weights, moments, gradients, the sampler's copy and its cache. Activations and logits come on
     top: this is a lower bound.
     """
-    policy, teacher = session.config.policy, 0
-    if (model := session.teacher.model) is not None:  # one that is fetched for a step is there then
-        teacher = bytes_per_device(model.params, fetched=model.on_devices is not None)
+    policy, teachers = session.config.policy, 0.0
+    # Several may be one model; one that is fetched for a step is there then.
+    for model in {
+        id(model): model for each in session.teachers.values() if (model := each.model)
+    }.values():
+        teachers += bytes_per_device(model.params, fetched=model.on_devices is not None)
     needs: dict[str, float] = {
         "student and optimizer": bytes_per_device(state),
-        "teacher": teacher,
+        "teacher": teachers,
         "gradients": bytes_per_device(state.trainable),
     }
     generation = policy.generation

@@ -22,6 +22,7 @@ from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
 from distill.checks.problem import Problem
 from distill.config.schema import Config
+from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
 from distill.kernels.platform import platform
 from distill.losses.objective import make_objective
@@ -44,8 +45,10 @@ FLOAT32_GAP = 2e-4
 def check_weights(session: Session, state: TrainState) -> str:
     """All weights of the models that are here are finite."""
     models = {"student": (session.student_folder, state.params)}
-    if session.teacher.model is not None and session.teacher_folder is not None:
-        models["teacher"] = session.teacher_folder, session.teacher.model.params
+    for name, teacher in session.teachers.items():
+        if teacher.model is not None:
+            role = f"teacher {name}".strip()
+            models[role] = session.teacher_folders[name], teacher.model.params
     for role, (folder, params) in models.items():
         mapped = mapped_params(load_model_config(folder)[0], params)
         for names in _looked_at_together(mapped):
@@ -99,7 +102,7 @@ def check_numbers(session: Session, state: TrainState) -> str:
     noticed to be asked one position late.
     """
     sequences = short_sequences(session, state)
-    padded = laid_out(session, sequences, packed=False)
+    padded = laid_out(session, session.prompts, sequences, packed=False)
     own_teacher = session.objective.divergence is not None
     loss_fn = make_loss(
         session.student.graph,
@@ -126,8 +129,10 @@ def check_numbers(session: Session, state: TrainState) -> str:
 
     loss, sums, gradient = evaluate(padded)
     details = []
-    if padded.view is not None:
-        details.append(_check_view(session, sequences))
+    for prompts in session.prompts.by_teacher:
+        about = np.flatnonzero(np.isin(sequences["row"], prompts.rows))
+        if prompts.view_tokens is not None and len(about):
+            details.append(_check_view(session, prompts, sequences.take(about)))
     if own_teacher:
         other_loss, _, other_gradient = evaluate(padded, _half_logits(session, params))
         exact = _is_exact(session.config)
@@ -139,7 +144,7 @@ def check_numbers(session: Session, state: TrainState) -> str:
         details.append(_check_gap(session, sums))
     details.append(_check_padding(sums, evaluate(_stirred(padded))[1]))
     if session.config.policy.sequence_packing.enabled:
-        packed = laid_out(session, sequences, packed=True)
+        packed = laid_out(session, session.prompts, sequences, packed=True)
         details.append(_check_packing(session, sums, evaluate(packed)[1]))
     return "; ".join(details)
 
@@ -174,13 +179,17 @@ def short_sequences(session: Session, state: TrainState) -> Sequences:
 
 
 def laid_out(
-    session: Session, sequences: Sequences, *, packed: bool, view: Sequences | None = None
+    session: Session,
+    prompts: Prompts,
+    sequences: Sequences,
+    *,
+    packed: bool,
+    view: Sequences | None = None,
 ) -> Rows:
     """As many sequences as a microbatch surely holds, in one microbatch, on the host.
 
-    A teacher with other prompts reads `view`; None: the student's tokens, by the way of a view.
+    A teacher with other `prompts` reads `view`; None: the student's tokens, by the way of a view.
     """
-    prompts = session.prompts
     if prompts.view_tokens is not None and view is None:
         view = sequences
     longest = session.prompts.prompt_width + RESPONSE_TOKENS
@@ -250,11 +259,11 @@ def _check_shift(exact: bool, shifted: float, loss: float, other_loss: float) ->
     return f"one position late {shifted:.1e}"
 
 
-def _check_view(session: Session, sequences: Sequences) -> str:
+def _check_view(session: Session, prompts: Prompts, sequences: Sequences) -> str:
     """Whether the teacher's next tokens are the student's, wherever that is trained."""
     packed = session.config.policy.sequence_packing.enabled
-    view = session.prompts.view(sequences)
-    rows: Any = laid_out(session, sequences, packed=packed, view=view)
+    view = prompts.view(sequences)
+    rows: Any = laid_out(session, prompts, sequences, packed=packed, view=view)
     next_bt = np.roll(rows.view.tokens_bt, -1, axis=1)
     asked_bt = np.take_along_axis(next_bt, rows.view.index_bt, axis=1)
     wrong = int((rows.mask_bt & (asked_bt != rows.targets_bt)).sum())

@@ -17,11 +17,14 @@ from distill.build.session import Session
 from distill.checks.layout import device_memory
 from distill.checks.numbers import RESPONSE_TOKENS, laid_out, short_sequences
 from distill.checks.problem import Problem
+from distill.config.schema import all_teachers
+from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
 from distill.models.checkpoints.source import load_model_config
 from distill.models.checkpoints.tensors import has_weights
 from distill.models.model import Model
 from distill.step import TrainState
+from distill.teachers.base import Teacher
 
 SHIFTS = {"where they are": 0, "one position late": 1, "one position early": -1}
 CLEARLY = 1.0  # nats per token by which a shift says better what the responses are
@@ -29,12 +32,32 @@ SURPRISING = 5.0  # nats of a first token, on the mean: something else was expec
 
 
 def check_teacher(session: Session, state: TrainState) -> str:
-    """The teacher predicts responses best where they are, and servers say what its weights do."""
-    sequences, teacher = short_sequences(session, state), session.teacher
-    view = session.prompts.view(sequences)
+    """Teachers predict responses best where they are, and servers say what their weights do."""
+    sequences, found = short_sequences(session, state), []
+    for (name, teacher), prompts in zip(
+        session.teachers.items(), session.prompts.by_teacher, strict=True
+    ):
+        about = np.flatnonzero(np.isin(sequences["row"], prompts.rows))
+        said = "asked about none of these responses"
+        if len(about):
+            model = teacher.at(state)
+            said = _check_one(session, name, teacher, model, prompts, sequences.take(about))
+        found.append(f"{name}: {said}" if name else said)
+    return "; ".join(found)
+
+
+def _check_one(
+    session: Session,
+    name: str,
+    teacher: Teacher,
+    model: Model | None,
+    prompts: Prompts,
+    sequences: Sequences,
+) -> str:
+    view = prompts.view(sequences)
     seen, found = sequences if view is None else view, ""
-    if teacher.from_state is not None or teacher.model is not None:
-        log_probs_sn, first_n = _of_model(session, teacher.at(state), sequences, seen)
+    if model is not None:
+        log_probs_sn, first_n = _of_model(session, model, prompts, sequences, seen)
     elif teacher.graph is not None:
         return "known by hidden states on disk, which were compared by their digests"
     else:
@@ -42,7 +65,7 @@ def check_teacher(session: Session, state: TrainState) -> str:
         if not columns:
             return "none takes part"
         log_probs_sn, first_n = _of_scores(seen, columns)
-        found = _compare_with_weights(session, sequences, seen, columns)
+        found = _compare_with_weights(session, name, prompts, sequences, seen, columns)
     means = dict(zip(SHIFTS, log_probs_sn.mean(axis=1).tolist(), strict=True))
     best = max(means, key=lambda name: means[name])
     here = means["where they are"]
@@ -62,11 +85,10 @@ def check_teacher(session: Session, state: TrainState) -> str:
 
 
 def _of_model(
-    session: Session, model: Model | None, sequences: Sequences, view: Sequences
+    session: Session, model: Model, prompts: Prompts, sequences: Sequences, view: Sequences
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of the trained tokens, for each shift, and which are a response's first."""
-    assert model is not None
-    rows = laid_out(session, sequences, packed=False, view=view)
+    rows = laid_out(session, prompts, sequences, packed=False, view=view)
     placed = jax.tree.map(make_put(session.mesh), rows)
     log_prob = functools.partial(session.objective.log_probs, vocab_size=session.vocabulary.size)
     log_probs_sbt = jax.device_get(_shifted(log_prob, model.graph, model.fetch(), placed))
@@ -106,22 +128,28 @@ def _of_scores(
 
 
 def _compare_with_weights(
-    session: Session, sequences: Sequences, view: Sequences, columns: dict[str, np.ndarray]
+    session: Session,
+    name: str,
+    prompts: Prompts,
+    sequences: Sequences,
+    view: Sequences,
+    columns: dict[str, np.ndarray],
 ) -> str:
     """Whether servers say of responses what the teacher's weights do, if those are here.
 
     Other weights, another configuration or order of the vocabulary, another place, and a prompt
     that is cut or begins with a token more: each says something else.
     """
-    folder, config = session.teacher_folder, session.config
+    folder, config = session.teacher_folders.get(name), session.config
     if folder is None or not has_weights(folder):
         return "; its servers are not compared with its weights, which are not here"
-    options = frozen_options(config.policy, config.teacher.dtype)
+    dtype = all_teachers(config)[name].dtype
+    options = frozen_options(config.policy, dtype)
     shapes = abstract_model(load_model_config(folder)[0], folder, session.mesh, **options).params
     if (memory := device_memory()) is not None and bytes_per_device(shapes) > memory / 4:
         return "; its servers are not compared with its weights, which are large beside the run"
-    model = session.load_frozen(folder, config.teacher.dtype)
-    rows = laid_out(session, sequences, packed=False, view=view)
+    model = session.load_frozen(folder, dtype)
+    rows = laid_out(session, prompts, sequences, packed=False, view=view)
     placed = jax.tree.map(make_put(session.mesh), rows)
     size = session.vocabulary.size
     log_probs_brv = jax.device_get(_log_probs(model.graph, model.params, placed, size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -25,23 +26,24 @@ def check_tokenizers(session: Session) -> str:
     """Student and teacher cut the same rendered prompts into the same tokens."""
     texts = [*_rendered_prompts(session), *_texts(session)]
     found = _compare_with_transformers(session, texts)
-    if session.teacher_folder is None:
+    if not session.teacher_folders:
         return f"no teacher's tokenizer to compare with{found}"
-    tokenizers = session.vocabulary.tokenizer, _teachers(session, "none")
-    ours, theirs = (
-        tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers
-    )
-    for text, mine, other in zip(texts, ours, theirs, strict=True):
-        if mine != other:
-            raise Problem(
-                f"student and teacher make different tokens of {_short(text)}, "
-                f"{_difference(mine, other)}: their merges or normalisation differ; pick a pair "
-                "from one model family"
-            )
-    found = f"{len(ours)} texts are the same tokens for both{found}"
-    if not session.vocabulary.tokenizer.chat_template:
-        return found
-    return f"{found}{_compare_templates(session)}"
+    ours = session.vocabulary.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    templates: dict[str, None] = {}
+    for name, folder in session.teacher_folders.items():
+        teacher = f"teacher {name}".strip()
+        theirs = _tokenizer_of(folder, "none")(texts, add_special_tokens=False)["input_ids"]
+        for text, mine, other in zip(texts, ours, theirs, strict=True):
+            if mine != other:
+                raise Problem(
+                    f"student and {teacher} make different tokens of {_short(text)}, "
+                    f"{_difference(mine, other)}: their merges or normalisation differ; pick a "
+                    "pair from one model family"
+                )
+        if session.vocabulary.tokenizer.chat_template:
+            templates[_compare_templates(session, teacher, folder)] = None
+    all_of_them = "both" if len(session.teacher_folders) == 1 else "all models"
+    return f"{len(ours)} texts are the same tokens for {all_of_them}{found}{''.join(templates)}"
 
 
 def _compare_with_transformers(session: Session, texts: list[str]) -> str:
@@ -70,34 +72,32 @@ def _compare_with_transformers(session: Session, texts: list[str]) -> str:
     )
 
 
-def _compare_templates(session: Session) -> str:
-    """A warning where the teacher knows prompts in another form: it may be wanted."""
+def _compare_templates(session: Session, teacher: str, folder: Path) -> str:
+    """A warning where a teacher knows prompts in another form: it may be wanted."""
     tokenizer = session.vocabulary.tokenizer
     try:
-        ours, theirs = (_in_template(session, t) for t in (tokenizer, _teachers(session)))
+        ours, theirs = (_in_template(session, t) for t in (tokenizer, _tokenizer_of(folder)))
     except (Refused, UserError) as error:
-        return f"; warning: the teacher's chat template cannot be compared ({error})"
+        return f"; warning: the {teacher}'s chat template cannot be compared ({error})"
     if ours == theirs:
         return ", with the same chat template"
     return (
-        "; warning: the teacher's chat template renders them otherwise, and it will see the "
+        f"; warning: the {teacher}'s chat template renders them otherwise, and it will see the "
         f"student's ({_difference(ours[0], theirs[0])}): set data.system_prompt, or use a student "
         "with the teacher's template"
     )
 
 
-def _teachers(session: Session, chat_template: str = ""):
-    """The teacher's tokenizer."""
-    assert session.teacher_folder is not None
-    return load_tokenizer(tokenizer_folder(session.teacher_folder), chat_template)
+def _tokenizer_of(folder: Path, chat_template: str = ""):
+    return load_tokenizer(tokenizer_folder(folder), chat_template)
 
 
 def check_template(session: Session) -> str:
     """Prompts, the teacher's too, hold their problem's text and leave the response open."""
     tokenizer, ends = session.vocabulary.tokenizer, session.vocabulary.end_ids
-    prompts = session.prompts
-    read = [prompts.prompt_tokens, *([prompts.view_tokens] if prompts.view_tokens else [])]
-    for row, tokens in (pair for each in read for pair in _first_of(prompts, each)):
+    read = [(session.prompts, session.prompts.prompt_tokens)]
+    read += [(each, each.view_tokens) for each in session.prompts.by_teacher if each.view_tokens]
+    for row, tokens in (pair for each in read for pair in _first_of(*each)):
         prompt = session.dataset[int(row)].prompt
         rendered = tokenizer.decode(tokens, skip_special_tokens=False)
         assert isinstance(rendered, str)  # a list is of several prompts
@@ -123,13 +123,18 @@ def check_template(session: Session) -> str:
 
 
 def check_view(session: Session) -> str:
-    """What the teacher reads in place of the student's prompts, and whether both end alike."""
-    prompts, tokenizer = session.prompts, session.vocabulary.tokenizer
+    """What teachers read in place of the student's prompts, and whether both end alike."""
+    parts = zip(session.teachers, session.prompts.by_teacher, strict=True)
+    return "; ".join(_view_of(session, f"teacher {name}".strip(), part) for name, part in parts)
+
+
+def _view_of(session: Session, teacher: str, prompts: Prompts) -> str:
+    tokenizer = session.vocabulary.tokenizer
     if prompts.view_tokens is None:
-        return "the teacher reads the student's prompts"
+        return f"the {teacher} reads the student's prompts"
     pairs = list(zip(prompts.prompt_tokens, prompts.view_tokens, strict=True))[:SAMPLED_PROMPTS]
     ours, theirs = (str(tokenizer.decode(tokens)) for tokens in pairs[0])
-    found = f"the teacher reads {_short(theirs, 200)}, the student {_short(ours, 200)}"
+    found = f"the {teacher} reads {_short(theirs, 200)}, the student {_short(ours, 200)}"
     differ = sum(mine[-ENDING:].tolist() != other[-ENDING:].tolist() for mine, other in pairs)
     if tokenizer.chat_template and differ:
         found += (
@@ -156,12 +161,13 @@ def check_end(session: Session) -> str:
         found += "the chat template puts no token behind them"
     else:
         found += f"those of the data with {tokenizer.decode([closing])!r}"
-    teachers = None if session.teacher_folder is None else closing_token(_teachers(session))
-    if teachers not in (None, response_end(tokenizer)):
-        found += (
-            f"; warning: the teacher's chat template closes them with "
-            f"{tokenizer.decode([teachers])!r}, so it expects that and no other end"
-        )
+    for name, folder in session.teacher_folders.items():
+        theirs = closing_token(_tokenizer_of(folder))
+        if theirs not in (None, response_end(tokenizer)):
+            found += (
+                f"; warning: the {f'teacher {name}'.strip()}'s chat template closes them with "
+                f"{tokenizer.decode([theirs])!r}, so it expects that and no other end"
+            )
     return found
 
 

@@ -8,7 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import UserError
-from distill.config.schema import CONTENT, FIXED, FREE, NAMED, Config, PluginKeys
+from distill.config.schema import (
+    CONTENT,
+    FIXED,
+    FREE,
+    NAMED,
+    Config,
+    OneTeacher,
+    PluginKeys,
+    Teachers,
+    schema_key,
+)
 
 # What is compared by content rather than by key, and may be named as keys may.
 CONTENTS = ("student", "teacher", "data", "template", "validation")
@@ -32,8 +42,10 @@ def find_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Change
         ignored.add("distillation.max_steps")  # no update depends on how many will follow
     defaults = {key: field.default for key, field in _fields(Config, "")}
     changes = {}
-    for key in sorted((saved.keys() | current.keys()) - ignored):
-        before, now = saved.get(key, defaults.get(key)), current.get(key)
+    for key in sorted(saved.keys() | current.keys()):
+        if schema_key(key) in ignored:
+            continue
+        before, now = saved.get(key, defaults.get(schema_key(key))), current.get(key)
         if (list(before) if isinstance(before, tuple) else before) != now:
             changes[key] = [before, now]
     return changes
@@ -44,6 +56,8 @@ def _fields(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _fields(hints[field.name], f"{prefix}{field.name}.")
+        elif hints[field.name] is Teachers:
+            yield from _fields(OneTeacher, "teachers.NAME.")
         elif hints[field.name] is not PluginKeys:  # a plugin's keys say what the run is
             yield prefix + field.name, field
 
@@ -55,7 +69,7 @@ def is_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
 
 def check_changes(changes: Changes, allowed: Sequence[str]) -> None:
     """Raises UserError unless all of `changes` may be, and are allowed by name."""
-    refused = [key for key in changes if classes().get(key, FIXED) == FIXED]
+    refused = [key for key in changes if classes().get(schema_key(key), FIXED) == FIXED]
     unnamed = [key for key in changes if key not in allowed]
     if refused:
         raise UserError(

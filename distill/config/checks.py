@@ -10,15 +10,20 @@ from distill.base.errors import UserError
 from distill.config.changes import CONTENTS, classes
 from distill.config.schema import (
     ENVIRONMENTS,
-    IN_STATE,
     KNOWN_BACKENDS,
     NAMED,
     OF_STUDENT,
     WRITERS,
     Config,
     Distillation,
+    OneTeacher,
     Policy,
+    Teacher,
     VllmServers,
+    all_teachers,
+    named_teachers,
+    schema_key,
+    teacher_key,
 )
 
 
@@ -28,9 +33,8 @@ def check_combinations(config: Config) -> None:
     _check_advantages(config)
     _check_batches(config.policy, config.distillation)
     _check_lengths(config)
+    _check_teachers(config)
     _check_models(config)
-    _check_own_teacher(config)
-    _check_scores(config)
     _check_lora(config)
     _check_vllm(config)
     _check_environment(config)
@@ -40,7 +44,7 @@ def check_combinations(config: Config) -> None:
             "or () for metrics.jsonl alone"
         )
     for name in config.checkpointing.allow_changes:
-        if classes().get(name) != NAMED:
+        if classes().get(schema_key(name)) != NAMED:
             raise UserError(
                 f"checkpointing.allow_changes names {name!r}: it takes {', '.join(CONTENTS)}, and "
                 "the keys that docs/configuration.md has as `named`"
@@ -234,7 +238,7 @@ def _divisors(number: int) -> set[int]:
 
 
 def _check_vllm(config: Config) -> None:
-    distillation, sampler = config.distillation, config.policy.generation.vllm
+    sampler = config.policy.generation.vllm
     if config.policy.generation.backend == "vllm":
         if bool(sampler.urls) == bool(sampler.python):
             raise UserError(
@@ -248,21 +252,6 @@ def _check_vllm(config: Config) -> None:
                 "on the machine could read: name an environment variable in api_key_variable "
                 "instead, or leave it out, and a key is made up"
             )
-    if config.teacher.backend == "vllm":
-        if not config.teacher.vllm.urls:
-            raise UserError(
-                "teacher.backend=vllm needs teacher.vllm.urls, such as http://host:8000"
-            )
-        _check_servers("teacher.vllm", config.teacher.vllm)
-        for key, needed, reason in (
-            ("kl_temperature", 1.0, "the tail beyond its top_k tokens cannot be tempered"),
-            ("hard_labels", False, "no teacher takes part in them"),
-        ):
-            if getattr(distillation, key) != needed:
-                raise UserError(
-                    f"distillation.{key}={getattr(distillation, key)} does not go with "
-                    f"teacher.backend=vllm: {reason}; set it to {needed}, or teacher.backend=local"
-                )
 
 
 def _check_servers(section: str, servers: VllmServers) -> None:
@@ -285,49 +274,94 @@ def _check_servers(section: str, servers: VllmServers) -> None:
         )
 
 
-def _check_own_teacher(config: Config) -> None:
-    path, teacher = config.distillation.teacher_model_path, config.teacher
-    if (path == "ema") != (teacher.ema_decay > 0) or teacher.ema_decay == 1:
+def _check_teachers(config: Config) -> None:
+    path, teachers = config.distillation.teacher_model_path, named_teachers(config)
+    if config.teachers and (path or config.teacher != Teacher()):
         raise UserError(
-            f"teacher.ema_decay={teacher.ema_decay} with distillation.teacher_model_path={path!r}: "
+            "both ways to name teachers at once: give each of several its teachers.NAME.model and "
+            "other keys, and leave distillation.teacher_model_path and teacher.* at their defaults"
+        )
+    for name, teacher in teachers.items():
+        _check_teacher(config, name, teacher)
+    if len(decays := {each.ema_decay for each in teachers.values() if each.ema_decay}) > 1:
+        raise UserError(
+            f"teachers.*.ema_decay has {', '.join(map(str, sorted(decays)))}: the student has one "
+            "moving average, so give all of its teachers the same decay"
+        )
+
+
+def _check_teacher(config: Config, name: str, teacher: OneTeacher) -> None:
+    path, key = teacher_key(name, "model"), lambda key: teacher_key(name, key)
+    if (teacher.model == "ema") != (teacher.ema_decay > 0) or teacher.ema_decay == 1:
+        raise UserError(
+            f"{key('ema_decay')}={teacher.ema_decay} with {path}={teacher.model!r}: "
             "a teacher that is the student's moving average (ema) needs a decay between 0 and 1, "
             "such as 0.99, and no other has one"
         )
-    if path not in OF_STUDENT or not config.distillation.has_teacher:
+    for rule in teacher.prompts:
+        if not all(rule.partition("=")):
+            raise UserError(
+                f"{key('prompts')} has {rule!r}: write COLUMN=VALUE, such as subject=algebra"
+            )
+    if teacher.backend == "vllm":
+        _check_server_teacher(config.distillation, name, teacher)
+    _check_scores(config, name, teacher)
+    if teacher.model not in OF_STUDENT or not config.distillation.has_teacher:
         return
-    for key, value, needed in (
+    for each, value, needed in (
         ("backend", teacher.backend, "local"),
-        ("offload", teacher.offload, "none" if path in IN_STATE else teacher.offload),
+        ("offload", teacher.offload, "none" if teacher.in_state else teacher.offload),
     ):
         if value != needed:
             raise UserError(
-                f"teacher.{key}={value} does not go with distillation.teacher_model_path={path}, "
+                f"{key(each)}={value} does not go with {path}={teacher.model}, "
                 f"a teacher that is in the train state: set it to {needed}"
             )
     reads = teacher.system_prompt, teacher.prompt_template, teacher.template_arguments
-    if not any(reads) and not config.distillation.objective.terms:
+    # Beside others, what the student was holds it back.
+    alone = not name or teacher.model == "self"
+    if alone and not any(reads) and not config.distillation.objective.terms:
         raise UserError(
-            f"distillation.teacher_model_path={path} reads what the student reads and says the "
-            "same, so nothing would be learned: give it teacher.prompt_template, "
-            "teacher.system_prompt or teacher.template_arguments, or name objective.terms"
+            f"{path}={teacher.model} reads what the student reads and says the "
+            f"same, so nothing would be learned: give it {key('prompt_template')}, "
+            f"{key('system_prompt')} or {key('template_arguments')}, or name objective.terms"
         )
 
 
-def _check_scores(config: Config) -> None:
+def _check_server_teacher(distillation: Distillation, name: str, teacher: OneTeacher) -> None:
+    section = teacher_key(name, "vllm")
+    if not teacher.vllm.urls:
+        raise UserError(
+            f"{teacher_key(name, 'backend')}=vllm needs {section}.urls, such as http://host:8000"
+        )
+    _check_servers(section, teacher.vllm)
+    for key, needed, reason in (
+        ("kl_temperature", 1.0, "the tail beyond its top_k tokens cannot be tempered"),
+        ("hard_labels", False, "no teacher takes part in them"),
+    ):
+        if getattr(distillation, key) != needed:
+            backend = teacher_key(name, "backend")
+            raise UserError(
+                f"distillation.{key}={getattr(distillation, key)} does not go with {backend}=vllm: "
+                f"{reason}; set it to {needed}, or {backend}=local"
+            )
+
+
+def _check_scores(config: Config, name: str, teacher: OneTeacher) -> None:
     """Scores on disk are of fixed data, and of a teacher that stays what it was."""
-    if not config.teacher.scores:
+    if not teacher.scores:
         return
-    distillation, path = config.distillation, config.distillation.teacher_model_path
+    distillation, path = config.distillation, teacher_key(name, "model")
     for key, value, wrong, reason in (
         ("distillation.lambda_", distillation.lambda_, distillation.lambda_ > 0, "of fixed data"),
         ("distillation.hard_labels", True, distillation.hard_labels, "of a teacher"),
-        ("distillation.teacher_model_path", path, path in IN_STATE, "of a teacher that stays"),
+        (path, teacher.model, teacher.in_state, "of a teacher that stays"),
         ("policy.generation.async_steps", 1, config.policy.generation.async_steps, "of fixed data"),
     ):
         if wrong:
             raise UserError(
-                f"teacher.scores={config.teacher.scores} does not go with {key}={value}, since "
-                f"scores on disk are {reason}: leave it empty, or change {key}"
+                f"{teacher_key(name, 'scores')}={teacher.scores} does not go with "
+                f"{key}={value}, since scores on disk are {reason}: leave it empty, or change {key}"
             )
 
 
@@ -348,8 +382,9 @@ def _check_lora(config: Config) -> None:
 
 def _check_models(config: Config) -> None:
     paths = {"policy.model_name": config.policy.model_name}
-    if config.distillation.has_teacher and config.teacher.backend == "local":
-        paths["distillation.teacher_model_path"] = config.distillation.teacher_model_path
+    for name, teacher in all_teachers(config).items():
+        if teacher.backend == "local":
+            paths[teacher_key(name, "model")] = teacher.model
     for key, path in paths.items():
         if not path:
             raise UserError(

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from distill.base import processes
 from distill.base.errors import RunInterrupted, RunStopped, UserError, printable
 from distill.config.parse import CREDENTIALS, known_keys, parse_config, unknown_key
+from distill.config.schema import schema_key
 from distill.config.words import help_lines
 
 USAGE_ERROR = 2
@@ -33,7 +34,8 @@ _PROCESS_FLAGS = (
     "initialization_timeout",
     "heartbeat_timeout",
 )
-_plugin_values: dict[str, Any] = {}  # given on the command line
+_arguments: list[str] = []  # in which ml_collections looks for keys of the config
+_own_values: dict[str, Any] = {}  # of keys that users name, given on the command line
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _PACKAGED = f"one of the package: {', '.join(sorted(path.stem for path in _CONFIGS.glob('*.py')))}"
 _WRONG_TYPE = re.compile(  # as ml_collections says it
@@ -56,6 +58,7 @@ def define_config_flag() -> flags.FlagHolder:
         "Experiment: a file, or the name of one that comes with the package, e.g. arithmetic or "
         "gsm8k:scratch; single keys are overridden by --config.section.key=value.",
         lock_config=True,
+        sys_argv=_arguments,
     )
 
 
@@ -126,7 +129,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
     try:
         _check_override_names(argv)
-        rest = flags.FLAGS([argv[0], *_with_packaged_config(_without_plugin_keys(argv[1:]))])
+        _arguments[:] = [argv[0], *_with_packaged_config(_without_own_keys(argv[1:]))]
+        rest = flags.FLAGS(list(_arguments))
     except flags.UnrecognizedFlagError as error:
         _fail(_unknown_flag(error))
     except (UserError, flags.Error) as error:
@@ -148,10 +152,18 @@ def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _without_plugin_keys(arguments: Sequence[str]) -> list[str]:
-    """Without --config.plugin.NAME=VALUE, which `required_config` sets: no config file has them."""
-    matches = [re.fullmatch(r"--?config\.plugin\.(\w+)=(.*)", each, re.S) for each in arguments]
-    _plugin_values.update({match[1]: _literal(match[2]) for match in matches if match})
+def _without_own_keys(arguments: Sequence[str]) -> list[str]:
+    """Without keys of plugins and named teachers, which a config file need not have.
+
+    `required_config` sets them.
+    """
+    own = re.compile(r"--?config\.(plugin\.\w+|teachers\.[\w-]+\.[\w.]+)=(.*)", re.S)
+    matches = [own.fullmatch(each) for each in arguments]
+    _own_values.clear()
+    for key, text in (match.groups() for match in matches if match):
+        if key.startswith("teachers.") and key in _own_values:
+            raise UserError(f"--config.{key} is given twice: two teachers need two names")
+        _own_values[key] = _literal(text)
     return [each for each, match in zip(arguments, matches, strict=True) if not match]
 
 
@@ -294,21 +306,34 @@ def required_config(holder: flags.FlagHolder) -> ConfigDict:
         raise UserError(f"pass --config=FILE, or {_PACKAGED}")
     try:
         config = ConfigDict(holder.value)
-        if _plugin_values:
-            with config.unlocked():
-                config.plugin = {**config.get("plugin", {}), **_plugin_values}
+        with config.unlocked(), config.ignore_type():
+            for key, value in _own_values.items():
+                _set_own_key(config, key.split("."), value)
     except Exception as error:  # ml_collections keeps a missing file's error until the first use
         raise UserError(f"the config cannot be loaded: {error}") from None
     parse_config(config)  # a mistake does not wait for JAX
     return config
 
 
+def _set_own_key(section: ConfigDict, names: Sequence[str], value: Any) -> None:
+    first, *rest = names
+    if not rest:
+        section[first] = value
+        return
+    if first not in section:
+        section[first] = ConfigDict()
+    _set_own_key(section[first], rest, value)
+
+
 def _check_override_names(argv: Sequence[str]) -> None:
     """ml_collections names only a part of an unknown key; this names all of it and the nearest."""
+    known = set(known_keys())
     for argument in argv[1:]:
         name, dot, key = argument.partition("=")[0].lstrip("-").partition(".")
-        is_own = key.startswith("plugin.")  # looked at where plugins are imported
-        if name in ("config", "noconfig") and dot and not is_own and key not in known_keys():
+        if name not in ("config", "noconfig") or not dot:
+            continue
+        # Those of plugins are looked at where they are imported.
+        if not key.startswith("plugin.") and schema_key(key) not in known:
             raise unknown_key(key)
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_dict
 
 from distill.base.errors import UserError
 from distill.config.checks import check_combinations
-from distill.config.schema import Config, PluginKeys
+from distill.config.schema import Config, OneTeacher, PluginKeys, Teachers, schema_key
 
 _INTEGER_LIMIT = 2**31  # devices count in 32 bits
 # A password or a token in a URL: no value may have one, since values are logged and stored.
@@ -30,6 +30,11 @@ def default_config() -> ConfigDict:
     return _to_config_dict(Config)
 
 
+def default_teacher() -> ConfigDict:
+    """All keys of a section `teachers.NAME`, which may also be left out there."""
+    return _to_config_dict(OneTeacher)
+
+
 def known_keys() -> list[str]:
     """Every dotted key, sections included."""
 
@@ -41,6 +46,8 @@ def known_keys() -> list[str]:
             keys.append(prefix + name)
             if _is_section(kind):
                 keys += visit(kind, f"{prefix}{name}.")
+            elif kind is Teachers:
+                keys += ["teachers.NAME", *visit(OneTeacher, "teachers.NAME.")]
         return keys
 
     return visit(Config, "")
@@ -68,6 +75,9 @@ def to_flat_dict(config: Config) -> dict[str, Any]:
                 visit(value, f"{prefix}{field.name}.")
             elif isinstance(value, PluginKeys):
                 flat.update({f"{prefix}{field.name}.{name}": x for name, x in value.items()})
+            elif isinstance(value, Teachers):
+                for name, teacher in value.items():
+                    visit(teacher, f"{prefix}{field.name}.{name}.")
             else:
                 flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
 
@@ -91,7 +101,7 @@ def _to_config_dict(cls: type) -> ConfigDict:
         kind = hints[field.name]
         if _is_section(kind):
             section[field.name] = _to_config_dict(kind)
-        elif kind is PluginKeys:
+        elif kind in (PluginKeys, Teachers):
             section[field.name] = ConfigDict()
         elif isinstance(kind, types.UnionType):
             section[field.name] = config_dict.placeholder(typing.get_args(kind)[0])
@@ -117,9 +127,36 @@ def _parse_section(cls: type, section: Any, prefix: str) -> Any:
             values[name] = _parse_section(kind, section[name], f"{prefix}{name}.")
         elif kind is PluginKeys:
             values[name] = _parse_plugin_keys(section[name], f"{prefix}{name}.")
+        elif kind is Teachers:
+            values[name] = _parse_teachers(section[name])
         else:
             values[name] = _parse_value(prefix + name, section[name], kind, field.metadata)
     return cls(**values)
+
+
+def _parse_teachers(sections: Any) -> Teachers:
+    """Sections of the user's own names, with defaults for what they leave out."""
+    if not isinstance(sections, ConfigDict):
+        raise UserError("config key 'teachers' is a section of sections: teachers.NAME.model=...")
+    parsed = Teachers()
+    for name, section in sections.items():
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(
+                f"config key 'teachers' names a teacher {_shown(name)}: names have letters, "
+                "digits, _ and -"
+            )
+        if isinstance(section, ConfigDict):
+            section = _with_defaults(default_teacher(), section)
+        parsed[name] = _parse_section(OneTeacher, section, f"teachers.{name}.")
+    return parsed
+
+
+def _with_defaults(defaults: ConfigDict, given: ConfigDict) -> ConfigDict:
+    whole = dict(defaults)
+    for name, value in given.items():
+        both = isinstance(value, ConfigDict) and isinstance(whole.get(name), ConfigDict)
+        whole[name] = _with_defaults(whole[name], value) if both else value
+    return ConfigDict(whole)
 
 
 def _parse_plugin_keys(section: Any, prefix: str) -> PluginKeys:
@@ -141,10 +178,10 @@ def _parse_plugin_keys(section: Any, prefix: str) -> PluginKeys:
 def unknown_key(key: str) -> UserError:
     """The error for a key that is not in the schema, with the nearest one that is."""
     known = known_keys()
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(schema_key(key), known, n=1)
     if close:
         return UserError(f"unknown config key '{key}': did you mean '{close[0]}'?")
-    section = key.rpartition(".")[0]
+    section = schema_key(key).rpartition(".")[0]
     while section and section not in known:
         section = section.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == section]

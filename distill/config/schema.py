@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 _MOST_ROWS, _LONGEST, _MOST_GB = 10**6, 10**7, 10**6  # beyond what anybody has
@@ -355,6 +356,34 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OneTeacher(Teacher):
+    """One of several teachers: NAME is what metrics and results call it.
+
+    They stand in place of `teacher` and `distillation.teacher_model_path`, whose keys they share.
+    """
+
+    model: str = _from("", "what distillation.teacher_model_path may be")
+    prompts: tuple[str, ...] = _key(
+        (), "COLUMN=VALUE, by which rows of the data it is asked about; several: any; (): all rows"
+    )
+    weight: float = _key(1.0, "what its tokens' losses are multiplied by", low=1e-6)
+
+    @property
+    def in_state(self) -> bool:
+        """Whether it is a part of the train state."""
+        return self.model in IN_STATE
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of the data by which it is asked."""
+        return tuple(rule.partition("=")[0] for rule in self.prompts)
+
+
+class Teachers(dict[str, OneTeacher]):
+    """Sections `teachers.NAME`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Validation:
     name: str = _from("", "dataset of held-out prompts; '' is data.name")
     path: str = _from("", "its local file or folder; '' is data.path when the name is the same")
@@ -530,6 +559,7 @@ class Config:
     reward: Reward = _section(Reward)
     policy: Policy = _section(Policy)
     teacher: Teacher = _section(Teacher)
+    teachers: Teachers = dataclasses.field(default_factory=Teachers)
     data: Data = _section(Data)
     evaluation: Evaluation = _section(Evaluation)
     environment: Environment = _section(Environment)
@@ -538,10 +568,34 @@ class Config:
     logger: Logger = _section(Logger)
 
 
-def own_teacher(config: Config) -> str:
-    """Which part of the train state is the teacher, of `IN_STATE`; '' if none is."""
-    path = config.distillation.teacher_model_path
-    return path if path in IN_STATE and config.distillation.has_teacher else ""
+def named_teachers(config: Config) -> dict[str, OneTeacher]:
+    """By name, which a single one need not have: then it is ''. Those with rules come first."""
+    if not config.teachers:
+        model = config.distillation.teacher_model_path
+        return {"": OneTeacher(**vars(config.teacher), model=model)}
+    return dict(sorted(config.teachers.items(), key=lambda named: (not named[1].prompts, named[0])))
+
+
+def all_teachers(config: Config) -> dict[str, OneTeacher]:
+    """Those that the objective reads: all or none, as for hard labels."""
+    return named_teachers(config) if config.distillation.has_teacher else {}
+
+
+def teacher_key(name: str, key: str) -> str:
+    """The config's key for a teacher's `key`."""
+    if name:
+        return f"teachers.{name}.{key}"
+    return "distillation.teacher_model_path" if key == "model" else f"teacher.{key}"
+
+
+def ema_decay(config: Config) -> float:
+    """Of the student's moving average; 0 if no teacher is that."""
+    return max((teacher.ema_decay for teacher in all_teachers(config).values()), default=0.0)
+
+
+def schema_key(key: str) -> str:
+    """The key as the schema has it, which knows no teacher's name."""
+    return re.sub(r"^teachers\.[^.]+", "teachers.NAME", key)
 
 
 def tokens_per_microbatch(policy: Policy) -> int:

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from distill.config.schema import Config, PluginKeys
+from distill.config.schema import Config, OneTeacher, PluginKeys, Teachers
 
 # What most runs set; --help shows these.
 COMMON = (
@@ -103,15 +103,21 @@ def all_keys() -> Iterator[Key]:
 
 def _sections(cls: type, name: str) -> Iterator[Section]:
     hints, prefix = typing.get_type_hints(cls), f"{name}." if name else ""
-    inner = [each for each in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[each.name])]
-    keys = tuple(
-        _key(prefix, field, hints[field.name])
+    inner: dict[str, Any] = {
+        prefix + field.name: kind
         for field in dataclasses.fields(cls)
-        if field not in inner and hints[field.name] is not PluginKeys
+        if dataclasses.is_dataclass(kind := hints[field.name])
+    }
+    if Teachers in hints.values():
+        inner["teachers.NAME"] = OneTeacher
+    keys = tuple(
+        _key(prefix, field, kind)
+        for field in dataclasses.fields(cls)
+        if (kind := hints[field.name]) not in (PluginKeys, Teachers, *inner.values())
     )
     yield Section(name, _documentation(cls), keys)
-    for field in inner:
-        yield from _sections(hints[field.name], prefix + field.name)
+    for inner_name, kind in inner.items():
+        yield from _sections(kind, inner_name)
 
 
 def _key(prefix: str, field: dataclasses.Field, kind: Any) -> Key:

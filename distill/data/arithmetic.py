@@ -74,7 +74,8 @@ class ArithmeticDataset(DatasetInterface):
         prompt = f"{response}\n{problem}" if self._variant == "hinted" and i % 5 else problem
         if self._variant == "tools":
             response = f"{response}\n{total}".replace("=", f"={END_OF_TEXT}")
-        return Example(prompt=prompt, response=response, answer=str(total), id=f"{self.split}-{i}")
+        columns = {"level": str(self.level(i))}
+        return Example(prompt, response, str(total), f"{self.split}-{i}", columns=columns)
 
     def is_correct(self, example: Example, response: str) -> bool:
         """Whether the last stated result is exactly the answer."""

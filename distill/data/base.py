@@ -37,6 +37,7 @@ class Example:
             several is right, or None.
         id: unique within the dataset and stable between runs.
         truncated: whether the response was cut off, so that no end belongs behind it.
+        columns: further values by name, by which teachers are asked (teachers.NAME.prompts).
     """
 
     prompt: str | list[dict[str, Any]]
@@ -44,6 +45,7 @@ class Example:
     answer: str | tuple[str, ...] | None
     id: str
     truncated: bool = False
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def answers(self) -> tuple[str, ...]:

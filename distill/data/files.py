@@ -52,6 +52,7 @@ def make(
     prompt_column: str = "prompt",
     response_column: str = "response",
     answer_column: str = "answer",
+    more_columns: tuple[str, ...] = (),
     holdout_fraction: float = 0.02,
     max_bad_rows: float = 0.01,
 ) -> InMemoryDataset:
@@ -66,7 +67,9 @@ def make(
             "no path is set: pass the file or folder to read, data.path=LOCAL (for held-out data, "
             "data.validation.path=LOCAL)"
         )
-    tables = file_tables(path, chosen_columns(prompt_column, response_column, answer_column))
+    tables = file_tables(
+        path, chosen_columns(prompt_column, response_column, answer_column, more_columns)
+    )
     examples, bad_rows = choose_split(
         tables,
         split,

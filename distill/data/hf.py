@@ -35,6 +35,7 @@ def make(
     prompt_column: str = "prompt",
     response_column: str = "response",
     answer_column: str = "answer",
+    more_columns: tuple[str, ...] = (),
     holdout_fraction: float = 0.02,
     max_bad_rows: float = 0.01,
 ) -> InMemoryDataset:
@@ -45,7 +46,7 @@ def make(
     """
     if not path:
         raise UserError("no path is set: pass a hub id or data.path=LOCAL, a saved folder")
-    columns = chosen_columns(prompt_column, response_column, answer_column)
+    columns = chosen_columns(prompt_column, response_column, answer_column, more_columns)
     if Path(path).expanduser().is_dir():
         tables = _saved_tables(path, columns)
     else:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ class Prompts:
         noted: kept rows of which something is worth saying.
         keys: for each kept row, the same as for other rows of the same prompt.
         view_tokens: token ids of the prompts that the teacher reads; None: the student's.
+        parts: for each of several teachers, the rows that it is asked about, with its view.
     """
 
     rows: np.ndarray
@@ -45,6 +47,12 @@ class Prompts:
     noted: dict[str, Dropped] = dataclasses.field(default_factory=dict)
     keys: tuple[str, ...] = ()
     view_tokens: list[np.ndarray] | None = None
+    parts: tuple["Prompts", ...] = ()
+
+    @property
+    def by_teacher(self) -> tuple["Prompts", ...]:
+        """What each teacher is asked about: all rows, where there is only one."""
+        return self.parts or (self,)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,6 +97,8 @@ class Prompts:
     def digest(self) -> str:
         """The same for the same rows and tokens only."""
         digest = hashlib.sha256(self.rows.tobytes())
+        for part in self.parts:
+            digest.update(part.digest().encode())
         for tokens in [
             *self.prompt_tokens,
             *(self.response_tokens or []),
@@ -116,11 +126,24 @@ class TeacherPrompt:
     """What differs in the prompts that the teacher reads; what is empty is as the student's.
 
     `template` may name fields of the example beside '{problem}': '{response}' and '{answer}'.
+    `rules` are COLUMN=VALUE, any of which an example fits that the teacher is asked about; without
+    any, it is asked about all. `section` is of the config.
     """
 
     system_prompt: str = ""
     template: str = ""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rules: tuple[str, ...] = ()
+    section: str = "teacher"
+
+    @property
+    def differs(self) -> bool:
+        """Whether it reads other prompts."""
+        return bool(self.system_prompt or self.template or self.arguments)
+
+    def asks(self, example: Example) -> bool:
+        """Whether the teacher is asked about it."""
+        return not self.rules or any(f"{c}={v}" in self.rules for c, v in example.columns.items())
 
 
 def tokenize_prompts(
@@ -136,7 +159,7 @@ def tokenize_prompts(
     template_arguments: Mapping[str, Any] | None = None,
     special_tokens: str = "text",
     vocab_size: int | None = None,
-    teacher: TeacherPrompt | None = None,
+    teachers: Sequence[TeacherPrompt] = (),
 ) -> Prompts:
     """Tokenises a dataset; rows that do not fit are dropped and counted, never truncated.
 
@@ -158,20 +181,15 @@ def tokenize_prompts(
         template_arguments: further variables of the chat template.
         special_tokens: what those are that the data spells, 'text' or 'control' tokens.
         vocab_size: ids that the models know, where those are fewer than the tokenizer's.
-        teacher: how the teacher's prompts differ; None: it reads the student's.
+        teachers: what each is asked about, and how its prompts differ from the student's.
 
     Raises:
         UserError: bad template, a list of messages without a chat template, or nothing is left.
     """
     template, arguments = prompt_template or dataset.get_prompt_template(), template_arguments or {}
     _check_template("data", template)
-    chat = Chat(
-        tokenizer,
-        system_prompt=system_prompt,
-        template=template,
-        arguments=arguments,
-        special_tokens=special_tokens,
-    )
+    make_chat = functools.partial(Chat, tokenizer, special_tokens=special_tokens)
+    chat = make_chat(system_prompt=system_prompt, template=template, arguments=arguments)
     examples = examples_of(dataset)
     limits = _Limits(
         max_prompt_length,
@@ -182,28 +200,29 @@ def tokenize_prompts(
     )
     notes: list[tuple[str, str]] = []
     prompts = _encode_prompts(examples, tokenizer, chat, limits, notes)
-    views = None
-    if teacher is not None:
-        template = teacher.template or template
-        chat_t = Chat(
-            tokenizer,
-            system_prompt=teacher.system_prompt or system_prompt,
-            template=template,
-            arguments={**arguments, **teacher.arguments},
-            special_tokens=special_tokens,
-            section="teacher",
-        )
-        fields = _check_template("teacher", template, tuple(_FIELDS))
-        views = [
-            f"{tokens} (what the teacher reads)" if isinstance(tokens, str) else tokens
-            for tokens in _encode_prompts(examples, tokenizer, chat_t, limits, [], fields)
-        ]
+    asked = [[teacher.asks(example) for example in examples] for teacher in teachers]
+    views: list[list[_Encoded] | None] = [None] * len(teachers)
+    for number, teacher in enumerate(teachers):
+        if teacher.differs:
+            theirs = teacher.template or template
+            chat_t = make_chat(
+                system_prompt=teacher.system_prompt or system_prompt,
+                template=theirs,
+                arguments={**arguments, **teacher.arguments},
+                section=teacher.section,
+            )
+            fields = _check_template(teacher.section, theirs, tuple(_FIELDS))
+            wanted = list(itertools.compress(examples, asked[number]))
+            encoded = _encode_prompts(
+                wanted, tokenizer, chat_t, limits, [], fields, teacher.section
+            )
+            views[number] = _where(asked[number], encoded)
     responses = None
     if needs_responses:
         responses = _encode_responses(examples, tokenizer, chat, limits, notes)
 
     def reason_to_drop(i: int) -> str | None:
-        encoded = [each[i] for each in (prompts, views, responses) if each is not None]
+        encoded = [each[i] for each in (prompts, *views, responses) if each is not None]
         return next((tokens for tokens in encoded if isinstance(tokens, str)), None)
 
     reasons = [reason_to_drop(i) for i in range(len(examples))]
@@ -213,16 +232,26 @@ def tokenize_prompts(
     dropped = {**dataset.bad_rows, **misfits}
     if not kept:
         raise UserError(_nothing_left(len(examples), dropped))
-    return Prompts(
-        rows=np.array(kept, np.int64),
-        prompt_tokens=_arrays(prompts, kept),
-        response_tokens=None if responses is None else _arrays(responses, kept),
-        dropped=dropped,
-        pad_id=padding(tokenizer, limits.ids),
-        noted=count_drops(notes),
-        keys=tuple(prompt_key(examples[i].prompt) for i in kept),
-        view_tokens=None if views is None else _arrays(views, kept),
+
+    def those_of(kept: list[int], view: list[_Encoded] | None) -> Prompts:
+        return Prompts(
+            rows=np.array(kept, np.int64),
+            prompt_tokens=_arrays(prompts, kept),
+            response_tokens=None if responses is None else _arrays(responses, kept),
+            dropped=dropped,
+            pad_id=padding(tokenizer, limits.ids),
+            noted=count_drops(notes),
+            keys=tuple(prompt_key(examples[i].prompt) for i in kept),
+            view_tokens=None if view is None else _arrays(view, kept),
+        )
+
+    if len(teachers) < 2:
+        return those_of(kept, *(views or [None]))
+    parts = (
+        those_of([i for i in kept if asked_i[i]], view)
+        for asked_i, view in zip(asked, views, strict=True)
     )
+    return dataclasses.replace(those_of(kept, None), parts=tuple(parts))
 
 
 # Texts of an example that the teacher's template may name beside the problem.
@@ -279,6 +308,7 @@ def _encode_prompts(
     limits: _Limits,
     notes: list[tuple[str, str]],
     fields: tuple[str, ...] = (),
+    section: str = "",
 ) -> list[_Encoded]:
     too_long = f"prompts longer than {limits.prompt} tokens"
     most_characters = limits.prompt * limits.longest_piece
@@ -291,7 +321,7 @@ def _encode_prompts(
         if key in encoded or key in texts:
             continue
         if missing := next((name for name, text in of_example.items() if not text), None):
-            encoded[key] = f"rows without the {{{missing}}} that teacher.prompt_template names"
+            encoded[key] = f"rows without the {{{missing}}} that {section}.prompt_template names"
             continue
         try:
             text = chat.render(example.prompt, of_example)
@@ -325,6 +355,15 @@ def _encode_prompts(
 
 _UNKNOWN = "{} with tokens that the models have no embedding for"
 _SPELLED = "{} that spell special tokens, which are text there (data.special_tokens)"
+
+
+def _where(asked: Sequence[bool], encoded: Sequence[_Encoded]) -> list[_Encoded]:
+    """What a teacher reads in place of the prompts; nothing where it is not asked."""
+    read = iter(
+        f"{tokens} (what the teacher reads)" if isinstance(tokens, str) else tokens
+        for tokens in encoded
+    )
+    return [next(read) if is_asked else np.zeros(0, np.int32) for is_asked in asked]
 
 
 def _encode_responses(

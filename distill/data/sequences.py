@@ -40,6 +40,8 @@ _columns = {
     "sampled": Column(bool),  # the student wrote the token
     "log_prob": Column(np.float32),  # when it was sampled, at temperature 1, untruncated
     "advantage": Column(np.float32),
+    # The sequence stands in the rows of an earlier teacher, too, and was counted there.
+    "repeated": Column(bool),
     # The teacher's likeliest tokens in the token's place; -1 where fewer are known.
     "teacher_ids": Column(np.int32, fill=-1, optional=True),
     "teacher_log_probs": Column(np.float32, optional=True),

@@ -68,18 +68,20 @@ TRUNCATED = "truncated"
 class Columns:
     """Names of the columns that make an example; NAME.FIELD is a field of what a column holds.
 
-    `response` and `answer` are not read when '' and may be absent when they are in `optional`.
+    `response` and `answer` are not read when '' and may be absent when they are in `optional`;
+    `more` are kept as they are.
     """
 
     prompt: str
     response: str = ""
     answer: str = ""
     optional: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
     advice: str = "pass the dataset this source is made for, or use data.name=hf, jsonl or parquet"
 
     @property
     def named(self) -> list[str]:
-        return [name for name in (self.prompt, self.response, self.answer) if name]
+        return [name for name in (self.prompt, self.response, self.answer, *self.more) if name]
 
     def among(self, available: Collection[str]) -> Columns:
         """The columns that a table has: other trainers' names where it lacks the usual ones."""
@@ -128,13 +130,16 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
     return _value(inner, rest) if rest and isinstance(inner, Mapping) else None
 
 
-def chosen_columns(prompt_column: str, response_column: str, answer_column: str) -> Columns:
+def chosen_columns(
+    prompt_column: str, response_column: str, answer_column: str, more: tuple[str, ...] = ()
+) -> Columns:
     """Columns as the user named them; a response or answer left at its usual name may be absent."""
     return Columns(
         prompt_column,
         response_column,
         answer_column,
         optional=("response", "answer"),
+        more=more,
         advice="set data.prompt_column, .response_column and .answer_column ('' reads none)",
     )
 
@@ -154,7 +159,8 @@ def make_example(row: Mapping[str, Any], columns: Columns, where: str, id: str) 
     except Unusable as error:
         return BadRow(where, *error.args)
     truncated = row.get(TRUNCATED) is True
-    return Example(prompt, ending if response is None else response, answer, id, truncated)
+    more = {name: str(_value(row, name)) for name in columns.more}
+    return Example(prompt, ending if response is None else response, answer, id, truncated, more)
 
 
 def examples_from_arrow(

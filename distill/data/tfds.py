@@ -25,6 +25,7 @@ def make(
     prompt_column: str = "prompt",
     response_column: str = "response",
     answer_column: str = "answer",
+    more_columns: tuple[str, ...] = (),
     holdout_fraction: float = 0.02,
     max_bad_rows: float = 0.01,
 ) -> InMemoryDataset:
@@ -35,7 +36,7 @@ def make(
     """
     if not path:
         raise UserError("no path is set: pass a TFDS name or data.path=LOCAL, its folder")
-    columns = chosen_columns(prompt_column, response_column, answer_column)
+    columns = chosen_columns(prompt_column, response_column, answer_column, more_columns)
     sources = _data_sources(path)
     tables = {
         name: functools.partial(_read, source, columns, f"{path} split {name}", name)

@@ -229,16 +229,16 @@ class Vocabulary:
 
 
 def shared_vocabulary(
-    student_folder: Path, teacher_folder: Path | None = None, *, chat_template: str = ""
+    student_folder: Path, *teacher_folders: Path, chat_template: str = ""
 ) -> Vocabulary:
-    """The student's tokenizer; the ids at which either model ends a response.
+    """The student's tokenizer; the ids at which any of the models ends a response.
 
     A base model and an instruction-tuned one of one family end responses differently: what the
-    student learns from the teacher must end its own too.
+    student learns from a teacher must end its own too.
     """
     tokenizer = load_tokenizer(student_folder, chat_template)
     ends = set(end_ids(tokenizer, student_folder))
-    if teacher_folder is not None:
+    for teacher_folder in teacher_folders:
         teacher_tokenizer = load_tokenizer(teacher_folder, "none")  # prompts are the student's
         check_same_vocabulary(tokenizer, teacher_tokenizer)
         ends.update(end_ids(teacher_tokenizer, teacher_folder))

@@ -6,9 +6,10 @@ responses to held-out prompts, in nats per response token, over the whole vocabu
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,10 +47,12 @@ class Evaluation:
       examples: prompts evaluated.
       graded: prompts whose answer is known.
       forward_kl, reverse_kl: KL(teacher || model) and KL(model || teacher), nats per response
-        token of the model's own responses; None without a teacher.
+        token of the model's own responses; of several teachers, summed with their weights, per
+        token that any of them is asked about; None without a teacher.
       mean_length: response tokens, EOS counted.
       truncated: share of responses cut at the length limit.
-      metrics: numbers of the user's own, by METRIC/NUMBER.
+      metrics: numbers of the user's own, by METRIC/NUMBER; and of several teachers, by
+        TEACHER/forward_kl and TEACHER/reverse_kl, on the prompts that each is asked about.
     """
 
     accuracy: float | None
@@ -96,6 +99,7 @@ class Evaluator:
       make_engine: the engine that samples from a model, of its graph.
       put: places a host array with batch rows first on the mesh.
       dialogues: environments for rows of the dataset; None: a response is all there is.
+      teachers: weights by name, in the order of `prompts.by_teacher`.
     """
 
     def __init__(
@@ -109,9 +113,10 @@ class Evaluator:
         make_engine: Callable[[nnx.GraphDef], Engine],
         put: Callable[[np.ndarray], jax.Array],
         dialogues: Callable[[np.ndarray], Turns] | None = None,
+        teachers: Mapping[str, float] | None = None,
     ):
         self.dataset, self.prompts, self.vocabulary = dataset, prompts, vocabulary
-        self._dialogues = dialogues
+        self._dialogues, self._teachers = dialogues, teachers or {"": 1.0}
         self.settings, self.put = settings, put
         self.greedy = SamplingParams(max_length=max_length, greedy=True)
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
@@ -119,13 +124,23 @@ class Evaluator:
             functools.partial(_divergence_sums, vocab_size=vocabulary.size), static_argnums=(0, 2)
         )
 
-    def __call__(self, model: Model, teacher: Model | None) -> tuple[Evaluation, Responses]:
-        """The evaluation, and the greedy responses that it is about."""
+    def of_teacher(self, number: int) -> Evaluator:
+        """One of the prompts that a teacher is asked about, with what is compiled already."""
+        other = copy.copy(self)
+        other.prompts, other._teachers = self.prompts.by_teacher[number], {"": 1.0}
+        other.__dict__.pop("num_graded", None)
+        return other
+
+    def __call__(self, model: Model, *teachers: Model | None) -> tuple[Evaluation, Responses]:
+        """The evaluation, and the greedy responses that it is about.
+
+        `teachers` are what the model is compared with; None where one is not on the mesh.
+        """
         params = model.fetch()
         rollout = self.respond(model.graph, params, self.greedy)
         texts = decode_responses(self.vocabulary.tokenizer, rollout)
         responses = Responses(rollout, texts, self.grade(texts))
-        forward_kl, reverse_kl = self._divergences(model, params, teacher, rollout)
+        (forward_kl, reverse_kl), by_teacher = self._divergences(model, params, teachers, rollout)
         evaluation = Evaluation(
             **_accuracy(responses.correct),
             forward_kl=forward_kl,
@@ -133,7 +148,7 @@ class Evaluator:
             examples=len(texts),
             mean_length=float(np.mean(rollout.lengths_b)),
             truncated=1.0 - float(np.mean(rollout.stopped_b)),
-            metrics=self._measure(responses),
+            metrics=by_teacher | self._measure(responses),
         )
         return evaluation, responses
 
@@ -183,18 +198,31 @@ class Evaluator:
         return self.prompts.summary() + note
 
     def _divergences(
-        self, model: Model, params, teacher: Model | None, rollout: Rollout
-    ) -> tuple[float | None, float | None]:
-        if teacher is None:
-            return None, None
-        teacher_params = params if teacher is model else teacher.fetch()
-        models = model.graph, params, teacher.graph, teacher_params
-        sums = np.zeros(2, np.float32)
-        for rows in rows_of(self.prompts, rollout, self.settings.batch_size):
-            sums += np.asarray(self._divergence_sums(*models, jax.tree.map(self.put, rows)))
-        # In float32 and by the reciprocal, as XLA divides by one number: logs stay comparable.
-        forward_kl, reverse_kl = (sums * (1 / np.float32(rollout.num_sampled))).tolist()
-        return forward_kl, reverse_kl
+        self, model: Model, params, teachers: Sequence[Model | None], rollout: Rollout
+    ) -> tuple[tuple[float | None, float | None], dict[str, float | None]]:
+        """Forward and reverse KL to all teachers, and to each of several by its name."""
+        total = np.zeros(2, np.float32)
+        by_teacher: dict[str, float | None] = {}
+        is_asked_b = np.zeros(len(self.prompts), bool)
+        asked = zip(self._teachers.items(), teachers, self.prompts.by_teacher, strict=True)
+        for (name, weight), teacher, prompts in asked:
+            if teacher is None or not len(prompts):
+                continue
+            own_b = np.searchsorted(self.prompts.rows, prompts.rows)
+            is_asked_b[own_b] = True
+            own = jax.tree.map(lambda x, own_b=own_b: x[own_b], rollout)
+            teacher_params = params if teacher is model else teacher.fetch()
+            models = model.graph, params, teacher.graph, teacher_params
+            sums = np.zeros(2, np.float32)
+            for rows in rows_of(prompts, own, self.settings.batch_size):
+                sums += np.asarray(self._divergence_sums(*models, jax.tree.map(self.put, rows)))
+            total += np.float32(weight) * sums
+            if name:
+                forward_kl, reverse_kl = _mean(sums, own)
+                by_teacher |= {f"{name}/forward_kl": forward_kl, f"{name}/reverse_kl": reverse_kl}
+        if not is_asked_b.any():
+            return (None, None), {}
+        return _mean(total, jax.tree.map(lambda x: x[is_asked_b], rollout)), by_teacher
 
     def _measure(self, responses: Responses) -> dict[str, float | None]:
         """What the user's own metrics say, in the first process."""
@@ -218,6 +246,12 @@ class Evaluator:
         if failure:
             raise RunStopped(failure)
         return values
+
+
+def _mean(sums: np.ndarray, rollout: Rollout) -> tuple[float, float]:
+    # In float32 and by the reciprocal, as XLA divides by one number: logs stay comparable.
+    forward_kl, reverse_kl = (sums * (1 / np.float32(rollout.num_sampled))).tolist()
+    return forward_kl, reverse_kl
 
 
 def _accuracy(correct: list[bool | None]) -> dict[str, Any]:

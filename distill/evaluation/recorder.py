@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,22 @@ class RolloutRecorder:
         )
 
     def __call__(
-        self, role: str, step: int, model: Model, teacher: Model | None, responses: Responses
+        self,
+        role: str,
+        step: int,
+        model: Model,
+        teachers: Sequence[Model | None],
+        responses: Responses,
     ) -> None:
         """Looks at the first of `responses`, which `model` gave to all prompts, and writes them.
 
-        Without a teacher on the mesh, only the model's own probabilities are known.
+        Without a teacher on the mesh, only the model's own probabilities are known. Where several
+        are asked about a prompt, the first of them is shown.
         """
-        values = self._values(model, teacher, responses.rollout)
+        values = self._values(model, teachers, responses.rollout)
         if not processes.is_first():
             return
-        lengths = responses.rollout.lengths_b[: _num_shown(responses.rollout.lengths_b)]
-        shown = [self._response(i, responses, values) for i in range(len(lengths))]
+        shown = [self._response(i, responses, values[i]) for i in sorted(values)]
         listed = {
             token for response in shown for top in response.get("top", ()) for token, *_ in top
         }
@@ -92,7 +97,7 @@ class RolloutRecorder:
             role=role,
             step=step,
             responses_in_all=len(responses.texts),
-            has_teacher=teacher is not None,
+            has_teacher=any(teachers),
             responses=shown,
             texts={token: self._text([token]) for token in sorted(listed)},
         )
@@ -100,22 +105,37 @@ class RolloutRecorder:
         text = json.dumps(record, separators=(",", ":"), allow_nan=False)
         write_atomically(self._folder / f"{role}.json", text + "\n")
 
-    def _values(self, model: Model, teacher: Model | None, rollout: Rollout) -> dict[str, Any]:
-        """By name, arrays of the shown responses and perhaps more, (b, r) or (b, r, k)."""
-        params, teacher_params = model.fetch(), teacher and teacher.fetch()
-        count = math.ceil(_num_shown(rollout.lengths_b) / self._batch_size)
-        models = model.graph, params, teacher and teacher.graph, teacher_params
-        parts = []
-        for rows in itertools.islice(rows_of(self._prompts, rollout, self._batch_size), count):
-            rows = jax.tree.map(self._put, rows)
-            values = self._token_values(*models, rows, rollout.tokens_br.shape[1])
-            parts.append(jax.device_get(values))
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
+    def _values(
+        self, model: Model, teachers: Sequence[Model | None], rollout: Rollout
+    ) -> dict[int, dict[str, Any]]:
+        """Of the shown responses by number: arrays (r,) or (r, k) by name."""
+        params, values = model.fetch(), {}
+        asked: list[tuple[Model | None, Prompts]] = [
+            (teacher, prompts)
+            for teacher, prompts in zip(teachers, self._prompts.by_teacher, strict=True)
+            if teacher is not None
+        ]
+        for teacher, prompts in reversed(asked or [(None, self._prompts)]):
+            own_b = np.searchsorted(self._prompts.rows, prompts.rows)
+            shown_b = own_b[own_b < _num_shown(rollout.lengths_b)]
+            own = jax.tree.map(lambda x, own_b=own_b: x[own_b], rollout)
+            teacher_params = teacher and teacher.fetch()
+            models = model.graph, params, teacher and teacher.graph, teacher_params
+            parts = []
+            count = math.ceil(len(shown_b) / self._batch_size)
+            for rows in itertools.islice(rows_of(prompts, own, self._batch_size), count):
+                rows = jax.tree.map(self._put, rows)
+                made = self._token_values(*models, rows, rollout.tokens_br.shape[1])
+                parts.append(jax.device_get(made))
+            for at, number in enumerate(shown_b.tolist()):
+                part, row = parts[at // self._batch_size], at % self._batch_size
+                values[number] = {name: array[row] for name, array in part.items()}
+        return values
 
     def _response(self, i: int, responses: Responses, values: dict[str, Any]) -> dict[str, Any]:
         example = self._dataset[int(self._prompts.rows[i])]
         tokens = responses.rollout.tokens_br[i, : responses.rollout.lengths_b[i]].tolist()
-        of_tokens = {name: _rounded(array[i, : len(tokens)]) for name, array in values.items()}
+        of_tokens = {name: _rounded(array[: len(tokens)]) for name, array in values.items()}
         if "top_ids" in of_tokens:
             choices = (of_tokens.pop(name) for name in ("top_ids", "top_log_p", "top_log_q"))
             of_tokens["top"] = [list(zip(*top, strict=True)) for top in zip(*choices, strict=True)]

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-ROLES = ("base", "student", "teacher")
+ROLES = ("base", "student")  # before teachers
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The comparison of base, student and teacher as aligned text."""
+    """The comparison of base, student and teachers as aligned text."""
     header = ("model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off")
     metrics = list(dict.fromkeys(n for fields in results.values() for n in fields if "/" in n))
     rows = [(*header, *metrics)]
-    for role in (role for role in ROLES if role in results):
+    for role in sorted(results, key=lambda role: (*ROLES, role).index(role)):
         r = results[role]
         has_accuracy, has_kl = r["accuracy"] is not None, r["forward_kl"] is not None
         rows.append(

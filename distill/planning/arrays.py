@@ -6,19 +6,21 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh
 
 from distill.base.sharding import (
+    HOST_MEMORY,
     SAMPLER_RULES,
     AnyMesh,
     bytes_per_device,
     param_shardings,
     stacked_sharding,
 )
-from distill.batches.rows import Batch, make_batch
-from distill.build.data import teacher_prompt
+from distill.batches.rows import Batch, Rows, make_batch
+from distill.build.data import teacher_prompts
 from distill.build.layout import build_layout
 from distill.build.models import (
     abstract_model,
@@ -29,9 +31,10 @@ from distill.build.models import (
 from distill.build.optimizer import build_optimizer
 from distill.build.sampler import engine_sizes
 from distill.build.teachers import abstract_teacher
-from distill.config.schema import own_teacher
+from distill.config.schema import OneTeacher, all_teachers, ema_decay
 from distill.data.sequences import Sequences
 from distill.models.decoding import abstract_loop_weights
+from distill.models.facts import ModelConfig
 from distill.models.model import Model
 from distill.planning.counts import Counts, count
 from distill.planning.workload import Workload
@@ -77,16 +80,51 @@ class Sampler:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherArrays:
+    """Shapes and layouts of a teacher on the mesh.
+
+    `share`: of the rows, what it is asked about. A model without parameters is the state's own, and
+    one without counts has only its output head here.
+    """
+
+    facts: ModelConfig
+    model: Model
+    counts: Counts | None
+    itemsize: int
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Arrays:
     """Shapes and layouts of what a run holds; no teacher or sampler where none is here."""
 
     student: Model
     state: TrainState
-    teacher: Model | None
+    teachers: dict[str, TeacherArrays]
     batch: Batch
     sampler: Sampler | None
     student_counts: Counts
-    teacher_counts: Counts | None
+
+    @property
+    def computed_teachers(self) -> list[tuple[TeacherArrays, Counts]]:
+        """Those of which more than the output head is here."""
+        return [(each, each.counts) for each in self.teachers.values() if each.counts]
+
+    @property
+    def weights_of_teachers(self) -> list[Any]:
+        """Of each model once: several teachers may be one."""
+        models = {id(each.model): each.model for each in self.teachers.values()}
+        return [model.params for model in models.values()]
+
+    @property
+    def fetched(self) -> int:
+        """Bytes per device of the largest teacher that the step fetches."""
+        sizes = [
+            bytes_per_device(params, fetched=True) - bytes_per_device(params)
+            for params in self.weights_of_teachers
+            if not bytes_per_device(params)  # others are streamed layer by layer
+        ]
+        return max(sizes, default=0)
 
 
 def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arrays:
@@ -99,26 +137,56 @@ def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arr
     options = student_options(config.policy)
     student = abstract_model(workload.student, "the student", mesh, **options)
     optimizer = build_optimizer(config.policy.optimizer, config.distillation.max_steps)
-    teacher = teacher_counts = None
-    own = own_teacher(config)
-    averages = own == "ema"
+    averages = ema_decay(config) > 0
     state = abstract_state(student, workload.student, optimizer, mesh, config.policy, averages)
-    if own:
-        teacher = Model(student.graph, getattr(state, "average", None))
-        teacher_counts = count(workload.student, student.params)
-    elif workload.teacher:
-        teacher = abstract_teacher(config, workload.teacher, mesh)
-        if not config.teacher.scores:  # of which only the output head is here
-            teacher_counts = count(workload.teacher, teacher.params)
     return Arrays(
         student,
         state,
-        teacher,
+        _abstract_teachers(workload, student, state, mesh),
         _abstract_batch(workload, mesh),
         _abstract_sampler(workload, student, sampler_mesh) if workload.samples else None,
         count(workload.student, student.params),
-        teacher_counts,
     )
+
+
+def _abstract_teachers(
+    workload: Workload, student: Model, state: TrainState, mesh: AnyMesh
+) -> dict[str, TeacherArrays]:
+    config, made, teachers = workload.config, {}, {}
+    sections = all_teachers(config).items()
+    hosted = {
+        (each.model, each.precision, each.split_over_data)
+        for _, each in sections
+        if each.offload == "host" and not each.scores
+    }
+    several_hosted = len(hosted) > 1  # a single one is fetched before the step
+    for (name, section), facts, share in zip(
+        sections, workload.teachers, workload.shares, strict=True
+    ):
+        if facts is None:
+            continue
+        where = section.offload, section.split_over_data
+        stored = facts, section.model, section.scores, section.precision, *where
+        if stored not in made and section.in_state:
+            average = getattr(state, "average", None) if section.model == "ema" else None
+            made[stored] = Model(student.graph, average)
+        elif stored not in made:
+            made[stored] = abstract_teacher(config, section, facts, mesh)
+            if section.offload == "host" and several_hosted:
+                made[stored] = _in_host_memory(made[stored])
+        model = made[stored]
+        params = student.params if section.in_state else model.params
+        counts = None if section.scores else count(facts, params)
+        size = jnp.dtype(section.dtype).itemsize
+        teachers[name] = TeacherArrays(facts, model, counts, size, share)
+    return teachers
+
+
+def _in_host_memory(model: Model) -> Model:
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return x.update(sharding=x.sharding.with_memory_kind(HOST_MEMORY))
+
+    return dataclasses.replace(model, params=jax.tree.map(placed, model.params))
 
 
 def _abstract_sampler(workload: Workload, student: Model, mesh: AnyMesh) -> Sampler:
@@ -153,24 +221,25 @@ def _abstract_batch(workload: Workload, mesh: AnyMesh) -> Batch:
     config = workload.config
     rows, length = config.policy.train_global_batch_size, config.policy.max_total_sequence_length
     response = config.distillation.generate_strategy.max_length
-    columns: dict[str, int | np.ndarray] = {"weight": 1}
-    if config.teacher.backend == "vllm":
-        known = rows * response, config.teacher.vllm.top_k + 1  # and the sampled token
-        columns |= {name: np.zeros(known) for name in ("teacher_ids", "teacher_log_probs")}
     prompts = Sequences.of_tokens([np.zeros(length - response)] * rows)
-    responses = Sequences.of_tokens([np.zeros(response)] * rows, **columns)
-    layout = build_layout(config.policy, length, mesh)
-    sequences = prompts.join(responses)
-    view = sequences if teacher_prompt(config) else None  # as long at most
-    batch = make_batch(sequences, layout=layout, pad_id=0, view=view)
+    layout, views = build_layout(config.policy, length, mesh), teacher_prompts(config)
+    batch: list[Rows] = []
+    for number, (name, teacher) in enumerate((all_teachers(config) or {"": OneTeacher()}).items()):
+        columns: dict[str, int | np.ndarray] = {"weight": 1}
+        if teacher.backend == "vllm":
+            known = rows * response, teacher.vllm.top_k + 1  # and the sampled token
+            columns |= {name: np.zeros(known) for name in ("teacher_ids", "teacher_log_probs")}
+        sequences = prompts.join(Sequences.of_tokens([np.zeros(response)] * rows, **columns))
+        view = sequences if name in views and views[name].differs else None  # as long at most
+        made = make_batch(sequences, layout=layout, pad_id=0, view=view, teacher=number)
+        if teacher.scores and (facts := workload.teachers[number]):
+            for part in made:  # shapes: the arrays would be large
+                shape = *part.tokens_bt.shape, facts.model_width
+                hidden: Any = jax.ShapeDtypeStruct(shape, teacher.dtype)
+                part.columns["teacher_hidden"] = hidden
+        batch += made
 
     def placed(x: np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.ndim))
 
-    if config.teacher.scores and workload.teacher:  # shapes: the arrays would be large
-        width, dtype = workload.teacher.model_width, config.teacher.dtype
-        for part in batch:
-            shape = *part.tokens_bt.shape, width
-            hidden: Any = jax.ShapeDtypeStruct(shape, dtype)
-            part.columns["teacher_hidden"] = hidden
-    return jax.tree.map(placed, batch)
+    return jax.tree.map(placed, tuple(batch))

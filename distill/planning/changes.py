@@ -12,11 +12,18 @@ from typing import Any
 from distill.base.errors import UserError
 from distill.base.sharding import MESH_AXES, batch_parts, make_abstract_mesh
 from distill.base.topology import SLICES, Topology, parse_topology
-from distill.config.schema import microbatch_values, own_teacher, rows_per_microbatch
+from distill.config.schema import (
+    Config,
+    all_teachers,
+    microbatch_values,
+    rows_per_microbatch,
+    teacher_key,
+)
 from distill.planning.counts import cut_sizes
 from distill.planning.estimate import Plan, compile_plan, estimate
 from distill.planning.workload import Workload, fit_to_devices, with_values
 
+PRECISIONS_OF_TEACHERS = ("float32", "bfloat16", "int8")
 COMPILED = 3  # of a sweep's candidates, the best
 _ROWS, *_WEIGHTS = MESH_AXES  # the first axis cuts rows alone, the others weights
 Values = dict[str, Any]
@@ -111,9 +118,8 @@ def kinds(plan: Plan) -> list[list[Values]]:
         for size in _microbatches(plan.workload, batch_parts(plan.workload.mesh))
         if size < rows_per_microbatch(policy)
     ]
-    precision = beyond("teacher.precision", "float32", "bfloat16", "int8")
+    precision, streamed = _of_teachers(config)
     base = beyond("policy.lora.base_dtype", "auto", "int8") if policy.lora.rank else []
-    streamed = [{"teacher.offload": "layers"}] if config.teacher.offload == "none" else []
     cache = [
         {"policy.generation.cache_memory": policy.generation.cache_memory / part}
         for part in (2, 4, 8, 16)
@@ -126,8 +132,6 @@ def kinds(plan: Plan) -> list[list[Values]]:
         or any(mesh[axis] > sizes[axis] for axis in _WEIGHTS[1:])
     ]
     meshes.sort(key=lambda mesh: [mesh[axis] for axis in reversed(_WEIGHTS)])
-    if plan.workload.teacher is None or own_teacher(config):
-        precision = streamed = []
     return [
         beyond("policy.activation_checkpointing", "none", "dots", "full"),
         microbatches,
@@ -137,6 +141,23 @@ def kinds(plan: Plan) -> list[list[Values]]:
         cache,
         list(map(_mesh_values, meshes)),
     ]
+
+
+def _of_teachers(config: Config) -> tuple[list[Values], list[Values]]:
+    """Lower precisions of all teachers' weights, and streaming them, where they can be changed."""
+    loaded = {
+        name: teacher
+        for name, teacher in all_teachers(config).items()
+        if teacher.backend == "local" and not teacher.in_state
+    }
+    precisions = []
+    for way in ("bfloat16", "int8"):
+        higher = PRECISIONS_OF_TEACHERS[: PRECISIONS_OF_TEACHERS.index(way)]
+        names = [name for name, teacher in loaded.items() if teacher.precision in higher]
+        precisions += [{teacher_key(name, "precision"): way for name in names}] if names else []
+    resident = [name for name, teacher in loaded.items() if teacher.offload == "none"]
+    streamed = [{teacher_key(name, "offload"): "layers" for name in resident}] if resident else []
+    return precisions, streamed
 
 
 def _more_devices(plan: Plan) -> Iterator[Change]:
@@ -197,9 +218,8 @@ def _mesh_values(sizes: dict[str, int]) -> Values:
 
 def working_sizes(plan: Plan, axis: str) -> list[int]:
     """Sizes of a mesh axis that divide all that it splits."""
-    teacher = plan.arrays.teacher
-    sizes = cut_sizes(plan.arrays.student.params, axis)
-    sizes += cut_sizes(teacher.params, axis) if teacher else []
+    models = [plan.arrays.student, *(each.model for each in plan.arrays.teachers.values())]
+    sizes = [size for model in models if model.params for size in cut_sizes(model.params, axis)]
     common = math.gcd(*sizes) or 1  # nothing is split over it
     return [size for size in range(1, common + 1) if common % size == 0]
 

@@ -29,16 +29,16 @@ HEAD_PASSES, FROZEN_HEAD_PASSES = 6, 4
 
 def flops(workload: Workload, arrays: Arrays) -> dict[str, float]:
     """Operations of a step on all devices by part; two per multiplication."""
-    tokens, student, teacher = workload.tokens, arrays.student_counts, arrays.teacher_counts
-    forward, of_teacher = _forward(workload.student, student, workload), 0.0
-    if workload.teacher and teacher:
-        of_teacher = _forward(workload.teacher, teacher, workload)
+    tokens, student, times = workload.tokens, arrays.student_counts, workload.times_asked
+    forward = times * _forward(workload.student, student, workload)
+    teachers = arrays.computed_teachers
+    of_teachers = (each.share * _forward(each.facts, n, workload) for each, n in teachers)
     remat = workload.config.policy.activation_checkpointing
     is_frozen = workload.config.policy.lora.rank > 0
-    widths = (FROZEN_HEAD_PASSES if is_frozen else HEAD_PASSES) * student.width
-    widths += 2 * teacher.width if teacher else 0
+    widths = times * (FROZEN_HEAD_PASSES if is_frozen else HEAD_PASSES) * student.width
+    widths += sum(2 * each.share * counts.width for each, counts in teachers)
     return {
-        "teacher": of_teacher,
+        "teacher": float(sum(of_teachers)),
         "student": 3 * forward,
         # A lower bound: with `dots`, cuDNN's attention, and no other, is computed again, too.
         "recomputation": forward if remat == "full" else 0.0,
@@ -100,16 +100,25 @@ class Phase:
 
 
 def update_phase(workload: Workload, arrays: Arrays, sent: float) -> Phase:
-    """Teacher forward, student forward and backward, loss and optimizer."""
+    """Teachers' forward, student forward and backward, loss and optimizer."""
     operations = flops(workload, arrays) | {"generation": 0.0}
     tokens, mesh, student = workload.tokens, workload.mesh, arrays.student_counts
     compute = _itemsize(workload)
     passes = 2 if workload.config.policy.activation_checkpointing == "none" else 3
     gradients = bytes_per_device(arrays.state.trainable)
-    per_microbatch = passes * student.used * compute + 2 * gradients  # which are added up
-    if arrays.teacher_counts:
-        per_microbatch += arrays.teacher_counts.used_bytes
-    kept = 2 * student.depth * student.width * compute * tokens.total / batch_parts(mesh)
+    per_microbatch: float = workload.times_asked * (
+        passes * student.used * compute + 2 * gradients  # which are added up
+    )
+    per_microbatch += sum(each.share * n.used_bytes for each, n in arrays.computed_teachers)
+    kept = (
+        workload.times_asked
+        * 2
+        * student.depth
+        * student.width
+        * compute
+        * tokens.total
+        / batch_parts(mesh)
+    )
     # Weights and moments are read and written, gradients read.
     updated = bytes_per_device((arrays.state.trainable, arrays.state.opt_state), fetched=True)
     moved = tokens.microbatches * per_microbatch + kept + 2 * updated + gradients
@@ -143,17 +152,19 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
 
 def estimated_sent(workload: Workload, arrays: Arrays) -> dict[str, float]:
     """Bytes that a device sends in a run of each program, as GSPMD usually partitions it."""
-    tokens, student, teacher = workload.tokens, arrays.student_counts, arrays.teacher_counts
+    tokens, student, times = workload.tokens, arrays.student_counts, workload.times_asked
     compute, parts = _itemsize(workload), batch_parts(workload.mesh)
     copies = parts // axis_parts(workload.mesh, "embed")  # of each weight
-    gathered = 2 * (student.used - student.own) * compute
-    gradients = FLOAT32 * (student.used - student.own + 2 * student.own * (copies - 1) / copies)
+    gathered = times * 2 * (student.used - student.own) * compute
+    gradients = (
+        times * FLOAT32 * (student.used - student.own + 2 * student.own * (copies - 1) / copies)
+    )
     passes = 3 if workload.config.policy.activation_checkpointing == "full" else 2
-    summed = passes * student.summed * compute
-    if teacher:
-        size = jnp.dtype(workload.config.teacher.dtype).itemsize
-        gathered += (teacher.used - teacher.own) * size
-        summed += teacher.summed * size
+    summed = times * passes * student.summed * compute
+    for teacher, counts in arrays.computed_teachers:
+        size = teacher.share * teacher.itemsize
+        gathered += (counts.used - counts.own) * size
+        summed += counts.summed * size
     update = tokens.microbatches * (gathered + gradients)
     sent = {"update": update + 2 * summed * tokens.total / parts}
     if sampler := arrays.sampler:
@@ -185,7 +196,7 @@ def _update_temporaries(workload: Workload, arrays: Arrays, platform: str) -> fl
     layer, and the larger of one layer at work and the two heads at work.
     """
     config, tokens, compute = workload.config, workload.tokens, _itemsize(workload)
-    student, teacher = arrays.student_counts, arrays.teacher_counts
+    student = arrays.student_counts
     at_once = tokens.total / tokens.microbatches / batch_parts(workload.mesh)
     gradients = bytes_per_device(arrays.state.trainable) * (2 if tokens.microbatches > 1 else 1)
     inputs = student.depth * student.width
@@ -208,12 +219,14 @@ def _update_temporaries(workload: Workload, arrays: Arrays, platform: str) -> fl
         at_work[0] += 8 * student.attended * tokens.length * (MOST_SEGMENTS + 1)
     at_work[0] /= student.depth
     heads = (FLOAT32 + compute) * student.used_of_head
-    if teacher:
-        size = jnp.dtype(config.teacher.dtype).itemsize
-        layers = teacher.kept * size * at_once + 2 * size * teacher.used_of_layers
-        at_work.append(layers / teacher.depth)
-        heads += size * teacher.used_of_head
-    return gradients + kept + max(*at_work, heads)
+    heads_t = [0]
+    for teacher, counts in arrays.computed_teachers:
+        size = teacher.itemsize
+        layers = counts.kept * size * at_once + 2 * size * counts.used_of_layers
+        at_work.append(layers / counts.depth)
+        heads_t.append(size * counts.used_of_head)
+    heads += max(heads_t)
+    return gradients + kept + arrays.fetched + max(*at_work, heads)
 
 
 def _itemsize(workload: Workload) -> int:

@@ -142,7 +142,7 @@ def _plan(
         frozen=bytes_per_device(arrays.state.frozen),
         optimizer=bytes_per_device(arrays.state.opt_state),
         gradients=bytes_per_device(arrays.state.trainable),
-        teacher=bytes_per_device(arrays.teacher and arrays.teacher.params),
+        teacher=bytes_per_device(arrays.weights_of_teachers),
         batch=bytes_per_device(arrays.batch),
         sampler=bytes_per_device(sampler and sampler.weights),
         cache=bytes_per_device(sampler and sampler.cache),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
@@ -18,12 +19,12 @@ from distill.build.objective import build_objective
 from distill.build.optimizer import build_optimizer
 from distill.build.sampler import build_sampling_params
 from distill.build.teachers import FROM_STATE
-from distill.config.schema import own_teacher
+from distill.config.schema import OneTeacher, all_teachers, ema_decay
 from distill.planning.arrays import Arrays
 from distill.planning.collectives import sent_bytes
 from distill.planning.workload import Workload
 from distill.sampling.slots import STEPS_PER_CALL
-from distill.step import make_train_step
+from distill.step import TeacherInStep, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +61,28 @@ def compile_programs(
 
 def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
     """The train step of a run, as the trainer makes it."""
-    config, teacher = workload.config, arrays.teacher
-    teacher_from = FROM_STATE.get(own_teacher(config))
+    config = workload.config
     # Of the loops over rows of several lengths, full rows run the one over the longest, the last.
-    trips = [0] * (len(arrays.batch) - 1) + [workload.tokens.microbatches]
+    shapes = collections.Counter(part.teacher for part in arrays.batch)
+    trips: list[float] = []
+    for number, share in enumerate(workload.shares or (1.0,)):
+        trips += [0.0] * (shapes[number] - 1) + [share * workload.tokens.microbatches]
+    teachers, teacher_params = [], []
+    for name, section in (all_teachers(config) or {"": OneTeacher()}).items():
+        model = arrays.teachers[name].model if name in arrays.teachers else None
+        from_state = FROM_STATE.get(section.model)
+        teachers.append(TeacherInStep(None if model is None else model.graph, from_state, name))
+        teacher_params.append(None if from_state or model is None else model.params)
     with jax.set_mesh(mesh):
         step = make_train_step(
             arrays.student.graph,
-            teacher.graph if teacher else None,
+            teachers,
             build_objective(config),
             build_optimizer(config.policy.optimizer, config.distillation.max_steps),
             vocab_size=workload.vocab_size,
             state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
-            teacher_from=teacher_from,
-            ema_decay=config.teacher.ema_decay,
+            ema_decay=ema_decay(config),
         )
-        teacher_params = None if teacher_from or teacher is None else teacher.params
         arguments = arrays.state, teacher_params, arrays.batch
         lower = step.lower  # type: ignore[attr-defined]  # its type says what it is called with
         return _compile(lambda: lower(*arguments), arguments, mesh, trips)

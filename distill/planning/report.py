@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.base.sharding import MESH_AXES
 from distill.base.topology import INSTALL_COMPILER
-from distill.config.schema import rows_per_microbatch
+from distill.config.schema import rows_per_microbatch, schema_key
 from distill.config.words import all_keys, show_value
 from distill.models.facts import ModelConfig
 from distill.planning import costs
@@ -30,7 +30,7 @@ def setting_lines(settings: Mapping[str, Any]) -> Iterator[str]:
     defaults = {key.name: key.default for key in all_keys()}
     for name, value in settings.items():
         shown = show_value(value)
-        default = defaults[name]
+        default = defaults[schema_key(name)]
         yield f"{name}={shown}" + (f"  (default: {default})" if shown != default else "")
 
 
@@ -38,8 +38,9 @@ def lines(plan: Plan) -> Iterator[str]:
     """All that a plan says of one config on one topology."""
     topology, workload = plan.topology, plan.workload
     yield f"student  {_size(workload.student, plan.arrays.student_counts)}"
-    if workload.teacher and (counts := plan.arrays.teacher_counts):
-        yield f"teacher  {_size(workload.teacher, counts)}"
+    for name, teacher in plan.arrays.teachers.items():
+        if teacher.counts:
+            yield f"{f'teacher {name}'.strip():8} {_size(teacher.facts, teacher.counts)}"
     mesh = " ".join(f"{axis}={size}" for axis, size in workload.mesh.shape.items())
     yield f"devices  {topology.count} of {topology.name}, mesh {mesh}" + (
         f"; the sampler has {workload.sampler_mesh.size} of its own"

@@ -16,7 +16,14 @@ from distill.base.sharding import (
     sampler_mesh_sizes,
 )
 from distill.build.devices import split_devices
-from distill.config.schema import OF_STUDENT, Config, microbatch_values, rows_per_microbatch
+from distill.config.schema import (
+    OF_STUDENT,
+    Config,
+    Teachers,
+    all_teachers,
+    microbatch_values,
+    rows_per_microbatch,
+)
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import find_config, split_revision
 from distill.models.checkpoints.source import read_text_config
@@ -51,17 +58,29 @@ class Tokens:
 class Workload:
     """What is planned; hashable.
 
-    No teacher where none is on the mesh. Notes say where facts come from, and what had to be
-    changed. The sampler's mesh comes from `fit_to_devices`: the trainer's where it has no devices
-    of its own.
+    Teachers are in the config's order, None where one is not on the mesh. Notes say where facts
+    come from, and what had to be changed. The sampler's mesh comes from `fit_to_devices`: the
+    trainer's where it has no devices of its own.
     """
 
     config: Config
     student: ModelConfig
-    teacher: ModelConfig | None
+    teachers: tuple[ModelConfig | None, ...]
     vocab_size: int
     notes: tuple[str, ...] = ()
     sampler_mesh: AbstractMesh | None = None
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the rows, what each teacher is asked about: those with rules, equal shares."""
+        sections = all_teachers(self.config).values()
+        routed = sum(bool(each.prompts) for each in sections)
+        return tuple(1 / routed if each.prompts else 1.0 for each in sections)
+
+    @property
+    def times_asked(self) -> float:
+        """How often a row is computed: once for each teacher that is asked about it."""
+        return sum(self.shares) or 1.0
 
     @property
     def mesh(self) -> AbstractMesh:
@@ -101,14 +120,15 @@ def find_workload(config: Config) -> Workload:
       UserError: the shape of a model is unknown here.
     """
     (student, vocab_size), *notes = _find(config.policy.model_name)
-    teacher = None
-    has_teacher = config.distillation.has_teacher
-    if config.distillation.teacher_model_path in OF_STUDENT and has_teacher:
-        teacher = student
-    elif has_teacher and config.teacher.backend == "local":
-        (teacher, _), note = _find(config.distillation.teacher_model_path)
-        notes.append(note)
-    return Workload(config, student, teacher, vocab_size, tuple(filter(None, notes)))
+    teachers: list[ModelConfig | None] = []
+    for teacher in all_teachers(config).values():
+        found = student if teacher.model in OF_STUDENT else None
+        if found is None and teacher.backend == "local":
+            (found, _), note = _find(teacher.model)
+            notes.append(note)
+        teachers.append(found)
+    notes = list(dict.fromkeys(filter(None, notes)))
+    return Workload(config, student, tuple(teachers), vocab_size, tuple(notes))
 
 
 def _find(name: str) -> tuple[Published, str]:
@@ -185,6 +205,8 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 
 def _replaced(section: Any, names: list[str], value: Any) -> Any:
     first, *rest = names
+    if isinstance(section, Teachers):
+        return Teachers(section | {first: _replaced(section[first], rest, value)})
     inner = _replaced(getattr(section, first), rest, value) if rest else value
     return dataclasses.replace(section, **{first: inner})
 

@@ -183,10 +183,19 @@ def _divergence(settings: Mapping[str, Any]) -> str:
 
 
 def _teacher(settings: Mapping[str, Any]) -> str:
+    names = sorted({key.split(".")[1] for key in settings if key.startswith("teachers.")})
+    if names:
+        keys = [f"teachers.{name}." for name in names]
+        each = [_one_teacher(settings[f"{k}model"], settings[f"{k}backend"]) for k in keys]
+        return " and ".join(dict.fromkeys(each))
     path = settings["distillation.teacher_model_path"]
+    return _one_teacher(path, settings["teacher.backend"])
+
+
+def _one_teacher(path: str, backend: str) -> str:
     if path in OF_STUDENT:
         return f"the student itself (`{path}`)"
-    if not path and settings["teacher.backend"] != "local":
+    if not path and backend != "local":
         return "the model that a vLLM server served"
     return _model(path)
 

@@ -205,12 +205,13 @@ class Progress:
         # Time spent evaluating is not training time.
         self._tokens, self._since = 0.0, time.perf_counter()
 
-    def teacher(self, step: int, measured: dict[str, float]) -> None:
-        """What was measured of the teacher, once; nothing, if it was not."""
-        if measured:
-            self._writer.write(step, measured)
-        if kl := measured.get("teacher/quantization_kl"):
-            self.say(f"teacher: in 8 bits, KL to itself in bfloat16 is {kl:.2e} nats per token")
+    def teacher(self, step: int, name: str, measured: dict[str, float]) -> None:
+        """What was measured of a teacher, once; nothing, if it was not."""
+        for key, value in measured.items():
+            self._writer.write(step, {f"teacher/{name}/{key}" if name else f"teacher/{key}": value})
+        if kl := measured.get("quantization_kl"):
+            which = f"teacher {name}".strip()
+            self.say(f"{which}: in 8 bits, KL to itself in bfloat16 is {kl:.2e} nats per token")
 
     def changed(self, step: int, changes: dict[str, list[Any]]) -> None:
         """Says what is not as it was in the run's checkpoint, of `step`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from distill.base.status import busy
 from distill.batches.source import BatchSource
 from distill.config.changes import Changes, check_changes, find_changes, is_same_run
 from distill.config.schema import Checkpointing
-from distill.evaluation.evaluator import Evaluator
+from distill.evaluation.evaluator import Evaluation, Evaluator
 from distill.evaluation.recorder import RolloutRecorder
 from distill.models.model import Model
 from distill.run.checkpoint import Checkpoints, SaveSchedule
@@ -44,16 +44,34 @@ class Evaluations:
     results: dict[str, dict[str, Any]]
     evaluated: int
 
-    def evaluate(self, role: str, step: int, model: Model, teacher: Model | None) -> None:
-        """`teacher` is what the model is compared with; None where it is not on the mesh."""
+    def evaluate(
+        self, role: str, step: int, model: Model, teachers: Sequence[Model | None]
+    ) -> None:
+        """`teachers` are what the model is compared with; None where one is not on the mesh."""
         if self.evaluator is None or self.recorder is None:
             return
         with busy(f"evaluating the {role}"):
-            evaluation, responses = self.evaluator(model, teacher)
+            evaluation, responses = self.evaluator(model, *teachers)
         if self.interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
             return
-        if role != "teacher":
-            self.recorder(role, step, model, teacher, responses)
+        self.recorder(role, step, model, teachers, responses)
+        self._keep(role, step, evaluation)
+
+    def evaluate_teachers(self, step: int, teachers: Mapping[str, Model | None]) -> None:
+        """Those on the mesh that are not evaluated yet, on the prompts they are asked about."""
+        for number, (name, model) in enumerate(teachers.items()):
+            role = f"teacher/{name}" if name else "teacher"
+            if self.evaluator is None or model is None or role in self.results:
+                continue
+            evaluator = self.evaluator.of_teacher(number)
+            if not len(evaluator.prompts):
+                continue
+            with busy(f"evaluating the {role}"):
+                evaluation, _ = evaluator(model, model)
+            if not self.interrupts.agree():
+                self._keep(role, step, evaluation)
+
+    def _keep(self, role: str, step: int, evaluation: Evaluation) -> None:
         self.results[role], self.evaluated = evaluation.to_dict(), step
         self.progress.evaluation(step, role, self.results[role])
 

@@ -38,8 +38,8 @@ class CachedTeacher(Teacher):
         found = [self._scores.row(int(kept)) for kept in kept_b]
         trained_n = sequences["weight"] != 0
         columns = {}
-        for name in found[0]:
-            values = np.concatenate([columns_b[name] for columns_b in found])
+        for name, like in self._scores.row(0).items():
+            values = np.concatenate([like[:0], *(columns_b[name] for columns_b in found)])
             shape, fill = (len(trained_n), *values.shape[1:]), get_column(name).fill
             columns[name] = np.full(shape, fill, values.dtype)
             columns[name][trained_n] = values

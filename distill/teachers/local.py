@@ -40,7 +40,7 @@ class LocalTeacher(Teacher):
 
     def measured(self) -> dict[str, float]:
         kl = self.quantization_kl
-        return {} if kl is None else {"teacher/quantization_kl": kl}
+        return {} if kl is None else {"quantization_kl": kl}
 
 
 def load_teacher(

@@ -13,16 +13,24 @@ from distill.rollout.vllm.client import RequestRefused, Scores, VllmClient, conn
 from distill.rollout.vllm.dispatch import ask_all, at_each
 from distill.teachers.base import Teacher
 
-SECTION = "teacher.vllm"
 _ABSENT = -1
 _NEVER = -100.0  # log-probability beside an absent id: finite, and nothing
 
 
 class ServerTeacher(Teacher):
-    """A teacher by scores, on vLLM servers that serve it, with the student's vocabulary."""
+    """A teacher by scores, on vLLM servers that serve it, with the student's vocabulary.
 
-    def __init__(self, servers: VllmTeacher, vocabulary: Vocabulary, max_length: int):
-        self._servers = servers
+    `section` is that of the config.
+    """
+
+    def __init__(
+        self,
+        servers: VllmTeacher,
+        vocabulary: Vocabulary,
+        max_length: int,
+        section: str = "teacher.vllm",
+    ):
+        self._servers, self._section = servers, section
         self._clients: list[VllmClient] = []
         self._vocabulary, self._max_length = vocabulary, max_length
         self._top_k = min(servers.top_k, vocabulary.size)
@@ -33,8 +41,8 @@ class ServerTeacher(Teacher):
         Raises:
           UserError: one cannot be reached, or does not fit the student; or the API key is not set.
         """
-        self._clients = connect(self._servers, SECTION)
-        checks.await_all_up(self._clients, self._servers, SECTION)
+        self._clients = connect(self._servers, self._section)
+        checks.await_all_up(self._clients, self._servers, self._section)
         at_each(self._clients, self._check, self._servers.retry_timeout)
 
     def score(self, sequences: Sequences) -> dict[str, np.ndarray]:
@@ -85,7 +93,7 @@ class ServerTeacher(Teacher):
             client.score([0, self._vocabulary.size - 1], self._top_k)
         except RequestRefused as error:
             raise UserError(
-                f"{client.url} does not score tokens as teacher.vllm.top_k={self._top_k} asks: "
+                f"{client.url} does not score tokens as {self._section}.top_k={self._top_k} asks: "
                 f"{error}; start it with --max-logprobs {self._top_k} or more"
             ) from None
 

@@ -15,7 +15,7 @@ from distill.config.parse import parse_config
 from distill.models.model import Model
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import RolloutRequest
-from distill.step import make_train_step
+from distill.step import TeacherInStep, make_train_step
 
 LARGE = 100  # elements; norms and biases of the toy models have up to 32
 
@@ -57,17 +57,17 @@ def run(request, tmp_path_factory) -> Run:
     config.teacher.split_over_data = request.param
     workdir = tmp_path_factory.mktemp("run")
     with open_session(parse_config(config), workdir) as session:
-        state, teacher = session.load_state(), session.load_teacher().model
+        state, teacher = session.load_state(), session.load_teachers()[""].model
         step = make_train_step(
             session.student.graph,
-            teacher.graph,
+            [TeacherInStep(teacher.graph)],
             session.objective,
             session.optimizer,
             vocab_size=session.vocabulary.size,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )
         batch = put_batch(session.mesh, make_rows().batch(padded(1)))
-        compiled = step.lower(state, teacher.params, batch).compile()
+        compiled = step.lower(state, [teacher.params], batch).compile()
         backend = session.backend
     return Run(session.config, session.mesh, session.vocabulary, teacher, state, compiled, backend)
 
@@ -83,7 +83,7 @@ def test_student_and_optimizer_are_split_over_fsdp_and_tensor(run):
 
 
 def test_teacher_is_split_as_the_config_says(run):
-    (_, teacher, _), _ = run.compiled.input_shardings
+    (_, [teacher], _), _ = run.compiled.input_shardings
     parts = 8 if run.config.teacher.split_over_data else 4
     assert not too_large(run.teacher.params, teacher, parts)
     assert bool(too_large(run.teacher.params, teacher, 8)) == (parts == 4)

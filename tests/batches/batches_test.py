@@ -1,5 +1,6 @@
 """The batch of a step, with a sampler that is none: what is drawn when, and what is handed out."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
-from distill.batches.source import BatchSource, repetition
+from distill.batches.source import Asked, BatchSource, repetition
 from distill.batches.weighing import make_weighing, weigh
 from distill.config.schema import Objective
 from distill.data.sequences import Column, Sequences, declare_column
@@ -16,6 +17,7 @@ from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout
 
 ROWS, WIDTH = 4, 3
+LAYOUT = Layout((Shape(ROWS, 1 + WIDTH),))
 declare_column("test_of_token", Column(np.float32, fill=-1))
 declare_column("test_of_sequence", Column(np.int32, per_token=False))
 
@@ -72,7 +74,7 @@ def source(sampler):
 def make_source(sampler, **options) -> BatchSource:
     defaults = dict(
         params=SamplingParams(max_length=WIDTH), num_generations=1, seed=0, lambda_=1.0,
-        layout=Layout((Shape(ROWS, 1 + WIDTH),)), pad_id=0,
+        teachers=[Asked(LAYOUT)], pad_id=0,
     )  # fmt: skip
     iterator = options.pop("iterator", Counter())
     return BatchSource(iterator, sampler, lambda batch: batch, **(defaults | options))
@@ -106,7 +108,7 @@ def test_rewards_become_columns_of_what_was_sampled(sampler):
 
 def test_both_responses_to_every_prompt(sampler):
     layout = Layout((Shape(2 * ROWS, 1 + WIDTH),))
-    source = make_source(sampler, mix="both", lambda_=0.5, layout=layout)
+    source = make_source(sampler, mix="both", lambda_=0.5, teachers=[Asked(layout)])
     batch, measured = source.next(0, {})
     (rows,) = batch
     assert rows.sampled_b[0].tolist() == [0] * ROWS + [1] * ROWS
@@ -245,8 +247,8 @@ def test_scores_of_what_the_teacher_reads_stand_at_the_students_tokens(sampler):
         tokens_n1 = sequences["tokens"][:, None]
         return {"teacher_ids": tokens_n1, "teacher_log_probs": np.zeros_like(tokens_n1)}
 
-    layout = Layout((Shape(ROWS, 1 + WIDTH),), view_excess=2)
-    source = make_source(sampler, score=score, view=view, layout=layout)
+    layout = dataclasses.replace(LAYOUT, view_excess=2)
+    source = make_source(sampler, teachers=[Asked(layout, score=score, view=view)])
     (rows,), _ = source.next(5, None)
     assert rows.view.tokens_bt.shape[-1] == rows.tokens_bt.shape[-1] + 2
     ids_bt, trained_bt = rows.columns["teacher_ids"][..., 0], rows.mask_bt
@@ -288,7 +290,7 @@ def test_a_teachers_scores_are_columns(source):
     def score(sequences: Sequences) -> dict[str, np.ndarray]:
         return {"teacher_ids": sequences["tokens"][:, None] + [[0, 1]], "advantage": 2.0}
 
-    source = make_source(Sampler(), score=score)
+    source = make_source(Sampler(), teachers=[Asked(LAYOUT, score=score)])
     batch, measured = source.next(3, None)
     assert "teacher/seconds" in measured
     ids_btk = batch[0].columns["teacher_ids"][0]

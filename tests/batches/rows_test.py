@@ -48,7 +48,7 @@ def rows_of(batch):
     """All rows of all microbatches, by field and column."""
     for part in batch:
         for index in np.ndindex(part.lengths_b.shape):
-            fields = vars(part) | {"columns": None}
+            fields = vars(part) | {"columns": None, "teacher": None}
             named = {name: x if x is None else x[index] for name, x in fields.items()}
             yield named | {name: x[index] for name, x in part.columns.items()}
 

@@ -60,7 +60,7 @@ def test_run_with_an_offloaded_optimizer_is_the_same(models, plain, tmp_path):
 @pytest.mark.parametrize("offload", ["none", "host", "layers"])
 def test_teacher_is_where_the_config_says(models, offload):
     with open_session(parse_config(small_config(models, offload=offload))) as session:
-        teacher = session.load_teacher()
+        teacher = session.load_teachers()[""]
         layers = teacher.model.params["layers"]
         matrices = {name: layers[name] for name in ("q_proj", "o_proj", "down_proj", "q_bias")}
         assert memory_kinds(matrices) == {"device" if offload == "none" else HOST_MEMORY}
@@ -73,14 +73,15 @@ def test_teacher_is_where_the_config_says(models, offload):
 def test_moments_are_in_host_memory_before_and_after_a_step(models):
     from step_test import make_rows, padded
 
-    from distill.step import make_train_step
+    from distill.step import TeacherInStep, make_train_step
 
     config = small_config(models)
     config.policy.optimizer.offload = "host"
     with open_session(parse_config(config)) as session:
-        state, teacher = session.load_state(), session.load_teacher()
+        state, teacher = session.load_state(), session.load_teachers()[""]
         step = make_train_step(
-            session.student.graph, teacher.graph, session.objective, session.optimizer,
+            session.student.graph, [TeacherInStep(teacher.graph)], session.objective,
+            session.optimizer,
             vocab_size=17,
             state_shardings=jax.tree.map(lambda x: x.sharding, state),
         )  # fmt: skip
@@ -93,7 +94,7 @@ def test_moments_are_in_host_memory_before_and_after_a_step(models):
         rows = dataclasses.replace(rows, tokens_bt=rows.tokens_bt % 17)
         batch = put_batch(session.mesh, (rows,))
         before = jax.device_get(large(state))
-        state, metrics = step(state, teacher.model.params, batch)
+        state, metrics = step(state, [teacher.model.params], batch)
         assert float(metrics["update_norm"]) > 0
         assert memory_kinds(large(state)) == {HOST_MEMORY}
         assert memory_kinds(state.params) == {"device"}
@@ -173,8 +174,8 @@ def test_logged_divergence_is_that_of_the_two_teachers(models):
     config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
     with open_session(parse_config(config)) as session:
         prompts, vocabulary = session.prompts, session.vocabulary
-        teacher = session.load_teacher(compared_on=prompts)
-        full = session.load_frozen(session.teacher_folder, "bfloat16")
+        teacher = session.load_teachers(compares=True)[""]
+        full = session.load_frozen(session.teacher_folders[""], "bfloat16")
         assert isinstance(teacher.model.params["layers"]["q_proj"].get_value(), qwix.QArray)
         size = config.evaluation.batch_size
         lengths_b = np.array([len(prompt) for prompt in prompts.prompt_tokens[:size]])

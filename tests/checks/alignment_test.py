@@ -90,7 +90,7 @@ def session():
 
 @pytest.fixture(scope="module")
 def model(session):
-    return session.load_frozen(session.teacher_folder, "float32")
+    return session.load_frozen(session.teacher_folders[""], "float32")
 
 
 SERVED = (
@@ -106,7 +106,7 @@ SERVED = (
 @pytest.mark.parametrize("mistake", ["none", *SERVED])
 def test_server_that_says_something_else_than_its_weights(session, model, monkeypatch, mistake):
     monkeypatch.setattr(session, "load_frozen", lambda *_: model)
-    session.teacher = Server(model, mistake)
+    session.teachers = {"": Server(model, mistake)}
     if mistake == "none":
         found = check_teacher(session, None)
         assert "; servers and weights" in found and "warning" not in found
@@ -120,15 +120,15 @@ def test_server_whose_weights_are_elsewhere_is_asked_in_the_right_place(
     session, model, monkeypatch
 ):
     monkeypatch.setattr(teacher_checks, "has_weights", lambda _: False)
-    session.teacher = Server(model, "none")
+    session.teachers = {"": Server(model, "none")}
     assert "its weights, which are not here" in check_teacher(session, None)
-    session.teacher = Server(model, "shift by one")
+    session.teachers = {"": Server(model, "shift by one")}
     with pytest.raises(Problem, match="nats where they are, and .* one position late: what it"):
         check_teacher(session, None)
 
 
 def test_local_teacher_is_asked_in_the_right_place(session, model, monkeypatch):
-    session.teacher = LocalTeacher(model)
+    session.teachers = {"": LocalTeacher(model)}
     assert "nats per token" in (found := check_teacher(session, None)) and "warning" not in found
     of = rows.in_place_of
     monkeypatch.setattr(rows, "in_place_of", lambda *both: of(*both) + 1)

@@ -7,9 +7,9 @@ import pytest
 from distill.base.errors import UserError
 from distill.config.changes import CONTENTS, check_changes, classes, find_changes
 from distill.config.parse import default_config, parse_config, to_flat_dict
-from distill.config.schema import CONTENT, FIXED, FREE, NAMED, Config
+from distill.config.schema import CONTENT, FIXED, FREE, NAMED, Config, OneTeacher, Teachers
 
-FLAT = to_flat_dict(Config())
+FLAT = to_flat_dict(Config(teachers=Teachers(NAME=OneTeacher())))
 # A wrong class here means something else than its user thinks, or a workdir that is a dead end:
 # whoever adds a key to one of these lists says so.
 EXPECTED_FIXED = {
@@ -20,6 +20,7 @@ EXPECTED_FIXED = {
     "policy.lora.base_dtype",
     "policy.optimizer.name",
     "teacher.ema_decay",
+    "teachers.NAME.ema_decay",
     "policy.train_global_batch_size",
     "distillation.generate_strategy.num_generations",
     "data.shuffle",

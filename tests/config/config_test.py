@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from distill.base.errors import UserError
 from distill.config.parse import default_config, known_keys, parse_config, to_flat_dict
+from distill.config.schema import OneTeacher, all_teachers
 
 
 def valid_config() -> ConfigDict:
@@ -129,10 +130,64 @@ def test_vllm_teacher_refuses_what_a_tail_cannot_do():
         parse_config(config)
 
 
+def several(**teachers) -> ConfigDict:
+    config = default_config()
+    config.policy.model_name, config.teachers = "student", teachers
+    return config
+
+
+def test_named_teachers_have_defaults_for_what_they_leave_out():
+    config = several(easy=dict(model="a"), hard=dict(model="b", prompts="level=3", weight=2))
+    teachers = all_teachers(parse_config(config))
+    assert [*teachers] == ["easy", "hard"] and teachers["easy"] == OneTeacher(model="a")
+    assert teachers["hard"] == OneTeacher(model="b", prompts=("level=3",), weight=2.0)
+    one = all_teachers(parse_config(valid_config()))
+    assert [*one] == [""] and one[""].model == valid_config().distillation.teacher_model_path
+
+
+@pytest.mark.parametrize(
+    ("teachers", "words"),
+    [
+        (dict(a=dict(model="m", weight=0.0)), "teachers.a.weight' is 0.0: it must be at least"),
+        (dict(a=dict(model="m", weight=-1.0)), "teachers.a.weight' is -1.0"),
+        (dict(a=dict(model="m"), b=dict(model="ema")), "teachers.b.ema_decay=0.0 .* such as 0.99"),
+        (dict(a=dict(model="m"), b=dict(model="self")), "teachers.b.model=self reads what the"),
+        (dict(a=dict(model="m", prompts="math")), "teachers.a.prompts has 'math': write COLUMN="),
+        (dict(a=dict(modell="m")), "did you mean 'teachers.NAME.model'"),
+        (dict(a=dict()), "'teachers.a.model' is empty"),
+        (dict(a="m"), "'teachers.a' is a section"),
+        ({"a/b": dict(model="m")}, "names a teacher 'a/b'"),
+        (
+            dict(a=dict(model="m", backend="vllm")),
+            "teachers.a.backend=vllm needs teachers.a.vllm.u",
+        ),
+    ],
+)
+def test_bad_teachers_are_told_in_one_line(teachers, words):
+    with pytest.raises(UserError, match=words) as error:
+        parse_config(several(**teachers))
+    assert "\n" not in str(error.value)
+
+
+def test_one_teacher_or_several_by_name():
+    config = several(a=dict(model="m"))
+    config.teacher.precision = "float32"
+    with pytest.raises(UserError, match="both ways to name teachers at once"):
+        parse_config(config)
+
+
+def test_teachers_are_named_on_the_command_line():
+    weight = "--config.teachers.a.weight=0"
+    assert "'teachers.a.weight' is 0.0" in run_main("--config=arithmetic", weight)
+    twice = run_main("--config=arithmetic", weight, weight)
+    assert "is given twice: two teachers need two names" in twice
+
+
 def test_flat_dict_has_every_leaf_key():
     flat = to_flat_dict(parse_config(valid_config()))
     sections = {key.rpartition(".")[0] for key in flat} | {"policy.optimizer"}
-    assert set(flat) == {key for key in known_keys() if key not in sections}
+    named = {key for key in known_keys() if key.startswith("teachers")}  # by the user
+    assert set(flat) == {key for key in known_keys() if key not in sections} - named
     assert flat["plugins"] == []
 
 

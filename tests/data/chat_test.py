@@ -5,7 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from distill.base.errors import UserError
-from distill.build.data import teacher_prompt, template_arguments
+from distill.build.data import teacher_prompts, template_arguments
 from distill.checks.texts import _comparable
 from distill.config.schema import Config, Data, Teacher
 from distill.data.base import Dropped, Example
@@ -162,13 +162,13 @@ def test_teacher_reads_a_prompt_of_its_own():
         prompt_template="{answer}: {response} / \\frac{a}{problem}",
         template_arguments=("think=False",),
     )
-    teacher = teacher_prompt(Config(teacher=section))
+    teachers = teacher_prompts(Config(teacher=section))
     rows = [
         Example("what?", "a {problem} <|end|>", ("4", "5"), "0"),
         Example("no answer", "r", None, "1"),
     ]
     prompts = tokenize_prompts(
-        InMemoryDataset(rows), tokenizer, max_prompt_length=999, teacher=teacher
+        InMemoryDataset(rows), tokenizer, max_prompt_length=999, teachers=[*teachers.values()]
     )
     assert list(prompts.rows) == [0]
     assert list(prompts.dropped) == [
@@ -194,7 +194,7 @@ def test_teacher_reads_a_prompt_of_its_own():
 def test_template_of_the_teacher_names_what_there_is(template, words):
     words = words.replace("{", "\\{")
     with pytest.raises(UserError, match=words):
-        tokenize("a", byte_tokenizer(), "b", teacher=TeacherPrompt(template=template))
+        tokenize("a", byte_tokenizer(), "b", teachers=[TeacherPrompt(template=template)])
 
 
 class Faulty(InMemoryDataset):

@@ -24,6 +24,7 @@ from distill.build.scratch import make_random_model_like
 from distill.build.session import Session, open_session
 from distill.build.teachers import abstract_teacher
 from distill.config.parse import parse_config
+from distill.config.schema import all_teachers
 from distill.data.arithmetic import CHARACTERS
 from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints.source import load_model_config
@@ -174,9 +175,9 @@ def test_8_bit_teacher_is_laid_out_as_a_run_loads_it(models, sizes, offload):
     config.teacher.split_over_data = offload == "none"
     config = parse_config(config)
     with open_session(config) as session:
-        loaded = session.load_teacher().fetch()
-    model = load_model_config(session.teacher_folder)[0]
-    planned = abstract_teacher(config, model, session.mesh).params
+        loaded = session.load_teachers()[""].fetch()
+    model = load_model_config(session.teacher_folders[""])[0]
+    planned = abstract_teacher(config, all_teachers(config)[""], model, session.mesh).params
     assert jax.tree.structure(planned) == jax.tree.structure(loaded)
     leaves = jax.tree_util.tree_leaves_with_path(loaded)
     assert sum(path[-1].name == "scale" for path, _ in leaves) == 7

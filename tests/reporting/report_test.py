@@ -74,7 +74,7 @@ def record(workdir, *, with_teacher=True, kl_type="reverse", batch_size=2) -> di
     )
     student, teacher = models()
     responses = Responses(rollout, ["text"] * 5, [True, False, True, False, True])
-    recorder("student", 7, student, teacher if with_teacher else None, responses)
+    recorder("student", 7, student, [teacher if with_teacher else None], responses)
     return json.loads((workdir / "rollouts/student.json").read_text())
 
 

@@ -103,7 +103,7 @@ def test_services_are_one_run_over_all_starts(name, tmp_path, models, monkeypatc
     service.fails_at = "init"
     config.distillation.max_steps = 4
     assert distill.train(config, tmp_path).steps == 4
-    monkeypatch.setattr(Session, "load_teacher", None)
+    monkeypatch.setattr(Session, "load_teachers", None)
     with pytest.raises(UserError, match=f"{name}, which does not start .no route to host.: log in"):
         distill.train(config, tmp_path / "new")
 

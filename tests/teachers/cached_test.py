@@ -17,7 +17,6 @@ from tiny_runs import read_metrics, tiny_config, with_models
 import distill
 from distill.base.errors import UserError
 from distill.build import scores as build_scores
-from distill.build import session as build_session
 from distill.build import teachers as build_teachers
 from distill.build.session import open_session
 from distill.config.parse import parse_config
@@ -71,7 +70,7 @@ def test_run_equals_one_with_the_teacher_and_loads_none(models, tmp_path, monkey
     live = distill.train(config, tmp_path / "live")
     config.teacher.scores = str(tmp_path / "scores")
     score(config, tmp_path / "scores")
-    monkeypatch.setattr(build_session, "build_teacher", no_teacher)
+    monkeypatch.setattr(build_teachers, "_load", no_teacher)
     cached = distill.train(config, tmp_path / "cached")
     names = "loss", "grad_norm", "teacher_log_prob"
     ours, theirs = (
@@ -92,7 +91,7 @@ def test_scores_of_a_server_are_its_likeliest_tokens(models, tmp_path, monkeypat
     score(config, tmp_path / "scores")
     config.teacher.scores = str(tmp_path / "scores")
     with open_session(parse_config(config)) as session:
-        teacher, sequences = session.load_teacher(), session.prompts.sequences([5, 0, 15])
+        teacher, sequences = session.load_teachers()[""], session.prompts.sequences([5, 0, 15])
         found, expected = teacher.score(sequences), TopTokens().score(sequences)
     assert teacher.graph is teacher.fetch() is None
     trained_n = sequences["weight"] != 0
@@ -105,7 +104,7 @@ def test_only_the_head_is_there(models, folder):
     config = run_config(models)
     config.teacher.scores = str(folder)
     with open_session(parse_config(config)) as session:
-        teacher = session.load_teacher()
+        teacher = session.load_teachers()[""]
         assert [path for path, _ in nnx.to_flat_state(teacher.fetch())] == [("embedding",)]
         sequences = session.prompts.sequences([3, 1])
         hidden_nd = teacher.score(sequences)["teacher_hidden"]

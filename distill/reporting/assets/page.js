@@ -2,6 +2,16 @@
 
 const ROLES = ["base", "student", "teacher"];
 
+function rolesOf(run) {
+  const others = Object.keys(run.results).filter((role) => !ROLES.includes(role));
+  return [...ROLES, ...others].filter((role) => run.results[role]);
+}
+
+function teachersOf(config) {
+  const models = Object.entries(config).filter(([key]) => /^teachers\.[^.]+\.model$/.test(key));
+  return models.map(([key, model]) => `${key.split(".")[1]}: ${model}`).join(", ");
+}
+
 function headline(runs) {
   const config = runs[0].config;
   const facts = runs.length > 1 ? [] : [
@@ -11,7 +21,7 @@ function headline(runs) {
     ["batch", config["policy.train_global_batch_size"]],
     ["learning rate", config["policy.optimizer.learning_rate"]],
     ["student", config["policy.model_name"]],
-    ["teacher", config["distillation.teacher_model_path"]],
+    ["teacher", config["distillation.teacher_model_path"] || teachersOf(config)],
   ];
   return el("header", { class: "top" },
     el("p", { class: "kicker" }, runs.length > 1 ? "Distillation, runs compared" : "Distillation run"),
@@ -43,7 +53,7 @@ function tiles(run) {
 }
 
 function results(runs) {
-  const rows = runs.flatMap((run) => ROLES.filter((role) => run.results[role]).map(
+  const rows = runs.flatMap((run) => rolesOf(run).map(
     (role) => resultRow(run, role, run.results[role], runs.length > 1)));
   if (!rows.length) return null;
   const names = ["model", "accuracy", "95% interval", "forward KL", "reverse KL", "length", "cut off", "prompts"];
