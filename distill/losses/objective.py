@@ -236,40 +236,23 @@ def make_objective(
             f"from a teacher whose logits are here, and of no loss of whole rows: {_NEEDS}"
         )
     parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
-    named = [f"cross_entropy:{cross_entropy}"] if cross_entropy else []
-    named += terms
-    estimates = advantage.reward or advantage.teacher
+    added = [*([f"cross_entropy:{cross_entropy}"] if cross_entropy else []), *terms]
     loss: TermSum | RowLoss
     if pointwise:
-        found = []
+        dense = []
         if divergence:
-            found = _divergences(kl_type, kl_type_on_data, divergence, divergence_clip, parameters)
+            dense = _divergences(kl_type, kl_type_on_data, divergence, divergence_clip, parameters)
         if entropy_threshold:
             forward = DivergenceTerm(get_divergence("forward"))
-            found.append(Term(forward, divergence, UnsureTeacher(entropy_threshold)))
-        found += [get_term(text, **parameters) for text in named]
-        texts = [kl_type] * (len(found) - len(named)) + named
-        for text, term in zip(texts, found, strict=True):
-            by_outcomes = top_k_teacher and isinstance(term.function, DivergenceTerm)
-            _check_term(text, term, all_logits or by_outcomes)
-        if estimates:
-            found.append(Term(CROSS_ENTROPY, weight=advantage))
-        if not found:
-            raise UserError(
-                "distillation.objective has no term: give divergence, cross_entropy, "
-                "teacher_advantage or reward_advantage a weight"
-            )
-        loss = TermSum(tuple(found), temperature, factors)
-    elif named or estimates or kl_type_on_data or divergence_clip or divergence != 1:
-        added = [*named, *(["policy_gradient"] if estimates else [])]
-        raise UserError(
-            f"distillation.objective.terms={', '.join(added)} cannot be added to kl_type="
-            f"{kl_type}, a loss of whole rows: choose a divergence, or leave it empty"
-            if added
-            else f"kl_type={kl_type} is a loss of whole rows: it takes no kl_type_on_data, "
-            "objective.divergence_clip or objective.divergence"
-        )
+            dense.append(Term(forward, divergence, UnsureTeacher(entropy_threshold)))
+        named = [(kl_type, term) for term in dense]
+        named += [(text, get_term(text, **parameters)) for text in added]
+        found = [_checked(*pair, all_logits, top_k_teacher) for pair in named]
+        loss = TermSum(_with_advantage(found, advantage), temperature, factors)
     else:
+        estimates = ["policy_gradient"] if advantage.reward or advantage.teacher else []
+        changes = [kl_type_on_data, divergence_clip, divergence != 1]
+        _check_alone(kl_type, [*added, *estimates], any(changes))
         loss = RowLoss(get_loss(kl_type), temperature, factors)
     return Objective(
         loss=loss,
@@ -310,16 +293,45 @@ def _get_weight(name: str, all_logits: bool) -> TokenWeight:
     return weight
 
 
-def _check_term(text: str, term: Term, has_teacher: bool) -> None:
+def _with_advantage(terms: list[Term], advantage: Advantage) -> tuple[Term, ...]:
+    """The terms, and the policy gradient if it has a weight."""
+    if advantage.reward or advantage.teacher:
+        terms = [*terms, Term(CROSS_ENTROPY, weight=advantage)]
+    if not terms:
+        raise UserError(
+            "distillation.objective has no term: give divergence, cross_entropy, "
+            "teacher_advantage or reward_advantage a weight"
+        )
+    return tuple(terms)
+
+
+def _check_alone(kl_type: str, added: Sequence[str], changed: bool) -> None:
+    """Raises UserError if anything is to stand beside a loss of whole rows, or to change it."""
+    if added:
+        raise UserError(
+            f"distillation.objective.terms={', '.join(added)} cannot be added to kl_type="
+            f"{kl_type}, a loss of whole rows: choose a divergence, or leave it empty"
+        )
+    if changed:
+        raise UserError(
+            f"kl_type={kl_type} is a loss of whole rows: it takes no kl_type_on_data, "
+            "objective.divergence_clip or objective.divergence"
+        )
+
+
+def _checked(text: str, term: Term, all_logits: bool, top_k_teacher: bool) -> Term:
+    """The term; UserError unless it works entry by entry and has what it reads."""
     try:
         check_pointwise(term.function)
     except ValueError as error:
         raise UserError(f"{text}: {error}") from None
-    if not has_teacher and reads_teacher(term.function):
+    by_outcomes = top_k_teacher and isinstance(term.function, DivergenceTerm)
+    if not (all_logits or by_outcomes) and reads_teacher(term.function):
         raise UserError(
             f"distillation.objective.terms={text} reads the teacher's log-probability of every "
             f"token: {_NEEDS}"
         )
+    return term
 
 
 def _flatten_tokens(values_btx: jax.Array) -> jax.Array:
