@@ -117,7 +117,7 @@ PROGRAM = ("python", "-m", "distill.main")
 
 
 def test_keys_are_completed():
-    assert complete(*PROGRAM, "--config.distillation.kl_ty") == ["--config.distillation.kl_type="]
+    assert complete(*PROGRAM, "--config.distillation.jsd_b") == ["--config.distillation.jsd_beta="]
     offered = complete(*PROGRAM, "--config.")
     assert len(offered) == len(list(config_reference.all_keys()))
 
