@@ -50,7 +50,7 @@ from distill.batches.packing import Layout, Shape
 from distill.batches.source import Asked, BatchSource
 from distill.build.optimizer import build_optimizer
 from distill.config import cli
-from distill.config.schema import Optimizer
+from distill.config.policy import Optimizer
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts
 from distill.losses.objective import make_objective

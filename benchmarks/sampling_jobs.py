@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from distill.base.errors import RunStopped
-from distill.config.schema import Policy
+from distill.config.policy import Policy
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.load import load_params
 from distill.models.facts import ModelConfig

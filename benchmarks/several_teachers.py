@@ -29,7 +29,7 @@ from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.build.optimizer import build_optimizer
 from distill.config import cli
-from distill.config.schema import Optimizer
+from distill.config.policy import Optimizer
 from distill.losses.objective import make_objective
 from distill.step import TeacherInStep, TrainState, make_train_step
 

@@ -19,7 +19,7 @@ from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, load_weights
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import Rows, make_batch
 from distill.build.optimizer import build_optimizer
-from distill.config.schema import Optimizer
+from distill.config.policy import Optimizer
 from distill.data.sequences import Sequences
 from distill.losses.objective import make_objective
 from distill.models.facts import ModelConfig

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from distill.base.files import local_path
 from distill.config import cli
+from distill.config.method import OF_STUDENT
 from distill.config.parse import parse_config
-from distill.config.schema import OF_STUDENT
 from distill.run.interrupts import Interrupts
 
 

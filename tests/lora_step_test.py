@@ -11,7 +11,7 @@ from tiny_models import model_config, num_bytes
 
 from distill.base.sharding import make_mesh, param_shardings
 from distill.build.models import abstract_state, first_state
-from distill.config.schema import Lora, Optimizer, Policy
+from distill.config.policy import Lora, Optimizer, Policy
 from distill.losses.objective import make_objective
 from distill.models import lora
 from distill.models.model import Model

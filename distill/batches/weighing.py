@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distill.base.errors import UserError
-from distill.config.schema import Objective
+from distill.config.method import Objective
 from distill.data.sequences import Sequences
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from distill.base import processes
 from distill.base.errors import UserError
 from distill.base.registry import own_values
-from distill.config.schema import Config, Data, Teacher, all_teachers, teacher_key
+from distill.config.method import Teacher
+from distill.config.schema import Config, Data, all_teachers, teacher_key
 from distill.data.base import (
     PASSED,
     DatasetInterface,

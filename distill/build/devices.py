@@ -19,7 +19,8 @@ from distill.base.sharding import (
 )
 from distill.batches.rows import Batch
 from distill.build.layout import build_layout
-from distill.config.schema import Config, Generation, all_teachers, teacher_key
+from distill.config.policy import Generation
+from distill.config.schema import Config, all_teachers, teacher_key
 
 
 def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -7,7 +7,7 @@ import dataclasses
 from distill.base.errors import UserError
 from distill.base.sharding import AnyMesh, batch_parts
 from distill.batches.packing import Layout, Shape
-from distill.config.schema import Policy, tokens_per_microbatch
+from distill.config.policy import Policy, tokens_per_microbatch
 
 
 def build_layout(policy: Policy, longest: int, mesh: AnyMesh, view_excess: int = 0) -> Layout:

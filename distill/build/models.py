@@ -22,7 +22,7 @@ from distill.base.sharding import (
     param_shardings,
     replicated,
 )
-from distill.config.schema import Policy
+from distill.config.policy import Policy
 from distill.models.checkpoints.load import load_head, load_params
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig

@@ -9,7 +9,7 @@ import optax
 import optax.contrib
 from flax import nnx
 
-from distill.config.schema import Optimizer
+from distill.config.policy import Optimizer
 from distill.models.primitives import matrix_axes
 
 

@@ -7,7 +7,9 @@ import traceback
 
 from distill.base.errors import UserError
 from distill.base.registry import describe, own_keys
-from distill.config.schema import ENVIRONMENTS, KNOWN_BACKENDS, Config
+from distill.config.method import ENVIRONMENTS
+from distill.config.policy import KNOWN_BACKENDS
+from distill.config.schema import Config
 from distill.data.base import PASSED, get_factory
 from distill.evaluation.grading import get_grader
 from distill.evaluation.metrics import get_metric

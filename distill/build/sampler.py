@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from distill.base.sharding import SAMPLER_RULES, param_shardings
 from distill.build import servers as build_vllm
-from distill.config.schema import KNOWN_BACKENDS, Config, GenerateStrategy, Policy
+from distill.config.method import GenerateStrategy
+from distill.config.policy import KNOWN_BACKENDS, Policy
+from distill.config.schema import Config
 from distill.data.tokenizer import Vocabulary
 from distill.models.model import Model
 from distill.rollout.base import BackendParts, RolloutBackend, build_own_backend

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from distill.base.files import local_path
 from distill.build.models import build_head
-from distill.config.schema import OneTeacher
+from distill.config.method import OneTeacher
 from distill.data.prompts import Prompts
 from distill.data.scores import Scores
 from distill.models.checkpoints.fingerprint import fingerprint

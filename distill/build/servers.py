@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from distill.base.files import local_path
 from distill.base.sharding import batch_parts
-from distill.config.schema import Policy
+from distill.config.policy import Policy
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.source import load_model_config
 from distill.models.model import Model

@@ -50,7 +50,8 @@ from distill.build.plugins import import_plugins
 from distill.build.rewards import build_reward
 from distill.build.sampler import build_backend, build_engine
 from distill.build.teachers import build_teachers
-from distill.config.schema import ACCURACY, OF_STUDENT, Config, all_teachers, ema_decay
+from distill.config.method import OF_STUDENT
+from distill.config.schema import ACCURACY, Config, all_teachers, ema_decay
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts, tokenize_prompts
 from distill.data.sequences import Sequences

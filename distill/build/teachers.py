@@ -15,7 +15,8 @@ from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
 from distill.build.models import abstract_model, build_model, frozen_options, head_only
 from distill.build.scores import build_cached_teacher
-from distill.config.schema import Config, OneTeacher, all_teachers, teacher_key
+from distill.config.method import OneTeacher
+from distill.config.schema import Config, all_teachers, teacher_key
 from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.source import load_model_config

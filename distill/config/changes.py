@@ -8,17 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import UserError
-from distill.config.schema import (
-    CONTENT,
-    FIXED,
-    FREE,
-    NAMED,
-    Config,
-    OneTeacher,
-    PluginKeys,
-    Teachers,
-    schema_key,
-)
+from distill.config.keys import CONTENT, FIXED, FREE, NAMED
+from distill.config.method import OneTeacher, Teachers
+from distill.config.schema import Config, PluginKeys, schema_key
 
 # What is compared by content rather than by key, and may be named as keys may.
 CONTENTS = ("student", "teacher", "data", "template", "validation")

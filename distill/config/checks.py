@@ -8,18 +8,12 @@ import urllib.parse
 
 from distill.base.errors import UserError
 from distill.config.changes import CONTENTS, classes
+from distill.config.keys import NAMED
+from distill.config.method import ENVIRONMENTS, OF_STUDENT, Distillation, OneTeacher, Teacher
+from distill.config.policy import KNOWN_BACKENDS, Policy, VllmServers
 from distill.config.schema import (
-    ENVIRONMENTS,
-    KNOWN_BACKENDS,
-    NAMED,
-    OF_STUDENT,
     WRITERS,
     Config,
-    Distillation,
-    OneTeacher,
-    Policy,
-    Teacher,
-    VllmServers,
     all_teachers,
     named_teachers,
     schema_key,

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict, config_dict
 
 from distill.base.errors import UserError
 from distill.config.checks import check_combinations
-from distill.config.schema import Config, OneTeacher, PluginKeys, Teachers, schema_key
+from distill.config.method import OneTeacher, Teachers
+from distill.config.schema import Config, PluginKeys, schema_key
 
 _INTEGER_LIMIT = 2**31  # devices count in 32 bits
 # A password or a token in a URL: no value may have one, since values are logged and stored.

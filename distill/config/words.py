@@ -12,7 +12,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from distill.config.schema import Config, OneTeacher, PluginKeys, Teachers
+from distill.config.method import OneTeacher, Teachers
+from distill.config.schema import Config, PluginKeys
 
 # What most runs set; --help shows these.
 COMMON = (

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from distill.base.errors import UserError
-from distill.config.schema import ALL_LINEAR, Lora
+from distill.config.policy import ALL_LINEAR, Lora
 from distill.models.primitives import matrix_axes
 from distill.models.quantization import dequantize
 

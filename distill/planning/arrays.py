@@ -31,7 +31,8 @@ from distill.build.models import (
 from distill.build.optimizer import build_optimizer
 from distill.build.sampler import engine_sizes
 from distill.build.teachers import abstract_teacher
-from distill.config.schema import OneTeacher, all_teachers, ema_decay
+from distill.config.method import OneTeacher
+from distill.config.schema import all_teachers, ema_decay
 from distill.data.sequences import Sequences
 from distill.models.decoding import abstract_loop_weights
 from distill.models.facts import ModelConfig

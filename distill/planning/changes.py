@@ -12,13 +12,8 @@ from typing import Any
 from distill.base.errors import UserError
 from distill.base.sharding import MESH_AXES, batch_parts, make_abstract_mesh
 from distill.base.topology import SLICES, Topology, parse_topology
-from distill.config.schema import (
-    Config,
-    all_teachers,
-    microbatch_values,
-    rows_per_microbatch,
-    teacher_key,
-)
+from distill.config.policy import microbatch_values, rows_per_microbatch
+from distill.config.schema import Config, all_teachers, teacher_key
 from distill.planning.counts import cut_sizes
 from distill.planning.estimate import Plan, compile_plan, estimate
 from distill.planning.workload import Workload, fit_to_devices, with_values

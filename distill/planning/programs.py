@@ -19,7 +19,8 @@ from distill.build.objective import build_objective
 from distill.build.optimizer import build_optimizer
 from distill.build.sampler import build_sampling_params
 from distill.build.teachers import FROM_STATE
-from distill.config.schema import OneTeacher, all_teachers, ema_decay
+from distill.config.method import OneTeacher
+from distill.config.schema import all_teachers, ema_decay
 from distill.planning.arrays import Arrays
 from distill.planning.collectives import sent_bytes
 from distill.planning.workload import Workload

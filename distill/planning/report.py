@@ -7,7 +7,8 @@ from typing import Any
 
 from distill.base.sharding import MESH_AXES
 from distill.base.topology import INSTALL_COMPILER
-from distill.config.schema import rows_per_microbatch, schema_key
+from distill.config.policy import rows_per_microbatch
+from distill.config.schema import schema_key
 from distill.config.words import all_keys, show_value
 from distill.models.facts import ModelConfig
 from distill.planning import costs

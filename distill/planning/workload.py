@@ -16,14 +16,9 @@ from distill.base.sharding import (
     sampler_mesh_sizes,
 )
 from distill.build.devices import split_devices
-from distill.config.schema import (
-    OF_STUDENT,
-    Config,
-    Teachers,
-    all_teachers,
-    microbatch_values,
-    rows_per_microbatch,
-)
+from distill.config.method import OF_STUDENT, Teachers
+from distill.config.policy import microbatch_values, rows_per_microbatch
+from distill.config.schema import Config, all_teachers
 from distill.data.tokenizer import load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import find_config, split_revision
 from distill.models.checkpoints.source import read_text_config

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import printable
-from distill.config.schema import OF_STUDENT
+from distill.config.method import OF_STUDENT
 from distill.data import gsm8k, math_cl
 from distill.evaluation.table import format_table
 from distill.models.checkpoints.hub import EMBEDDED, is_hub_id, split_revision

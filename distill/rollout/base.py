@@ -11,7 +11,7 @@ from flax import nnx
 
 from distill.base.errors import RunStopped, UserError
 from distill.base.registry import Registry, describe, name_of, own_values
-from distill.config.schema import KNOWN_BACKENDS
+from distill.config.policy import KNOWN_BACKENDS
 from distill.sampling.request import Rollout, RolloutRequest
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from distill.base.errors import RunStopped
 from distill.base.registry import Registry, describe
-from distill.config.schema import ENVIRONMENTS
+from distill.config.method import ENVIRONMENTS
 from distill.data.base import Example
 
 Message = Mapping[str, str]

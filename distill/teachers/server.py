@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distill.base.errors import UserError
-from distill.config.schema import VllmTeacher
+from distill.config.policy import VllmTeacher
 from distill.data.sequences import Sequences
 from distill.data.tokenizer import Vocabulary
 from distill.rollout.vllm import checks

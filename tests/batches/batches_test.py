@@ -11,7 +11,7 @@ from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
 from distill.batches.source import Asked, BatchSource, repetition
 from distill.batches.weighing import make_weighing, weigh
-from distill.config.schema import Objective
+from distill.config.method import Objective
 from distill.data.sequences import Column, Sequences, declare_column
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout

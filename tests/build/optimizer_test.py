@@ -10,7 +10,7 @@ from flax import nnx
 from distill.base.sharding import make_mesh, optimizer_shardings, param_shardings
 from distill.build.models import on_mesh
 from distill.build.optimizer import build_optimizer, build_schedule
-from distill.config.schema import OPTIMIZERS, Optimizer
+from distill.config.policy import OPTIMIZERS, Optimizer
 from distill.run.checkpoint import Checkpoints
 
 

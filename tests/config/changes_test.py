@@ -6,8 +6,10 @@ import pytest
 
 from distill.base.errors import UserError
 from distill.config.changes import CONTENTS, check_changes, classes, find_changes
+from distill.config.keys import CONTENT, FIXED, FREE, NAMED
+from distill.config.method import OneTeacher, Teachers
 from distill.config.parse import default_config, parse_config, to_flat_dict
-from distill.config.schema import CONTENT, FIXED, FREE, NAMED, Config, OneTeacher, Teachers
+from distill.config.schema import Config
 
 FLAT = to_flat_dict(Config(teachers=Teachers(NAME=OneTeacher())))
 # A wrong class here means something else than its user thinks, or a workdir that is a dead end:

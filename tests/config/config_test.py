@@ -10,8 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from distill.base.errors import UserError
+from distill.config.method import OneTeacher
 from distill.config.parse import default_config, known_keys, parse_config, to_flat_dict
-from distill.config.schema import OneTeacher, all_teachers
+from distill.config.schema import all_teachers
 
 
 def valid_config() -> ConfigDict:

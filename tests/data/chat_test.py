@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 from distill.base.errors import UserError
 from distill.build.data import teacher_prompts, template_arguments
 from distill.checks.texts import _comparable
-from distill.config.schema import Config, Data, Teacher
+from distill.config.method import Teacher
+from distill.config.schema import Config, Data
 from distill.data.base import Dropped, Example
 from distill.data.prompts import TeacherPrompt, tokenize_prompts
 from distill.data.table import InMemoryDataset

@@ -13,7 +13,7 @@ from models_test import FAMILIES, OTHERS, SIZES
 from tiny_models import model_config, random_model
 
 from distill.base.errors import UserError
-from distill.config.schema import Lora
+from distill.config.policy import Lora
 from distill.models import lora
 from distill.models.checkpoints.keys import key_table
 from distill.models.facts import ModelConfig

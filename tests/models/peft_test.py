@@ -11,7 +11,7 @@ from lora_test import random_adapters
 from models_test import FAMILIES, OTHERS, load, make_case, torch_logits
 
 from distill.base.errors import UserError
-from distill.config.schema import Lora
+from distill.config.policy import Lora
 from distill.models import lora
 from distill.models.checkpoints.export_adapter import check_modules, export_adapter
 from distill.models.checkpoints.source import load_model_config

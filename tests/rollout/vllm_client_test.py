@@ -18,8 +18,8 @@ from vllm_double import Double, answer_tokens
 
 import distill
 from distill.base.errors import RunStopped, UserError
-from distill.config.schema import VllmServers
-from distill.config.schema import VllmTeacher as TeacherSection
+from distill.config.policy import VllmServers
+from distill.config.policy import VllmTeacher as TeacherSection
 from distill.data.sequences import Sequences
 from distill.data.tokenizer import Vocabulary, load_tokenizer
 from distill.rollout.vllm import checks, guard

@@ -29,7 +29,7 @@ from tiny_models import model_config
 import distill
 from distill.base.errors import RunStopped, UserError
 from distill.config import default_config
-from distill.config.schema import VllmServers
+from distill.config.policy import VllmServers
 from distill.data.arithmetic import CHARACTERS
 from distill.data.tokenizer import Vocabulary, character_tokenizer, load_tokenizer
 from distill.export_server import export_server

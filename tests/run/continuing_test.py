@@ -10,7 +10,7 @@ import distill
 from distill import trainer
 from distill.base.errors import RunInterrupted, RunStopped, UserError
 from distill.config.changes import classes
-from distill.config.schema import FREE
+from distill.config.keys import FREE
 from distill.evaluation.evaluator import Evaluator
 from distill.rollout.in_process import JaxBackend
 from distill.run.interrupts import Interrupts

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from distill.base.errors import UserError
-from distill.config.schema import Lora
+from distill.config.policy import Lora
 from distill.models.checkpoints.adapters import ADAPTER_WEIGHTS, PREFIX
 from distill.models.checkpoints.export import (
     Exported,

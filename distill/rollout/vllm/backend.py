@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from distill.base.errors import RunStopped, UserError
-from distill.config.schema import VllmServers
+from distill.config.policy import VllmServers
 from distill.data.tokenizer import Vocabulary
 from distill.rollout.vllm.checks import await_all_up, await_up
 from distill.rollout.vllm.client import ServerFailed, VllmClient, VllmError, connect

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.base.errors import UserError
-from distill.config.schema import VllmServers
+from distill.config.policy import VllmServers
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from distill.base.errors import UserError
-from distill.config.schema import VllmServers
+from distill.config.policy import VllmServers
 
 # Sampling options are always sent: servers take defaults from the model's generation_config.json.
 _PLAIN = {
