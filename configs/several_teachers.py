@@ -40,5 +40,6 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "smoke":
         config.distillation.update(max_steps=4, eval_steps=0, save_steps=0, logging_steps=1)
         config.policy.train_global_batch_size = config.policy.train_micro_batch_size = 16
+        config.data.max_samples = 30_000  # the first three of six levels
         config.data.validation.max_samples = config.evaluation.batch_size = 16
     return config
