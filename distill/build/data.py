@@ -20,7 +20,8 @@ from distill.data.base import (
     get_dataset,
     get_factory,
 )
-from distill.data.prompts import Prompts, TeacherPrompt
+from distill.data.prompts import Prompts
+from distill.data.tokenizing import TeacherPrompt
 
 # Keys of the config's data section that a source may take.
 _DATA_KEYS = {

@@ -53,9 +53,10 @@ from distill.build.teachers import build_teachers
 from distill.config.method import OF_STUDENT
 from distill.config.schema import ACCURACY, Config, all_teachers, ema_decay
 from distill.data.base import DatasetInterface
-from distill.data.prompts import Prompts, tokenize_prompts
+from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
 from distill.data.tokenizer import Vocabulary, shared_vocabulary
+from distill.data.tokenizing import tokenize_prompts
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import MOST_RESPONSES, RolloutRecorder
 from distill.losses.objective import Objective

@@ -17,9 +17,10 @@ from distill.data.arithmetic import CHARACTERS
 from distill.data.base import Dropped, Example, get_dataset
 from distill.data.gsm8k import final_number
 from distill.data.pipeline import make_train_iterator
-from distill.data.prompts import Prompts, tokenize_prompts
+from distill.data.prompts import Prompts
 from distill.data.table import InMemoryDataset
 from distill.data.tokenizer import character_tokenizer, train_bpe_tokenizer
+from distill.data.tokenizing import tokenize_prompts
 
 GOOD = b'{"prompt": "3+4", "response": "7"}'
 BAD = {

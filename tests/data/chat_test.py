@@ -10,9 +10,9 @@ from distill.checks.texts import _comparable
 from distill.config.method import Teacher
 from distill.config.schema import Config, Data
 from distill.data.base import Dropped, Example
-from distill.data.prompts import TeacherPrompt, tokenize_prompts
 from distill.data.table import InMemoryDataset
 from distill.data.tokenizer import response_end, vocabulary_size
+from distill.data.tokenizing import TeacherPrompt, tokenize_prompts
 
 SPECIAL = ["<|endoftext|>", "<|start|>", "<|end|>"]
 CHATML = (

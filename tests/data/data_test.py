@@ -21,8 +21,9 @@ from distill.data.base import (
 from distill.data.gsm8k import final_number
 from distill.data.math_cl import MATH500_HUB_ID, MathCLDataset
 from distill.data.pipeline import make_train_iterator
-from distill.data.prompts import Prompts, tokenize_prompts
+from distill.data.prompts import Prompts
 from distill.data.table import InMemoryDataset, holdout_split
+from distill.data.tokenizing import tokenize_prompts
 
 GSM8K = Path(__file__).parents[2].parent / "shared/data/gsm8k"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K files in {GSM8K}")

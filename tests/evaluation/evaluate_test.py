@@ -12,8 +12,8 @@ from tiny_models import model_config
 from distill.config import schema
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
-from distill.data.prompts import tokenize_prompts
 from distill.data.tokenizer import Vocabulary, character_tokenizer, vocabulary_size
+from distill.data.tokenizing import tokenize_prompts
 from distill.evaluation import evaluator as evaluator_module
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.table import format_table

@@ -22,8 +22,8 @@ import distill
 from distill.base.errors import UserError
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
-from distill.data.prompts import tokenize_prompts
 from distill.data.tokenizer import character_tokenizer, train_bpe_tokenizer, vocabulary_size
+from distill.data.tokenizing import tokenize_prompts
 from distill.evaluation import recorder as tokens
 from distill.evaluation.evaluator import Responses
 from distill.evaluation.recorder import RolloutRecorder, pieces
