@@ -273,7 +273,7 @@ def test_method_has_a_loss(method, lines, models, tmp_path):
         state, teachers = session.load_state(), session.load_teachers().values()
         sequences = session.prompts.sequences(np.arange(4))
         if session.prompts.response_tokens is None:
-            known = dict(sampled=True, weight=1, log_prob=-2, advantage=1)
+            known = dict(sampled=True, weight=1, log_prob=-2, advantage=1, reward=1)
             sampled = Sequences.of_tokens([[3, 4, 5]] * 4, **known)
             sequences = sequences.join(sampled)
         losses, views = [], []

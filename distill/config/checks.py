@@ -32,6 +32,7 @@ def check_combinations(config: Config) -> None:
     _check_lora(config)
     _check_vllm(config)
     _check_environment(config)
+    _check_feedback(config)
     if unknown := set(config.logger.writers) - set(WRITERS):
         raise UserError(
             f"logger.writers names {', '.join(sorted(unknown))}: it takes {', '.join(WRITERS)}, "
@@ -142,6 +143,18 @@ def _check_advantages(config: Config) -> None:
             "group would be pushed away from the teacher: reward_advantage has its own, leave it "
             "out"
         )
+
+
+def _check_feedback(config: Config) -> None:
+    for name, teacher in all_teachers(config).items():
+        if "{feedback}" in teacher.prompt_template and not (
+            config.reward.function and config.distillation.generate_strategy.num_generations > 1
+        ):
+            raise UserError(
+                f"{teacher_key(name, 'prompt_template')} names {{feedback}}, another response to "
+                "the prompt that has a higher reward: set reward.function, and "
+                "distillation.generate_strategy.num_generations to 2 or more"
+            )
 
 
 def _check_environment(config: Config) -> None:

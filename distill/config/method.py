@@ -152,7 +152,9 @@ class Teacher:
     )
     system_prompt: str = content("", "system message that the teacher reads; '' is the student's")
     prompt_template: str = content(
-        "", "text with {problem} that it reads, with {response}, {answer}; '' is the student's"
+        "",
+        "text with {problem} that it reads, with {response}, {answer} of the data or {feedback}, a "
+        "right response of the group; '' is the student's",
     )
     template_arguments: tuple[str, ...] = content(
         (), "NAME=VALUE, variables of its chat template beside data.template_arguments"

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ class Prompts:
         noted: kept rows of which something is worth saying.
         keys: for each kept row, the same as for other rows of the same prompt.
         view_tokens: token ids of the prompts that the teacher reads; None: the student's.
+        retell: makes other ones of a row and another response to it, where the teacher's template
+            names {feedback}; None where that would be too long.
+        retold_excess: tokens by which these are longer than the prompt, at most.
         parts: for each of several teachers, the rows that it is asked about, with its view.
     """
 
@@ -41,6 +44,8 @@ class Prompts:
     noted: dict[str, Dropped] = dataclasses.field(default_factory=dict)
     keys: tuple[str, ...] = ()
     view_tokens: list[np.ndarray] | None = None
+    retell: Callable[[int, np.ndarray], np.ndarray | None] | None = None
+    retold_excess: int = 0
     parts: tuple["Prompts", ...] = ()
 
     @property
@@ -79,13 +84,20 @@ class Prompts:
             return None
         kept = np.searchsorted(self.rows, sequences["row"])
         responses = sequences.behind(np.array([len(self.prompt_tokens[i]) for i in kept], np.int32))
-        return Sequences.of_tokens([self.view_tokens[i] for i in kept]).join(responses)
+        views = [self.view_tokens[i] for i in kept]
+        if self.retell is not None:
+            said = responses.split("tokens")
+            for number, other in _best_others(sequences).items():
+                retold = self.retell(int(sequences["row"][number]), said[other])
+                views[number] = views[number] if retold is None else retold
+        return Sequences.of_tokens(views).join(responses)
 
     @functools.cached_property
     def view_excess(self) -> int:
         """Tokens by which a view is longer than its sequence at most, a multiple of 8."""
         pairs = zip(self.view_tokens or [], self.prompt_tokens, strict=False)
         longest = max((len(theirs) - len(ours) for theirs, ours in pairs), default=0)
+        longest = max(longest, self.retold_excess)
         return max(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, 0)
 
     def digest(self) -> str:
@@ -93,6 +105,9 @@ class Prompts:
         digest = hashlib.sha256(self.rows.tobytes())
         for part in self.parts:
             digest.update(part.digest().encode())
+        if self.retell is not None and len(self) and len(self.prompt_tokens[0]):
+            probe = self.retell(int(self.rows[0]), self.prompt_tokens[0][:1])
+            digest.update(b"" if probe is None else probe.tobytes())
         for tokens in [
             *self.prompt_tokens,
             *(self.response_tokens or []),
@@ -113,6 +128,18 @@ class Prompts:
             f"{len(self)} prompts{repeats} of {min(lengths)} to {max(lengths)} tokens; "
             f"dropped: {describe_drops(self.dropped) or 'none'}{noted}"
         )
+
+
+def _best_others(sequences: Sequences) -> dict[int, int]:
+    """By sequence, another response to its prompt that has the highest reward, above 0."""
+    reward_b, found = sequences["reward"], {}
+    for index in np.unique(sequences["index"]):
+        group = np.flatnonzero(sequences["index"] == index)
+        best = group[(reward_b[group] == reward_b[group].max()) & (reward_b[group] > 0)]
+        for number in group:
+            if len(others := best[best != number]):
+                found[int(number)] = int(others[0])
+    return found
 
 
 def describe_drops(dropped: Mapping[str, Dropped]) -> str:

@@ -22,7 +22,9 @@ from distill.data.tokenizer import padding, response_end, vocabulary_size
 class TeacherPrompt:
     """What differs in the prompts that the teacher reads; what is empty is as the student's.
 
-    `template` may name fields of the example beside '{problem}': '{response}' and '{answer}'.
+    `template` may name fields of the example beside '{problem}': '{response}' and '{answer}'; and
+    '{feedback}', another response to the prompt that has the highest reward. Without one above 0,
+    the teacher reads what the student does.
     `rules` are COLUMN=VALUE, any of which an example fits that the teacher is asked about; without
     any, it is asked about all. `section` is of the config.
     """
@@ -99,16 +101,20 @@ def tokenize_prompts(
     prompts = _encode_prompts(examples, tokenizer, chat, limits, notes)
     asked = [[teacher.asks(example) for example in examples] for teacher in teachers]
     views: list[list[_Encoded] | None] = [None] * len(teachers)
+    retelling: list[dict[str, Any]] = [{} for _ in teachers]
     for number, teacher in enumerate(teachers):
         if teacher.differs:
             theirs = teacher.template or template
+            fields = _check_template(teacher.section, theirs, (*_FIELDS, _FEEDBACK))
             chat_t = make_chat(
                 system_prompt=teacher.system_prompt or system_prompt,
                 template=theirs,
                 arguments={**arguments, **teacher.arguments},
                 section=teacher.section,
             )
-            fields = _check_template(teacher.section, theirs, tuple(_FIELDS))
+            if _FEEDBACK in fields:
+                retelling[number] = _retelling(examples, prompts, tokenizer, chat_t, limits, fields)
+                chat_t, fields = chat, ()
             wanted = list(itertools.compress(examples, asked[number]))
             encoded = _encode_prompts(
                 wanted, tokenizer, chat_t, limits, [], fields, teacher.section
@@ -130,7 +136,9 @@ def tokenize_prompts(
     if not kept:
         raise UserError(_nothing_left(len(examples), dropped))
 
-    def those_of(kept: list[int], view: list[_Encoded] | None) -> Prompts:
+    def those_of(
+        kept: list[int], view: list[_Encoded] | None = None, retelling: Mapping[str, Any] = _NONE
+    ) -> Prompts:
         return Prompts(
             rows=np.array(kept, np.int64),
             prompt_tokens=_arrays(prompts, kept),
@@ -140,17 +148,22 @@ def tokenize_prompts(
             noted=count_drops(notes),
             keys=tuple(prompt_key(examples[i].prompt) for i in kept),
             view_tokens=None if view is None else _arrays(view, kept),
+            **retelling,
         )
 
-    if len(teachers) < 2:
-        return those_of(kept, *(views or [None]))
+    if not teachers:
+        return those_of(kept)
+    if len(teachers) == 1:
+        return those_of(kept, views[0], retelling[0])
     parts = (
-        those_of([i for i in kept if asked_i[i]], view)
-        for asked_i, view in zip(asked, views, strict=True)
+        those_of([i for i in kept if asked_i[i]], view, retold)
+        for asked_i, view, retold in zip(asked, views, retelling, strict=True)
     )
-    return dataclasses.replace(those_of(kept, None), parts=tuple(parts))
+    return dataclasses.replace(those_of(kept), parts=tuple(parts))
 
 
+_NONE: Mapping[str, Any] = {}
+_FEEDBACK = "feedback"
 # Texts of an example that the teacher's template may name beside the problem.
 _FIELDS: dict[str, Callable[[Example], str | None]] = {
     "response": lambda example: example.response,
@@ -171,6 +184,41 @@ def _check_template(section: str, template: str, fields: tuple[str, ...] = ()) -
             f"{', '.join(f'{{{name}}}' for name in ('problem', *fields))}"
         )
     return tuple(name for name in fields if f"{{{name}}}" in template)
+
+
+def _retelling(
+    examples: Sequence[Example],
+    prompts: Sequence["_Encoded"],
+    tokenizer,
+    chat: Chat,
+    limits: "_Limits",
+    fields: tuple[str, ...],
+) -> dict[str, Any]:
+    """`Prompts.retell` and `retold_excess`: as long as any response, and what the template adds."""
+    plain = not tokenizer.chat_template
+
+    def render(row: int, feedback: str) -> list[int]:
+        example = examples[row]
+        texts = {name: _FIELDS[name](example) or "" for name in fields if name != _FEEDBACK}
+        text = chat.render(example.prompt, {**texts, _FEEDBACK: feedback})
+        return chat.encode([text], add_special_tokens=plain)[0]
+
+    def retell(row: int, response_tokens: np.ndarray) -> np.ndarray | None:
+        said = str(tokenizer.decode(response_tokens.tolist(), skip_special_tokens=True))
+        try:
+            tokens = render(row, said)
+        except Refused:
+            return None
+        longest = min(limits.prompt, len(prompts[row]) + excess)
+        return np.array(tokens, np.int32) if len(tokens) <= longest else None
+
+    rows = [row for row, tokens in enumerate(prompts) if not isinstance(tokens, str)][:_SAMPLED]
+    added = [len(render(row, "")) - len(prompts[row]) for row in rows]
+    excess = max(added, default=0) + limits.response
+    return dict(retell=retell, retold_excess=excess)
+
+
+_SAMPLED = 64  # rows of which it is looked how much a template adds
 
 
 @dataclasses.dataclass(frozen=True)

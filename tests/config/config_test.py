@@ -137,6 +137,16 @@ def several(**teachers) -> ConfigDict:
     return config
 
 
+@pytest.mark.parametrize("changes", [{}, {"reward.function": "accuracy"}])
+def test_feedback_needs_rewards_in_groups(changes):
+    config = valid_config()
+    set_key(config, "teacher.prompt_template", "{feedback} {problem}")
+    for key, value in changes.items():
+        set_key(config, key, value)
+    with pytest.raises(UserError, match="names {feedback}.*reward.function.*num_generations"):
+        parse_config(config)
+
+
 def test_named_teachers_have_defaults_for_what_they_leave_out():
     config = several(easy=dict(model="a"), hard=dict(model="b", prompts="level=3", weight=2))
     teachers = all_teachers(parse_config(config))

@@ -10,6 +10,7 @@ from distill.checks.texts import _comparable
 from distill.config.method import Teacher
 from distill.config.schema import Config, Data
 from distill.data.base import Dropped, Example
+from distill.data.sequences import Sequences
 from distill.data.table import InMemoryDataset
 from distill.data.tokenizer import response_end, vocabulary_size
 from distill.data.tokenizing import TeacherPrompt, tokenize_prompts
@@ -182,6 +183,33 @@ def test_teacher_reads_a_prompt_of_its_own():
     assert tokenizer.decode(prompts.view_tokens[0]) == expected + "quick\n"
     longer = len(prompts.view_tokens[0]) - len(prompts.prompt_tokens[0])
     assert longer <= prompts.view_excess < longer + 8
+
+
+def test_teacher_reads_another_right_response_of_the_group():
+    """The first of the highest reward that is not its own; else, what the student reads."""
+    tokenizer = byte_tokenizer()
+    teacher = TeacherPrompt(template="{answer}|{feedback}|{problem}")
+    rows = [Example("one?", None, "1", "0"), Example("two?", None, "2", "1")]
+    options = dict(max_prompt_length=99, max_response_length=16, teachers=[teacher])
+    prompts = tokenize_prompts(InMemoryDataset(rows), tokenizer, **options)
+    said = ["no", "yes", "sure", "wrong", "false", "x" * 40]
+    rewards = [0.0, 1.0, 1.0, 0.0, 0.0, 2.0]
+    responses = Sequences.of_tokens(
+        [tokenizer(text + SPECIAL[0])["input_ids"] for text in said], reward=rewards
+    )
+    asked = prompts.sequences([0, 0, 0, 1, 1, 1]).with_columns(index=[7, 7, 7, 8, 8, 8])
+    view = prompts.view(asked.join(responses))
+    student = [rendered(prompts, tokenizer, row) for row in (0, 1)]
+    expected = [
+        *(student[0].replace("one?", f"1|{other}|one?") for other in ("yes", "sure", "yes")),
+        *[student[1]] * 3,  # the right one is longer than a response may be, and itself right
+    ]
+    read = [tokenizer.decode(tokens_t) for tokens_t in view.split("tokens")]
+    assert read == [f"{e}{text}{SPECIAL[0]}" for e, text in zip(expected, said, strict=True)]
+    longest = max(view.lengths_b - asked.join(responses).lengths_b)
+    assert 0 < longest <= prompts.view_excess
+    plain = tokenize_prompts(InMemoryDataset(rows), tokenizer, max_prompt_length=99)
+    assert prompts.digest() != plain.digest() and prompts.view(plain.sequences([0, 1])) is not None
 
 
 @pytest.mark.parametrize(
