@@ -147,13 +147,14 @@ def _check_advantages(config: Config) -> None:
 
 def _check_feedback(config: Config) -> None:
     for name, teacher in all_teachers(config).items():
-        if "{feedback}" in teacher.prompt_template and not (
-            config.reward.function and config.distillation.generate_strategy.num_generations > 1
-        ):
+        several = config.distillation.generate_strategy.num_generations > 1
+        there_is = config.environment.name or (config.reward.function and several)
+        if "{feedback}" in teacher.prompt_template and not there_is:
             raise UserError(
                 f"{teacher_key(name, 'prompt_template')} names {{feedback}}, another response to "
-                "the prompt that has a higher reward: set reward.function, and "
-                "distillation.generate_strategy.num_generations to 2 or more"
+                "the prompt that has the highest reward, or an environment's replies: set "
+                "reward.function, and distillation.generate_strategy.num_generations to 2 or more; "
+                "or environment.name"
             )
 
 

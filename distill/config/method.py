@@ -154,7 +154,7 @@ class Teacher:
     prompt_template: str = content(
         "",
         "text with {problem} that it reads, with {response}, {answer} of the data or {feedback}, a "
-        "right response of the group; '' is the student's",
+        "right response of the group and an environment's replies; '' is the student's",
     )
     template_arguments: tuple[str, ...] = content(
         (), "NAME=VALUE, variables of its chat template beside data.template_arguments"

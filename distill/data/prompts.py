@@ -30,8 +30,8 @@ class Prompts:
         noted: kept rows of which something is worth saying.
         keys: for each kept row, the same as for other rows of the same prompt.
         view_tokens: token ids of the prompts that the teacher reads; None: the student's.
-        retell: makes other ones of a row and another response to it, where the teacher's template
-            names {feedback}; None where that would be too long.
+        retell: makes other ones of a row and texts about it, where the teacher's template names
+            {feedback}; None where that would be too long.
         retold_excess: tokens by which these are longer than the prompt, at most.
         parts: for each of several teachers, the rows that it is asked about, with its view.
     """
@@ -44,7 +44,7 @@ class Prompts:
     noted: dict[str, Dropped] = dataclasses.field(default_factory=dict)
     keys: tuple[str, ...] = ()
     view_tokens: list[np.ndarray] | None = None
-    retell: Callable[[int, np.ndarray], np.ndarray | None] | None = None
+    retell: Callable[[int, Sequence[np.ndarray]], np.ndarray | None] | None = None
     retold_excess: int = 0
     parts: tuple["Prompts", ...] = ()
 
@@ -86,9 +86,8 @@ class Prompts:
         responses = sequences.behind(np.array([len(self.prompt_tokens[i]) for i in kept], np.int32))
         views = [self.view_tokens[i] for i in kept]
         if self.retell is not None:
-            said = responses.split("tokens")
-            for number, other in _best_others(sequences).items():
-                retold = self.retell(int(sequences["row"][number]), said[other])
+            for number, feedback in _feedback(sequences, responses).items():
+                retold = self.retell(int(sequences["row"][number]), feedback)
                 views[number] = views[number] if retold is None else retold
         return Sequences.of_tokens(views).join(responses)
 
@@ -106,7 +105,7 @@ class Prompts:
         for part in self.parts:
             digest.update(part.digest().encode())
         if self.retell is not None and len(self) and len(self.prompt_tokens[0]):
-            probe = self.retell(int(self.rows[0]), self.prompt_tokens[0][:1])
+            probe = self.retell(int(self.rows[0]), [self.prompt_tokens[0][:1]])
             digest.update(b"" if probe is None else probe.tobytes())
         for tokens in [
             *self.prompt_tokens,
@@ -130,15 +129,21 @@ class Prompts:
         )
 
 
-def _best_others(sequences: Sequences) -> dict[int, int]:
-    """By sequence, another response to its prompt that has the highest reward, above 0."""
+def _feedback(sequences: Sequences, responses: Sequences) -> dict[int, list[np.ndarray]]:
+    """By sequence, what there is to say of it, as tokens.
+
+    Another response to its prompt that has the highest reward, above 0; what an environment said.
+    """
     reward_b, found = sequences["reward"], {}
+    said, weights = responses.split("tokens"), responses.split("weight")
     for index in np.unique(sequences["index"]):
         group = np.flatnonzero(sequences["index"] == index)
         best = group[(reward_b[group] == reward_b[group].max()) & (reward_b[group] > 0)]
         for number in group:
-            if len(others := best[best != number]):
-                found[int(number)] = int(others[0])
+            replied = said[number][weights[number] == 0]
+            texts = [*(said[other] for other in best[best != number][:1]), replied]
+            if texts := [text for text in texts if len(text)]:
+                found[int(number)] = texts
     return found
 
 

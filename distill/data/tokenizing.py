@@ -23,8 +23,8 @@ class TeacherPrompt:
     """What differs in the prompts that the teacher reads; what is empty is as the student's.
 
     `template` may name fields of the example beside '{problem}': '{response}' and '{answer}'; and
-    '{feedback}', another response to the prompt that has the highest reward. Without one above 0,
-    the teacher reads what the student does.
+    '{feedback}', another response to the prompt that has the highest reward, above 0, and what an
+    environment replied. Without either, the teacher reads what the student does.
     `rules` are COLUMN=VALUE, any of which an example fits that the teacher is asked about; without
     any, it is asked about all. `section` is of the config.
     """
@@ -203,10 +203,10 @@ def _retelling(
         text = chat.render(example.prompt, {**texts, _FEEDBACK: feedback})
         return chat.encode([text], add_special_tokens=plain)[0]
 
-    def retell(row: int, response_tokens: np.ndarray) -> np.ndarray | None:
-        said = str(tokenizer.decode(response_tokens.tolist(), skip_special_tokens=True))
+    def retell(row: int, texts: Sequence[np.ndarray]) -> np.ndarray | None:
+        said = (tokenizer.decode(text.tolist(), skip_special_tokens=True) for text in texts)
         try:
-            tokens = render(row, said)
+            tokens = render(row, "\n".join(map(str, said)))
         except Refused:
             return None
         longest = min(limits.prompt, len(prompts[row]) + excess)

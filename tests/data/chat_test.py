@@ -1,5 +1,6 @@
 """Chat templates and special tokens: what the data says reaches the model, as text, and whole."""
 
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -197,12 +198,19 @@ def test_teacher_reads_another_right_response_of_the_group():
     responses = Sequences.of_tokens(
         [tokenizer(text + SPECIAL[0])["input_ids"] for text in said], reward=rewards
     )
-    asked = prompts.sequences([0, 0, 0, 1, 1, 1]).with_columns(index=[7, 7, 7, 8, 8, 8])
+    assert prompts.retell(0, [np.full(40, 5)]) is None, "longer than a response may be"
+    asked = prompts.sequences([0, 0, 0, 1, 1, 1]).with_columns(index=[7, 7, 7, 8, 8, 9])
+    # An environment has said the end of the first and of the fourth.
+    weight = np.ones(responses.lengths_b.sum())
+    starts_b = np.cumsum(responses.lengths_b) - responses.lengths_b
+    weight[starts_b[0] + 1 : starts_b[1] - 1] = weight[starts_b[3] + 1 : starts_b[3] + 4] = 0
+    responses = responses.with_columns(weight=weight)
     view = prompts.view(asked.join(responses))
     student = [rendered(prompts, tokenizer, row) for row in (0, 1)]
     expected = [
-        *(student[0].replace("one?", f"1|{other}|one?") for other in ("yes", "sure", "yes")),
-        *[student[1]] * 3,  # the right one is longer than a response may be, and itself right
+        *(student[0].replace("one?", f"1|{other}|one?") for other in ("yes\no", "sure", "yes")),
+        student[1].replace("two?", "2|ron|two?"),
+        *[student[1]] * 2,  # nothing is right, or nothing else
     ]
     read = [tokenizer.decode(tokens_t) for tokens_t in view.split("tokens")]
     assert read == [f"{e}{text}{SPECIAL[0]}" for e, text in zip(expected, said, strict=True)]

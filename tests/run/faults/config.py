@@ -1,4 +1,4 @@
-"""A tiny run with faults, whose teacher is in the train state; argument: its models' folder."""
+"""A tiny run with faults, one of whose teachers is in the train state; argument: the models."""
 
 from ml_collections import ConfigDict
 from tiny_runs import tiny_config, with_models
@@ -8,6 +8,12 @@ def get_config(folder: str) -> ConfigDict:
     config = tiny_config(lambda_=0.7, max_steps=40, eval_steps=3, save_steps=1)
     config.plugins = ("fault_plugin",)
     config = with_models(config, {role: f"{folder}/{role}" for role in ("student", "teacher")})
-    config.distillation.teacher_model_path = "ema"  # which only the checkpoint has
-    config.teacher.ema_decay, config.teacher.prompt_template = 0.75, "{answer}={problem}"
+    fixed = config.distillation.teacher_model_path
+    config.distillation.teacher_model_path, config.teacher.precision = "", "bfloat16"
+    with config.unlocked():
+        config.teachers = {
+            # Which only the checkpoint has.
+            "average": dict(model="ema", ema_decay=0.75, prompt_template="{answer}={problem}"),
+            "fixed": dict(model=fixed, precision="float32", weight=0.5),
+        }
     return config
