@@ -113,7 +113,7 @@ def test_update_does_not_depend_on_the_mesh(case, stepped, student, teacher, siz
         placed = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
         teacher_params = jax.device_put(teacher[1], param_shardings(teacher[1], mesh))
         batch = on_mesh(mesh, make_rows().batch(padded(1)))
-        after, metrics = step(placed, teacher_params, batch)
+        after, metrics = step(placed, [teacher_params], batch)
     assert float(metrics["loss"]) == pytest.approx(float(stepped[1]["loss"]), rel=1e-5)
     assert_near(after.trainable, stepped[0].trainable)
 
