@@ -151,10 +151,9 @@ def _check_feedback(config: Config) -> None:
         there_is = config.environment.name or (config.reward.function and several)
         if "{feedback}" in teacher.prompt_template and not there_is:
             raise UserError(
-                f"{teacher_key(name, 'prompt_template')} names {{feedback}}, another response to "
-                "the prompt that has the highest reward, or an environment's replies: set "
-                "reward.function, and distillation.generate_strategy.num_generations to 2 or more; "
-                "or environment.name"
+                f"{teacher_key(name, 'prompt_template')} names {{feedback}}: set environment.name, "
+                "whose replies it has, or reward.function, and "
+                "distillation.generate_strategy.num_generations to 2 or more"
             )
 
 
