@@ -11,7 +11,9 @@ shared CPU cores. On 256 held-out problems, of which the longest are cut off at 
     student  accuracy 86.3% (81.6% - 90.0%), 4.2 turns a problem
     teacher  accuracy 88.3% (83.8% - 91.7%)
 
-The teacher was made from random weights by
+    python -m distill.main --config=configs/tools.py:smoke --workdir=runs/tools_smoke
+
+makes two updates of a few dialogues. The teacher was made from random weights by
 
     python -m distill.scratch --config=configs/tools.py:teacher \
         --tokenizer=characters:arithmetic --layers=3 --width=64 --heads=4 --kv_heads=4

@@ -8,14 +8,14 @@
 """
 
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired
 
 from distill.base.errors import RunStopped, UserError
 from distill.base.registry import Registry, describe, name_of
+from distill.base.worker import make_pool
 from distill.data.base import DatasetInterface, Example
 from distill.evaluation import answers, math_check
 
@@ -92,12 +92,7 @@ class Grader:
         self._pool.join()
 
     def _start(self) -> None:
-        self._pool = ProcessPool(
-            max_workers=self._workers,
-            initializer=math_check.prepare_worker,
-            # Not fork: the parent has threads and an accelerator.
-            context=multiprocessing.get_context("spawn"),
-        )
+        self._pool = make_pool(self._workers, math_check.prepare_worker)
 
     def grade(
         self, dataset: DatasetInterface, examples: Sequence[Example], responses: Sequence[str]

@@ -1,20 +1,14 @@
 """The part of answer checking that runs in worker processes: it must stay quick to import."""
 
-import ctypes
 import itertools
 import logging
-import multiprocessing
-import os
 import re
-import resource
-import signal
-import sys
 from collections.abc import Callable, Sequence
 
+from distill.base.worker import end_with_parent, limit_memory
 from distill.evaluation.answers import last_boxed, marked, split_unit, unwrapped
 
 _MEMORY_BYTES = 4 * 2**30
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _DEEPEST = 100  # brackets within brackets
 _SHORT = 200  # characters of an answer that nothing marks
 _DECIMALS = 12  # by which numbers are compared: 0.333333 is not 1/3
@@ -42,26 +36,11 @@ _NUMBERS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 
 def prepare_worker() -> None:
     """Limits memory, and warms up, so that no answer's clock pays for imports and first calls."""
-    _end_with_parent()
+    end_with_parent()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     if not _verify(r"\boxed{1}", r"\boxed{1.0}"):  # what is equal as text never gets that far
         raise RuntimeError("math-verify does not find that 1 equals 1")
-    # A huge power must fail here, before the machine has to choose which process to end.
-    if sys.platform == "linux":  # macOS refuses to limit address space
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-
-
-def _end_with_parent() -> None:
-    """Has the kernel end this process with its parent, even in the midst of a long computation.
-
-    A thread that watches the parent would not do: the power of a huge number does not let it run.
-    """
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it died before the call above
-        os._exit(1)
+    limit_memory(_MEMORY_BYTES)
 
 
 def matches(answers: Sequence[str], text: str) -> bool:

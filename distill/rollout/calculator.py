@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import operator
-import resource
-import sys
 from collections.abc import Callable
+
+from distill.base.worker import end_with_parent, limit_memory
 
 _MEMORY_BYTES = 2**30
 _LONGEST = 1000  # characters of an expression
@@ -26,9 +26,9 @@ _OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
 
 
 def prepare_worker() -> None:
-    """Limits memory: a huge power must fail here."""
-    if sys.platform == "linux":  # macOS refuses to limit address space
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    """Limits memory, and time to the parent's."""
+    end_with_parent()
+    limit_memory(_MEMORY_BYTES)
 
 
 def evaluate(expression: str) -> str:

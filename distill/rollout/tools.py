@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import threading
 from collections.abc import Callable
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired
 
 from distill.base.errors import UserError
+from distill.base.worker import make_pool
 from distill.data.base import Example
 from distill.rollout import calculator
 from distill.rollout.environment import Environment, Reply, says
@@ -46,7 +46,7 @@ class Calculator:
     """Evaluates expressions in a process of its own, which is replaced if it ends."""
 
     def __init__(self) -> None:
-        self._pool, self._alone = _make_pool(), threading.Lock()
+        self._pool, self._alone = make_pool(1, calculator.prepare_worker), threading.Lock()
 
     def __call__(self, expression: str) -> str:
         """The value, or what is wrong with the expression."""
@@ -55,7 +55,7 @@ class Calculator:
                 return self._evaluate(expression)
             except RuntimeError:  # the process was ended while it had nothing to do
                 self.stop()
-                self._pool = _make_pool()
+                self._pool = make_pool(1, calculator.prepare_worker)
                 return self._evaluate(expression)
 
     def _evaluate(self, expression: str) -> str:
@@ -68,14 +68,6 @@ class Calculator:
     def stop(self) -> None:
         self._pool.stop()
         self._pool.join()
-
-
-def _make_pool() -> ProcessPool:
-    return ProcessPool(
-        max_workers=1,
-        initializer=calculator.prepare_worker,
-        context=multiprocessing.get_context("spawn"),  # the parent has threads
-    )
 
 
 def compile_call(pattern: str) -> re.Pattern[str]:
