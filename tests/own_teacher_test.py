@@ -9,13 +9,12 @@ import numpy as np
 import optax
 import pytest
 from step_test import ROWS, VOCAB_SIZE, assert_same, make_model, make_rows, on_mesh, padded
-from tiny_runs import read_metrics, tiny_config, with_models
+from tiny_runs import read_metrics, tiny_config, train_killed, with_models
 
 import distill
 from distill.base.sharding import make_mesh, param_shardings
 from distill.build.teachers import FROM_STATE
 from distill.losses.objective import make_objective
-from distill.run import progress
 from distill.step import AveragedState, TeacherInStep, TrainState, make_train_step
 
 DECAY = 0.75
@@ -121,17 +120,7 @@ def own_config(models, kind):
 def test_killed_run_with_an_average_resumes_to_the_same_bits(models, tmp_path, monkeypatch):
     whole = distill.train(own_config(models, "ema"), tmp_path / "whole")
     assert whole.results.keys() == {"base", "student"} and whole.results["base"]["forward_kl"] > 0
-    end_step = progress.Progress.end_step
-
-    def dies(self, step, *values):
-        end_step(self, step, *values)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.Progress, "end_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            distill.train(own_config(models, "ema"), tmp_path / "killed")
+    train_killed(own_config(models, "ema"), tmp_path / "killed", monkeypatch, step=3)
     again = distill.train(own_config(models, "ema"), tmp_path / "killed")
     weights = "model.safetensors"
     assert (again.student / weights).read_bytes() == (whole.student / weights).read_bytes()

@@ -20,7 +20,7 @@ from step_test import (
     on_mesh,
     padded,
 )
-from tiny_runs import random_model, read_metrics, tiny_config
+from tiny_runs import random_model, read_metrics, tiny_config, train_killed
 
 import distill
 from distill.base.errors import UserError
@@ -30,7 +30,6 @@ from distill.batches.source import Asked, BatchSource
 from distill.build.session import Session
 from distill.config.parse import parse_config
 from distill.losses.objective import make_objective
-from distill.run import progress
 from distill.sampling.choice import SamplingParams
 from distill.step import TeacherInStep, TrainState, make_train_step
 
@@ -261,17 +260,7 @@ def run_config(data):
 
 def test_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch):
     whole = distill.train(run_config(data), tmp_path / "whole")
-    end_step = progress.Progress.end_step
-
-    def dies(self, step, *values):
-        end_step(self, step, *values)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.Progress, "end_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            distill.train(run_config(data), tmp_path / "killed")
+    train_killed(run_config(data), tmp_path / "killed", monkeypatch, step=3)
     again = distill.train(run_config(data), tmp_path / "killed")
     weights = "model.safetensors"
     assert (again.student / weights).read_bytes() == (whole.student / weights).read_bytes()

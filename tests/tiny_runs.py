@@ -65,6 +65,26 @@ def with_models(config: ConfigDict, models: dict[str, str]) -> ConfigDict:
     return config
 
 
+def train_killed(config: ConfigDict, workdir: Path, monkeypatch, step: int) -> None:
+    """A run that ends behind an update as if it were killed there."""
+    import pytest
+
+    import distill
+    from distill.run.progress import Progress
+
+    end_step = Progress.end_step
+
+    def dies(self, number, *values):
+        end_step(self, number, *values)
+        if number == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "end_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            distill.train(config, workdir)
+
+
 def read_metrics(workdir: Path) -> list[dict]:
     """Lines without what depends on the clock."""
     clock = ("second", "queue_wait", "share_of_step", "compilation/")

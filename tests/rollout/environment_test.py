@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny_runs import read_metrics, tiny_config
+from tiny_runs import read_metrics, tiny_config, train_killed
 
 import distill
 from distill.base.errors import RunStopped, UserError
@@ -17,7 +17,6 @@ from distill.data.tokenizer import character_tokenizer
 from distill.rollout.calculator import evaluate
 from distill.rollout.environment import Dialogues, Environment, Reply, register_environment, says
 from distill.rollout.tools import Calculator, PythonTool, SelfCheck, compile_call
-from distill.run.progress import Progress
 
 
 @pytest.mark.parametrize(
@@ -178,7 +177,7 @@ class SaysTwo(Environment):
 
 
 def test_killed_run_of_dialogues_ends_with_the_same_bits(tmp_path, monkeypatch):
-    def run(folder):
+    def make_config():
         config = tiny_config(max_steps=3, save_steps=1)
         config.policy.model_name = "embedded:arithmetic-student"  # one that ends its turns
         config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
@@ -187,20 +186,11 @@ def test_killed_run_of_dialogues_ends_with_the_same_bits(tmp_path, monkeypatch):
         config.data.validation.max_samples = 0
         config.environment.name, config.plugins = "says_two", ("environment_test",)
         config.plugin = {"what": "2+2"}
-        distill.train(config, tmp_path / folder)
+        return config
 
-    def dies(self, step, *values):
-        end_step(self, step, *values)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    run("whole")
-    end_step = Progress.end_step
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "end_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run("killed")
-    run("killed")
+    distill.train(make_config(), tmp_path / "whole")
+    train_killed(make_config(), tmp_path / "killed", monkeypatch, step=2)
+    distill.train(make_config(), tmp_path / "killed")
     whole = read_metrics(tmp_path / "whole")
     assert read_metrics(tmp_path / "killed") == whole
     steps = [line for line in whole if "environment/turns" in line]
