@@ -103,23 +103,23 @@ def tokenize_prompts(
     views: list[list[_Encoded] | None] = [None] * len(teachers)
     retelling: list[dict[str, Any]] = [{} for _ in teachers]
     for number, teacher in enumerate(teachers):
-        if teacher.differs:
-            theirs = teacher.template or template
-            fields = _check_template(teacher.section, theirs, (*_FIELDS, _FEEDBACK))
-            chat_t = make_chat(
-                system_prompt=teacher.system_prompt or system_prompt,
-                template=theirs,
-                arguments={**arguments, **teacher.arguments},
-                section=teacher.section,
-            )
-            if _FEEDBACK in fields:
-                retelling[number] = _retelling(examples, prompts, tokenizer, chat_t, limits, fields)
-                chat_t, fields = chat, ()
-            wanted = list(itertools.compress(examples, asked[number]))
-            encoded = _encode_prompts(
-                wanted, tokenizer, chat_t, limits, [], fields, teacher.section
-            )
-            views[number] = _where(asked[number], encoded)
+        if not teacher.differs:
+            continue
+        chat_t = make_chat(
+            system_prompt=teacher.system_prompt or system_prompt,
+            template=teacher.template or template,
+            arguments={**arguments, **teacher.arguments},
+            section=teacher.section,
+        )
+        fields = _check_template(
+            teacher.section, teacher.template or template, (*_FIELDS, _FEEDBACK)
+        )
+        if _FEEDBACK in fields:
+            retelling[number] = _retelling(examples, prompts, tokenizer, chat_t, limits, fields)
+            chat_t, fields = chat, ()
+        wanted = list(itertools.compress(examples, asked[number]))
+        encoded = _encode_prompts(wanted, tokenizer, chat_t, limits, [], fields, teacher.section)
+        views[number] = _where(asked[number], encoded)
     responses = None
     if needs_responses:
         responses = _encode_responses(examples, tokenizer, chat, limits, notes)
