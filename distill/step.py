@@ -183,7 +183,8 @@ def make_train_step(
     weight of sampled tokens (1 without any) and the share of them whose weight is clipped. Of a
     mixture of experts: the largest share of a layer's picks that one expert got, and the share of
     experts that no token picked. Of each named teacher: tokens it was asked about, their share, and
-    the loss and its log-probability per one of them. A step whose loss or gradient norm is not
+    the loss and its log-probability per one of them. Of a target between student and teacher, the
+    teacher's share. A step whose loss or gradient norm is not
     finite is skipped (1, else 0): of the state, only `step` changes.
     """
     losses = [
@@ -191,10 +192,12 @@ def make_train_step(
         for each in teachers
     ]
 
+    optimizer = optax.with_extra_args_support(optimizer)
+
     def train_step(state: TrainState, teacher_params: Sequence[Params], batch: Batch):
         total = sum(jnp.sum(part.counted_bt) for part in batch)
         total = jnp.maximum(total, 1).astype(jnp.float32)
-        share = objective.target_share(state.step)
+        share = objective.target.share(state.step, state.opt_state)
         params_of = [
             each.from_state(state) if each.from_state else given
             for each, given in zip(teachers, teacher_params, strict=True)
@@ -212,7 +215,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         update = _update_from_host if is_in_host_memory(state.opt_state) else _update
-        trainable, opt_state, update_norm = update(optimizer, grads, state, finite)
+        trainable, opt_state, update_norm = update(optimizer, grads, state, finite, loss)
         sampled_tokens = sums["sampled_tokens"]
         asked = [_num_tokens(batch, number) for number in range(len(teachers))]
         # Of a token, on average. Division by what is always 1 would round what is divided.
@@ -230,6 +233,8 @@ def make_train_step(
             "student_log_prob": sums["student_log_prob"],
             "teacher_log_prob": sums["teacher_log_prob"] / times_asked,
         }
+        if share is not None:
+            measured["target_share"] = share
         for teacher, of_teacher, tokens in zip(teachers, by_teacher, asked, strict=True):
             if teacher.name:
                 measured |= _describe_teacher(teacher.name, of_teacher, tokens, total)
@@ -361,9 +366,9 @@ def describe_load(expert_load: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {"expert_share_max": share_le.max(), "experts_idle": jnp.mean(load_le == 0)}
 
 
-def _update(optimizer, grads, state: TrainState, finite: jax.Array):
+def _update(optimizer, grads, state: TrainState, finite: jax.Array, loss: jax.Array):
     """Trainable parameters, optimizer state, norm of the update; the old ones if it is no good."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, value=loss)
     trainable = optax.apply_updates(state.trainable, updates)
     # Part of the loop that writes the new values, which has read the old ones anyway: free.
     trainable, opt_state = jax.tree.map(
@@ -374,7 +379,7 @@ def _update(optimizer, grads, state: TrainState, finite: jax.Array):
     return trainable, opt_state, jnp.where(finite, optax.tree.norm(updates), 0.0)
 
 
-def _update_from_host(optimizer, grads, state: TrainState, finite: jax.Array):
+def _update_from_host(optimizer, grads, state: TrainState, finite: jax.Array, loss: jax.Array):
     """`_update` with an optimizer state that comes from host memory and returns there.
 
     In a branch: XLA would otherwise copy the state to the devices at the start of the step, and
@@ -382,7 +387,8 @@ def _update_from_host(optimizer, grads, state: TrainState, finite: jax.Array):
     """
 
     def update(grads, trainable, held_state):
-        updates, opt_state = optimizer.update(grads, in_device_memory(held_state), trainable)
+        on_device = in_device_memory(held_state)
+        updates, opt_state = optimizer.update(grads, on_device, trainable, value=loss)
         new_trainable = optax.apply_updates(trainable, updates)
         return new_trainable, in_memory_of(opt_state, held_state), optax.tree.norm(updates)
 

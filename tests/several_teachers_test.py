@@ -239,8 +239,11 @@ def test_routes_that_lead_nowhere_are_told(data, rules, words):
 
 
 def run_config(data):
-    """Routed to a local teacher and to the student's average; all held to what the student was."""
-    return several_config(
+    """Routed to a local teacher and to the student's average; all held to what the student was.
+
+    The target moves by a schedule of its own.
+    """
+    config = several_config(
         data,
         sums=dict(
             model=random_model(model_width=32, vocab_size=24, seed=1),
@@ -256,6 +259,22 @@ def run_config(data):
         ),
         anchor=dict(model="start", precision="float32", weight=0.5, offload="host"),
     )
+    config.distillation.max_steps = 4
+    config.distillation.objective.update(target_start=0.4, target_pace=1.0)
+    return config
+
+
+def test_a_reference_needs_a_teacher_beside_it(data):
+    model = random_model(model_width=32, vocab_size=24, seed=1)
+    config = several_config(
+        data,
+        a=dict(model=model, weight=1.25, prompts="kind=sum"),
+        reference=dict(model="start", weight=-0.25),
+    )
+    config.distillation.kl_type = "reverse"
+    session = Session(parse_config(config))
+    with pytest.raises(UserError, match="asked about .* are not above 0 in sum"):
+        _ = session.prompts
 
 
 def test_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch):
@@ -272,6 +291,8 @@ def test_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch):
     base, student = whole.results["base"], whole.results["student"]
     assert abs(base["anchor/forward_kl"]) < 1e-6 < student["anchor/forward_kl"]
     assert whole.results["teacher/sums"]["forward_kl"] == 0 < student["sums/forward_kl"]
+    shares = [line["target_share"] for line in lines if "target_share" in line]
+    assert shares[0] == pytest.approx(0.4) and shares[-1] > 0.4 + 0.6 * 3 / 4 + 0.01
     step = next(line for line in lines if "loss" in line)
     shares = [step[f"teacher/{name}/share"] for name in ("sums", "own", "anchor")]
     assert shares[0] + shares[1] == pytest.approx(1) and shares[2] == 1

@@ -29,6 +29,7 @@ from distill.data.sequences import Column, Sequences, declare_column
 from distill.kernels.linear_divergence import TopK
 from distill.losses import weights
 from distill.losses.advantages import Advantage
+from distill.losses.interpolation import Target
 from distill.losses.objective import make_objective
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
@@ -325,9 +326,11 @@ def with_advantages(rows: Rows):
         log_probs_br=-rng.uniform(0, 6, shape).astype(np.float32),
         columns={"advantage": rng.standard_normal(shape), "weight": 0.9 ** np.indices(shape)[1]},
     )
-    advantage = Advantage(reward=1.0, teacher=0.5, ratio_clip=0.5)
-    options = dict(divergence=0.5, cross_entropy=0.1, advantage=advantage, importance_clip=2.0)
-    options |= dict(entropy_threshold=1.0, target_start=0.5, kl_type_on_data="jsd")
+    advantage = Advantage(
+        reward=1.0, teacher=0.5, ratio_clip=0.5, importance_clip=2.0, proximal_share=0.5
+    )
+    options = dict(divergence=0.5, cross_entropy=0.1, advantage=advantage, proximal_share=0.5)
+    options |= dict(entropy_threshold=1.0, target=Target(0.5), kl_type_on_data="jsd")
     return dataclasses.replace(rows, rollout=rollout, on_policy_b=on_policy_b), options
 
 

@@ -171,6 +171,16 @@ def check_asked(config: Config, dataset: DatasetInterface, prompts: Prompts) -> 
             f"{dataset[int(missed[0])].id}: {there_are()}, and teachers.*.prompts name "
             f"{', '.join(rule for each in teachers.values() for rule in each.prompts)}"
         )
+    weights = [
+        each.weight * np.isin(prompts.rows, part.rows)
+        for each, part in zip(teachers.values(), prompts.parts, strict=True)
+    ]
+    if len(away := prompts.rows[np.sum(weights, axis=0) <= 0]):
+        raise UserError(
+            f"the weights of the teachers that are asked about {dataset[int(away[0])].id} are not "
+            "above 0 in sum, so that it would be unlearned: a teacher of negative weight is a "
+            "reference beside another; raise teachers.*.weight, or change teachers.*.prompts"
+        )
 
 
 def check_same_data(prompts: Prompts) -> None:

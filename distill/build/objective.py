@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distill.config.schema import Config, all_teachers
 from distill.losses.advantages import Advantage
+from distill.losses.interpolation import Target
 from distill.losses.objective import Objective, make_objective
 
 
@@ -22,10 +23,16 @@ def build_objective(config: Config) -> Objective:
         kl_type_on_data=distillation.kl_type_on_data,
         divergence_clip=parts.divergence_clip,
         entropy_threshold=parts.entropy_threshold,
-        target_start=parts.target_start,
-        target_steps=distillation.max_steps,
+        proximal_share=parts.proximal_share,
+        target=Target(parts.target_start, distillation.max_steps, parts.target_pace),
         cross_entropy=parts.cross_entropy,
-        advantage=Advantage(parts.reward_advantage, parts.teacher_advantage, parts.ratio_clip),
+        advantage=Advantage(
+            parts.reward_advantage,
+            parts.teacher_advantage,
+            parts.ratio_clip,
+            parts.importance_clip,
+            parts.proximal_share,
+        ),
         has_teacher=distillation.has_teacher,
         terms=parts.terms,
         weights=parts.weights,

@@ -9,7 +9,9 @@ import optax
 import optax.contrib
 from flax import nnx
 
+from distill.build.objective import build_objective
 from distill.config.policy import Optimizer
+from distill.config.schema import Config
 from distill.models.primitives import matrix_axes
 
 
@@ -27,6 +29,12 @@ def build_schedule(section: Optimizer, max_steps: int) -> Callable:
     # The first update already moves: step 0 uses 1/warmup of the peak, not 0.
     warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
     return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    """The optimizer of a run, whose state also has the schedule of an adaptive target."""
+    steps = config.distillation.max_steps
+    return build_objective(config).target.beside(build_optimizer(config.policy.optimizer, steps))
 
 
 def build_optimizer(section: Optimizer, max_steps: int) -> optax.GradientTransformation:

@@ -45,7 +45,7 @@ from distill.build.models import (
     student_options,
 )
 from distill.build.objective import build_objective
-from distill.build.optimizer import build_optimizer
+from distill.build.optimizer import optimizer_of
 from distill.build.plugins import import_plugins
 from distill.build.rewards import build_reward
 from distill.build.sampler import build_backend, build_engine
@@ -222,7 +222,7 @@ class Session:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return build_optimizer(self.config.policy.optimizer, self.config.distillation.max_steps)
+        return optimizer_of(self.config)
 
     @functools.cached_property
     def student(self) -> Model:

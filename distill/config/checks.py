@@ -10,6 +10,7 @@ from distill.base.errors import UserError
 from distill.config.changes import CONTENTS, classes
 from distill.config.keys import NAMED
 from distill.config.method import ENVIRONMENTS, OF_STUDENT, Distillation, OneTeacher, Teacher
+from distill.config.objective_checks import check_objective
 from distill.config.policy import KNOWN_BACKENDS, Policy, VllmServers
 from distill.config.schema import (
     WRITERS,
@@ -24,7 +25,7 @@ from distill.config.schema import (
 def check_combinations(config: Config) -> None:
     """Raises UserError, one line, for values that are right one by one but not together."""
     _check_generation(config)
-    _check_advantages(config)
+    check_objective(config)
     _check_batches(config.policy, config.distillation)
     _check_lengths(config)
     _check_teachers(config)
@@ -79,69 +80,6 @@ def _check_generation(config: Config) -> None:
             f"policy.generation.colocated.sampler_devices={colocated.sampler_devices} is for a "
             "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
             "sampler_devices=0"
-        )
-
-
-def _check_advantages(config: Config) -> None:
-    """Refuses combinations whose expected gradient is zero, or not that of what they estimate."""
-    distillation, generation = config.distillation, config.policy.generation
-    objective, strategy = distillation.objective, distillation.generate_strategy
-    function, reads = config.reward.function, distillation.reads_advantages
-    key = "distillation.objective"
-    if reads and not function and generation.backend in KNOWN_BACKENDS:
-        raise UserError(
-            f"{key} reads the tokens' advantages, but nothing makes any: set reward.function, or "
-            f"choose a plugin's backend that computes them (policy.generation.backend="
-            f"{generation.backend} does not)"
-        )
-    if reads and function and strategy.num_generations == 1:
-        raise UserError(
-            f"reward.function={function} with distillation.generate_strategy.num_generations=1: a "
-            "reward less the mean of its group is always 0 in a group of one; sample 2 or more"
-        )
-    estimates = objective.reward_advantage or objective.teacher_advantage
-    if distillation.lambda_ == 0 and (estimates or function):
-        raise UserError(
-            "reward.function and the advantages of distillation.objective are about responses that "
-            "the student samples, and distillation.lambda_=0 samples none: raise it"
-        )
-    if objective.ratio_clip and not (
-        estimates and generation.importance_clip >= 1 + objective.ratio_clip
-    ):
-        raise UserError(
-            f"{key}.ratio_clip={objective.ratio_clip} clips the ratio of a policy gradient: give "
-            f"{key}.reward_advantage or teacher_advantage a weight, and "
-            f"policy.generation.importance_clip at least {1 + objective.ratio_clip:g}, which "
-            "multiplies by the ratio"
-        )
-    if not estimates:
-        return
-    # A sampled token stands for the distribution that is differentiated only if it came from it.
-    for name, value, needed in (
-        ("kl_temperature", distillation.kl_temperature, 1.0),
-        ("generate_strategy.temperature", strategy.temperature, 1.0),
-        ("generate_strategy.decoding_method", strategy.decoding_method, "sample"),
-        ("generate_strategy.top_k", strategy.top_k, 0),
-        ("generate_strategy.top_p", strategy.top_p, 1.0),
-        ("generate_strategy.min_p", strategy.min_p, 0.0),
-    ):
-        if value != needed:
-            raise UserError(
-                f"distillation.{name}={value} biases the policy gradient of {key}."
-                "reward_advantage and teacher_advantage, since tokens are not sampled from the "
-                f"distribution that is trained: set it to {needed}"
-            )
-    if generation.async_steps and not generation.importance_clip:
-        raise UserError(
-            f"policy.generation.async_steps={generation.async_steps} biases the policy gradient, "
-            "since older weights sampled the tokens: set policy.generation.importance_clip, such "
-            "as 2, or async_steps=0"
-        )
-    if "advantage" in objective.weights:
-        raise UserError(
-            f"{key}.weights=advantage multiplies every term, so that a response worse than its "
-            "group would be pushed away from the teacher: reward_advantage has its own, leave it "
-            "out"
         )
 
 

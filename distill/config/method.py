@@ -40,6 +40,11 @@ class Objective:
     ratio_clip: float = key(
         0.0, "PPO's clip of the policy gradient's ratio, such as 0.2; 0: off", low=0
     )
+    importance_clip: float = key(
+        0.0,
+        "of the policy gradient alone: weigh tokens by new / sampler's probability, at most this",
+        low=0,
+    )
     divergence_clip: float = key(
         0.0, "most that an entry of the vocabulary adds to a token's divergence; 0: off", low=0
     )
@@ -48,6 +53,12 @@ class Objective:
     )
     target_start: float = key(
         1.0, "teacher's share of the target's logits at first, growing to 1; 1: off", low=0, high=1
+    )
+    target_pace: float = key(
+        0.0, "how much faster that share grows while the loss falls, such as 0.0005", low=0, high=1
+    )
+    proximal_share: float = key(
+        1.0, "teacher's share of a target mixed with the student; 1: off", low=1e-6, high=1
     )
     position_discount: float = key(
         1.0, "token i of a response counts this to the power of i", low=1e-6, high=1
@@ -177,7 +188,9 @@ class OneTeacher(Teacher):
     prompts: tuple[str, ...] = key(
         (), "COLUMN=VALUE, by which rows of the data it is asked about; several: any; (): all rows"
     )
-    weight: float = key(1.0, "what its tokens' losses are multiplied by", low=1e-6)
+    weight: float = key(
+        1.0, "what its tokens' losses are multiplied by; below 0: a reference to move away from"
+    )
 
     @property
     def in_state(self) -> bool:

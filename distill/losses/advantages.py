@@ -11,12 +11,14 @@ direction is the policy gradient's whatever the lengths.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distill.kernels.linear_divergence import TokenStatistics
+from distill.losses.weights import TruncatedImportance
 
 _SPREAD = 1e-6  # below this, the rewards of a group are the same
 
@@ -57,26 +59,39 @@ class Advantage:
     reward * A + teacher * (log p(y) - log q(y)), A being the column `advantage`. The second is the
     reverse KL's: its expectation over the sampled token has the gradient of KL(q||p) at that place
     (Thinking Machines Lab, "On-Policy Distillation", 2025). It needs the teacher's log-probability
-    of the response's tokens only.
+    of the response's tokens only. With `proximal_share` a below 1 the teacher is a p + (1 - a) q,
+    as in TOP-D (arXiv:2607.04751): log(a p(y) / q(y) + 1 - a) is never below log(1 - a).
 
     `ratio_clip` e is PPO's (arXiv:1707.06347), as its gradient: with rho = q(y) / q_sampler(y), a
     token has none where A > 0 and rho > 1 + e, or A < 0 and rho < 1 - e. Elsewhere it is
-    rho A grad log q, rho being the weight `TruncatedImportance`. 0: no clip.
+    rho A grad log q, rho being the weight `TruncatedImportance`: of the whole loss, or with
+    `importance_clip` of the policy gradient alone. 0: neither.
     """
 
     reward: float = 0.0
     teacher: float = 0.0
     ratio_clip: float = 0.0
+    importance_clip: float = 0.0
+    proximal_share: float = 1.0
+
+    def __bool__(self) -> bool:
+        return bool(self.reward or self.teacher)
 
     def __call__(self, statistics: TokenStatistics, columns) -> jax.Array:
         advantage = jnp.zeros_like(statistics.log_prob_s)
         if self.reward:
             advantage += self.reward * columns["advantage"]
         if self.teacher:
-            advantage += self.teacher * (statistics.log_prob_t - statistics.log_prob_s)
+            log_ratio = statistics.log_prob_t - statistics.log_prob_s
+            if self.proximal_share < 1:
+                log_share = math.log(self.proximal_share)
+                log_ratio = jnp.logaddexp(log_share + log_ratio, math.log1p(-self.proximal_share))
+            advantage += self.teacher * log_ratio
         kept = columns["sampled"]
         if self.ratio_clip:
             ratio = jnp.exp(statistics.log_prob_s - columns["log_prob"])
             beyond = jnp.where(advantage > 0, ratio - 1.0, 1.0 - ratio) > self.ratio_clip
             kept &= ~beyond
+        if self.importance_clip:
+            advantage *= TruncatedImportance(self.importance_clip)(statistics, columns)
         return jnp.where(kept, advantage, 0.0)

@@ -217,6 +217,33 @@ class Clipped:
         return jnp.minimum(self.divergence(log_p, log_q), self.most)
 
 
+@dataclasses.dataclass(frozen=True)
+class Proximal:
+    """The divergence from share p + (1 - share) q, through whose q no gradient goes.
+
+    The proximal teacher of TOP-D (Xie et al., "Trust Region Policy Distillation",
+    arXiv:2607.04751): no log-ratio of q to it is above -log(1 - share).
+    """
+
+    divergence: PointwiseDivergence
+    share: float
+
+    def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+        return self.divergence(_log_mixture(self.share, log_p, _held(log_q)), log_q)
+
+
+@jax.custom_jvp
+def _held(log_q: jax.Array) -> jax.Array:
+    """The same without a gradient; not all kernels know `stop_gradient`."""
+    return log_q
+
+
+@_held.defjvp
+def _held_jvp(primals, tangents):
+    del tangents
+    return primals[0], jnp.zeros_like(primals[0])
+
+
 def _expectation_term(log_weight: jax.Array, log_ratio: jax.Array) -> jax.Array:
     """exp(log_weight) * log_ratio, which tends to 0, not to 0 * inf, as the weight underflows."""
     weight = jnp.exp(log_weight)

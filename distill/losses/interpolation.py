@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from distill.base.errors import UserError
+from distill.base.sharding import in_device_memory
 from distill.kernels.linear_divergence import Head
 
 
@@ -32,3 +37,66 @@ def interpolated(
     hidden = jnp.concatenate([x.astype(hidden_t.dtype) for x in scaled], axis=-1)
     weights = [head.cut(vocab_size).weights_dv.astype(hidden.dtype) for head in (head_s, head_t)]
     return hidden, Head(jnp.concatenate(weights, axis=0))
+
+
+_MOMENTUM = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The teacher's share of the target, which grows to 1 (TAID, arXiv:2501.16937).
+
+    Attributes:
+      start: the share at first; 1: there is nothing but the teacher.
+      steps: after which the linear schedule is at 1.
+      pace: of the adaptive schedule; 0: it is linear.
+    """
+
+    start: float = 1.0
+    steps: int = 1
+    pace: float = 0.0
+
+    def share(self, step: jax.Array, opt_state: optax.OptState) -> jax.Array | None:
+        """The share at a step; None where it is all."""
+        if self.start == 1:
+            return None
+        if self.pace:
+            return in_device_memory(optax.tree.get(opt_state, "target_share"))
+        return self.linear(step)
+
+    def linear(self, step: jax.Array) -> jax.Array:
+        return self.start + (1 - self.start) * jnp.minimum(step / self.steps, 1.0)
+
+    def beside(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The optimizer, with the adaptive schedule in its state: saved, resumed and skipped alike.
+
+        TAID's algorithm 1: with d = (last loss - loss) / last loss and m = 0.99 m + 0.01 d, the
+        share a becomes a + pace sigmoid(m) (1 - a), or that of the linear schedule if it is larger.
+        """
+        if self.start == 1 or not self.pace:
+            return optimizer
+        schedule = optax.GradientTransformationExtraArgs(self._first, self._next)
+        return optax.chain(optimizer, schedule)
+
+    def _first(self, params) -> _Schedule:
+        del params
+        none, zero = jnp.full((), jnp.inf), jnp.zeros(())
+        return _Schedule(jnp.full((), self.start), jnp.zeros((), jnp.int32), none, zero)
+
+    def _next(self, updates, state: _Schedule, params=None, *, value: jax.Array, **more):
+        del params, more
+        is_first, share, count = jnp.isinf(state.loss), state.target_share, state.updates + 1
+        change = jnp.where(is_first, 0.0, (state.loss - value) / (state.loss + 1e-15))
+        momentum = _MOMENTUM * state.momentum + (1 - _MOMENTUM) * change
+        grown = share + self.pace * jax.nn.sigmoid(momentum) * (1 - share)
+        share = jnp.maximum(jnp.where(is_first, share, grown), self.linear(count))
+        return updates, _Schedule(jnp.minimum(share, 1.0), count, value, momentum)
+
+
+class _Schedule(NamedTuple):
+    """Of an optimizer's state: the next step's share, and what the one after it depends on."""
+
+    target_share: jax.Array
+    updates: jax.Array
+    loss: jax.Array
+    momentum: jax.Array

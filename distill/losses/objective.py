@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from distill.base.errors import UserError
 from distill.base.sharding import constrain
@@ -35,11 +35,13 @@ from distill.losses.advantages import Advantage
 from distill.losses.divergences import (
     Clipped,
     PointwiseDivergence,
+    Proximal,
     get_divergence,
     get_loss,
     get_term,
     is_pointwise,
 )
+from distill.losses.interpolation import Target
 from distill.losses.weights import (
     TruncatedImportance,
     UnsureTeacher,
@@ -47,7 +49,7 @@ from distill.losses.weights import (
     get_weight,
 )
 
-_NONE = Advantage()
+_NONE, _WHOLE = Advantage(), Target()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +67,7 @@ class Objective:
     importance_clip: float
     implementation: str | None
     chunk: int | None
-    target_start: float = 1.0
-    target_steps: int = 1
-
-    def target_share(self, step: jax.Array) -> jax.Array | None:
-        """The teacher's share of the target at a step, linear up to 1; None where it is all.
-
-        TAID's schedule without its adaptive part (arXiv:2501.16937).
-        """
-        if self.target_start == 1:
-            return None
-        done = jnp.minimum(step / self.target_steps, 1.0)
-        return self.target_start + (1 - self.target_start) * done
+    target: Target = _WHOLE
 
     @property
     def divergence(self) -> PointwiseDivergence | None:
@@ -161,22 +152,83 @@ class Objective:
         return plain(*arrays, vocab_size=vocab_size)[1].log_prob_s
 
 
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """The part of an objective that reads the teacher's whole distribution.
+
+    Attributes:
+      kl_type: a divergence or a loss of losses/divergences.py, built in or registered.
+      divergence: its weight; without one it is not computed.
+      kl_type_on_data: that of tokens which the student did not sample (DistiLLM-2,
+        arXiv:2503.07067); '': the same.
+      divergence_clip, proximal_share: see `Clipped` and `Proximal`; 0 and 1: not so.
+      entropy_threshold: adds the forward KL by `UnsureTeacher`; 0: does not.
+      mixed_kl_weight, jsd_beta, skew_alpha: see `get_divergence`.
+    """
+
+    kl_type: str
+    divergence: float = 1.0
+    kl_type_on_data: str = ""
+    divergence_clip: float = 0.0
+    proximal_share: float = 1.0
+    entropy_threshold: float = 0.0
+    mixed_kl_weight: float = 0.5
+    jsd_beta: float = 0.5
+    skew_alpha: float = 0.1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it is a sum over the vocabulary, or nothing, rather than a loss of rows."""
+        return is_pointwise(self.kl_type) or not self.divergence
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What `get_divergence` takes."""
+        names = ("mixed_kl_weight", "jsd_beta", "skew_alpha")
+        return {name: getattr(self, name) for name in names}
+
+    def terms(self) -> list[tuple[str, Term]]:
+        """With their names: that of all tokens, or of the student's and of all others."""
+        on_data, found = self.kl_type_on_data, []
+        if on_data and not is_pointwise(on_data, "distillation.kl_type_on_data"):
+            raise UserError(f"distillation.kl_type_on_data={on_data} is a loss of whole rows")
+        kinds = ((self.kl_type, True), (on_data, False)) if on_data else ((self.kl_type, None),)
+        for name, by_student in kinds if self.divergence else ():
+            divergence = get_divergence(name, **self.parameters)
+            if self.proximal_share < 1:
+                divergence = Proximal(divergence, self.proximal_share)
+            if self.divergence_clip:
+                divergence = Clipped(divergence, self.divergence_clip)
+            written = None if by_student is None else WrittenBy(by_student)
+            found.append((name, Term(DivergenceTerm(divergence), self.divergence, written)))
+        if self.entropy_threshold:
+            unsure = UnsureTeacher(self.entropy_threshold)
+            forward = DivergenceTerm(get_divergence("forward"))
+            found.append(("forward", Term(forward, self.divergence, unsure)))
+        return found
+
+    def check_alone(self, added: Sequence[str]) -> None:
+        """Raises UserError if anything is to stand beside a loss of whole rows, or to change it."""
+        if added:
+            raise UserError(
+                f"distillation.objective.terms={', '.join(added)} cannot be added to kl_type="
+                f"{self.kl_type}, a loss of whole rows: choose a divergence, or leave it empty"
+            )
+        if self != Dense(self.kl_type, **self.parameters):
+            raise UserError(
+                f"kl_type={self.kl_type} is a loss of whole rows: it takes no kl_type_on_data, "
+                "objective.divergence_clip, proximal_share or divergence"
+            )
+
+
 def make_objective(
     kl_type: str,
     *,
-    mixed_kl_weight: float = 0.5,
-    jsd_beta: float = 0.5,
-    skew_alpha: float = 0.1,
     temperature: float = 1.0,
     temperature_squared: bool = False,
     hard_labels: bool = False,
-    divergence: float = 1.0,
     cross_entropy: float = 0.0,
-    kl_type_on_data: str = "",
-    divergence_clip: float = 0.0,
-    entropy_threshold: float = 0.0,
-    target_start: float = 1.0,
-    target_steps: int = 1,
+    target: Target = _WHOLE,
     advantage: Advantage = _NONE,
     has_teacher: bool = True,
     terms: Sequence[str] = (),
@@ -185,21 +237,17 @@ def make_objective(
     top_k_teacher: bool = False,
     implementation: str | None = None,
     chunk: int | None = None,
+    **dense: Any,
 ) -> Objective:
     """The objective of a configuration.
 
     Args:
-      kl_type: a divergence or a loss of losses/divergences.py, built in or registered.
-      mixed_kl_weight, jsd_beta, skew_alpha: see `get_divergence`.
       temperature: divides both models' logits before the divergence and the other terms.
       temperature_squared: multiplies the loss by temperature^2, which keeps the size of the
         gradient (Hinton et al., arXiv:1503.02531).
       hard_labels: cross-entropy with the response tokens instead; no teacher, temperature 1.
-      divergence, cross_entropy: weights of the two; without weight, they are not computed.
-      kl_type_on_data: the divergence of tokens that the student did not sample; '': the same.
-      divergence_clip: of every vocabulary entry, see `Clipped`; 0: none.
-      entropy_threshold: adds the forward KL by `UnsureTeacher`; 0: does not.
-      target_start, target_steps: see `Objective.target_share`.
+      cross_entropy: weight of it; without weight, it is not computed.
+      target: between student and teacher; by default the teacher.
       advantage: what the policy gradient is weighted by; none: there is no such term.
       has_teacher: whether a teacher is there to be read.
       terms: what is added, NAME or NAME:COEFFICIENT each; see `get_term`.
@@ -207,77 +255,64 @@ def make_objective(
       importance_clip: multiplies it by `TruncatedImportance` of at most this, too; 0: does not.
       top_k_teacher: the teacher will be a TopK, which takes no loss of whole rows.
       implementation, chunk: see kernels/linear_divergence/api.py.
+      kl_type, dense: see `Dense`.
 
     Raises:
       UserError: an unknown name, a parameter out of range, parts that do not go together, or an
         implementation that cannot run.
     """
+    part = Dense(kl_type, **dense)
+    if hard_labels:
+        temperature, cross_entropy, has_teacher = 1.0, 1.0, False
+        part = dataclasses.replace(part, divergence=0.0)
+    all_logits = has_teacher and not top_k_teacher  # of the teacher are there
+    _check_runs(part, temperature, top_k_teacher, implementation)
+    if part.entropy_threshold or target.start < 1:
+        _check_interpolates(part, all_logits)
+    factors = tuple(_get_weight(name, all_logits) for name in weights)
+    factors += (TruncatedImportance(float(importance_clip)),) if importance_clip else ()
+    added = [*([f"cross_entropy:{cross_entropy}"] if cross_entropy else []), *terms]
+    loss: TermSum | RowLoss
+    if part.is_pointwise:
+        named = [*part.terms(), *((text, get_term(text, **part.parameters)) for text in added)]
+        found = [_checked(*pair, all_logits, top_k_teacher) for pair in named]
+        loss = TermSum(_with_advantage(found, advantage), temperature, factors)
+    else:
+        part.check_alone([*added, *(["policy_gradient"] if advantage else [])])
+        loss = RowLoss(get_loss(kl_type), temperature, factors)
+    return Objective(
+        loss,
+        needs_teacher=has_teacher,
+        scale=temperature**2 if temperature_squared else 1.0,
+        importance_clip=float(importance_clip or advantage.importance_clip),
+        implementation=implementation,
+        chunk=chunk,
+        target=target,
+    )
+
+
+def _check_runs(
+    dense: Dense, temperature: float, top_k_teacher: bool, implementation: str | None
+) -> None:
     if not temperature > 0:
         raise UserError(f"kl_temperature={temperature} is not positive")
-    if hard_labels:
-        temperature, divergence, cross_entropy, has_teacher = 1.0, 0.0, 1.0, False
-    pointwise = is_pointwise(kl_type) or not divergence
-    if top_k_teacher and not pointwise:
+    if top_k_teacher and not dense.is_pointwise:
         raise UserError(
-            f"kl_type={kl_type} is a loss of whole rows, but of a teacher behind a server only the "
-            "likeliest tokens are known: choose a divergence, or teacher.backend=local"
+            f"kl_type={dense.kl_type} is a loss of whole rows, but of a teacher behind a server "
+            "only the likeliest tokens are known: choose a divergence, or teacher.backend=local"
         )
     try:
-        resolve_implementation(implementation, fused=pointwise and not top_k_teacher)
+        resolve_implementation(implementation, fused=dense.is_pointwise and not top_k_teacher)
     except ValueError as error:
         raise UserError(f"loss_implementation: {error}") from None
-    all_logits = has_teacher and not top_k_teacher  # of the teacher are there
-    factors = tuple(_get_weight(name, all_logits) for name in weights)
-    if importance_clip:
-        factors += (TruncatedImportance(float(importance_clip)),)
-    if (entropy_threshold or target_start < 1) and not (all_logits and divergence and pointwise):
+
+
+def _check_interpolates(dense: Dense, all_logits: bool) -> None:
+    if not (all_logits and dense.divergence and dense.is_pointwise):
         raise UserError(
             "distillation.objective.entropy_threshold and target_start are about the divergence "
             f"from a teacher whose logits are here, and of no loss of whole rows: {_NEEDS}"
         )
-    parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
-    added = [*([f"cross_entropy:{cross_entropy}"] if cross_entropy else []), *terms]
-    loss: TermSum | RowLoss
-    if pointwise:
-        dense = []
-        if divergence:
-            dense = _divergences(kl_type, kl_type_on_data, divergence, divergence_clip, parameters)
-        if entropy_threshold:
-            forward = DivergenceTerm(get_divergence("forward"))
-            dense.append(Term(forward, divergence, UnsureTeacher(entropy_threshold)))
-        named = [(kl_type, term) for term in dense]
-        named += [(text, get_term(text, **parameters)) for text in added]
-        found = [_checked(*pair, all_logits, top_k_teacher) for pair in named]
-        loss = TermSum(_with_advantage(found, advantage), temperature, factors)
-    else:
-        estimates = ["policy_gradient"] if advantage.reward or advantage.teacher else []
-        changes = [kl_type_on_data, divergence_clip, divergence != 1]
-        _check_alone(kl_type, [*added, *estimates], any(changes))
-        loss = RowLoss(get_loss(kl_type), temperature, factors)
-    return Objective(
-        loss=loss,
-        needs_teacher=has_teacher,
-        scale=temperature**2 if temperature_squared else 1.0,
-        importance_clip=float(importance_clip),
-        implementation=implementation,
-        chunk=chunk,
-        target_start=target_start,
-        target_steps=target_steps,
-    )
-
-
-def _divergences(
-    kl_type: str, on_data: str, weight: float, clip: float, parameters: Mapping[str, float]
-) -> list[Term]:
-    """That of all tokens, or of the student's and of all others (DistiLLM-2, arXiv:2503.07067)."""
-    if on_data and not is_pointwise(on_data, "distillation.kl_type_on_data"):
-        raise UserError(f"distillation.kl_type_on_data={on_data} is a loss of whole rows")
-    found = []
-    for name, by_student in ((kl_type, True), (on_data, False))[: 2 if on_data else 1]:
-        divergence = get_divergence(name, **parameters)
-        function = DivergenceTerm(Clipped(divergence, clip) if clip else divergence)
-        found.append(Term(function, weight, WrittenBy(by_student) if on_data else None))
-    return found
 
 
 _NEEDS = "it needs teacher.backend=local and hard_labels=False"
@@ -295,7 +330,7 @@ def _get_weight(name: str, all_logits: bool) -> TokenWeight:
 
 def _with_advantage(terms: list[Term], advantage: Advantage) -> tuple[Term, ...]:
     """The terms, and the policy gradient if it has a weight."""
-    if advantage.reward or advantage.teacher:
+    if advantage:
         terms = [*terms, Term(CROSS_ENTROPY, weight=advantage)]
     if not terms:
         raise UserError(
@@ -303,20 +338,6 @@ def _with_advantage(terms: list[Term], advantage: Advantage) -> tuple[Term, ...]
             "teacher_advantage or reward_advantage a weight"
         )
     return tuple(terms)
-
-
-def _check_alone(kl_type: str, added: Sequence[str], changed: bool) -> None:
-    """Raises UserError if anything is to stand beside a loss of whole rows, or to change it."""
-    if added:
-        raise UserError(
-            f"distillation.objective.terms={', '.join(added)} cannot be added to kl_type="
-            f"{kl_type}, a loss of whole rows: choose a divergence, or leave it empty"
-        )
-    if changed:
-        raise UserError(
-            f"kl_type={kl_type} is a loss of whole rows: it takes no kl_type_on_data, "
-            "objective.divergence_clip or objective.divergence"
-        )
 
 
 def _checked(text: str, term: Term, all_logits: bool, top_k_teacher: bool) -> Term:

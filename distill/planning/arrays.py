@@ -28,7 +28,7 @@ from distill.build.models import (
     on_mesh,
     student_options,
 )
-from distill.build.optimizer import build_optimizer
+from distill.build.optimizer import optimizer_of
 from distill.build.sampler import engine_sizes
 from distill.build.teachers import abstract_teacher
 from distill.config.method import OneTeacher
@@ -137,7 +137,7 @@ def make_arrays(workload: Workload, mesh: AnyMesh, sampler_mesh: AnyMesh) -> Arr
     config = workload.config
     options = student_options(config.policy)
     student = abstract_model(workload.student, "the student", mesh, **options)
-    optimizer = build_optimizer(config.policy.optimizer, config.distillation.max_steps)
+    optimizer = optimizer_of(config)
     averages = ema_decay(config) > 0
     state = abstract_state(student, workload.student, optimizer, mesh, config.policy, averages)
     return Arrays(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from distill.base.sharding import bytes_per_device
 from distill.build.objective import build_objective
-from distill.build.optimizer import build_optimizer
+from distill.build.optimizer import optimizer_of
 from distill.build.sampler import build_sampling_params
 from distill.build.teachers import FROM_STATE
 from distill.config.method import OneTeacher
@@ -79,7 +79,7 @@ def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
             arrays.student.graph,
             teachers,
             build_objective(config),
-            build_optimizer(config.policy.optimizer, config.distillation.max_steps),
+            optimizer_of(config),
             vocab_size=workload.vocab_size,
             state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
             ema_decay=ema_decay(config),

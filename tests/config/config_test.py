@@ -160,8 +160,11 @@ def test_named_teachers_have_defaults_for_what_they_leave_out():
 @pytest.mark.parametrize(
     ("teachers", "words"),
     [
-        (dict(a=dict(model="m", weight=0.0)), "teachers.a.weight' is 0.0: it must be at least"),
-        (dict(a=dict(model="m", weight=-1.0)), "teachers.a.weight' is -1.0"),
+        (dict(a=dict(model="m", weight=0.0)), "teachers.a.weight=0.0 must be a number but 0"),
+        (
+            dict(a=dict(model="m", weight=-1.0), b=dict(model="m")),
+            "weight=-1.0 moves .* reverse KL alone: distillation.kl_type=forward .* to 'reverse'",
+        ),
         (dict(a=dict(model="m"), b=dict(model="ema")), "teachers.b.ema_decay=0.0 .* such as 0.99"),
         (dict(a=dict(model="m"), b=dict(model="self")), "teachers.b.model=self reads what the"),
         (dict(a=dict(model="m", prompts="math")), "teachers.a.prompts has 'math': write COLUMN="),
@@ -189,9 +192,9 @@ def test_one_teacher_or_several_by_name():
 
 
 def test_teachers_are_named_on_the_command_line():
-    weight = "--config.teachers.a.weight=0"
-    assert "'teachers.a.weight' is 0.0" in run_main("--config=arithmetic", weight)
-    twice = run_main("--config=arithmetic", weight, weight)
+    decay = "--config.teachers.a.ema_decay=2"
+    assert "'teachers.a.ema_decay' is 2.0" in run_main("--config=arithmetic", decay)
+    twice = run_main("--config=arithmetic", decay, decay)
     assert "is given twice: two teachers need two names" in twice
 
 
@@ -317,6 +320,22 @@ REWARDED = {
             "async_steps=1 biases the policy gradient.*importance_clip",
         ),
         ({"distillation.objective.ratio_clip": 0.2}, "importance_clip at least 1.2"),
+        (
+            {
+                "distillation.objective.importance_clip": 2.0,
+                "policy.generation.importance_clip": 2.0,
+            },
+            "importance_clip=2.0 weighs the tokens of the policy gradient alone",
+        ),
+        ({"distillation.objective.importance_clip": 0.5}, "importance_clip=0.5 .* at least 1"),
+        ({"distillation.objective.target_pace": 0.1}, "set distillation.objective.target_start"),
+        (
+            {
+                "distillation.objective.proximal_share": 0.5,
+                "distillation.objective.divergence": 0.0,
+            },
+            "proximal_share=0.5 mixes the student into the teacher: give",
+        ),
         ({"distillation.objective.weights": ("advantage",)}, "pushed away from the teacher"),
         ({"distillation.objective.reward_advantage": -1.0}, "reward_advantage.*at least 0"),
     ],

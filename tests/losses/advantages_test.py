@@ -87,6 +87,25 @@ def test_clip_is_the_gradient_of_ppo(tokens):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_teacher_that_holds_the_student_bounds_its_advantage(tokens):
+    """TOP-D: log(0.3 p/q + 0.7), never below log 0.7."""
+    log_q, log_p, columns = tokens
+    found = weight_of(Advantage(teacher=2.0, proximal_share=0.3), tokens)
+    expected = 2.0 * np.log(0.3 * np.exp(log_p - log_q) + 0.7)
+    np.testing.assert_allclose(found, np.where(columns["sampled"], expected, 0), atol=1e-5)
+
+
+def test_ratio_of_the_policy_gradient_alone(tokens):
+    log_q, _, columns = tokens
+    ratio = np.minimum(np.exp(log_q - columns["log_prob"]), 1.5)
+    plain, clipped = Advantage(1.0, 0.5, 0.2), Advantage(1.0, 0.5, 0.2, importance_clip=1.5)
+    expected = np.where(columns["sampled"], ratio, 1.0) * weight_of(plain, tokens)
+    np.testing.assert_allclose(weight_of(clipped, tokens), expected, rtol=1e-5)
+    dense = make_objective("forward", advantage=clipped)
+    assert [term.weight for term in dense.loss.terms] == [None, clipped]
+    assert not dense.loss.weights and dense.importance_clip == 1.5  # which the log says
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -3,6 +3,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from distill.base.errors import UserError
@@ -11,6 +12,7 @@ from distill.losses import divergences, weights
 from distill.losses.advantages import Advantage
 from distill.losses.divergences import (
     Clipped,
+    Proximal,
     get_divergence,
     get_loss,
     is_pointwise,
@@ -18,7 +20,7 @@ from distill.losses.divergences import (
     register_loss,
     register_term,
 )
-from distill.losses.interpolation import interpolated
+from distill.losses.interpolation import Target, interpolated
 from distill.losses.objective import make_objective
 from distill.losses.weights import register_weight, token_weights
 
@@ -318,6 +320,41 @@ class TestTermsAndWeights:
         np.testing.assert_allclose(gradients, expected, rtol=1e-4, atol=2e-6)
         assert (f > clip).any() == (clip < 1)
 
+    @pytest.mark.parametrize("name", ["reverse", "jsd"])
+    def test_target_that_holds_the_student(self, name):
+        """TOP-D in float64: from 0.3 p + 0.7 q, whose q is a constant."""
+        logits_s, logits_t = random_logits(0), random_logits(1)
+        log_q, log_p = log_softmax64(np.float64(logits_s)), log_softmax64(np.float64(logits_t))
+        log_m = np.log(0.3 * np.exp(log_p) + 0.7 * np.exp(log_q))
+        expected_values, expected_gradients = expected(name, 0.5, logits_s, log_m)
+        values, gradients = evaluate(Proximal(get_divergence(name), 0.3), None, logits_s, logits_t)
+        np.testing.assert_allclose(values, expected_values[:, 0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradients, expected_gradients, rtol=1e-4, atol=2e-6)
+        assert (values < -np.log(0.7)).all()
+        objective = make_objective(name, proximal_share=0.3, divergence_clip=9.0)
+        assert objective.divergence == Clipped(Proximal(get_divergence(name), 0.3), 9.0)
+
+    def test_reference_of_negative_weight_extrapolates(self):
+        """ExOPD in float64: 1.25 KL(q||p) - 0.25 KL(q||r) has the gradient of one target's KL."""
+        logits_s, *logits_t = (random_logits(seed) for seed in range(3))
+        log_p, log_r = (log_softmax64(np.float64(each)) for each in logits_t)
+        _, gradient = expected("reverse", None, logits_s, 1.25 * log_p - 0.25 * log_r)
+        objective, head = make_objective("reverse"), jnp.eye(logits_s.shape[1])
+
+        def loss(logits_s):
+            shape = 1, len(logits_s)
+            return sum(
+                objective(
+                    *(logits_s[None], head, each[None], head, jnp.zeros(shape, int)),
+                    jnp.full(shape, weight),
+                    vocab_size=len(head),
+                )[0]
+                for weight, each in zip((1.25, -0.25), logits_t, strict=True)
+            )
+
+        found = jax.jit(jax.grad(loss))(jnp.asarray(logits_s))
+        np.testing.assert_allclose(found, gradient, rtol=1e-4, atol=5e-6)
+
     @pytest.mark.parametrize("implementation", ["reference", "chunked"])
     def test_forward_is_added_where_the_teacher_is_unsure(self, implementation):
         arrays, targets_br, mask_br = objective_inputs()
@@ -351,11 +388,11 @@ class TestTermsAndWeights:
     def test_target_between_student_and_teacher(self):
         """TAID in float64: the KL of softmax((1 - t) s + t u) from q; its gradient is q less it."""
         logits_s, logits_t = random_logits(0, shape=(5, 12)), random_logits(1, shape=(5, 12))
-        objective = make_objective("forward", target_start=0.4, target_steps=10)
-        share = objective.target_share(jnp.array(5))
+        objective = make_objective("forward", target=Target(0.4, 10))
+        share = objective.target.share(jnp.array(5), None)
         assert float(share) == pytest.approx(0.7)
-        assert float(objective.target_share(jnp.array(99))) == 1
-        assert make_objective("forward").target_share(jnp.array(5)) is None
+        assert float(objective.target.share(jnp.array(99), None)) == 1
+        assert make_objective("forward").target.share(jnp.array(5), None) is None
         mixed = 0.3 * np.float64(logits_s) + 0.7 * np.float64(logits_t)
         log_p, log_q = log_softmax64(mixed), log_softmax64(np.float64(logits_s))
         head = Head(jnp.eye(12))
@@ -372,6 +409,27 @@ class TestTermsAndWeights:
         np.testing.assert_allclose(gradient, np.exp(log_q) - np.exp(log_p), rtol=1e-4, atol=2e-6)
         with pytest.raises(UserError, match="soft cap: set it to 1"):
             interpolated(logits_s, Head(jnp.eye(12), 30.0), logits_t, head, share, 12)
+
+    def test_target_moves_faster_while_the_loss_falls(self):
+        """TAID's algorithm 1, step by step in float64."""
+        target, steps = Target(0.4, 50, pace=0.1), 30
+        optimizer = target.beside(optax.sgd(0.1))
+        losses = np.abs(np.random.default_rng(0).standard_normal(steps)) + 2 / np.arange(1, 31)
+        params = {"w": jnp.ones(3)}
+        state, share, momentum = optimizer.init(params), 0.4, 0.0
+        update = jax.jit(optimizer.update)
+        for i, loss in enumerate(losses):
+            assert float(target.share(jnp.array(i), state)) == pytest.approx(share, abs=1e-6)
+            updates, state = update(params, state, params, value=jnp.float32(loss))
+            if i:
+                change = (losses[i - 1] - loss) / losses[i - 1]
+                momentum = 0.99 * momentum + 0.01 * change
+                share += 0.1 / (1 + np.exp(-momentum)) * (1 - share)
+            share = min(max(share, 0.4 + 0.6 * (i + 1) / 50), 1.0)
+        assert share > 0.4 + 0.6 * steps / 50 + 0.05  # ahead of the linear schedule
+        np.testing.assert_allclose(updates["w"], -0.1)  # the optimizer's own
+        plain = optax.sgd(0.1)
+        assert Target(0.4, 50).beside(plain) is plain is Target().beside(plain)
 
     def test_alone_is_the_divergence(self):
         objective = make_objective("jsd", terms=("cross_entropy",), importance_clip=2.0)
@@ -401,7 +459,7 @@ class TestTermsAndWeights:
             (dict(kl_type_on_data="row"), "kl_type_on_data=row is a loss of whole rows"),
             (dict(kl_type_on_data="jsb"), "kl_type_on_data names 'jsb', but the known"),
             (dict(entropy_threshold=1.0, top_k_teacher=True), "entropy_threshold and target_start"),
-            (dict(target_start=0.5, divergence=0.0, cross_entropy=1.0), "target_start are about"),
+            (dict(target=Target(0.5), divergence=0.0, cross_entropy=1.0), "target_start are about"),
             (
                 dict(weights=("sure",), top_k_teacher=True),
                 "names 'sure', which asks for the .*local",
