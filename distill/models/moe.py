@@ -157,15 +157,13 @@ def _sum_of_experts(x_td, scores_tc, picked_tc, weights, config: ModelConfig) ->
     of_expert_me = expert_m[order_m][:, None] == jnp.arange(number)
     sizes_e = jnp.sum(of_expert_me, axis=0, dtype=jnp.int32)
 
-    def project(which: int) -> jax.Array:
-        y_mf = grouped_dot(x_md, weights["expert_gate_up_proj"][:, which], sizes_e)
-        y_mf = checkpoint_name(y_mf, RESIDUALS)  # a product that a policy does not know as one
-        if "expert_gate_up_bias" in weights:
-            y_mf += of_expert_me.astype(y_mf.dtype) @ weights["expert_gate_up_bias"][:, which]
-        return y_mf
-
     x_md = _permute(jnp.repeat(x_td, picked_tc.shape[1], axis=0), order_m)
-    gated_mf = mlp.gate(config, project(0), project(1))
+    y_mpf = grouped_dot(x_md, weights["expert_gate_up_proj"], sizes_e)  # p: gate, up
+    y_mpf = checkpoint_name(y_mpf, RESIDUALS)  # a product that a policy does not know as one
+    if "expert_gate_up_bias" in weights:
+        bias_epf = weights["expert_gate_up_bias"]
+        y_mpf += jnp.einsum("me,epf->mpf", of_expert_me.astype(y_mpf.dtype), bias_epf)
+    gated_mf = mlp.gate(config, y_mpf[:, 0], y_mpf[:, 1])
     y_md = grouped_dot(gated_mf, weights["expert_down_proj"], sizes_e)
     y_md = _permute(y_md, jnp.argsort(order_m))
     y_tcd = y_md.reshape(num_tokens, -1, width).astype(jnp.float32)
