@@ -58,7 +58,7 @@ def test_smoke_run(name, tmp_path):
     assert all(found[role]["forward_kl"] == 0 for role in teachers)
 
 
-@pytest.mark.parametrize("arg, thinks", [("", False), ("thinking", True)])
+@pytest.mark.parametrize("arg, thinks", [("", False), ("thinking", True), ("long", True)])
 def test_qwen3_thinks_if_asked_to(arg, thinks):
     config = parse_config(config_module("qwen3").get_config(arg))
     assert config.data.template_arguments == (f"enable_thinking={thinks}",)

@@ -17,13 +17,13 @@ from distill.base.sharding import (
     SPREAD_RULES,
     batch_parts,
     make_mesh,
-    named_sharding,
     optimizer_shardings,
     param_shardings,
     partition_spec,
 )
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
+from distill.build.devices import put_batch
 from distill.data import sequences
 from distill.data.sequences import Column, Sequences, declare_column
 from distill.kernels.linear_divergence import TopK
@@ -115,11 +115,12 @@ def make_rows(on_policy: bool = True) -> Rows:
     return Rows(prompts_bp, lengths_b, rollout, np.full(ROWS, on_policy))
 
 
-def on_mesh(mesh, batch):
-    def put(x):
-        return jax.device_put(x, named_sharding(mesh, None, "batch", *[None] * (x.ndim - 2)))
+# Positions are cut, too, and of every row a device has some.
+CONTEXT = dict(data=1, fsdp=2, context=4)
 
-    return jax.tree.map(put, batch)
+
+def on_devices(sizes):
+    return make_mesh(**sizes) if isinstance(sizes, dict) else make_mesh(*sizes)
 
 
 def run_step(
@@ -160,7 +161,7 @@ def run_step(
         if teacher_params is not None:
             layout = param_shardings(teacher_params, mesh, teacher_rules)
             teacher_params = jax.device_put(teacher_params, layout)
-        return step(state, [teacher_params], on_mesh(mesh, batch))
+        return step(state, [teacher_params], put_batch(mesh, batch))
 
 
 @pytest.fixture(scope="module")
@@ -274,12 +275,12 @@ def test_teacher_known_by_few_tokens_gives_a_lower_bound(student, teacher):
     assert 0 < losses[0] < losses[1] < losses[2] < losses[3]
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), CONTEXT])
 def test_scores_on_a_mesh(student, teacher, sizes):
     rows = with_scores(make_rows(), teacher, 4)
     options = dict(optimizer=optax.sgd(1.0))
     single, single_metrics = run_step(student, (None, None), rows, **options)
-    state, metrics = run_step(student, (None, None), rows, mesh=make_mesh(*sizes), **options)
+    state, metrics = run_step(student, (None, None), rows, mesh=on_devices(sizes), **options)
     assert_same(jax.device_get(state.params), jax.device_get(single.params))
     assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
 
@@ -287,7 +288,7 @@ def test_scores_on_a_mesh(student, teacher, sizes):
 @pytest.mark.parametrize(
     "teacher_rules, packed", [(RULES, False), (SPREAD_RULES, True)], ids=["padded", "spread"]
 )
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), CONTEXT])
 def test_update_does_not_depend_on_mesh(sizes, teacher_rules, packed):
     student = make_model(32, 2, 32, seed=1, num_kv_heads=4)
     teacher = make_model(64, 2, 40, seed=2, tied=False, num_kv_heads=4)
@@ -296,12 +297,12 @@ def test_update_does_not_depend_on_mesh(sizes, teacher_rules, packed):
         rows, more = with_advantages(rows)
         options |= more
     single, single_metrics = run_step(student, teacher, rows, **options)
-    options |= dict(mesh=make_mesh(*sizes), teacher_rules=teacher_rules)
+    options |= dict(mesh=on_devices(sizes), teacher_rules=teacher_rules)
     options |= dict(layout=PACKED if packed else padded(1))
     state, metrics = run_step(student, teacher, rows, **options)
     assert_same(jax.device_get(state.params), jax.device_get(single.params))
     assert float(metrics["loss"]) == pytest.approx(float(single_metrics["loss"]), rel=1e-5)
-    if sizes[1] > 1:
+    if sizes != (8, 1, 1):
         shard = state.params["embedding"].get_value().addressable_shards[0].data
         assert shard.size < state.params["embedding"].get_value().size
 
@@ -583,12 +584,13 @@ def update_with_a_view(student, teacher):
         (padded(4), None),
         (LAYOUTS["packed into microbatches"], None),
         (PACKED, (2, 2, 2)),
+        (PACKED, CONTEXT),
     ],
 )
 def test_teacher_with_its_own_prompts(student, teacher, update_with_a_view, layout, sizes):
     rows, loss, params = update_with_a_view
     layout = dataclasses.replace(layout, view_excess=VIEW_EXCESS)
-    options = dict(optimizer=optax.sgd(1.0), layout=layout, mesh=sizes and make_mesh(*sizes))
+    options = dict(optimizer=optax.sgd(1.0), layout=layout, mesh=sizes and on_devices(sizes))
     state, metrics = run_step(student, teacher, rows, **options)
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
     assert_same(jax.device_get(state.params), params)
@@ -668,14 +670,17 @@ def test_an_axis_of_the_mesh_is_a_row_of_the_table(monkeypatch):
     tokens = np.arange(32).reshape(4, 8)
     expected = nnx.merge(graph, params)(tokens)
     mesh = make_mesh(fsdp=2, expert=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "expert": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "context": 1, "expert": 2}
     assert batch_parts(mesh) == 4
-    assert sharding.sampler_mesh_sizes(mesh.shape, 6) == dict(data=3, fsdp=2, tensor=1, expert=1)
+    sizes = sharding.sampler_mesh_sizes(mesh.shape, 6)
+    assert sizes == dict(data=3, fsdp=2, tensor=1, context=1, expert=1)
     params = jax.device_put(params, param_shardings(params, mesh))
     with jax.set_mesh(mesh):
         found = jax.jit(lambda params: nnx.merge(graph, params)(tokens))(params)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    with pytest.raises(ValueError, match="no axis 'pipeline', only data, fsdp, tensor, expert"):
+    with pytest.raises(
+        ValueError, match="no axis 'pipeline', only data, fsdp, tensor, context, expert"
+    ):
         make_mesh(pipeline=2)
 
 

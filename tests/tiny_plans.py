@@ -17,12 +17,14 @@ def workload_of(config, topology: str) -> Workload:
     return fit_to_devices(find_workload(parse_config(config)), parse_topology(topology).count)
 
 
-def workload_on_mesh(config, model, data: int, fsdp: int, tensor: int) -> Workload:
+def workload_on_mesh(
+    config, model, data: int, fsdp: int, tensor: int, context: int = 1
+) -> Workload:
     """A model as its own teacher."""
     config = parse_config(config)
-    mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+    mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, context=context)
     config = dataclasses.replace(config, mesh=mesh)
-    return fit_to_devices(Workload(config, model, (model,), 30), data * fsdp * tensor)
+    return fit_to_devices(Workload(config, model, (model,), 30), data * fsdp * tensor * context)
 
 
 def arrays_of(workload: Workload) -> Arrays:

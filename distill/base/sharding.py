@@ -6,8 +6,10 @@ hold each of them. A further axis is a row of `MESH_AXES`, an entry of `RULES` a
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from distill.base.errors import UserError
 
 # axis of the mesh -> its size where none is given; -1 takes the devices that are left
-MESH_AXES = {"data": -1, "fsdp": 1, "tensor": 1}
+MESH_AXES = {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}
 HOST_MEMORY = "pinned_host"
 AnyMesh = Mesh | AbstractMesh  # for layouts, which need no devices
 
@@ -26,7 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_width": None,
@@ -39,8 +41,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "rank": None,
     # activations
     "batch": ("data", "fsdp"),
-    "position": None,
-    "token": ("data", "fsdp"),
+    "position": "context",
+    "token": ("data", "fsdp", "context"),
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
@@ -50,10 +52,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 # A teacher that is split over all devices: nothing of it is updated, so that copies only cost.
-SPREAD_RULES = RULES | {"embed": ("data", "fsdp")}
+SPREAD_RULES = RULES | {"embed": ("data", "fsdp", "context")}
 
-# The sampler's copy of the student: every step reads all weights, so they are gathered over fsdp
-# once per refit instead of once per token.
+# The sampler's copy of the student: every step reads all weights, so they are gathered once per
+# refit instead of once per token.
 SAMPLER_RULES = RULES | {"embed": None}
 
 
@@ -87,12 +89,26 @@ def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
 def make_mesh(*sizes: int, devices=None, **named: int) -> Mesh:
     """Mesh over `devices`, by default all, with sizes in the order of `MESH_AXES` or by name.
 
-    See `mesh_sizes`.
+    See `mesh_sizes`. Devices that share rows stand side by side, as `make_row_mesh` needs it.
     """
     devices = jax.devices() if devices is None else devices
     given = dict(zip(MESH_AXES, sizes, strict=False)) | named
     shape = mesh_sizes(given, len(devices))
+    major = next(iter(shape)), *_axes(RULES["position"])
+    shape = {axis: shape[axis] for axis in dict.fromkeys((*major, *shape))}
     return Mesh(np.asarray(devices).reshape(tuple(shape.values())), tuple(shape), _types(shape))
+
+
+def make_row_mesh(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, of which those that share rows have rows of their own."""
+    return make_mesh(devices=mesh.devices.reshape(-1), **row_mesh_sizes(mesh.shape))
+
+
+def row_mesh_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of `make_row_mesh` of a mesh of these sizes."""
+    rows, positions = next(iter(MESH_AXES)), _axes(RULES["position"])
+    at_once = math.prod(sizes[axis] for axis in positions)
+    return dict(sizes) | dict.fromkeys(positions, 1) | {rows: sizes[rows] * at_once}
 
 
 def make_abstract_mesh(*sizes: int, **named: int) -> AbstractMesh:
@@ -109,6 +125,13 @@ def _as_keys(sizes: Mapping[str, int]) -> str:
     return " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
 
 
+def use_row_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Within it, `make_row_mesh` of the current mesh (`jax.set_mesh`) is the current one."""
+    if num_shards("position") == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_row_mesh(jax.sharding.get_mesh()))
+
+
 def sampler_mesh_sizes(trainer: Mapping[str, int], count: int) -> dict[str, int]:
     """Sizes of the mesh of a sampler with `count` devices; `trainer` has those of the trainer's.
 
@@ -118,7 +141,7 @@ def sampler_mesh_sizes(trainer: Mapping[str, int], count: int) -> dict[str, int]
     Raises:
       UserError: the number of devices is no multiple of what the weights are cut into.
     """
-    over_rows, *others = _axes(RULES["batch"])
+    over_rows, *others = _axes(RULES["batch"]) + _axes(RULES["position"])
     kept = {axis: trainer[axis] for axis in MESH_AXES if axis not in (over_rows, *others)}
     cut = math.prod(kept.values())
     if count % cut:
@@ -199,13 +222,48 @@ def num_shards(logical_axis: str) -> int:
     return math.prod(sizes[axis] for axis in mesh_axes(logical_axis))
 
 
+def dividing(logical_axis: str, size: int) -> str | None:
+    """The axis where the current mesh divides an array's size; None: that stays whole."""
+    return logical_axis if size % num_shards(logical_axis) == 0 else None
+
+
+def flatten_tokens(x_btx: jax.Array) -> jax.Array:
+    """(b, t, ...) as (tokens, ...), each device's own beside each other: none is sent."""
+    rows, row, columns, column = _token_cuts(x_btx.shape[:2])
+    rest = x_btx.shape[2:]
+    if columns > 1:
+        x_btx = x_btx.reshape(rows, row, columns, column, *rest).swapaxes(1, 2)
+    return constrain(x_btx.reshape(-1, *rest), "token", *[None] * len(rest))
+
+
+def unflatten_tokens(x_nx: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`flatten_tokens` of an array (b, t, ...), undone; `shape` is (b, t)."""
+    rows, row, columns, column = _token_cuts(shape)
+    rest = x_nx.shape[1:]
+    if columns > 1:
+        x_nx = x_nx.reshape(rows, columns, row, column, *rest).swapaxes(1, 2)
+    return x_nx.reshape(*shape, *rest)
+
+
+def _token_cuts(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Parts of the rows and rows of a part, parts of the positions and positions of a part."""
+    cuts = [num_shards(axis) for axis in ("batch", "position")]
+    if any(size % parts for size, parts in zip(shape, cuts, strict=True)):
+        cuts = [1, 1]
+    (rows, columns), (batch, length) = cuts, shape
+    return rows, batch // rows, columns, length // columns
+
+
 def named_sharding(mesh: AnyMesh, *logical_axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(logical_axes))
 
 
-def stacked_sharding(mesh: AnyMesh, num_axes: int) -> NamedSharding:
-    """Layout of microbatches (m, b, ...): the rows of each are cut over the mesh."""
-    return named_sharding(mesh, None, "batch", *[None] * (num_axes - 2))
+def stacked_sharding(mesh: AnyMesh, shape: Sequence[int]) -> NamedSharding:
+    """Layout of microbatches (m, b, t, ...) or (m, b): each is cut over the mesh."""
+    axes: list[str | None] = [None, "batch", *[None] * (len(shape) - 2)]
+    if len(shape) > 2 and shape[2] % axis_parts(mesh, "position") == 0:
+        axes[2] = "position"
+    return named_sharding(mesh, *axes)
 
 
 def batch_parts(mesh: AnyMesh) -> int:
@@ -316,7 +374,7 @@ def _check_divisible(params, mesh: AnyMesh, rules) -> None:
             all_sizes = [other for _, _, other, its_axes in cut if its_axes == axes]
             common = math.gcd(mesh.size, *all_sizes)
             fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
-            key = " x ".join(f"mesh.{axis}" for axis in axes)
+            key = " x ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
             raise UserError(
                 f"{'/'.join(map(str, path))} has a dimension {name!r} of {size}, which "
                 f"{key}={parts} does not divide: on {mesh.size} devices, {key} of this model may "

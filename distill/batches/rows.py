@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill.base.sharding import constrain, num_shards
 from distill.batches.packing import Layout, Placement, Shape, place
 from distill.data.sequences import Sequences, columns_of_rows, get_column, positions
 
@@ -140,7 +141,12 @@ def padded_rows(
     view: Sequences | None = None,
     view_excess: int = 0,
 ) -> Iterator[Rows]:
-    """Rows of one sequence each, in their order, so many at a time; the last may be empty."""
+    """Rows of one sequence each, in their order, so many at a time; the last may be empty.
+
+    The current mesh divides their length, which `length` may not be.
+    """
+    unit = num_shards("position")
+    length, view_excess = (-(-size // unit) * unit for size in (length, view_excess))
     layout = Layout((Shape(rows, length),), view_excess=view_excess)
     for start in range(0, len(sequences), rows):
         some = np.arange(len(sequences))[start : start + rows]
@@ -157,7 +163,14 @@ def teacher_hidden(model, rows: Rows) -> jax.Array:
         return model(rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt)
     view = rows.view
     hidden_btd = model(view.tokens_bt, view.positions_bt, view.segment_ids_bt)
-    return jnp.take_along_axis(hidden_btd, view.index_bt[..., None], axis=1)
+    # Any position of the row may be meant: devices that share it gather it.
+    hidden_btd = constrain(hidden_btd, "batch", None, "act_embed")
+    return constrain(
+        jnp.take_along_axis(hidden_btd, view.index_bt[..., None], axis=1),
+        "batch",
+        "position",
+        "act_embed",
+    )
 
 
 def in_place_of(sequences: Sequences, view: Sequences) -> np.ndarray:

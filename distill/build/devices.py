@@ -13,6 +13,7 @@ from distill.base.errors import UserError
 from distill.base.sharding import (
     batch_parts,
     make_mesh,
+    make_row_mesh,
     make_sampler_mesh,
     named_sharding,
     stacked_sharding,
@@ -80,9 +81,12 @@ def _check_processes(config: Config) -> None:
 def build_sampler_mesh(
     generation: Generation, mesh: Mesh, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Where the jax backend samples: on the trainer's `mesh`, or on others of all `devices`."""
+    """Where the jax backend samples: on the trainer's `mesh`, or on others of all `devices`.
+
+    Rows alone are cut there: a decode step has one position.
+    """
     _, devices = split_devices(generation, devices)
-    return make_sampler_mesh(mesh, devices) if devices else mesh
+    return make_sampler_mesh(mesh, devices) if devices else make_row_mesh(mesh)
 
 
 def split_devices(
@@ -124,7 +128,7 @@ def make_put(mesh: Mesh) -> Callable[[np.ndarray | jax.Array], jax.Array]:
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Places a batch that every process holds: the rows of each microbatch over the mesh."""
-    return jax.tree.map(lambda x: _placed(x, stacked_sharding(mesh, x.ndim)), batch)
+    return jax.tree.map(lambda x: _placed(x, stacked_sharding(mesh, x.shape)), batch)
 
 
 def _placed(given: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:

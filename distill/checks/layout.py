@@ -66,7 +66,8 @@ def check_memory(session: Session, state: TrainState) -> str:
         needs["sampler"] = sum(x.size for x in params) * size // num_shards("act_heads")
         engine = session.build_engine(session.student.graph)
         rows = policy.train_global_batch_size
-        needs["cache"] = engine.cache_bytes(session.student.params, rows)
+        with jax.set_mesh(session.sampler_mesh):
+            needs["cache"] = engine.cache_bytes(session.student.params, rows)
     total, limit = sum(needs.values()), device_memory()
     listed = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needs.items())
     if limit is not None and total > limit:

@@ -99,6 +99,13 @@ class MeshSizes:
     tensor: int = free(
         1, "devices over which heads and vocabulary are split", low=-1, high=MOST_ROWS
     )
+    context: int = free(
+        1,
+        "devices over which the positions of a row are split, and weights; must divide "
+        "policy.max_total_sequence_length",
+        low=-1,
+        high=MOST_ROWS,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

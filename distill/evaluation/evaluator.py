@@ -19,7 +19,7 @@ from flax import nnx
 
 from distill.base import processes
 from distill.base.errors import RunStopped
-from distill.base.sharding import constrain, constrain_whole
+from distill.base.sharding import constrain_whole, flatten_tokens
 from distill.batches.rows import Rows, padded_rows, teacher_hidden
 from distill.config import schema
 from distill.data.base import DatasetInterface
@@ -289,13 +289,9 @@ def _divergence_sums(
 ) -> jax.Array:
     """Forward and reverse KL summed over the response tokens, shape (2,)."""
 
-    def flat(hidden_btd):
-        hidden_td = hidden_btd.reshape(-1, hidden_btd.shape[-1])
-        return constrain(hidden_td, "token", "act_embed")
-
     student, teacher = nnx.merge(graph, params), nnx.merge(teacher_graph, teacher_params)
-    hidden_s, head_s = flat(student(rows.tokens_bt)), student.head()
-    hidden_t, head_t = flat(teacher_hidden(teacher, rows)), teacher.head()
+    hidden_s, head_s = flatten_tokens(student(rows.tokens_bt)), student.head()
+    hidden_t, head_t = flatten_tokens(teacher_hidden(teacher, rows)), teacher.head()
     values_nt = per_token_divergences(
         hidden_s,
         head_s,
@@ -304,6 +300,6 @@ def _divergence_sums(
         divergences=(get_divergence("forward"), get_divergence("reverse")),
         temperature=1.0,
         vocab_size=vocab_size,
-        weights=rows.mask_bt.astype(jnp.float32).reshape(-1),
+        weights=flatten_tokens(rows.mask_bt.astype(jnp.float32)),
     )
     return constrain_whole(values_nt.sum(axis=1))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from distill.base.errors import UserError
-from distill.base.sharding import constrain
+from distill.base.sharding import flatten_tokens, unflatten_tokens
 from distill.kernels.linear_divergence import (
     DivergenceTerm,
     RowLoss,
@@ -111,10 +111,10 @@ class Objective:
         Returns:
           float32 scalar, and TokenValues of shape (b, t) that carry no gradient.
         """
-        order = weighted_first(weights_bt.reshape(-1))
+        order = weighted_first(flatten_tokens(weights_bt))
 
         def flatten(values):
-            return order.apply(jax.tree.map(_flatten_tokens, values))
+            return order.apply(jax.tree.map(flatten_tokens, values))
 
         teacher = None
         if scores is not None:
@@ -135,7 +135,7 @@ class Objective:
             chunk=self.chunk,
         )
         values = order.undo(values)
-        return loss, jax.tree.map(lambda value_t: value_t.reshape(targets_bt.shape), values)
+        return loss, jax.tree.map(lambda x_n: unflatten_tokens(x_n, targets_bt.shape), values)
 
     def log_probs(
         self,
@@ -353,9 +353,3 @@ def _checked(text: str, term: Term, all_logits: bool, top_k_teacher: bool) -> Te
             f"token: {_NEEDS}"
         )
     return term
-
-
-def _flatten_tokens(values_btx: jax.Array) -> jax.Array:
-    return constrain(
-        values_btx.reshape(-1, *values_btx.shape[2:]), "token", *[None] * (values_btx.ndim - 2)
-    )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from distill.base.sharding import num_shards, partition_spec
+from distill.base.sharding import dividing, num_shards, partition_spec
 from distill.kernels.attention import RESIDUALS
 from distill.kernels.grouped_dot import grouped_dot
 from distill.models import mlp
@@ -97,8 +97,8 @@ def _routed(
     if jax.sharding.get_abstract_mesh().empty:
         return _mixed(x_btd, weights, config)
     # What the mesh does not divide is whole on its devices.
-    rows = "batch" if len(x_btd) % num_shards("batch") == 0 else None
-    rows_spec = partition_spec((rows, "position", None))
+    rows, positions = dividing("batch", len(x_btd)), dividing("position", x_btd.shape[1])
+    rows_spec = partition_spec((rows, positions, None))
     specs = {name: partition_spec(_USED[name]) for name in weights}
 
     def of_device(x_btd, weights):
@@ -109,7 +109,7 @@ def _routed(
     y_pbtd, picked_btc = jax.shard_map(
         of_device,
         in_specs=(rows_spec, specs),
-        out_specs=(partition_spec(("act_ffn", rows, "position", None)), rows_spec),
+        out_specs=(partition_spec(("act_ffn", rows, positions, None)), rows_spec),
         check_vma=False,
     )(x_btd, weights)
     return jnp.sum(y_pbtd, axis=0), picked_btc

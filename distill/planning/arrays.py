@@ -241,6 +241,6 @@ def _abstract_batch(workload: Workload, mesh: AnyMesh) -> Batch:
         batch += made
 
     def placed(x: np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.ndim))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=stacked_sharding(mesh, x.shape))
 
     return jax.tree.map(placed, tuple(batch))

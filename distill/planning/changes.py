@@ -10,7 +10,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from distill.base.errors import UserError
-from distill.base.sharding import MESH_AXES, batch_parts, make_abstract_mesh
+from distill.base.sharding import (
+    MESH_AXES,
+    RULES,
+    axis_parts,
+    batch_parts,
+    make_abstract_mesh,
+)
 from distill.base.topology import SLICES, Topology, parse_topology
 from distill.config.policy import microbatch_values, rows_per_microbatch
 from distill.config.schema import Config, all_teachers, teacher_key
@@ -196,14 +202,18 @@ def _rank(plan: Plan) -> tuple:
 
 
 def _meshes(plan: Plan) -> Iterator[dict[str, int]]:
-    """Sizes of all meshes that divide the models and the batch."""
+    """Sizes of all meshes that divide the models and the batch.
+
+    Positions are cut only where no more rows can be: rows need nothing of each other.
+    """
     rows = plan.workload.config.policy.train_global_batch_size
     axes = _WEIGHTS[::-1]
     for sizes in itertools.product(*(working_sizes(plan, axis) for axis in axes)):
         copies, rest = divmod(plan.workload.mesh.size, math.prod(sizes))
         if rest == 0:
             mesh = {_ROWS: copies, **dict(zip(axes, sizes, strict=True))}
-            if rows % batch_parts(make_abstract_mesh(**mesh)) == 0:
+            made = make_abstract_mesh(**mesh)
+            if rows % batch_parts(made) == 0 and 1 in (copies, axis_parts(made, "position")):
                 yield mesh
 
 
@@ -215,6 +225,8 @@ def working_sizes(plan: Plan, axis: str) -> list[int]:
     """Sizes of a mesh axis that divide all that it splits."""
     models = [plan.arrays.student, *(each.model for each in plan.arrays.teachers.values())]
     sizes = [size for model in models if model.params for size in cut_sizes(model.params, axis)]
+    if axis == RULES["position"]:
+        sizes.append(plan.workload.tokens.length)
     common = math.gcd(*sizes) or 1  # nothing is split over it
     return [size for size in range(1, common + 1) if common % size == 0]
 

@@ -50,7 +50,8 @@ def flops(workload: Workload, arrays: Arrays) -> dict[str, float]:
 def _forward(model: ModelConfig, counts: Counts, workload: Workload) -> float:
     tokens = workload.tokens
     body = (2 * counts.layer_weights + _recurrence(model)) * tokens.total
-    return body + tokens.rows * _attention(model, counts, tokens.length)
+    parts = axis_parts(workload.mesh, "position")
+    return body + tokens.rows * _attention(model, counts, tokens.length, parts)
 
 
 def _recurrence(model: ModelConfig) -> float:
@@ -59,11 +60,15 @@ def _recurrence(model: ModelConfig) -> float:
     return sum(x.value_heads * flops_per_token(x.key_width, x.value_width) for x in sizes)
 
 
-def _attention(model: ModelConfig, counts: Counts, length: int) -> float:
-    """Scores and weighted sums of one row, over the pairs of tokens that see each other."""
+def _attention(model: ModelConfig, counts: Counts, length: int, parts: int = 1) -> float:
+    """Scores and weighted sums of one row, over the pairs of tokens that see each other.
+
+    Of a row in parts, all devices take as long as the one with the last.
+    """
     specs = [spec for layer in model.layers if (spec := model.kinds[layer].attention)]
     windows = [min(spec.window or length, length) for spec in specs]
-    pairs = sum((length - window / 2) * window for window in windows)
+    before = length - length / parts
+    pairs = sum(length * w - parts * max(w - before, 0.0) ** 2 / 2 for w in windows)
     return 4.0 * counts.attention_width / len(specs) * pairs
 
 
@@ -117,7 +122,7 @@ def update_phase(workload: Workload, arrays: Arrays, sent: float) -> Phase:
         * student.width
         * compute
         * tokens.total
-        / batch_parts(mesh)
+        / axis_parts(mesh, "token")
     )
     # Weights and moments are read and written, gradients read.
     updated = bytes_per_device((arrays.state.trainable, arrays.state.opt_state), fetched=True)
@@ -132,7 +137,8 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
     """
     tokens, mesh, sampler = workload.tokens, workload.sampler_mesh, arrays.sampler
     assert mesh is not None and sampler is not None  # the workload samples
-    parts, cut = batch_parts(mesh), axis_parts(mesh, "embed")
+    parts, trainer = batch_parts(mesh), mesh if workload.samples_apart else workload.mesh
+    cut = axis_parts(trainer, "embed")
     weights = bytes_per_device(sampler.weights)
     _, prompts, _ = sampler.prefill
     rows = -(-tokens.rows // parts)
@@ -153,7 +159,7 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
 def estimated_sent(workload: Workload, arrays: Arrays) -> dict[str, float]:
     """Bytes that a device sends in a run of each program, as GSPMD usually partitions it."""
     tokens, student, times = workload.tokens, arrays.student_counts, workload.times_asked
-    compute, parts = _itemsize(workload), batch_parts(workload.mesh)
+    compute, parts = _itemsize(workload), axis_parts(workload.mesh, "token")
     copies = parts // axis_parts(workload.mesh, "embed")  # of each weight
     gathered = times * 2 * (student.used - student.own) * compute
     gradients = (
@@ -161,18 +167,40 @@ def estimated_sent(workload: Workload, arrays: Arrays) -> dict[str, float]:
     )
     passes = 3 if workload.config.policy.activation_checkpointing == "full" else 2
     summed = times * passes * student.summed * compute
+    # Once more for the gradients of what the others' tokens have read.
+    fetched = times * (passes + 1) * sum(_fetched(workload.student, workload)) * compute
     for teacher, counts in arrays.computed_teachers:
         size = teacher.share * teacher.itemsize
         gathered += (counts.used - counts.own) * size
         summed += counts.summed * size
+        fetched += sum(_fetched(teacher.facts, workload)) * size
     update = tokens.microbatches * (gathered + gradients)
-    sent = {"update": update + 2 * summed * tokens.total / parts}
+    rows = tokens.rows / batch_parts(workload.mesh)
+    sent = {"update": update + 2 * summed * tokens.total / parts + fetched * rows}
     if sampler := arrays.sampler:
         _, prompts, length = sampler.prefill
         per_token = 2 * sampler.counts.summed * compute
         sent |= {"prefill": per_token * prompts * length}
         sent |= {"decode": per_token * sampler.slots * STEPS_PER_CALL}
     return sent
+
+
+def _fetched(model: ModelConfig, workload: Workload) -> list[float]:
+    """Numbers of a row that a device fetches from those that have positions before its own, by
+    layer: keys and values in reach, or what all make of a state.
+    """
+    mesh, length = workload.mesh, workload.tokens.length
+    parts, made = axis_parts(mesh, "position"), []
+    for kind in (model.kinds[layer] for layer in model.layers):
+        if sizes := kind.recurrent:
+            widths = sizes.key_width * (sizes.key_width + sizes.value_width)
+            heads, numbers = sizes.value_heads, 2 * (parts - 1) * widths  # in float32
+        else:
+            assert kind.attention is not None
+            reach = min((kind.attention.window or length) - 1, length - length // parts)
+            heads, numbers = kind.num_kv_heads, 2 * reach * kind.head_width
+        made.append(numbers * heads / axis_parts(mesh, "act_heads") if parts > 1 else 0.0)
+    return made
 
 
 def estimated_temporaries(workload: Workload, arrays: Arrays, platform: str) -> dict[str, float]:
@@ -197,7 +225,8 @@ def _update_temporaries(workload: Workload, arrays: Arrays, platform: str) -> fl
     """
     config, tokens, compute = workload.config, workload.tokens, _itemsize(workload)
     student = arrays.student_counts
-    at_once = tokens.total / tokens.microbatches / batch_parts(workload.mesh)
+    at_once = tokens.total / tokens.microbatches / axis_parts(workload.mesh, "token")
+    rows = at_once * axis_parts(workload.mesh, "position") / tokens.length
     gradients = bytes_per_device(arrays.state.trainable) * (2 if tokens.microbatches > 1 else 1)
     inputs = student.depth * student.width
     saved = inputs + student.made + student.attended
@@ -214,16 +243,20 @@ def _update_temporaries(workload: Workload, arrays: Arrays, platform: str) -> fl
     ]
     if states:
         at_work[0] += student.depth * FLOAT32 * max(states) * at_once / CHUNK
-    if platform == "gpu" and config.policy.sequence_packing.enabled:
+    cut = axis_parts(workload.mesh, "position") > 1
+    if platform == "gpu" and config.policy.sequence_packing.enabled and not cut:
         # What cuDNN's backward pass takes for one packed row; the factor was measured on an H100.
         at_work[0] += 8 * student.attended * tokens.length * (MOST_SEGMENTS + 1)
     at_work[0] /= student.depth
+    # And the gradients of what a layer fetches.
+    at_work[0] += 2 * max(_fetched(workload.student, workload)) * compute * rows
     heads = (FLOAT32 + compute) * student.used_of_head
     heads_t = [0]
     for teacher, counts in arrays.computed_teachers:
         size = teacher.itemsize
         layers = counts.kept * size * at_once + 2 * size * counts.used_of_layers
-        at_work.append(layers / counts.depth)
+        fetched = max(_fetched(teacher.facts, workload)) * size * rows
+        at_work.append(layers / counts.depth + fetched)
         heads_t.append(size * counts.used_of_head)
     heads += max(heads_t)
     return gradients + kept + arrays.fetched + max(*at_work, heads)

@@ -13,6 +13,7 @@ from distill.base.sharding import (
     batch_parts,
     make_abstract_mesh,
     mesh_sizes,
+    row_mesh_sizes,
     sampler_mesh_sizes,
 )
 from distill.build.devices import split_devices
@@ -156,7 +157,7 @@ def fit_to_devices(workload: Workload, count: int) -> Workload:
     config = workload.config
     trainers, samplers = split_devices(config.policy.generation, range(count))
     sizes = mesh_sizes(vars(config.mesh), len(trainers))
-    mesh = sampler_mesh = make_abstract_mesh(**sizes)
+    mesh, sampler_mesh = (make_abstract_mesh(**x) for x in (sizes, row_mesh_sizes(sizes)))
     if workload.samples_apart:
         sampler_mesh = make_abstract_mesh(**sampler_mesh_sizes(sizes, len(samplers)))
     config, notes = _with_batches(config, batch_parts(mesh))

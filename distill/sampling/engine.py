@@ -19,7 +19,7 @@ import jax
 from flax import nnx
 
 from distill.base.errors import UserError
-from distill.base.sharding import num_shards
+from distill.base.sharding import num_shards, use_row_mesh
 from distill.sampling.attention import Kernel
 from distill.sampling.cache import Cache
 from distill.sampling.choice import SamplingParams
@@ -78,8 +78,9 @@ class EngineConfig:
 class Engine:
     """Samples what requests ask for, with a model's weights.
 
-    Call it under the mesh (`jax.set_mesh`) that holds the weights, always the same. Any of
-    `eos_ids` ends a response, which `pad_id` fills; ids from `vocab_size` on are never chosen.
+    Call it under the mesh (`jax.set_mesh`) that holds the weights, always the same; devices that
+    share rows there have rows of their own here. Any of `eos_ids` ends a response, which `pad_id`
+    fills; ids from `vocab_size` on are never chosen.
     """
 
     def __init__(
@@ -104,13 +105,14 @@ class Engine:
           UserError: a prompt leaves no room for a response, or the memory holds no slot.
         """
         self._check(request)
-        self.slots.allocate(weights, *self._slots_for(weights, request.num_rows))
-        try:
-            few_programs = self.config.few_programs
-            return Run(self.slots, weights, request, self._pad_id, few_programs).finish()
-        except BaseException:
-            self.release()  # a donated cache may be gone
-            raise
+        with use_row_mesh():
+            self.slots.allocate(weights, *self._slots_for(weights, request.num_rows))
+            try:
+                few_programs = self.config.few_programs
+                return Run(self.slots, weights, request, self._pad_id, few_programs).finish()
+            except BaseException:
+                self.release()  # a donated cache may be gone
+                raise
 
     def release(self) -> None:
         """Frees the cache until the next request."""

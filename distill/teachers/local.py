@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill.base.sharding import HOST_MEMORY, constrain, in_host_memory, on_device_memory
+from distill.base.sharding import HOST_MEMORY, flatten_tokens, in_host_memory, on_device_memory
 from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
 from distill.models.facts import ModelConfig
@@ -132,10 +132,7 @@ def _hidden(graph: nnx.GraphDef, params: nnx.State, tokens_bt: jax.Array) -> jax
 def _mean_divergence(graph, params, before_btd, tokens_bt, lengths_b, vocab_size: int) -> jax.Array:
     """KL(before || now), nats per token of the texts."""
     model = nnx.merge(graph, params)
-    now_td, before_td = (
-        constrain(hidden_btd.reshape(-1, hidden_btd.shape[-1]), "token", "act_embed")
-        for hidden_btd in (model(tokens_bt), before_btd)
-    )
+    now_td, before_td = map(flatten_tokens, (model(tokens_bt), before_btd))
     [kl_t] = per_token_divergences(
         now_td,
         model.head(),
@@ -146,4 +143,4 @@ def _mean_divergence(graph, params, before_btd, tokens_bt, lengths_b, vocab_size
         vocab_size=vocab_size,
     )
     valid_bt = jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]
-    return jnp.where(valid_bt.reshape(-1), kl_t, 0.0).sum() / lengths_b.sum()
+    return jnp.where(flatten_tokens(valid_bt), kl_t, 0.0).sum() / lengths_b.sum()

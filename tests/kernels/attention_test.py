@@ -19,10 +19,19 @@ from distill.models.transformer import REMAT_POLICIES
 
 # By dtype: of values and gradients that are of the order of one.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 4e-2}
+
+
+def as_attention(kernel, **options):
+    def call(q, k, v, segment_ids_bt, spec, sinks_n=None):
+        return kernel(q, k, v, segment_ids_bt, sinks_n, spec=spec, **options)
+
+    return call
+
+
 IMPLEMENTATIONS = {
-    "blockwise": functools.partial(blockwise_attention, block=32),
-    "one block": blockwise_attention,
-    "splash": functools.partial(splash, interpret=True),
+    "blockwise": as_attention(blockwise_attention, block=32),
+    "one block": as_attention(blockwise_attention),
+    "splash": as_attention(splash, interpret=True),
 }
 
 
@@ -154,6 +163,41 @@ def test_on_a_mesh(sizes):
         actual = value_and_gradients(attention, *arguments)
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(
+    "name, spec, length",
+    [
+        ("blockwise", AttentionSpec(SCALE), 1200),  # a shard is no multiple of a block
+        ("blockwise", AttentionSpec(SCALE, window=5), 16),
+        ("reference", AttentionSpec(SCALE, window=310, soft_cap=1.5, sinks=True), 600),
+        ("splash", AttentionSpec(SCALE, sinks=True), 600),
+        ("splash", AttentionSpec(SCALE, window=310, soft_cap=1.5), 600),
+    ],
+)
+def test_positions_cut_over_devices(name, spec, length, parts, monkeypatch):
+    """Segments end at the shards' ends (the first row) and within; a window reaches two shards."""
+    *inputs, cotangent = arrays(2, length, 4, 2, 8)
+    ids_bt = segments(2, length, length).at[0].set(1 + 4 * jnp.arange(length) // length)
+    arguments = *inputs, cotangent, ids_bt, spec, SINKS[:4] if spec.sinks else None
+    reference = functools.partial(attention, implementation="reference")
+    expected = value_and_gradients(reference, *arguments)
+    monkeypatch.setattr(api, "resolve_implementation", lambda *_, **__: name)
+    monkeypatch.setitem(api._LOCAL, "splash", functools.partial(splash, interpret=True))
+    with jax.set_mesh(make_mesh(data=1, fsdp=4 // parts, tensor=2, context=parts)):
+        actual = value_and_gradients(attention, *arguments)
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_cudnn_takes_no_positions_cut_over_devices(monkeypatch):
+    monkeypatch.setattr(api, "platform", lambda: "gpu")
+    monkeypatch.setattr(api, "cuda_capability", lambda: 9)
+    heads = {"packed": False, "width": 64, "dtype": jnp.bfloat16, "cut": True}
+    assert api.resolve_implementation(None, PLAIN, **heads) == "blockwise"
+    with pytest.raises(ValueError, match="cudnn.*and positions cut over devices: use"):
+        api.resolve_implementation("cudnn", PLAIN, **heads)
 
 
 def compiled_gradients(length, mesh=None, dtype="float32", spec=PLAIN):

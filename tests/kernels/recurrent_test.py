@@ -126,6 +126,31 @@ def test_gradients_equal_those_of_the_definition(packed):
             np.testing.assert_allclose(x, y, atol=TOLERANCE["float64"] * 100)
 
 
+@pytest.mark.parametrize("parts, packed", [(2, True), (4, True), (4, False)])
+def test_positions_cut_over_devices(parts, packed):
+    """Segments that end with a shard and within one, and one longer than a shard."""
+    length = 20
+    arrays = [jnp.asarray(x) for x in inputs(length)]
+    ids = np.asarray(segments(length))
+    ids[0] = np.arange(length) // 5
+    weights = np.random.default_rng(1).normal(size=(BATCH, length, HEADS, VALUE_WIDTH))
+
+    @jax.jit
+    def run(*arrays):
+        def loss(*arrays):
+            out, state = gated_delta_rule(*arrays, ids if packed else None, chunk=4)
+            return (out * weights).sum() + jnp.square(state).sum(), (out, state)
+
+        return jax.value_and_grad(loss, range(5), has_aux=True)(*arrays)
+
+    expected = run(*arrays)
+    sizes = dict(data=1, tensor=2, context=parts)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[: 2 * parts], **sizes)):
+        found = run(*arrays)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(x, y, atol=20 * TOLERANCE["float32"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=1, tensor=2), dict(fsdp=2, tensor=4)])
 def test_sharded_equals_one_device(sizes):
     """Two heads cannot be cut four ways: then every device has all of them."""

@@ -301,21 +301,31 @@ def test_export_and_reload(case, tmp_path):
 REMAT = {"gemma2": "none", "patchwork": "full", "qwen3_5_moe_text": "dots"}
 
 
-def test_sharded_gradient_equals_that_of_one_device(case):
-    """And every parameter has one, else other tests would not see it."""
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=2, fsdp=2, tensor=2), dict(data=2, context=2, tensor=2), dict(fsdp=2, context=4)],
+    ids=str,
+)
+def test_sharded_gradient_equals_that_of_one_device(case, sizes):
+    """And every parameter has one, else other tests would not see it. Packed rows are cut where a
+    sequence ends and within one; one is longer than what a device has of its row."""
     config, graph, params = case
-    tokens = random_tokens(4, LENGTH)
+    tokens, ids = random_tokens(4, 16), np.ones((4, 16), np.int32)
+    for row, ends in enumerate([(4, 8, 12), (3, 13), (8,), ()]):
+        for end in ends:
+            ids[row, end:] += 1
+    positions = np.stack([np.arange(16) - np.searchsorted(row, row) for row in ids])
 
     def loss(params, remat):
         model = nnx.merge(graph, params)
         model.remat = remat
-        return jnp.square(model.logits(model(tokens))).mean()
+        return jnp.square(model.logits(model(tokens, positions, ids))).mean()
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     expected = gradient(params, "none")
     for path, values in nnx.to_flat_state(expected[1]):
         assert np.abs(values[...]).max() > 1e-6, path
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(**(dict(data=1) | sizes))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params, param_shardings(params, mesh))
         found = gradient(sharded, REMAT[config.family])

@@ -65,6 +65,11 @@ def test_exit_status_of_nonsense():
         ),
         ({"policy.model_name": "Qwen/Qwen9"}, "gpu:h200x8", "Qwen9 is not known here.*Qwen2.5"),
         ({"policy.max_total_sequence_length": 65536}, "gpu:h200x8", "32768 positions"),
+        (
+            {"policy.max_total_sequence_length": 3070, "mesh.context": 4},
+            "gpu:h200x8",
+            "max_total_sequence_length=3070 does not divide over mesh.context=4 .*: try 3072$",
+        ),
         ({}, "cpu:9", "asks for 9 devices.*XLA_FLAGS"),
         ({}, "gpu:h200", "unknown topology 'gpu:h200': known are"),
     ],

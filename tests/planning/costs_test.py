@@ -9,6 +9,7 @@ from tiny_models import model_config
 from tiny_plans import arrays_of, flagship, workload_of, workload_on_mesh
 from tiny_runs import tiny_config
 
+import configs.qwen3
 from distill.base.sharding import (
     bytes_per_device,
     make_abstract_mesh,
@@ -168,18 +169,33 @@ def test_sizes_that_a_mesh_axis_splits():
 
 
 def test_attention_within_a_window_costs_its_pairs_only():
-    """Pairs counted one by one, of a token with itself half."""
+    """Pairs counted one by one, of a token with itself half; of a row in four parts, the last."""
     workload = workload_on_mesh(tiny_config(), model_config(), 1, 1, 1)
     counts = arrays_of(workload).student_counts
     length, width = 40, 4 * 8
     for window in (1, 7, 40, 100, None):
         pattern = ("full", "sliding") if window else ("full",)
         model = model_config(pattern=pattern, window=window)
-        pairs = 0.0
-        for seen in (length, window or length):  # of one layer and the other
-            of_tokens = [min(i + 1, seen) for i in range(length)]
-            pairs += sum(of_tokens) - of_tokens[-1] / 2
-        assert costs._attention(model, counts, length) == 4 * width * pairs
+        for parts in (1, 4):
+            pairs, start = 0.0, length - length // parts
+            for seen in (length, min(window or length, length)):  # of one layer and the other
+                of_tokens = [min(i + 1, seen) for i in range(start, length)]
+                pairs += parts * (sum(of_tokens) - max(seen - start, 0) / 2)
+            assert costs._attention(model, counts, length, parts) == 4 * width * pairs
+
+
+def test_positions_over_devices_take_memory_for_network():
+    made = {}
+    for parts in (1, 4):
+        config = configs.qwen3.get_config("long")
+        config.mesh.context = parts
+        made[parts] = estimate(workload_of(config, "gpu:h200x64"), parse_topology("gpu:h200x64"))
+    assert made[4].memory.update < 0.5 * made[1].memory.update
+    assert made[4].memory.optimizer == made[1].memory.optimizer
+    layers, rows, reach, compute = 36 * 4 + 64, 4, 32768 - 8192, 2
+    fetched = layers * rows * reach * 2 * 8 * 128 * compute
+    sent = {parts: costs.estimated_sent(x.workload, x.arrays) for parts, x in made.items()}
+    assert sent[4]["update"] - sent[1]["update"] >= fetched
 
 
 def test_a_family_with_windows_is_planned_from_its_own_cache():

@@ -18,7 +18,7 @@ import distill
 from distill import trainer
 from distill.base import topology
 from distill.base.errors import UserError
-from distill.base.sharding import make_mesh
+from distill.base.sharding import bytes_per_device, make_mesh, make_row_mesh
 from distill.base.topology import CHIPS, GPUS, SLICES, parse_topology
 from distill.build.scratch import make_random_model_like
 from distill.build.session import Session, open_session
@@ -284,6 +284,7 @@ def test_sizes_that_work_divide_both_models():
     plan = estimate(workload, parse_topology("gpu:h200x8"))
     assert changes.working_sizes(plan, "tensor") == [1, 2]  # 12 heads over 2
     assert 512 in changes.working_sizes(plan, "fsdp")  # widths 1536 and 5120
+    assert 512 in changes.working_sizes(plan, "context")  # and rows of 3072 tokens
     assert changes.working_sizes(plan, "data") == [1]  # which cuts no weights
 
 
@@ -348,20 +349,63 @@ def test_mixture_of_experts_on_tpus(name):
     assert 0 < made.memory.update < 3 * made.memory.gradients + 64 * 288 * 256 * 4
 
 
+def model_of(layers):
+    """With layers of two kinds."""
+    sizes = dict(hidden_size=256, num_attention_heads=2, head_dim=128, vocab_size=512)
+    sizes |= {"qwen3_5": dict(linear_key_head_dim=128, linear_value_head_dim=128)}.get(layers, {})
+    like = json.loads((ROOT / f"configs/tiny/{layers}.json").read_text())
+    model = ModelConfig.from_hf(like | sizes | {"max_position_embeddings": 65536}, layers)
+    assert len(model.kinds) == 2
+    return model
+
+
 @pytest.mark.slow
 @needs_tpu_compiler
 @pytest.mark.parametrize("name", ["v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize("layers", ["qwen3_5", "gemma3"])
 def test_recurrent_and_sliding_layers_on_tpus(layers, name):
     """Teacher, train step, prefill and decode loop of layers of two kinds."""
-    sizes = dict(hidden_size=256, num_attention_heads=2, head_dim=128, vocab_size=512)
-    sizes |= {"qwen3_5": dict(linear_key_head_dim=128, linear_value_head_dim=128)}.get(layers, {})
-    like = json.loads((ROOT / f"configs/tiny/{layers}.json").read_text())
-    model = ModelConfig.from_hf(like | sizes, layers)
-    assert len(model.kinds) == 2
-    made = compile_plan(workload_on_mesh(tiny_config(), model, 1, 2, 2), parse_topology(name))
+    workload = workload_on_mesh(tiny_config(), model_of(layers), 1, 2, 2)
+    made = compile_plan(workload, parse_topology(name))
     assert made.compiled.keys() == {"update", "prefill", "decode"}
     assert not any(each.failure for each in made.compiled.values())
+
+
+def compiled_for_long_rows(model, length, name, fsdp, context):
+    """A step of one row for each group of devices, and the bytes that each of them needs."""
+    config = tiny_config()
+    config.policy.max_total_sequence_length = length
+    config.distillation.generate_strategy.max_length = length // 2
+    config.policy.train_global_batch_size = config.policy.train_micro_batch_size = fsdp
+    config.policy.precision = config.teacher.precision = "bfloat16"
+    config.policy.activation_checkpointing = "full"
+    config.policy.sequence_packing.enabled = True
+    workload = workload_on_mesh(config, model, 1, fsdp, 1, context)
+    devices = parse_topology(name).devices()[: fsdp * context]
+    mesh = make_mesh(devices=devices, data=1, fsdp=fsdp, context=context)
+    arrays = make_arrays(workload, mesh, make_row_mesh(mesh))
+    program = compile_update(workload, arrays, mesh)
+    held = bytes_per_device((arrays.state, arrays.weights_of_teachers, arrays.batch))
+    return program, held + program.temporaries
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_devices_that_share_rows_need_less_memory_each():
+    sizes = dict(model_width=1024, num_heads=8, head_width=128, ffn_width=3072, vocab_size=8192)
+    model = model_config("qwen3", **sizes)
+    peaks = {n: compiled_for_long_rows(model, 16384, "v5p:2x2x1", 1, n)[1] for n in (1, 4)}
+    assert peaks[4] < 0.35 * peaks[1], peaks
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+@pytest.mark.parametrize("layers", ["qwen3_5", "gemma3"])
+def test_step_of_long_rows_on_tpus(layers):
+    """32,768 tokens to a row, on four devices: full attention beside states and windows."""
+    program, _ = compiled_for_long_rows(model_of(layers), 32768, "v5p:2x2x2", 2, 4)
+    assert not program.failure
+    assert program.sent["collective-permute"] > 0
 
 
 @needs_tpu_compiler

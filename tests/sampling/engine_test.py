@@ -107,8 +107,10 @@ def test_order_and_company_do_not_matter():
     assert_same(engine.generate(model()[1], apart)[0], jax.tree.map(lambda x: x[chosen], together))
 
 
-def test_sharded_over_a_mesh_with_the_same_responses():
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("sizes", [dict(data=2, context=1), dict(data=1, context=2)], ids=str)
+def test_sharded_over_a_mesh_with_the_same_responses(sizes):
+    """Devices that share rows in training have their own here."""
+    mesh = make_mesh(fsdp=2, tensor=2, **sizes)
     graphdef, params = model()
     params = jax.device_put(params, param_shardings(params, mesh, SAMPLER_RULES))
     engine = make_engine(num_slots=16)

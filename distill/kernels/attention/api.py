@@ -4,6 +4,9 @@ Shapes: queries q_btnh, keys and values k_btkh and v_btkh, n a multiple of k, al
 segment_ids_bt int. A token attends to itself and to tokens of its own row and segment before it, as
 its layer's `AttentionSpec` says. Scores and sums are in float32.
 
+Where the mesh cuts positions, a device has keys of positions before its own, too: k_bskh, whose
+last are its own. `cudnn` cannot take them.
+
 `implementation`: `reference` (all scores, the definition), `blockwise` (plain XLA, any platform),
 `splash` (JAX's Pallas kernel for TPUs), `cudnn` (NVIDIA's library; 16-bit floats, no
 soft-cap, no sinks, at most `MOST_SEGMENTS` in a row, and NaN for a row that has more), or None for
@@ -18,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.base.sharding import num_shards, partition_spec
+from distill.base.sharding import dividing, num_shards, partition_spec
 from distill.kernels.attention.blockwise import RESIDUALS, blockwise_attention, cap_scores
+from distill.kernels.attention.reach import keys_in_reach
 from distill.kernels.attention.spec import AttentionSpec
 from distill.kernels.platform import cuda_capability, is_old_tpu, platform
 
@@ -38,7 +42,7 @@ def attention(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """attended_btnh; rows are cut over the devices of the current mesh, and so are heads.
+    """attended_btnh; rows, positions and heads are cut over the devices of the current mesh.
 
     `segment_ids_bt=None` makes every row one segment. Padding behind a row's end needs no segment
     of its own: nothing before it can attend to it. `sinks_n` are the scores of `spec.sinks`.
@@ -46,33 +50,51 @@ def attention(
     if spec.sinks != (sinks_n is not None):
         raise ValueError(f"sinks_n must be given where spec.sinks is True, which is {spec.sinks}")
     packed = segment_ids_bt is not None
-    width = q_btnh.shape[-1]
+    batch, length, _, width = q_btnh.shape
+    # What the mesh does not divide is whole on its devices.
+    rows, positions = dividing("batch", batch), dividing("position", length)
+    cut = positions is not None and num_shards("position") > 1
     name = resolve_implementation(
-        implementation, spec, packed=packed, width=width, dtype=q_btnh.dtype
+        implementation, spec, packed=packed, width=width, dtype=q_btnh.dtype, cut=cut
     )
     local = functools.partial(_LOCAL[name], spec=spec)
     if jax.sharding.get_abstract_mesh().empty:
         return local(q_btnh, k_btkh, v_btkh, segment_ids_bt, sinks_n)
-    # What the mesh does not divide is whole on its devices.
-    rows = "batch" if len(q_btnh) % num_shards("batch") == 0 else None
+
+    def of_device(q_btnh, k_btkh, v_btkh, segment_ids_bt, sinks_n):
+        if cut:
+            k_btkh, v_btkh, segment_ids_bt = keys_in_reach(
+                k_btkh, v_btkh, segment_ids_bt, spec.window
+            )
+        return local(q_btnh, k_btkh, v_btkh, segment_ids_bt, sinks_n)
+
     divides = k_btkh.shape[2] % num_shards("act_kv_heads") == 0
     heads, kv_heads = ("act_heads", "act_kv_heads") if divides else (None, None)
-    q_spec = partition_spec((rows, "position", heads, None))
-    kv_spec = partition_spec((rows, "position", kv_heads, None))
-    ids_spec = partition_spec((rows, "position"))
+    q_spec = partition_spec((rows, positions, heads, None))
+    kv_spec = partition_spec((rows, positions, kv_heads, None))
+    ids_spec = partition_spec((rows, positions))
     in_specs = q_spec, kv_spec, kv_spec, ids_spec, partition_spec((heads,))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=q_spec, check_vma=False)(
+    return jax.shard_map(of_device, in_specs=in_specs, out_specs=q_spec, check_vma=False)(
         q_btnh, k_btkh, v_btkh, segment_ids_bt, sinks_n
     )
 
 
 def resolve_implementation(
-    implementation: str | None, spec: AttentionSpec, *, packed: bool, width: int, dtype
+    implementation: str | None,
+    spec: AttentionSpec,
+    *,
+    packed: bool,
+    width: int,
+    dtype,
+    cut: bool = False,
 ) -> str:
-    """The implementation that will run; ValueError when the one asked for cannot."""
+    """The implementation that will run; ValueError when the one asked for cannot.
+
+    `cut`: the positions of a row are, over devices.
+    """
     splash = platform() == "tpu" and not is_old_tpu()
     cudnn = _has_cudnn(width, jnp.dtype(dtype), packed)
-    cudnn = cudnn and spec.soft_cap is None and not spec.sinks
+    cudnn = cudnn and spec.soft_cap is None and not spec.sinks and not cut
     if implementation is None:
         return "splash" if splash else "cudnn" if cudnn else "blockwise"
     if implementation not in IMPLEMENTATIONS:
@@ -83,7 +105,7 @@ def resolve_implementation(
     if (implementation == "splash" and not splash) or (implementation == "cudnn" and not cudnn):
         facts = [f"heads of {width} {jnp.dtype(dtype)}"]
         facts += ["packed rows"] * packed + ["a soft-cap"] * (spec.soft_cap is not None)
-        facts += ["sinks"] * spec.sinks
+        facts += ["sinks"] * spec.sinks + ["positions cut over devices"] * cut
         raise ValueError(
             f"attention {implementation!r} cannot run on {platform()} with {' and '.join(facts)}: "
             "use 'blockwise', or None"
@@ -110,21 +132,22 @@ def attention_mask(
     return mask_bts
 
 
-def _reference(q_btnh, k_btkh, v_btkh, segment_ids_bt, sinks_n, *, spec: AttentionSpec):
-    batch, length, num_heads, width = q_btnh.shape
-    q_btkgh = q_btnh.reshape(batch, length, k_btkh.shape[2], -1, width)
+def _reference(q_btnh, k_bskh, v_bskh, segment_ids_bs, sinks_n, *, spec: AttentionSpec):
+    batch, length, _, width = q_btnh.shape
+    num_keys = k_bskh.shape[1]
+    q_btkgh = q_btnh.reshape(batch, length, k_bskh.shape[2], -1, width)
     scores_bkgts = jnp.einsum(
-        "btkgh,bskh->bkgts", q_btkgh, k_btkh, preferred_element_type=jnp.float32
+        "btkgh,bskh->bkgts", q_btkgh, k_bskh, preferred_element_type=jnp.float32
     )
     scores_bkgts = cap_scores(scores_bkgts * spec.scale, spec.soft_cap)
-    mask_bts = attention_mask(length, segment_ids_bt, spec.window)
+    mask_bts = attention_mask(num_keys, segment_ids_bs, spec.window)[:, -length:]
     scores_bkgts = jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf)
     if sinks_n is not None:
         sinks_kg11 = sinks_n.astype(jnp.float32).reshape(*scores_bkgts.shape[1:3], 1, 1)
         sinks_bkgt1 = jnp.broadcast_to(sinks_kg11, (*scores_bkgts.shape[:-1], 1))
         scores_bkgts = jnp.concatenate([scores_bkgts, sinks_bkgt1], axis=-1)
-    weights_bkgts = jax.nn.softmax(scores_bkgts, axis=-1)[..., :length].astype(v_btkh.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights_bkgts, v_btkh).reshape(q_btnh.shape)
+    weights_bkgts = jax.nn.softmax(scores_bkgts, axis=-1)[..., :num_keys].astype(v_bskh.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights_bkgts, v_bskh).reshape(q_btnh.shape)
 
 
 def _cudnn(q_btnh, k_btkh, v_btkh, segment_ids_bt, _, *, spec: AttentionSpec):
@@ -178,61 +201,63 @@ def _segments(ids_t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def splash(
     q_btnh,
-    k_btkh,
-    v_btkh,
-    segment_ids_bt,
+    k_bskh,
+    v_bskh,
+    segment_ids_bs,
     sinks_n=None,
     *,
     spec: AttentionSpec,
     interpret: bool = False,
 ):
     """JAX's kernel; `interpret` runs it without a TPU, for tests."""
-    batch, length = q_btnh.shape[:2]
+    (batch, length), num_keys = q_btnh.shape[:2], k_bskh.shape[1]
+    if segment_ids_bs is None:
+        segment_ids_bs = jnp.zeros((batch, num_keys), jnp.int32)
     size = -(-length // LANES) * LANES
-    if segment_ids_bt is None:
-        segment_ids_bt = jnp.zeros((batch, length), jnp.int32)
-    ids_bt = jnp.pad(segment_ids_bt, ((0, 0), (0, size - length)), constant_values=-1)
+    behind = size - length
+    before = -(num_keys + behind) % LANES
+    ids_bs = jnp.pad(segment_ids_bs, ((0, 0), (before, behind)), constant_values=-1)
 
-    def heads_first(x_btnh):
-        x_btnh = jnp.pad(x_btnh, ((0, 0), (0, size - length), (0, 0), (0, 0)))
+    def heads_first(x_btnh, before):
+        x_btnh = jnp.pad(x_btnh, ((0, 0), (before, behind), (0, 0), (0, 0)))
         return x_btnh.swapaxes(1, 2)
 
-    kernel = _splash_kernel(q_btnh.shape[2], size, spec, interpret)
-    scaled_btnh = q_btnh * jnp.asarray(spec.scale, q_btnh.dtype)
-    q_bnth, k_bkth, v_bkth = map(heads_first, (scaled_btnh, k_btkh, v_btkh))
-    attended_bnth = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _splash_ids(ids), sinks_n))(
-        q_bnth, k_bkth, v_bkth, ids_bt
+    kernel = _splash_kernel(q_btnh.shape[2], (size, ids_bs.shape[1]), spec, interpret)
+    q_bnth = heads_first(q_btnh * jnp.asarray(spec.scale, q_btnh.dtype), 0)
+    k_bksh, v_bksh = (heads_first(x_bskh, before) for x_bskh in (k_bskh, v_bskh))
+    attended_bnth = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, _splash_ids(ids, size), sinks_n))(
+        q_bnth, k_bksh, v_bksh, ids_bs
     )
     return attended_bnth.swapaxes(1, 2)[:, :length]
 
 
-def _splash_ids(ids_t: jax.Array):
+def _splash_ids(ids_s: jax.Array, num_queries: int):
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    return SegmentIds(ids_t, ids_t)
+    return SegmentIds(ids_s[-num_queries:], ids_s)
 
 
-def _splash_kernel(num_heads: int, size: int, spec: AttentionSpec, interpret: bool):
+def _splash_kernel(num_heads: int, shape: tuple[int, int], spec: AttentionSpec, interpret: bool):
     # Imported here: Pallas is slow to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
-    shape = size, size
+    offset = shape[1] - shape[0]  # of the queries
     mask: splash_attention.Mask
     if spec.window is None:
-        mask = splash_attention.CausalMask(shape)
+        mask = splash_attention.CausalMask(shape, offset)
     else:
-        mask = splash_attention.LocalMask(shape, window_size=(spec.window - 1, 0), offset=0)
-    block = int(np.gcd(size, 512))
+        mask = splash_attention.LocalMask(shape, window_size=(spec.window - 1, 0), offset=offset)
+    block, block_keys = (int(np.gcd(size, 512)) for size in shape)
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * num_heads),
         block_sizes=splash_attention.BlockSizes(
             block_q=block,
-            block_kv=block,
+            block_kv=block_keys,
             block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=block,
+            block_kv_dkv=block_keys,
+            block_kv_dkv_compute=block_keys,
             block_q_dq=block,
-            block_kv_dq=block,
+            block_kv_dq=block_keys,
         ),
         residual_checkpoint_name=RESIDUALS,
         attn_logits_soft_cap=spec.soft_cap,

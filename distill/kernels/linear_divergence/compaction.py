@@ -1,6 +1,6 @@
 """Tokens with weight to the front, so that the loss's walk over chunks ends behind them.
 
-On every device by itself: no token crosses devices.
+On every device by itself, where the mesh divides them: no token crosses devices.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill.base.sharding import partition_spec
+from distill.base.sharding import dividing, partition_spec
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +63,8 @@ _permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
 def _on_token_shards(local, *arrays):
-    if jax.sharding.get_abstract_mesh().empty:
+    # A permutation of all tokens where the mesh does not divide them, which costs more.
+    if dividing("token", len(arrays[0])) is None or jax.sharding.get_abstract_mesh().empty:
         return local(*arrays)
     tokens = partition_spec(("token",))
     return jax.shard_map(local, in_specs=tokens, out_specs=tokens, check_vma=False)(*arrays)

@@ -10,6 +10,9 @@ width, y value width, c and s positions in a chunk. States are in float32, or wi
 
 Within a chunk the corrections c (v - ...) solve a triangular system. A chunk takes a few products
 of matrices in place of as many updates as it has tokens (2406.06484).
+
+Where the mesh cuts positions, no device waits for the state before its own. Of a state S, a
+device's tokens make A S + B, and they read S^T r: A and r come as further columns of the values.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from distill.base.sharding import num_shards, partition_spec
+from distill.base.sharding import dividing, mesh_axes, num_shards, partition_spec
 from distill.kernels.platform import platform
 
 CHUNK = 64  # tokens
@@ -38,8 +41,8 @@ def gated_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """out_btjy in v's dtype, and the state_bjxy after the last token.
 
-    Rows, and heads where they divide, are cut over the devices of the current mesh. The backward
-    pass keeps no more than the arguments, and while it works one state per chunk.
+    Rows, positions and heads are cut over the devices of the current mesh, where it divides them.
+    The backward pass keeps no more than the arguments, and while it works one state per chunk.
 
     Args:
       q_btix, k_btix: queries and keys of any length.
@@ -49,15 +52,16 @@ def gated_delta_rule(
       segment_ids_bt: the state begins anew where it changes.
       chunk: tokens that are computed at once.
     """
-    local = jax.checkpoint(functools.partial(_chunked, chunk=chunk), prevent_cse=False)
+    # What the mesh does not divide is whole on its devices.
+    rows, positions = dividing("batch", len(q_btix)), dividing("position", q_btix.shape[1])
+    rule = _of_positions if positions and num_shards("position") > 1 else _of_rows
+    local = jax.checkpoint(functools.partial(rule, chunk=chunk), prevent_cse=False)
     arrays = q_btix, k_btix, v_btjy, log_decay_btj, rate_btj, segment_ids_bt
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arrays)
-    # What the mesh does not divide is whole on its devices.
-    rows = "batch" if len(q_btix) % num_shards("batch") == 0 else None
-    heads = "act_heads" if q_btix.shape[2] % num_shards("act_heads") == 0 else None
-    of_heads = partition_spec((rows, None, heads, None))
-    of_numbers, ids = partition_spec((rows, None, heads)), partition_spec((rows, None))
+    heads = dividing("act_heads", q_btix.shape[2])
+    of_heads = partition_spec((rows, positions, heads, None))
+    of_numbers, ids = partition_spec((rows, positions, heads)), partition_spec((rows, positions))
     return jax.shard_map(
         local,
         in_specs=(of_heads, of_heads, of_heads, of_numbers, of_numbers, ids),
@@ -101,11 +105,51 @@ def _per_head(q_ix: jax.Array, k_ix: jax.Array, num_heads: int) -> tuple[jax.Arr
     return make(q_ix, q_ix.shape[-1] ** -0.5), make(k_ix, 1.0)
 
 
-def _chunked(q_btix, k_btix, v_btjy, log_decay_btj, rate_btj, segment_ids_bt, *, chunk: int):
+def _of_rows(q_btix, k_btix, v_btjy, log_decay_btj, rate_btj, segment_ids_bt, *, chunk: int):
+    """The rule for whole rows."""
     batch, length, num_heads, value_width = v_btjy.shape
-    chunk = min(chunk, length)
     if segment_ids_bt is None:
         segment_ids_bt = jnp.zeros((batch, length), jnp.int32)
+    dtype = jnp.promote_types(v_btjy.dtype, jnp.float32)
+    state_bjxy = jnp.zeros((batch, num_heads, q_btix.shape[-1], value_width), dtype)
+    arrays = q_btix, k_btix, v_btjy, log_decay_btj, rate_btj, segment_ids_bt
+    return _chunked(state_bjxy, segment_ids_bt[:, 0], *arrays, chunk=chunk)
+
+
+def _of_positions(q_btix, k_btix, v_btjy, log_decay_btj, rate_btj, segment_ids_bt, *, chunk: int):
+    """The rule for a device's positions of rows that go on before and behind them."""
+    (axis,), number = mesh_axes("position"), num_shards("position")
+    batch, length, num_heads, width = v_btjy.shape
+    if segment_ids_bt is None:
+        segment_ids_bt = jnp.zeros((batch, length), jnp.int32)
+    # The segment that goes on from the device before; -1 where there is none.
+    to_next = [(device, device + 1) for device in range(number - 1)]
+    segment_b = jax.lax.ppermute(segment_ids_bt[:, -1] + 1, axis, to_next) - 1
+    dtype, key_width = jnp.promote_types(v_btjy.dtype, jnp.float32), q_btix.shape[-1]
+    # Of values that are 0, from an identity: how the state before is changed, and how it is read.
+    wide_btjy = jnp.pad(v_btjy.astype(dtype), [(0, 0)] * 3 + [(0, key_width)])
+    start_xy = jnp.pad(jnp.eye(key_width, dtype=dtype), ((0, 0), (width, 0)))
+    start_bjxy = jnp.broadcast_to(start_xy, (batch, num_heads, *start_xy.shape))
+    arrays = q_btix, k_btix, wide_btjy, log_decay_btj, rate_btj, segment_ids_bt
+    wide_btjy, state_bjxy = _chunked(start_bjxy, segment_b, *arrays, chunk=chunk)
+    added_pbjxy, changes_pbjxx = jnp.split(jax.lax.all_gather(state_bjxy, axis), [width], axis=-1)
+    # Before the positions of each device, and after all.
+    states = [jnp.zeros_like(added_pbjxy[0])]
+    with jax.default_matmul_precision("highest"):
+        for added_bjxy, change_bjxx in zip(added_pbjxy, changes_pbjxx, strict=True):
+            states.append(change_bjxx @ states[-1] + added_bjxy)
+        before_bjxy = jnp.stack(states)[jax.lax.axis_index(axis)]
+        out_btjy, read_btjx = jnp.split(wide_btjy, [width], axis=-1)
+        out_btjy += jnp.einsum("btjx,bjxy->btjy", read_btjx, before_bjxy)
+    return out_btjy.astype(v_btjy.dtype), states[-1]
+
+
+def _chunked(
+    state_bjxy, segment_b, q_btix, k_btix, v_btjy, log_decay_btj, rate_btj, segment_ids_bt, *, chunk
+):
+    """Chunk by chunk, from a state that belongs to a segment."""
+    batch, length, num_heads, value_width = v_btjy.shape
+    chunk = min(chunk, length)
     padding = -length % chunk
 
     def cut(x, mode="constant"):
@@ -116,11 +160,9 @@ def _chunked(q_btix, k_btix, v_btjy, log_decay_btj, rate_btj, segment_ids_bt, *,
         *map(cut, (q_btix, k_btix, v_btjy, log_decay_btj, rate_btj)),
         cut(segment_ids_bt, "edge"),
     )
-    dtype = jnp.promote_types(v_btjy.dtype, jnp.float32)
-    state_bjxy = jnp.zeros((batch, num_heads, q_btix.shape[-1], value_width), dtype)
     step = jax.checkpoint(_one_chunk, prevent_cse=False)
     with jax.default_matmul_precision("highest"):
-        (state_bjxy, _), out = jax.lax.scan(step, (state_bjxy, segment_ids_bt[:, 0]), chunks)
+        (state_bjxy, _), out = jax.lax.scan(step, (state_bjxy, segment_b), chunks)
     out_btjy = jnp.moveaxis(out, 0, 1).reshape(batch, -1, num_heads, value_width)
     return out_btjy[:, :length], state_bjxy
 
