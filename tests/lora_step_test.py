@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from step_test import VOCAB_SIZE, make_model, make_rows, on_mesh, padded
+from step_test import VOCAB_SIZE, make_model, make_rows, padded
 from tiny_models import model_config, num_bytes
 
 from distill.base.sharding import make_mesh, param_shardings
+from distill.build.devices import put_batch
 from distill.build.models import abstract_state, first_state
 from distill.config.policy import Lora, Optimizer, Policy
 from distill.losses.objective import make_objective
@@ -112,7 +113,7 @@ def test_update_does_not_depend_on_the_mesh(case, stepped, student, teacher, siz
         assert jax.tree.structure(shapes) == jax.tree.structure(state)
         placed = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
         teacher_params = jax.device_put(teacher[1], param_shardings(teacher[1], mesh))
-        batch = on_mesh(mesh, make_rows().batch(padded(1)))
+        batch = put_batch(mesh, make_rows().batch(padded(1)))
         after, metrics = step(placed, [teacher_params], batch)
     assert float(metrics["loss"]) == pytest.approx(float(stepped[1]["loss"]), rel=1e-5)
     assert_near(after.trainable, stepped[0].trainable)

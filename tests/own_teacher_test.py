@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from step_test import ROWS, VOCAB_SIZE, assert_same, make_model, make_rows, on_mesh, padded
+from step_test import ROWS, VOCAB_SIZE, assert_same, make_model, make_rows, padded
 from tiny_runs import read_metrics, tiny_config, train_killed, with_models
 
 import distill
 from distill.base.sharding import make_mesh, param_shardings
+from distill.build.devices import put_batch
 from distill.build.teachers import FROM_STATE
 from distill.losses.objective import make_objective
 from distill.step import AveragedState, TeacherInStep, TrainState, make_train_step
@@ -80,7 +81,7 @@ def test_average_of_the_weights_is_the_teacher(student, rows, given, averaging, 
     mesh = None
     if sizes:
         mesh = make_mesh(*sizes)
-        batch, layout = on_mesh(mesh, batch), param_shardings(student[1], mesh)
+        batch, layout = put_batch(mesh, batch), param_shardings(student[1], mesh)
         put = {name: jax.device_put(getattr(state, name), layout) for name in PARTS}
         state = dataclasses.replace(state, **put)
     losses = []

@@ -17,7 +17,6 @@ from step_test import (
     assert_same,
     make_model,
     make_rows,
-    on_mesh,
     padded,
 )
 from tiny_runs import random_model, read_metrics, tiny_config, train_killed
@@ -27,6 +26,7 @@ from distill.base.errors import UserError
 from distill.base.sharding import bytes_per_device, in_host_memory, make_mesh, param_shardings
 from distill.batches.rows import make_batch
 from distill.batches.source import Asked, BatchSource
+from distill.build.devices import put_batch
 from distill.build.session import Session
 from distill.config.parse import parse_config
 from distill.losses.objective import make_objective
@@ -149,7 +149,7 @@ def test_update_is_the_sum_of_each_teachers(student, teachers, rows, steps, slow
     state, weights = first_state(student), [params for _, params in teachers]
     if name == "mesh":
         mesh = make_mesh(2, 2, 2)
-        batch = on_mesh(mesh, batch)
+        batch = put_batch(mesh, batch)
         state = dataclasses.replace(
             state, trainable=jax.device_put(state.params, param_shardings(state.params, mesh))
         )
