@@ -50,14 +50,16 @@ def get_config(arg: str = "") -> ConfigDict:
             teacher_advantage=0.5,
             cross_entropy=0.1,
             ratio_clip=0.2,
+            importance_clip=2.0,
             divergence_clip=0.5,
             entropy_threshold=0.5,
             target_start=0.5,
+            target_pace=0.1,
+            proximal_share=0.5,
             horizon=20,
             position_discount=0.99,
             skip_tokens=("=",),
         )
-        config.policy.generation.importance_clip = 2.0
         config.reward.standardize = True
         config.distillation.max_steps = 2
         config.distillation.logging_steps = 1

@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.runs import BATCH, FEW, LEARNING_RATE, METHODS, OFF, ON, UPDATES
+from benchmarks.evidence.runs import (
+    BATCH,
+    FEW,
+    GROUP_PROMPTS,
+    GROUPED,
+    LEARNING_RATE,
+    METHODS,
+    OFF,
+    ON,
+    REWARDS,
+    UPDATES,
+)
 from distill.base.errors import UserError
 from distill.base.files import write_atomically
 
@@ -148,6 +159,7 @@ def make_tables(evidence: Evidence) -> dict[str, str]:
     return {
         "situations": markdown(situation_table(evidence)),
         "rivals": markdown(rival_table(evidence)),
+        "rewards": markdown(reward_table(evidence)),
         "accuracy": align(accuracy_table(evidence)),
         "stopping": align(stopping_table(evidence)),
         "cost": align(cost_table(evidence)),
@@ -217,6 +229,26 @@ def rival_cells(evidence: Evidence, prompts: int) -> dict[str, Cell]:
     return {title: cell for title, cell in found.items() if cell}
 
 
+def reward_table(evidence: Evidence) -> Table:
+    """A reward beside the teacher, and each alone, on own responses in groups."""
+    n, start = GROUP_PROMPTS, Cell({0: evidence.base}).right()
+    header = "objective", "peak rate", "seeds", "accuracy", "each seed", "above the teacher alone"
+    table: Table = [
+        (*header, "above the start"),
+        ("before", "", "", _interval(estimate(start)), "", "", ""),
+    ]
+    for method, rate in REWARDS:
+        cell, teacher = evidence.cell(method, n, rate=rate), evidence.cell(GROUPED, n)
+        if not (cell and teacher):
+            continue
+        right = cell.right()
+        more = "-" if cell == teacher else _points(gain(cell, teacher))
+        each = " ".join(f"{100 * x:.1f}" for x in right.mean(axis=1))
+        row = METHODS[method].title, f"{rate:g}", str(len(right)), _interval(estimate(right))
+        table.append((*row, each, more, _points(estimate(right - start))))
+    return table
+
+
 def accuracy_table(evidence: Evidence) -> Table:
     """All that was run."""
     header = "prompts", "method", "rate", "seeds", "accuracy", "each seed", "forward KL"
@@ -258,7 +290,9 @@ def cost_table(evidence: Evidence) -> Table:
         rows = [row for row in evidence.rows if row["method"] == method]
         if not rows:
             continue
-        scored = 0 if "distillation.hard_labels" in METHODS[method].phases[0] else 1
+        phase = METHODS[method].phases[0]
+        has_teacher = phase.get("distillation.objective.divergence", 1) > 0
+        scored = has_teacher and "distillation.hard_labels" not in phase
         table.append(
             (
                 METHODS[method].title,

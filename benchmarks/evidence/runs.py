@@ -18,6 +18,7 @@ PROMPTS, MORE_PROMPTS = (384, 1536, 24000), (64, 6000)
 FEW = 384  # where all methods and other learning rates are run
 RATES = (1e-3, 5e-4)
 LEARNING_RATE = 2e-3
+GROUPS, GROUP_PROMPTS = 8, 1536  # where rewards are given: responses to a prompt, prompts
 # The validation problems that choose where to stop, and how often they are asked.
 VALIDATION, EVERY = 256, 50
 
@@ -44,7 +45,17 @@ def _distilled(lambda_: float, kl_type: str = "forward") -> Overrides:
     return {"distillation.lambda_": lambda_, "distillation.kl_type": kl_type}
 
 
-OFF, ON = "off_forward", "on_forward"
+def _rewarded(divergence: float, reward: float) -> Overrides:
+    """Own responses in groups, with the weights of forward KL and reward."""
+    return _distilled(1.0) | {
+        "distillation.generate_strategy.num_generations": GROUPS,
+        "distillation.objective.divergence": divergence,
+        "distillation.objective.reward_advantage": reward,
+        "reward.function": "accuracy",
+    }
+
+
+OFF, ON, GROUPED = "off_forward", "on_forward", "on_group_kl"
 METHODS = {
     OFF: Method("off-policy, forward KL", (_distilled(0.0),)),
     ON: Method("on-policy, forward KL", (_distilled(1.0),)),
@@ -57,9 +68,15 @@ METHODS = {
         "SFT on the dataset's responses",
         ({"distillation.lambda_": 0.0, "distillation.hard_labels": True},),
     ),
+    GROUPED: Method("forward KL, groups of 8", (_rewarded(1.0, 0.0),)),
+    "on_group_both": Method("forward KL and reward", (_rewarded(1.0, 1.0),)),
+    "on_group_reward": Method("reward", (_rewarded(0.0, 1.0),)),
 }
 MAIN = (OFF, ON)
-RIVALS = tuple(method for method in METHODS if method not in MAIN)
+# With their peak rates: at high ones the reward alone ruins the student.
+REWARDS = ((GROUPED, LEARNING_RATE), ("on_group_both", LEARNING_RATE), ("on_group_reward", 2e-5))
+REWARDS += (("on_group_reward", 1e-4),)
+RIVALS = tuple(m for m in METHODS if m not in (*MAIN, *dict(REWARDS)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +104,14 @@ def all_runs() -> list[Run]:
     more = [[Run(m, n, seed) for n in MORE_PROMPTS for m in MAIN] for seed in range(SEEDS)]
     rivals = [[Run(m, FEW, seed) for m in RIVALS] for seed in range(SEEDS)]
     rates = [Run(m, FEW, 0, learning_rate=rate) for rate in RATES for m in MAIN]
+    rewards = [
+        Run(method, GROUP_PROMPTS, seed, learning_rate=rate)
+        for some in (REWARDS[:3], REWARDS[3:])
+        for seed in range(SEEDS)
+        for method, rate in some
+    ]
     queue = [main[0], more[0], rivals[0][:1], *main[1:], rivals[0][1:], rates]
-    queue += [*more[1:], *rivals[1:]]
+    queue += [*more[1:], *rivals[1:], rewards]
     return [run for runs in queue for run in runs]
 
 

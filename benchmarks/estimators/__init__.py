@@ -1,0 +1,1 @@
+"""What estimators of a divergence's gradient estimate, judged by the exact gradient."""
