@@ -2,6 +2,7 @@
 
 python -m distill.report runs/forward
 python -m distill.report runs/forward runs/reverse runs/jsd --output=comparison.html
+python -m distill.report runs/on_policy --reference=runs/off_policy
 """
 
 from pathlib import Path
@@ -17,6 +18,9 @@ def run() -> None:
     output_flag = flags.DEFINE_string(
         "output", None, "HTML file; by default report.html, in the run's folder if there is one."
     )
+    reference_flag = flags.DEFINE_string(
+        "reference", None, "Folder of a run to compare with, such as one on fixed data."
+    )
 
     def main(folders: list[str]) -> None:
         if not folders:
@@ -27,7 +31,8 @@ def run() -> None:
         default = workdirs[0] / REPORT if len(workdirs) == 1 else Path(REPORT)
         output = local_path(output_flag.value) if output_flag.value else default
         try:
-            notes = write_report(workdirs, output)
+            reference = local_path(reference_flag.value) if reference_flag.value else None
+            notes = write_report(workdirs, output, reference)
         except OSError as error:
             raise cli.UserError(
                 f"cannot read the runs or write {output} ({error.strerror}: {error.filename}): "

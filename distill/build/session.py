@@ -58,7 +58,8 @@ from distill.data.sequences import Sequences
 from distill.data.tokenizer import Vocabulary, shared_vocabulary
 from distill.data.tokenizing import tokenize_prompts
 from distill.evaluation.evaluator import Evaluator
-from distill.evaluation.recorder import MOST_RESPONSES, RolloutRecorder
+from distill.evaluation.recorder import RolloutRecorder
+from distill.evaluation.token_values import TokenReader
 from distill.losses.objective import Objective
 from distill.models.checkpoints.hub import resolve_model, tokenizer_folder
 from distill.models.checkpoints.source import load_model_config
@@ -369,16 +370,18 @@ class Session:
         return evaluator
 
     def build_recorder(self) -> RolloutRecorder:
-        """Writes responses token by token; as many at once as fit in the evaluation."""
+        """Writes what comes of the evaluation's responses, token by token."""
         assert self.validation is not None  # or nothing is evaluated
-        return RolloutRecorder(
-            self.workdir,
-            self.validation,
-            self.evaluator.prompts,
-            self.vocabulary.tokenizer,
-            objective=self.objective,
+        prompts = self.evaluator.prompts
+        arguments = self.validation, prompts, self.vocabulary, self.build_reader(len(prompts))
+        return RolloutRecorder(self.workdir, *arguments)
+
+    def build_reader(self, count: int) -> TokenReader:
+        """Reads so many responses with both models."""
+        return TokenReader(
+            self.objective,
             vocab_size=self.vocabulary.size,
-            batch_size=self._batch_size(min(MOST_RESPONSES, len(self.evaluator.prompts))),
+            batch_size=self._batch_size(count),
             put=make_put(self.mesh),
         )
 

@@ -43,6 +43,9 @@ CHARTS = (
         {"held-out": "mean_length"},
     ),
     Chart(
+        "Cut off", "share of held-out responses at the limit", evaluated={"cut off": "truncated"}
+    ),
+    Chart(
         "Log-probability of sampled tokens",
         "nats, mean",
         {"student": "student_log_prob", "teacher": "teacher_log_prob"},
@@ -77,11 +80,21 @@ CHARTS = (
 )
 
 
-def draw(runs: list[Run]) -> list[dict[str, Any]]:
-    """The charts that have anything to show, as JSON."""
+def draw(runs: list[Run], reference: Run | None = None) -> list[dict[str, Any]]:
+    """The charts that have anything to show, as JSON.
+
+    Args:
+      reference: a run whose evaluations stand beside those of the others.
+    """
     charts = []
     for chart in CHARTS:
         curves = [curve for i, run in enumerate(runs) for curve in _curves(chart, run, i)]
+        if curves and reference is not None:
+            for label, field in chart.evaluated.items():
+                if points := _evaluated(reference, field):
+                    curves.append(
+                        dict(run=0, label=f"reference: {label}", points=points, marked=True)
+                    )
         if curves:
             charts.append(
                 dict(title=chart.title, unit=chart.unit, is_log=chart.is_log, curves=curves)
@@ -99,7 +112,7 @@ def _curves(chart: Chart, run: Run, number: int) -> list[dict[str, Any]]:
         if points := _evaluated(run, field):
             curves.append(dict(run=number, label=label, points=points, marked=True))
         teacher = run.series.get(f"eval/teacher/{field}")
-        if teacher and field == "accuracy":
+        if teacher and field in ("accuracy", "mean_length"):
             curves.append(dict(run=number, label="teacher", level=teacher[-1][1]))
     return curves
 

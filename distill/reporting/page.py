@@ -16,6 +16,7 @@ from typing import Any
 
 from distill.base.files import to_json, write_atomically
 from distill.reporting import curves
+from distill.reporting.explain import explain
 from distill.reporting.read import Run, read_run
 from distill.reporting.verdict import verdict
 
@@ -24,23 +25,27 @@ _ASSETS = Path(__file__).parent / "assets"
 _SCRIPTS = ("elements.js", "charts.js", "rollouts.js", "page.js")
 
 
-def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
+def write_report(
+    workdirs: Sequence[Path], output: Path, reference: Path | None = None
+) -> list[str]:
     """Writes one report of all runs; returns a line for each thing that it lacks.
 
     Args:
       workdirs: of runs, finished or not.
       output: the HTML file.
+      reference: the folder of a run that the others are compared with.
 
     Raises:
       UserError: there is no such run.
     """
     runs = [read_run(workdir) for workdir in workdirs]
     names = _names(runs, workdirs)
-    write_atomically(output, render(runs, names))
+    compared = None if reference is None else read_run(reference)
+    write_atomically(output, render(runs, names, compared))
     return [f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes]
 
 
-def render(runs: Sequence[Run], names: Sequence[str]) -> str:
+def render(runs: Sequence[Run], names: Sequence[str], reference: Run | None = None) -> str:
     """The page of runs that are called by `names`."""
     script = "\n".join(_asset(name) for name in _SCRIPTS)
     style, page = _asset("page.css"), _asset("page.html")
@@ -49,7 +54,7 @@ def render(runs: Sequence[Run], names: Sequence[str]) -> str:
         "SCRIPT_HASH": _digest(script),
         "STYLE": style,
         "SCRIPT": script,
-        "DATA": _embedded(_data(runs, names)),  # last: nothing is looked for in it
+        "DATA": _embedded(_data(runs, names, reference)),  # last: nothing is looked for in it
     }.items():
         page = page.replace(f"{{{{{name}}}}}", text)
     return page
@@ -59,15 +64,16 @@ def _asset(name: str) -> str:
     return (_ASSETS / name).read_text(encoding="utf-8")
 
 
-def _data(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
+def _data(runs: Sequence[Run], names: Sequence[str], reference: Run | None) -> dict[str, Any]:
     return dict(
-        charts=curves.draw(list(runs)),
+        charts=curves.draw(list(runs), reference),
+        explanation=explain(runs, names),
         runs=[
             dict(
                 name=name,
                 step=run.step,
                 results=run.results,
-                verdict=verdict(run.results),
+                verdict=_verdict(run, reference),
                 rollouts=run.rollouts,
                 config=run.config,
                 environment=run.environment,
@@ -75,6 +81,16 @@ def _data(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
             )
             for name, run in zip(names, runs, strict=True)
         ],
+    )
+
+
+def _verdict(run: Run, reference: Run | None) -> str:
+    diagnosis = run.diagnoses.get("student")
+    return verdict(
+        run.results,
+        diagnosis.departures if diagnosis else None,
+        next(iter(run.probe.values()), None),
+        reference.results.get("student") if reference else None,
     )
 
 

@@ -10,12 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from distill.base.errors import UserError
+from distill.evaluation.diagnosis import CLASSES
 from distill.evaluation.recorder import FOLDER
 from distill.reporting.facts import FACTS
 
+PROBE = "probe.json"  # what `distill.preflight --probe` found
 METRICS, RESULTS, STUDENT, CHECKPOINTS = "metrics.jsonl", "results.json", "student", "checkpoints"
 
 Points = list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """As `evaluation.diagnosis.diagnose` makes it, but for names that the report does not show."""
+
+    means: dict[str, float | None]
+    positions: dict[str, list[float | None]]
+    classes: dict[str, dict[str, float | None]]
+    prompts: list[tuple[str, float | None]]
+    half: float | None
+    departures: dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +42,8 @@ class Run:
       series: by name of the metric, (step, value) in the order of the steps.
       results: evaluations by role, as in results.json; the last ones so far of an unfinished run.
       rollouts: by role, as `RolloutRecorder` writes them.
+      diagnoses: by role, of the responses that were rolled out.
+      probe: by teacher, as `checks.probe` writes it; {} if it was not made.
       config, environment: as in run.json; {} if that is not there.
       notes: one line for each thing that is missing or damaged.
     """
@@ -37,6 +53,8 @@ class Run:
     series: dict[str, Points]
     results: dict[str, dict[str, Any]]
     rollouts: dict[str, dict[str, Any]]
+    diagnoses: dict[str, Diagnosis]
+    probe: dict[str, dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
     notes: tuple[str, ...]
@@ -61,11 +79,13 @@ def read_run(workdir: Path) -> Run:
     series = _read_series(workdir / METRICS, notes)
     facts = _read_json(workdir / FACTS, notes)
     results = _read_json(workdir / RESULTS, notes) if (workdir / RESULTS).exists() else {}
-    rollouts = {}
+    rollouts, diagnoses = {}, {}
     for path in sorted((workdir / FOLDER).glob("*.json")):
         record = _read_json(path, notes)
         if _are_rollouts(record):
             rollouts[path.stem] = record
+            if diagnosis := _diagnosis(record.pop("diagnosis", None)):
+                diagnoses[path.stem] = diagnosis
         elif record:
             notes.append(f"{path.name} is damaged and left out.")
     run = Run(
@@ -74,6 +94,8 @@ def read_run(workdir: Path) -> Run:
         series=series,
         results=_numbers(results) or _evaluations(series),
         rollouts=rollouts,
+        diagnoses=diagnoses,
+        probe=_probes(_read_json(workdir / PROBE, notes)) if (workdir / PROBE).exists() else {},
         config=_section(facts, "config"),
         environment=_section(facts, "environment"),
         notes=tuple(notes),
@@ -137,6 +159,49 @@ def _is_response(response: dict[str, Any], of_tokens: list[str]) -> bool:
         and all(isinstance(text, str) for text in texts)
         and {"correct", "expected", "stopped"} <= response.keys()
     )
+
+
+_OF_POSITIONS = ("surprise", "entropy_p", "entropy_q", "overlap", "mass_p", "mass_q")
+_OF_DEPARTURES = ("tokens", "responses", "back", "right", "right_otherwise")
+_OF_PROBE = ("student", "teacher", "teacher_from_student", "overlap", "entropy_p", "entropy_q")
+
+
+def _diagnosis(fields: Any) -> Diagnosis | None:
+    """None where there is none, or not as it was written."""
+    try:
+        columns = {name: fields["positions"][name] for name in ("start", *_OF_POSITIONS)}
+        columns |= {name: fields["positions"][name] for name in ("loss", "left")}
+        if len({len(column) for column in columns.values()}) != 1:
+            return None
+        largest = [(str(p["question"]), _number(p["loss"])) for p in fields["prompts"]["largest"]]
+        return Diagnosis(
+            means=_section_of(fields["means"], _OF_POSITIONS),
+            positions={name: list(map(_number, column)) for name, column in columns.items()},
+            classes={n: _section_of(fields["classes"][n], ("tokens", "loss")) for n in CLASSES},
+            prompts=largest,
+            half=_number(fields["prompts"]["half"]),
+            departures=_section_of(fields["departures"], _OF_DEPARTURES),
+        )
+    except (KeyError, TypeError):
+        return None
+
+
+def _probes(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those that are as they were written."""
+    return {
+        name: _section_of(probe, _OF_PROBE)
+        | dict(verdict=str(probe["verdict"]), recovers=probe["recovers"] is True)
+        for name, probe in fields.items()
+        if isinstance(probe, dict) and {*_OF_PROBE, "verdict", "recovers"} <= probe.keys()
+    }
+
+
+def _section_of(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, float | None]:
+    return {name: _number(fields[name]) for name in names}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if _is_number(value) else None
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

@@ -88,17 +88,18 @@ class Rollout:
     @property
     def num_sampled(self) -> int:
         """Tokens that the student wrote."""
-        return int(self._sampled_br.sum())
+        return int(self.sampled_br.sum())
 
     @property
     def last_turn_b(self) -> np.ndarray:
         """Where the last turn begins: behind the last token that the student did not write."""
         positions_r = np.arange(1, self.tokens_br.shape[1] + 1)
         inside_br = positions_r <= self.lengths_b[:, None]
-        return np.where(inside_br & ~self._sampled_br, positions_r, 0).max(axis=1)
+        return np.where(inside_br & ~self.sampled_br, positions_r, 0).max(axis=1)
 
     @property
-    def _sampled_br(self) -> np.ndarray:
+    def sampled_br(self) -> np.ndarray:
+        """Whether the student wrote the token."""
         inside_br = np.arange(self.tokens_br.shape[1]) < self.lengths_b[:, None]
         return inside_br & self.columns.get("sampled", True)
 

@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from distill.evaluation.diagnosis import CLASSES
+
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><!-- {{DATA}} $& \u202eevil\u2066 \x1b[31m'
 
 
@@ -94,4 +96,35 @@ def _rollouts(role: str, step: int, wrong: int) -> dict:
         has_teacher=True,
         responses=responses,
         texts=texts,
+        diagnosis=_diagnosis(0.12 if role == "base" else 0.08),
     )
+
+
+def _diagnosis(left: float) -> dict:
+    means = dict(surprise=0.5, entropy_p=0.1, entropy_q=0.4, overlap=0.6, mass_p=0.99, mass_q=0.875)
+    return dict(
+        tokens=500,
+        responses=100,
+        means=means,
+        positions=dict(
+            start=[0, 1, 2],
+            tokens=[100, 100, 50],
+            **{name: [value, 2 * value, value] for name, value in means.items()},
+            loss=[0.25, 0.5, 0.25],
+            left=[left, 2 * left, None],
+        ),
+        classes={
+            name: dict(tokens=0.25, loss=share)
+            for name, share in zip(CLASSES, (0.1, 0.2, 0.3, 0.4), strict=True)
+        },
+        prompts=dict(half=0.125, largest=[dict(number=3, loss=0.3, question=HOSTILE)]),
+        departures=dict(tokens=left, responses=0.5, back=0.04, right=0.02, right_otherwise=0.9),
+    )
+
+
+def write_probe(folder: Path, recovers: bool) -> None:
+    found = dict(
+        prompts=64, student=0.3, teacher=1.0, teacher_from_student=0.9 if recovers else 0.31,
+        overlap=0.6, entropy_p=0.1, entropy_q=0.4, recovers=recovers, verdict=f"says {HOSTILE}",
+    )  # fmt: skip
+    (folder / "probe.json").write_text(json.dumps({"": found}))

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from made_up_run import HOSTILE, write_run
+from made_up_run import HOSTILE, write_probe, write_run
 
 from distill.reporting.page import write_report
 
@@ -12,6 +12,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -77,6 +78,7 @@ class Page:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("browser") / "run")
+    write_probe(folder, recovers=True)
     write_report([folder], folder / "report.html")
     return folder / "report.html"
 
@@ -90,7 +92,8 @@ def page(browser, report):
 
 def test_all_sections_are_drawn(page):
     assert [h.text for h in page.all("h2")] == [
-        "Results", "Curves", "Responses, token by token", "Setup",
+        "Results", "Curves", "Both models on the student's own responses",
+        "Responses, token by token", "Setup",
     ]  # fmt: skip
     assert "40.0% → 80.0%" in page.all(".tile")[0].text
     assert page.one(".verdict").text.startswith("The run helped: 40.0% before, 80.0% after")
@@ -99,6 +102,50 @@ def test_all_sections_are_drawn(page):
     titles = [title.text for title in page.all("figcaption b")]
     assert {"Held-out accuracy", "Training loss", "Throughput"} <= set(titles)
     assert page.all(".chart polygon") and page.all(".chart .error")  # the interval
+
+
+def test_a_run_is_explained_by_its_own_responses(page):
+    section = page.one("#explanation")
+    assert [title.text for title in section.find_elements(By.CSS_SELECTOR, "figcaption b")] == [
+        "Teacher's perplexity", "Where the loss is", "Off the teacher's path", "Entropy",
+        "The 10 likeliest tokens",
+    ]  # fmt: skip
+    titles, tables = (section.find_elements(By.CSS_SELECTOR, x) for x in ("h3", ".scroll > table"))
+    assert [title.text for title in titles] == [
+        "Student and teacher on the model's own responses", "Leaving the teacher's path",
+        "Share of the loss by kind of token", "Prompts with most of the loss", "The probe",
+    ]  # fmt: skip
+    rows = [row.text for row in tables[1].find_elements(By.CSS_SELECTOR, "tbody tr")]
+    assert rows == ["base 12.0% 50.0% 4.0% 2.0% 90.0%", "student 8.0% 50.0% 4.0% 2.0% 90.0%"]
+    assert SHOWN in tables[3].get_property("textContent")
+    assert SHOWN in section.find_elements(By.CSS_SELECTOR, ".lead")[-1].get_property("textContent")
+
+
+def test_a_chart_is_a_table_too(page):
+    chart = next(c for c in page.all(".chart") if "Off the teacher's path" in c.text)
+    picture = chart.find_element(By.CSS_SELECTOR, "svg[tabindex]")
+    assert "share of responses" in picture.get_attribute("aria-label")
+    page.browser.execute_script("arguments[0].focus()", picture)
+    page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert "token 1" in chart.text and "24%" in chart.text
+    page.press(Keys.TAB, Keys.ENTER)  # to the values, and opens them
+    found = WebDriverWait(chart, 5).until(lambda c: c.find_elements(By.CSS_SELECTOR, "tbody tr"))
+    rows = [row.text for row in found]
+    assert rows == ["0 12% 8%", "1 24% 16%"]
+    assert len(chart.find_elements(By.CSS_SELECTOR, "thead th[scope=col]")) == 3
+    page.press(Keys.ENTER, Keys.ENTER)
+    assert len(chart.find_elements(By.CSS_SELECTOR, "table")) == 1
+
+
+def test_a_phone_is_wide_enough(page):
+    metrics = dict(width=340, height=700, deviceScaleFactor=2, mobile=True)
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 340
+        widths = [figure.rect["width"] for figure in page.all(".chart")]
+        assert len(widths) > 5 and max(widths) <= 340 - 2 * 12
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_hostile_text_stays_text(page):

@@ -1,6 +1,7 @@
 """What a run leaves for its report, and what the report makes of whatever is in a folder."""
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -22,11 +23,18 @@ import distill
 from distill.base.errors import UserError
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
-from distill.data.tokenizer import character_tokenizer, train_bpe_tokenizer, vocabulary_size
+from distill.data.tokenizer import (
+    Vocabulary,
+    character_tokenizer,
+    train_bpe_tokenizer,
+    vocabulary_size,
+)
 from distill.data.tokenizing import tokenize_prompts
-from distill.evaluation import recorder as tokens
+from distill.evaluation import diagnosis, token_values
+from distill.evaluation import recorder as recorder_module
 from distill.evaluation.evaluator import Responses
 from distill.evaluation.recorder import RolloutRecorder, pieces
+from distill.evaluation.token_values import TokenReader
 from distill.losses.objective import make_objective
 from distill.models.model import Model
 from distill.reporting import curves
@@ -52,30 +60,41 @@ def record(workdir, *, with_teacher=True, kl_type="reverse", batch_size=2) -> di
     """`rollouts/student.json` of made-up responses to all questions, 6 tokens at most."""
     tokenizer, questions = character_tokenizer(CHARACTERS), Questions()
     size = vocabulary_size(tokenizer)
-    random = np.random.default_rng(0)
-    lengths_b = np.array([3, 6, 1, 5, 2], np.int32)
     workdir.mkdir(exist_ok=True)
-    rollout = Rollout(
-        tokens_br=random.integers(2, size, (5, 6)).astype(np.int32),
-        lengths_b=lengths_b,
-        log_probs_br=np.zeros((5, 6), np.float32),
-        sampled_log_probs_br=np.zeros((5, 6), np.float32),
-        stopped_b=lengths_b < 6,
+    reader = TokenReader(
+        make_objective(kl_type, temperature=2.0),
+        vocab_size=size,
+        batch_size=batch_size,
+        put=jnp.asarray,
     )
     recorder = RolloutRecorder(
         workdir,
         questions,
         tokenize_prompts(questions, tokenizer, max_prompt_length=10),
-        tokenizer,
-        objective=make_objective(kl_type, temperature=2.0),
-        vocab_size=size,
-        batch_size=batch_size,
-        put=jnp.asarray,
+        Vocabulary(tokenizer, size, (tokenizer.eos_token_id,)),
+        reader,
     )
     student, teacher = models()
-    responses = Responses(rollout, ["text"] * 5, [True, False, True, False, True])
+    responses = Responses(made_up_rollout(), ["text"] * 5, [True, False, True, False, True])
     recorder("student", 7, student, [teacher if with_teacher else None], responses)
     return json.loads((workdir / "rollouts/student.json").read_text())
+
+
+def made_up_rollout() -> Rollout:
+    size = vocabulary_size(character_tokenizer(CHARACTERS))
+    lengths_b = np.array([3, 6, 1, 5, 2], np.int32)
+    return Rollout(
+        tokens_br=np.random.default_rng(0).integers(2, size, (5, 6)).astype(np.int32),
+        lengths_b=lengths_b,
+        log_probs_br=np.zeros((5, 6), np.float32),
+        sampled_log_probs_br=np.zeros((5, 6), np.float32),
+        stopped_b=lengths_b < 6,
+    )
+
+
+def responses_of(rollout: Rollout) -> list[list[int]]:
+    rows = zip(rollout.tokens_br.tolist(), rollout.lengths_b, strict=True)
+    return [row[:length] for row, length in rows]
 
 
 def models() -> tuple[Model, Model]:
@@ -100,7 +119,9 @@ def plain_log_probs(prompt: str, ids: list[int]) -> list[np.ndarray]:
 
 def test_numbers_of_every_token_against_plain_formulas(tmp_path, monkeypatch):
     """Log-probabilities and choices at temperature 1, the divergence at the run's (here 2)."""
-    monkeypatch.setattr(tokens, "_MOST_LOGITS", 2 * 32 * 4)  # two chunks, the second filled up
+    monkeypatch.setattr(
+        token_values, "_MOST_LOGITS", 2 * 32 * 4
+    )  # two chunks, the second filled up
     log = record(tmp_path)
     tokenizer = character_tokenizer(CHARACTERS)
     assert [len(response["tokens"]) for response in log["responses"]] == [3, 6, 1, 5, 2]
@@ -122,6 +143,82 @@ def test_numbers_of_every_token_against_plain_formulas(tmp_path, monkeypatch):
             assert all(log["texts"][str(token)] == tokenizer.decode([token]) for token in best)
 
 
+def test_the_diagnosis_against_plain_loops(tmp_path, monkeypatch):
+    """Of all responses, though only the first is written token by token."""
+    monkeypatch.setattr(recorder_module, "MOST_TOKENS", 3)
+    monkeypatch.setattr(diagnosis, "NUCLEUS", 0.9)  # so that these few tokens leave it, too
+    monkeypatch.setattr(diagnosis, "BACK", 2)
+    monkeypatch.setattr(diagnosis, "MOST_BINS", 3)  # of two positions each
+    log = record(tmp_path)
+    found, tokenizer = log["diagnosis"], character_tokenizer(CHARACTERS)
+    assert len(log["responses"]) == 1 and (found["tokens"], found["responses"]) == (17, 5)
+    means, bins, left, losses = [], {0: [], 1: [], 2: []}, [], []
+    by_class = {name: [0, 0.0] for name in diagnosis.CLASSES}
+    for i, ids in enumerate(responses_of(made_up_rollout())):
+        left.append([])
+        logits = plain_log_probs(Questions()[i].prompt, ids)
+        for r, token in enumerate(ids):
+            q, p = (np.exp(x[r]) / np.exp(x[r]).sum() for x in logits)
+            flat_q, flat_p = (x**0.5 / (x**0.5).sum() for x in (q, p))  # the loss's are at 2
+            best_q, best_p = (set(np.argsort(-x)[:10].tolist()) for x in (q, p))
+            both = sorted(best_q & best_p)
+            means.append(
+                dict(
+                    surprise=-np.log(p[token]), overlap=len(both) / 10,
+                    mass_p=p[both].sum(), mass_q=q[both].sum(),
+                    entropy_p=-(p * np.log(p)).sum(), entropy_q=-(q * np.log(q)).sum(),
+                )
+            )  # fmt: skip
+            losses.append((i, (flat_q * np.log(flat_q / flat_p)).sum()))
+            left[-1].append(sum(x for x in p if x > p[token]) >= 0.9)
+            bins[r // 2].append((means[-1], losses[-1][1]))
+            text = tokenizer.decode([token])
+            kind = "end" if token == tokenizer.eos_token_id else diagnosis.class_of(text)
+            by_class[kind][0] += 1
+            by_class[kind][1] += losses[-1][1]
+    loss = sum(value for _, value in losses)
+    close = functools.partial(pytest.approx, abs=3e-5)
+    for name, value in found["means"].items():
+        assert value == close(np.mean([x[name] for x in means])), name
+        for k, column in enumerate(found["positions"][name]):
+            assert column == close(np.mean([x[name] for x, _ in bins[k]])), name
+    positions = found["positions"]
+    assert positions["start"] == [0, 2, 4] and positions["tokens"] == [9, 5, 3]
+    assert positions["loss"] == close([sum(d for _, d in bins[k]) / loss for k in range(3)])
+    firsts = [row.index(True) if True in row else 9 for row in left]
+    assert positions["left"] == close([sum(f < end for f in firsts) / 5 for end in (2, 4, 6)])
+    for name, (count, divergence) in by_class.items():
+        assert found["classes"][name] == dict(
+            tokens=close(count / 17), loss=close(divergence / loss)
+        )
+    shares = [sum(d for i, d in losses if i == number) / loss for number in range(5)]
+    largest = found["prompts"]["largest"]
+    assert [p["number"] for p in largest] == sorted(range(5), key=lambda i: -shares[i])
+    assert [p["loss"] for p in largest] == close(sorted(shares, reverse=True))
+    assert largest[0]["question"] == Questions()[largest[0]["number"]].prompt
+    most = next(n for n in range(1, 6) if sum(sorted(shares)[-n:]) >= 0.5)
+    assert found["prompts"]["half"] == most / 5
+    back = [not any(row[r + 1 : r + 3]) for row in left for r in range(len(row) - 1) if row[r]]
+    right = {True: [], False: []}
+    for row, correct in zip(left, (True, False, True, False, True), strict=True):
+        right[any(row)].append(correct)
+    assert 0 < sum(back) < len(back) and min(map(len, right.values())) > 0  # or nothing is tested
+    assert found["departures"] == dict(
+        tokens=close(np.mean(sum(left, []))),
+        responses=close(np.mean([any(row) for row in left])),
+        back=close(np.mean(back)),
+        right=close(np.mean(right[True])),
+        right_otherwise=close(np.mean(right[False])),
+    )
+
+
+def test_tokens_are_of_four_kinds():
+    assert [diagnosis.class_of(text) for text in ("7", " 12", "3.5", "+", "\n", "x1")] == [
+        *["digits"] * 3, *["other"] * 3,
+    ]  # fmt: skip
+    assert {diagnosis.class_of(text) for text in (" So", "wait,", "First")} == {"style"}
+
+
 def test_what_is_known_of_answers(tmp_path):
     log = record(tmp_path)
     first, second = log["responses"][:2]
@@ -138,6 +235,8 @@ def test_a_mesh_and_other_batches_change_nothing(tmp_path):
     with jax.set_mesh(make_mesh(2, 1, 2, devices=jax.devices()[:4])):
         sharded = record(tmp_path / "a", batch_size=4)
     plain = record(tmp_path / "b", batch_size=2)
+    ours, theirs = (jax.tree.leaves(log["diagnosis"]) for log in (sharded, plain))
+    assert ours == pytest.approx(theirs, abs=3e-5)
     for ours, theirs in zip(sharded["responses"], plain["responses"], strict=True):
         for name in ("log_q", "log_p", "divergence"):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-5)
@@ -156,9 +255,9 @@ def test_without_a_teacher_only_the_student_is_known(tmp_path):
 
 
 def test_only_so_many_tokens_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "MOST_TOKENS", 9)
+    monkeypatch.setattr(recorder_module, "MOST_TOKENS", 9)
     assert [len(a["tokens"]) for a in record(tmp_path / "a")["responses"]] == [3, 6]
-    monkeypatch.setattr(tokens, "MOST_TOKENS", 1)
+    monkeypatch.setattr(recorder_module, "MOST_TOKENS", 1)
     assert [len(a["tokens"]) for a in record(tmp_path / "b")["responses"]] == [3]
 
 
@@ -236,6 +335,7 @@ def test_damaged_lines_and_files_are_left_out_and_counted(tmp_path):
     (folder / "results.json").write_text("{")
     (folder / "rollouts/base.json").write_text("[]")
     (folder / "rollouts/student.json").write_bytes(b"\xff")
+    (folder / "probe.json").write_text('{"": {"verdict": 1}}')
     (folder / "rollouts/z.json").write_text(
         '{"responses": [{}], "texts": {}, "responses_in_all": 1}'
     )
@@ -248,8 +348,35 @@ def test_damaged_lines_and_files_are_left_out_and_counted(tmp_path):
         "student.json is damaged and left out.",
         "z.json is damaged and left out.",
     )
+    assert run.diagnoses == run.probe == {}
     assert run.rollouts == {} and run.results == whole.results  # from the log
     render([run], ["run"])
+
+
+def test_a_damaged_diagnosis_is_left_out_and_the_rest_stays(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "rollouts/student.json"
+    whole = read_run(folder)
+    assert whole.diagnoses["student"].departures["back"] == 0.04
+    record = json.loads(path.read_text())
+    for damaged in ([], {"positions": 1}, record["diagnosis"] | dict(classes={"end": 1})):
+        path.write_text(json.dumps(record | dict(diagnosis=damaged)))
+        run = read_run(folder)
+        assert run.diagnoses.keys() == {"base"} and run.rollouts == whole.rollouts
+        render([run], ["run"])
+    record["diagnosis"]["means"]["overlap"] = "much"
+    path.write_text(json.dumps(record))
+    assert read_run(folder).diagnoses["student"].means["overlap"] is None
+    render([read_run(folder)], ["run"])
+
+
+def test_a_reference_stands_beside_the_run(tmp_path):
+    run, other = (read_run(write_run(tmp_path / name)) for name in ("run", "other"))
+    charts = {chart["title"]: chart["curves"] for chart in curves.draw([run], other)}
+    labels = [curve["label"] for curve in charts["Held-out divergence"]]
+    assert labels == ["forward KL", "reverse KL", "reference: forward KL", "reference: reverse KL"]
+    assert "reference" not in str(charts["Training loss"])
+    assert "The reference run ends at 80.0%" in render([run], ["run"], other)
 
 
 def test_an_unfinished_run_shows_what_there_is(tmp_path):

@@ -1,5 +1,6 @@
 // Curves as inline SVG; the pointer, or the arrow keys, read their values.
 
+const MOST_ROWS = 100; // of a table of values
 const CHART = { width: 380, height: 210, left: 50, right: 10, top: 10, bottom: 24 };
 
 function niceTicks(low, high, count) {
@@ -95,7 +96,7 @@ function drawChart(chart, runs) {
   const last = Math.max(...steps, 1);
   const x = (step) => left + (step / last) * (width - left - right);
   const { place: y, ticks } = verticalScale(values, chart.is_log);
-  const isShare = chart.curves.some((c) => c.label === "accuracy");
+  const isShare = chart.unit.startsWith("share"), axis = chart.axis ?? "step";
   const shown = (v) => (isShare ? percent(v, Math.abs(v * 100 - Math.round(v * 100)) > 0.05 ? 1 : 0) : number(v));
 
   const legend = el("ul", { class: "legend" });
@@ -127,7 +128,7 @@ function drawChart(chart, runs) {
     at = index;
     const step = steps[index];
     cursor.setAttribute("visibility", step === undefined ? "hidden" : "visible");
-    where.textContent = step === undefined ? "" : `step ${step}`;
+    where.textContent = step === undefined ? "" : `${axis} ${step}`;
     if (step !== undefined) for (const end of ["x1", "x2"]) cursor.setAttribute(end, x(step));
     curves.forEach((curve, i) => {
       const value = curve.level ?? (step === undefined ? null : nearest(curve.points, step)[1]);
@@ -150,5 +151,18 @@ function drawChart(chart, runs) {
   });
   return el("figure", { class: "card chart" },
     el("figcaption", {}, el("b", {}, chart.title), el("span", {}, chart.unit), where),
-    picture, legend);
+    picture, legend, chartValues(curves, steps, axis, shown));
+}
+
+// The curves as a table, for whoever does not see them; made when it is first opened.
+function chartValues(curves, steps, axis, shown) {
+  const every = Math.ceil(steps.length / MOST_ROWS) || 1;
+  const rows = steps.filter((_, i) => i % every === 0 || i === steps.length - 1);
+  const at = (curve, step) => curve.level ?? curve.points.find((p) => p[0] === step)?.[1];
+  const details = el("details", {}, el("summary", {}, "Values"));
+  details.addEventListener("toggle", () => details.append(el("div", { class: "scroll" },
+    dataTable([axis, ...curves.map((curve) => curve.name)], rows.map((step) => [
+      number(step), ...curves.map((curve) => (at(curve, step) === undefined ? "–" : shown(at(curve, step)))),
+    ])))), { once: true });
+  return details;
 }

@@ -51,6 +51,14 @@ function number(value) {
   return String(Number(value.toPrecision(3)));
 }
 
+// Rows of texts, the first of each being what it is about.
+function dataTable(columns, rows) {
+  return el("table", { class: "values" },
+    el("thead", {}, el("tr", {}, columns.map((name) => el("th", { scope: "col" }, name)))),
+    el("tbody", {}, rows.map(([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name),
+      cells.map((cell) => el("td", {}, cell))))));
+}
+
 // One of several, as a row of buttons; `choose(value)` is called with what was chosen.
 function choice(label, options, chosen, choose) {
   const group = el("div", { class: "choice", role: "group", "aria-label": label });

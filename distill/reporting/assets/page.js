@@ -92,6 +92,17 @@ function curves(charts, runs) {
   return el("section", { id: "curves" }, el("h2", {}, "Curves"), el("div", { class: "charts" }, drawn));
 }
 
+function explanation(shown, runs) {
+  if (!shown.charts.length && !shown.tables.length) return null;
+  const drawn = shown.charts.map((chart) => drawChart(chart, runs)).filter((chart) => chart);
+  return el("section", { id: "explanation" }, el("h2", {}, "Both models on the student's own responses"),
+    el("p", { class: "lead" }, "All greedy responses to held-out prompts of the last evaluation, read by both " +
+      "models. A token's share of the loss is that of its divergence."),
+    el("div", { class: "charts" }, drawn),
+    shown.tables.flatMap((table) => [el("h3", {}, table.title), el("p", { class: "lead" }, table.caption),
+      el("div", { class: "card scroll" }, dataTable(table.columns, table.rows))]));
+}
+
 function facts(title, runs, section) {
   const names = [...new Set(runs.flatMap((run) => Object.keys(run[section])))];
   if (!names.length) return null;
@@ -112,7 +123,7 @@ function showPage(data) {
   document.title = `${runs.map((run) => visible(run.name)).join(", ")} – distillation report`;
   document.getElementById("page").append(...[
     headline(runs), runs.length === 1 ? tiles(runs[0]) : null, results(runs), curves(charts, runs),
-    rolloutViewer(runs),
+    explanation(data.explanation, runs), rolloutViewer(runs),
     el("section", { id: "setup" }, el("h2", {}, "Setup"), facts("Config", runs, "config"),
       facts("Environment", runs, "environment")),
   ].filter((part) => part));

@@ -53,7 +53,7 @@ function rolloutViewer(runs) {
   }
 
   function showList() {
-    lead.textContent = explanation(record());
+    lead.textContent = introduction(record());
     legend.replaceChildren(...scaleOf(record(), full.get(record().has_teacher)));
     const shown = responses();
     if (!shown.some((a) => place(a) === state.chosen)) state.chosen = place(shown[0]);
@@ -189,7 +189,7 @@ function rolloutViewer(runs) {
   return section;
 }
 
-function explanation(record) {
+function introduction(record) {
   return record.has_teacher
     ? "The first held-out prompts with the model's greedy responses. Each token is coloured by the " +
       "divergence of student and teacher where it was chosen; underlined is what the teacher would " +
