@@ -228,16 +228,21 @@ def dividing(logical_axis: str, size: int) -> str | None:
 
 
 def flatten_tokens(x_btx: jax.Array) -> jax.Array:
+    """`merge_tokens`, its layout pinned: what follows the tokens is whole."""
+    return constrain(merge_tokens(x_btx), "token", *[None] * (x_btx.ndim - 2))
+
+
+def merge_tokens(x_btx: jax.Array) -> jax.Array:
     """(b, t, ...) as (tokens, ...), each device's own beside each other: none is sent."""
     rows, row, columns, column = _token_cuts(x_btx.shape[:2])
     rest = x_btx.shape[2:]
     if columns > 1:
         x_btx = x_btx.reshape(rows, row, columns, column, *rest).swapaxes(1, 2)
-    return constrain(x_btx.reshape(-1, *rest), "token", *[None] * len(rest))
+    return x_btx.reshape(-1, *rest)
 
 
-def unflatten_tokens(x_nx: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`flatten_tokens` of an array (b, t, ...), undone; `shape` is (b, t)."""
+def split_tokens(x_nx: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`merge_tokens` of an array (b, t, ...), undone; `shape` is (b, t)."""
     rows, row, columns, column = _token_cuts(shape)
     rest = x_nx.shape[1:]
     if columns > 1:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from distill.base.errors import UserError
-from distill.base.sharding import flatten_tokens, unflatten_tokens
+from distill.base.sharding import flatten_tokens, split_tokens
 from distill.kernels.linear_divergence import (
     DivergenceTerm,
     RowLoss,
@@ -135,7 +135,7 @@ class Objective:
             chunk=self.chunk,
         )
         values = order.undo(values)
-        return loss, jax.tree.map(lambda x_n: unflatten_tokens(x_n, targets_bt.shape), values)
+        return loss, jax.tree.map(lambda x_n: split_tokens(x_n, targets_bt.shape), values)
 
     def log_probs(
         self,

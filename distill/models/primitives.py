@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from distill.base.sharding import merge_tokens, split_tokens
 from distill.models.facts import LayerKind, ModelConfig
 
 INIT_STD = 0.02
@@ -104,8 +105,9 @@ def project(x: jax.Array, w: jax.Array) -> jax.Array:
     """
     num_inputs = x.ndim - 2
     inputs, outputs = w.shape[:num_inputs], w.shape[num_inputs:]
-    product = x.reshape(-1, math.prod(inputs)) @ w.reshape(math.prod(inputs), -1)
-    return product.reshape(*x.shape[:2], *outputs)
+    x_nx = merge_tokens(x.reshape(*x.shape[:2], -1))
+    product = x_nx @ w.reshape(math.prod(inputs), -1)
+    return split_tokens(product, x.shape[:2]).reshape(*x.shape[:2], *outputs)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:

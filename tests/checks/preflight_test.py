@@ -63,10 +63,10 @@ def test_healthy_run_passes_every_check(config, lambda_):
     assert list(found) == CHECKS and all(found.values())
 
 
-@pytest.mark.parametrize("data, fsdp", [(2, 4), (1, 8)])
-def test_healthy_sharded_run_passes(config, data, fsdp, monkeypatch):
+@pytest.mark.parametrize("data, fsdp, context", [(2, 4, 1), (1, 8, 1), (1, 2, 4)])
+def test_healthy_sharded_run_passes(config, data, fsdp, context, monkeypatch):
     monkeypatch.setattr(layout, "LARGE_BYTES", 1000)
-    config.mesh.update(data=data, fsdp=fsdp)
+    config.mesh.update(data=data, fsdp=fsdp, context=context)
     assert "are split" in preflight_alone(config)["layout"]
 
 

@@ -171,7 +171,7 @@ def test_a_run_without_a_report_is_finished(models, tmp_path, capsys, monkeypatc
 
 
 def test_run_goes_on_with_another_mesh_within_rounding(tmp_path, monkeypatch):
-    """From (8, 1, 1) to (2, 2, 2): the order of sums differs, nothing else."""
+    """From rows alone to weights, heads and positions: the order of sums differs, nothing else."""
     config = tiny_config(lambda_=0.5)
     config.policy.model_name = random_model(model_width=16, vocab_size=24)
     whole = distill.train(config, tmp_path / "whole")
@@ -179,7 +179,7 @@ def test_run_goes_on_with_another_mesh_within_rounding(tmp_path, monkeypatch):
         die_after(5, patch)
         with pytest.raises(KeyboardInterrupt):
             distill.train(config, tmp_path / "moved")
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+    config.mesh.update(data=1, fsdp=2, tensor=2, context=2)
     moved = distill.train(config, tmp_path / "moved")
     for ours, theirs in zip(
         read_metrics(tmp_path / "moved"), read_metrics(tmp_path / "whole"), strict=True
