@@ -664,16 +664,17 @@ def test_an_axis_of_the_mesh_is_a_row_of_the_table(monkeypatch):
     """A model runs on a mesh with an axis that no other code knows."""
     monkeypatch.setitem(sharding.MESH_AXES, "expert", 1)
     monkeypatch.setitem(sharding.RULES, "batch", ("data", "expert"))
-    monkeypatch.setitem(sharding.RULES, "ffn", ("tensor", "fsdp"))
+    monkeypatch.setitem(sharding.RULES, "mlp_batch", ("data", "expert"))
+    monkeypatch.setitem(sharding.RULES, "mlp", ("tensor", "fsdp"))
     monkeypatch.setitem(sharding.RULES, "embed", None)
     graph, params = make_model(32, 2, 32, seed=1)
     tokens = np.arange(32).reshape(4, 8)
     expected = nnx.merge(graph, params)(tokens)
     mesh = make_mesh(fsdp=2, expert=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "context": 1, "expert": 2}
+    assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=1, context=1, expert=2, width=1)
     assert batch_parts(mesh) == 4
-    sizes = sharding.sampler_mesh_sizes(mesh.shape, 6)
-    assert sizes == dict(data=3, fsdp=2, tensor=1, context=1, expert=1)
+    own = sharding.sampler_mesh_sizes(mesh.shape, 6)
+    assert own == dict(data=3, fsdp=2, tensor=1, context=1, expert=1, width=1)
     params = jax.device_put(params, param_shardings(params, mesh))
     with jax.set_mesh(mesh):
         found = jax.jit(lambda params: nnx.merge(graph, params)(tokens))(params)

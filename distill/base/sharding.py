@@ -20,6 +20,8 @@ from distill.base.errors import UserError
 
 # axis of the mesh -> its size where none is given; -1 takes the devices that are left
 MESH_AXES = {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}
+# Of the sampler's meshes alone: rows are split over it and, within an MLP, its width.
+WIDTH = "width"
 HOST_MEMORY = "pinned_host"
 AnyMesh = Mesh | AbstractMesh  # for layouts, which need no devices
 
@@ -33,6 +35,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_width": None,
     "ffn": "tensor",
+    "mlp": ("tensor", "width"),
     "state_heads": "tensor",
     "state_channels": "tensor",
     "expert": None,  # however they are kept, a layer's are gathered before they are used
@@ -40,13 +43,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "gate_up": None,
     "rank": None,
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "width"),
+    "mlp_batch": ("data", "fsdp"),
     "position": "context",
-    "token": ("data", "fsdp", "context"),
+    "token": ("data", "fsdp", "context", "width"),
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
     "act_ffn": "tensor",
+    "act_mlp": ("tensor", "width"),
     "act_vocab": "tensor",
 }
 
@@ -67,20 +72,20 @@ def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    if unknown := sorted(sizes.keys() - MESH_AXES.keys()):
+    if unknown := sorted(sizes.keys() - _all_axes().keys()):
         raise ValueError(f"a mesh has no axis {unknown[0]!r}, only {', '.join(MESH_AXES)}")
-    filled = MESH_AXES | dict(sizes)
+    filled = _all_axes() | dict(sizes)
     fixed = math.prod(size for size in filled.values() if size != -1)
     free = [name for name, size in filled.items() if size == -1]
-    given = _as_keys(filled)
+    given = _as_keys({name: filled[name] for name in MESH_AXES})
     if len(free) > 1 or any(size < 1 and size != -1 for size in filled.values()):
         raise UserError(f"{given}: sizes are positive, and at most one is -1 (takes the rest)")
     if free and count % fixed == 0:
         filled[free[0]] = count // fixed
     if math.prod(filled.values()) != count:
-        example = dict.fromkeys(filled, 1) | {next(iter(filled)): count}
+        example = dict.fromkeys(MESH_AXES, 1) | {next(iter(MESH_AXES)): count}
         raise UserError(
-            f"{given} does not match {count} devices: {' x '.join(filled)} must be {count}, "
+            f"{given} does not match {count} devices: {' x '.join(MESH_AXES)} must be {count}, "
             f"e.g. {_as_keys(example)}"
         )
     return filled
@@ -113,8 +118,12 @@ def row_mesh_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def make_abstract_mesh(*sizes: int, **named: int) -> AbstractMesh:
     """A mesh without devices, for the shapes of shards; sizes that are not given are 1."""
-    shape = dict.fromkeys(MESH_AXES, 1) | dict(zip(MESH_AXES, sizes, strict=False)) | named
+    shape = dict.fromkeys(_all_axes(), 1) | dict(zip(MESH_AXES, sizes, strict=False)) | named
     return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=_types(shape))
+
+
+def _all_axes() -> dict[str, int]:
+    return MESH_AXES | {WIDTH: 1}
 
 
 def _types(axes: Collection[str]) -> tuple[AxisType, ...]:
@@ -132,33 +141,37 @@ def use_row_mesh() -> contextlib.AbstractContextManager[Any]:
     return jax.set_mesh(make_row_mesh(jax.sharding.get_mesh()))
 
 
-def sampler_mesh_sizes(trainer: Mapping[str, int], count: int) -> dict[str, int]:
+def sampler_mesh_sizes(
+    trainer: Mapping[str, int], count: int, tensor: int = 0, width: int = 1
+) -> dict[str, int]:
     """Sizes of the mesh of a sampler with `count` devices; `trainer` has those of the trainer's.
 
-    Weights are cut as the trainer's, and rows over the rest: every shard of a refit is a copy from
-    one device to another.
+    Weights are cut `tensor` ways, by default as the trainer's, and MLPs also `width` ways; rows
+    over the rest.
 
     Raises:
       UserError: the number of devices is no multiple of what the weights are cut into.
     """
-    over_rows, *others = _axes(RULES["batch"]) + _axes(RULES["position"])
+    over_rows, *others = _axes(RULES["mlp_batch"]) + _axes(RULES["position"])
     kept = {axis: trainer[axis] for axis in MESH_AXES if axis not in (over_rows, *others)}
+    kept |= {"tensor": tensor or trainer["tensor"], WIDTH: width}
     cut = math.prod(kept.values())
     if count % cut:
-        cutting = {axis: size for axis, size in kept.items() if size > 1}
-        keys = " x ".join(f"mesh.{axis}" for axis in cutting)
+        keys = "policy.generation.tensor x .width" if tensor or width > 1 else "mesh.tensor"
         raise UserError(
-            f"a sampler of {count} devices cannot split weights {cut} ways as the trainer does "
-            f"({_as_keys(cutting)}): give it a multiple of {cut} devices, or choose a {keys} that "
-            f"divides {count}"
+            f"a sampler of {count} devices cannot split weights {cut} ways ({keys}): give it a "
+            f"multiple of {cut} devices, or choose a {keys} that divides {count}"
         )
     sizes = kept | dict.fromkeys(others, 1) | {over_rows: count // cut}
-    return {axis: sizes[axis] for axis in MESH_AXES}
+    return {axis: sizes[axis] for axis in _all_axes()}
 
 
-def make_sampler_mesh(trainer_mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh of a sampler with its own devices; see `sampler_mesh_sizes`."""
-    return make_mesh(devices=devices, **sampler_mesh_sizes(trainer_mesh.shape, len(devices)))
+def make_sampler_mesh(
+    trainer_mesh: Mesh, devices: Sequence[jax.Device], tensor: int = 0, width: int = 1
+) -> Mesh:
+    """Mesh of a sampler with a layout or devices of its own; see `sampler_mesh_sizes`."""
+    sizes = sampler_mesh_sizes(trainer_mesh.shape, len(devices), tensor, width)
+    return make_mesh(devices=devices, **sizes)
 
 
 def copy_to_mesh(arrays, mesh: Mesh):
@@ -208,7 +221,7 @@ def mesh_axes(logical_axis: str) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
-    if missing := [axis for axis in MESH_AXES if axis not in mesh.shape]:
+    if missing := [axis for axis in _all_axes() if axis not in mesh.shape]:
         raise ValueError(
             f"the current mesh has the axes {', '.join(mesh.axis_names)} and lacks "
             f"{', '.join(missing)}: make it with distill.base.sharding.make_mesh"
@@ -349,13 +362,15 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(params, mesh: AnyMesh, rules=RULES):
+def param_shardings(params, mesh: AnyMesh, rules=RULES, section: str = "mesh"):
     """Layout of every parameter, from the `logical_axes` of its nnx.Param; same tree as `params`.
+
+    `section`: of the config, which has the mesh's sizes.
 
     Raises:
       UserError: a dimension is not divisible by the mesh axes that shard it; says which sizes are.
     """
-    _check_divisible(params, mesh, rules)
+    _check_divisible(params, mesh, rules, section)
 
     def sharding(param: nnx.Variable):
         spec = partition_spec(param.get_metadata()["logical_axes"], rules)
@@ -364,7 +379,7 @@ def param_shardings(params, mesh: AnyMesh, rules=RULES):
     return jax.tree.map(sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def _check_divisible(params, mesh: AnyMesh, rules) -> None:
+def _check_divisible(params, mesh: AnyMesh, rules, section: str) -> None:
     cut = [
         (path, name, size, _axes(rules[name]))
         for path, param in nnx.to_flat_state(params)
@@ -379,7 +394,7 @@ def _check_divisible(params, mesh: AnyMesh, rules) -> None:
             all_sizes = [other for _, _, other, its_axes in cut if its_axes == axes]
             common = math.gcd(mesh.size, *all_sizes)
             fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
-            key = " x ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
+            key = " x ".join(f"{section}.{axis}" for axis in axes if mesh.shape[axis] > 1)
             raise UserError(
                 f"{'/'.join(map(str, path))} has a dimension {name!r} of {size}, which "
                 f"{key}={parts} does not divide: on {mesh.size} devices, {key} of this model may "

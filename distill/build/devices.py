@@ -81,12 +81,16 @@ def _check_processes(config: Config) -> None:
 def build_sampler_mesh(
     generation: Generation, mesh: Mesh, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Where the jax backend samples: on the trainer's `mesh`, or on others of all `devices`.
+    """Where the jax backend samples: on devices of the trainer's `mesh`, or others of `devices`.
 
-    Rows alone are cut there: a decode step has one position.
+    Positions are not cut there: a decode step has one.
     """
-    _, devices = split_devices(generation, devices)
-    return make_sampler_mesh(mesh, devices) if devices else make_row_mesh(mesh)
+    _, own = split_devices(generation, devices)
+    if not own and not generation.has_own_layout:
+        return make_row_mesh(mesh)
+    # In the trainer's order: a refit is one program over the devices of both meshes.
+    devices = own or list(mesh.devices.flat)
+    return make_sampler_mesh(mesh, devices, generation.tensor, generation.width)
 
 
 def split_devices(

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from distill.base.sharding import SAMPLER_RULES, param_shardings
+from distill.base.sharding import SAMPLER_RULES, AnyMesh, param_shardings
 from distill.build import servers as build_vllm
+from distill.build.models import on_mesh
 from distill.config.method import GenerateStrategy
-from distill.config.policy import KNOWN_BACKENDS, Policy
+from distill.config.policy import KNOWN_BACKENDS, OWN_LAYOUT, Policy
 from distill.config.schema import Config
 from distill.data.tokenizer import Vocabulary
+from distill.models.facts import ModelConfig
+from distill.models.lora import is_stored
 from distill.models.model import Model
+from distill.models.quantization import quantized, quantized_shapes
 from distill.rollout.base import BackendParts, RolloutBackend, build_own_backend
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
@@ -56,6 +62,27 @@ def build_engine(
     )
 
 
+def sampler_weights(policy: Policy, student: Model, mesh: AnyMesh) -> nnx.State:
+    """Shapes and layouts of what a refit gives; the student may be shapes.
+
+    Raises:
+      UserError: the mesh does not divide the model.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, policy.precision),
+        student.params,
+        is_leaf=is_stored,
+    )
+    placed = on_mesh(shapes, param_shardings(shapes, mesh, SAMPLER_RULES, OWN_LAYOUT))
+    if policy.generation.precision == "auto":
+        return placed
+    return quantized_shapes(_facts(student), placed)
+
+
+def _facts(student: Model) -> ModelConfig:
+    return nnx.merge(student.graph, student.params).config
+
+
 def build_backend(
     config: Config,
     student: Model,
@@ -75,12 +102,17 @@ def build_backend(
         return build_vllm.build_backend(config.policy, student, params, vocabulary, mesh, **folders)
 
     def build_in_process() -> JaxBackend:
+        # One program casts and lays out; devices that are not the trainer's then get copies.
+        is_colocated = policy.generation.colocated.enabled
+        weights = sampler_weights(policy, student, sampler_mesh if is_colocated else mesh)
+        in_8_bits = policy.generation.precision == "int8"
         return JaxBackend(
             build_engine(policy, student.graph, vocabulary),
             dtype=jnp.dtype(policy.precision),
-            shardings=param_shardings(student.params, mesh, SAMPLER_RULES),
+            shardings=jax.tree.map(lambda x: x.sharding, weights),
+            finish=functools.partial(quantized, _facts(student)) if in_8_bits else None,
             mesh=sampler_mesh,
-            keep_cache=not policy.generation.colocated.enabled,
+            keep_cache=not is_colocated,
         )
 
     if policy.generation.backend in KNOWN_BACKENDS:

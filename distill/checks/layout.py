@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import jax
-import jax.numpy as jnp
 
 from distill.base.sharding import bytes_per_device, num_shards
+from distill.build.sampler import sampler_weights
 from distill.build.session import Session
 from distill.checks.problem import Problem
 from distill.models.quantization import without_scales
@@ -60,10 +60,8 @@ def check_memory(session: Session, state: TrainState) -> str:
     }
     generation = policy.generation
     if session.samples and generation.backend == "jax" and generation.colocated.enabled:
-        size = jnp.dtype(policy.precision).itemsize
-        params = jax.tree.leaves(session.student.params)
-        # Gathered over fsdp for the sampler.
-        needs["sampler"] = sum(x.size for x in params) * size // num_shards("act_heads")
+        weights = sampler_weights(policy, session.student, session.sampler_mesh)
+        needs["sampler"] = bytes_per_device(weights)
         engine = session.build_engine(session.student.graph)
         rows = policy.train_global_batch_size
         with jax.set_mesh(session.sampler_mesh):

@@ -281,7 +281,7 @@ def _check_gap(session: Session, sums: dict[str, float]) -> str:
     exact = (
         _is_exact(session.config)
         and generation.backend == "jax"
-        and generation.cache_dtype == "auto"
+        and generation.cache_dtype == generation.precision == "auto"
     )
     limit = min(FLOAT32_GAP, generation.max_log_prob_gap) if exact else generation.max_log_prob_gap
     if not gap <= limit:

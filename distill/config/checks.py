@@ -63,6 +63,11 @@ def _check_generation(config: Config) -> None:
             "policy.generation.colocated.enabled=False splits the devices for the jax backend, not "
             f"for {backend!r}, which takes what it needs itself: leave it at True"
         )
+    if generation.has_own_layout and backend != "jax":
+        raise UserError(
+            f"policy.generation.tensor={generation.tensor} and .width={generation.width} lay out "
+            f"the jax backend's sampler, not {backend!r}'s: leave them at 0 and 1"
+        )
     if 0 < generation.importance_clip < 1:
         raise UserError(
             f"policy.generation.importance_clip={generation.importance_clip} limits the "

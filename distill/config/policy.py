@@ -8,6 +8,7 @@ from distill.config.keys import LONGEST, MOST_GB, MOST_ROWS, content, fixed, fre
 
 KNOWN_BACKENDS = ("jax", "vllm")
 PRECISIONS = ("bfloat16", "float32")
+OWN_LAYOUT = "policy.generation"  # has the sizes of the sampler's mesh
 ALL_LINEAR = "all-linear"
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 
@@ -88,8 +89,27 @@ class Generation:
     cache_dtype: str = key(
         "auto", "keys and values; auto: policy.precision", choices=("auto", "int8")
     )
+    precision: str = key(
+        "auto",
+        "weights; auto: policy.precision; int8: matrices of layers",
+        choices=("auto", "int8"),
+    )
+    tensor: int = free(
+        0,
+        "devices that the sampler splits weights over, jax backend; 0: mesh.tensor",
+        low=0,
+        high=MOST_ROWS,
+    )
+    width: int = free(
+        1, "by how much more it splits MLPs, as where there are few kv heads", low=1, high=MOST_ROWS
+    )
     colocated: Colocated = section(Colocated)
     vllm: VllmSampler = section(VllmSampler)
+
+    @property
+    def has_own_layout(self) -> bool:
+        """Whether the sampler splits weights in another way than the trainer."""
+        return self.tensor > 0 or self.width > 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
     if not config.gated:
         del params["gate_proj"]
     if config.mlp_bias:
-        params["gate_bias"] = make.filled(0.0, ("ffn",), f)
-        params["up_bias"] = make.filled(0.0, ("ffn",), f)
+        params["gate_bias"] = make.filled(0.0, ("mlp",), f)
+        params["up_bias"] = make.filled(0.0, ("mlp",), f)
         params["down_bias"] = make.filled(0.0, (None,), d)
     return params
 
@@ -40,9 +40,9 @@ def gated_parameters(
     """The matrices of one of width f, whose names begin with `prefix`."""
     d = config.model_width
     return {
-        f"{prefix}gate_proj": make.normal(INIT_STD, embed=d, ffn=f),
-        f"{prefix}up_proj": make.normal(INIT_STD, embed=d, ffn=f),
-        f"{prefix}down_proj": make.residual(ffn=f, embed=d),
+        f"{prefix}gate_proj": make.normal(INIT_STD, embed=d, mlp=f),
+        f"{prefix}up_proj": make.normal(INIT_STD, embed=d, mlp=f),
+        f"{prefix}down_proj": make.residual(mlp=f, embed=d),
     }
 
 
@@ -59,11 +59,12 @@ def gated(layer: Layer, x_btd: jax.Array, prefix: str) -> jax.Array:
         bias = f"{prefix}{name}_bias"
         return projected + layer.weight(bias) if layer.has(bias) else projected
 
+    x_btd = constrain(x_btd, "mlp_batch", "position", "act_embed")
     if layer.has(f"{prefix}gate_proj"):
         inner_btf = gate(layer.config, project("gate", x_btd), project("up", x_btd))
     else:
         inner_btf = ACTIVATIONS[layer.config.activation](project("up", x_btd))
-    return project("down", constrain(inner_btf, "batch", "position", "act_ffn"))
+    return project("down", constrain(inner_btf, "mlp_batch", "position", "act_mlp"))
 
 
 def gate(config: ModelConfig, gate_f: jax.Array, up_f: jax.Array) -> jax.Array:

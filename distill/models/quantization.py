@@ -8,6 +8,7 @@ stay as they are, since they are few and what they round away reaches every logi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,24 @@ def _quantized_shape(config: ModelConfig, name: str, param: nnx.Variable) -> nnx
 
 def quantized_shapes(config: ModelConfig, params: nnx.State) -> nnx.State:
     """Shapes of all parameters, the matrices among them in 8 bits."""
-    flat = nnx.to_flat_state(params)
-    names = ["/".join(map(str, path)) for path, _ in flat]
+    return _of_each(functools.partial(_quantized_shape, config), params)
+
+
+def quantized(config: ModelConfig, params: nnx.State) -> nnx.State:
+    """All parameters, the matrices among them in 8 bits; within a jitted function."""
+
+    def of(name: str, param: nnx.Variable) -> nnx.Variable:
+        channels = _channels(config, name)
+        return param.replace(_qwix_quantize(param.get_value(), channels)) if channels else param
+
+    return _of_each(of, params)
+
+
+def _of_each(change: Callable[[str, nnx.Variable], nnx.Variable], params: nnx.State) -> nnx.State:
     return nnx.from_flat_state(
         [
-            (path, _quantized_shape(config, name, param))
-            for name, (path, param) in zip(names, flat, strict=True)
+            (path, change("/".join(map(str, path)), param))
+            for path, param in nnx.to_flat_state(params)
         ]
     )
 

@@ -13,10 +13,8 @@ from jax.sharding import AbstractMesh
 
 from distill.base.sharding import (
     HOST_MEMORY,
-    SAMPLER_RULES,
     AnyMesh,
     bytes_per_device,
-    param_shardings,
     stacked_sharding,
 )
 from distill.batches.rows import Batch, Rows, make_batch
@@ -25,11 +23,10 @@ from distill.build.layout import build_layout
 from distill.build.models import (
     abstract_model,
     abstract_state,
-    on_mesh,
     student_options,
 )
 from distill.build.optimizer import optimizer_of
-from distill.build.sampler import engine_sizes
+from distill.build.sampler import engine_sizes, sampler_weights
 from distill.build.teachers import abstract_teacher
 from distill.config.method import OneTeacher
 from distill.config.schema import all_teachers, ema_decay
@@ -199,11 +196,7 @@ def _abstract_sampler(workload: Workload, student: Model, mesh: AnyMesh) -> Samp
         pad_id=0,
         vocab_size=workload.vocab_size,
     )
-    # What a refit gives; see `rollout.in_process.JaxBackend`.
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, config.policy.precision), student.params
-    )
-    weights = on_mesh(shapes, param_shardings(shapes, mesh, SAMPLER_RULES))
+    weights = sampler_weights(config.policy, student, mesh)
     repeats = config.distillation.generate_strategy.num_generations
     abstract_mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
     with jax.sharding.use_abstract_mesh(abstract_mesh):

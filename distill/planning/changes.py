@@ -179,6 +179,26 @@ def _more_devices(plan: Plan) -> Iterator[Change]:
 # -------------------------------------------------------------------------------- what is fast
 
 
+def faster_sampler(plan: Plan) -> Change | None:
+    """The layout of the sampler that takes least, if it saves a tenth of the step.
+
+    Only the colocated one is looked at: with devices of its own, their number matters more.
+    """
+    if not plan.workload.samples or plan.workload.samples_apart:
+        return None
+    base, key = estimate(plan.workload, plan.topology), "policy.generation"
+    powers = [1 << i for i in range(plan.topology.count.bit_length())]
+    choices = (
+        {f"{key}.tensor": tensor, f"{key}.width": width}
+        for tensor in working_sizes(base, "tensor")
+        for width in powers
+        if plan.topology.count % (tensor * width) == 0
+    )
+    fitting = (change for change in _changed(base, choices) if change.plan.fits)
+    best = min(fitting, key=lambda change: change.plan.seconds, default=None)
+    return best if best and best.plan.seconds < 0.9 * base.seconds else None
+
+
 def sweep(workload: Workload, topology: Topology) -> tuple[list[Plan], int]:
     """The best meshes and microbatches, compiled if that is possible, and how many were tried.
 

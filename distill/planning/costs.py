@@ -137,9 +137,7 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
     """
     tokens, mesh, sampler = workload.tokens, workload.sampler_mesh, arrays.sampler
     assert mesh is not None and sampler is not None  # the workload samples
-    parts, trainer = batch_parts(mesh), mesh if workload.samples_apart else workload.mesh
-    cut = axis_parts(trainer, "embed")
-    weights = bytes_per_device(sampler.weights)
+    parts, weights = batch_parts(mesh), bytes_per_device(sampler.weights)
     _, prompts, _ = sampler.prefill
     rows = -(-tokens.rows // parts)
     steps = tokens.response * -(-rows // sampler.slots)
@@ -147,7 +145,8 @@ def generation_phase(workload: Workload, arrays: Arrays, sent: dict[str, float])
     of_row = (tokens.prompt + tokens.response / 2) * sampler.token_bytes + 2 * sampler.state_bytes
     cached = rows * tokens.response * of_row
     moved = (steps + prefills) * weights + cached
-    refit = weights * (cut - 1) / cut
+    kept = 0 if workload.samples_apart else arrays.student_counts.own * _itemsize(workload)
+    refit = max(weights - kept, 0)
     total_sent = refit + prefills * sent["prefill"] + steps / STEPS_PER_CALL * sent["decode"]
     operations = _generation(workload, arrays.student_counts)
     return Phase("generation", operations / mesh.size, moved, total_sent)

@@ -13,7 +13,7 @@ import math
 import jax
 from flax import nnx
 
-from distill.base.sharding import RULES
+from distill.base.sharding import RULES, WIDTH
 from distill.models.facts import ModelConfig
 
 
@@ -71,7 +71,8 @@ def count(config: ModelConfig, params: nnx.State) -> Counts:
             sums["used_of_layers"] += math.prod(used)
             shape, used = (_of_picked(config, axes, sizes) for sizes in (weights.shape, used))
             sums["layer_weights"] += math.prod(shape)
-            sums.update(_per_token(axes, shape, used))
+            together = weights.sharding.mesh.shape[WIDTH] if "mlp" in axes else 1
+            sums.update(_per_token(axes, shape, used, together))
         else:  # the head, which a tied model has in its embedding
             sums["used_of_head"] = math.prod(used)
     names = [field.name for field in dataclasses.fields(Counts)][2:]
@@ -95,8 +96,11 @@ def _of_picked(config: ModelConfig, axes: tuple[str | None, ...], shape) -> tupl
     )
 
 
-def _per_token(axes: tuple[str | None, ...], shape, used) -> dict[str, float]:
-    """Numbers per token of all layers that a stack of matrices has to do with."""
+def _per_token(axes: tuple[str | None, ...], shape, used, together: int) -> dict[str, float]:
+    """Numbers per token of all layers that a stack of matrices has to do with.
+
+    `together`: of so many devices, each takes the tokens of all, which are gathered before.
+    """
     layers = shape[axes.index("layers")]
     inner = [i for i, axis in enumerate(axes) if axis not in ("layers", "embed")]
     if axes[-1] != "embed":
@@ -107,7 +111,8 @@ def _per_token(axes: tuple[str | None, ...], shape, used) -> dict[str, float]:
     width = layers * shape[-1]
     if "expert" in axes:  # each of which has a copy of the token, and a result of its own
         width *= shape[axes.index("expert")]
-    summed = layers * shape[-1] * (1 - here / everywhere)
+    shares = together * (1 - here / everywhere) + (together - 1) / 2  # a sum is sent twice
+    summed = layers * shape[-1] * shares
     numbers = {"made": width, "kept": 2 * width + here, "summed": summed}
     if "heads" in axes:
         numbers |= {"attention_width": everywhere, "attended": here}

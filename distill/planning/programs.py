@@ -46,18 +46,24 @@ def compile_programs(
     workload: Workload, arrays: Arrays, mesh: Mesh, sampler_mesh: Mesh
 ) -> dict[str, Program]:
     """The update; and, where the run samples here, the largest prefill and the decode loop."""
-    programs = {"update": compile_update(workload, arrays, mesh)}
-    if sampler := arrays.sampler:
-        weights, loop = sampler.weights, (sampler.weights, sampler.loop_weights, sampler.cache)
-        params = build_sampling_params(workload.config.distillation.generate_strategy)
-        prefill = functools.partial(sampler.engine.slots.lower_prefill, weights, sampler.prefill)
-        decode = functools.partial(
-            sampler.engine.lower_decode, weights, workload.tokens.rows, params
-        )
-        with jax.set_mesh(sampler_mesh):
-            programs["prefill"] = _compile(prefill, weights, sampler_mesh, [])
-            programs["decode"] = _compile(decode, loop, sampler_mesh, [STEPS_PER_CALL])
-    return programs
+    update = {"update": compile_update(workload, arrays, mesh)}
+    return update | compile_sampler(workload, arrays, sampler_mesh)
+
+
+def compile_sampler(workload: Workload, arrays: Arrays, mesh: Mesh) -> dict[str, Program]:
+    """The largest prefill and the decode loop, of a run that samples on this mesh."""
+    sampler = arrays.sampler
+    if sampler is None:
+        return {}
+    weights, loop = sampler.weights, (sampler.weights, sampler.loop_weights, sampler.cache)
+    params = build_sampling_params(workload.config.distillation.generate_strategy)
+    prefill = functools.partial(sampler.engine.slots.lower_prefill, weights, sampler.prefill)
+    decode = functools.partial(sampler.engine.lower_decode, weights, workload.tokens.rows, params)
+    with jax.set_mesh(mesh):
+        return {
+            "prefill": _compile(prefill, weights, mesh, []),
+            "decode": _compile(decode, loop, mesh, [STEPS_PER_CALL]),
+        }
 
 
 def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:

@@ -12,9 +12,10 @@ from distill.config.schema import schema_key
 from distill.config.words import all_keys, show_value
 from distill.models.facts import ModelConfig
 from distill.planning import costs
-from distill.planning.changes import Change
+from distill.planning.changes import Change, faster_sampler
 from distill.planning.counts import Counts
 from distill.planning.estimate import Plan
+from distill.planning.workload import Workload
 from distill.sampling.slots import STEPS_PER_CALL
 
 _GB = 1e9
@@ -42,12 +43,8 @@ def lines(plan: Plan) -> Iterator[str]:
     for name, teacher in plan.arrays.teachers.items():
         if teacher.counts:
             yield f"{f'teacher {name}'.strip():8} {_size(teacher.facts, teacher.counts)}"
-    mesh = " ".join(f"{axis}={size}" for axis, size in workload.mesh.shape.items())
-    yield f"devices  {topology.count} of {topology.name}, mesh {mesh}" + (
-        f"; the sampler has {workload.sampler_mesh.size} of its own"
-        if workload.sampler_mesh and workload.samples_apart
-        else ""
-    )
+    mesh = " ".join(f"{axis}={workload.mesh.shape[axis]}" for axis in MESH_AXES)
+    yield f"devices  {topology.count} of {topology.name}, mesh {mesh}{_sampler_mesh(workload)}"
     yield from (f"note     {note}" for note in workload.notes)
     yield ""
     yield from _memory(plan)
@@ -55,7 +52,23 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _operations(plan)
     yield ""
     yield from _time(plan)
+    if change := faster_sampler(plan):
+        seconds, weights = change.plan.bounds["generation"][1], change.plan.memory.sampler / _GB
+        yield (
+            f"generation would take at least {seconds:.4g} s, estimated, with {change.words}: a "
+            f"decode step reads {weights:.3g} GB of weights instead of "
+            f"{plan.memory.sampler / _GB:.3g}"
+        )
     yield from _programs(plan)
+
+
+def _sampler_mesh(workload: Workload) -> str:
+    sampler = workload.sampler_mesh
+    if sampler is None or not workload.samples or sampler == workload.mesh:
+        return ""
+    sizes = " ".join(f"{axis}={size}" for axis, size in sampler.shape.items() if size > 1)
+    own = f" has {sampler.size} of its own," if workload.samples_apart else ""
+    return f"; the sampler{own} {sizes or 'data=1'}"
 
 
 def _size(model: ModelConfig, counts: Counts) -> str:

@@ -158,10 +158,14 @@ def fit_to_devices(workload: Workload, count: int) -> Workload:
     trainers, samplers = split_devices(config.policy.generation, range(count))
     sizes = mesh_sizes(vars(config.mesh), len(trainers))
     mesh, sampler_mesh = (make_abstract_mesh(**x) for x in (sizes, row_mesh_sizes(sizes)))
-    if workload.samples_apart:
-        sampler_mesh = make_abstract_mesh(**sampler_mesh_sizes(sizes, len(samplers)))
+    generation = config.policy.generation
+    if workload.samples_apart or generation.has_own_layout:
+        count = len(samplers or trainers)
+        own = sampler_mesh_sizes(sizes, count, generation.tensor, generation.width)
+        sampler_mesh = make_abstract_mesh(**own)
     config, notes = _with_batches(config, batch_parts(mesh))
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+    own = {name: sizes[name] for name in vars(config.mesh)}
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **own))
     return dataclasses.replace(
         workload, config=config, notes=workload.notes + notes, sampler_mesh=sampler_mesh
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,8 +21,8 @@ class JaxBackend:
     """Samples with an engine, on its own copy of the student's weights.
 
     Args:
-      shardings: of the held weights, like the student's parameters, on the trainer's mesh; default:
-        as they come.
+      shardings: of the held weights, on the trainer's devices; default: as they come.
+      finish: what is made of the cast weights, by which they may be in 8 bits; default: nothing.
       mesh: samples; on devices other than the trainer's, `refit` copies the weights there. Default:
         the current one of whoever calls.
       keep_cache: hold the engine's memory between requests; else the trainer has it meanwhile.
@@ -33,6 +34,7 @@ class JaxBackend:
         *,
         dtype: jax.typing.DTypeLike,
         shardings: Any = None,
+        finish: Callable[[nnx.State], nnx.State] | None = None,
         mesh: Mesh | None = None,
         keep_cache: bool = False,
     ):
@@ -40,9 +42,10 @@ class JaxBackend:
 
         def copy(student_params):
             # a true copy even if nothing is cast: the trainer donates its buffers to the next step
-            return jax.tree.map(
+            cast = jax.tree.map(
                 lambda x: jnp.array(weight(x, dtype), copy=True), student_params, is_leaf=is_stored
             )
+            return finish(cast) if finish else cast
 
         self._copy = jax.jit(copy, out_shardings=shardings)
         self._weights: nnx.State | None = None

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from distill.base import topology
 from distill.base.errors import UserError
 from distill.base.sharding import bytes_per_device, make_mesh, make_row_mesh
 from distill.base.topology import CHIPS, GPUS, SLICES, parse_topology
+from distill.build.devices import build_mesh, build_sampler_mesh
 from distill.build.scratch import make_random_model_like
 from distill.build.session import Session, open_session
 from distill.build.teachers import abstract_teacher
@@ -31,9 +33,10 @@ from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import Experts, ModelConfig
 from distill.planning import changes, costs, programs, run
 from distill.planning.arrays import make_arrays
+from distill.planning.costs import FLOAT32
 from distill.planning.estimate import compile_plan, estimate
 from distill.planning.programs import compile_update
-from distill.sampling.slots import Slots
+from distill.sampling.slots import STEPS_PER_CALL, Slots
 
 ROOT = Path(__file__).parents[2]
 needs_tpu_compiler = pytest.mark.skipif(
@@ -74,6 +77,7 @@ def test_figures_are_what_a_run_allocates(mixtures, tmp_path, monkeypatch):
     config = with_mixtures(config, tmp_path) if mixtures else with_shapes(config)
     config.data.validation.max_samples = 0
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+    config.policy.generation.width = 1 if mixtures else 2
     config.policy.train_global_batch_size, config.policy.train_micro_batch_size = 32, 16
     config.policy.max_total_sequence_length = longest_prompt(config) + 12
     held = watch(monkeypatch)
@@ -98,8 +102,9 @@ def test_figures_are_what_a_run_allocates(mixtures, tmp_path, monkeypatch):
     assert memory.peaks["update"] == pytest.approx(update + figures["update"], rel=0.1)
     assert held["shape"] == made.arrays.sampler.prefill
     summed = costs.estimated_sent(made.workload, made.arrays)["prefill"]
-    layers = made.workload.student.num_layers
-    summed *= (2 * layers + 1) / (2 * layers)  # and the embeddings, whose rows are split as well
+    _, prompts, length = made.arrays.sampler.prefill
+    # And the embeddings, whose rows are split as well: summed over two devices, sent twice.
+    summed += prompts * length * made.workload.student.model_width * FLOAT32
     assert sum(made.compiled["prefill"].sent.values()) == pytest.approx(summed, rel=0.05)
 
 
@@ -272,6 +277,25 @@ def test_sweep_ranks_all_meshes():
     assert best[0].seconds <= estimate(workload, topology_).seconds
 
 
+def test_a_faster_layout_of_the_sampler_is_named(capsys):
+    config = flagship()
+    config.distillation.generate_strategy.num_generations = 8
+    run.plan(config, "gpu:h200x8")
+    line = re.search(
+        r"generation would take at least ([\d.]+) s, estimated, with (.*): a decode step reads "
+        r"([\d.]+) GB of weights instead of 3.09",
+        capsys.readouterr().out,
+    )
+    seconds, keys, weights = line.groups()
+    for key in keys.split():
+        name, _, value = key.removeprefix("--config.policy.generation.").partition("=")
+        config.policy.generation[name] = int(value)
+    made = run.plan(config, "gpu:h200x8")
+    assert made.bounds["generation"][1] == pytest.approx(float(seconds), rel=1e-3)
+    assert made.memory.sampler == pytest.approx(float(weights) * 1e9, rel=0.01)
+    assert "generation would take" not in capsys.readouterr().out
+
+
 def test_sweep_compiles_the_best_few(models, capsys):
     config = with_models(tiny_config(), models)
     best = run.sweep(config, "cpu:4")
@@ -310,6 +334,22 @@ def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
     if deep >= 1.3 * shallow:
         deep, shallow = min(deep, compile_seconds(64)), min(shallow, compile_seconds(2))
     assert deep < 1.3 * shallow, (deep, shallow)
+
+
+@needs_tpu_compiler
+def test_a_sampler_that_splits_mlps_gathers_rows_and_no_weights():
+    config, topology_ = flagship(), parse_topology("v5p:2x2x2")
+    config.policy.generation.tensor, config.policy.generation.width = 2, 4
+    workload, devices = workload_of(config, topology_.name), topology_.devices()
+    mesh = build_mesh(workload.config, devices)
+    sampler_mesh = build_sampler_mesh(workload.config.policy.generation, mesh, devices)
+    arrays = make_arrays(workload, mesh, sampler_mesh)
+    weights = bytes_per_device(arrays.sampler.weights)
+    assert weights == pytest.approx(0.68e9, rel=0.01)  # of 3.09
+    sent = programs.compile_sampler(workload, arrays, sampler_mesh)["decode"].sent
+    rows = arrays.sampler.slots * sampler_mesh.shape["width"]
+    of_step = rows * workload.student.num_layers * workload.student.model_width * 2
+    assert 0 < sum(sent.values()) / STEPS_PER_CALL < 8 * of_step < weights / 10
 
 
 @pytest.mark.slow

@@ -10,7 +10,15 @@ import pytest
 from flax import nnx
 from tiny_models import model_config, random_model
 
-from distill.base.sharding import make_mesh, make_sampler_mesh, named_sharding, replicated
+from distill.base.sharding import (
+    SAMPLER_RULES,
+    make_mesh,
+    make_sampler_mesh,
+    named_sharding,
+    param_shardings,
+    replicated,
+)
+from distill.models.quantization import quantized
 from distill.rollout.base import RolloutBackend
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
@@ -136,6 +144,45 @@ def test_refit_reshards_to_the_given_shardings():
     head = jax.tree.leaves(sharded._weights["output_head"])[0]
     assert head.sharding.shard_shape(head.shape) == (8, 16)
     assert_close(rollout, expected)
+
+
+def test_a_sampler_splits_weights_in_a_layout_of_its_own():
+    """On the trainer's devices: heads two ways, MLPs four."""
+    mesh = make_mesh(data=1, fsdp=8)
+    sampler_mesh = make_sampler_mesh(mesh, list(mesh.devices.flat), tensor=2, width=2)
+    assert dict(sampler_mesh.shape) | dict(data=2, tensor=2, width=2) == dict(sampler_mesh.shape)
+    config = dataclasses.replace(CONFIG, num_kv_heads=2, ffn_width=16)
+    graph, params = random_model(config, seed=0)
+    shardings = param_shardings(params, sampler_mesh, SAMPLER_RULES)
+
+    def made(**placement) -> RolloutBackend:
+        engine = Engine(graph, EngineConfig(max_length=16), **OPTIONS)
+        return JaxBackend(engine, dtype=jnp.float32, **placement)
+
+    alone, split = made(), made(shardings=shardings, mesh=sampler_mesh)
+    alone.refit(params, version=0)
+    expected = generate(alone, num_generations=4)
+    with jax.set_mesh(mesh):
+        split.refit(jax.device_put(params, param_shardings(params, mesh)), version=0)
+        rollout = generate(split, num_generations=4)
+    up = split._weights["layers"]["up_proj"].get_value()
+    assert up.sharding.shard_shape(up.shape)[-1] == 4
+    assert_close(rollout, expected)
+
+
+def test_a_sampler_in_8_bits_is_the_quantized_student():
+    graph, params = student()
+    finish = functools.partial(quantized, nnx.merge(graph, params).config)
+    sampler, exact = make_backend(finish=finish), backend()
+    for each in (sampler, exact):
+        each.refit(params, version=0)
+    held = sampler._weights["layers"]["up_proj"].get_value()
+    assert held.qvalue.dtype == jnp.int8
+    rollout = generate(sampler)
+    engine = Engine(graph, EngineConfig(max_length=16), **OPTIONS)
+    expected, _ = engine.generate(finish(params), REQUEST)
+    assert_equal(rollout, expected)
+    assert (rollout.log_probs_br != generate(exact).log_probs_br).any()
 
 
 def test_sampler_with_its_own_devices_gets_its_weights_there():
