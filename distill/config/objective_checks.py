@@ -113,16 +113,18 @@ def _check_references(distillation: Distillation, teachers: Mapping[str, OneTeac
     negative weight has no lower bound.
     """
     objective, key = distillation.objective, "distillation.objective"
+    kl_type = distillation.kl_type if objective.divergence else "reverse"
     for name, teacher in teachers.items():
         if not math.isfinite(teacher.weight) or teacher.weight == 0:
             raise UserError(f"teachers.{name}.weight={teacher.weight} must be a number but 0")
         if teacher.weight > 0:
             continue
         for each, value, needed in (
-            ("distillation.kl_type", distillation.kl_type, ("reverse",)),
+            ("distillation.kl_type", kl_type, ("reverse",)),
             ("distillation.kl_type_on_data", distillation.kl_type_on_data, ("", "reverse")),
             ("distillation.hard_labels", distillation.hard_labels, (False,)),
             (f"{key}.divergence_clip", objective.divergence_clip, (0.0,)),
+            (f"{key}.ratio_clip", objective.ratio_clip, (0.0,)),
             (f"{key}.entropy_threshold", objective.entropy_threshold, (0.0,)),
             (f"{key}.target_start", objective.target_start, (1.0,)),
             (f"{key}.proximal_share", objective.proximal_share, (1.0,)),
