@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.evidence import report, runner
+from benchmarks.evidence import probe, report, runner
 from benchmarks.evidence.runs import (
     BATCH,
     METHODS,
@@ -189,3 +189,28 @@ def test_plots_are_the_same_for_the_same_numbers(evidence, tmp_path):
         text = (tmp_path / "a" / name).read_text()
         assert text == (tmp_path / "b" / name).read_text()
         assert "off-policy" in text
+
+
+def test_what_the_probe_predicted_is_correlated_with_what_was_gained():
+    shares = [
+        (0.25, 0.5, 0.2),
+        (0.5, 0.5, 0.0),
+        (0.25, 1.0, 0.5),
+        (0.5, 0.75, 0.3),
+        (0.0, 0.0, 0.9),
+    ]
+    rows = [
+        dict(
+            run=f"off-{i}", prompts=64 if i == 4 else 384, gain=gain,
+            probe=dict(student=student, teacher_from_student=teacher),
+        )
+        for i, (student, teacher, gain) in enumerate(shares)
+    ]  # fmt: skip
+    lines = probe.make_table(rows).splitlines()
+    assert lines[1].split() == ["off-0", "25.0", "50.0", "25.0", "20.0"]
+    x, y = ([a[1] - a[0] for a in shares], [a[2] for a in shares])
+    value = np.corrcoef(x, y)[0, 1]
+    assert f"the prediction: {value:+.2f} (95% interval" in lines[7] and lines[7].endswith("5 runs")
+    assert f"{np.corrcoef(x[:4], y[:4])[0, 1]:+.2f}" in lines[8] and lines[8].endswith("4 runs")
+    found, low, high = probe.correlation(np.array(x[:4]), np.array(y[:4]))
+    assert -1 <= low <= found <= high <= 1

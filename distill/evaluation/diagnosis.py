@@ -21,6 +21,7 @@ from distill.sampling.request import Rollout
 
 NUCLEUS, BACK = 0.95, 8
 MOST_BINS = 48  # of positions in a response
+MEANS = ("entropy_p", "entropy_q", "overlap", "mass_p", "mass_q")
 CLASSES = ("end", "digits", "style", "other")
 _LARGEST = 8  # prompts that are named
 _DIGITS = 5
@@ -52,16 +53,7 @@ def diagnose(
         kept = [row[is_written_r] for row, is_written_r in zip(rows, written, strict=True)]
         return np.concatenate(kept)
 
-    names = (
-        "log_p",
-        "divergence",
-        "ahead",
-        "entropy_p",
-        "entropy_q",
-        "overlap",
-        "mass_p",
-        "mass_q",
-    )
+    names = ("log_p", "divergence", "ahead", *MEANS)
     of_tokens = {n: flat([values[i][n] for i in numbers]).astype(np.float64) for n in names}
     ids_n = flat([rollout.tokens_br[i, : rollout.lengths_b[i]] for i in numbers])
     loss_n = np.nan_to_num(of_tokens.pop("divergence"), posinf=0.0, neginf=0.0)

@@ -75,7 +75,7 @@ class RolloutRecorder:
             token for response in shown for top in response.get("top", ()) for token, *_ in top
         }
         diagnosis = None
-        if any(teachers):
+        if any(teachers) and values:
             diagnosis = diagnose(values, rollout, responses.correct, self._vocabulary)
             for prompt in diagnosis["prompts"]["largest"]:
                 example = self._dataset[int(self._prompts.rows[prompt["number"]])]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.base.errors import UserError
-from distill.evaluation.diagnosis import CLASSES
+from distill.evaluation.diagnosis import CLASSES, MEANS
 from distill.evaluation.recorder import FOLDER
 from distill.reporting.facts import FACTS
 
@@ -161,7 +161,7 @@ def _is_response(response: dict[str, Any], of_tokens: list[str]) -> bool:
     )
 
 
-_OF_POSITIONS = ("surprise", "entropy_p", "entropy_q", "overlap", "mass_p", "mass_q")
+_OF_POSITIONS = ("surprise", *MEANS)
 _OF_DEPARTURES = ("tokens", "responses", "back", "right", "right_otherwise")
 _OF_PROBE = ("student", "teacher", "teacher_from_student", "overlap", "entropy_p", "entropy_q")
 

@@ -63,17 +63,13 @@ def _departed(departures: Numbers, probe: Numbers | None) -> Iterator[str]:
     came = "" if back is None else f" and comes back in {back:.0%}"
     leaves = f"The student leaves the path at {left:.1%} of tokens{came}"
     if probe and None not in (probe["student"], probe["teacher_from_student"]):
-        from_there = f"{probe['teacher_from_student']:.0%}"
+        does, helps = "does not recover either", "won't help"
         if probe["recovers"]:
-            yield (
-                f"{leaves}: the teacher does recover, and solves {from_there} from the student's "
-                "half-way states, so more on-policy data can help."
-            )
-        else:
-            yield (
-                f"{leaves}: the teacher does not recover either, and solves {from_there} from the "
-                "student's half-way states, so more on-policy data won't help."
-            )
+            does, helps = "does recover", "can help"
+        yield (
+            f"{leaves}: the teacher {does}, and solves {probe['teacher_from_student']:.0%} from "
+            f"the student's half-way states, so more on-policy data {helps}."
+        )
         return
     yield f"{leaves}; `python -m distill.preflight --probe` says whether the teacher would."
     if right is not None and departures["right_otherwise"] is not None:

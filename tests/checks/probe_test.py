@@ -1,5 +1,7 @@
 """What `distill.preflight --probe` finds, and which configs it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,17 +19,23 @@ from distill.reporting.read import read_run
 LIMIT = 14
 
 
-@register_grader("has_a_four")
-def has_a_four(example, response):
-    return "4" in response
+@register_grader("even")
+def is_even(example, response):
+    """So that most changes of a response change whether it is right."""
+    return sum(map(ord, response)) % 2 == 0
 
 
 def greedy_config(**distillation):
     config = tiny_config(**distillation)
     config.distillation.generate_strategy.max_length = LIMIT
     config.distillation.generate_strategy.decoding_method = "greedy"
-    config.evaluation.grading = "has_a_four"
+    config.evaluation.grading = "even"
     return config
+
+
+def _sharpened(models):
+    """Weights as they are drawn say one token again and again."""
+    return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, models)
 
 
 def plain_responses(model, vocabulary, prompts, limits) -> list[list[int]]:
@@ -49,12 +57,12 @@ def plain_responses(model, vocabulary, prompts, limits) -> list[list[int]]:
 def test_accuracies_against_one_token_at_a_time(tmp_path):
     """The teacher reads a prompt of its own, and goes on from half of what the student said."""
     config = greedy_config()
-    config.policy.model_name = "embedded:arithmetic-student"  # random ones repeat one token
-    config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
     config.teacher.prompt_template = "1+{problem}"
     with open_session(parse_config(config)) as session:
-        session.load_teachers()
-        state, said = session.load_state(), []
+        teacher = session.load_teachers()[""]
+        state, params = _sharpened((session.load_state(), teacher.model.params))
+        teacher.model = dataclasses.replace(teacher.model, params=params)
+        said: list[str] = []
         found = probe(session, state, said.append)
         student, [teacher] = session.evaluated(state), session.teachers_at(state)
         prompts, vocabulary = session.evaluator.prompts, session.vocabulary
@@ -68,11 +76,13 @@ def test_accuracies_against_one_token_at_a_time(tmp_path):
     mended = [a + b for a, b in zip(halves, rest, strict=True)]
     decode = vocabulary.tokenizer.decode
     rights = [
-        np.array(["4" in decode(tokens, skip_special_tokens=True) for tokens in each], float)
+        np.array(
+            [is_even(None, decode(tokens, skip_special_tokens=True)) for tokens in each], float
+        )
         for each in (ours, own, mended)
     ]
     one = found[""]
-    assert len({right.mean() for right in rights}) == 3 and len(set(map(len, halves))) > 1
+    assert len(set(map(tuple, rights))) == 3 and len(set(map(len, halves))) > 1
     assert (one.prompts, one.student, one.teacher, one.teacher_from_student) == (
         8, *(right.mean() for right in rights)
     )  # fmt: skip
