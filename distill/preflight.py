@@ -41,7 +41,7 @@ def preflight_alone(config: ConfigDict) -> dict[str, str]:
         tempfile.TemporaryDirectory() as folder,
         open_session(parse_config(config), Path(folder)) as session,
     ):
-        session.load_teachers()
+        session.load_teachers(in_run=True)
         state = session.load_state()
         session.backend.start()
         return preflight(session, state, print)

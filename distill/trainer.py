@@ -122,7 +122,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     # --------------------------------------------------------------------------------------- models
     graph, shapes = session.student.graph, session.state_shapes
     check_export(session)
-    teachers = session.load_teachers(compares=not record)  # once per run
+    teachers = session.load_teachers(compares=not record, in_run=True)  # once per run
     if updates_remain:
         # Servers that will not do are told before anything takes time.
         for teacher in teachers.values():
@@ -171,7 +171,9 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     if step == 0 and "base" not in evaluations.results:
         evaluations.evaluate("base", step, session.evaluated(state), session.teachers_at(state))
         saver.save_beginning(step)
-    evaluations.evaluate_teachers(step, {name: each.model for name, each in teachers.items()})
+    evaluations.evaluate_teachers(
+        step, {name: each.lasting(state) for name, each in teachers.items()}
+    )
     saver.save_beginning(step)
     while True:
         evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)

@@ -14,8 +14,12 @@ from tiny_runs import read_metrics, tiny_config, train_killed, with_models
 import distill
 from distill.base.sharding import make_mesh, param_shardings
 from distill.build.devices import put_batch
-from distill.build.teachers import FROM_STATE
+from distill.build.teachers import FROM_STATE, part_of_state
+from distill.config.parse import parse_config
+from distill.config.policy import Lora
+from distill.config.schema import all_teachers
 from distill.losses.objective import make_objective
+from distill.models import lora
 from distill.step import AveragedState, TeacherInStep, TrainState, make_train_step
 
 DECAY = 0.75
@@ -99,6 +103,38 @@ def test_current_weights_are_the_teacher_and_get_no_gradient(student, rows, give
     own, metrics = make_step(student, "self")(first_state(student), [None], batch)
     assert float(metrics["grad_norm"]) > 1e-3
     assert_same(own.params, expected.params)
+
+
+def test_what_the_student_was_is_the_base_of_its_adapters(student, rows, given):
+    batch, rng = rows.batch(LAYOUT), np.random.default_rng(0)
+    shapes = lora.abstract_adapters(student[1], Lora(rank=2, alpha=4.0))
+    adapters = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), shapes)
+    merged = lora.merged(lora.attach(student[1], adapters), jnp.float32)
+    _, expected = given(first_state((None, merged)), [student[1]], batch)
+    base, zero = jax.tree.map(jnp.copy, student[1]), jnp.zeros((), jnp.int32)
+    state = TrainState(zero, adapters, OPTIMIZER.init(adapters), base)
+    _, metrics = make_step(student, "start")(state, [None], batch)
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, True),
+        ({"policy.lora.rank": 0}, False),
+        ({"policy.lora.base_dtype": "int8"}, False),
+        ({"teacher.precision": "bfloat16"}, False),
+        ({"teacher.offload": "host"}, False),
+    ],
+)
+def test_the_base_is_shared_where_it_is_stored_as_the_teacher_would_be(changes, shared):
+    config = tiny_config()
+    config.distillation.teacher_model_path, config.policy.lora.rank = "start", 2
+    config.teacher.prompt_template = "{answer}={problem}"
+    config.update_from_flattened_dict(changes)
+    parsed = parse_config(config)
+    [section] = all_teachers(parsed).values()
+    assert (part_of_state(parsed, section) is not None) == shared
 
 
 def test_average_stays_where_an_update_is_skipped(student, rows, averaging):

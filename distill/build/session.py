@@ -264,11 +264,12 @@ class Session:
         """A model that is not trained, stored in the precision in which it computes."""
         return build_frozen_model(self.config.policy, folder, self.mesh, precision)
 
-    def load_teachers(self, *, compares: bool = False) -> dict[str, Teacher]:
+    def load_teachers(self, *, compares: bool = False, in_run: bool = False) -> dict[str, Teacher]:
         """The teachers by name, not yet started.
 
         Args:
           compares: whether those in 8 bits are compared with themselves in bfloat16.
+          in_run: whether there is a train state, of which teachers may be a part.
         """
         with busy("loading the teacher"):
             self.teachers = build_teachers(
@@ -279,6 +280,7 @@ class Session:
                 lambda: self.student,
                 lambda: self.prompts,
                 compares=compares,
+                in_run=in_run,
             )
         return self.teachers
 

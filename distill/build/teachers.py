@@ -31,7 +31,22 @@ from distill.teachers.server import ServerTeacher
 FROM_STATE: dict[str, Callable[[Any], Any]] = {
     "self": lambda state: state.params,
     "ema": lambda state: whole_params(state.average, state.frozen),
+    "start": lambda state: state.frozen,
 }
+
+
+def part_of_state(config: Config, section: OneTeacher) -> Callable[[Any], Any] | None:
+    """What of the train state a teacher is; None: it has weights of its own.
+
+    What the student was is the base of its adapters, if that is stored as the teacher would be.
+    """
+    if section.model != "start":
+        return FROM_STATE.get(section.model)
+    policy = config.policy
+    stored = section.precision, section.offload, section.split_over_data, section.scores
+    base = policy.precision, "none", False, ""
+    shared = policy.lora.rank and policy.lora.base_dtype == "auto" and stored == base
+    return FROM_STATE["start"] if shared else None
 
 
 def build_teachers(
@@ -43,6 +58,7 @@ def build_teachers(
     prompts: Callable[[], Prompts],
     *,
     compares: bool = False,
+    in_run: bool = False,
 ) -> dict[str, Teacher]:
     """The teachers by name, loaded from their folders if they are here, but not yet started.
 
@@ -51,6 +67,7 @@ def build_teachers(
     Args:
       prompts: what the student is trained on.
       compares: whether those in 8 bits are compared with themselves in bfloat16, on these.
+      in_run: whether there is a train state, of which teachers may be a part.
 
     Raises:
       UserError: the platform cannot offload, or a folder or scores are not as they should be.
@@ -65,8 +82,9 @@ def build_teachers(
             longest = config.policy.max_total_sequence_length
             vllm = teacher_key(name, "vllm")
             return ServerTeacher(section.vllm, vocabulary, longest, vllm)
-        if section.in_state:
-            return OwnTeacher(student().graph, FROM_STATE[section.model])
+        part = part_of_state(config, section)
+        if part and (in_run or section.in_state):
+            return OwnTeacher(student().graph, part, stays=not section.in_state)
         stored = folders[name], section.precision, section.offload, section.split_over_data
         if stored not in loaded:
             compared_on = prompts() if compares and section.precision == "int8" else None

@@ -27,7 +27,7 @@ from distill.build.models import (
 )
 from distill.build.optimizer import optimizer_of
 from distill.build.sampler import engine_sizes, sampler_weights
-from distill.build.teachers import abstract_teacher
+from distill.build.teachers import abstract_teacher, part_of_state
 from distill.config.method import OneTeacher
 from distill.config.schema import all_teachers, ema_decay
 from distill.data.sequences import Sequences
@@ -165,7 +165,8 @@ def _abstract_teachers(
             continue
         where = section.offload, section.split_over_data
         stored = facts, section.model, section.scores, section.precision, *where
-        if stored not in made and section.in_state:
+        in_state = part_of_state(config, section) is not None
+        if stored not in made and in_state:
             average = getattr(state, "average", None) if section.model == "ema" else None
             made[stored] = Model(student.graph, average)
         elif stored not in made:
@@ -173,7 +174,7 @@ def _abstract_teachers(
             if section.offload == "host" and several_hosted:
                 made[stored] = _in_host_memory(made[stored])
         model = made[stored]
-        params = student.params if section.in_state else model.params
+        params = student.params if in_state else model.params
         counts = None if section.scores else count(facts, params)
         size = jnp.dtype(section.dtype).itemsize
         teachers[name] = TeacherArrays(facts, model, counts, size, share)

@@ -18,7 +18,7 @@ from distill.base.sharding import bytes_per_device
 from distill.build.objective import build_objective
 from distill.build.optimizer import optimizer_of
 from distill.build.sampler import build_sampling_params
-from distill.build.teachers import FROM_STATE
+from distill.build.teachers import part_of_state
 from distill.config.method import OneTeacher
 from distill.config.schema import all_teachers, ema_decay
 from distill.planning.arrays import Arrays
@@ -77,7 +77,7 @@ def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
     teachers, teacher_params = [], []
     for name, section in (all_teachers(config) or {"": OneTeacher()}).items():
         model = arrays.teachers[name].model if name in arrays.teachers else None
-        from_state = FROM_STATE.get(section.model)
+        from_state = part_of_state(config, section)
         teachers.append(TeacherInStep(None if model is None else model.graph, from_state, name))
         teacher_params.append(None if from_state or model is None else model.params)
     with jax.set_mesh(mesh):

@@ -37,6 +37,10 @@ class Teacher:
         """The model in the step, as it is at a train state."""
         return self.model
 
+    def lasting(self, state: Any) -> Model | None:
+        """The model in the step, if it is the same at all states."""
+        return self.model
+
     def start(self) -> None:
         """Checks what the teacher needs, such as servers.
 
@@ -58,10 +62,18 @@ class Teacher:
 
 
 class OwnTeacher(Teacher):
-    """The student itself: a part of the train state, computed with by the student's graph."""
+    """The student itself: a part of the train state, computed with by the student's graph.
 
-    def __init__(self, graph: nnx.GraphDef, from_state: Callable[[Any], Any]):
-        self._graph, self.from_state = graph, from_state
+    `stays`: no update changes that part.
+    """
+
+    def __init__(
+        self, graph: nnx.GraphDef, from_state: Callable[[Any], Any], *, stays: bool = False
+    ):
+        self._graph, self.from_state, self._stays = graph, from_state, stays
+
+    def lasting(self, state: Any) -> Model | None:
+        return self.at(state) if self._stays else None
 
     @property
     def graph(self) -> nnx.GraphDef:
