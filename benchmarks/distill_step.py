@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import nnx
 
 from benchmarks import harness
 from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
@@ -50,11 +51,13 @@ from distill.batches.packing import Layout, Shape
 from distill.batches.source import Asked, BatchSource
 from distill.build.optimizer import build_optimizer
 from distill.config import cli
-from distill.config.policy import Optimizer
+from distill.config.policy import Lora, Optimizer
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts
 from distill.losses.objective import make_objective
 from distill.models.facts import ModelConfig
+from distill.models.lora import abstract_adapters, make_adapters
+from distill.models.quantization import quantize
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
@@ -108,9 +111,7 @@ def main() -> None:
     harness.check_json_path()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the workers inherit both
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
-    python = _TRL_PYTHON.value
-    if python is not None and not os.access(python, os.X_OK):
-        raise UserError(f"--trl_python={python}: no such interpreter: make .venv-trl/.installed")
+    python = check_python()
     rows, notes = [], []
     for workload in WORKLOADS:
         measured, failures = _measure(workload, python)
@@ -120,6 +121,14 @@ def main() -> None:
     harness.print_rows(rows)
     print(*notes, sep="\n")
     harness.write_json(rows)
+
+
+def check_python() -> str | None:
+    """TRL's interpreter, as --trl_python has it; UserError if there is none there."""
+    python = _TRL_PYTHON.value
+    if python is not None and not os.access(python, os.X_OK):
+        raise UserError(f"--trl_python={python}: no such interpreter: make .venv-trl/.installed")
+    return python and os.path.abspath(python)
 
 
 def _measure(workload: Workload, python: str | None) -> tuple[list[harness.Row], list[str]]:
@@ -147,7 +156,7 @@ def _jobs(workload: Workload, folder: Path, python: str | None) -> list[harness.
     ]
     if python is not None:
         jobs += [
-            harness.Job(name, build_trl, (folder, os.path.abspath(python), settings), _unknown_peak)
+            harness.Job(name, build_trl, (folder, python, settings), _unknown_peak)
             for name, settings in TRL_SETTINGS.items()
             if any(text in name for text in _ONLY.value)
         ]
@@ -176,7 +185,14 @@ def write_work(workload: Workload, folder: Path) -> None:
     (folder / "work.json").write_text(json.dumps(work))
 
 
-def build_ours(workload: Workload, folder: Path):
+def build_ours(workload: Workload, folder: Path, lora: Lora = Lora()):  # noqa: B008
+    step, _ = make_ours(workload, folder, lora)
+    (folder / "loss.txt").write_text(str(step()))
+    return lambda: (step(), None)[1]
+
+
+def make_ours(workload: Workload, folder: Path, lora: Lora):
+    """`step() -> loss`, and the bytes of what is held between steps: state and teacher."""
     student, params = load_weights(workload.student, DTYPE, folder / "student")
     teacher, teacher_params = load_weights(workload.teacher, DTYPE, folder / "teacher")
     vocab_size = workload.student.vocab_size
@@ -187,7 +203,12 @@ def build_ours(workload: Workload, folder: Path):
         student, [TeacherInStep(teacher)], objective, optimizer, vocab_size=vocab_size
     )
     batches = _make_batches(student, vocab_size)
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    trainable, frozen = params, nnx.State({})
+    if lora.rank:
+        trainable = make_adapters(abstract_adapters(params, lora), seed=0)
+        frozen = _in_8_bits(workload.student, params) if lora.base_dtype == "int8" else params
+    opt_state = jax.jit(optimizer.init)(trainable)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, frozen)
     held, steps = [state], itertools.count()
 
     def step() -> float:
@@ -197,8 +218,12 @@ def build_ours(workload: Workload, folder: Path):
         held[0], metrics = train_step(held[0], [teacher_params], batch)
         return float(jax.block_until_ready((held[0], metrics))[1]["loss"])
 
-    (folder / "loss.txt").write_text(str(step()))
-    return lambda: (step(), None)[1]
+    return step, sum(x.nbytes for x in jax.tree.leaves((state, teacher_params)))
+
+
+def _in_8_bits(config: ModelConfig, params: nnx.State) -> nnx.State:
+    flat = nnx.to_flat_state(params)
+    return nnx.from_flat_state([(path, quantize(config, "/".join(path), x)) for path, x in flat])
 
 
 def _make_batches(student, vocab_size: int) -> BatchSource:
@@ -226,6 +251,15 @@ def _make_batches(student, vocab_size: int) -> BatchSource:
 
 
 def build_trl(folder: Path, python: str, settings: dict):
+    step, _ = start_trl(folder, python, settings)
+    return lambda: (step(), None)[1]
+
+
+def start_trl(folder: Path, python: str, settings: dict):
+    """`step() -> loss`, after a first one, and the number of TRL's process.
+
+    Settings: as in TRL_SETTINGS; `lora`, with the rank and alpha of adapters, may be left out.
+    """
     script = Path(__file__).with_name("distill_step_trl.py")
     log = folder / f"trl-{os.getpid()}.log"
     process = subprocess.Popen(
@@ -246,7 +280,7 @@ def build_trl(folder: Path, python: str, settings: dict):
     ours, theirs = float((folder / "loss.txt").read_text()), step()
     if not np.isclose(theirs, ours, rtol=LOSS_TOLERANCE):
         raise RuntimeError(f"TRL's loss is {theirs}, ours {ours}: not the same work")
-    return lambda: (step(), None)[1]
+    return step, process.pid
 
 
 if __name__ == "__main__":

@@ -88,7 +88,14 @@ def make_trainer(folder: Path, work: dict, settings: dict, callback: TrainerCall
         train_dataset=Dataset.from_list(rows),
         processing_class=make_tokenizer(student.config.vocab_size),
         callbacks=[callback],
+        peft_config=_adapters(**settings["lora"]) if "lora" in settings else None,
     )
+
+
+def _adapters(rank: int, alpha: float):
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _chat(prompt: str, answer: str) -> list[dict[str, str]]:

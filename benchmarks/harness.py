@@ -168,7 +168,7 @@ def peak_bytes(run: Callable[[], None]) -> int:
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return _resident_peak_bytes(run)
+        return resident_peak_bytes(run)
     before = device.memory_stats()["bytes_in_use"]
     run()
     return device.memory_stats()["peak_bytes_in_use"] - before
@@ -184,17 +184,18 @@ def torch_peak_bytes(run: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _resident_peak_bytes(run: Callable[[], None]) -> int:
+def resident_peak_bytes(run: Callable[[], None], process: str = "self") -> int:
+    """How far the resident memory of a process, a number or this one, rises during `run`."""
     gc.collect()
-    with open("/proc/self/clear_refs", "w") as file:
+    with open(f"/proc/{process}/clear_refs", "w") as file:
         file.write("5")  # sets the high-water mark to what is resident now
-    before = _status_bytes("VmRSS")
+    before = _status_bytes("VmRSS", process)
     run()
-    return _status_bytes("VmHWM") - before
+    return _status_bytes("VmHWM", process) - before
 
 
-def _status_bytes(field: str) -> int:
-    with open("/proc/self/status") as file:
+def _status_bytes(field: str, process: str) -> int:
+    with open(f"/proc/{process}/status") as file:
         return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1])
 
 

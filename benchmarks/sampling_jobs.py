@@ -125,9 +125,13 @@ def export_weights(config: ModelConfig, dtype: str, folder: Path) -> None:
 
 def _export(config: ModelConfig, dtype: str, folder: Path) -> None:
     _, params = load_weights(config, dtype, None)
-    no_tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: None)
+    name = "tokenizer_config.json"  # which an export rewrites; nobody wants a tokenizer here
+    no_tokenizer = types.SimpleNamespace(
+        save_pretrained=lambda folder: (folder / name).write_text("{}")
+    )
     hf_config = hf_config_dict(config, eos_token_id=None, pad_token_id=None)
     export_model(folder, params, config, hf_config, no_tokenizer, jnp.dtype(dtype))
+    (folder / name).unlink()
 
 
 def load_weights(
