@@ -19,6 +19,7 @@ from distill.models.checkpoints.source import load_model_config
 CASES = {
     "qwen2": Lora(rank=3, alpha=6.0),
     "phi3": Lora(rank=2, alpha=6.0),  # whose tensors hold several of our matrices
+    "mixtral": Lora(rank=2, alpha=6.0),  # whose experts peft finds in one tensor
     "phi3 partly": Lora(rank=2, alpha=6.0, targets=("v_proj", "up_proj", "o_proj")),
 }
 
