@@ -433,17 +433,16 @@ def compiled_for_long_rows(model, length, name, fsdp, context):
 @needs_tpu_compiler
 def test_devices_that_share_rows_need_less_memory_each():
     sizes = dict(model_width=1024, num_heads=8, head_width=128, ffn_width=3072, vocab_size=8192)
-    model = model_config("qwen3", **sizes)
+    model = model_config("qwen3", **sizes, max_positions=16384)
     peaks = {n: compiled_for_long_rows(model, 16384, "v5p:2x2x1", 1, n)[1] for n in (1, 4)}
     assert peaks[4] < 0.35 * peaks[1], peaks
 
 
 @pytest.mark.slow
 @needs_tpu_compiler
-@pytest.mark.parametrize("layers", ["qwen3_5", "gemma3"])
-def test_step_of_long_rows_on_tpus(layers):
-    """32,768 tokens to a row, on four devices: full attention beside states and windows."""
-    program, _ = compiled_for_long_rows(model_of(layers), 32768, "v5p:2x2x2", 2, 4)
+def test_step_of_long_rows_on_tpus():
+    """32,768 tokens to a row, on four devices: full attention beside states."""
+    program, _ = compiled_for_long_rows(model_of("qwen3_5"), 32768, "v5p:2x2x2", 2, 4)
     assert not program.failure
     assert program.sent["collective-permute"] > 0
 
