@@ -652,7 +652,7 @@ def test_gradients_of_microbatches_add_up_in_float32():
 
 def test_mesh_errors_name_what_works():
     for sizes in ((3, 1, 1), (3, 2, 1), (-1, 3, 1)):
-        works = "must be 8, e.g. mesh.data=8 mesh.fsdp=1 mesh.tensor=1"
+        works = "must be 8, e.g. mesh.data=8 mesh.fsdp=1 mesh.tensor=1 mesh.context=1 mesh.expert=1"
         with pytest.raises(UserError, match=works):
             make_mesh(*sizes)
     with pytest.raises(UserError, match="at most one is -1"):
@@ -662,26 +662,25 @@ def test_mesh_errors_name_what_works():
 
 def test_an_axis_of_the_mesh_is_a_row_of_the_table(monkeypatch):
     """A model runs on a mesh with an axis that no other code knows."""
-    monkeypatch.setitem(sharding.MESH_AXES, "expert", 1)
-    monkeypatch.setitem(sharding.RULES, "batch", ("data", "expert"))
-    monkeypatch.setitem(sharding.RULES, "mlp_batch", ("data", "expert"))
+    monkeypatch.setitem(sharding.MESH_AXES, "slice", 1)
+    monkeypatch.setitem(sharding.RULES, "batch", ("data", "slice"))
+    monkeypatch.setitem(sharding.RULES, "mlp_batch", ("data", "slice"))
     monkeypatch.setitem(sharding.RULES, "mlp", ("tensor", "fsdp"))
     monkeypatch.setitem(sharding.RULES, "embed", None)
     graph, params = make_model(32, 2, 32, seed=1)
     tokens = np.arange(32).reshape(4, 8)
     expected = nnx.merge(graph, params)(tokens)
-    mesh = make_mesh(fsdp=2, expert=2)
-    assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=1, context=1, expert=2, width=1)
+    mesh = make_mesh(fsdp=2, slice=2)
+    sizes = dict(data=2, fsdp=2, tensor=1, context=1, expert=1, slice=2, width=1)
+    assert dict(mesh.shape) == sizes
     assert batch_parts(mesh) == 4
-    own = sharding.sampler_mesh_sizes(mesh.shape, 6)
-    assert own == dict(data=3, fsdp=2, tensor=1, context=1, expert=1, width=1)
+    found = sharding.sampler_mesh_sizes(mesh.shape, 6)
+    assert found == sizes | dict(data=3, slice=1)
     params = jax.device_put(params, param_shardings(params, mesh))
     with jax.set_mesh(mesh):
         found = jax.jit(lambda params: nnx.merge(graph, params)(tokens))(params)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    with pytest.raises(
-        ValueError, match="no axis 'pipeline', only data, fsdp, tensor, context, expert"
-    ):
+    with pytest.raises(ValueError, match="no axis 'pipeline', only data, .* expert, slice"):
         make_mesh(pipeline=2)
 
 

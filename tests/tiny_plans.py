@@ -1,6 +1,7 @@
 """Workloads for the tests of plans."""
 
 import dataclasses
+import math
 
 import configs.math_cl
 from distill.base.topology import parse_topology
@@ -18,13 +19,14 @@ def workload_of(config, topology: str) -> Workload:
 
 
 def workload_on_mesh(
-    config, model, data: int, fsdp: int, tensor: int, context: int = 1
+    config, model, data: int, fsdp: int, tensor: int, context: int = 1, expert: int = 1
 ) -> Workload:
     """A model as its own teacher."""
     config = parse_config(config)
-    mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, context=context)
-    config = dataclasses.replace(config, mesh=mesh)
-    return fit_to_devices(Workload(config, model, (model,), 30), data * fsdp * tensor * context)
+    sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+    workload = Workload(config, model, (model,), 30)
+    return fit_to_devices(workload, math.prod(sizes.values()))
 
 
 def arrays_of(workload: Workload) -> Arrays:

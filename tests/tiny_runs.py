@@ -18,20 +18,29 @@ if _MODELS not in os.environ:  # processes that this one starts find it set
     atexit.register(shutil.rmtree, os.environ[_MODELS], ignore_errors=True)
 
 
-def random_model(**sizes) -> str:
-    """The folder of a model with random weights and the characters of arithmetic, made once."""
-    sizes = dict(num_layers=1, num_heads=2, num_kv_heads=2, max_positions=64) | sizes
+def random_model(like: Path | None = None, **sizes) -> str:
+    """The folder of a model with random weights and the characters of arithmetic, made once.
+
+    Sizes are of a dense model, or those of a config.json.
+    """
+    if like is None:
+        sizes = dict(num_layers=1, num_heads=2, num_kv_heads=2, max_positions=64) | sizes
     name = "-".join(f"{key}{value}" for key, value in sorted(sizes.items()))
+    name += like.stem if like else ""
     folder = Path(os.environ[_MODELS], name)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             # Imported here: where the folder is made already, JAX may not be touched yet.
-            from distill.build.scratch import make_random_model
+            from distill.build.scratch import make_random_model, make_random_model_like
             from distill.data.arithmetic import CHARACTERS
             from distill.data.tokenizer import character_tokenizer
 
-            make_random_model(folder, character_tokenizer(CHARACTERS), **sizes)
+            tokenizer = character_tokenizer(CHARACTERS)
+            if like is None:
+                make_random_model(folder, tokenizer, **sizes)
+            else:
+                make_random_model_like(folder, tokenizer, like, **sizes)
     return str(folder)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from distill.base.errors import UserError
 
 # axis of the mesh -> its size where none is given; -1 takes the devices that are left
-MESH_AXES = {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}
+MESH_AXES = {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1}
 # Of the sampler's meshes alone: rows are split over it and, within an MLP, its width.
 WIDTH = "width"
 HOST_MEMORY = "pinned_host"
@@ -30,7 +30,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
     "layers": None,
     "vocab": "tensor",
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", "context", "expert"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_width": None,
@@ -38,15 +38,16 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": ("tensor", "width"),
     "state_heads": "tensor",
     "state_channels": "tensor",
-    "expert": None,  # however they are kept, a layer's are gathered before they are used
+    "expert": "expert",
+    "expert_embed": ("fsdp", "context"),  # of the matrices of experts
     "router": None,
     "gate_up": None,
     "rank": None,
     # activations
-    "batch": ("data", "fsdp", "width"),
-    "mlp_batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert", "width"),
+    "mlp_batch": ("data", "fsdp", "expert"),
     "position": "context",
-    "token": ("data", "fsdp", "context", "width"),
+    "token": ("data", "fsdp", "context", "expert", "width"),
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
@@ -57,11 +58,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 # A teacher that is split over all devices: nothing of it is updated, so that copies only cost.
-SPREAD_RULES = RULES | {"embed": ("data", "fsdp", "context")}
+SPREAD_RULES = RULES | {
+    "embed": ("data", "fsdp", "context", "expert"),
+    "expert_embed": ("data", "fsdp", "context"),
+}
 
 # The sampler's copy of the student: every step reads all weights, so they are gathered once per
-# refit instead of once per token.
-SAMPLER_RULES = RULES | {"embed": None}
+# refit instead of once per token. Experts stay on their devices.
+SAMPLER_RULES = RULES | {"embed": None, "expert_embed": None}
 
 
 def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -101,6 +105,7 @@ def make_mesh(*sizes: int, devices=None, **named: int) -> Mesh:
     shape = mesh_sizes(given, len(devices))
     major = next(iter(shape)), *_axes(RULES["position"])
     shape = {axis: shape[axis] for axis in dict.fromkeys((*major, *shape))}
+    shape["tensor"] = shape.pop("tensor")  # side by side: they exchange something in every product
     return Mesh(np.asarray(devices).reshape(tuple(shape.values())), tuple(shape), _types(shape))
 
 
@@ -152,12 +157,15 @@ def sampler_mesh_sizes(
     Raises:
       UserError: the number of devices is no multiple of what the weights are cut into.
     """
-    over_rows, *others = _axes(RULES["mlp_batch"]) + _axes(RULES["position"])
+    cutting_weights = _axes(SAMPLER_RULES["expert"])
+    cutting_rows = _axes(RULES["mlp_batch"]) + _axes(RULES["position"])
+    over_rows, *others = (axis for axis in cutting_rows if axis not in cutting_weights)
     kept = {axis: trainer[axis] for axis in MESH_AXES if axis not in (over_rows, *others)}
     kept |= {"tensor": tensor or trainer["tensor"], WIDTH: width}
     cut = math.prod(kept.values())
     if count % cut:
-        keys = "policy.generation.tensor x .width" if tensor or width > 1 else "mesh.tensor"
+        keys = "policy.generation.tensor x .width" if tensor or width > 1 else None
+        keys = keys or " x ".join(f"mesh.{axis}" for axis, size in kept.items() if size > 1)
         raise UserError(
             f"a sampler of {count} devices cannot split weights {cut} ways ({keys}): give it a "
             f"multiple of {cut} devices, or choose a {keys} that divides {count}"
@@ -284,6 +292,11 @@ def stacked_sharding(mesh: AnyMesh, shape: Sequence[int]) -> NamedSharding:
     return named_sharding(mesh, *axes)
 
 
+def batch_axes() -> str:
+    """The mesh axes over which the rows of a batch are split, in words."""
+    return f"mesh {' x '.join(_axes(RULES['mlp_batch']))}"
+
+
 def batch_parts(mesh: AnyMesh) -> int:
     """Number of device groups over which the rows of a batch are split."""
     return axis_parts(mesh, "batch")
@@ -381,7 +394,7 @@ def param_shardings(params, mesh: AnyMesh, rules=RULES, section: str = "mesh"):
 
 def _check_divisible(params, mesh: AnyMesh, rules, section: str) -> None:
     cut = [
-        (path, name, size, _axes(rules[name]))
+        (path, name, size, tuple(axis for axis in _axes(rules[name]) if mesh.shape[axis] > 1))
         for path, param in nnx.to_flat_state(params)
         for name, size in zip(
             param.get_metadata()["logical_axes"], param.get_value().shape, strict=True

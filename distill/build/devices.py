@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from distill.base import processes
 from distill.base.errors import UserError
 from distill.base.sharding import (
+    batch_axes,
     batch_parts,
     make_mesh,
     make_row_mesh,
@@ -45,13 +46,13 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> M
         count = -(-policy.train_global_batch_size // micro)
         raise UserError(
             f"policy.train_micro_batch_size={policy.train_micro_batch_size} does not divide over "
-            f"{parts} devices (mesh data x fsdp): try train_micro_batch_size={micro} with "
+            f"{parts} devices ({batch_axes()}): try train_micro_batch_size={micro} with "
             f"train_global_batch_size={count * micro}"
         )
     if config.evaluation.batch_size % parts:
         raise UserError(
             f"evaluation.batch_size={config.evaluation.batch_size} does not divide over {parts} "
-            f"devices (mesh data x fsdp): try {-(-config.evaluation.batch_size // parts) * parts}"
+            f"devices ({batch_axes()}): try {-(-config.evaluation.batch_size // parts) * parts}"
         )
     return mesh
 

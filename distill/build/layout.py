@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from distill.base.errors import UserError
-from distill.base.sharding import AnyMesh, axis_parts, batch_parts
+from distill.base.sharding import AnyMesh, axis_parts, batch_axes, batch_parts
 from distill.batches.packing import Layout, Shape
 from distill.config.policy import Policy, tokens_per_microbatch
 
@@ -56,6 +56,6 @@ def _rows(budget: int, length: int, parts: int) -> int:
     if not rows:
         raise UserError(
             f"microbatches of {budget} tokens hold no row of {length} tokens on each of {parts} "
-            f"devices (mesh data x fsdp): set train_mb_tokens to at least {parts * length}"
+            f"devices ({batch_axes()}): set train_mb_tokens to at least {parts * length}"
         )
     return rows

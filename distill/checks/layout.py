@@ -71,7 +71,7 @@ def check_memory(session: Session, state: TrainState) -> str:
     if limit is not None and total > limit:
         raise Problem(
             f"a step needs at least {total / 1e9:.3g} GB per device ({listed}) of "
-            f"{limit / 1e9:.3g} GB: raise mesh.fsdp or mesh.tensor, or lower "
+            f"{limit / 1e9:.3g} GB: raise mesh.fsdp, mesh.expert or mesh.tensor, or lower "
             "policy.generation.cache_memory"
         )
     bound = "an unknown limit" if limit is None else f"{limit / 1e9:.3g} GB"

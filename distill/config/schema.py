@@ -106,6 +106,13 @@ class MeshSizes:
         low=-1,
         high=MOST_ROWS,
     )
+    expert: int = free(
+        1,
+        "devices over which batches, experts and other weights are split; tokens go to their "
+        "experts' devices",
+        low=-1,
+        high=MOST_ROWS,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

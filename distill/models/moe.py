@@ -6,15 +6,17 @@ two functions: `parameters` and `output`.
 The router works in float32. No token is dropped, and none depends on others: a token's experts are
 picked from its own scores alone. Tokens are sorted by expert, and each expert multiplies its own
 (`kernels.grouped_dot`). On a mesh, devices sort the tokens of their own rows. A layer's experts are
-gathered, and stay cut along their width (`act_ffn`) only.
+gathered, and stay cut along their width (`act_ffn`); where the mesh cuts their number (`expert`),
+tokens go to them (`expert_exchange`).
 
 Shape suffixes, beside those of transformer.py: e experts, c picked experts of a token, m tokens
-times picked experts; t counts the tokens of all rows.
+times picked experts; t counts the tokens of all rows; p the sorted picks of a round.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +25,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from distill.base.sharding import dividing, num_shards, partition_spec
+from distill.base.sharding import dividing, mesh_axes, num_shards, partition_spec
 from distill.kernels.attention import RESIDUALS
 from distill.kernels.grouped_dot import grouped_dot
-from distill.models import mlp
+from distill.models import expert_exchange, mlp
 from distill.models.facts import Experts, ModelConfig
 from distill.models.primitives import INIT_STD, Layer, ParamMaker
 
@@ -35,11 +37,14 @@ _USED: dict[str, tuple[str | None, ...]] = {
     "router": (None, None),
     "router_bias": (None,),
     "router_correction": (None,),
-    "expert_gate_up_proj": (None, None, None, "act_ffn"),
-    "expert_down_proj": (None, "act_ffn", None),
-    "expert_gate_up_bias": (None, None, "act_ffn"),
-    "expert_down_bias": (None, None),
+    "expert_gate_up_proj": ("expert", None, None, "act_ffn"),
+    "expert_down_proj": ("expert", "act_ffn", None),
+    "expert_gate_up_bias": ("expert", None, "act_ffn"),
+    "expert_down_bias": ("expert", None),
 }
+# Picks whose experts a device multiplies at once, where it has some experts of several: this many,
+# or a quarter more than an even share. Where more picked them, it goes on in further rounds.
+SMALLEST_ROUND, ROOM = 4096, 1.25
 
 
 def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
@@ -48,8 +53,8 @@ def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
     d, e, f = config.model_width, experts.number, experts.width
     params = {
         "router": make.normal(INIT_STD, embed=d, router=e),
-        "expert_gate_up_proj": make.normal(INIT_STD, expert=e, gate_up=2, embed=d, ffn=f),
-        "expert_down_proj": make.residual(expert=e, ffn=f, embed=d),
+        "expert_gate_up_proj": make.normal(INIT_STD, expert=e, gate_up=2, expert_embed=d, ffn=f),
+        "expert_down_proj": make.residual(expert=e, ffn=f, expert_embed=d),
     }
     if experts.bias:
         params["router_bias"] = make.filled(0.0, ("router",), e)
@@ -102,26 +107,43 @@ def _routed(
     specs = {name: partition_spec(_USED[name]) for name in weights}
 
     def of_device(x_btd, weights):
-        y_btd, picked_btc = _mixed(x_btd, weights, config)
-        return y_btd[None], picked_btc
+        y_btd, picked_btc = _mixed(x_btd, weights, config, exchanges=rows is not None)
+        return y_btd[None, None], picked_btc
 
-    # A leading axis of the parts of the experts' width: summed here, its gradient is not sent.
-    y_pbtd, picked_btc = jax.shard_map(
+    # Leading axes of the parts of the experts' width, and of the experts where every device has the
+    # same rows: summed here, their gradient is not sent.
+    parts = "act_ffn", None if rows else "expert"
+    y_ffbtd, picked_btc = jax.shard_map(
         of_device,
         in_specs=(rows_spec, specs),
-        out_specs=(partition_spec(("act_ffn", rows, positions, None)), rows_spec),
+        out_specs=(partition_spec((*parts, rows, positions, None)), rows_spec),
         check_vma=False,
     )(x_btd, weights)
-    return jnp.sum(y_pbtd, axis=0), picked_btc
+    return jnp.sum(y_ffbtd, axis=(0, 1)), picked_btc
 
 
 def _mixed(
-    x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig
+    x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig, exchanges: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs and picked experts, of a device's rows and its part of the experts' width."""
+    """Outputs and picked experts, of a device's rows and its part of the experts' width.
+
+    `exchanges`: whether the experts' devices have different rows, else only the sums are partial.
+    """
     x_td = x_btd.reshape(-1, x_btd.shape[-1])
     scores_tc, picked_tc = pick(x_td, weights, _experts(config))
-    y_td = _sum_of_experts(x_td, scores_tc, picked_tc, weights, config)
+    weights = {name: w for name, w in weights.items() if name.startswith("expert")}
+    axes, number = mesh_axes("expert"), len(weights["expert_down_proj"])
+    if not axes:
+        y_td = _sum_of_experts(x_td, scores_tc, picked_tc, weights, config)
+    elif not exchanges:
+        here_tc = picked_tc - jax.lax.axis_index(axes) * number
+        y_td = _sum_of_some(config, x_td, scores_tc, here_tc, weights)
+    else:
+        (axis,) = axes
+        sum_here = functools.partial(_sum_of_some, config, weights=weights)
+        y_td = expert_exchange.sum_over_devices(
+            x_td, scores_tc, picked_tc, sum_here, axis=axis, number=number
+        )
     return y_td.reshape(x_btd.shape), picked_tc.reshape(*x_btd.shape[:2], -1)
 
 
@@ -155,9 +177,16 @@ def _sum_of_experts(x_td, scores_tc, picked_tc, weights, config: ModelConfig) ->
     expert_m = picked_tc.reshape(-1)
     order_m = jnp.argsort(expert_m)
     of_expert_me = expert_m[order_m][:, None] == jnp.arange(number)
+    x_md = _permute(jnp.repeat(x_td, picked_tc.shape[1], axis=0), order_m)
+    y_md = _permute(_multiply(x_md, of_expert_me, weights, config), jnp.argsort(order_m))
+    y_tcd = y_md.reshape(num_tokens, -1, width).astype(jnp.float32)
+    return jnp.sum(y_tcd * scores_tc[:, :, None], axis=1).astype(x_td.dtype)
+
+
+def _multiply(x_md, of_expert_me, weights, config: ModelConfig) -> jax.Array:
+    """Of every row its expert's output, in x's dtype; rows are sorted, those of none the last."""
     sizes_e = jnp.sum(of_expert_me, axis=0, dtype=jnp.int32)
 
-    x_md = _permute(jnp.repeat(x_td, picked_tc.shape[1], axis=0), order_m)
     y_mpf = grouped_dot(x_md, weights["expert_gate_up_proj"], sizes_e)  # p: gate, up
     y_mpf = checkpoint_name(y_mpf, RESIDUALS)  # a product that a policy does not know as one
     if "expert_gate_up_bias" in weights:
@@ -165,14 +194,76 @@ def _sum_of_experts(x_td, scores_tc, picked_tc, weights, config: ModelConfig) ->
         y_mpf += jnp.einsum("me,epf->mpf", of_expert_me.astype(y_mpf.dtype), bias_epf)
     gated_mf = mlp.gate(config, y_mpf[:, 0], y_mpf[:, 1])
     y_md = grouped_dot(gated_mf, weights["expert_down_proj"], sizes_e)
-    y_md = _permute(y_md, jnp.argsort(order_m))
-    y_tcd = y_md.reshape(num_tokens, -1, width).astype(jnp.float32)
-    y_td = jnp.sum(y_tcd * scores_tc[:, :, None], axis=1)
     if "expert_down_bias" in weights:
-        scores_te = jnp.sum(scores_tc[:, :, None] * jax.nn.one_hot(picked_tc, number), axis=1)
-        bias_ed = weights["expert_down_bias"].astype(jnp.float32) / num_shards("act_ffn")
-        y_td = y_td + scores_te @ bias_ed
-    return y_td.astype(x_td.dtype)
+        bias_ed = weights["expert_down_bias"] / num_shards("act_ffn")
+        y_md += of_expert_me.astype(y_md.dtype) @ bias_ed
+    return y_md
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_some(config: ModelConfig, x_td, scores_tc, here_tc, weights) -> jax.Array:
+    """`_sum_of_experts` of those picks whose experts this device has; others are no number of one.
+
+    In as many rounds as its picks need. The backward pass multiplies again, round by round.
+    """
+    picks, y_td = _Picks(config, here_tc, weights), jnp.zeros(x_td.shape, jnp.float32)
+
+    def add(i, y_td):
+        row_p, y_pd = picks.multiply(i, x_td, scores_tc, weights)
+        return y_td.at[row_p].add(y_pd)
+
+    return jax.lax.fori_loop(0, picks.rounds, add, y_td).astype(x_td.dtype)
+
+
+def _sum_of_some_forward(config: ModelConfig, *arrays):
+    return _sum_of_some(config, *arrays), arrays
+
+
+def _sum_of_some_backward(config: ModelConfig, arrays, dy_td):
+    x_td, scores_tc, here_tc, weights = arrays
+    picks = _Picks(config, here_tc, weights)
+    x_td, dy_td = x_td.astype(jnp.float32), dy_td.astype(jnp.float32)  # what is added up
+    differentiated = x_td, scores_tc, weights
+
+    def add(i, so_far):
+        multiply = functools.partial(picks.multiply, i)
+        _, pull, row_p = jax.vjp(lambda *x: multiply(*x)[::-1], *differentiated, has_aux=True)
+        return jax.tree.map(jnp.add, so_far, pull(dy_td[row_p]))
+
+    nothing = jax.tree.map(jnp.zeros_like, differentiated)
+    dx_td, dscores_tc, dweights = jax.lax.fori_loop(0, picks.rounds, add, nothing)
+    return dx_td.astype(arrays[0].dtype), dscores_tc, None, dweights
+
+
+_sum_of_some.defvjp(_sum_of_some_forward, _sum_of_some_backward)
+
+
+class _Picks:
+    """The picks of a device's experts, sorted by expert, in rounds."""
+
+    def __init__(self, config: ModelConfig, here_tc: jax.Array, weights):
+        self.config, self.dtype = config, weights["expert_down_proj"].dtype
+        self.number, self.per_token = len(weights["expert_down_proj"]), here_tc.shape[1]
+        most = len(here_tc) * min(self.per_token, self.number)
+        even = here_tc.size * self.number / _experts(config).number
+        self.size = min(most, max(SMALLEST_ROUND, math.ceil(ROOM * even)))
+        is_here_tc = (here_tc >= 0) & (here_tc < self.number)
+        self.expert_m = jnp.where(is_here_tc, here_tc, self.number).reshape(-1)
+        self.rounds = -(-jnp.sum(is_here_tc) // self.size)
+        self.order_m = jnp.pad(jnp.argsort(self.expert_m), (0, -here_tc.size % self.size))
+
+    def multiply(self, i, x_td, scores_tc, weights) -> tuple[jax.Array, jax.Array]:
+        """Of the picks of round i, their tokens, and what is added to these in float32."""
+        pick_p = jax.lax.dynamic_slice_in_dim(self.order_m, i * self.size, self.size)
+        row_p = pick_p // self.per_token
+        # The padding stands behind all picks, whose last are of no expert if the padding is read.
+        is_pick_p = i * self.size + jnp.arange(self.size) < self.expert_m.size
+        expert_p = jnp.where(is_pick_p, self.expert_m[pick_p], self.number)
+        here_p1 = (expert_p < self.number)[:, None]
+        x_pd = jnp.where(here_p1, x_td[row_p].astype(self.dtype), 0)
+        of_expert_pe = expert_p[:, None] == jnp.arange(self.number)
+        y_pd = _multiply(x_pd, of_expert_pe, weights, self.config).astype(jnp.float32)
+        return row_p, jnp.where(here_p1, y_pd * scores_tc.reshape(-1)[pick_p][:, None], 0)
 
 
 def _permute(x_md: jax.Array, order_m: jax.Array) -> jax.Array:

@@ -84,14 +84,14 @@ def normal(
 def matrix_axes(logical_axes: Sequence[str | None]) -> tuple[int, int] | None:
     """How many axes of a parameter count matrices, and how many more are a matrix's inputs.
 
-    None for what is no matrix of the layers, and for routers. The stream ('embed'), or the rank of
-    an adapter, is one side of every matrix.
+    None for what is no matrix of the layers, and for routers. The stream ('embed', of experts
+    'expert_embed'), or the rank of an adapter, is one side of every matrix.
     """
     leading = sum(axis in ("layers", "expert", "gate_up") for axis in logical_axes)
     inner = logical_axes[leading:]
     if "layers" not in logical_axes or "router" in inner or len(inner) < 2:
         return None
-    sides = ("embed", "rank")
+    sides = ("embed", "expert_embed", "rank")
     if inner[0] in sides:
         return leading, 1
     return (leading, len(inner) - 1) if inner[-1] in sides else None

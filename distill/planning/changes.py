@@ -243,6 +243,9 @@ def _mesh_values(sizes: dict[str, int]) -> Values:
 
 def working_sizes(plan: Plan, axis: str) -> list[int]:
     """Sizes of a mesh axis that divide all that it splits."""
+    facts = [plan.workload.student, *filter(None, plan.workload.teachers)]
+    if axis == "expert" and not any(each.experts for each in facts):
+        return [1]  # it would be another fsdp
     models = [plan.arrays.student, *(each.model for each in plan.arrays.teachers.values())]
     sizes = [size for model in models if model.params for size in cut_sizes(model.params, axis)]
     if axis == RULES["position"]:

@@ -14,7 +14,10 @@ import jax
 from flax import nnx
 
 from distill.base.sharding import RULES, WIDTH
+from distill.models import expert_exchange
 from distill.models.facts import ModelConfig
+
+_STREAM = ("embed", "expert_embed")  # the width of the residual stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Counts:
       made: numbers per token that a device makes in the layers: results of products.
       kept: those, and what the products take.
       attended: those of them in which attention results.
-      summed: numbers per token that are summed over devices, times the share of the others.
+      summed: numbers per token that are summed over devices, times the share of the others; and
+        what goes to experts on other devices, as often as a token is sent.
     """
 
     depth: int
@@ -69,6 +73,9 @@ def count(config: ModelConfig, params: nnx.State) -> Counts:
             sums["used_bytes"] += math.prod(_used(x, axes)) * x.dtype.itemsize
         if "layers" in axes:
             sums["used_of_layers"] += math.prod(used)
+            if "expert" in axes and axes[-1] == "expert_embed":
+                devices = weights.shape[axes.index("expert")] // used[axes.index("expert")]
+                sums.update(_exchanged(config, devices, weights.shape[0] * weights.shape[-1]))
             shape, used = (_of_picked(config, axes, sizes) for sizes in (weights.shape, used))
             sums["layer_weights"] += math.prod(shape)
             together = weights.sharding.mesh.shape[WIDTH] if "mlp" in axes else 1
@@ -79,11 +86,19 @@ def count(config: ModelConfig, params: nnx.State) -> Counts:
     return Counts(config.num_layers, config.model_width, *(sums[name] for name in names))
 
 
+def _exchanged(config: ModelConfig, devices: int, width: int) -> dict[str, float]:
+    """Numbers per token that go to experts cut over so many devices, of layers of this width."""
+    if devices == 1 or config.experts is None:
+        return {}
+    sent = expert_exchange.sent(devices, config.experts.per_token)
+    return {"summed": width * sent, "kept": width * devices}  # with room for all
+
+
 def _used(x, axes: tuple[str | None, ...]) -> tuple[int, ...]:
     """Of an array's shape, what a device computes with: whole over the width, else its shard."""
     shard = x.sharding.shard_shape(x.shape)
     return tuple(
-        whole if axis == "embed" else part
+        whole if axis in _STREAM else part
         for axis, whole, part in zip(axes, x.shape, shard, strict=True)
     )
 
@@ -102,9 +117,10 @@ def _per_token(axes: tuple[str | None, ...], shape, used, together: int) -> dict
     `together`: of so many devices, each takes the tokens of all, which are gathered before.
     """
     layers = shape[axes.index("layers")]
-    inner = [i for i, axis in enumerate(axes) if axis not in ("layers", "embed")]
-    if axes[-1] != "embed":
-        made = layers * math.prod(used[i] for i in (inner if "embed" in axes else inner[1:]))
+    inner = [i for i, axis in enumerate(axes) if axis not in ("layers", *_STREAM)]
+    if axes[-1] not in _STREAM:
+        from_stream = not set(axes).isdisjoint(_STREAM)
+        made = layers * math.prod(used[i] for i in (inner if from_stream else inner[1:]))
         return {"made": made, "kept": made}
     # Back to the residual stream: what it takes is no product's result, nor is the norm's before.
     everywhere, here = (layers * math.prod(sizes[i] for i in inner) for sizes in (shape, used))

@@ -21,6 +21,7 @@ from distill.build.sampler import build_sampling_params
 from distill.build.teachers import part_of_state
 from distill.config.method import OneTeacher
 from distill.config.schema import all_teachers, ema_decay
+from distill.models import expert_exchange
 from distill.planning.arrays import Arrays
 from distill.planning.collectives import sent_bytes
 from distill.planning.workload import Workload
@@ -59,10 +60,11 @@ def compile_sampler(workload: Workload, arrays: Arrays, mesh: Mesh) -> dict[str,
     params = build_sampling_params(workload.config.distillation.generate_strategy)
     prefill = functools.partial(sampler.engine.slots.lower_prefill, weights, sampler.prefill)
     decode = functools.partial(sampler.engine.lower_decode, weights, workload.tokens.rows, params)
+    room = _used_room(workload)
     with jax.set_mesh(mesh):
         return {
-            "prefill": _compile(prefill, weights, mesh, []),
-            "decode": _compile(decode, loop, mesh, [STEPS_PER_CALL]),
+            "prefill": _compile(prefill, weights, mesh, [], room),
+            "decode": _compile(decode, loop, mesh, [STEPS_PER_CALL], room),
         }
 
 
@@ -92,13 +94,30 @@ def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
         )
         arguments = arrays.state, teacher_params, arrays.batch
         lower = step.lower  # type: ignore[attr-defined]  # its type says what it is called with
-        return _compile(lambda: lower(*arguments), arguments, mesh, trips)
+        return _compile(lambda: lower(*arguments), arguments, mesh, trips, _used_room(workload))
+
+
+def _used_room(workload: Workload) -> float:
+    """Of the room for tokens that come to a device's experts, what the busiest mixture uses."""
+    devices = workload.mesh.shape["expert"]
+    models = (workload.student, *filter(None, workload.teachers))
+    picks = [facts.experts.per_token for facts in models if facts.experts]
+    return expert_exchange.copies(devices, max(picks, default=0)) / devices
 
 
 def _compile(
-    lower: Callable[[], jax.stages.Lowered], arguments: Any, mesh: Mesh, trips: Sequence[float]
+    lower: Callable[[], jax.stages.Lowered],
+    arguments: Any,
+    mesh: Mesh,
+    trips: Sequence[float],
+    room: float = 1.0,
 ) -> Program:
-    """`trips`: of the outermost loops whose number is known only when they run."""
+    """The program, compiled.
+
+    Args:
+      trips: of the outermost loops whose number is known only when they run.
+      room: share of what a ragged exchange has room for that is sent.
+    """
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
@@ -119,6 +138,7 @@ def _compile(
         text = compiled.as_text()
         assert text is not None
         sent = sent_bytes(text, mesh.size, trips)
+        sent |= {kind: room * size for kind, size in sent.items() if kind.startswith("ragged")}
     except RuntimeError:  # of a libtpu that does not fit this JAX
         sent = None
     return Program(seconds, memory.temp_size_in_bytes + new_results, sent)

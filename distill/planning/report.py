@@ -10,6 +10,7 @@ from distill.base.topology import INSTALL_COMPILER
 from distill.config.policy import rows_per_microbatch
 from distill.config.schema import schema_key
 from distill.config.words import all_keys, show_value
+from distill.models import expert_exchange
 from distill.models.facts import ModelConfig
 from distill.planning import costs
 from distill.planning.changes import Change, faster_sampler
@@ -46,6 +47,9 @@ def lines(plan: Plan) -> Iterator[str]:
     mesh = " ".join(f"{axis}={workload.mesh.shape[axis]}" for axis in MESH_AXES)
     yield f"devices  {topology.count} of {topology.name}, mesh {mesh}{_sampler_mesh(workload)}"
     yield from (f"note     {note}" for note in workload.notes)
+    for facts in dict.fromkeys((workload.student, *workload.teachers)):
+        if facts and facts.experts and (devices := workload.mesh.shape["expert"]) > 1:
+            yield _exchange(devices, facts.experts.per_token)
     yield ""
     yield from _memory(plan)
     yield ""
@@ -92,6 +96,17 @@ def _memory(plan: Plan) -> Iterator[str]:
     for name, program in plan.compiled.items():
         if program.failure:
             yield f"the compiler refuses {_PROGRAMS[name]}: {program.failure}"
+
+
+def _exchange(devices: int, per_token: int) -> str:
+    """How tokens come to experts that are cut over devices."""
+    routed = expert_exchange.is_routed(devices, per_token)
+    way = "sent to the devices of their experts" if routed else "gathered"
+    return (
+        f"experts  cut over {devices} devices, tokens are {way}: of each, "
+        f"{expert_exchange.sent(devices, per_token):.3g} copies are sent per layer, and as many "
+        "results"
+    )
 
 
 def _operations(plan: Plan) -> Iterator[str]:

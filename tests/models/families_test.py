@@ -1,5 +1,6 @@
 """Imaginary families and a hybrid one, each a row of the table, against a slow definition."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -12,7 +13,13 @@ from simple_decode import simple_decode
 from tiny_models import random_model
 
 from distill.base.errors import UserError
-from distill.base.sharding import HOST_MEMORY, in_host_memory, make_mesh, param_shardings
+from distill.base.sharding import (
+    HOST_MEMORY,
+    SAMPLER_RULES,
+    in_host_memory,
+    make_mesh,
+    param_shardings,
+)
 from distill.data.tokenizer import character_tokenizer
 from distill.models import decoding
 from distill.models.checkpoints.export import export_model, hf_config_dict
@@ -273,7 +280,10 @@ def test_forward_alone_and_packed_equals_the_definition(case):
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_engine_samples_what_the_full_forward_gives(case, scanned, monkeypatch):
-    """Prompts and responses are longer than the windows, and responses than a call of the loop."""
+    """Prompts and responses are longer than the windows, and responses than a call of the loop.
+
+    A mixture's, on a mesh that cuts its experts.
+    """
     if scanned:
         monkeypatch.setattr(decoding, "UNROLLED_LAYERS", 0)
     config, graph, params = case
@@ -281,7 +291,13 @@ def test_engine_samples_what_the_full_forward_gives(case, scanned, monkeypatch):
     request = RolloutRequest(prompts, np.arange(3), SamplingParams(max_length=40), seed=1)
     ends = dict(eos_ids=(), pad_id=0, vocab_size=VOCAB)
     engine = Engine(graph, EngineConfig(max_length=64), **ends)
-    found, _ = engine.generate(params, request)
+    mesh, weights = contextlib.nullcontext(), params
+    if config.experts:
+        mesh = jax.set_mesh(make_mesh(fsdp=2, expert=2, devices=jax.devices()[:4]))
+        layout = param_shardings(params, jax.sharding.get_mesh(), SAMPLER_RULES)
+        weights = jax.device_put(params, layout)
+    with mesh:
+        found, _ = engine.generate(weights, request)
     expected = simple_decode(graph, params, request, **ends)
     np.testing.assert_array_equal(found.tokens_br, expected.tokens_br)
     np.testing.assert_allclose(found.log_probs_br, expected.log_probs_br, atol=TOLERANCE)
@@ -297,14 +313,15 @@ def test_export_and_reload(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
-# How the backward pass of each case recomputes on the mesh.
+# How the backward pass of each case recomputes on the mesh, and what the mesh is.
 REMAT = {"gemma2": "none", "patchwork": "full", "qwen3_5_moe_text": "dots"}
 
 
 @pytest.mark.parametrize("sizes", [dict(data=2, tensor=2), dict(data=1, context=4)], ids=str)
 def test_sharded_gradient_equals_that_of_one_device(case, sizes):
     """And every parameter has one, else other tests would not see it. Packed rows are cut where a
-    sequence ends and within one; one is longer than what a device has of its row."""
+    sequence ends and within one; one is longer than what a device has of its row. A mixture's
+    experts are cut in place of the data."""
     config, graph, params = case
     tokens, ids = random_tokens(4, 16), np.ones((4, 16), np.int32)
     for row, ends in enumerate([(4, 8, 12), (3, 13), (8,), ()]):
@@ -321,7 +338,9 @@ def test_sharded_gradient_equals_that_of_one_device(case, sizes):
     expected = gradient(params, "none")
     for path, values in nnx.to_flat_state(expected[1]):
         assert np.abs(values[...]).max() > 1e-6, path
-    mesh = make_mesh(fsdp=2, **sizes)
+    third = "expert" if config.experts else "data"
+    sizes = {third if axis == "data" else axis: size for axis, size in sizes.items()}
+    mesh = make_mesh(fsdp=2, **(dict(data=1) | sizes))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params, param_shardings(params, mesh))
         found = gradient(sharded, REMAT[config.family])

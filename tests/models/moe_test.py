@@ -13,7 +13,7 @@ from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.data.sequences import Sequences
 from distill.losses.objective import make_objective
-from distill.models import moe
+from distill.models import expert_exchange, moe
 from distill.models.facts import Experts, ModelConfig
 from distill.step import describe_load, make_loss
 
@@ -119,23 +119,61 @@ def test_what_is_not_understood_is_refused(change, message):
         ModelConfig.from_hf(FIELDS | change, "here")
 
 
-def test_sharded_gradients_equal_those_of_one_device():
-    """Of a layer's experts with biases; families_test.py has whole models."""
-    experts = Experts(8, 3, 12, bias=True, shared_width=8, shared_gate=True)
-    config = model_config("llama", experts=experts, num_layers=1, swiglu_limit=1.0)
+EXPERTS = Experts(8, 3, 12, bias=True, shared_width=8, shared_gate=True)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """Of one layer of experts with biases: its parameters, and what gives value and gradient.
+
+    Routing is unbalanced: an expert is picked by all tokens, another by none.
+    """
+    config = model_config("llama", experts=EXPERTS, num_layers=1, swiglu_limit=1.0)
     graph, params = random_model(config, std=0.4)
-    x_btd = np.random.default_rng(0).normal(size=(4, LENGTH, config.model_width))
+    flat = dict(nnx.to_flat_state(params))
+    bias = flat["layers", "router_bias"]
+    flat["layers", "router_bias"] = bias.replace(bias[...].at[0, 5].set(6).at[0, 6].set(-9))
+    x_btd = np.random.default_rng(0).normal(size=(8, 6, config.model_width))
 
     def loss(params):
         graphs, stacks = nnx.merge(graph, params).split_layers()
         layer = nnx.merge(graphs["full"], jax.tree.map(lambda x: x[0], stacks["full"]))
-        y_btd, picked_btc = moe.output(layer, jnp.asarray(x_btd, jnp.float32))
-        return jnp.square(y_btd).mean(), picked_btc
+        # And of fewer rows than devices, as a sampler has them in the end.
+        (y_btd, picked_btc), (y_1td, _) = (
+            moe.output(layer, jnp.asarray(x, jnp.float32)) for x in (x_btd, x_btd[:1])
+        )
+        load_e = moe.load(picked_btc, jnp.ones(x_btd.shape[:2], bool), EXPERTS.number)
+        return jnp.square(y_btd).mean() + jnp.square(y_1td).mean(), load_e
 
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    expected = gradient(params)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    params = nnx.from_flat_state(flat)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    expected = jax.jit(gradient)(params)
+    load_e = expected[0][1]
+    assert load_e[5] == 48 and load_e[6] == 0
+    return params, gradient, expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "smallest_round"),
+    [
+        (dict(data=2, fsdp=2, tensor=2), None, None),
+        (dict(data=2, tensor=2, expert=2), 0.0, None),
+        (dict(fsdp=2, expert=4), 0.0, 5),  # gathered, in several rounds
+        (dict(tensor=2, expert=4), 1.0, 5),  # routed
+        (dict(expert=8), 1.0, None),
+    ],
+)
+def test_sharded_gradients_equal_those_of_one_device(
+    layer, sizes, share, smallest_round, monkeypatch
+):
+    """Of a layer's experts with biases; families_test.py has whole models."""
+    params, gradient, expected = layer
+    monkeypatch.setattr(expert_exchange, "LARGEST_SHARE", share)
+    if smallest_round:
+        monkeypatch.setattr(moe, "SMALLEST_ROUND", smallest_round)
+        monkeypatch.setattr(moe, "ROOM", 0.5)
+    mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
-        found = gradient(jax.device_put(params, param_shardings(params, mesh)))
+        found = jax.jit(gradient)(jax.device_put(params, param_shardings(params, mesh)))
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, atol=TOLERANCE * float(np.abs(y).max()))

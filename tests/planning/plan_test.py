@@ -376,17 +376,30 @@ def test_flagship_on_a_slice_of_tpus(capsys):
 
 @pytest.mark.slow
 @needs_tpu_compiler
-@pytest.mark.parametrize("name", ["v5p:2x2x1", "v6e:2x2"])
-def test_mixture_of_experts_on_tpus(name):
+@pytest.mark.parametrize(
+    ("name", "sizes_of_mesh", "per_token", "exchange"),
+    [
+        ("v5p:2x2x1", (1, 2, 2), 2, None),
+        ("v6e:2x2", (1, 2, 2), 2, None),
+        ("v5p:2x2x2", (1, 2, 1, 1, 4), 2, "ragged-all-to-all"),
+        ("v5p:2x2x2", (1, 2, 1, 1, 4), 8, "all-gather"),
+    ],
+)
+def test_mixture_of_experts_on_tpus(name, sizes_of_mesh, per_token, exchange):
     """Teacher, train step, prefill and decode loop; nothing takes work for all experts."""
-    experts = Experts(64, 2, 128, normalized=True)
+    experts = Experts(64, per_token, 128, normalized=True)
     sizes = dict(model_width=256, num_heads=2, num_kv_heads=2, head_width=128, vocab_size=512)
     model = model_config("qwen3", **sizes, experts=experts)
-    workload = workload_on_mesh(tiny_config(), model, 1, 2, 2)
+    workload = workload_on_mesh(tiny_config(), model, *sizes_of_mesh)
     made = compile_plan(workload, parse_topology(name))
     assert not any(each.failure for each in made.compiled.values())
+    if exchange:
+        assert all(each.sent[exchange] > 0 for each in made.compiled.values())
+        assert made.memory.teacher < 1.1 * made.memory.sampler / 2 + 2e6
     # One gradient of experts' weights, were rows masked for each of them: 64 * 288 * 256 * 4 bytes.
-    assert 0 < made.memory.update < 3 * made.memory.gradients + 64 * 288 * 256 * 4
+    # Where experts are cut, a device has gradients of those it has, of a round and of all.
+    more = 3 * made.memory.sampler if exchange else 64 * 288 * 256 * 4
+    assert 0 < made.memory.update < 3 * made.memory.gradients + more
 
 
 def model_of(layers):

@@ -1,4 +1,6 @@
-"""A tiny run for several processes: models are cut over them as the batches are."""
+"""A tiny run for several processes: models are cut over them as the batches are, experts too."""
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 from tiny_runs import random_model, tiny_config
@@ -9,9 +11,10 @@ def get_config() -> ConfigDict:
     config.plugins = ("processes_plugin",)
     config.data.name = "chance"
     config.data.validation.max_samples = 9  # not as many for each
-    # Of eight devices, the first four have half of fsdp and all of tensor.
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 4, 2
+    # Of eight devices, the first four have half of the experts and all of tensor.
+    config.mesh.data, config.mesh.expert, config.mesh.tensor = 1, 4, 2
+    like = Path(__file__).parents[2] / "configs/tiny/qwen3_moe.json"
     # The tokenizer's 17 ids could not be cut.
-    config.policy.model_name = random_model(model_width=16, vocab_size=24)
+    config.policy.model_name = random_model(like=like, vocab_size=24)
     config.checkpointing.export_dtype = "float32"
     return config
