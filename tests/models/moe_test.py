@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from flax import nnx
 from tiny_models import model_config, random_model
 
@@ -13,7 +14,7 @@ from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.data.sequences import Sequences
 from distill.losses.objective import make_objective
-from distill.models import expert_exchange, moe
+from distill.models import expert_exchange, lora, moe
 from distill.models.facts import Experts, ModelConfig
 from distill.step import describe_load, make_loss
 
@@ -124,7 +125,7 @@ EXPERTS = Experts(8, 3, 12, bias=True, shared_width=8, shared_gate=True)
 
 @pytest.fixture(scope="module")
 def layer():
-    """Of one layer of experts with biases: its parameters, and what gives value and gradient.
+    """Of one layer of experts with biases: its parameters, and a loss of them with the load.
 
     Routing is unbalanced: an expert is picked by all tokens, another by none.
     """
@@ -145,12 +146,22 @@ def layer():
         load_e = moe.load(picked_btc, jnp.ones(x_btd.shape[:2], bool), EXPERTS.number)
         return jnp.square(y_btd).mean() + jnp.square(y_1td).mean(), load_e
 
-    params = nnx.from_flat_state(flat)
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    expected = jax.jit(gradient)(params)
+    return nnx.from_flat_state(flat), loss
+
+
+@pytest.fixture(scope="module")
+def expected(layer):
+    """Value with the load, and gradient, on one device."""
+    params, loss = layer
+    expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     load_e = expected[0][1]
     assert load_e[5] == 48 and load_e[6] == 0
-    return params, gradient, expected
+    return expected
+
+
+def assert_close(found, expected):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=TOLERANCE * float(np.abs(y).max()))
 
 
 @pytest.mark.parametrize(
@@ -164,16 +175,40 @@ def layer():
     ],
 )
 def test_sharded_gradients_equal_those_of_one_device(
-    layer, sizes, share, smallest_round, monkeypatch
+    layer, expected, sizes, share, smallest_round, monkeypatch
 ):
     """Of a layer's experts with biases; families_test.py has whole models."""
-    params, gradient, expected = layer
+    params, loss = layer
     monkeypatch.setattr(expert_exchange, "LARGEST_SHARE", share)
     if smallest_round:
         monkeypatch.setattr(moe, "SMALLEST_ROUND", smallest_round)
         monkeypatch.setattr(moe, "ROOM", 0.5)
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
-        found = jax.jit(gradient)(jax.device_put(params, param_shardings(params, mesh)))
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, atol=TOLERANCE * float(np.abs(y).max()))
+        sharded = jax.device_put(params, param_shardings(params, mesh))
+        assert_close(jax.jit(jax.value_and_grad(loss, has_aux=True))(sharded), expected)
+
+
+def test_adapters_of_experts_in_8_bits_have_the_gradients_of_one_device(layer):
+    params, loss = layer
+    flat, random = dict(nnx.to_flat_state(params)), np.random.default_rng(1)
+    adapters = []
+    for name, inputs in {"expert_gate_up_proj": 3, "expert_down_proj": 2}.items():
+        param = flat["layers", name]
+        value, (*leading, width, outputs) = param.get_value(), param.get_value().shape
+        axes = [axis for axis in range(value.ndim) if axis != inputs]
+        quantized = qwix.quantize(value, jnp.int8, channelwise_axes=axes)
+        flat["layers", name] = param.replace(quantized)
+        for factor, shape in {"a": (width, 2), "b": (2, outputs)}.items():
+            made = jnp.asarray(random.normal(0, 0.3, (*leading, *shape)), jnp.float32)
+            adapters.append((("layers", name, factor), nnx.Param(made, scale=0.5)))
+    frozen, adapters = nnx.from_flat_state(list(flat.items())), nnx.from_flat_state(adapters)
+
+    def loss_of(adapters):
+        return loss(lora.attach(frozen, adapters))
+
+    gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    expected = gradient(adapters)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected[1]))
+    with jax.set_mesh(make_mesh(data=2, expert=4)):
+        assert_close(gradient(adapters), expected)
