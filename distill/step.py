@@ -26,6 +26,7 @@ from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.interpolation import interpolated
 from distill.losses.objective import Objective
 from distill.losses.weights import TruncatedImportance, token_weights
+from distill.models import moe
 from distill.models.lora import attach
 
 Params = Any
@@ -95,20 +96,22 @@ def make_loss(
     *,
     vocab_size: int,
     metrics: Mapping[str, TokenWeight] | None = None,
+    router_aux_loss: float = 0.0,
 ) -> Callable[[Params, Params, Rows, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns `loss_fn(params, teacher_params, rows, total, share=None) -> (loss, sums)`.
+    """Returns `loss_fn(params, teacher_params, rows, total, share, picks_e) -> (loss, sums)`.
 
     The arguments are those of `make_train_step`; `total` is the number of response tokens of the
     whole batch, by which the loss is divided, and `share` the teacher's of the target, None: all.
+    `picks_e`, of the whole batch, are what the router's own loss needs; None: there is none.
     Differentiable by `params`. The sums of microbatches add up, but for `gap_max`, a maximum.
     """
 
-    def loss_fn(params, teacher_params, rows: Rows, total, share=None):
+    def loss_fn(params, teacher_params, rows: Rows, total, share=None, picks_e=None):
         columns, mask_bt, counted_bt = rows.columns, rows.mask_bt, rows.counted_bt
         model, hidden_t, head_t = nnx.merge(student, params), None, None
         arrays = rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt
         hidden_s, expert_load = model.with_load(*arrays, rows.filled_bt)
-        head_s = model.head()
+        head_s, experts = model.head(), model.config.experts
         if teacher is not None:
             model = nnx.merge(teacher, teacher_params)
             hidden_t, head_t = teacher_hidden(model, rows), model.head()
@@ -133,6 +136,10 @@ def make_loss(
         )
         known = TokenStatistics(values.log_prob_s, values.log_prob_t)
         sums = {}
+        if picks_e is not None:
+            scores_e = moe.add_layers(expert_load).scores_e
+            sums["router_aux_loss"] = moe.balance_loss(scores_e, picks_e, experts.per_token)
+            loss += router_aux_loss * sums["router_aux_loss"]
         for name, metric in (metrics or {}).items():
             sums[name] = jnp.sum(metric(known, columns) * mask_bt) / total
         if clip := objective.importance_clip:
@@ -142,7 +149,7 @@ def make_loss(
         gap_bt = jnp.abs(values.log_prob_s - columns["log_prob"])
         gap_bt = jnp.where(sampled_bt, gap_bt, 0.0)
         return loss, sums | {
-            "expert_load": expert_load,
+            "expert_load": {kind: each.picks_e for kind, each in expert_load.items()},
             "gap_sum": gap_bt.sum(),
             "gap_max": gap_bt.max(),
             "sampled_tokens": sampled_bt.sum().astype(jnp.float32),
@@ -163,6 +170,7 @@ def make_train_step(
     metrics: Mapping[str, TokenWeight] | None = None,
     state_shardings: Any = None,
     ema_decay: float = 0.0,
+    router_aux_loss: float = 0.0,
 ) -> Callable[[TrainState, Sequence[Params], Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns jitted `step(state, teacher_params, batch) -> (state, metrics)`; donates `state`.
 
@@ -176,6 +184,8 @@ def make_train_step(
       metrics: of the user's own, by name; their means over the response tokens are added.
       state_shardings: layout of the new state, None for a single device.
       ema_decay: share that the average of an AveragedState keeps of itself in an update.
+      router_aux_loss: weight of `moe.balance_loss` in the loss; of the whole batch, whose picks are
+        counted before, by a forward pass of their own.
 
     Metrics are scalars on the device: loss (nats per token, weighted), grad_norm, update_norm,
     tokens, response_length, truncated, on_policy, padding (share of the computed tokens), the gap
@@ -187,10 +197,8 @@ def make_train_step(
     teacher's share. A step whose loss or gradient norm is not
     finite is skipped (1, else 0): of the state, only `step` changes.
     """
-    losses = [
-        make_loss(student, each.graph, objective, vocab_size=vocab_size, metrics=metrics)
-        for each in teachers
-    ]
+    options: Any = dict(vocab_size=vocab_size, metrics=metrics, router_aux_loss=router_aux_loss)
+    losses = [make_loss(student, each.graph, objective, **options) for each in teachers]
 
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -203,10 +211,12 @@ def make_train_step(
             for each, given in zip(teachers, teacher_params, strict=True)
         ]
 
+        picks_e = _count_picks(student, state.params, batch) if router_aux_loss else None
+
         def evaluate(number: int, params_t: Params, microbatch: Rows):
             def loss_of(trainable):
                 params = whole_params(trainable, state.frozen)
-                return losses[number](params, params_t, microbatch, total, share)
+                return losses[number](params, params_t, microbatch, total, share, picks_e)
 
             return jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
 
@@ -235,6 +245,8 @@ def make_train_step(
         }
         if share is not None:
             measured["target_share"] = share
+        if router_aux_loss:
+            measured["router_aux_loss"] = sums["router_aux_loss"]
         for teacher, of_teacher, tokens in zip(teachers, by_teacher, asked, strict=True):
             if teacher.name:
                 measured |= _describe_teacher(teacher.name, of_teacher, tokens, total)
@@ -254,6 +266,25 @@ def make_train_step(
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _count_picks(student: nnx.GraphDef, params: Params, batch: Batch) -> jax.Array:
+    """For how many tokens of the batch, in all layers, each of the student's experts is picked."""
+
+    def count(rows: Rows) -> jax.Array:
+        model = nnx.merge(student, params)
+        arrays = rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt
+        return moe.add_layers(model.with_load(*arrays, rows.filled_bt)[1]).picks_e
+
+    def one(part: Rows, number) -> Rows:
+        return jax.tree.map(lambda x: x[number], part)
+
+    picks_e: Any = 0
+    for part in batch:
+        picks = functools.partial(lambda part, i, so_far_e: so_far_e + count(one(part, i)), part)
+        nothing_e = jax.tree.map(jnp.zeros_like, jax.eval_shape(count, one(part, 0)))
+        picks_e += jax.lax.fori_loop(0, num_filled(part), picks, nothing_e)
+    return picks_e
 
 
 def _sum_over_microbatches(evaluate: Callable, batch: Batch, params_of: Sequence[Params]):

@@ -145,6 +145,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         metrics={name: get_step_metric(name) for name in config.logger.step_metrics},
         state_shardings=jax.tree.map(lambda x: x.sharding, shapes),
         ema_decay=ema_decay(config),
+        router_aux_loss=config.policy.router_aux_loss,
     )
 
     # ------------------------------------------------------------------------- batches, log, saving

@@ -112,6 +112,15 @@ def build_head(folder: Path, mesh: Mesh, **options) -> Model:
     return Model(model.graph, load_head(folder, config, model.params, shardings, dtype))
 
 
+def check_router_loss(policy: Policy, config: ModelConfig) -> None:
+    """Raises UserError if the student's family does not train with the loss that is asked for."""
+    if policy.router_aux_loss and (config.experts is None or config.experts.scores != "softmax"):
+        raise UserError(
+            f"policy.router_aux_loss={policy.router_aux_loss} is for routers that give "
+            f"probabilities, and a student of the family {config.family} has none: set it to 0"
+        )
+
+
 def student_options(policy: Policy) -> dict[str, Any]:
     """Of `abstract_model`, for the student: float32 master weights, or the base of adapters."""
     return dict(

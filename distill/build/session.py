@@ -40,6 +40,7 @@ from distill.build.models import (
     abstract_model,
     abstract_state,
     build_frozen_model,
+    check_router_loss,
     first_state,
     load_student,
     student_options,
@@ -229,7 +230,9 @@ class Session:
     def student(self) -> Model:
         """The graph, and the shapes of the parameters on the mesh: nothing is loaded."""
         folder, options = self.student_folder, student_options(self.config.policy)
-        return abstract_model(load_model_config(folder)[0], folder, self.mesh, **options)
+        config = load_model_config(folder)[0]
+        check_router_loss(self.config.policy, config)
+        return abstract_model(config, folder, self.mesh, **options)
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:

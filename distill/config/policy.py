@@ -177,6 +177,9 @@ class Policy:
     activation_checkpointing: str = free(
         "dots", "what the backward pass recomputes", choices=("none", "dots", "full")
     )
+    router_aux_loss: float = key(
+        0.0, "weight of the loss that evens out a mixture's routing; 0: there is none", low=0
+    )
     lora: Lora = section(Lora)
     optimizer: Optimizer = section(Optimizer)
     generation: Generation = section(Generation)

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,24 +70,56 @@ def parameters(config: ModelConfig, make: ParamMaker) -> dict[str, nnx.Param]:
     return params
 
 
-def output(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the mixture adds to the residual stream, and the picked experts, picked_btc."""
+class Routing(NamedTuple):
+    """Picked experts of each token, and the router's scores of all, float32."""
+
+    picked_btc: jax.Array
+    scores_bte: jax.Array
+
+
+class Load(NamedTuple):
+    """Of counted tokens, or of layers of them: how many picked an expert, and its scores' sum."""
+
+    picks_e: jax.Array
+    scores_e: jax.Array
+
+
+def output(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, Routing]:
+    """What the mixture adds to the residual stream, and where tokens went."""
     experts = _experts(layer.config)
     weights = {name: layer.weight(name) for name in _USED if layer.has(name)}
-    y_btd, picked_btc = _routed(x_btd, weights, layer.config)
+    y_btd, routing = _routed(x_btd, weights, layer.config)
     if experts.shared_width:
         shared_btd = mlp.gated(layer, x_btd, "shared_")
         if experts.shared_gate:
             shared_btd = shared_btd * jax.nn.sigmoid(layer.project("shared_gate", x_btd))
         y_btd = y_btd + shared_btd
-    return y_btd, picked_btc
+    return y_btd, routing
 
 
-def load(picked_btc: jax.Array, counted_bt: jax.Array, number: int) -> jax.Array:
-    """Of a layer: for how many of the counted tokens each expert was picked, load_e."""
-    picked_btce = picked_btc[..., None] == jnp.arange(number)
+def load(routing: Routing, counted_bt: jax.Array) -> Load:
+    """Of one layer."""
+    picked_btce = routing.picked_btc[..., None] == jnp.arange(routing.scores_bte.shape[-1])
     counted_btce = picked_btce & counted_bt[..., None, None]
-    return jnp.sum(counted_btce, axis=(0, 1, 2), dtype=jnp.int32)
+    scores_e = jnp.sum(routing.scores_bte * counted_bt[..., None], axis=(0, 1))
+    return Load(jnp.sum(counted_btce, axis=(0, 1, 2), dtype=jnp.int32), scores_e)
+
+
+def add_layers(loads: Mapping[str, Load]) -> Load:
+    """The sums over all layers, whose loads are stacked by kind; there is one kind at least."""
+    of_kinds = [jax.tree.map(lambda x: jnp.sum(x, axis=0), load) for load in loads.values()]
+    return jax.tree.map(lambda *x: sum(x[1:], x[0]), *of_kinds)
+
+
+def balance_loss(scores_e: jax.Array, picks_e: jax.Array, per_token: int) -> jax.Array:
+    """The router's own loss, per_token where routing is even: Switch Transformer (2101.03961).
+
+    Equations (4) to (6), as `load_balancing_loss_func` of transformers: number of experts times the
+    sum over experts of f_e P_e. f_e are picks, P_e scores, each per token and layer. It is linear
+    in scores: those of a part of the tokens, with the picks of all, give the part's share.
+    """
+    tokens = jnp.sum(picks_e) / per_token  # of all layers
+    return len(picks_e) * jnp.sum(picks_e * scores_e) / tokens**2
 
 
 def _experts(config: ModelConfig) -> Experts:
@@ -97,7 +129,7 @@ def _experts(config: ModelConfig) -> Experts:
 
 def _routed(
     x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Routing]:
     """`_mixed`, by the devices of the current mesh; each has its own rows."""
     if jax.sharding.get_abstract_mesh().empty:
         return _mixed(x_btd, weights, config)
@@ -107,30 +139,30 @@ def _routed(
     specs = {name: partition_spec(_USED[name]) for name in weights}
 
     def of_device(x_btd, weights):
-        y_btd, picked_btc = _mixed(x_btd, weights, config, exchanges=rows is not None)
-        return y_btd[None, None], picked_btc
+        y_btd, routing = _mixed(x_btd, weights, config, exchanges=rows is not None)
+        return y_btd[None, None], routing
 
     # Leading axes of the parts of the experts' width, and of the experts where every device has the
     # same rows: summed here, their gradient is not sent.
     parts = "act_ffn", None if rows else "expert"
-    y_ffbtd, picked_btc = jax.shard_map(
+    y_ffbtd, routing = jax.shard_map(
         of_device,
         in_specs=(rows_spec, specs),
         out_specs=(partition_spec((*parts, rows, positions, None)), rows_spec),
         check_vma=False,
     )(x_btd, weights)
-    return jnp.sum(y_ffbtd, axis=(0, 1)), picked_btc
+    return jnp.sum(y_ffbtd, axis=(0, 1)), routing
 
 
 def _mixed(
     x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig, exchanges: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Outputs and picked experts, of a device's rows and its part of the experts' width.
+) -> tuple[jax.Array, Routing]:
+    """Outputs and routing, of a device's rows and its part of the experts' width.
 
     `exchanges`: whether the experts' devices have different rows, else only the sums are partial.
     """
     x_td = x_btd.reshape(-1, x_btd.shape[-1])
-    scores_tc, picked_tc = pick(x_td, weights, _experts(config))
+    scores_tc, picked_tc, scores_te = pick(x_td, weights, _experts(config))
     weights = {name: w for name, w in weights.items() if name.startswith("expert")}
     axes, number = mesh_axes("expert"), len(weights["expert_down_proj"])
     if not axes:
@@ -144,11 +176,17 @@ def _mixed(
         y_td = expert_exchange.sum_over_devices(
             x_td, scores_tc, picked_tc, sum_here, axis=axis, number=number
         )
-    return y_td.reshape(x_btd.shape), picked_tc.reshape(*x_btd.shape[:2], -1)
+    routing = Routing(*(x.reshape(*x_btd.shape[:2], -1) for x in (picked_tc, scores_te)))
+    return y_td.reshape(x_btd.shape), routing
 
 
-def pick(x_td: jax.Array, weights: dict[str, Any], experts: Experts) -> tuple[jax.Array, jax.Array]:
-    """Scores of the picked experts, float32, and their numbers, scores_tc and picked_tc."""
+def pick(
+    x_td: jax.Array, weights: dict[str, Any], experts: Experts
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weights of the picked experts, float32, their numbers, and the scores of all.
+
+    That is scores_tc, picked_tc and scores_te.
+    """
     router_de = weights["router"].astype(jnp.float32)
     x_td = x_td.astype(jnp.float32)
     logits_te = jnp.matmul(x_td, router_de, precision=jax.lax.Precision.HIGHEST)
@@ -162,7 +200,7 @@ def pick(x_td: jax.Array, weights: dict[str, Any], experts: Experts) -> tuple[ja
     scores_tc = jnp.take_along_axis(scores_te, picked_tc, axis=-1)
     if experts.normalized:
         scores_tc = scores_tc / jnp.sum(scores_tc, axis=-1, keepdims=True)
-    return scores_tc * experts.scale, picked_tc
+    return scores_tc * experts.scale, picked_tc, scores_te
 
 
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -77,23 +77,23 @@ class Block(nnx.Module):
         rotation: Rotation | None,
         segment_ids_bt: jax.Array | None = None,
         lengths_b: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None]:
-        """One layer over whole rows: the stream after it, what it remembers, the picked experts.
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], moe.Routing | None]:
+        """One layer over whole rows: the stream after it, what it remembers, a mixture's routing.
 
         It remembers k_btkh and v_btkh, or a state after lengths_b tokens: `recurrent.Remembered`.
         """
         y_btd = self.mixer_input(x_btd)
         if self.kind.attention is None:
             mixed_btd, remembered = recurrent.output(self, y_btd, segment_ids_bt, lengths_b)
-            x_btd, picked_btc = self.finish(x_btd, mixed_btd)
-            return x_btd, remembered, picked_btc
+            x_btd, routing = self.finish(x_btd, mixed_btd)
+            return x_btd, remembered, routing
         q_btnh, k_btkh, v_btkh, gate_btnh = attention.query_key_value(self, y_btd, rotation)
         attended_btnh = attention_kernel(
             q_btnh, k_btkh, v_btkh, self.kind.attention, segment_ids_bt, self.sinks_n()
         )
         mixed_btd = attention.output(self, attended_btnh, gate_btnh)
-        x_btd, picked_btc = self.finish(x_btd, mixed_btd)
-        return x_btd, (k_btkh, v_btkh), picked_btc
+        x_btd, routing = self.finish(x_btd, mixed_btd)
+        return x_btd, (k_btkh, v_btkh), routing
 
     def mixer_input(self, x_btd: jax.Array) -> jax.Array:
         """What attention or recurrence reads of the residual stream."""
@@ -103,16 +103,18 @@ class Block(nnx.Module):
         """Scores of the attention's sinks, where it has some."""
         return self.weight("sinks") if self.config.sinks else None
 
-    def finish(self, x_btd: jax.Array, mixed_btd: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def finish(
+        self, x_btd: jax.Array, mixed_btd: jax.Array
+    ) -> tuple[jax.Array, moe.Routing | None]:
         """Adds what attention or recurrence gives, and then the feed-forward, to the stream.
 
-        The second result is picked_btc of a mixture of experts.
+        The second result is the routing of a mixture of experts.
         """
         x_btd = self._add(x_btd, mixed_btd, "attention_out_norm")
         y_btd = x_btd if self.config.norms == "after" else self.normalize("ffn_norm", x_btd)
         feed_forward = moe if self.kind.experts else mlp
-        added_btd, picked_btc = feed_forward.output(self, y_btd)
-        return self._add(x_btd, added_btd, "ffn_out_norm"), picked_btc
+        added_btd, routing = feed_forward.output(self, y_btd)
+        return self._add(x_btd, added_btd, "ffn_out_norm"), routing
 
     def _add(self, x_btd: jax.Array, added_btd: jax.Array, norm: str) -> jax.Array:
         if self.config.norms != "before":
@@ -202,10 +204,10 @@ class Transformer(nnx.Module):
         positions_bt: jax.Array | None = None,
         segment_ids_bt: jax.Array | None = None,
         counted_bt: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Hidden states as above, and by kind of layer the load_le of its experts, if it has some.
+    ) -> tuple[jax.Array, dict[str, moe.Load]]:
+        """Hidden states as above, and by kind of layer the load of its experts, if it has some.
 
-        The load is how many of the counted tokens an expert was picked for; see `moe.load`.
+        The loads, of the counted tokens, are those of `moe.load`, stacked.
         """
         batch, length = tokens_bt.shape
         if positions_bt is None:
@@ -216,10 +218,10 @@ class Transformer(nnx.Module):
         def layer(kind, x_btd, state):
             def run(x_btd, state):
                 block = nnx.merge(graphs[kind], state)
-                x_btd, _, picked_btc = block(x_btd, rotations[kind], segment_ids_bt)
-                if picked_btc is None or counted_bt is None:
+                x_btd, _, routing = block(x_btd, rotations[kind], segment_ids_bt)
+                if routing is None or counted_bt is None:
                     return x_btd, None
-                return x_btd, moe.load(picked_btc, counted_bt, block.kind.experts.number)
+                return x_btd, moe.load(routing, counted_bt)
 
             if self.remat != "none":
                 # Inside scan nothing can be merged across iterations, so no barrier is needed.

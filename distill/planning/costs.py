@@ -41,7 +41,8 @@ def flops(workload: Workload, arrays: Arrays) -> dict[str, float]:
         "teacher": float(sum(of_teachers)),
         "student": 3 * forward,
         # A lower bound: with `dots`, cuDNN's attention, and no other, is computed again, too.
-        "recomputation": forward if remat == "full" else 0.0,
+        "recomputation": forward
+        * ((remat == "full") + (workload.config.policy.router_aux_loss > 0)),
         "loss": float(tokens.responses * workload.vocab_size * widths),
         "generation": _generation(workload, student) if workload.samples else 0.0,
     }

@@ -91,6 +91,7 @@ def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
             vocab_size=workload.vocab_size,
             state_shardings=jax.tree.map(lambda x: x.sharding, arrays.state),
             ema_decay=ema_decay(config),
+            router_aux_loss=config.policy.router_aux_loss,
         )
         arguments = arrays.state, teacher_params, arrays.batch
         lower = step.lower  # type: ignore[attr-defined]  # its type says what it is called with

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from distill.base.errors import UserError
 from distill.base.sharding import make_mesh, param_shardings
 from distill.data.tokenizer import character_tokenizer
+from distill.models import moe
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config
@@ -295,6 +296,19 @@ def test_greedy_tokens_equal_torch_generate(case):
 def test_long_greedy_responses_equal_torch_generate(name, steps, other):
     """Past windows, and past what a call of the decode loop makes."""
     assert_greedy_tokens_equal_generate(other(name), steps)
+
+
+def test_the_routers_loss_equals_that_of_torch(other):
+    """Of the tokens before the padding, in all layers."""
+    torch = pytest.importorskip("torch", reason="torch is the reference; pip install torch")
+    case, tokens = other("qwen3_moe"), random_tokens(2, LENGTH)
+    mask = np.arange(LENGTH) < np.array([[LENGTH], [7]])
+    inputs = dict(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask, dtype=int))
+    with torch.no_grad():
+        expected = case.torch_model(**inputs, output_router_logits=True).aux_loss
+    load = moe.add_layers(case.model.with_load(tokens, counted_bt=mask)[1])
+    found = moe.balance_loss(load.scores_e, load.picks_e, case.config.experts.per_token)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_gradients_of_experts_equal_those_of_torch(other):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import qwix
 from flax import nnx
@@ -16,7 +17,7 @@ from distill.data.sequences import Sequences
 from distill.losses.objective import make_objective
 from distill.models import expert_exchange, lora, moe
 from distill.models.facts import Experts, ModelConfig
-from distill.step import describe_load, make_loss
+from distill.step import TeacherInStep, TrainState, describe_load, make_loss, make_train_step
 
 VOCAB, LENGTH, TOLERANCE = 32, 24, 1e-4
 FIELDS = dict(
@@ -68,7 +69,7 @@ def test_an_expert_without_tokens_has_no_effect_and_no_gradient():
     gradient, loads = jax.jit(jax.grad(loss, has_aux=True))(params)
     by_expert = np.abs(gradient["layers"]["expert_down_proj"][...][0]).max(axis=(1, 2))
     assert (by_expert[:2] > 0).all() and (by_expert[2:] == 0).all()
-    assert loads["full"].tolist() == [[5, 5, 0, 0, 0, 0, 0, 0]]
+    assert loads["full"].picks_e.tolist() == [[5, 5, 0, 0, 0, 0, 0, 0]]
 
 
 def test_the_load_does_not_depend_on_layout():
@@ -95,10 +96,37 @@ def test_the_load_does_not_depend_on_layout():
     assert shares == pytest.approx(expected) and np.count_nonzero(load_le) == 7
 
 
+def test_the_routers_loss_does_not_depend_on_microbatches():
+    """Nor on padding; and without it, the update is another one."""
+    config = model_config("llama", experts=Experts(8, 2, 12), num_layers=1)
+    graph, params = random_model(config)
+    lengths, optimizer = (3, 9, 5, 7), optax.sgd(1.0)
+    sequences = Sequences.of_tokens([random_tokens(x, seed=x) for x in lengths], weight=1)
+
+    def update(weight, layout):
+        objective = make_objective("forward", hard_labels=True)
+        options = dict(vocab_size=9, router_aux_loss=weight)
+        step = make_train_step(graph, [TeacherInStep()], objective, optimizer, **options)
+        held = jax.tree.map(jnp.copy, params)
+        state = TrainState(jnp.zeros((), jnp.int32), held, optimizer.init(held))
+        state, metrics = step(state, [None], make_batch(sequences, layout=layout, pad_id=0))
+        return state.params["layers"]["router"][...], metrics
+
+    (whole, metrics), (parts, _) = (
+        update(1.0, Layout((Shape(x, y),))) for x, y in ((4, 9), (2, 16))
+    )
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    none, others = update(0.0, Layout((Shape(4, 9),)))
+    assert np.abs(none - whole).max() > 1e-3 and "router_aux_loss" not in others
+    more = metrics["loss"] - others["loss"]
+    np.testing.assert_allclose(more, metrics["router_aux_loss"], rtol=1e-4)
+    assert metrics["router_aux_loss"] >= 1.9  # 2 where all are even
+
+
 def test_the_correction_picks_and_does_not_weigh():
     experts = Experts(4, 2, 12, scores="sigmoid", correction=True, normalized=True, scale=3.0)
     weights = {"router": jnp.eye(4), "router_correction": jnp.array([0.0, 0.0, 9.0, 0.0])}
-    scores_tc, picked_tc = moe.pick(jnp.array([[2.0, 1.0, -1.0, 0.0]]), weights, experts)
+    scores_tc, picked_tc, _ = moe.pick(jnp.array([[2.0, 1.0, -1.0, 0.0]]), weights, experts)
     assert picked_tc.tolist() == [[2, 0]]
     sigmoids = 1 / (1 + np.exp([1.0, -2.0]))
     np.testing.assert_allclose(scores_tc[0], 3 * sigmoids / sigmoids.sum(), rtol=1e-6)
@@ -140,10 +168,10 @@ def layer():
         graphs, stacks = nnx.merge(graph, params).split_layers()
         layer = nnx.merge(graphs["full"], jax.tree.map(lambda x: x[0], stacks["full"]))
         # And of fewer rows than devices, as a sampler has them in the end.
-        (y_btd, picked_btc), (y_1td, _) = (
+        (y_btd, routing), (y_1td, _) = (
             moe.output(layer, jnp.asarray(x, jnp.float32)) for x in (x_btd, x_btd[:1])
         )
-        load_e = moe.load(picked_btc, jnp.ones(x_btd.shape[:2], bool), EXPERTS.number)
+        load_e = moe.load(routing, jnp.ones(x_btd.shape[:2], bool)).picks_e
         return jnp.square(y_btd).mean() + jnp.square(y_1td).mean(), load_e
 
     return nnx.from_flat_state(flat), loss
