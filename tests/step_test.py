@@ -31,6 +31,7 @@ from distill.losses import weights
 from distill.losses.advantages import Advantage
 from distill.losses.interpolation import Target
 from distill.losses.objective import make_objective
+from distill.models.facts import Experts
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
 from distill.step import TeacherInStep, TrainState, make_loss, make_train_step
@@ -706,6 +707,11 @@ def test_indivisible_parameter_is_named():
         ({"num_kv_heads": 4}, (1, 1, 8), "'kv_heads' of 4, which mesh.tensor=8 .* be 1 or 2 or 4$"),
         ({"vocab_size": 30}, (2, 1, 4), "'vocab' of 30, which mesh.tensor=4 .* be 1 or 2$"),
         ({"model_width": 12}, (1, 8, 1), "'embed' of 12, which mesh.fsdp=8 .* be 1 or 2 or 4$"),
+        (
+            {"experts": Experts(6, 2, 12)},
+            (1, 1, 2, 1, 4),
+            "'expert' of 6, which mesh.expert=4 .* be 1 or 2$",
+        ),
     ],
 )
 def test_error_says_which_sizes_work(changes, sizes, expected):

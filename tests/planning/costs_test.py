@@ -72,6 +72,19 @@ def test_a_token_passes_the_picked_experts_only():
     assert counts.made == 48 * (made_by_experts + made_by_attention + 128)
 
 
+@pytest.mark.parametrize(("devices", "sent"), [(8, 7), (32, 31 * (1 - (31 / 32) ** 8))])
+def test_tokens_go_to_the_experts_in_the_way_that_sends_less(devices, sent):
+    """Of 128 experts, 8 for each token: to all of 8 devices, to those of its experts among 32."""
+    config = PUBLISHED["Qwen/Qwen3-30B-A3B"].config
+    options = dict(dtype="float32", param_dtype="float32", remat="none", max_length=8)
+    mesh = make_abstract_mesh(expert=devices)
+    counts = count(config, abstract_model(config, "it", mesh, **options).params)
+    assert counts.summed == pytest.approx(48 * 2048 * sent)
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert counts.own == counts.weights // devices
+    assert counts.used == counts.weights - experts + experts // devices
+
+
 def test_operations_are_twice_the_weights_per_token_and_pass():
     """With short rows, where attention counts for nothing."""
     config = flagship()
