@@ -6,9 +6,10 @@ Hardware: of each of eight H100s, 35 GB by an estimate: `python -m distill.plan
 --config=configs/qwen3.py --topology=gpu:h100x8`. Weights are split over all devices (mesh.fsdp).
 With `--config=configs/qwen3.py:thinking` the chat template lets both models think first, and
 responses may be four times as long: `data.template_arguments` says so.
-`--config=configs/qwen3.py:long` is for 64 TPUs v5p: a student of 8B thinks for up to 31,744 tokens,
-and four chips share every row of 32,768 (mesh.context). For each of them, `python -m distill.plan
---config=configs/qwen3.py:long --topology=v5p:4x4x4` says what is needed.
+`--config=configs/qwen3.py:long` is for 64 devices: a student of 8B thinks for up to 31,744 tokens,
+and four devices share every row of 32,768 (mesh.context). `python -m distill.plan
+--config=configs/qwen3.py:long --topology=gpu:h200x64` estimates it. For v5p:4x4x4, libtpu 0.0.42
+ends with an internal error.
 Validation: MATH-500, greedy accuracy and divergences to the teacher before and after.
 No result is stated here because none has been measured yet.
 
