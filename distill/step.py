@@ -20,8 +20,15 @@ import optax
 from flax import nnx
 
 from distill.base.sharding import in_device_memory, in_memory_of, is_in_host_memory
-from distill.batches.rows import Batch, Rows, num_filled, teacher_hidden
-from distill.kernels.linear_divergence import TokenStatistics, TopK
+from distill.batches.rows import (
+    Batch,
+    Rows,
+    in_student_places,
+    num_filled,
+    teacher_hidden,
+    view_hidden,
+)
+from distill.kernels.linear_divergence import SharedIds, TokenStatistics, TopK
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.interpolation import interpolated
 from distill.losses.objective import Objective
@@ -82,11 +89,15 @@ class TeacherInStep:
       graph: its network; None for hard labels, and where batches bring its scores.
       from_state: what of the state its parameters are; None: they are an argument of the step.
       name: what its own metrics are called by; '' has none.
+      shared: what it has of the student's ids, where it has another tokenizer.
+      spans: whether it is then asked about spans that it cuts otherwise.
     """
 
     graph: nnx.GraphDef | None = None
     from_state: Callable[[TrainState], Params] | None = None
     name: str = ""
+    shared: SharedIds | None = None
+    spans: bool = False
 
 
 def make_loss(
@@ -97,12 +108,14 @@ def make_loss(
     vocab_size: int,
     metrics: Mapping[str, TokenWeight] | None = None,
     router_aux_loss: float = 0.0,
+    shared: SharedIds | None = None,
 ) -> Callable[[Params, Params, Rows, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
     """Returns `loss_fn(params, teacher_params, rows, total, share, picks_e) -> (loss, sums)`.
 
     The arguments are those of `make_train_step`; `total` is the number of response tokens of the
     whole batch, by which the loss is divided, and `share` the teacher's of the target, None: all.
     `picks_e`, of the whole batch, are what the router's own loss needs; None: there is none.
+    `shared` is for a teacher with another tokenizer, and `objective` is then an aligned one.
     Differentiable by `params`. The sums of microbatches add up, but for `gap_max`, a maximum.
     """
 
@@ -114,7 +127,16 @@ def make_loss(
         head_s, experts = model.head(), model.config.experts
         if teacher is not None:
             model = nnx.merge(teacher, teacher_params)
-            hidden_t, head_t = teacher_hidden(model, rows), model.head()
+            head_t = model.head()
+            if shared is None:
+                hidden_t = teacher_hidden(model, rows)
+            else:
+                read_t = jax.lax.stop_gradient(view_hidden(model, rows))
+                hidden_t = in_student_places(read_t, rows)
+                student_logits = jax.lax.stop_gradient((hidden_s, head_s))
+                columns = columns | _of_spans(
+                    objective, rows, student_logits, (read_t, head_t), vocab_size, shared.size_t
+                )
             if share is not None:
                 pairs = hidden_s, head_s, hidden_t, head_t
                 hidden_t, head_t = interpolated(*pairs, share, vocab_size)
@@ -133,8 +155,12 @@ def make_loss(
             vocab_size=vocab_size,
             scores=scores,
             columns=columns,
+            shared=shared,
         )
-        known = TokenStatistics(values.log_prob_s, values.log_prob_t)
+        log_prob_t = values.log_prob_t
+        if shared is not None:
+            log_prob_t = jnp.where(columns["span"] == 0, log_prob_t, columns["span_log_prob"])
+        known = TokenStatistics(values.log_prob_s, log_prob_t)
         sums = {}
         if picks_e is not None:
             scores_e = moe.add_layers(expert_load).scores_e
@@ -154,10 +180,52 @@ def make_loss(
             "gap_max": gap_bt.max(),
             "sampled_tokens": sampled_bt.sum().astype(jnp.float32),
             "student_log_prob": (values.log_prob_s * counted_bt).sum() / total,
-            "teacher_log_prob": (values.log_prob_t * mask_bt).sum() / total,
+            "teacher_log_prob": (log_prob_t * mask_bt).sum() / total,
         }
 
     return loss_fn
+
+
+def _of_spans(
+    objective: Objective,
+    rows: Rows,
+    student: tuple[jax.Array, Any],
+    teacher: tuple[jax.Array, Any],
+    vocab_size: int,
+    vocab_size_t: int,
+) -> dict[str, jax.Array]:
+    """Columns of the tokens in spans, from hidden states and heads; 0 elsewhere.
+
+    `span_log_ratio` is log p - log q of the whole span, `span_log_prob` the token's part of log p.
+    """
+    view, span_bt = rows.view, jnp.maximum(rows.columns["span"], 0)
+    assert view is not None and view.targets_bt is not None and view.span_bt is not None
+    is_read_bt, in_span_bt = (x_bt > 0 for x_bt in (view.span_bt, span_bt))
+    log_p_bt = objective.log_probs(
+        *teacher, view.targets_bt, is_read_bt.astype(jnp.float32), vocab_size=vocab_size_t
+    )
+    log_q_bt = objective.log_probs(
+        *student, rows.targets_bt, in_span_bt.astype(jnp.float32), vocab_size=vocab_size
+    )
+
+    def summed(values_t, called_t):
+        return jnp.zeros(span_bt.shape[1]).at[called_t].add(jnp.where(called_t > 0, values_t, 0.0))
+
+    def of_span(values_bt, called_bt):
+        sums_bs = jax.vmap(summed)(values_bt, called_bt)
+        return jnp.where(in_span_bt, jnp.take_along_axis(sums_bs, span_bt, axis=1), 0.0)
+
+    log_p_bt, log_q_bt = of_span(log_p_bt, view.span_bt), of_span(log_q_bt, span_bt)
+    number_bt = jnp.maximum(of_span(jnp.ones(span_bt.shape), span_bt), 1.0)
+    return {"span_log_ratio": log_p_bt - log_q_bt, "span_log_prob": log_p_bt / number_bt}
+
+
+# Which tokens a teacher with another tokenizer cuts alike, or in spans, or does not read.
+_CUTS: dict[str, TokenWeight] = {
+    "cut_alike": lambda _, columns: jnp.equal(columns.get("span", 0), 0),
+    "in_spans": lambda _, columns: jnp.greater(columns.get("span", 0), 0),
+    "left_out": lambda _, columns: jnp.less(columns.get("span", 0), 0),
+}
 
 
 def make_train_step(
@@ -192,13 +260,29 @@ def make_train_step(
     between sampler's and trainer's log-probabilities, skipped, and with importance weights the mean
     weight of sampled tokens (1 without any) and the share of them whose weight is clipped. Of a
     mixture of experts: the largest share of a layer's picks that one expert got, and the share of
-    experts that no token picked. Of each named teacher: tokens it was asked about, their share, and
-    the loss and its log-probability per one of them. Of a target between student and teacher, the
-    teacher's share. A step whose loss or gradient norm is not
-    finite is skipped (1, else 0): of the state, only `step` changes.
+    experts that no token picked. Of each teacher with another tokenizer: shares of its tokens that
+    both cut alike, in spans, and left out. Of each named teacher: tokens it was asked about, their
+    share, and the loss and its log-probability per one of them. Of a target between student and
+    teacher, the teacher's share. A step whose loss or gradient norm is not finite is skipped (1,
+    else 0): of the state, only `step` changes.
     """
-    options: Any = dict(vocab_size=vocab_size, metrics=metrics, router_aux_loss=router_aux_loss)
-    losses = [make_loss(student, each.graph, objective, **options) for each in teachers]
+    # Of all teachers or none: the sums of their microbatches are added up.
+    cuts = _CUTS if any(each.shared is not None for each in teachers) else {}
+    options: Any = dict(
+        vocab_size=vocab_size,
+        metrics={**(metrics or {}), **cuts},
+        router_aux_loss=router_aux_loss,
+    )
+    losses = [
+        make_loss(
+            student,
+            each.graph,
+            objective if each.shared is None else objective.aligned(each.spans),
+            shared=each.shared,
+            **options,
+        )
+        for each in teachers
+    ]
 
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -248,6 +332,9 @@ def make_train_step(
         if router_aux_loss:
             measured["router_aux_loss"] = sums["router_aux_loss"]
         for teacher, of_teacher, tokens in zip(teachers, by_teacher, asked, strict=True):
+            role, own = f"teacher/{teacher.name}".rstrip("/"), jnp.maximum(tokens, 1)
+            if teacher.shared is not None:
+                measured |= {f"{role}/{cut}": of_teacher[1][cut] * total / own for cut in cuts}
             if teacher.name:
                 measured |= _describe_teacher(teacher.name, of_teacher, tokens, total)
         if objective.importance_clip:

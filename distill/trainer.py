@@ -48,7 +48,7 @@ from distill.run.saver import (
     how_to_go_on,
 )
 from distill.run.workdir import claim_workdir
-from distill.step import TeacherInStep, TrainState, make_train_step
+from distill.step import TrainState, make_train_step
 
 Results = dict[str, dict[str, Any]]  # evaluation fields by role
 History = list[dict[str, Any]]  # what was changed, and at which step
@@ -138,7 +138,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         identity["checked"] = checked
     train_step = make_train_step(
         graph,
-        [TeacherInStep(each.graph, each.from_state, name) for name, each in teachers.items()],
+        session.teachers_in_step(),
         objective,
         session.optimizer,
         vocab_size=session.vocabulary.size,

@@ -30,12 +30,17 @@ class View:
       tokens_bt, positions_bt, segment_ids_bt: as those of the student's rows.
       index_bt: for a position of the student, the one at which the teacher predicts the same token
         of the response; where the student's predicts none, 0 or any other.
+      targets_bt: of a teacher with another tokenizer, the tokens that its positions predict.
+      span_bt: those of them in a span have its number in the row, as the student's column `span`;
+        others 0.
     """
 
     tokens_bt: jax.Array
     positions_bt: jax.Array | None
     segment_ids_bt: jax.Array | None
     index_bt: jax.Array
+    targets_bt: jax.Array | None = None
+    span_bt: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +56,9 @@ class Rows:
       segment_ids_bt: numbers of the sequences in a row, from 1, padding being 0; None likewise.
       columns: by name, what is known of the token that a position predicts, which is the next of
         its sequence; (b, t) or (b, t, k). 'tokens' are the targets, 'weight' is not 0 where they
-        are trained on; where nothing is predicted, a column has its fill.
+        are trained on; where nothing is predicted, a column has its fill. With a teacher of another
+        tokenizer, 'span' is 0 where it cuts the same token, -1 where it reads none, and else the
+        number in the row, from 1, of the span that it cuts otherwise.
       lengths_b: tokens of a row, padding not counted.
       sequences_b, sampled_b, truncated_b: a row's sequences that are not repeated, those of them
         that the student sampled, and those of the sampled that stopped at the length limit.
@@ -159,14 +166,22 @@ def teacher_hidden(model, rows: Rows) -> jax.Array:
     """A teacher's final hidden states in the places of the student's, (b, t, d)."""
     if "teacher_hidden" in rows.columns:
         return rows.columns["teacher_hidden"]
+    return in_student_places(view_hidden(model, rows), rows)
+
+
+def view_hidden(model, rows: Rows) -> jax.Array:
+    """A teacher's final hidden states of what it reads, (b, t, d)."""
+    read = rows if rows.view is None else rows.view
+    return model(read.tokens_bt, read.positions_bt, read.segment_ids_bt)
+
+
+def in_student_places(hidden_btd: jax.Array, rows: Rows) -> jax.Array:
     if rows.view is None:
-        return model(rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt)
-    view = rows.view
-    hidden_btd = model(view.tokens_bt, view.positions_bt, view.segment_ids_bt)
+        return hidden_btd
     # Any position of the row may be meant: devices that share it gather it.
     hidden_btd = constrain(hidden_btd, "batch", None, "act_embed")
     return constrain(
-        jnp.take_along_axis(hidden_btd, view.index_bt[..., None], axis=1),
+        jnp.take_along_axis(hidden_btd, rows.view.index_bt[..., None], axis=1),
         "batch",
         "position",
         "act_embed",
@@ -236,13 +251,52 @@ def _with_view(
     number, length = rows.tokens_bt.shape
     shape, row_b = (number, length + view_excess), placement.row_i
     place_n = _places(view.lengths_b, row_b, placement.view_start_i, shape[1])
-    index_n = in_place_of(sequences, view) + np.repeat(placement.view_start_i, sequences.lengths_b)
     of_student_n = _places(sequences.lengths_b, row_b, placement.start_i, length)
+    aligned, packed = "piece" in view.columns, rows.positions_bt is not None
+    pad_id = 0 if aligned else pad_id  # the student's may be no id of the teacher
+    tokens = _tokens(view, row_b, place_n, shape, packed, pad_id)
+    span_n, index_n = _matched(sequences, view) if aligned else (None, in_place_of(sequences, view))
+    index_n = index_n + np.repeat(placement.view_start_i, sequences.lengths_b)
+    index_bt = _spread(index_n.astype(np.int32), of_student_n, 0, (number, length))
+    if span_n is None:
+        return dataclasses.replace(rows, view=View(**tokens, index_bt=index_bt))
+
+    def of_targets(values_n, of: Sequences, place_n, fill: int, shape: tuple[int, int]) -> Any:
+        is_target_n = positions(of.lengths_b) > 0
+        return _spread(values_n[is_target_n], place_n[is_target_n] - 1, fill, shape)
+
+    # Within a row, spans are called by the places of their first tokens: none is the row's first.
+    span_n += np.where(span_n > 0, np.repeat(placement.start_i, sequences.lengths_b), 0)
+    in_span_n = view["piece"] + np.repeat(placement.start_i, view.lengths_b)
+    in_span_n = np.where(view["piece_size"] > 0, in_span_n, 0).astype(np.int32)
     seen = View(
-        **_tokens(view, row_b, place_n, shape, rows.positions_bt is not None, pad_id),
-        index_bt=_spread(index_n.astype(np.int32), of_student_n, 0, (number, length)),
+        **tokens,
+        index_bt=index_bt,
+        targets_bt=of_targets(view["tokens"], view, place_n, 0, shape),
+        span_bt=of_targets(in_span_n, view, place_n, 0, shape),
     )
-    return dataclasses.replace(rows, view=seen)
+    column = of_targets(span_n, sequences, of_student_n, -1, (number, length))
+    return dataclasses.replace(rows, view=seen, columns={**rows.columns, "span": column})
+
+
+def _matched(sequences: Sequences, view: Sequences) -> tuple[np.ndarray, np.ndarray]:
+    """For every token of the student, in its sequence: its span, and where it is predicted.
+
+    The span is 0 where the view has the same token, -1 where it has none, else the position of its
+    first token. The second is, for the token *before* one that the view has, the position there.
+    """
+    starts_b = np.cumsum(sequences.lengths_b) - sequences.lengths_b
+    piece, size = view["piece"], view["piece_size"]
+    token_n = np.repeat(starts_b, view.lengths_b) + piece
+    alike_n = (piece >= 0) & (size == 0)
+    span, index = np.full((2, sequences.lengths_b.sum()), -1, np.int32)
+    span[token_n[alike_n]] = 0
+    index[token_n[alike_n] - 1] = positions(view.lengths_b)[alike_n] - 1
+    in_spans = np.flatnonzero(size > 0)
+    first = in_spans[np.unique(token_n[in_spans], return_index=True)[1]]
+    members = np.repeat(token_n[first], size[first]) + positions(size[first])
+    span[members] = np.repeat(piece[first], size[first])
+    return span, np.maximum(index, 0)
 
 
 def _tokens(

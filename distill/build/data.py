@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from distill.data.base import (
 )
 from distill.data.prompts import Prompts
 from distill.data.tokenizing import TeacherPrompt
+from distill.teachers.alignment import Alignment
 
 # Keys of the config's data section that a source may take.
 _DATA_KEYS = {
@@ -105,8 +107,18 @@ def _source_options(
     return own_values(get_factory(name), PASSED, plugin or {}) | options
 
 
-def teacher_prompts(config: Config) -> dict[str, TeacherPrompt]:
-    """By teacher, what it is asked about, and how its prompts differ from the student's."""
+def teacher_prompts(
+    config: Config, alignments: Mapping[str, Alignment] = MappingProxyType({})
+) -> dict[str, TeacherPrompt]:
+    """By teacher, what it is asked about, and how its prompts differ from the student's.
+
+    `alignments`: of those with another tokenizer.
+    """
+
+    def own(name: str) -> dict[str, Any]:
+        found = alignments.get(name)
+        return {} if found is None else dict(vocabulary=found.teacher, recut=found.recut)
+
     return {
         name: TeacherPrompt(
             teacher.system_prompt,
@@ -114,6 +126,7 @@ def teacher_prompts(config: Config) -> dict[str, TeacherPrompt]:
             template_arguments(teacher, teacher_key(name, "template_arguments")),
             teacher.prompts,
             section=teacher_key(name, "prompt_template").rpartition(".")[0],
+            **own(name),
         )
         for name, teacher in all_teachers(config).items()
     }

@@ -25,7 +25,7 @@ from distill.build.scores import identify_scores
 from distill.build.session import Session
 from distill.config.changes import is_same_run
 from distill.config.parse import to_flat_dict
-from distill.config.schema import all_teachers
+from distill.config.schema import all_teachers, teacher_key
 from distill.data.base import Example
 from distill.data.chat import wrap_prompt
 from distill.data.prompts import Prompts
@@ -83,6 +83,12 @@ def write_scores(session: Session, output: Path) -> int:
 
     Of several teachers, each has a folder of its name in `output`, for those it is asked about.
     """
+    if session.alignments:
+        key = teacher_key([*session.alignments][0], "alignment")
+        raise UserError(
+            f"scores on disk are of the student's ids, and with {key} the teacher has others: "
+            "leave out --scores"
+        )
     say(f"data: {session.prompts.summary()}")
     tokens = 0
     for name, prompts in zip(session.load_teachers(), session.prompts.by_teacher, strict=True):

@@ -38,5 +38,6 @@ def build_objective(config: Config) -> Objective:
         weights=parts.weights,
         importance_clip=config.policy.generation.importance_clip,
         top_k_teacher=any(each.backend == "vllm" for each in all_teachers(config).values()),
+        other_ids=any(each.alignment != "none" for each in all_teachers(config).values()),
         implementation=None if implementation == "auto" else implementation,
     )

@@ -69,7 +69,8 @@ from distill.models.model import Model
 from distill.rollout.base import RolloutBackend
 from distill.run.checkpoint import Checkpoints
 from distill.sampling.engine import Engine
-from distill.step import TrainState
+from distill.step import TeacherInStep, TrainState
+from distill.teachers.alignment import Alignment
 from distill.teachers.base import Teacher
 
 # Evaluations of responses up to this length are short beside the compilation of their programs.
@@ -148,7 +149,9 @@ class Session:
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         teachers = all_teachers(self.config)
-        folders = list(dict.fromkeys([self.student_folder, *self.teacher_folders.values()]))
+        found = self.teacher_folders.items()
+        alike = [folder for name, folder in found if teachers[name].alignment == "none"]
+        folders = list(dict.fromkeys([self.student_folder, *alike]))
         # Before any complaint about tokenizers: a model that is not supported is refused as that.
         local = {self.teacher_folders.get(n) for n, t in teachers.items() if t.backend == "local"}
         rows = {
@@ -161,6 +164,20 @@ class Session:
         for folder, number in rows.items():
             vocabulary = vocabulary.within(number, folder)
         return vocabulary
+
+    @functools.cached_property
+    def alignments(self) -> dict[str, Alignment]:
+        """Of the teachers with another tokenizer, by name."""
+        made = {}
+        for name, teacher in all_teachers(self.config).items():
+            if teacher.alignment == "none":
+                continue
+            folder = self.teacher_folders[name]
+            rows = load_model_config(folder)[0].vocab_size
+            own = shared_vocabulary(tokenizer_folder(folder)).within(rows, folder)
+            folders = self.student_folder, folder
+            made[name] = Alignment(self.vocabulary, own, folders, teacher.alignment == "spans")
+        return made
 
     @property
     def samples(self) -> bool:
@@ -201,7 +218,7 @@ class Session:
             template_arguments=template_arguments(data),
             special_tokens=data.special_tokens,
             vocab_size=self.vocabulary.size,
-            teachers=[*teacher_prompts(self.config).values()],
+            teachers=[*teacher_prompts(self.config, self.alignments).values()],
         )
 
     @functools.cached_property
@@ -280,12 +297,29 @@ class Session:
                 self.teacher_folders,
                 self.mesh,
                 self.vocabulary,
+                self.alignments,
                 lambda: self.student,
                 lambda: self.prompts,
                 compares=compares,
                 in_run=in_run,
             )
         return self.teachers
+
+    @property
+    def alignments_in_order(self) -> list[Alignment | None]:
+        """As `prompts.by_teacher`; None of teachers with the student's tokenizer."""
+        return [self.alignments.get(name) for name in all_teachers(self.config)] or [None]
+
+    def teachers_in_step(self) -> list[TeacherInStep]:
+        """Of every teacher, what the step is compiled for."""
+
+        def one(name: str, teacher: Teacher) -> TeacherInStep:
+            plain = TeacherInStep(teacher.graph, teacher.from_state, name)
+            if (found := self.alignments.get(name)) is None:
+                return plain
+            return dataclasses.replace(plain, shared=found.shared, spans=found.spans)
+
+        return [one(name, teacher) for name, teacher in self.teachers.items()]
 
     def weights_in_step(self) -> list[Any]:
         """Of every teacher, what the step takes.
@@ -351,21 +385,37 @@ class Session:
         prompts = self.tokenize(self.validation)
         size = self._batch_size(len(prompts))
         max_length = settings.max_length or strategy.max_length
-        evaluator = Evaluator(
-            self.validation,
+
+        def build(prompts: Prompts, vocabulary: Vocabulary, **of_teachers: Any) -> Evaluator:
+            assert self.validation is not None
+            return Evaluator(
+                self.validation,
+                prompts,
+                vocabulary,
+                dataclasses.replace(settings, batch_size=size),
+                max_length=max_length,
+                make_engine=functools.partial(
+                    build_engine,
+                    self.config.policy,
+                    vocabulary=vocabulary,
+                    few_programs=max_length <= SHORT_RESPONSE,
+                ),
+                put=make_put(self.mesh),
+                dialogues=self.dialogues(self.validation),
+                **of_teachers,
+            )
+
+        teachers, aligned = all_teachers(self.config), self.alignments
+        by_teacher = dict(zip(teachers, prompts.by_teacher, strict=False))
+        evaluator = build(
             prompts,
             self.vocabulary,
-            dataclasses.replace(settings, batch_size=size),
-            max_length=max_length,
-            make_engine=functools.partial(
-                build_engine,
-                self.config.policy,
-                vocabulary=self.vocabulary,
-                few_programs=max_length <= SHORT_RESPONSE,
-            ),
-            put=make_put(self.mesh),
-            dialogues=self.dialogues(self.validation),
-            teachers={n: each.weight for n, each in all_teachers(self.config).items()},
+            teachers={name: each.weight for name, each in teachers.items()},
+            shared={name: each.shared for name, each in aligned.items()},
+            own={
+                name: build(by_teacher[name].of_view(each.teacher.pad_id), each.teacher)
+                for name, each in aligned.items()
+            },
         )
         if self.config.checkpointing.best_metric == ACCURACY and not evaluator.num_graded:
             raise UserError(

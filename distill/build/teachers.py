@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from distill.base.errors import UserError
 from distill.base.sharding import RULES, SPREAD_RULES, AnyMesh, check_host_memory
 from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
@@ -23,6 +24,7 @@ from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
 from distill.step import whole_params
+from distill.teachers.alignment import Alignment
 from distill.teachers.base import OwnTeacher, Teacher
 from distill.teachers.local import Texts, abstract_stored, load_teacher
 from distill.teachers.server import ServerTeacher
@@ -54,6 +56,7 @@ def build_teachers(
     folders: Mapping[str, Path],
     mesh: Mesh,
     vocabulary: Vocabulary,
+    alignments: Mapping[str, Alignment],
     student: Callable[[], Model],
     prompts: Callable[[], Prompts],
     *,
@@ -65,6 +68,7 @@ def build_teachers(
     One that says nothing, for hard labels. Models that are stored alike are loaded once.
 
     Args:
+      alignments: of those with another tokenizer.
       prompts: what the student is trained on.
       compares: whether those in 8 bits are compared with themselves in bfloat16, on these.
       in_run: whether there is a train state, of which teachers may be a part.
@@ -87,13 +91,30 @@ def build_teachers(
             return OwnTeacher(student().graph, part, stays=not section.in_state)
         stored = folders[name], section.precision, section.offload, section.split_over_data
         if stored not in loaded:
-            compared_on = prompts() if compares and section.precision == "int8" else None
-            loaded[stored] = _load(config, name, section, folders, mesh, vocabulary, compared_on)
+            compared_on, own = None, vocabulary
+            if compares and section.precision == "int8":
+                compared_on = prompts()
+            if name in alignments:
+                own, asked = alignments[name].teacher, prompts().by_teacher[number]
+                _check_positions(config, name, folders[name], asked.view_excess)
+                compared_on = compared_on and asked.of_view(own.pad_id)
+            loaded[stored] = _load(config, name, section, folders, mesh, own, compared_on)
         return loaded[stored]
 
     sections = all_teachers(config).items()
     built = {name: build(number, name, each) for number, (name, each) in enumerate(sections)}
     return built or {"": Teacher()}
+
+
+def _check_positions(config: Config, name: str, folder: Path, excess: int) -> None:
+    """Whether a teacher with another tokenizer has room for what it cuts longer."""
+    longest = config.policy.max_total_sequence_length + excess
+    if longest > (most := load_model_config(folder)[0].max_positions):
+        raise UserError(
+            f"{teacher_key(name, 'alignment')} needs rows of up to {longest} of the teacher's own "
+            f"tokens, and the model in {folder} has {most} positions: lower "
+            "policy.max_total_sequence_length or distillation.generate_strategy.max_length"
+        )
 
 
 def _load(

@@ -24,6 +24,7 @@ from distill.checks.problem import Problem
 from distill.config.schema import Config
 from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
+from distill.data.tokenizer import response_end
 from distill.kernels.platform import platform
 from distill.losses.objective import make_objective
 from distill.models.checkpoints.keys import mapped_params
@@ -31,6 +32,7 @@ from distill.models.checkpoints.source import load_model_config
 from distill.rollout.base import check_rollout
 from distill.sampling.request import RolloutRequest
 from distill.step import TrainState, make_loss, whole_params
+from distill.teachers.alignment import Alignment
 
 RESPONSE_TOKENS = 16
 # Of a student that is its own teacher, as shares of what a teacher with half its logits gives: the
@@ -129,10 +131,12 @@ def check_numbers(session: Session, state: TrainState) -> str:
 
     loss, sums, gradient = evaluate(padded)
     details = []
-    for prompts in session.prompts.by_teacher:
+    for prompts, alignment in zip(
+        session.prompts.by_teacher, session.alignments_in_order, strict=True
+    ):
         about = np.flatnonzero(np.isin(sequences["row"], prompts.rows))
         if prompts.view_tokens is not None and len(about):
-            details.append(_check_view(session, prompts, sequences.take(about)))
+            details.append(_check_view(session, prompts, sequences.take(about), alignment))
     if own_teacher:
         other_loss, _, other_gradient = evaluate(padded, _half_logits(session, params))
         exact = _is_exact(session.config)
@@ -192,7 +196,7 @@ def laid_out(
     """
     if prompts.view_tokens is not None and view is None:
         view = sequences
-    longest = session.prompts.prompt_width + RESPONSE_TOKENS
+    longest = max(session.prompts.prompt_width + RESPONSE_TOKENS, int(sequences.lengths_b.max()))
     shape = build_layout(session.config.policy, longest, session.mesh).shapes[-1]
     if not packed:
         shape = dataclasses.replace(shape, length=longest)
@@ -259,20 +263,31 @@ def _check_shift(exact: bool, shifted: float, loss: float, other_loss: float) ->
     return f"one position late {shifted:.1e}"
 
 
-def _check_view(session: Session, prompts: Prompts, sequences: Sequences) -> str:
-    """Whether the teacher's next tokens are the student's, wherever that is trained."""
+def _check_view(
+    session: Session, prompts: Prompts, sequences: Sequences, alignment: Alignment | None
+) -> str:
+    """Whether the teacher's next tokens are the student's, wherever that is trained.
+
+    In another tokenizer, they are their pairs where both cut alike.
+    """
     packed = session.config.policy.sequence_packing.enabled
     view = prompts.view(sequences)
     rows: Any = laid_out(session, prompts, sequences, packed=packed, view=view)
     next_bt = np.roll(rows.view.tokens_bt, -1, axis=1)
     asked_bt = np.take_along_axis(next_bt, rows.view.index_bt, axis=1)
-    wrong = int((rows.mask_bt & (asked_bt != rows.targets_bt)).sum())
+    expected_bt, compared_bt = rows.targets_bt, rows.mask_bt
+    if alignment is not None:
+        compared_bt = compared_bt & (rows.columns["span"] == 0)
+        end = response_end(alignment.teacher.tokenizer)
+        ends_bt = np.isin(rows.targets_bt, alignment.student.end_ids)
+        expected_bt = np.where(ends_bt, end, alignment.pairs_v[rows.targets_bt])
+    wrong, number = int((compared_bt & (asked_bt != expected_bt)).sum()), int(compared_bt.sum())
     if wrong:
         raise Problem(
-            f"{wrong} of {int(rows.mask_bt.sum())} response tokens are not what the teacher "
+            f"{wrong} of {number} response tokens are not what the teacher "
             "predicts in their place: its prompts and the responses are joined wrongly"
         )
-    return f"the teacher is asked for the student's {int(rows.mask_bt.sum())} tokens"
+    return f"the teacher is asked for the student's {number} tokens"
 
 
 def _check_gap(session: Session, sums: dict[str, float]) -> str:

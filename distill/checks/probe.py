@@ -20,7 +20,7 @@ from distill.base.files import to_json, write_atomically
 from distill.base.status import busy
 from distill.build.sampler import build_engine, build_sampling_params
 from distill.build.session import SHORT_RESPONSE, Session
-from distill.config.schema import Config, all_teachers
+from distill.config.schema import Config, all_teachers, teacher_key
 from distill.evaluation.diagnosis import diagnose
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.grading import wilson_interval
@@ -148,6 +148,11 @@ def check_probe(config: Config) -> None:
                 f"of the teacher only scores are known ({section}.backend={teacher.backend}, "
                 f"{section}.scores={teacher.scores!r}), and the probe lets it go on from the "
                 "student's responses: it needs backend=local and scores=''"
+            )
+        if teacher.alignment != "none":
+            raise UserError(
+                f"the probe lets the teacher go on from the student's tokens, and "
+                f"{teacher_key(name, 'alignment')}={teacher.alignment} has others"
             )
 
 

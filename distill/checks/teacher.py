@@ -24,6 +24,7 @@ from distill.models.checkpoints.source import load_model_config
 from distill.models.checkpoints.tensors import has_weights
 from distill.models.model import Model
 from distill.step import TrainState
+from distill.teachers.alignment import Alignment
 from distill.teachers.base import Teacher
 
 SHIFTS = {"where they are": 0, "one position late": 1, "one position early": -1}
@@ -55,9 +56,15 @@ def _check_one(
     sequences: Sequences,
 ) -> str:
     view = prompts.view(sequences)
-    seen, found = sequences if view is None else view, ""
+    seen, found, vocabulary = sequences if view is None else view, "", session.vocabulary
+    if alignment := session.alignments.get(name):
+        vocabulary, found = alignment.teacher, _cuts(alignment, sequences, seen)
+        # As the teacher's own sequences: what it says of them in the student's places follows.
+        prompts, sequences = prompts.of_view(vocabulary.pad_id), seen
+        if not seen["weight"].any():
+            return found
     if model is not None:
-        log_probs_sn, first_n = _of_model(session, model, prompts, sequences, seen)
+        log_probs_sn, first_n = _of_model(session, model, prompts, sequences, seen, vocabulary.size)
     elif teacher.graph is not None:
         return "known by hidden states on disk, which were compared by their digests"
     else:
@@ -70,7 +77,7 @@ def _check_one(
     best = max(means, key=lambda name: means[name])
     here = means["where they are"]
     # Random models say much of the token that they have just read, and know nothing of others.
-    knows = means[best] > -np.log(session.vocabulary.size) / 2
+    knows = means[best] > -np.log(vocabulary.size) / 2
     if knows and means[best] > here + CLEARLY:
         raise Problem(
             f"the teacher gives the tokens of responses {here:.2f} nats where they are, and "
@@ -87,16 +94,41 @@ def _check_one(
 
 
 def _of_model(
-    session: Session, model: Model, prompts: Prompts, sequences: Sequences, view: Sequences
+    session: Session,
+    model: Model,
+    prompts: Prompts,
+    sequences: Sequences,
+    view: Sequences,
+    vocab_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of the trained tokens, for each shift, and which are a response's first."""
-    rows = laid_out(session, prompts, sequences, packed=False, view=view)
+    own = None if view is sequences else view
+    rows = laid_out(session, prompts, sequences, packed=False, view=own)
     placed = jax.tree.map(make_put(session.mesh), rows)
-    log_prob = functools.partial(session.objective.log_probs, vocab_size=session.vocabulary.size)
+    log_prob = functools.partial(session.objective.log_probs, vocab_size=vocab_size)
     log_probs_sbt = jax.device_get(_shifted(log_prob, model.graph, model.fetch(), placed))
     trained_bt = np.asarray(rows.mask_bt)
     first_bt = trained_bt & (np.cumsum(trained_bt, axis=1) == 1)
     return log_probs_sbt[:, trained_bt], first_bt[trained_bt]
+
+
+def _cuts(alignment: Alignment, sequences: Sequences, view: Sequences) -> str:
+    """How a teacher with another tokenizer cuts the responses, and the first of them as it does."""
+    alike, spans, left_out = alignment.shares(int((sequences["weight"] != 0).sum()), view)
+    ours, theirs = (each.tokenizer.decode for each in (alignment.student, alignment.teacher))
+    tokens_t, seen_t = sequences.split("tokens")[0], view.split("tokens")[0]
+    piece_t, size_t = (view.split(name)[0] for name in ("piece", "piece_size"))
+    shown = []
+    for first in dict.fromkeys(piece_t[piece_t >= 0].tolist()):
+        theirs_too = seen_t[piece_t == first]
+        number = max(int(size_t[piece_t == first][0]), 1)
+        mine = "|".join(str(ours([token])) for token in tokens_t[first : first + number])
+        other = "|".join(str(theirs([token])) for token in theirs_too)
+        shown.append(f"{mine!r}" if mine == other else f"{mine!r} as {other!r}")
+    return (
+        f"; cut alike {alike:.0%}, in spans {spans:.0%}, left out {left_out:.0%}; the first "
+        f"response: {' '.join(shown) or 'not read'}"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

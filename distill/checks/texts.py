@@ -15,10 +15,13 @@ from distill.checks.problem import Problem
 from distill.data.chat import Refused, render_chat
 from distill.data.messages import Prompt
 from distill.data.prompts import Prompts
+from distill.data.sequences import Sequences
 from distill.data.tokenizer import closing_token, load_tokenizer, response_end
 from distill.models.checkpoints.hub import tokenizer_folder
+from distill.teachers.alignment import Alignment
 
 SAMPLED_PROMPTS = 8
+MOST_LEFT_OUT = 0.5  # of the tokens in texts, by another tokenizer
 ENDING = 3  # tokens with which a chat template opens a response
 
 
@@ -32,6 +35,9 @@ def check_tokenizers(session: Session) -> str:
     templates: dict[str, None] = {}
     for name, folder in session.teacher_folders.items():
         teacher = f"teacher {name}".strip()
+        if alignment := session.alignments.get(name):
+            found += _compare_cuts(session, teacher, alignment)
+            continue
         theirs = _tokenizer_of(folder, "none")(texts, add_special_tokens=False)["input_ids"]
         for text, mine, other in zip(texts, ours, theirs, strict=True):
             if mine != other:
@@ -42,8 +48,29 @@ def check_tokenizers(session: Session) -> str:
                 )
         if session.vocabulary.tokenizer.chat_template:
             templates[_compare_templates(session, teacher, folder)] = None
-    all_of_them = "both" if len(session.teacher_folders) == 1 else "all models"
+    alike = len(session.teacher_folders) - len(session.alignments)
+    if not alike:
+        return found.removeprefix("; ")
+    all_of_them = "both" if alike == 1 else "all models"
     return f"{len(ours)} texts are the same tokens for {all_of_them}{found}{''.join(templates)}"
+
+
+def _compare_cuts(session: Session, teacher: str, alignment: Alignment) -> str:
+    """How a teacher with another tokenizer cuts the data's texts."""
+    texts = session.vocabulary.tokenizer(_texts(session), add_special_tokens=False)["input_ids"]
+    sequences = Sequences.of_tokens(texts)
+    view = alignment.recut(sequences, np.zeros(len(texts), int), np.full(len(texts), 2**31))
+    alike, spans, left_out = alignment.shares(int(sequences.lengths_b.sum()), view)
+    if left_out > MOST_LEFT_OUT:
+        raise Problem(
+            f"the {teacher}'s tokenizer does not give back the bytes of {left_out:.0%} of the "
+            "tokens in the data's texts: it changes what it reads; take another teacher"
+        )
+    return (
+        f"; the {teacher} has another tokenizer, {alignment.teacher.size} ids of which "
+        f"{int((alignment.pairs_v >= 0).sum())} are strings of the student's; of the tokens in the "
+        f"data's texts {alike:.0%} are cut alike, {spans:.0%} in spans, {left_out:.0%} left out"
+    )
 
 
 def _compare_with_transformers(session: Session, texts: list[str]) -> str:
@@ -94,10 +121,15 @@ def _tokenizer_of(folder: Path, chat_template: str = ""):
 
 def check_template(session: Session) -> str:
     """Prompts, the teacher's too, hold their problem's text and leave the response open."""
-    tokenizer, ends = session.vocabulary.tokenizer, session.vocabulary.end_ids
-    read = [(session.prompts, session.prompts.prompt_tokens)]
-    read += [(each, each.view_tokens) for each in session.prompts.by_teacher if each.view_tokens]
-    for row, tokens in (pair for each in read for pair in _first_of(*each)):
+    own = session.vocabulary
+    read = [(own, session.prompts, session.prompts.prompt_tokens)]
+    read += [
+        (alignment.teacher if alignment else own, each, each.view_tokens)
+        for each, alignment in _parts(session)
+        if each.view_tokens
+    ]
+    for vocabulary, row, tokens in ((each[0], *p) for each in read for p in _first_of(*each[1:])):
+        tokenizer, ends = vocabulary.tokenizer, vocabulary.end_ids
         prompt = session.dataset[int(row)].prompt
         rendered = tokenizer.decode(tokens, skip_special_tokens=False)
         assert isinstance(rendered, str)  # a list is of several prompts
@@ -124,19 +156,24 @@ def check_template(session: Session) -> str:
 
 def check_view(session: Session) -> str:
     """What teachers read in place of the student's prompts, and whether both end alike."""
-    parts = zip(session.teachers, session.prompts.by_teacher, strict=True)
-    return "; ".join(_view_of(session, f"teacher {name}".strip(), part) for name, part in parts)
+    parts = zip(session.teachers, _parts(session), strict=True)
+    return "; ".join(_view_of(session, f"teacher {name}".strip(), *part) for name, part in parts)
 
 
-def _view_of(session: Session, teacher: str, prompts: Prompts) -> str:
+def _parts(session: Session) -> list[tuple[Prompts, Alignment | None]]:
+    return list(zip(session.prompts.by_teacher, session.alignments_in_order, strict=True))
+
+
+def _view_of(session: Session, teacher: str, prompts: Prompts, alignment: Alignment | None) -> str:
     tokenizer = session.vocabulary.tokenizer
     if prompts.view_tokens is None:
         return f"the {teacher} reads the student's prompts"
     pairs = list(zip(prompts.prompt_tokens, prompts.view_tokens, strict=True))[:SAMPLED_PROMPTS]
-    ours, theirs = (str(tokenizer.decode(tokens)) for tokens in pairs[0])
+    tokenizers = tokenizer, alignment.teacher.tokenizer if alignment else tokenizer
+    ours, theirs = (str(t.decode(each)) for t, each in zip(tokenizers, pairs[0], strict=True))
     found = f"the {teacher} reads {_short(theirs, 200)}, the student {_short(ours, 200)}"
     differ = sum(mine[-ENDING:].tolist() != other[-ENDING:].tolist() for mine, other in pairs)
-    if tokenizer.chat_template and differ:
+    if tokenizer.chat_template and differ and alignment is None:
         found += (
             f"; warning: {differ} of {len(pairs)} end differently, so that the response begins in "
             "another place, such as inside or behind thinking: see the template_arguments"
@@ -162,6 +199,13 @@ def check_end(session: Session) -> str:
     else:
         found += f"those of the data with {tokenizer.decode([closing])!r}"
     for name, folder in session.teacher_folders.items():
+        if alignment := session.alignments.get(name):
+            other = alignment.teacher.tokenizer
+            found += (
+                f"; {tokenizer.decode([response_end(tokenizer)])!r} is to the "
+                f"{f'teacher {name}'.strip()} what {other.decode([response_end(other)])!r} is"
+            )
+            continue
         theirs = closing_token(_tokenizer_of(folder))
         if theirs not in (None, response_end(tokenizer)):
             found += (

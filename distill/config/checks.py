@@ -256,6 +256,7 @@ def _check_teacher(config: Config, name: str, teacher: OneTeacher) -> None:
     if teacher.backend == "vllm":
         _check_server_teacher(config.distillation, name, teacher)
     _check_scores(config, name, teacher)
+    _check_alignment(config, name, teacher)
     if teacher.model not in OF_STUDENT or not config.distillation.has_teacher:
         return
     for each, value, needed in (
@@ -313,6 +314,34 @@ def _check_scores(config: Config, name: str, teacher: OneTeacher) -> None:
                 f"{teacher_key(name, 'scores')}={teacher.scores} does not go with "
                 f"{key}={value}, since scores on disk are {reason}: leave it empty, or change {key}"
             )
+
+
+def _check_alignment(config: Config, name: str, teacher: OneTeacher) -> None:
+    """A teacher with another tokenizer has its logits here, and reads one response."""
+    if teacher.alignment == "none" or not config.distillation.has_teacher:
+        return
+    for key, value, wrong, reason in (
+        ("backend", teacher.backend, teacher.backend == "vllm", "servers score the student's ids"),
+        ("scores", teacher.scores, bool(teacher.scores), "scores on disk are of the student's ids"),
+        ("model", teacher.model, teacher.model in OF_STUDENT, "it has the student's tokenizer"),
+        (
+            "prompt_template",
+            teacher.prompt_template,
+            "{feedback}" in teacher.prompt_template,
+            "feedback is in the student's tokens",
+        ),
+    ):
+        if wrong:
+            raise UserError(
+                f"{teacher_key(name, 'alignment')}={teacher.alignment} is for a local teacher with "
+                f"another tokenizer and does not go with {teacher_key(name, key)}={value}: "
+                f"{reason}; change it, or set alignment to none"
+            )
+    if config.environment.name:
+        raise UserError(
+            f"{teacher_key(name, 'alignment')}={teacher.alignment} aligns one response, and "
+            f"environment.name={config.environment.name} samples dialogues: leave one of them out"
+        )
 
 
 def _check_lora(config: Config) -> None:

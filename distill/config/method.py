@@ -158,6 +158,12 @@ class Teacher:
     ema_decay: float = fixed(
         0.0, "of teacher_model_path=ema, the share kept in each update, such as 0.99", low=0, high=1
     )
+    alignment: str = key(
+        "none",
+        "none: it has the student's tokenizer; dense: another, and is compared where both cut the "
+        "same bytes; spans: and by policy gradient where they cut otherwise",
+        choices=("none", "dense", "spans"),
+    )
     scores: str = free(
         "", "folder of python -m distill.generate --scores, in place of the teacher; '': none"
     )

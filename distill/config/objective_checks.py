@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from distill.base.errors import UserError
 from distill.config.method import Distillation, OneTeacher
 from distill.config.policy import KNOWN_BACKENDS
-from distill.config.schema import Config, named_teachers
+from distill.config.schema import Config, all_teachers, named_teachers, teacher_key
 
 
 def check_objective(config: Config) -> None:
@@ -36,14 +36,23 @@ def _check_advantages(config: Config) -> None:
             "reward less the mean of its group is always 0 in a group of one; sample 2 or more"
         )
     estimates = objective.reward_advantage or objective.teacher_advantage
+    spans = [n for n, each in all_teachers(config).items() if each.alignment == "spans"]
+    if distillation.lambda_ == 0 and spans:
+        raise UserError(
+            f"{teacher_key(spans[0], 'alignment')}=spans is about responses that the student "
+            "samples, and distillation.lambda_=0 samples none: set it to dense, or raise lambda_"
+        )
     if distillation.lambda_ == 0 and (estimates or function):
         raise UserError(
             "reward.function and the advantages of distillation.objective are about responses that "
             "the student samples, and distillation.lambda_=0 samples none: raise it"
         )
-    _check_ratios(config, bool(estimates))
-    if not estimates:
+    _check_ratios(config, bool(estimates or spans))
+    if not (estimates or spans):
         return
+    named = f"{key}.reward_advantage and teacher_advantage"
+    if not estimates:
+        named = f"{teacher_key(spans[0], 'alignment')}=spans"
     # A sampled token stands for the distribution that is differentiated only if it came from it.
     for name, value, needed in (
         ("kl_temperature", distillation.kl_temperature, 1.0),
@@ -55,9 +64,8 @@ def _check_advantages(config: Config) -> None:
     ):
         if value != needed:
             raise UserError(
-                f"distillation.{name}={value} biases the policy gradient of {key}."
-                "reward_advantage and teacher_advantage, since tokens are not sampled from the "
-                f"distribution that is trained: set it to {needed}"
+                f"distillation.{name}={value} biases the policy gradient of {named}, since tokens "
+                f"are not sampled from the distribution that is trained: set it to {needed}"
             )
     if generation.async_steps and not (generation.importance_clip or objective.importance_clip):
         raise UserError(

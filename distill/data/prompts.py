@@ -33,6 +33,9 @@ class Prompts:
         retell: makes other ones of a row and texts about it, where the teacher's template names
             {feedback}; None where that would be too long.
         retold_excess: tokens by which these are longer than the prompt, at most.
+        recut: makes of responses, of where they begin and of the tokens that there is room for what
+            a teacher with another tokenizer reads of them; None: the same tokens.
+        recut_excess: tokens by which that may be longer.
         parts: for each of several teachers, the rows that it is asked about, with its view.
     """
 
@@ -46,6 +49,8 @@ class Prompts:
     view_tokens: list[np.ndarray] | None = None
     retell: Callable[[int, Sequence[np.ndarray]], np.ndarray | None] | None = None
     retold_excess: int = 0
+    recut: Callable[[Sequences, np.ndarray, np.ndarray], Sequences] | None = None
+    recut_excess: int = 0
     parts: tuple["Prompts", ...] = ()
 
     @property
@@ -76,27 +81,40 @@ class Prompts:
         return prompts.join(Sequences.of_tokens(responses, weight=1))
 
     def view(self, sequences: Sequences) -> Sequences | None:
-        """What the teacher reads: its own prompts with the same responses; None: the same tokens.
+        """What the teacher reads: its own prompts before the responses; None: the same tokens.
 
         `sequences` are of these rows, with anything behind the prompts.
         """
         if self.view_tokens is None:
             return None
         kept = np.searchsorted(self.rows, sequences["row"])
-        responses = sequences.behind(np.array([len(self.prompt_tokens[i]) for i in kept], np.int32))
+        starts_b = np.array([len(self.prompt_tokens[i]) for i in kept], np.int32)
+        responses = sequences.behind(starts_b)
         views = [self.view_tokens[i] for i in kept]
         if self.retell is not None:
             for number, feedback in _feedback(sequences, responses).items():
                 retold = self.retell(int(sequences["row"][number]), feedback)
                 views[number] = views[number] if retold is None else retold
-        return Sequences.of_tokens(views).join(responses)
+        prompts = Sequences.of_tokens(views)
+        if self.recut is not None:
+            most_b = sequences.lengths_b + self.view_excess - prompts.lengths_b
+            responses = self.recut(responses, starts_b, most_b)
+        return prompts.join(responses)
+
+    def of_view(self, pad_id: int) -> "Prompts":
+        """What a teacher with another tokenizer reads, as prompts of its own."""
+        none: dict[str, Any] = dict(view_tokens=None, response_tokens=None, recut=None)
+        tokens = self.view_tokens or []
+        return dataclasses.replace(
+            self, prompt_tokens=tokens, pad_id=pad_id, recut_excess=0, **none
+        )
 
     @functools.cached_property
     def view_excess(self) -> int:
         """Tokens by which a view is longer than its sequence at most, a multiple of 8."""
         pairs = zip(self.view_tokens or [], self.prompt_tokens, strict=False)
         longest = max((len(theirs) - len(ours) for theirs, ours in pairs), default=0)
-        longest = max(longest, self.retold_excess)
+        longest = max(longest, self.retold_excess) + self.recut_excess
         return max(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, 0)
 
     def digest(self) -> str:

@@ -47,6 +47,11 @@ _columns = {
     "teacher_log_probs": Column(np.float32, optional=True),
     # The hidden state from which the teacher predicts the token, in the teacher's dtype.
     "teacher_hidden": Column(None, optional=True),
+    # Of what a teacher with another tokenizer reads: the position in the student's sequence of the
+    # first token of the same bytes, -1 for none; and how many of its tokens have the bytes that are
+    # cut otherwise, 0 where both cut one token.
+    "piece": Column(np.int32, fill=-1, optional=True),
+    "piece_size": Column(np.int32, optional=True),
     "row": Column(np.int64, per_token=False),  # of the dataset
     "index": Column(np.int64, per_token=False),  # in the endless stream of the data
     "truncated": Column(bool, per_token=False),  # the length limit ended it

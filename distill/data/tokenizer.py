@@ -144,7 +144,8 @@ def check_same_vocabulary(student, teacher) -> None:
     raise UserError(
         f"student and teacher have different tokenizers: first difference at token {name!r}, "
         f"student {place(ours)}, teacher {place(theirs)}; distillation compares probabilities id "
-        "by id, so pick a pair from one model family"
+        "by id, so pick a pair from one model family, or set teacher.alignment=spans "
+        "(teachers.NAME.alignment), which aligns them by bytes"
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from distill.data.base import DatasetInterface, Dropped, Example, count_drops, e
 from distill.data.chat import Chat, Refused
 from distill.data.messages import prompt_key
 from distill.data.prompts import Prompts, describe_drops
-from distill.data.tokenizer import padding, response_end, vocabulary_size
+from distill.data.sequences import Sequences
+from distill.data.tokenizer import Vocabulary, padding, response_end, vocabulary_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,8 @@ class TeacherPrompt:
     '{feedback}', another response to the prompt that has the highest reward, above 0, and what an
     environment replied. Without either, the teacher reads what the student does.
     `rules` are COLUMN=VALUE, any of which an example fits that the teacher is asked about; without
-    any, it is asked about all. `section` is of the config.
+    any, it is asked about all. `section` is of the config. `vocabulary` is the teacher's where it
+    has another tokenizer, in whose own chat template it reads prompts; `recut` is of `Prompts`.
     """
 
     system_prompt: str = ""
@@ -34,11 +37,14 @@ class TeacherPrompt:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rules: tuple[str, ...] = ()
     section: str = "teacher"
+    vocabulary: Vocabulary | None = None
+    recut: Callable[..., Sequences] | None = None
 
     @property
     def differs(self) -> bool:
         """Whether it reads other prompts."""
-        return bool(self.system_prompt or self.template or self.arguments)
+        own = self.system_prompt or self.template or self.arguments
+        return bool(own or self.vocabulary is not None)
 
     def asks(self, example: Example) -> bool:
         """Whether the teacher is asked about it."""
@@ -87,8 +93,8 @@ def tokenize_prompts(
     """
     template, arguments = prompt_template or dataset.get_prompt_template(), template_arguments or {}
     _check_template("data", template)
-    make_chat = functools.partial(Chat, tokenizer, special_tokens=special_tokens)
-    chat = make_chat(system_prompt=system_prompt, template=template, arguments=arguments)
+    make_chat = functools.partial(Chat, special_tokens=special_tokens)
+    chat = make_chat(tokenizer, system_prompt=system_prompt, template=template, arguments=arguments)
     examples = examples_of(dataset)
     limits = _Limits(
         max_prompt_length,
@@ -105,10 +111,13 @@ def tokenize_prompts(
     for number, teacher in enumerate(teachers):
         if not teacher.differs:
             continue
+        own = teacher.vocabulary
+        tokenizer_t = tokenizer if own is None else own.tokenizer
         chat_t = make_chat(
+            tokenizer_t,
             system_prompt=teacher.system_prompt or system_prompt,
             template=teacher.template or template,
-            arguments={**arguments, **teacher.arguments},
+            arguments={**(arguments if own is None else {}), **teacher.arguments},
             section=teacher.section,
         )
         fields = _check_template(
@@ -117,9 +126,14 @@ def tokenize_prompts(
         if _FEEDBACK in fields:
             retelling[number] = _retelling(examples, prompts, tokenizer, chat_t, limits, fields)
             chat_t, fields = chat, ()
-        wanted = list(itertools.compress(examples, asked[number]))
-        encoded = _encode_prompts(wanted, tokenizer, chat_t, limits, [], fields, teacher.section)
-        views[number] = _where(asked[number], encoded)
+        wanted, limits_t = list(itertools.compress(examples, asked[number])), limits
+        if own is not None:
+            more = _more_tokens(wanted, tokenizer, tokenizer_t, limits.response)
+            retelling[number] = dict(recut=teacher.recut, recut_excess=more)
+            longest = _longest_piece(tokenizer_t)
+            limits_t = dataclasses.replace(limits, longest_piece=longest, ids=own.size)
+        of_view = chat_t, limits_t, list[tuple[str, str]](), fields, teacher.section
+        views[number] = _where(asked[number], _encode_prompts(wanted, tokenizer_t, *of_view))
     responses = None
     if needs_responses:
         responses = _encode_responses(examples, tokenizer, chat, limits, notes)
@@ -219,6 +233,24 @@ def _retelling(
 
 
 _SAMPLED = 64  # rows of which it is looked how much a template adds
+
+
+def _more_tokens(examples: Sequence[Example], tokenizer, other, longest: int) -> int:
+    """By how many tokens another tokenizer may cut a response longer, and a quarter.
+
+    As of the texts of the first rows; what is longer is not read.
+    """
+    prompts = (e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"] for e in examples)
+    pairs = itertools.islice(zip(prompts, examples, strict=True), _SAMPLED)
+    texts = [text for prompt, e in pairs for text in (prompt, e.response) if text]
+    ours, theirs = (
+        [len(ids) for ids in each(texts, add_special_tokens=False)["input_ids"]] if texts else []
+        for each in (tokenizer, other)
+    )
+    ratio = max(
+        (more / max(number, 1) for more, number in zip(theirs, ours, strict=True)), default=1
+    )
+    return math.ceil(longest * max(1.25 * ratio - 1, 0.25))
 
 
 @dataclasses.dataclass(frozen=True)

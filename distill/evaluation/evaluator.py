@@ -28,7 +28,7 @@ from distill.data.tokenizer import Vocabulary
 from distill.evaluation.answers import OPEN
 from distill.evaluation.grading import Grader, wilson_interval
 from distill.evaluation.metrics import Response, measure
-from distill.kernels.linear_divergence import per_token_divergences
+from distill.kernels.linear_divergence import SharedIds, per_token_divergences
 from distill.losses.divergences import get_divergence
 from distill.models.model import Model
 from distill.sampling.choice import SamplingParams
@@ -48,7 +48,8 @@ class Evaluation:
       graded: prompts whose answer is known.
       forward_kl, reverse_kl: KL(teacher || model) and KL(model || teacher), nats per response
         token of the model's own responses; of several teachers, summed with their weights, per
-        token that any of them is asked about; None without a teacher.
+        token that any of them is asked about; None without a teacher. Of one with another
+        tokenizer, per token that both cut alike.
       mean_length: response tokens, EOS counted.
       truncated: share of responses cut at the length limit.
       metrics: numbers of the user's own, by METRIC/NUMBER; and of several teachers, by
@@ -100,6 +101,8 @@ class Evaluator:
       put: places a host array with batch rows first on the mesh.
       dialogues: environments for rows of the dataset; None: a response is all there is.
       teachers: weights by name, in the order of `prompts.by_teacher`.
+      shared: by name, what those with another tokenizer have of the model's ids.
+      own: evaluators of these, in their own tokens.
     """
 
     def __init__(
@@ -114,9 +117,12 @@ class Evaluator:
         put: Callable[[np.ndarray], jax.Array],
         dialogues: Callable[[np.ndarray], Turns] | None = None,
         teachers: Mapping[str, float] | None = None,
+        shared: Mapping[str, SharedIds] | None = None,
+        own: Mapping[str, Evaluator] | None = None,
     ):
         self.dataset, self.prompts, self.vocabulary = dataset, prompts, vocabulary
         self._dialogues, self._teachers = dialogues, teachers or {"": 1.0}
+        self._shared, self._own = shared or {}, own or {}
         self.settings, self.put = settings, put
         self.greedy = SamplingParams(max_length=max_length, greedy=True)
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
@@ -126,6 +132,8 @@ class Evaluator:
 
     def of_teacher(self, number: int) -> Evaluator:
         """One of the prompts that a teacher is asked about, with what is compiled already."""
+        if (own := self._own.get([*self._teachers][number])) is not None:
+            return own
         other = copy.copy(self)
         other.prompts, other._teachers = self.prompts.by_teacher[number], {"": 1.0}
         other.__dict__.pop("num_graded", None)
@@ -213,9 +221,13 @@ class Evaluator:
             own = jax.tree.map(lambda x, own_b=own_b: x[own_b], rollout)
             teacher_params = params if teacher is model else teacher.fetch()
             models = model.graph, params, teacher.graph, teacher_params
-            sums = np.zeros(2, np.float32)
+            sums, compared, shared = np.zeros(2, np.float32), 0, self._shared.get(name)
             for rows in rows_of(prompts, own, self.settings.batch_size):
-                sums += np.asarray(self._divergence_sums(*models, jax.tree.map(self.put, rows)))
+                compared += int((rows.mask_bt & (rows.columns.get("span", 0) == 0)).sum())
+                placed = jax.tree.map(self.put, rows)
+                sums += np.asarray(self._divergence_sums(*models, placed, shared))
+            if shared is not None:  # of the others, nothing is known
+                sums *= np.float32(own.num_sampled / max(compared, 1))
             total += np.float32(weight) * sums
             if name:
                 forward_kl, reverse_kl = _mean(sums, own)
@@ -285,13 +297,14 @@ def rows_of(prompts: Prompts, rollout: Rollout, batch_size: int) -> Iterator[Row
 
 
 def _divergence_sums(
-    graph, params, teacher_graph, teacher_params, rows: Rows, *, vocab_size: int
+    graph, params, teacher_graph, teacher_params, rows: Rows, shared, *, vocab_size: int
 ) -> jax.Array:
     """Forward and reverse KL summed over the response tokens, shape (2,)."""
 
     student, teacher = nnx.merge(graph, params), nnx.merge(teacher_graph, teacher_params)
     hidden_s, head_s = flatten_tokens(student(rows.tokens_bt)), student.head()
     hidden_t, head_t = flatten_tokens(teacher_hidden(teacher, rows)), teacher.head()
+    compared_bt = rows.mask_bt & (rows.columns["span"] == 0 if shared is not None else True)
     values_nt = per_token_divergences(
         hidden_s,
         head_s,
@@ -300,6 +313,7 @@ def _divergence_sums(
         divergences=(get_divergence("forward"), get_divergence("reverse")),
         temperature=1.0,
         vocab_size=vocab_size,
-        weights=flatten_tokens(rows.mask_bt.astype(jnp.float32)),
+        weights=flatten_tokens(compared_bt.astype(jnp.float32)),
+        shared=shared,
     )
     return constrain_whole(values_nt.sum(axis=1))

@@ -63,7 +63,7 @@ class RolloutRecorder:
     ) -> None:
         """Reads `responses`, which `model` gave to all prompts, and writes the first of them.
 
-        Without a teacher on the mesh, only the model's own probabilities are known.
+        Without a teacher that is read, only the model's own probabilities are known.
         """
         rollout = responses.rollout
         most = _num_shown(rollout.lengths_b)
@@ -74,8 +74,8 @@ class RolloutRecorder:
         listed = {
             token for response in shown for top in response.get("top", ()) for token, *_ in top
         }
-        diagnosis = None
-        if any(teachers) and values:
+        diagnosis, has_teacher = None, any("log_p" in each for each in values.values())
+        if has_teacher:
             diagnosis = diagnose(values, rollout, responses.correct, self._vocabulary)
             for prompt in diagnosis["prompts"]["largest"]:
                 example = self._dataset[int(self._prompts.rows[prompt["number"]])]
@@ -84,7 +84,7 @@ class RolloutRecorder:
             role=role,
             step=step,
             responses_in_all=len(responses.texts),
-            has_teacher=any(teachers),
+            has_teacher=has_teacher,
             responses=shown,
             texts={token: self._text([token]) for token in sorted(listed)},
             diagnosis=diagnosis,

@@ -59,14 +59,14 @@ class TokenReader:
     ) -> dict[int, Values]:
         """By number of the response: values by name, of its tokens alone; see `_token_values`.
 
-        Where several teachers are asked about a prompt, the first of them is read. The teacher's
-        choices are kept of the first `with_choices` responses.
+        Where several teachers are asked about a prompt, the first of them is read, but none with
+        another tokenizer. The teacher's choices are kept of the first `with_choices` responses.
         """
         params, values = model.fetch(), {}
         asked: list[tuple[Model | None, Prompts]] = [
             (teacher, of_teacher)
             for teacher, of_teacher in zip(teachers, prompts.by_teacher, strict=True)
-            if teacher is not None
+            if teacher is not None and of_teacher.recut is None
         ]
         for teacher, of_teacher in reversed(asked or [(None, prompts)]):
             own_b = np.searchsorted(prompts.rows, of_teacher.rows)

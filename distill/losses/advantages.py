@@ -62,6 +62,10 @@ class Advantage:
     of the response's tokens only. With `proximal_share` a below 1 the teacher is a p + (1 - a) q,
     as in TOP-D (arXiv:2607.04751): log(a p(y) / q(y) + 1 - a) is never below log(1 - a).
 
+    `spans` is for a teacher with another tokenizer (None: it has the student's). `teacher` is then
+    of tokens that both cut alike, and every token of a span between them gets the same of the
+    span, spans * (log p(span) - log q(span)), which is in the column `span_log_ratio`.
+
     `ratio_clip` e is PPO's (arXiv:1707.06347), as its gradient: with rho = q(y) / q_sampler(y), a
     token has none where A > 0 and rho > 1 + e, or A < 0 and rho < 1 - e. Elsewhere it is
     rho A grad log q, rho being the weight `TruncatedImportance`: of the whole loss, or with
@@ -73,20 +77,26 @@ class Advantage:
     ratio_clip: float = 0.0
     importance_clip: float = 0.0
     proximal_share: float = 1.0
+    spans: float | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.reward or self.teacher)
+        return bool(self.reward or self.teacher or self.spans)
 
     def __call__(self, statistics: TokenStatistics, columns) -> jax.Array:
         advantage = jnp.zeros_like(statistics.log_prob_s)
         if self.reward:
             advantage += self.reward * columns["advantage"]
-        if self.teacher:
+        if self.teacher or self.spans:
             log_ratio = statistics.log_prob_t - statistics.log_prob_s
+            weight: float | jax.Array = self.teacher
+            if self.spans is not None:
+                span = columns["span"]
+                log_ratio = jnp.where(span == 0, log_ratio, columns["span_log_ratio"])
+                weight = jnp.where(span == 0, weight, jnp.where(span > 0, self.spans, 0.0))
             if self.proximal_share < 1:
                 log_share = math.log(self.proximal_share)
                 log_ratio = jnp.logaddexp(log_share + log_ratio, math.log1p(-self.proximal_share))
-            advantage += self.teacher * log_ratio
+            advantage += weight * log_ratio
         kept = columns["sampled"]
         if self.ratio_clip:
             ratio = jnp.exp(statistics.log_prob_s - columns["log_prob"])

@@ -18,6 +18,7 @@ from distill.base.sharding import flatten_tokens, split_tokens
 from distill.kernels.linear_divergence import (
     DivergenceTerm,
     RowLoss,
+    SharedIds,
     Term,
     TermSum,
     TokenValues,
@@ -43,6 +44,7 @@ from distill.losses.divergences import (
 )
 from distill.losses.interpolation import Target
 from distill.losses.weights import (
+    CutAlike,
     TruncatedImportance,
     UnsureTeacher,
     WrittenBy,
@@ -58,7 +60,8 @@ class Objective:
 
     The divergence is its first term, if it has one.
 
-    `importance_clip` is the largest importance weight, 0 without such weights.
+    `importance_clip` is the largest importance weight, 0 without such weights; `estimate` is the
+    advantage for a teacher with another tokenizer.
     """
 
     loss: TermSum | RowLoss
@@ -68,6 +71,7 @@ class Objective:
     implementation: str | None
     chunk: int | None
     target: Target = _WHOLE
+    estimate: Advantage = _NONE
 
     @property
     def divergence(self) -> PointwiseDivergence | None:
@@ -82,6 +86,24 @@ class Objective:
             loss = dataclasses.replace(loss, terms=(Term(loss.terms[0].function),))
         return dataclasses.replace(self, loss=loss, importance_clip=0.0)
 
+    def aligned(self, spans: bool) -> Objective:
+        """For a teacher with another tokenizer, which reads the columns `span`, `span_log_ratio`.
+
+        Divergences are of the tokens that both cut alike. `spans`: whether those between are
+        trained on by the policy gradient of their log-probability.
+        """
+        assert isinstance(self.loss, TermSum)  # no loss of whole rows
+        terms = [
+            dataclasses.replace(term, weight=CutAlike(term.weight))
+            if isinstance(term.function, DivergenceTerm)
+            else term
+            for term in self.loss.terms
+            if not isinstance(term.weight, Advantage)
+        ]
+        estimate = self.estimate if spans else dataclasses.replace(self.estimate, spans=0.0)
+        loss = dataclasses.replace(self.loss, terms=_with_advantage(terms, estimate))
+        return dataclasses.replace(self, loss=loss)
+
     def __call__(
         self,
         hidden_s_btd: jax.Array,
@@ -94,6 +116,7 @@ class Objective:
         vocab_size: int,
         scores: TopK | None = None,
         columns: Mapping[str, jax.Array] | None = None,
+        shared: SharedIds | None = None,
     ) -> tuple[jax.Array, TokenValues]:
         """Weighted sum of the token losses, differentiable by the student's hidden states and head.
 
@@ -107,6 +130,7 @@ class Objective:
           scores: what is known of the teacher instead of its hidden states and head (None then),
             (b, t, k).
           columns: (b, t, ...) by name, what the objective's own weights read.
+          shared: where the teacher has other ids; `vocab_size` is then the student's.
 
         Returns:
           float32 scalar, and TokenValues of shape (b, t) that carry no gradient.
@@ -130,6 +154,7 @@ class Objective:
             flatten(self.scale * weights_bt),
             targets=flatten(targets_bt),
             columns=flatten(dict(columns or {})) if weights_of(self.loss) else None,
+            shared=shared,
             vocab_size=vocab_size,
             implementation=self.implementation,
             chunk=self.chunk,
@@ -235,6 +260,7 @@ def make_objective(
     weights: Sequence[str] = (),
     importance_clip: float = 0.0,
     top_k_teacher: bool = False,
+    other_ids: bool = False,
     implementation: str | None = None,
     chunk: int | None = None,
     **dense: Any,
@@ -254,6 +280,7 @@ def make_objective(
       weights: by which a token's loss is multiplied, names of losses/weights.py.
       importance_clip: multiplies it by `TruncatedImportance` of at most this, too; 0: does not.
       top_k_teacher: the teacher will be a TopK, which takes no loss of whole rows.
+      other_ids: it has another tokenizer, and takes none either.
       implementation, chunk: see kernels/linear_divergence/api.py.
       kl_type, dense: see `Dense`.
 
@@ -265,8 +292,9 @@ def make_objective(
     if hard_labels:
         temperature, cross_entropy, has_teacher = 1.0, 1.0, False
         part = dataclasses.replace(part, divergence=0.0)
-    all_logits = has_teacher and not top_k_teacher  # of the teacher are there
-    _check_runs(part, temperature, top_k_teacher, implementation)
+    by_outcomes = top_k_teacher or other_ids
+    all_logits = has_teacher and not by_outcomes  # of the teacher are there, id by id
+    _check_runs(part, temperature, top_k_teacher, other_ids, implementation)
     if part.entropy_threshold or target.start < 1:
         _check_interpolates(part, all_logits)
     factors = tuple(_get_weight(name, all_logits) for name in weights)
@@ -275,7 +303,7 @@ def make_objective(
     loss: TermSum | RowLoss
     if part.is_pointwise:
         named = [*part.terms(), *((text, get_term(text, **part.parameters)) for text in added)]
-        found = [_checked(*pair, all_logits, top_k_teacher) for pair in named]
+        found = [_checked(*pair, all_logits, by_outcomes) for pair in named]
         loss = TermSum(_with_advantage(found, advantage), temperature, factors)
     else:
         part.check_alone([*added, *(["policy_gradient"] if advantage else [])])
@@ -288,11 +316,16 @@ def make_objective(
         implementation=implementation,
         chunk=chunk,
         target=target,
+        estimate=dataclasses.replace(advantage, spans=part.divergence + advantage.teacher),
     )
 
 
 def _check_runs(
-    dense: Dense, temperature: float, top_k_teacher: bool, implementation: str | None
+    dense: Dense,
+    temperature: float,
+    top_k_teacher: bool,
+    other_ids: bool,
+    implementation: str | None,
 ) -> None:
     if not temperature > 0:
         raise UserError(f"kl_temperature={temperature} is not positive")
@@ -301,8 +334,14 @@ def _check_runs(
             f"kl_type={dense.kl_type} is a loss of whole rows, but of a teacher behind a server "
             "only the likeliest tokens are known: choose a divergence, or teacher.backend=local"
         )
+    if other_ids and not dense.is_pointwise:
+        raise UserError(
+            f"kl_type={dense.kl_type} is a loss of whole rows, which compares id by id, and with "
+            "teacher.alignment the teacher has other ids: choose a divergence"
+        )
+    fused = dense.is_pointwise and not (top_k_teacher or other_ids)
     try:
-        resolve_implementation(implementation, fused=dense.is_pointwise and not top_k_teacher)
+        resolve_implementation(implementation, fused=fused)
     except ValueError as error:
         raise UserError(f"loss_implementation: {error}") from None
 
@@ -315,7 +354,7 @@ def _check_interpolates(dense: Dense, all_logits: bool) -> None:
         )
 
 
-_NEEDS = "it needs teacher.backend=local and hard_labels=False"
+_NEEDS = "it needs teacher.backend=local, teacher.alignment=none and hard_labels=False"
 
 
 def _get_weight(name: str, all_logits: bool) -> TokenWeight:
@@ -340,14 +379,14 @@ def _with_advantage(terms: list[Term], advantage: Advantage) -> tuple[Term, ...]
     return tuple(terms)
 
 
-def _checked(text: str, term: Term, all_logits: bool, top_k_teacher: bool) -> Term:
+def _checked(text: str, term: Term, all_logits: bool, by_outcomes: bool) -> Term:
     """The term; UserError unless it works entry by entry and has what it reads."""
     try:
         check_pointwise(term.function)
     except ValueError as error:
         raise UserError(f"{text}: {error}") from None
-    by_outcomes = top_k_teacher and isinstance(term.function, DivergenceTerm)
-    if not (all_logits or by_outcomes) and reads_teacher(term.function):
+    is_known = all_logits or (by_outcomes and isinstance(term.function, DivergenceTerm))
+    if not is_known and reads_teacher(term.function):
         raise UserError(
             f"distillation.objective.terms={text} reads the teacher's log-probability of every "
             f"token: {_NEEDS}"

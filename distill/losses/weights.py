@@ -111,6 +111,17 @@ class WrittenBy:
 
 
 @dataclasses.dataclass(frozen=True)
+class CutAlike:
+    """`weight`, or 1, where a teacher with another tokenizer cuts the same token; else 0."""
+
+    weight: TokenWeight | None = None
+
+    def __call__(self, statistics: TokenStatistics, columns) -> jax.Array:
+        weight = 1.0 if self.weight is None else self.weight(statistics, columns)
+        return jnp.where(columns["span"] == 0, weight, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TruncatedImportance:
     """min(clip, q_now(token) / q_sampler(token)) for sampled tokens, 1 for others.
 

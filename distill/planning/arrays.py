@@ -226,6 +226,8 @@ def _abstract_batch(workload: Workload, mesh: AnyMesh) -> Batch:
             columns |= {name: np.zeros(known) for name in ("teacher_ids", "teacher_log_probs")}
         sequences = prompts.join(Sequences.of_tokens([np.zeros(response)] * rows, **columns))
         view = sequences if name in views and views[name].differs else None  # as long at most
+        if teacher.alignment != "none":
+            view = sequences.with_columns(piece=-1, piece_size=0)
         made = make_batch(sequences, layout=layout, pad_id=0, view=view, teacher=number)
         if teacher.scores and (facts := workload.teachers[number]):
             for part in made:  # shapes: the arrays would be large

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from distill.base.sharding import bytes_per_device
@@ -21,6 +22,7 @@ from distill.build.sampler import build_sampling_params
 from distill.build.teachers import part_of_state
 from distill.config.method import OneTeacher
 from distill.config.schema import all_teachers, ema_decay
+from distill.kernels.linear_divergence import SharedIds
 from distill.models import expert_exchange
 from distill.planning.arrays import Arrays
 from distill.planning.collectives import sent_bytes
@@ -80,7 +82,15 @@ def compile_update(workload: Workload, arrays: Arrays, mesh: Mesh) -> Program:
     for name, section in (all_teachers(config) or {"": OneTeacher()}).items():
         model = arrays.teachers[name].model if name in arrays.teachers else None
         from_state = part_of_state(config, section)
-        teachers.append(TeacherInStep(None if model is None else model.graph, from_state, name))
+        teacher = TeacherInStep(None if model is None else model.graph, from_state, name)
+        if section.alignment != "none" and name in arrays.teachers:
+            # Which ids are shared is of no consequence; how many there are is.
+            rows = arrays.teachers[name].facts.vocab_size
+            pairs = np.arange(workload.vocab_size, dtype=np.int32)
+            pairs = np.where(pairs < rows, pairs, -1).astype(np.int32)
+            shared, spans = SharedIds.of_pairs(pairs, rows), section.alignment == "spans"
+            teacher = dataclasses.replace(teacher, shared=shared, spans=spans)
+        teachers.append(teacher)
         teacher_params.append(None if from_state or model is None else model.params)
     with jax.set_mesh(mesh):
         step = make_train_step(

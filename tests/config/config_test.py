@@ -74,6 +74,7 @@ def test_defaults_with_field_evidence():
         ("distillation.teacher_model_path", "self", ["=self reads what the student", "_prompt"]),
         ("distillation.teacher_model_path", "start", ["=start reads what the student", "_prompt"]),
         ("teacher.scores", "runs/scores", ["teacher.scores=runs/scores", "distillation.lambda_"]),
+        ("teacher.alignment", "bytes", ["teacher.alignment", "none, dense, spans"]),
         ("teacher.ema_decay", 0.9, ["teacher.ema_decay=0.9", "no other has one"]),
         ("policy.model_name", "", ["policy.model_name", "embedded:NAME"]),
         ("data", 3, ["'data' is a section", "path"]),
@@ -287,6 +288,50 @@ def test_sizes_beyond_what_anybody_has_are_refused(key, value):
         config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"config key '{key}'.*must be between"):
         parse_config(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"teacher.backend": "vllm", "teacher.vllm.urls": ("http://x:1",)},
+            "servers score the stud",
+        ),
+        ({"teacher.scores": "runs/scores", "distillation.lambda_": 0.0}, "=spans is about resp"),
+        (
+            {
+                "teacher.scores": "runs/scores",
+                "teacher.alignment": "dense",
+                "distillation.lambda_": 0.0,
+            },
+            "teacher.alignment=dense is .* not go with teacher.scores=runs/scores: scores on disk",
+        ),
+        ({"distillation.teacher_model_path": "start"}, "=start: it has the student's tokenizer"),
+        ({"environment.name": "python_tool"}, "aligns one response, and environment.name=python"),
+        (
+            {
+                "teacher.prompt_template": "{feedback}{problem}",
+                "reward.function": "accuracy",
+                "distillation.generate_strategy.num_generations": 4,
+            },
+            "prompt_template=.*: feedback is in the student's tokens",
+        ),
+        (
+            {"distillation.generate_strategy.temperature": 0.7},
+            "temperature=0.7 biases the policy gradient of teacher.alignment=spans",
+        ),
+        (
+            {"policy.generation.async_steps": 1, "policy.generation.colocated.enabled": False},
+            "async_steps=1 biases the policy gradient",
+        ),
+    ],
+)
+def test_alignments_that_cannot_work_are_refused(changes, words):
+    config = valid_config()
+    config.update_from_flattened_dict({"teacher.alignment": "spans", **changes})
+    with pytest.raises(UserError, match=words) as error:
+        parse_config(config)
+    assert "\n" not in str(error.value)
 
 
 REWARDED = {

@@ -460,6 +460,10 @@ class TestTermsAndWeights:
             (dict(kl_type_on_data="jsb"), "kl_type_on_data names 'jsb', but the known"),
             (dict(entropy_threshold=1.0, top_k_teacher=True), "entropy_threshold and target_start"),
             (dict(target=Target(0.5), divergence=0.0, cross_entropy=1.0), "target_start are about"),
+            (dict(terms=("pair",), other_ids=True), "terms=pair reads .*teacher.alignment=none"),
+            (dict(target=Target(0.5), other_ids=True), "target_start are about .*alignment=none"),
+            (dict(kl_type="row", other_ids=True), "kl_type=row is .*, which compares id by id"),
+            (dict(implementation="pallas", other_ids=True), "nor a top-k teacher or one with an"),
             (
                 dict(weights=("sure",), top_k_teacher=True),
                 "names 'sure', which asks for the .*local",

@@ -8,6 +8,7 @@ from distill.kernels.linear_divergence.api import (
 )
 from distill.kernels.linear_divergence.compaction import weighted_first
 from distill.kernels.linear_divergence.head import Head
+from distill.kernels.linear_divergence.shared import SharedIds
 from distill.kernels.linear_divergence.token_losses import (
     DivergenceTerm,
     RowLoss,
@@ -26,6 +27,7 @@ __all__ = [
     "DivergenceTerm",
     "Head",
     "RowLoss",
+    "SharedIds",
     "Term",
     "TermSum",
     "TokenStatistics",

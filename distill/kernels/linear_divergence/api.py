@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from distill.kernels.linear_divergence import loop, reference
 from distill.kernels.linear_divergence.head import Head
+from distill.kernels.linear_divergence.shared import SharedHead, SharedIds
 from distill.kernels.linear_divergence.sweeps import Sweeps, XlaSweeps
 from distill.kernels.linear_divergence.token_losses import (
     DivergenceTerm,
@@ -50,6 +51,7 @@ def linear_loss(
     *,
     targets: jax.Array | None = None,
     columns: Mapping[str, jax.Array] | None = None,
+    shared: SharedIds | None = None,
     vocab_size: int,
     implementation: str | Sweeps | None = None,
     chunk: int | None = None,
@@ -62,21 +64,31 @@ def linear_loss(
         nothing, for terms that do not look at it. Of a TopK, divergences see k tokens and one
         bucket; `log_prob_t` of a target that is not among the k is the log-mass of the bucket.
       columns: (T, ...) by name, for the loss's weights.
+      shared: where the teacher has other ids: divergences see the shared ones and one bucket, in
+        which `log_prob_t` of a target is that is not shared. `vocab_size` is then the student's.
     """
     if not loss.temperature > 0:
         raise ValueError(f"temperature={loss.temperature} is not positive")
     if not isinstance(loss, RowLoss):
         for term in loss.terms:
             check_pointwise(term.function)
-    fused = not isinstance(loss, RowLoss) and not isinstance(teacher, TopK)
+    by_outcomes = isinstance(teacher, TopK) or shared is not None
+    if isinstance(loss, RowLoss) and shared is not None:
+        raise ValueError("a loss of whole rows compares id by id: it takes no teacher of other ids")
+    fused = not isinstance(loss, RowLoss) and not by_outcomes
     implementation = resolve_implementation(implementation, fused=fused)
     head_s, head_t = _head(head_s), None if head_t is None else _head(head_t)
-    tokens = _tokens(hidden_s, head_s, teacher, head_t, targets, weights, columns or {}, vocab_size)
+    sizes = vocab_size, vocab_size if shared is None else shared.size_t
+    tokens = _tokens(hidden_s, head_s, teacher, head_t, targets, weights, columns or {}, sizes)
     if implementation == "reference":
-        return reference.linear_token_loss(loss, tokens, head_s, head_t, vocab_size)
+        return reference.linear_token_loss(loss, tokens, head_s, head_t, vocab_size, shared)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} tokens: it must be at least 1")
-    weights_t, cap_t = (None, None) if head_t is None else (head_t.weights_dv, head_t.soft_cap)
+    weights_t: jax.Array | SharedHead | None = None
+    cap_t = None
+    if head_t is not None:
+        weights_t = head_t.weights_dv if shared is None else shared.head(head_t)
+        cap_t = head_t.soft_cap
     options = loop.Options(_sweeps(implementation), vocab_size, chunk, head_s.soft_cap, cap_t)
     return loop.linear_token_loss(loss, options, tokens, head_s.weights_dv, weights_t)
 
@@ -152,7 +164,9 @@ def resolve_implementation(
 
 def _check_pallas_runs(fused: bool) -> None:
     if not fused:
-        reason = "runs neither losses of whole rows nor a top-k teacher"
+        reason = (
+            "runs neither losses of whole rows nor a top-k teacher or one with another tokenizer"
+        )
     elif platform() not in ("tpu", "gpu"):
         reason = f"cannot run on {platform()}: it needs a TPU from v5e, or a GPU from Hopper on"
     elif _is_too_old():
@@ -200,15 +214,16 @@ def _sweeps(implementation: str | Sweeps) -> Sweeps:
 
 
 def _tokens(
-    hidden_s, head_s, teacher, head_t, targets, weights, columns, vocab_size: int
+    hidden_s, head_s, teacher, head_t, targets, weights, columns, sizes: tuple[int, int]
 ) -> loop.Tokens:
     """The arguments bundled, once they agree; -1 stands for no target."""
+    vocab_size, size_t = sizes
     _check_model("_s", hidden_s, head_s.weights_dv, vocab_size)
     num_tokens = hidden_s.shape[0]
     if not num_tokens:
         raise ValueError(f"hidden_s {hidden_s.shape} has no tokens")
     if head_t is not None:
-        _check_model("_t", teacher, head_t.weights_dv, vocab_size)
+        _check_model("_t", teacher, head_t.weights_dv, size_t)
         if teacher.shape[0] != num_tokens:
             raise ValueError(f"hidden_t {teacher.shape} is not of {num_tokens} tokens")
     if isinstance(teacher, TopK):

@@ -11,8 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill.kernels.linear_divergence import topk
 from distill.kernels.linear_divergence.head import through_cap
+from distill.kernels.linear_divergence.shared import SharedOutcomes
 from distill.kernels.linear_divergence.sweeps import (
     Logits,
     PerTerm,
@@ -22,6 +22,7 @@ from distill.kernels.linear_divergence.sweeps import (
     XlaSweeps,
     gradient,
     gradient_products,
+    log_probs,
     relative_to,
     weighted,
 )
@@ -35,6 +36,7 @@ from distill.kernels.linear_divergence.token_losses import (
     term_weights,
     weighted_sum,
 )
+from distill.kernels.linear_divergence.topk import TopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,13 @@ class Block:
 
     `logits.targets_c` counts from this shard's first column (no column matches where the target is
     elsewhere), and `logits.num_columns` of this shard's exist, of `vocab_size` in all: the
-    vocabulary's last shard may have fewer than the array. `top_k` stands for a teacher without
-    logits; `statistics` are those of the whole vocabulary at `temperature`.
+    vocabulary's last shard may have fewer than the array. `outcomes` stand for a teacher whose
+    logits are not the student's, column by column; `statistics` are those of the whole vocabulary
+    at `temperature`.
     """
 
     logits: Logits
-    top_k: topk.TopK | None
+    outcomes: TopK | SharedOutcomes | None
     statistics: Statistics
     temperature: float
     first_column: jax.Array | int
@@ -59,8 +62,10 @@ class Block:
         """Sum over the shards of the vocabulary."""
         return jax.lax.psum(tree, self.vocab_axes) if self.vocab_axes else tree
 
-    def max(self, tree):
-        return jax.lax.pmax(tree, self.vocab_axes) if self.vocab_axes else tree
+    def log_q(self, logits_cx) -> jax.Array:
+        """The student's log-probabilities, of its logits at temperature 1."""
+        statistics = self.statistics
+        return log_probs(logits_cx, self.temperature, statistics.max_s, statistics.sum_s)
 
 
 def values(loss, sweeps: Sweeps, block: Block, weights_c, columns) -> tuple:
@@ -70,8 +75,8 @@ def values(loss, sweeps: Sweeps, block: Block, weights_c, columns) -> tuple:
     terms: tuple[jax.Array, ...]
     if isinstance(loss, RowLoss):
         terms = (loss.values(*_whole_rows(block)),)
-    elif block.top_k is not None:
-        terms, _ = _top_k_gradient(loss, block, weights)
+    elif block.outcomes is not None:
+        terms, _ = _outcome_gradient(loss, block, weights)
     else:
         terms = tuple(term_c for term_c, _ in _sums(loss, sweeps, block))
     return TokenValues(terms, *log_probs), weighted_sum(weights, terms)
@@ -87,8 +92,8 @@ def values_and_gradients(
     """
     log_probs = _target_log_probs(block)
     weights = _term_weights(loss, block, weights_c, columns, log_probs)
-    if isinstance(loss, RowLoss) or block.top_k is not None:
-        gradient_of = _row_gradient if isinstance(loss, RowLoss) else _top_k_gradient
+    if isinstance(loss, RowLoss) or block.outcomes is not None:
+        gradient_of = _row_gradient if isinstance(loss, RowLoss) else _outcome_gradient
         terms, gradient_cv = gradient_of(loss, block, weights)
         gradient_cv = through_cap(gradient_cv, block.logits.student_cv, block.logits.soft_cap)
         gradient_cv = gradient_cv.astype(student.hidden_cd.dtype)
@@ -133,9 +138,9 @@ def _target_log_probs(block: Block) -> tuple[jax.Array, jax.Array]:
     statistics, temperature = block.statistics, block.temperature
     log_prob_s = statistics.target_s - temperature * statistics.max_s
     log_prob_s -= jnp.log(statistics.plain_sum_s)
-    if block.top_k is not None:
+    if block.outcomes is not None:
         targets_c = block.logits.targets_c + block.first_column
-        log_prob_t = block.top_k.log_prob_t(targets_c, block.vocab_size)
+        log_prob_t = block.outcomes.log_prob_t(targets_c, block.vocab_size)
     elif statistics.max_t is None:
         log_prob_t = jnp.zeros_like(log_prob_s)
     else:
@@ -166,13 +171,14 @@ def _whole_rows(block: Block):
     return logits_s_cv, logits_t_cv, block.logits.targets_c + block.first_column
 
 
-def _top_k_gradient(loss: TermSum, block: Block, weights):
+def _outcome_gradient(loss: TermSum, block: Block, weights):
     """Terms and the gradient by the logits: divergences over the teacher's outcomes, all other
     terms over the vocabulary, without a teacher."""
     terms, gradient_cv = [], 0.0
     for term, weights_c in zip(loss.terms, weights, strict=True):
         if isinstance(term.function, DivergenceTerm):
-            term_c, added_cv = topk.gradient(term.function, block, weights_c)
+            assert block.outcomes is not None
+            term_c, added_cv = block.outcomes.gradient(term.function, block, weights_c)
         else:
             alone = dataclasses.replace(loss, terms=(term,))
             [(term_c, slope_sum_c)] = _sums(alone, XlaSweeps(), block)

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from distill.base.sharding import mesh_axes, num_shards, partition_spec
 from distill.kernels.linear_divergence import block as blocks
+from distill.kernels.linear_divergence.shared import SharedHead
 from distill.kernels.linear_divergence.sweeps import Projection, Sweeps
 from distill.kernels.linear_divergence.token_losses import (
     RowLoss,
@@ -154,10 +155,17 @@ linear_token_loss.defvjp(_forward_with_gradients, _backward)
 def _block(options: Options, loss, chunk: Tokens, head_s_dv, head_t_dv, memory=None):
     temperature, vocab_axes = loss.temperature, mesh_axes("act_vocab")
     width = head_s_dv.shape[1]
+    student, teacher = _projections(options, chunk, head_s_dv, head_t_dv)
+    outcomes = chunk.teacher_t if head_t_dv is None else None
     first_column = jax.lax.axis_index(vocab_axes) * width if vocab_axes else 0
     num_columns = jnp.clip(options.vocab_size - first_column, 0, width).astype(jnp.int32)
+    if isinstance(head_t_dv, SharedHead):
+        assert teacher is not None
+        of_targets = chunk.targets_t - first_column, temperature, vocab_axes
+        outcomes, teacher = head_t_dv.outcomes(teacher.logits(), *of_targets), None
     logits, statistics = options.sweeps.logits_and_statistics(
-        *_projections(options, chunk, head_s_dv, head_t_dv),
+        student,
+        teacher,
         chunk.targets_t - first_column,
         num_columns,
         memory,
@@ -166,7 +174,7 @@ def _block(options: Options, loss, chunk: Tokens, head_s_dv, head_t_dv, memory=N
     )
     return blocks.Block(
         logits=logits,
-        top_k=chunk.teacher_t if head_t_dv is None else None,
+        outcomes=outcomes,
         statistics=blocks.combined(statistics, temperature, vocab_axes),
         temperature=temperature,
         first_column=first_column,
@@ -181,7 +189,8 @@ def _projections(
     """Student and teacher, None for one without logits."""
     teacher = None
     if head_t_dv is not None:
-        teacher = Projection(tokens.teacher_t, head_t_dv, options.soft_cap_t)
+        weights_dv = head_t_dv.weights_dv if isinstance(head_t_dv, SharedHead) else head_t_dv
+        teacher = Projection(tokens.teacher_t, weights_dv, options.soft_cap_t)
     return Projection(tokens.hidden_s_td, head_s_dv, options.soft_cap_s), teacher
 
 
@@ -251,9 +260,12 @@ def _on_shards(options: Options, local: Callable, tokens: Tokens, head_s_dv, hea
     tokens = jax.tree.map(lambda x: _padded(x, size), tokens)
     if vocab_shards > 1:
         # Cut alike, whatever their own padding: a shard has the same ids of both models.
-        unit = LANES * vocab_shards
-        columns = -(-options.vocab_size // unit) * unit
-        head_s_dv, head_t_dv = (_with_columns(head, columns) for head in (head_s_dv, head_t_dv))
+        unit, places = LANES * vocab_shards, options.vocab_size
+        if isinstance(head_t_dv, SharedHead):
+            places = max(places, head_t_dv.weights_dv.shape[1])
+        columns = -(-places // unit) * unit
+        cut = functools.partial(_with_columns, columns=columns)
+        head_s_dv, head_t_dv = jax.tree.map(cut, (head_s_dv, head_t_dv))
     # Whole in d: this is where a sharded head is gathered, once.
     head_spec = partition_spec((None, "act_vocab"))
     return jax.shard_map(
@@ -300,6 +312,6 @@ def _padded(x, num_tokens: int):
 
 def _with_columns(head_dv, columns: int):
     """A head cut or filled with zeros to a number of columns."""
-    if head_dv is None or head_dv.shape[1] == columns:
+    if head_dv.shape[1] == columns:
         return head_dv
     return jnp.pad(head_dv[:, :columns], ((0, 0), (0, max(0, columns - head_dv.shape[1]))))

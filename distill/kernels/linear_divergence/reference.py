@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from distill.kernels.linear_divergence.head import Head
 from distill.kernels.linear_divergence.loop import Tokens
+from distill.kernels.linear_divergence.shared import SharedOutcomes
 from distill.kernels.linear_divergence.sweeps import MASKED
 from distill.kernels.linear_divergence.token_losses import (
     DivergenceTerm,
@@ -20,7 +23,7 @@ from distill.kernels.linear_divergence.topk import TopK
 
 
 def linear_token_loss(
-    loss, tokens: Tokens, head_s: Head, head_t: Head | None, vocab_size: int
+    loss, tokens: Tokens, head_s: Head, head_t: Head | None, vocab_size: int, shared=None
 ) -> tuple[jax.Array, TokenValues]:
     """The sum of the weighted losses and the values per token; differentiable by the student's two.
 
@@ -35,6 +38,12 @@ def linear_token_loss(
     is_target_tv = jnp.arange(vocab_size) == targets_t[:, None]
     if isinstance(teacher_t, TopK):
         log_prob_t = teacher_t.log_prob_t(targets_t, vocab_size)
+    elif shared is not None:
+        assert head_t is not None
+        placed = shared.head(head_t)
+        logits_t_tv = Head(placed.weights_dv, head_t.soft_cap).logits(teacher_t)
+        teacher_t = placed.outcomes(logits_t_tv, targets_t, temperature, ())
+        log_prob_t = teacher_t.log_prob_c
     elif head_t is not None:
         logits_t_tv = head_t.cut(vocab_size).logits(teacher_t)
         log_prob_t = _at(jax.nn.log_softmax(logits_t_tv), targets_t)
@@ -42,12 +51,13 @@ def linear_token_loss(
         p_tv, q_tv, log_ratio_tv = jnp.exp(log_p_tv), jnp.exp(log_q_tv), log_p_tv - log_q_tv
         known = [p_tv * log_ratio_tv, -q_tv * log_ratio_tv, -p_tv * log_p_tv]
     terms: tuple[jax.Array, ...]
+    by_outcomes: dict[type, Any] = {TopK: _top_k, SharedOutcomes: _shared}
     if isinstance(loss, RowLoss):
         terms = (loss.values(logits_s_tv, logits_t_tv, targets_t),)
     else:
         terms = tuple(
-            _top_k(term.function, log_q_tv, teacher_t)
-            if isinstance(teacher_t, TopK) and isinstance(term.function, DivergenceTerm)
+            by_outcomes[type(teacher_t)](term.function, log_q_tv, teacher_t)
+            if type(teacher_t) in by_outcomes and isinstance(term.function, DivergenceTerm)
             else jnp.sum(term.function(log_p_tv, log_q_tv, is_target_tv), axis=-1)
             for term in loss.terms
         )
@@ -73,6 +83,17 @@ def _top_k(divergence: DivergenceTerm, log_q_tv, teacher: TopK):
     terms_tk = divergence(teacher.log_probs_tk, _at_ids(log_q_tv, teacher.ids_tk), False)
     terms_tail_t = divergence(log_tail_t, log_q_tail_t, False)
     return jnp.sum(jnp.where(teacher.present_tk, terms_tk, 0.0), axis=-1) + terms_tail_t
+
+
+def _shared(divergence: DivergenceTerm, log_q_tv, teacher: SharedOutcomes):
+    """The divergence over the shared ids and the bucket of all others."""
+    width = min(log_q_tv.shape[1], teacher.log_p_cv.shape[1])
+    is_shared_1v = teacher.is_shared_1v[:, :width]
+    log_rest_q_t = jax.nn.logsumexp(log_q_tv, axis=-1, where=~is_shared_1v)
+    log_rest_q_t = jnp.maximum(log_rest_q_t, MASKED)  # finite without any
+    terms_tv = divergence(teacher.log_p_cv[:, :width], log_q_tv, False)
+    rest_t = divergence(teacher.log_rest_c, log_rest_q_t, False)
+    return jnp.sum(jnp.where(is_shared_1v, terms_tv, 0.0), axis=-1) + rest_t
 
 
 def _at(log_probs_tv, targets_t):

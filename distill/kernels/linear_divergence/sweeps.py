@@ -438,6 +438,14 @@ def log_probs(logits_cv, temperature: float, max_c, sum_c):
     return (logits_cv / temperature - max_c[:, None]) - jnp.log(sum_c)[:, None]
 
 
+def log_sum_exp(masked_cv, vocab_axes) -> jax.Array:
+    """Over the columns of all shards, those that do not count being MASKED; (c,)."""
+    max_c = jnp.max(masked_cv, axis=-1)
+    max_c = jax.lax.pmax(max_c, vocab_axes) if vocab_axes else max_c
+    sum_c = jnp.sum(jnp.exp(masked_cv - max_c[:, None]), axis=-1)
+    return max_c + jnp.log(jax.lax.psum(sum_c, vocab_axes) if vocab_axes else sum_c)
+
+
 def exists(logits_cv, num_columns):
     return _column(logits_cv) < num_columns
 

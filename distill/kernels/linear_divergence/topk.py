@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distill.kernels.linear_divergence.sweeps import MASKED, exists, log_probs, weighted
+from distill.kernels.linear_divergence.sweeps import MASKED, exists, log_sum_exp, weighted
 from distill.kernels.linear_divergence.token_losses import (
     DivergenceTerm,
     TermSum,
@@ -46,45 +46,41 @@ class TopK:
         listed_t = jnp.sum(jnp.where(is_target_tk, self.log_probs_tk, 0.0), axis=-1)
         return jnp.where(is_target_tk.any(axis=-1), listed_t, self.log_tail_t(vocab_size))
 
+    def gradient(self, divergence: DivergenceTerm, block, weights_c):
+        """Values (c,) and weights_c * dvalue_c/dlogits_s, float32, over this shard's columns.
 
-def gradient(divergence: DivergenceTerm, block, weights_c):
-    """Values (c,) and weights_c * dvalue_c/dlogits_s, float32, over this shard's columns.
-
-    With r the slopes and R their sum, the derivative by the logit of v is r_v - q_v R on the
-    support, and r_tail q_v / q_tail - q_v R in the tail.
-    """
-    outcomes = _outcomes(divergence, block)
-    (terms_ck, terms_tail_c), (slopes_ck, slope_tail_c), tail_cv, log_tail_q_c = outcomes
-    slope_sum_c = jnp.sum(slopes_ck, axis=-1) + slope_tail_c
-    # tail_cv is log q there: minus the tail's, the log-share of the tail.
-    gradient_cv = slope_tail_c[:, None] * jnp.exp(tail_cv - log_tail_q_c[:, None])
-    gradient_cv -= jnp.exp(_log_q(block.logits.student_cv, block)) * slope_sum_c[:, None]
-    rows_c1 = jnp.arange(slopes_ck.shape[0])[:, None]
-    gradient_cv = gradient_cv.at[rows_c1, _columns(block)].add(slopes_ck, mode="drop")
-    exists_cv = exists(block.logits.student_cv, block.logits.num_columns)
-    gradient_cv = jnp.where(exists_cv, gradient_cv, 0.0)
-    divergence_c = jnp.sum(terms_ck, axis=-1) + terms_tail_c
-    return divergence_c, weighted(gradient_cv, weights_c / block.temperature)
+        With r the slopes and R their sum, the derivative by the logit of v is r_v - q_v R on the
+        support, and r_tail q_v / q_tail - q_v R in the tail.
+        """
+        outcomes = _outcomes(divergence, block, self)
+        (terms_ck, terms_tail_c), (slopes_ck, slope_tail_c), tail_cv, log_tail_q_c = outcomes
+        slope_sum_c = jnp.sum(slopes_ck, axis=-1) + slope_tail_c
+        # tail_cv is log q there: minus the tail's, the log-share of the tail.
+        gradient_cv = slope_tail_c[:, None] * jnp.exp(tail_cv - log_tail_q_c[:, None])
+        gradient_cv -= jnp.exp(block.log_q(block.logits.student_cv)) * slope_sum_c[:, None]
+        rows_c1 = jnp.arange(slopes_ck.shape[0])[:, None]
+        gradient_cv = gradient_cv.at[rows_c1, _columns(block, self)].add(slopes_ck, mode="drop")
+        exists_cv = exists(block.logits.student_cv, block.logits.num_columns)
+        gradient_cv = jnp.where(exists_cv, gradient_cv, 0.0)
+        divergence_c = jnp.sum(terms_ck, axis=-1) + terms_tail_c
+        return divergence_c, weighted(gradient_cv, weights_c / block.temperature)
 
 
-def _outcomes(divergence, block):
+def _outcomes(divergence, block, teacher: TopK):
     """Terms and slopes, each of (support (c, k), tail (c,)); log q, MASKED on the support, (c, v);
     the student's log-mass of the tail (c,)."""
-    teacher = block.top_k
-    columns_ck = _columns(block)
+    columns_ck = _columns(block, teacher)
     logits_ck = jnp.take_along_axis(
         block.logits.student_cv, columns_ck, axis=1, mode="fill", fill_value=0.0
     )
-    log_q_ck = _log_q(block.sum(logits_ck), block)
+    log_q_ck = block.log_q(block.sum(logits_ck))
 
-    log_q_cv = _log_q(block.logits.student_cv, block)
+    log_q_cv = block.log_q(block.logits.student_cv)
     exists_cv = exists(block.logits.student_cv, block.logits.num_columns)
     tail_cv = jnp.where(exists_cv, log_q_cv, MASKED)
     rows_c1 = jnp.arange(tail_cv.shape[0])[:, None]
     tail_cv = tail_cv.at[rows_c1, columns_ck].set(MASKED, mode="drop")
-    max_c = block.max(jnp.max(tail_cv, axis=-1))
-    sum_c = block.sum(jnp.sum(jnp.exp(tail_cv - max_c[:, None]), axis=-1))
-    log_tail_q_c = max_c + jnp.log(sum_c)
+    log_tail_q_c = log_sum_exp(tail_cv, block.vocab_axes)
 
     # The tail as one more column.
     log_p_cn = jnp.concatenate(
@@ -101,12 +97,8 @@ def _outcomes(divergence, block):
     return terms, slopes, tail_cv, log_tail_q_c
 
 
-def _log_q(logits_cx, block):
-    return log_probs(logits_cx, block.temperature, block.statistics.max_s, block.statistics.sum_s)
-
-
-def _columns(block):
+def _columns(block, teacher: TopK):
     """This shard's columns of the support, (c, k); one past the end for ids that lie elsewhere."""
-    columns_ck = block.top_k.ids_tk - block.first_column
-    here_ck = block.top_k.present_tk & (0 <= columns_ck) & (columns_ck < block.logits.num_columns)
+    columns_ck = teacher.ids_tk - block.first_column
+    here_ck = teacher.present_tk & (0 <= columns_ck) & (columns_ck < block.logits.num_columns)
     return jnp.where(here_ck, columns_ck, block.logits.student_cv.shape[1])
