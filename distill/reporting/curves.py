@@ -51,6 +51,15 @@ CHARTS = (
         {"student": "student_log_prob", "teacher": "teacher_log_prob"},
     ),
     Chart(
+        "How a teacher with another tokenizer cuts the responses",
+        "share of their tokens",
+        {
+            "cut alike": "teacher/cut_alike",
+            "in spans": "teacher/in_spans",
+            "left out": "teacher/left_out",
+        },
+    ),
+    Chart(
         "Gap between sampler and trainer",
         "nats on the same tokens",
         {"mean": "log_prob_gap", "largest": "log_prob_gap_max"},
