@@ -131,6 +131,7 @@ def _check_references(distillation: Distillation, teachers: Mapping[str, OneTeac
             ("distillation.kl_type", kl_type, ("reverse",)),
             ("distillation.kl_type_on_data", distillation.kl_type_on_data, ("", "reverse")),
             ("distillation.hard_labels", distillation.hard_labels, (False,)),
+            (f"teachers.{name}.alignment", teacher.alignment, ("none",)),
             (f"{key}.divergence_clip", objective.divergence_clip, (0.0,)),
             (f"{key}.ratio_clip", objective.ratio_clip, (0.0,)),
             (f"{key}.entropy_threshold", objective.entropy_threshold, (0.0,)),
