@@ -84,8 +84,8 @@ class Objective:
         loss = dataclasses.replace(self.loss, weights=())
         if isinstance(loss, TermSum):
             loss = dataclasses.replace(loss, terms=(Term(loss.terms[0].function),))
-        alone = dict(importance_clip=0.0, estimate=Advantage(spans=1.0))
-        return dataclasses.replace(self, loss=loss, **alone)
+        estimate = Advantage(spans=1.0)
+        return dataclasses.replace(self, loss=loss, importance_clip=0.0, estimate=estimate)
 
     def aligned(self, spans: bool) -> Objective:
         """For a teacher with another tokenizer, which reads the columns `span`, `span_log_ratio`.
