@@ -130,7 +130,8 @@ def _plan(
     temporaries = costs.estimated_temporaries(workload, arrays, topology.platform)
     sent = costs.estimated_sent(workload, arrays)
     for name, program in programs.items():
-        temporaries[name] = program.temporaries
+        if program.temporaries is not None:
+            temporaries[name] = program.temporaries
         if program.sent is not None:
             sent[name] = sum(program.sent.values())
     phases = [costs.update_phase(workload, arrays, sent["update"])]

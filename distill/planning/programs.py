@@ -35,12 +35,13 @@ from distill.step import TeacherInStep, make_train_step
 class Program:
     """What the compiler says of one program, per device.
 
-    Temporaries are bytes beside the arguments, results that replace none included. `sent` is by
-    kind of collective, and None where it cannot be read. A failure is in the compiler's words.
+    Temporaries are bytes beside the arguments, results that replace none included; None where the
+    compiler fails without saying. `sent` is by kind of collective, and None where it cannot be
+    read. A failure is in the compiler's words.
     """
 
     seconds: float
-    temporaries: float
+    temporaries: float | None
     sent: dict[str, float] | None
     failure: str = ""
 
@@ -138,8 +139,6 @@ def _compile(
     except jax.errors.JaxRuntimeError as error:
         seconds = time.perf_counter() - start
         temporaries = _refused_temporaries(str(error), bytes_per_device(arguments))
-        if temporaries is None:
-            raise
         return Program(seconds, temporaries, None, " ".join(str(error).split())[:200])
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()

@@ -471,6 +471,15 @@ def test_programs_that_the_compiler_refuses_for_their_size_are_measured_all_the_
     assert program.temporaries > 1 << 34
 
 
+def test_a_compiler_that_fails_by_itself_is_quoted():
+    def lower():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\n  loop_code_motion.cc:1125")
+
+    program = programs._compile(lower, (), make_mesh(devices=jax.devices()[:1]), [])
+    assert program.failure == "INTERNAL: RET_CHECK failure loop_code_motion.cc:1125"
+    assert program.temporaries is None and program.sent is None
+
+
 def test_what_a_refused_program_uses_includes_its_arguments():
     message = "Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded ..."
     assert programs._refused_temporaries(message, held=2**32) == 16 * 2**30
