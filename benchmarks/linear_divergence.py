@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import harness
 from distill.base.errors import UserError
-from distill.base.sharding import make_mesh
+from distill.base.mesh import make_mesh
 from distill.base.topology import CHIPS, Chip, described_tpu
 from distill.config import cli
 from distill.kernels.linear_divergence import linear_divergence

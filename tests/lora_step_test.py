@@ -9,7 +9,8 @@ from flax import nnx
 from step_test import VOCAB_SIZE, make_model, make_rows, padded
 from tiny_models import model_config, num_bytes
 
-from distill.base.sharding import make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import param_shardings
 from distill.build.devices import put_batch
 from distill.build.models import abstract_state, first_state
 from distill.config.policy import Lora, Optimizer, Policy

@@ -12,7 +12,8 @@ from step_test import ROWS, VOCAB_SIZE, assert_same, make_model, make_rows, padd
 from tiny_runs import read_metrics, tiny_config, train_killed, with_models
 
 import distill
-from distill.base.sharding import make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import param_shardings
 from distill.build.devices import put_batch
 from distill.build.teachers import FROM_STATE, part_of_state
 from distill.config.parse import parse_config

@@ -22,7 +22,7 @@ from tiny_runs import tiny_config
 
 import distill
 from distill.base.errors import UserError, printable
-from distill.base.sharding import make_mesh
+from distill.base.mesh import make_mesh
 from distill.build import fixed_data
 from distill.build.models import build_model
 from distill.config import cli

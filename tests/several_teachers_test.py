@@ -23,7 +23,8 @@ from tiny_runs import random_model, read_metrics, tiny_config, train_killed
 
 import distill
 from distill.base.errors import UserError
-from distill.base.sharding import bytes_per_device, in_host_memory, make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import bytes_per_device, in_host_memory, param_shardings
 from distill.batches.rows import make_batch
 from distill.batches.source import Asked, BatchSource
 from distill.build.devices import put_batch

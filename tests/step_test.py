@@ -12,11 +12,11 @@ from tiny_models import model_config, random_model
 
 from distill.base import sharding
 from distill.base.errors import UserError
+from distill.base.mesh import make_mesh, sampler_mesh_sizes
 from distill.base.sharding import (
     RULES,
     SPREAD_RULES,
     batch_parts,
-    make_mesh,
     optimizer_shardings,
     param_shardings,
     partition_spec,
@@ -675,7 +675,7 @@ def test_an_axis_of_the_mesh_is_a_row_of_the_table(monkeypatch):
     sizes = dict(data=2, fsdp=2, tensor=1, context=1, expert=1, slice=2, width=1)
     assert dict(mesh.shape) == sizes
     assert batch_parts(mesh) == 4
-    found = sharding.sampler_mesh_sizes(mesh.shape, 6)
+    found = sampler_mesh_sizes(mesh.shape, 6)
     assert found == sizes | dict(data=3, slice=1)
     params = jax.device_put(params, param_shardings(params, mesh))
     with jax.set_mesh(mesh):

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from distill.base.sharding import make_mesh
+from distill.base.mesh import make_mesh
 from distill.base.topology import described_tpu
 
 needs_tpu_compiler = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Mesh and logical axis rules: the only file that names mesh axes.
+"""Logical axis rules, and the layouts that follow from them: the only file that names mesh axes.
 
 Models and losses speak of logical axes ('embed', 'heads', 'batch'); `RULES` says which mesh axes
 hold each of them. A further axis is a row of `MESH_AXES`, an entry of `RULES` and a config key.
@@ -6,15 +6,12 @@ hold each of them. A further axis is a row of `MESH_AXES`, an entry of `RULES` a
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from distill.base.errors import UserError
 
@@ -68,124 +65,9 @@ SPREAD_RULES = RULES | {
 SAMPLER_RULES = RULES | {"embed": None, "expert_embed": None}
 
 
-def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """The sizes of a mesh over `count` devices; one may be -1 and takes what is left.
-
-    `sizes` has those of the axes that differ from `MESH_AXES`, by name.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices.
-    """
-    if unknown := sorted(sizes.keys() - _all_axes().keys()):
-        raise ValueError(f"a mesh has no axis {unknown[0]!r}, only {', '.join(MESH_AXES)}")
-    filled = _all_axes() | dict(sizes)
-    fixed = math.prod(size for size in filled.values() if size != -1)
-    free = [name for name, size in filled.items() if size == -1]
-    given = _as_keys({name: filled[name] for name in MESH_AXES})
-    if len(free) > 1 or any(size < 1 and size != -1 for size in filled.values()):
-        raise UserError(f"{given}: sizes are positive, and at most one is -1 (takes the rest)")
-    if free and count % fixed == 0:
-        filled[free[0]] = count // fixed
-    if math.prod(filled.values()) != count:
-        example = dict.fromkeys(MESH_AXES, 1) | {next(iter(MESH_AXES)): count}
-        raise UserError(
-            f"{given} does not match {count} devices: {' x '.join(MESH_AXES)} must be {count}, "
-            f"e.g. {_as_keys(example)}"
-        )
-    return filled
-
-
-def make_mesh(*sizes: int, devices=None, **named: int) -> Mesh:
-    """Mesh over `devices`, by default all, with sizes in the order of `MESH_AXES` or by name.
-
-    See `mesh_sizes`. Devices that share rows stand side by side, as `make_row_mesh` needs it.
-    """
-    devices = jax.devices() if devices is None else devices
-    given = dict(zip(MESH_AXES, sizes, strict=False)) | named
-    shape = mesh_sizes(given, len(devices))
-    major = next(iter(shape)), *_axes(RULES["position"])
-    shape = {axis: shape[axis] for axis in dict.fromkeys((*major, *shape))}
-    shape["tensor"] = shape.pop("tensor")  # side by side: they exchange something in every product
-    return Mesh(np.asarray(devices).reshape(tuple(shape.values())), tuple(shape), _types(shape))
-
-
-def make_row_mesh(mesh: Mesh) -> Mesh:
-    """The same devices in the same order, of which those that share rows have rows of their own."""
-    return make_mesh(devices=mesh.devices.reshape(-1), **row_mesh_sizes(mesh.shape))
-
-
-def row_mesh_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of `make_row_mesh` of a mesh of these sizes."""
-    rows, positions = next(iter(MESH_AXES)), _axes(RULES["position"])
-    at_once = math.prod(sizes[axis] for axis in positions)
-    return dict(sizes) | dict.fromkeys(positions, 1) | {rows: sizes[rows] * at_once}
-
-
-def make_abstract_mesh(*sizes: int, **named: int) -> AbstractMesh:
-    """A mesh without devices, for the shapes of shards; sizes that are not given are 1."""
-    shape = dict.fromkeys(_all_axes(), 1) | dict(zip(MESH_AXES, sizes, strict=False)) | named
-    return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=_types(shape))
-
-
-def _all_axes() -> dict[str, int]:
+def all_axes() -> dict[str, int]:
+    """The axes that every mesh has, a sampler's own among them."""
     return MESH_AXES | {WIDTH: 1}
-
-
-def _types(axes: Collection[str]) -> tuple[AxisType, ...]:
-    return (AxisType.Auto,) * len(axes)
-
-
-def _as_keys(sizes: Mapping[str, int]) -> str:
-    return " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-
-
-def use_row_mesh() -> contextlib.AbstractContextManager[Any]:
-    """Within it, `make_row_mesh` of the current mesh (`jax.set_mesh`) is the current one."""
-    if num_shards("position") == 1:
-        return contextlib.nullcontext()
-    return jax.set_mesh(make_row_mesh(jax.sharding.get_mesh()))
-
-
-def sampler_mesh_sizes(
-    trainer: Mapping[str, int], count: int, tensor: int = 0, width: int = 1
-) -> dict[str, int]:
-    """Sizes of the mesh of a sampler with `count` devices; `trainer` has those of the trainer's.
-
-    Weights are cut `tensor` ways, by default as the trainer's, and MLPs also `width` ways; rows
-    over the rest.
-
-    Raises:
-      UserError: the number of devices is no multiple of what the weights are cut into.
-    """
-    cutting_weights = _axes(SAMPLER_RULES["expert"])
-    cutting_rows = _axes(RULES["mlp_batch"]) + _axes(RULES["position"])
-    over_rows, *others = (axis for axis in cutting_rows if axis not in cutting_weights)
-    kept = {axis: trainer[axis] for axis in MESH_AXES if axis not in (over_rows, *others)}
-    kept |= {"tensor": tensor or trainer["tensor"], WIDTH: width}
-    cut = math.prod(kept.values())
-    if count % cut:
-        keys = "policy.generation.tensor x .width" if tensor or width > 1 else None
-        keys = keys or " x ".join(f"mesh.{axis}" for axis, size in kept.items() if size > 1)
-        raise UserError(
-            f"a sampler of {count} devices cannot split weights {cut} ways ({keys}): give it a "
-            f"multiple of {cut} devices, or choose a {keys} that divides {count}"
-        )
-    sizes = kept | dict.fromkeys(others, 1) | {over_rows: count // cut}
-    return {axis: sizes[axis] for axis in _all_axes()}
-
-
-def make_sampler_mesh(
-    trainer_mesh: Mesh, devices: Sequence[jax.Device], tensor: int = 0, width: int = 1
-) -> Mesh:
-    """Mesh of a sampler with a layout or devices of its own; see `sampler_mesh_sizes`."""
-    sizes = sampler_mesh_sizes(trainer_mesh.shape, len(devices), tensor, width)
-    return make_mesh(devices=devices, **sizes)
-
-
-def copy_to_mesh(arrays, mesh: Mesh):
-    """The arrays on another mesh of this process with the same partition specs."""
-    layout = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), arrays)
-    return jax.device_put(arrays, layout)
 
 
 def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> PartitionSpec:
@@ -193,7 +75,7 @@ def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> Partition
     spec = [rules[name] if name is not None else None for name in logical_axes]
     holder: dict[str, str | None] = {}
     for name, entry in zip(logical_axes, spec, strict=True):
-        for axis in _axes(entry):
+        for axis in axes_of(entry):
             if axis in holder:
                 raise ValueError(
                     f"logical axes {holder[axis]!r} and {name!r} of one array are both on the one "
@@ -204,7 +86,7 @@ def partition_spec(logical_axes: Sequence[str | None], rules=RULES) -> Partition
     return PartitionSpec(*spec)
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a table or a partition spec."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
@@ -229,12 +111,12 @@ def mesh_axes(logical_axis: str) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
-    if missing := [axis for axis in _all_axes() if axis not in mesh.shape]:
+    if missing := [axis for axis in all_axes() if axis not in mesh.shape]:
         raise ValueError(
             f"the current mesh has the axes {', '.join(mesh.axis_names)} and lacks "
-            f"{', '.join(missing)}: make it with distill.base.sharding.make_mesh"
+            f"{', '.join(missing)}: make it with distill.base.mesh.make_mesh"
         )
-    return tuple(axis for axis in _axes(RULES[logical_axis]) if mesh.shape[axis] > 1)
+    return tuple(axis for axis in axes_of(RULES[logical_axis]) if mesh.shape[axis] > 1)
 
 
 def num_shards(logical_axis: str) -> int:
@@ -294,7 +176,7 @@ def stacked_sharding(mesh: AnyMesh, shape: Sequence[int]) -> NamedSharding:
 
 def batch_axes() -> str:
     """The mesh axes over which the rows of a batch are split, in words."""
-    return f"mesh {' x '.join(_axes(RULES['mlp_batch']))}"
+    return f"mesh {' x '.join(axes_of(RULES['mlp_batch']))}"
 
 
 def batch_parts(mesh: AnyMesh) -> int:
@@ -304,7 +186,7 @@ def batch_parts(mesh: AnyMesh) -> int:
 
 def axis_parts(mesh: AnyMesh, logical_axis: str) -> int:
     """Number of parts into which the mesh cuts a logical axis."""
-    return math.prod(mesh.shape[axis] for axis in _axes(RULES[logical_axis]))
+    return math.prod(mesh.shape[axis] for axis in axes_of(RULES[logical_axis]))
 
 
 def inner_sharding(stacked: Sharding, num_axes: int) -> Sharding:
@@ -394,7 +276,7 @@ def param_shardings(params, mesh: AnyMesh, rules=RULES, section: str = "mesh"):
 
 def _check_divisible(params, mesh: AnyMesh, rules, section: str) -> None:
     cut = [
-        (path, name, size, tuple(axis for axis in _axes(rules[name]) if mesh.shape[axis] > 1))
+        (path, name, size, tuple(axis for axis in axes_of(rules[name]) if mesh.shape[axis] > 1))
         for path, param in nnx.to_flat_state(params)
         for name, size in zip(
             param.get_metadata()["logical_axes"], param.get_value().shape, strict=True

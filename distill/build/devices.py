@@ -10,15 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from distill.base import processes
 from distill.base.errors import UserError
-from distill.base.sharding import (
-    batch_axes,
-    batch_parts,
-    make_mesh,
-    make_row_mesh,
-    make_sampler_mesh,
-    named_sharding,
-    stacked_sharding,
-)
+from distill.base.mesh import make_mesh, make_row_mesh, make_sampler_mesh
+from distill.base.sharding import batch_axes, batch_parts, named_sharding, stacked_sharding
 from distill.batches.rows import Batch
 from distill.build.layout import build_layout
 from distill.config.policy import Generation

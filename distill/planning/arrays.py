@@ -11,12 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from distill.base.sharding import (
-    HOST_MEMORY,
-    AnyMesh,
-    bytes_per_device,
-    stacked_sharding,
-)
+from distill.base.sharding import HOST_MEMORY, AnyMesh, bytes_per_device, stacked_sharding
 from distill.batches.rows import Batch, Rows, make_batch
 from distill.build.data import teacher_prompts
 from distill.build.layout import build_layout

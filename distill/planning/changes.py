@@ -10,13 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from distill.base.errors import UserError
-from distill.base.sharding import (
-    MESH_AXES,
-    RULES,
-    axis_parts,
-    batch_parts,
-    make_abstract_mesh,
-)
+from distill.base.mesh import make_abstract_mesh
+from distill.base.sharding import MESH_AXES, RULES, axis_parts, batch_parts
 from distill.base.topology import SLICES, Topology, parse_topology
 from distill.config.policy import microbatch_values, rows_per_microbatch
 from distill.config.schema import Config, all_teachers, teacher_key

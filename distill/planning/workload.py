@@ -9,13 +9,8 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from distill.base.errors import UserError
-from distill.base.sharding import (
-    batch_parts,
-    make_abstract_mesh,
-    mesh_sizes,
-    row_mesh_sizes,
-    sampler_mesh_sizes,
-)
+from distill.base.mesh import make_abstract_mesh, mesh_sizes, row_mesh_sizes, sampler_mesh_sizes
+from distill.base.sharding import batch_parts
 from distill.build.devices import split_devices
 from distill.config.method import OF_STUDENT, Teachers
 from distill.config.policy import microbatch_values, rows_per_microbatch

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from distill.base.sharding import copy_to_mesh
+from distill.base.mesh import copy_to_mesh
 from distill.models.lora import is_stored, weight
 from distill.sampling.engine import Engine
 from distill.sampling.request import Rollout, RolloutRequest

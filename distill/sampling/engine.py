@@ -19,7 +19,8 @@ import jax
 from flax import nnx
 
 from distill.base.errors import UserError
-from distill.base.sharding import num_shards, use_row_mesh
+from distill.base.mesh import use_row_mesh
+from distill.base.sharding import num_shards
 from distill.sampling.attention import Kernel
 from distill.sampling.cache import Cache
 from distill.sampling.choice import SamplingParams

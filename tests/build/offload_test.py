@@ -14,7 +14,8 @@ from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
 from distill.base.errors import UserError
-from distill.base.sharding import HOST_MEMORY, check_host_memory, make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import HOST_MEMORY, check_host_memory, param_shardings
 from distill.build.devices import put_batch
 from distill.build.session import open_session
 from distill.config.parse import parse_config

@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from distill.base.sharding import make_mesh, optimizer_shardings, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import optimizer_shardings, param_shardings
 from distill.build.models import on_mesh
 from distill.build.optimizer import build_optimizer, build_schedule
 from distill.config.policy import OPTIMIZERS, Optimizer

@@ -10,7 +10,8 @@ import pytest
 from devices import needs_hopper
 from jax.experimental import topologies
 
-from distill.base.sharding import make_mesh, named_sharding
+from distill.base.mesh import make_mesh
+from distill.base.sharding import named_sharding
 from distill.base.topology import described_tpu
 from distill.kernels.attention import MOST_SEGMENTS, AttentionSpec, api, attention
 from distill.kernels.attention.api import _segments, splash

@@ -13,7 +13,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from distill.base.sharding import make_mesh, named_sharding
+from distill.base.mesh import make_mesh
+from distill.base.sharding import named_sharding
 from distill.kernels.linear_divergence import (
     DivergenceTerm,
     Head,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tpu_compiler import needs_tpu_compiler, temporary_bytes, tpu_mesh
 
-from distill.base.sharding import make_mesh, named_sharding
+from distill.base.mesh import make_mesh
+from distill.base.sharding import named_sharding
 from distill.kernels.recurrent import (
     causal_convolution,
     convolution_step,

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from distill.base.sharding import make_mesh, named_sharding
+from distill.base.mesh import make_mesh
+from distill.base.sharding import named_sharding
 from distill.kernels.linear_divergence import (
     DivergenceTerm,
     Head,

@@ -13,13 +13,8 @@ from simple_decode import simple_decode
 from tiny_models import random_model
 
 from distill.base.errors import UserError
-from distill.base.sharding import (
-    HOST_MEMORY,
-    SAMPLER_RULES,
-    in_host_memory,
-    make_mesh,
-    param_shardings,
-)
+from distill.base.mesh import make_mesh
+from distill.base.sharding import HOST_MEMORY, SAMPLER_RULES, in_host_memory, param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models import decoding
 from distill.models.checkpoints.export import export_model, hf_config_dict

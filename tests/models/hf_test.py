@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import model_config
 
 from distill.base.errors import UserError
-from distill.base.sharding import make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints import export as hf_export
 from distill.models.checkpoints import hub, keys, tensors

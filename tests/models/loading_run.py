@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill.base.sharding import make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.load import load_params

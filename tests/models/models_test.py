@@ -13,7 +13,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from distill.base.errors import UserError
-from distill.base.sharding import make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models import moe
 from distill.models.checkpoints.export import export_model, hf_config_dict

@@ -10,7 +10,8 @@ from flax import nnx
 from tiny_models import model_config, random_model
 
 from distill.base.errors import UserError
-from distill.base.sharding import make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import param_shardings
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.data.sequences import Sequences

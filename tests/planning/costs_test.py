@@ -10,12 +10,8 @@ from tiny_plans import arrays_of, flagship, workload_of, workload_on_mesh
 from tiny_runs import tiny_config
 
 import configs.qwen3
-from distill.base.sharding import (
-    bytes_per_device,
-    make_abstract_mesh,
-    make_mesh,
-    param_shardings,
-)
+from distill.base.mesh import make_abstract_mesh, make_mesh
+from distill.base.sharding import bytes_per_device, param_shardings
 from distill.base.topology import GPUS, parse_topology
 from distill.batches.packing import place
 from distill.build.layout import build_layout

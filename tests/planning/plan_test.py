@@ -19,7 +19,8 @@ import distill
 from distill import trainer
 from distill.base import topology
 from distill.base.errors import UserError
-from distill.base.sharding import bytes_per_device, make_mesh, make_row_mesh
+from distill.base.mesh import make_mesh, make_row_mesh
+from distill.base.sharding import bytes_per_device
 from distill.base.topology import CHIPS, GPUS, SLICES, parse_topology
 from distill.build.devices import build_mesh, build_sampler_mesh
 from distill.build.scratch import make_random_model_like

@@ -230,7 +230,7 @@ def test_what_is_known_of_answers(tmp_path):
 
 
 def test_a_mesh_and_other_batches_change_nothing(tmp_path):
-    from distill.base.sharding import make_mesh
+    from distill.base.mesh import make_mesh
 
     with jax.set_mesh(make_mesh(2, 1, 2, devices=jax.devices()[:4])):
         sharded = record(tmp_path / "a", batch_size=4)

@@ -10,14 +10,8 @@ import pytest
 from flax import nnx
 from tiny_models import model_config, random_model
 
-from distill.base.sharding import (
-    SAMPLER_RULES,
-    make_mesh,
-    make_sampler_mesh,
-    named_sharding,
-    param_shardings,
-    replicated,
-)
+from distill.base.mesh import make_mesh, make_sampler_mesh
+from distill.base.sharding import SAMPLER_RULES, named_sharding, param_shardings, replicated
 from distill.models.quantization import quantized
 from distill.rollout.base import RolloutBackend
 from distill.rollout.in_process import JaxBackend

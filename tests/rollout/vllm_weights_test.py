@@ -12,7 +12,8 @@ from flax import nnx
 from tiny_models import model_config, random_model
 
 from distill.base.errors import RunStopped
-from distill.base.sharding import batch_parts, make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import batch_parts, param_shardings
 from distill.data.tokenizer import Vocabulary, character_tokenizer
 from distill.models.checkpoints.export import export_model, hf_config_dict
 from distill.models.checkpoints.load import load_params

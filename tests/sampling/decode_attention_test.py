@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from tiny_models import num_bytes, num_programs
 from tpu_compiler import needs_tpu_compiler, num_kernels, temporary_bytes, tpu_mesh
 
-from distill.base.sharding import SAMPLER_RULES, make_mesh, named_sharding, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import SAMPLER_RULES, named_sharding, param_shardings
 from distill.kernels.attention import AttentionSpec
 from distill.kernels.decode_attention import Kernel
 from distill.models.cache import AttentionCache

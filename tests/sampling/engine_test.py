@@ -14,7 +14,8 @@ from simple_decode import simple_decode
 from tiny_models import model_config, num_bytes, num_programs, random_model
 
 from distill.base.errors import UserError
-from distill.base.sharding import SAMPLER_RULES, make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import SAMPLER_RULES, param_shardings
 from distill.models.decoding import UNROLLED_LAYERS
 from distill.sampling import schedule
 from distill.sampling.choice import SamplingParams

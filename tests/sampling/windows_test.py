@@ -9,7 +9,8 @@ import pytest
 from simple_decode import simple_decode
 from tiny_models import model_config, num_bytes, random_model
 
-from distill.base.sharding import SAMPLER_RULES, make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import SAMPLER_RULES, param_shardings
 from distill.kernels.decode_attention import Kernel
 from distill.models.cache import Axes, LayerCache, empty_cache
 from distill.models.decoding import UNROLLED_LAYERS

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distill.base.errors import UserError
-from distill.base.sharding import make_mesh, param_shardings
+from distill.base.mesh import make_mesh
+from distill.base.sharding import param_shardings
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.build.devices import put_batch

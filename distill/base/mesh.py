@@ -1,0 +1,139 @@
+"""Meshes of devices: the trainer's, and the sampler's own."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from distill.base.errors import UserError
+from distill.base.sharding import (
+    MESH_AXES,
+    RULES,
+    SAMPLER_RULES,
+    WIDTH,
+    all_axes,
+    axes_of,
+    num_shards,
+)
+
+
+def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """The sizes of a mesh over `count` devices; one may be -1 and takes what is left.
+
+    `sizes` has those of the axes that differ from `MESH_AXES`, by name.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    if unknown := sorted(sizes.keys() - all_axes().keys()):
+        raise ValueError(f"a mesh has no axis {unknown[0]!r}, only {', '.join(MESH_AXES)}")
+    filled = all_axes() | dict(sizes)
+    fixed = math.prod(size for size in filled.values() if size != -1)
+    free = [name for name, size in filled.items() if size == -1]
+    given = _as_keys({name: filled[name] for name in MESH_AXES})
+    if len(free) > 1 or any(size < 1 and size != -1 for size in filled.values()):
+        raise UserError(f"{given}: sizes are positive, and at most one is -1 (takes the rest)")
+    if free and count % fixed == 0:
+        filled[free[0]] = count // fixed
+    if math.prod(filled.values()) != count:
+        example = dict.fromkeys(MESH_AXES, 1) | {next(iter(MESH_AXES)): count}
+        raise UserError(
+            f"{given} does not match {count} devices: {' x '.join(MESH_AXES)} must be {count}, "
+            f"e.g. {_as_keys(example)}"
+        )
+    return filled
+
+
+def make_mesh(*sizes: int, devices=None, **named: int) -> Mesh:
+    """Mesh over `devices`, by default all, with sizes in the order of `MESH_AXES` or by name.
+
+    See `mesh_sizes`. Devices that share rows stand side by side, as `make_row_mesh` needs it.
+    """
+    devices = jax.devices() if devices is None else devices
+    given = dict(zip(MESH_AXES, sizes, strict=False)) | named
+    shape = mesh_sizes(given, len(devices))
+    major = next(iter(shape)), *axes_of(RULES["position"])
+    shape = {axis: shape[axis] for axis in dict.fromkeys((*major, *shape))}
+    shape["tensor"] = shape.pop("tensor")  # side by side: they exchange something in every product
+    return Mesh(np.asarray(devices).reshape(tuple(shape.values())), tuple(shape), _types(shape))
+
+
+def make_row_mesh(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, of which those that share rows have rows of their own."""
+    return make_mesh(devices=mesh.devices.reshape(-1), **row_mesh_sizes(mesh.shape))
+
+
+def row_mesh_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of `make_row_mesh` of a mesh of these sizes."""
+    rows, positions = next(iter(MESH_AXES)), axes_of(RULES["position"])
+    at_once = math.prod(sizes[axis] for axis in positions)
+    return dict(sizes) | dict.fromkeys(positions, 1) | {rows: sizes[rows] * at_once}
+
+
+def make_abstract_mesh(*sizes: int, **named: int) -> AbstractMesh:
+    """A mesh without devices, for the shapes of shards; sizes that are not given are 1."""
+    shape = dict.fromkeys(all_axes(), 1) | dict(zip(MESH_AXES, sizes, strict=False)) | named
+    return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=_types(shape))
+
+
+def _types(axes: Collection[str]) -> tuple[AxisType, ...]:
+    return (AxisType.Auto,) * len(axes)
+
+
+def _as_keys(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+
+
+def use_row_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Within it, `make_row_mesh` of the current mesh (`jax.set_mesh`) is the current one."""
+    if num_shards("position") == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_row_mesh(jax.sharding.get_mesh()))
+
+
+def sampler_mesh_sizes(
+    trainer: Mapping[str, int], count: int, tensor: int = 0, width: int = 1
+) -> dict[str, int]:
+    """Sizes of the mesh of a sampler with `count` devices; `trainer` has those of the trainer's.
+
+    Weights are cut `tensor` ways, by default as the trainer's, and MLPs also `width` ways; rows
+    over the rest.
+
+    Raises:
+      UserError: the number of devices is no multiple of what the weights are cut into.
+    """
+    cutting_weights = axes_of(SAMPLER_RULES["expert"])
+    cutting_rows = axes_of(RULES["mlp_batch"]) + axes_of(RULES["position"])
+    over_rows, *others = (axis for axis in cutting_rows if axis not in cutting_weights)
+    kept = {axis: trainer[axis] for axis in MESH_AXES if axis not in (over_rows, *others)}
+    kept |= {"tensor": tensor or trainer["tensor"], WIDTH: width}
+    cut = math.prod(kept.values())
+    if count % cut:
+        keys = "policy.generation.tensor x .width" if tensor or width > 1 else None
+        keys = keys or " x ".join(f"mesh.{axis}" for axis, size in kept.items() if size > 1)
+        raise UserError(
+            f"a sampler of {count} devices cannot split weights {cut} ways ({keys}): give it a "
+            f"multiple of {cut} devices, or choose a {keys} that divides {count}"
+        )
+    sizes = kept | dict.fromkeys(others, 1) | {over_rows: count // cut}
+    return {axis: sizes[axis] for axis in all_axes()}
+
+
+def make_sampler_mesh(
+    trainer_mesh: Mesh, devices: Sequence[jax.Device], tensor: int = 0, width: int = 1
+) -> Mesh:
+    """Mesh of a sampler with a layout or devices of its own; see `sampler_mesh_sizes`."""
+    sizes = sampler_mesh_sizes(trainer_mesh.shape, len(devices), tensor, width)
+    return make_mesh(devices=devices, **sizes)
+
+
+def copy_to_mesh(arrays, mesh: Mesh):
+    """The arrays on another mesh of this process with the same partition specs."""
+    layout = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), arrays)
+    return jax.device_put(arrays, layout)
