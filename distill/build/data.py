@@ -22,7 +22,7 @@ from distill.data.base import (
     get_factory,
 )
 from distill.data.prompts import Prompts
-from distill.data.tokenizing import TeacherPrompt
+from distill.data.teacher_prompts import TeacherPrompt
 from distill.teachers.alignment import Alignment
 
 # Keys of the config's data section that a source may take.

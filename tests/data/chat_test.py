@@ -13,8 +13,9 @@ from distill.config.schema import Config, Data
 from distill.data.base import Dropped, Example
 from distill.data.sequences import Sequences
 from distill.data.table import InMemoryDataset
+from distill.data.teacher_prompts import TeacherPrompt
 from distill.data.tokenizer import response_end, vocabulary_size
-from distill.data.tokenizing import TeacherPrompt, tokenize_prompts
+from distill.data.tokenizing import tokenize_prompts
 
 SPECIAL = ["<|endoftext|>", "<|start|>", "<|end|>"]
 CHATML = (
