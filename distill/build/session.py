@@ -51,18 +51,19 @@ from distill.build.plugins import import_plugins
 from distill.build.rewards import build_reward
 from distill.build.sampler import build_backend, build_engine
 from distill.build.teachers import build_teachers
+from distill.build.tokenizers import build_alignments, build_vocabulary
 from distill.config.method import OF_STUDENT
 from distill.config.schema import ACCURACY, Config, all_teachers, ema_decay
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
-from distill.data.tokenizer import Vocabulary, shared_vocabulary
+from distill.data.tokenizer import Vocabulary
 from distill.data.tokenizing import tokenize_prompts
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import RolloutRecorder
 from distill.evaluation.token_values import TokenReader
 from distill.losses.objective import Objective
-from distill.models.checkpoints.hub import resolve_model, tokenizer_folder
+from distill.models.checkpoints.hub import resolve_model
 from distill.models.checkpoints.source import load_model_config
 from distill.models.lora import merged
 from distill.models.model import Model
@@ -148,36 +149,13 @@ class Session:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        teachers = all_teachers(self.config)
-        found = self.teacher_folders.items()
-        alike = [folder for name, folder in found if teachers[name].alignment == "none"]
-        folders = list(dict.fromkeys([self.student_folder, *alike]))
-        # Before any complaint about tokenizers: a model that is not supported is refused as that.
-        local = {self.teacher_folders.get(n) for n, t in teachers.items() if t.backend == "local"}
-        rows = {
-            folder: load_model_config(folder)[0].vocab_size
-            for folder in folders
-            if folder in (self.student_folder, *local)
-        }
-        template = self.config.data.chat_template
-        vocabulary = shared_vocabulary(*map(tokenizer_folder, folders), chat_template=template)
-        for folder, number in rows.items():
-            vocabulary = vocabulary.within(number, folder)
-        return vocabulary
+        return build_vocabulary(self.config, self.student_folder, self.teacher_folders)
 
     @functools.cached_property
     def alignments(self) -> dict[str, Alignment]:
         """Of the teachers with another tokenizer, by name."""
-        made = {}
-        for name, teacher in all_teachers(self.config).items():
-            if teacher.alignment == "none":
-                continue
-            folder = self.teacher_folders[name]
-            rows = load_model_config(folder)[0].vocab_size
-            own = shared_vocabulary(tokenizer_folder(folder)).within(rows, folder)
-            folders = self.student_folder, folder
-            made[name] = Alignment(self.vocabulary, own, folders, teacher.alignment == "spans")
-        return made
+        folders = self.student_folder, self.teacher_folders
+        return build_alignments(self.config, self.vocabulary, *folders)
 
     @property
     def samples(self) -> bool:
