@@ -36,6 +36,7 @@ from distill.build.data import (
 )
 from distill.build.devices import build_mesh, build_sampler_mesh, make_put
 from distill.build.environment import MakeDialogues, build_dialogues
+from distill.build.evaluator import build_evaluator
 from distill.build.models import (
     abstract_model,
     abstract_state,
@@ -53,7 +54,7 @@ from distill.build.sampler import build_backend, build_engine
 from distill.build.teachers import build_teachers
 from distill.build.tokenizers import build_alignments, build_vocabulary
 from distill.config.method import OF_STUDENT
-from distill.config.schema import ACCURACY, Config, all_teachers, ema_decay
+from distill.config.schema import Config, all_teachers, ema_decay
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
@@ -73,9 +74,6 @@ from distill.sampling.engine import Engine
 from distill.step import TeacherInStep, TrainState
 from distill.teachers.alignment import Alignment
 from distill.teachers.base import Teacher
-
-# Evaluations of responses up to this length are short beside the compilation of their programs.
-SHORT_RESPONSE = 128
 
 
 @contextlib.contextmanager
@@ -359,48 +357,17 @@ class Session:
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         assert self.validation is not None  # or nothing is evaluated
-        settings, strategy = self.config.evaluation, self.config.distillation.generate_strategy
         prompts = self.tokenize(self.validation)
-        size = self._batch_size(len(prompts))
-        max_length = settings.max_length or strategy.max_length
-
-        def build(prompts: Prompts, vocabulary: Vocabulary, **of_teachers: Any) -> Evaluator:
-            assert self.validation is not None
-            return Evaluator(
-                self.validation,
-                prompts,
-                vocabulary,
-                dataclasses.replace(settings, batch_size=size),
-                max_length=max_length,
-                make_engine=functools.partial(
-                    build_engine,
-                    self.config.policy,
-                    vocabulary=vocabulary,
-                    few_programs=max_length <= SHORT_RESPONSE,
-                ),
-                put=make_put(self.mesh),
-                dialogues=self.dialogues(self.validation),
-                **of_teachers,
-            )
-
-        teachers, aligned = all_teachers(self.config), self.alignments
-        by_teacher = dict(zip(teachers, prompts.by_teacher, strict=False))
-        evaluator = build(
+        return build_evaluator(
+            self.config,
+            self.validation,
             prompts,
             self.vocabulary,
-            teachers={name: each.weight for name, each in teachers.items()},
-            shared={name: each.shared for name, each in aligned.items()},
-            own={
-                name: build(by_teacher[name].of_view(each.teacher.pad_id), each.teacher)
-                for name, each in aligned.items()
-            },
+            self.alignments,
+            put=make_put(self.mesh),
+            batch_size=self._batch_size(len(prompts)),
+            dialogues=self.dialogues(self.validation),
         )
-        if self.config.checkpointing.best_metric == ACCURACY and not evaluator.num_graded:
-            raise UserError(
-                f"checkpointing.best_metric={ACCURACY} needs answers, and the validation data has "
-                "none: set data.answer_column, or choose eval/student/forward_kl"
-            )
-        return evaluator
 
     def build_recorder(self) -> RolloutRecorder:
         """Writes what comes of the evaluation's responses, token by token."""

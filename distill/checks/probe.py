@@ -18,8 +18,9 @@ import numpy as np
 from distill.base.errors import UserError
 from distill.base.files import to_json, write_atomically
 from distill.base.status import busy
+from distill.build.evaluator import SHORT_RESPONSE
 from distill.build.sampler import build_engine, build_sampling_params
-from distill.build.session import SHORT_RESPONSE, Session
+from distill.build.session import Session
 from distill.config.schema import Config, all_teachers, teacher_key
 from distill.evaluation.diagnosis import diagnose
 from distill.evaluation.evaluator import Evaluator
