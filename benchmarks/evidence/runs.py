@@ -12,10 +12,10 @@ from configs import arithmetic
 
 STUDENT, TEACHER = "embedded:arithmetic-student", "embedded:arithmetic-teacher"
 UPDATES, BATCH = 400, 64
-SEEDS = 3
+SEEDS, FEW_SEEDS = 3, 5
 # Distinct prompts; of the most, each is seen about once.
 PROMPTS, MORE_PROMPTS = (384, 1536, 24000), (64, 6000)
-FEW = 384  # where all methods and other learning rates are run
+FEW = 384  # where all methods and other learning rates are run, and more seeds
 RATES = (1e-3, 5e-4)
 LEARNING_RATE = 2e-3
 GROUPS, GROUP_PROMPTS = 8, 1536  # where rewards are given: responses to a prompt, prompts
@@ -112,6 +112,7 @@ def all_runs() -> list[Run]:
     ]
     queue = [main[0], more[0], rivals[0][:1], *main[1:], rivals[0][1:], rates]
     queue += [*more[1:], *rivals[1:], rewards]
+    queue += [[Run(m, FEW, seed) for m in MAIN] for seed in range(SEEDS, FEW_SEEDS)]
     return [run for runs in queue for run in runs]
 
 
