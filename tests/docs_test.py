@@ -260,7 +260,7 @@ METHODS = [
 def test_method_has_a_loss(method, lines, models, tmp_path):
     """The config lines are those of a run whose first batch has a loss."""
     config = with_models(tiny_config(), models)
-    config.policy.max_total_sequence_length = 64
+    config.policy.max_total_sequence_length = 56  # of 64 positions: a teacher may read more
     config.data.chat_template = "none"  # random models have one that knows no system prompt
     values = {key: read_value(text) for key, text in lines.items()}
     named = {key.split(".")[1]: {} for key in values if key.startswith("teachers.")}
@@ -271,19 +271,23 @@ def test_method_has_a_loss(method, lines, models, tmp_path):
         config.update_from_flattened_dict(values)
     with open_session(parse_config(config), tmp_path) as session:
         state, teachers = session.load_state(), session.load_teachers().values()
+        in_step = session.teachers_in_step()
         sequences = session.prompts.sequences(np.arange(4))
         if session.prompts.response_tokens is None:
             known = dict(sampled=True, weight=1, log_prob=-2, advantage=1, reward=1)
             sampled = Sequences.of_tokens([[3, 4, 5]] * 4, **known)
             sequences = sequences.join(sampled)
         losses, views = [], []
-        for teacher, prompts in zip(teachers, session.prompts.by_teacher, strict=True):
+        for teacher, of_step, prompts in zip(
+            teachers, in_step, session.prompts.by_teacher, strict=True
+        ):
             layout = Layout((Shape(8, 64),), view_excess=prompts.view_excess)
             views.append(prompts.view(sequences))
             (rows,) = make_batch(sequences, layout=layout, pad_id=0, view=views[-1])
             rows = jax.tree.map(lambda x: x[0], rows)
-            graphs = session.student.graph, teacher.graph
-            loss_fn = make_loss(*graphs, session.objective, vocab_size=16)
+            graphs, shared = (session.student.graph, teacher.graph), of_step.shared
+            objective = session.objective if shared is None else session.objective.aligned(True)
+            loss_fn = make_loss(*graphs, objective, vocab_size=16, shared=shared)
             model = teacher.at(state)
             arguments = state.params, model and model.params, rows, float(rows.mask_bt.sum())
             losses.append(abs(jax.jit(loss_fn)(*arguments)[0]))  # an advantage's may be negative
