@@ -14,18 +14,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill.base import processes
-from distill.base.files import local_path
 from distill.config import cli
 from distill.config.parse import parse_config
-
-if TYPE_CHECKING:
-    from distill.checks.probe import Probe
 
 
 def preflight_alone(config: ConfigDict) -> dict[str, str]:
@@ -47,31 +41,6 @@ def preflight_alone(config: ConfigDict) -> dict[str, str]:
         return preflight(session, state, print)
 
 
-def probe_alone(config: ConfigDict, workdir: str | Path | None = None) -> dict[str, Probe]:
-    """What the teachers make of the student's half-way states; see checks/probe.py.
-
-    Args:
-      workdir: the folder of the run, where its report looks for what was found.
-
-    Raises:
-      UserError: a teacher cannot be probed, or the config is wrong.
-    """
-    from distill.build.session import open_session  # late: flags come before JAX
-    from distill.checks.probe import PROMPTS, check_probe, probe, write_probe
-
-    config = config.copy_and_resolve_references()
-    held_out = config.data.validation.max_samples
-    config.data.validation.max_samples = PROMPTS if held_out is None else min(PROMPTS, held_out)
-    parsed = parse_config(config)
-    check_probe(parsed)
-    with open_session(parsed) as session:
-        session.load_teachers()
-        found = probe(session, session.load_state(), print)
-    if workdir and processes.is_first():
-        write_probe(found, local_path(workdir))
-    return found
-
-
 def run() -> None:
     config_flag = cli.define_config_flag()
     probe = flags.DEFINE_bool("probe", False, "Predict whether on-policy distillation will help.")
@@ -85,6 +54,8 @@ def run() -> None:
             raise cli.UserError("--workdir is where --probe writes: pass --probe, or leave it out")
         cli.join_processes()
         if probe.value:
+            from distill.checks.probe import probe_alone  # late: flags come before JAX
+
             probe_alone(config, workdir.value)
         else:
             preflight_alone(config)

@@ -29,7 +29,7 @@ PROBES = DOCS / "results/probe.json"
 
 def probe_all(output: Path) -> None:
     """Writes the JSON after every student."""
-    from distill.preflight import probe_alone
+    from distill.checks.probe import probe_alone
 
     found = []
     for run in all_runs():

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from distill.base import processes
 from distill.base.errors import UserError
-from distill.base.files import to_json, write_atomically
+from distill.base.files import local_path, to_json, write_atomically
 from distill.base.status import busy
 from distill.build.evaluator import SHORT_RESPONSE
 from distill.build.sampler import build_engine, build_sampling_params
-from distill.build.session import Session
+from distill.build.session import Session, open_session
+from distill.config.parse import parse_config
 from distill.config.schema import Config, all_teachers, teacher_key
 from distill.evaluation.diagnosis import diagnose
 from distill.evaluation.evaluator import Evaluator
@@ -105,6 +108,28 @@ class Probe:
         lines += [f"{name:44}{x:.1%}" for name, x in shares.items() if x is not None]
         lines += [f"{name:44}{x:.3f} nats" for name, x in nats.items() if x is not None]
         return "\n".join(lines)
+
+
+def probe_alone(config: ConfigDict, workdir: str | Path | None = None) -> dict[str, Probe]:
+    """What the teachers make of the student's half-way states.
+
+    Args:
+      workdir: the folder of the run, where its report looks for what was found.
+
+    Raises:
+      UserError: a teacher cannot be probed, or the config is wrong.
+    """
+    config = config.copy_and_resolve_references()
+    held_out = config.data.validation.max_samples
+    config.data.validation.max_samples = PROMPTS if held_out is None else min(PROMPTS, held_out)
+    parsed = parse_config(config)
+    check_probe(parsed)
+    with open_session(parsed) as session:
+        session.load_teachers()
+        found = probe(session, session.load_state(), print)
+    if workdir and processes.is_first():
+        write_probe(found, local_path(workdir))
+    return found
 
 
 def probe(session: Session, state: TrainState, say: Callable[[str], None]) -> dict[str, Probe]:
