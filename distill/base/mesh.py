@@ -115,10 +115,12 @@ def sampler_mesh_sizes(
     kept |= {"tensor": tensor or trainer["tensor"], WIDTH: width}
     cut = math.prod(kept.values())
     if count % cut:
-        keys = "policy.generation.tensor x .width" if tensor or width > 1 else None
-        keys = keys or " x ".join(f"mesh.{axis}" for axis, size in kept.items() if size > 1)
+        given, keys = f"policy.generation.tensor={tensor} .width={width}", "tensor and width"
+        if not tensor and width == 1:
+            cutting = {axis: size for axis, size in kept.items() if size > 1}
+            given, keys = _as_keys(cutting), " x ".join(f"mesh.{axis}" for axis in cutting)
         raise UserError(
-            f"a sampler of {count} devices cannot split weights {cut} ways ({keys}): give it a "
+            f"a sampler of {count} devices cannot split weights {cut} ways ({given}): give it a "
             f"multiple of {cut} devices, or choose a {keys} that divides {count}"
         )
     sizes = kept | dict.fromkeys(others, 1) | {over_rows: count // cut}

@@ -102,7 +102,7 @@ def _of_model(
     vocab_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of the trained tokens, for each shift, and which are a response's first."""
-    own = None if view is sequences else view
+    own = None if "piece" in view.columns else view  # of another tokenizer: no places to look up
     rows = laid_out(session, prompts, sequences, packed=False, view=own)
     placed = jax.tree.map(make_put(session.mesh), rows)
     log_prob = functools.partial(session.objective.log_probs, vocab_size=vocab_size)
