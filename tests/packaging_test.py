@@ -65,7 +65,7 @@ def test_configs_are_found_by_name_in_any_folder(site, tmp_path):
         done = run(site, tmp_path, "-m", "distill.main", f"--config={config}")
         assert done.returncode == 2 and "pass --workdir=FOLDER" in done.stderr
     done = run(site, tmp_path, "-m", "distill.main", "--config=arithmetc")
-    assert done.returncode == 2 and "arithmetic, gemma, gsm8k, math_cl" in done.stderr
+    assert done.returncode == 2 and "arithmetic, gemma, gsm8k, llama_teacher" in done.stderr
     done = run(site, tmp_path, "-m", "distill.main", "--version")
     assert (done.returncode, done.stdout) == (0, f"distill {distill.__version__}\n")
 
