@@ -96,10 +96,12 @@ def test_any_eos_ends_a_row_and_nothing_else_does():
 
 
 def test_prefill_never_holds_logits_of_all_positions():
-    shapes = jax.eval_shape(lambda: tiny_model()[1])
-    program = engine().slots.lower_prefill(shapes, (1, BATCH, 16)).as_text()
-    assert f"{BATCH}x1x32xf32" in program
-    assert f"{BATCH}x16x32xf32" not in program
+    graph, params = random_model(model_config(vocab_size=44))  # a width that nothing else has
+    shapes, sizes = jax.eval_shape(lambda: params), EngineConfig(max_length=32, num_slots=BATCH)
+    made = Engine(graph, sizes, eos_ids=(), pad_id=PAD, vocab_size=44)
+    program = made.slots.lower_prefill(shapes, (1, BATCH, 16)).as_text()
+    assert f"{BATCH}x1x44xf32" in program
+    assert f"{BATCH}x16x44xf32" not in program and f"{BATCH * 16}x44xf32" not in program
 
 
 def end_lengths(tokens_br, eos_ids):

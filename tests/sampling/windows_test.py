@@ -10,7 +10,7 @@ from simple_decode import simple_decode
 from tiny_models import model_config, num_bytes, random_model
 
 from distill.base.mesh import make_mesh
-from distill.base.sharding import SAMPLER_RULES, param_shardings
+from distill.base.sharding import SAMPLER_RULES, param_shardings, partition_spec
 from distill.kernels.decode_attention import Kernel
 from distill.models.cache import Axes, LayerCache, empty_cache
 from distill.models.decoding import UNROLLED_LAYERS
@@ -149,4 +149,5 @@ def test_a_state_is_inserted_moved_replaced_and_counted_like_keys():
     np.testing.assert_array_equal(cache[1].v_lpcksh[:, :, 2, :, 9:13], tail[1].v_lpcksh[:, :, 2])
     assert num_bytes(cache) == 4 * (3 * 5 * 8 + 2 * 2 * 5 * 2 * 8 * 32)
     state_spec = caches.partition_specs(cache)[0].state_lpckh
-    assert state_spec == jax.sharding.PartitionSpec(None, ("data", "fsdp"), None, "tensor", None)
+    assert state_spec == partition_spec(("layers", "batch", None, "act_heads", None))
+    assert state_spec[3] == "tensor" and {"data", "fsdp"} < set(state_spec[1])
