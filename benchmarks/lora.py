@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import harness
-from benchmarks.distill_step import (
+from benchmarks.distill_step_jobs import (
     CPUS,
     DTYPE,
     WORKLOADS,
@@ -36,6 +36,8 @@ from benchmarks.sampling_jobs import export_weights
 from distill.config import cli
 from distill.config.policy import Lora
 
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each implementation.", lower_bound=1)
+_TRL_PYTHON = flags.DEFINE_string("trl_python", None, "Python interpreter that has TRL and peft.")
 RANK, ALPHA = 8, 16.0
 ADAPTERS = Lora(rank=RANK, alpha=ALPHA)
 BASELINE = "distill, adapters"
@@ -63,7 +65,7 @@ def main() -> None:
     harness.check_json_path()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the workers inherit both
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
-    python = check_python()
+    python = check_python(_TRL_PYTHON.value)
     rows, notes = [], []
     for workload in WORKLOADS:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
@@ -72,7 +74,7 @@ def main() -> None:
             export_weights(workload.teacher, DTYPE, folder / "teacher")
             write_work(workload, folder)
             jobs = _jobs(workload, folder, python)
-            measured = harness.measure(jobs, flags.FLAGS.repeats)
+            measured = harness.measure(jobs, _REPEATS.value)
         rows += harness.compare(workload.name, measured, BASELINE)
         notes += harness.failures(workload.name, measured)
     harness.print_rows(rows)

@@ -1,0 +1,186 @@
+"""The work of benchmarks/distill_step.py and lora.py, as functions that their workers call."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.sampling_jobs import SMALL_CONFIG, load_weights
+from distill.base.errors import UserError
+from distill.batches.packing import Layout, Shape
+from distill.batches.source import Asked, BatchSource
+from distill.build.optimizer import build_optimizer
+from distill.config.policy import Lora, Optimizer
+from distill.data.pipeline import make_train_iterator
+from distill.data.prompts import Prompts
+from distill.losses.objective import make_objective
+from distill.models.facts import ModelConfig
+from distill.models.lora import abstract_adapters, make_adapters
+from distill.models.quantization import quantize
+from distill.rollout.in_process import JaxBackend
+from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
+from distill.step import TeacherInStep, TrainState, make_train_step
+
+CPUS = 2
+DTYPE = "float32"
+NUM_PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, RESPONSE = 16, 16, 64, 64
+MICROBATCH = 8
+LEARNING_RATE, WEIGHT_DECAY, BETA = 1e-5, 0.01, 0.5
+LOSS_TOLERANCE = 0.05
+
+
+class Workload(NamedTuple):
+    name: str
+    student: ModelConfig
+    teacher: ModelConfig
+
+
+_TINY = dataclasses.replace(SMALL_CONFIG, vocab_size=512, num_heads=4, head_width=32)
+WORKLOADS = (
+    Workload(
+        "6M from 20M",
+        dataclasses.replace(
+            SMALL_CONFIG, num_layers=4, model_width=256, num_heads=4, ffn_width=768
+        ),
+        SMALL_CONFIG,
+    ),
+    Workload(
+        "0.2M from 1M",
+        dataclasses.replace(_TINY, num_layers=2, model_width=64, ffn_width=192),
+        dataclasses.replace(_TINY, num_layers=4, model_width=128, ffn_width=384),
+    ),
+)
+
+
+def check_python(python: str | None) -> str | None:
+    """TRL's interpreter, as --trl_python has it; UserError if there is none there."""
+    if python is not None and not os.access(python, os.X_OK):
+        raise UserError(f"--trl_python={python}: no such interpreter: make .venv-trl/.installed")
+    return python and os.path.abspath(python)
+
+
+def make_prompts(vocab_size: int) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    sizes = random.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, NUM_PROMPTS)
+    return [random.integers(1, vocab_size, size).astype(np.int32) for size in sizes]
+
+
+def write_work(workload: Workload, folder: Path) -> None:
+    """What TRL's side must know."""
+    work = dict(
+        prompts=[prompt.tolist() for prompt in make_prompts(workload.student.vocab_size)],
+        response_length=RESPONSE,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        beta=BETA,
+    )
+    (folder / "work.json").write_text(json.dumps(work))
+
+
+def build_ours(workload: Workload, folder: Path, lora: Lora = Lora()):  # noqa: B008
+    step, _ = make_ours(workload, folder, lora)
+    (folder / "loss.txt").write_text(str(step()))
+    return lambda: (step(), None)[1]
+
+
+def make_ours(workload: Workload, folder: Path, lora: Lora):
+    """`step() -> loss`, and the bytes of what is held between steps: state and teacher."""
+    student, params = load_weights(workload.student, DTYPE, folder / "student")
+    teacher, teacher_params = load_weights(workload.teacher, DTYPE, folder / "teacher")
+    vocab_size = workload.student.vocab_size
+    adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=WEIGHT_DECAY)
+    optimizer = build_optimizer(adamw, max_steps=1)
+    objective = make_objective("jsd", jsd_beta=BETA)
+    train_step = make_train_step(
+        student, [TeacherInStep(teacher)], objective, optimizer, vocab_size=vocab_size
+    )
+    batches = _make_batches(student, vocab_size)
+    trainable, frozen = params, nnx.State({})
+    if lora.rank:
+        trainable = make_adapters(abstract_adapters(params, lora), seed=0)
+        frozen = _in_8_bits(workload.student, params) if lora.base_dtype == "int8" else params
+    opt_state = jax.jit(optimizer.init)(trainable)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, frozen)
+    held, steps = [state], itertools.count()
+
+    def step() -> float:
+        batch, measured = batches.next(next(steps), held[0].params)
+        if measured["generation/mean_length"] != RESPONSE:
+            raise RuntimeError("answers have other lengths than were asked for")
+        held[0], metrics = train_step(held[0], [teacher_params], batch)
+        return float(jax.block_until_ready((held[0], metrics))[1]["loss"])
+
+    return step, sum(x.nbytes for x in jax.tree.leaves((state, teacher_params)))
+
+
+def _in_8_bits(config: ModelConfig, params: nnx.State) -> nnx.State:
+    flat = nnx.to_flat_state(params)
+    return nnx.from_flat_state([(path, quantize(config, "/".join(path), x)) for path, x in flat])
+
+
+def _make_batches(student, vocab_size: int) -> BatchSource:
+    """As the trainer makes it: on-policy, one answer to a prompt, padded rows."""
+    prompts = Prompts(np.arange(NUM_PROMPTS), make_prompts(vocab_size), None, {}, pad_id=0)
+    longest = LONGEST_PROMPT + RESPONSE
+    engine = Engine(
+        student,
+        EngineConfig(max_length=longest),
+        eos_ids=(),
+        pad_id=0,
+        vocab_size=vocab_size,
+    )
+    return BatchSource(
+        make_train_iterator(prompts, batch_size=NUM_PROMPTS, seed=0, shuffle=False),
+        JaxBackend(engine, dtype=jnp.dtype(DTYPE)),
+        jax.device_put,
+        params=SamplingParams(max_length=RESPONSE),
+        num_generations=1,
+        seed=0,
+        lambda_=1.0,
+        teachers=[Asked(Layout((Shape(MICROBATCH, longest),)))],
+        pad_id=0,
+    )
+
+
+def build_trl(folder: Path, python: str, settings: dict):
+    step, _ = start_trl(folder, python, settings)
+    return lambda: (step(), None)[1]
+
+
+def start_trl(folder: Path, python: str, settings: dict):
+    """`step() -> loss`, after a first one, and the number of TRL's process.
+
+    Settings: as in TRL_SETTINGS; `lora`, with the rank and alpha of adapters, may be left out.
+    """
+    script = Path(__file__).with_name("distill_step_trl.py")
+    log = folder / f"trl-{os.getpid()}.log"
+    process = subprocess.Popen(
+        [python, str(script), str(folder), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=open(log, "w"),
+        text=True,
+    )
+
+    def step() -> float:
+        process.stdin.write("step\n")
+        process.stdin.flush()
+        if not (answer := process.stdout.readline()):
+            raise RuntimeError(f"TRL ended: {log.read_text().strip()[-150:]}")
+        return float(answer)
+
+    ours, theirs = float((folder / "loss.txt").read_text()), step()
+    if not np.isclose(theirs, ours, rtol=LOSS_TOLERANCE):
+        raise RuntimeError(f"TRL's loss is {theirs}, ours {ours}: not the same work")
+    return step, process.pid
