@@ -48,7 +48,6 @@ from benchmarks.distill_step_jobs import (
     make_prompts,
     write_work,
 )
-from benchmarks.sampling_jobs import export_weights
 from benchmarks.train_step_jobs import build_products
 from distill.config import cli
 
@@ -86,8 +85,6 @@ def main() -> None:
 def _measure(workload: Workload, python: str | None) -> tuple[list[harness.Row], list[str]]:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
         folder = Path(parent)
-        export_weights(workload.student, DTYPE, folder / "student")
-        export_weights(workload.teacher, DTYPE, folder / "teacher")
         write_work(workload, folder)
         measurements = harness.measure(_jobs(workload, folder, python), _REPEATS.value)
     rows = harness.compare(workload.name, measurements, BASELINE)

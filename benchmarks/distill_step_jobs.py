@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.sampling_jobs import SMALL_CONFIG, load_weights
+from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
 from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
 from distill.batches.source import Asked, BatchSource
@@ -26,7 +27,7 @@ from distill.data.prompts import Prompts
 from distill.losses.objective import make_objective
 from distill.models.facts import ModelConfig
 from distill.models.lora import abstract_adapters, make_adapters
-from distill.models.quantization import quantize
+from distill.models.quantization import quantized
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
@@ -77,7 +78,9 @@ def make_prompts(vocab_size: int) -> list[np.ndarray]:
 
 
 def write_work(workload: Workload, folder: Path) -> None:
-    """What TRL's side must know."""
+    """Both models, and what TRL's side must know."""
+    export_weights(workload.student, DTYPE, folder / "student")
+    export_weights(workload.teacher, DTYPE, folder / "teacher")
     work = dict(
         prompts=[prompt.tolist() for prompt in make_prompts(workload.student.vocab_size)],
         response_length=RESPONSE,
@@ -109,7 +112,9 @@ def make_ours(workload: Workload, folder: Path, lora: Lora):
     trainable, frozen = params, nnx.State({})
     if lora.rank:
         trainable = make_adapters(abstract_adapters(params, lora), seed=0)
-        frozen = _in_8_bits(workload.student, params) if lora.base_dtype == "int8" else params
+        frozen = params
+        if lora.base_dtype == "int8":
+            frozen = jax.jit(functools.partial(quantized, workload.student))(params)
     opt_state = jax.jit(optimizer.init)(trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, frozen)
     held, steps = [state], itertools.count()
@@ -122,11 +127,6 @@ def make_ours(workload: Workload, folder: Path, lora: Lora):
         return float(jax.block_until_ready((held[0], metrics))[1]["loss"])
 
     return step, sum(x.nbytes for x in jax.tree.leaves((state, teacher_params)))
-
-
-def _in_8_bits(config: ModelConfig, params: nnx.State) -> nnx.State:
-    flat = nnx.to_flat_state(params)
-    return nnx.from_flat_state([(path, quantize(config, "/".join(path), x)) for path, x in flat])
 
 
 def _make_batches(student, vocab_size: int) -> BatchSource:

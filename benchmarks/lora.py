@@ -24,7 +24,6 @@ from absl import flags
 from benchmarks import harness
 from benchmarks.distill_step_jobs import (
     CPUS,
-    DTYPE,
     WORKLOADS,
     Workload,
     check_python,
@@ -32,7 +31,6 @@ from benchmarks.distill_step_jobs import (
     start_trl,
     write_work,
 )
-from benchmarks.sampling_jobs import export_weights
 from distill.config import cli
 from distill.config.policy import Lora
 
@@ -70,8 +68,6 @@ def main() -> None:
     for workload in WORKLOADS:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
             folder = Path(parent)
-            export_weights(workload.student, DTYPE, folder / "student")
-            export_weights(workload.teacher, DTYPE, folder / "teacher")
             write_work(workload, folder)
             jobs = _jobs(workload, folder, python)
             measured = harness.measure(jobs, _REPEATS.value)

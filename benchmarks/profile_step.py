@@ -31,6 +31,7 @@ from distill.build.run import build_batches
 from distill.build.session import Session, open_session
 from distill.config import cli
 from distill.config.parse import parse_config
+from distill.config.schema import ema_decay
 from distill.planning import costs
 from distill.planning.estimate import Plan, estimate
 from distill.planning.workload import find_workload, fit_to_devices
@@ -153,6 +154,8 @@ def update_programs(session: Session) -> dict[str, Callable]:
         session.optimizer,
         vocab_size=vocab_size,
         state_shardings=jax.tree.map(lambda x: x.sharding, session.state_shapes),
+        ema_decay=ema_decay(session.config),
+        router_aux_loss=session.config.policy.router_aux_loss,
     )
     return {
         "forward passes": over_batch(forward),
@@ -180,7 +183,6 @@ def _rows(medians: dict[str, float], plan: Plan, computed: float) -> list[harnes
         "update: forward passes": per_device["teacher"] + per_device["student"] / 3,
         "update: loss": per_device["loss"],
         "update: gradients": 2 / 3 * per_device["student"] + per_device["recomputation"],
-        "sampling: prefill": 0.0,
     }
     moved = {phase.name: phase.moved for phase in plan.phases}.get("generation", 0.0)
     whole = sum(medians.values())

@@ -47,7 +47,7 @@ def _quantized_shape(config: ModelConfig, name: str, param: nnx.Variable) -> nnx
 
 def quantized_shapes(config: ModelConfig, params: nnx.State) -> nnx.State:
     """Shapes of all parameters, the matrices among them in 8 bits."""
-    return _of_each(functools.partial(_quantized_shape, config), params)
+    return with_each(functools.partial(_quantized_shape, config), params)
 
 
 def quantized(config: ModelConfig, params: nnx.State) -> nnx.State:
@@ -57,10 +57,11 @@ def quantized(config: ModelConfig, params: nnx.State) -> nnx.State:
         channels = _channels(config, name)
         return param.replace(_qwix_quantize(param.get_value(), channels)) if channels else param
 
-    return _of_each(of, params)
+    return with_each(of, params)
 
 
-def _of_each(change: Callable[[str, nnx.Variable], nnx.Variable], params: nnx.State) -> nnx.State:
+def with_each(change: Callable[[str, nnx.Variable], nnx.Variable], params: nnx.State) -> nnx.State:
+    """The parameters as `change` makes them of their paths and values."""
     return nnx.from_flat_state(
         [
             (path, change("/".join(map(str, path)), param))

@@ -85,6 +85,11 @@ class Plan:
         return self.memory.peak <= self.topology.chip.memory and not failed
 
     @property
+    def is_refused(self) -> bool:
+        """Whether the compiler fails by itself, where less memory would not help."""
+        return any(each.failure and each.temporaries is None for each in self.compiled.values())
+
+    @property
     def bounds(self) -> dict[str, tuple[str, float]]:
         """What limits each phase, and its seconds then."""
         bounds = {}

@@ -27,7 +27,7 @@ def plan(config: ConfigDict, topology_name: str) -> Plan:
     workload, topology = _described(config, topology_name)
     made = (estimate if topology.platform == "gpu" else compile_plan)(workload, topology)
     _say(report.lines(made))
-    if not made.fits:
+    if not made.fits and not made.is_refused:
         _say(report.remedy_lines(changes.find_remedies(made)))
     return made
 

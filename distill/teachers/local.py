@@ -16,7 +16,7 @@ from distill.kernels.linear_divergence import per_token_divergences
 from distill.losses.divergences import get_divergence
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
-from distill.models.quantization import quantize, quantized_shapes
+from distill.models.quantization import quantize, quantized_shapes, with_each
 from distill.teachers.base import Teacher
 
 Keep = Callable[[str, nnx.Variable], nnx.Variable]
@@ -93,9 +93,7 @@ def abstract_stored(
         return param
 
     params = quantized_shapes(model_config, model.params) if precision == "int8" else model.params
-    flat = nnx.to_flat_state(params)
-    kept = [(path, keep("/".join(map(str, path)), param)) for path, param in flat]
-    return dataclasses.replace(model, params=nnx.from_flat_state(kept))
+    return dataclasses.replace(model, params=with_each(keep, params))
 
 
 def _keep(model_config: ModelConfig, precision: str, offload: str) -> Keep:

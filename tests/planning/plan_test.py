@@ -479,6 +479,10 @@ def test_a_compiler_that_fails_by_itself_is_quoted():
     program = programs._compile(lower, (), make_mesh(devices=jax.devices()[:1]), [])
     assert program.failure == "INTERNAL: RET_CHECK failure loop_code_motion.cc:1125"
     assert program.temporaries is None and program.sent is None
+    made = estimate(workload_of(flagship(), "v5p:4x4x4"), parse_topology("v5p:4x4x4"))
+    assert made.fits and not made.is_refused
+    made = dataclasses.replace(made, compiled={"update": program})
+    assert made.is_refused and not made.fits  # and no remedy is looked for
 
 
 def test_what_a_refused_program_uses_includes_its_arguments():
