@@ -14,7 +14,7 @@ TEST_PROCESSES ?= 2
 .PHONY: quickstart test test-vllm test-transformers4 test-newest lint functional audit clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
+	$(BIN)/python -m distill.main --config=configs/arithmetic.py:few --workdir=runs/quickstart
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

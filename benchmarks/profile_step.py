@@ -174,9 +174,18 @@ def _plan(session: Session) -> Plan:
     return estimate(fit_to_devices(find_workload(session.config), topology.count), topology)
 
 
+def product_rate(dtype: str) -> float:
+    """Operations per second of the fastest of a few large matrix products on one device."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    factor = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    seconds = [_timed(lambda: product(factor, factor))[0] for _ in range(8)]
+    return 2 * size**3 / min(seconds)
+
+
 def _rows(medians: dict[str, float], plan: Plan, computed: float) -> list[harness.Row]:
     """`computed`: tokens of a batch, padding counted, in parts of those of full rows."""
-    chip = plan.topology.chip
+    rate, chip = product_rate(plan.workload.config.policy.precision), plan.topology.chip
     parts = costs.flops(plan.workload, plan.arrays)
     per_device = {name: count * computed / plan.workload.mesh.size for name, count in parts.items()}
     operations = {
@@ -192,7 +201,7 @@ def _rows(medians: dict[str, float], plan: Plan, computed: float) -> list[harnes
             "part": part,
             "ms": 1000 * seconds,
             "share": seconds / whole,
-            "rate": operations / seconds / chip.flops if operations and seconds else None,
+            "rate": operations / seconds / rate if operations and seconds else None,
             "memory": moved / seconds / chip.bandwidth if moved and seconds else None,
         }
 

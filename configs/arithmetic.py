@@ -1,6 +1,15 @@
-"""The embedded default: multi-step arithmetic, no download, minutes on two CPU cores.
+"""The built-in task: multi-step arithmetic, no download, minutes on two CPU cores.
 
-python -m distill.main --config=configs/arithmetic.py --workdir=runs/quickstart
+    python -m distill.main --config=configs/arithmetic.py:few --workdir=runs/quickstart
+    python -m distill.main --config=configs/arithmetic.py --workdir=runs/arithmetic
+
+`few` is the quickstart: 384 problems, each seen 66 times. The other has 60,000, each seen at most
+once. Greedy accuracy on 512 held-out problems, with 95% intervals:
+
+    few   70.1% (66.0% - 73.9%)  from 27.1% (23.5% - 31.2%), two to six operations
+    all   94.7% (92.4% - 96.4%)  from 42.2% (38.0% - 46.5%), one to six
+
+With `--config.distillation.lambda_=0`, few ends at 32.8% (28.9% - 37.0%).
 """
 
 from ml_collections import ConfigDict
@@ -9,8 +18,8 @@ from distill.config import default_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ("", "short"):
-        raise ValueError(f"argument {arg!r}: allowed is short")
+    if arg not in ("", "few", "short"):
+        raise ValueError(f"argument {arg!r}: allowed are few and short")
     short = arg == "short"
     config = default_config()
     config.distillation.teacher_model_path = "embedded:arithmetic-teacher"
@@ -34,4 +43,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.validation.max_samples = 256 if short else 512
     config.evaluation.batch_size = 128 if short else 256
     config.checkpointing.export_dtype = "float32"
+    if arg == "few":
+        config.data.subset = "distinct"
+        config.data.max_samples = 384
+        config.distillation.max_steps = 400
+        config.distillation.eval_steps = config.distillation.save_steps = 100
     return config

@@ -17,7 +17,6 @@ from benchmarks.evidence.runs import (
     all_runs,
     config_of,
 )
-from benchmarks.evidence.tasks import DistinctArithmetic
 from distill.base.errors import UserError
 from distill.config.parse import parse_config
 
@@ -43,19 +42,6 @@ def test_runs_have_names_of_their_own_and_whole_tables_come_first():
     assert len({run.name for run in runs}) == len(runs)
     first = {(run.method, run.prompts, run.seed) for run in runs[: 2 * len(PROMPTS)]}
     assert first == {(method, n, 0) for method in (OFF, ON) for n in PROMPTS}
-
-
-def test_problems_are_distinct_random_and_apart():
-    train, other = (DistinctArithmetic("train", seed, 64) for seed in (0, 1))
-    prompts = [{data[i].prompt for i in range(64)} for data in (train, other)]
-    assert len(prompts[0]) == len(prompts[1]) == 64 and len(prompts[0] & prompts[1]) < 32
-    more = DistinctArithmetic("train", 0, 128)
-    assert [more[i].id for i in range(64)] == [train[i].id for i in range(64)]
-    held_out, again = (DistinctArithmetic("test", seed, 64) for seed in (0, 1))
-    texts = [held_out[i].prompt for i in range(64)]
-    assert texts == [again[i].prompt for i in range(64)] and not set(texts) & prompts[0]
-    assert {(len(text) - 1) // 2 for text in texts} == {2, 3, 4, 5, 6}
-    assert train.is_correct(train[0], train[0].response)
 
 
 def test_only_missing_runs_are_made(tmp_path, monkeypatch):

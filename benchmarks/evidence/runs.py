@@ -7,7 +7,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from benchmarks.evidence.tasks import TASK
 from configs import arithmetic
 
 STUDENT, TEACHER = "embedded:arithmetic-student", "embedded:arithmetic-teacher"
@@ -131,8 +130,7 @@ def common_config(seed: int) -> ConfigDict:
     """Of all commands."""
     config = arithmetic.get_config()
     config.seed, config.preflight = seed, False
-    config.plugins = ("benchmarks.evidence.tasks",)
-    config.data.name = config.data.validation.name = TASK
+    config.data.subset, config.data.validation.name = "distinct", "arithmetic"
     config.data.validation.max_samples = config.evaluation.batch_size = VALIDATION
     config.distillation.eval_steps = config.distillation.save_steps = EVERY
     config.distillation.logging_steps = 1

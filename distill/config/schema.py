@@ -51,7 +51,7 @@ class Data:
         0.01, "share of rows that are skipped if unusable; more are an error", low=0, high=1
     )
     subset: str = content(
-        "", "configuration of a hub dataset, for hf; hinted or tools, for arithmetic"
+        "", "configuration of a hub dataset, for hf; hinted, tools or distinct, for arithmetic"
     )
     prompt_column: str = content("prompt", "for files, hf and tfds; NAME.FIELD is inside a column")
     response_column: str = content(

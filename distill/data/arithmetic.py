@@ -23,7 +23,7 @@ from distill.data.tokenizer import END_OF_TEXT
 
 CHARACTERS = "0123456789+-*=\n"
 LEVELS = 6
-VARIANTS = "hinted", "tools"
+VARIANTS, DISTINCT = ("hinted", "tools"), "distinct"
 SIZES = {"train": 60_000, "validation": 2_000, "test": 2_000}
 _LARGEST = 99
 _HELD_OUT = {0: "validation", 1: "test"}  # of 20 buckets of problem texts; the rest is train
@@ -82,18 +82,52 @@ class ArithmeticDataset(DatasetInterface):
         return response.strip().rpartition("=")[2] == example.answer
 
 
+class DistinctArithmetic(DatasetInterface):
+    """The problems of two operations and more, each once.
+
+    Training problems come in an order drawn from `seed`, so `max_samples` takes a random part of
+    them. Held-out problems are the same for every seed.
+    """
+
+    def __init__(self, split: str = "train", seed: int = 0, max_samples: int | None = None):
+        training = split == "train"
+        self._source = ArithmeticDataset(split, seed if training else 0)
+        rows = list(range(len(self._source)))
+        if training:
+            random.Random(seed).shuffle(rows)
+        firsts: dict[object, int] = {}  # by the problem's text
+        for row in rows:
+            if len(firsts) == max_samples:
+                break
+            if self._source.level(row) > 1:
+                firsts.setdefault(self._source[row].prompt, row)
+        self._rows = list(firsts.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Example:
+        return self._source[self._rows[i]]
+
+    def is_correct(self, example: Example, response: str) -> bool:
+        return self._source.is_correct(example, response)
+
+
 @register_dataset("arithmetic")
 def make_arithmetic(
     split="train", seed=0, max_samples=None, path=None, subset="", **options
-) -> ArithmeticDataset:
-    """`subset`: a variant.
+) -> DatasetInterface:
+    """`subset`: `distinct`, or a variant.
 
     Raises:
         UserError: there is no such split or subset.
     """
+    if subset == DISTINCT:
+        return DistinctArithmetic(split, seed, max_samples)
     if subset not in ("", *VARIANTS):
         raise UserError(
-            f"arithmetic has no data.subset={subset!r}: leave it empty, or {' or '.join(VARIANTS)}"
+            f"arithmetic has no data.subset={subset!r}: leave it empty, or "
+            f"{', '.join(VARIANTS)} or {DISTINCT}"
         )
     return ArithmeticDataset(split, seed, max_samples, variant=subset)
 

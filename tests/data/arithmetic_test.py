@@ -3,7 +3,13 @@
 import pytest
 
 from distill.base.errors import UserError
-from distill.data.arithmetic import CHARACTERS, LEVELS, SIZES, ArithmeticDataset
+from distill.data.arithmetic import (
+    CHARACTERS,
+    LEVELS,
+    SIZES,
+    ArithmeticDataset,
+    DistinctArithmetic,
+)
 from distill.data.base import get_dataset
 from distill.data.tokenizer import END_OF_TEXT
 
@@ -68,3 +74,16 @@ def test_variants():
     called = [line.split(END_OF_TEXT) for line in tools[3].response.splitlines()]
     assert ["".join(line) for line in called] == [*plain[3].response.splitlines(), plain[3].answer]
     assert len(called) > 2 and all(line[0].endswith("=") for line in called[:-1])
+
+
+def test_problems_are_distinct_random_and_apart():
+    train, other = (DistinctArithmetic("train", seed, 64) for seed in (0, 1))
+    prompts = [{data[i].prompt for i in range(64)} for data in (train, other)]
+    assert len(prompts[0]) == len(prompts[1]) == 64 and len(prompts[0] & prompts[1]) < 32
+    more = DistinctArithmetic("train", 0, 128)
+    assert [more[i].id for i in range(64)] == [train[i].id for i in range(64)]
+    held_out, again = (DistinctArithmetic("test", seed, 64) for seed in (0, 1))
+    texts = [held_out[i].prompt for i in range(64)]
+    assert texts == [again[i].prompt for i in range(64)] and not set(texts) & prompts[0]
+    assert {(len(text) - 1) // 2 for text in texts} == {2, 3, 4, 5, 6}
+    assert train.is_correct(train[0], train[0].response)
