@@ -24,10 +24,14 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
-from distill.base.errors import UserError
+import numpy as np
+from safetensors.numpy import load, save
+
+from distill.base.errors import RunStopped, UserError
 from distill.base.roll_call import call_the_roll
 
 T = TypeVar("T")
@@ -36,6 +40,7 @@ _LONGEST_WAIT = 3600  # seconds by which one process may be ahead of another
 _PARTING = 10  # seconds for all to hear that the run ends
 _HEARING = 0.5  # seconds between two looks for that
 _ROUNDS = 1000  # exchanges after which the older ones are removed
+_PIECE = 2**20  # bytes of an array that are told at once: a message has at most four times as many
 _SLURM_INTERACTIVE_STEP = str(0xFFFFFFFA)  # SLURM_INTERACTIVE_STEP of slurm/slurm.h
 _LEFT, _ALIVE, _STOP = "distill/left/", "distill/alive/", "distill/stop/"
 
@@ -48,7 +53,10 @@ class _Run:
     process: int  # this one's number there
     num_processes: int
     silence: int  # seconds without a sign of life after which a process counts as dead
-    rounds: itertools.count = dataclasses.field(default_factory=itertools.count)  # of exchanges
+    # Of exchanges, by the name of the thread: in one, they have an order.
+    rounds: defaultdict[str, Iterator[int]] = dataclasses.field(
+        default_factory=lambda: defaultdict(itertools.count)
+    )
     leaving: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # by this process
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)  # well
 
@@ -220,7 +228,7 @@ def share(count: int) -> slice:
 def gather(value: Any) -> list[Any]:
     """The values of all processes, the first one's first; made of what JSON has.
 
-    All processes call this, in their main threads, in the same order.
+    All processes call this, in threads of the same name, in the same order there.
     """
     if _run is None:
         return [value]
@@ -228,7 +236,7 @@ def gather(value: Any) -> list[Any]:
 
     folder = _next_round(_run) + "/"
     _run.client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
-    _meet(_run, "distill/gather")
+    _meet(_run, f"distill/gather/{threading.current_thread().name}")
     said = dict(_run.client.key_value_dir_get(folder))
     return [json.loads(said[f"{folder}{process}"]) for process in range(_run.num_processes)]
 
@@ -236,27 +244,77 @@ def gather(value: Any) -> list[Any]:
 def from_first(function: Callable[[], T]) -> T:
     """What the first process's call of `function` returns; the others do not call it.
 
-    All processes call this as they do `gather`, but the first one waits for nobody.
+    All processes call this as they do `gather`, but the first one waits for nobody. A UserError or
+    RunStopped of the first one is raised in all.
     """
     if _run is None:
         return function()
     key = _next_round(_run)
     if is_first():
-        said = json.dumps(function())
+        try:
+            said = json.dumps([function(), "", ""])
+        except (UserError, RunStopped) as error:
+            kind = UserError if isinstance(error, UserError) else RunStopped
+            said = json.dumps([None, kind.__name__, str(error)])
         _run.client.key_value_set(key, said)
     else:
-        said = _run.client.blocking_key_value_get(key, _LONGEST_WAIT * 1000)
-    return json.loads(said)
+        said = _hear(_run.client.blocking_key_value_get, key)
+    value, error, message = json.loads(said)
+    if error:
+        raise {kind.__name__: kind for kind in (UserError, RunStopped)}[error](message)
+    return value
+
+
+def arrays_from_first(
+    function: Callable[[], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """As `from_first`, of arrays by name; all wait until all have them."""
+    if _run is None:
+        return dict(function())
+    run, made = _run, {}
+    folder = f"distill/arrays/{threading.current_thread().name}/"
+
+    def tell() -> int:
+        made.update(function())
+        content = save({name: np.ascontiguousarray(array) for name, array in made.items()})
+        for start in range(0, len(content), _PIECE):
+            piece = content[start : start + _PIECE]
+            run.client.key_value_set_bytes(f"{folder}{start}", piece)
+        return len(content)
+
+    size = from_first(tell)
+    if not is_first():
+        get = run.client.blocking_key_value_get_bytes
+        made = load(b"".join(_hear(get, f"{folder}{start}") for start in range(0, size, _PIECE)))
+    _meet(run, folder)
+    if is_first():
+        run.client.key_value_delete(folder)
+    return made
+
+
+def _hear(get: Callable[[str, int], T], key: str) -> T:
+    """What stands, or will stand, under the key; between two looks, Python hears signals."""
+    import jax
+
+    deadline = time.monotonic() + _LONGEST_WAIT
+    while True:
+        try:
+            return get(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > deadline:
+                raise
 
 
 def _next_round(run: _Run) -> str:
     """The key of this exchange, the same in all processes."""
-    generation, place = divmod(next(run.rounds), _ROUNDS)
+    thread = threading.current_thread().name
+    generation, place = divmod(next(run.rounds[thread]), _ROUNDS)
+    folder = f"distill/round/{thread}"
     if generation and not place:
-        _meet(run, "distill/generation")  # all are here, so all have read what came before
+        _meet(run, f"{folder}/generation")  # all are here, so all have read what came before
         if is_first():
-            run.client.key_value_delete(f"distill/round/{generation - 1}/")
-    return f"distill/round/{generation}/{place}"
+            run.client.key_value_delete(f"{folder}/{generation - 1}/")
+    return f"{folder}/{generation}/{place}"
 
 
 def ask_to_stop(reason: str) -> None:

@@ -15,13 +15,13 @@ from distill.base.sharding import batch_axes, batch_parts, named_sharding, stack
 from distill.batches.rows import Batch
 from distill.build.layout import build_layout
 from distill.config.policy import Generation
-from distill.config.schema import Config, all_teachers, teacher_key
+from distill.config.schema import Config
 
 
 def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The trainer's mesh of all `devices`, by default JAX's; batches must be split over it."""
     devices, sampler_devices = split_devices(config.policy.generation, devices)
-    _check_processes(config)
+    _check_processes()
     try:
         mesh = make_mesh(devices=devices, **vars(config.mesh))
     except UserError as error:
@@ -50,26 +50,13 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> M
     return mesh
 
 
-def _check_processes(config: Config) -> None:
-    """Refuses what several processes cannot do."""
-    if jax.process_count() == 1:
-        return
-    if not processes.several():
+def _check_processes() -> None:
+    """Refuses several processes that have not joined."""
+    if jax.process_count() > 1 and not processes.several():
         raise UserError(
             f"{jax.process_count()} processes see each other's devices, but cannot speak to each "
             "other: pass --coordinator_address, --num_processes and --process_id"
         )
-    backends = {
-        teacher_key(name, "backend"): teacher.backend
-        for name, teacher in all_teachers(config).items()
-    }
-    backends |= {"policy.generation.backend": config.policy.generation.backend}
-    for key, backend in backends.items():
-        if backend == "vllm":
-            raise UserError(
-                f"{key}=vllm works within one process, and {jax.process_count()} were "
-                "started: use the devices themselves, or one process"
-            )
 
 
 def build_sampler_mesh(

@@ -18,7 +18,6 @@ import numpy as np
 from flax import nnx
 
 from distill.base import processes
-from distill.base.errors import RunStopped
 from distill.base.sharding import constrain_whole, flatten_tokens
 from distill.batches.rows import Rows, padded_rows, teacher_hidden
 from distill.config import schema
@@ -241,23 +240,16 @@ class Evaluator:
         if not self.settings.metrics:
             return {}
 
-        def measure_all() -> tuple[dict[str, float | None], str]:
-            """The numbers, or nothing and what went wrong."""
+        def measure_all() -> dict[str, float | None]:
             rollout, listed = responses.rollout, []
             for i, row in enumerate(self.prompts.rows):
                 kept = slice(rollout.lengths_b[i])
                 tokens, log_probs = rollout.tokens_br[i, kept], rollout.log_probs_br[i, kept]
                 stopped, example = bool(rollout.stopped_b[i]), self.dataset[int(row)]
                 listed.append(Response(example, responses.texts[i], tokens, log_probs, stopped))
-            try:
-                return measure(self.settings.metrics, listed), ""
-            except RunStopped as error:
-                return {}, str(error)
+            return measure(self.settings.metrics, listed)
 
-        values, failure = processes.from_first(measure_all)
-        if failure:
-            raise RunStopped(failure)
-        return values
+        return processes.from_first(measure_all)
 
 
 def _mean(sums: np.ndarray, rollout: Rollout) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distill.base import processes
 from distill.base.errors import UserError
 from distill.config.policy import VllmTeacher
 from distill.data.sequences import Sequences
@@ -20,7 +21,7 @@ _NEVER = -100.0  # log-probability beside an absent id: finite, and nothing
 class ServerTeacher(Teacher):
     """A teacher by scores, on vLLM servers that serve it, with the student's vocabulary.
 
-    `section` is that of the config.
+    The first process asks them for all. `section` is that of the config.
     """
 
     def __init__(
@@ -41,6 +42,9 @@ class ServerTeacher(Teacher):
         Raises:
           UserError: one cannot be reached, or does not fit the student; or the API key is not set.
         """
+        processes.from_first(self._check_all)
+
+    def _check_all(self) -> None:
         self._clients = connect(self._servers, self._section)
         checks.await_all_up(self._clients, self._servers, self._section)
         at_each(self._clients, self._check, self._servers.retry_timeout)
@@ -54,6 +58,9 @@ class ServerTeacher(Teacher):
         Raises:
           RunStopped: a server stayed away.
         """
+        return processes.arrays_from_first(lambda: self._scores(sequences))
+
+    def _scores(self, sequences: Sequences) -> dict[str, np.ndarray]:
         # Nothing predicts a first token.
         wanted = [1 + np.flatnonzero(weight_t[1:]) for weight_t in sequences.split("weight")]
         rows = list(zip(sequences.split("tokens"), wanted, strict=True))

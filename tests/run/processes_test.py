@@ -256,6 +256,66 @@ def test_wrong_numbers_are_named_by_all(comers, words):
     assert len(said) == len(threads) and len(set(said)) == 1 and words in said[0]
 
 
+SAYS = """
+import sys, threading
+import numpy as np
+from distill.base import processes
+from distill.base.errors import RunStopped, UserError
+
+processes.join(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+first = int(sys.argv[2]) == 0
+
+def refuse(error):
+    raise error
+
+def of_first(name):
+    assert first
+    big = np.arange(2**19, dtype=np.float32).reshape(4, -1)
+    return dict(big=big.T, flags=np.array([True, False]), none=np.zeros((0, 3), np.int32), **name)
+
+def exchange(name):
+    for _ in range(2):
+        made = processes.arrays_from_first(lambda: of_first({name: np.array([len(name)])}))
+        assert made["big"].dtype == np.float32 and made["big"].shape == (2**17, 4)
+        assert made["big"][-1].tolist() == [2**17 * i - 1 for i in (1, 2, 3, 4)]
+        assert made["flags"].tolist() == [True, False] and made["none"].shape == (0, 3)
+        assert made[name].tolist() == [len(name)]
+
+# Two threads, which have no order between them.
+other = threading.Thread(target=exchange, args=("beside",), name="beside")
+if first:
+    other.start(), exchange("main")
+else:
+    exchange("main"), other.start()
+other.join()
+for error in (UserError("no server"), RunStopped("lost")):
+    try:
+        processes.arrays_from_first(lambda: refuse(error))
+    except type(error) as same:
+        assert str(same) == str(error)
+    else:
+        raise AssertionError(error)
+left = dict(processes._run.client.key_value_dir_get_bytes("distill/arrays/"))
+assert processes.from_first(lambda: [2]) == [2] and not left, left.keys()
+sys.stderr.write("fine")
+"""
+
+
+def test_what_the_first_says_reaches_all():
+    """Arrays larger than a message, from threads beside each other; and its errors."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/tests/without_torch:{ROOT}"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAYS, address, str(number)],
+            cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    for each in map(_finish, started):
+        assert each.returncode == 0 and each.stderr.endswith("fine"), each.stderr
+
+
 @pytest.fixture
 def first_of_one(monkeypatch):
     """The key-value store of a run that this process has to itself."""
@@ -277,7 +337,8 @@ def test_what_was_said_is_removed_when_all_have_read_it(first_of_one, monkeypatc
         assert processes.from_first(lambda number=number: [number]) == [number]
     assert processes.gather("x") == ["x"]
     keys = [key for key, _ in first_of_one.key_value_dir_get("distill/round/")]
-    assert sorted(keys) == [f"distill/round/2/{place}" for place in ("0", "1", "2/0")]
+    folder = "distill/round/MainThread/2"
+    assert sorted(keys) == [f"{folder}/{place}" for place in ("0", "1", "2/0")]
 
 
 def test_the_first_is_asked_to_stop(first_of_one):
@@ -381,13 +442,7 @@ def test_environment_that_jax_cannot_read_is_named(monkeypatch):
         processes.join()
 
 
-def test_what_several_cannot_do_is_refused(tmp_path, monkeypatch):
-    config = get_config()
+def test_several_that_have_not_joined_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="2 processes see each other's devices, but cannot speak"):
-        distill.train(config, tmp_path / "run")
-    monkeypatch.setattr(processes, "several", lambda: True)
-    config.teacher.backend = "vllm"
-    config.teacher.vllm.urls = ("http://127.0.0.1:1",)
-    with pytest.raises(UserError, match="teacher.backend=vllm works within one process, and 2"):
-        distill.train(config, tmp_path / "run")
+        distill.train(get_config(), tmp_path / "run")

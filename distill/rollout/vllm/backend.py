@@ -1,4 +1,8 @@
-"""Rollouts from vLLM servers: token ids over HTTP, refits over a folder."""
+"""Rollouts from vLLM servers: token ids over HTTP, refits over a folder.
+
+Of several processes, the first one speaks to the servers. All write the weights, and all get the
+rows.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from distill.base import processes
 from distill.base.errors import RunStopped, UserError
 from distill.config.policy import VllmServers
 from distill.data.tokenizer import Vocabulary
@@ -17,7 +22,7 @@ from distill.rollout.vllm.checks import await_all_up, await_up
 from distill.rollout.vllm.client import ServerFailed, VllmClient, VllmError, connect
 from distill.rollout.vllm.dispatch import ask_all, at_each
 from distill.rollout.vllm.probe import REMEDY, Probe
-from distill.rollout.vllm.rows import ask_row, make_rows, to_rollout
+from distill.rollout.vllm.rows import ask_row, make_rows, to_arrays
 from distill.rollout.vllm.server import OwnServer
 from distill.rollout.vllm.weights import WeightsFolder
 from distill.sampling.choice import SamplingParams
@@ -67,6 +72,9 @@ class VllmBackend:
                 f"sampling temperature={self._params.temperature}: vLLM takes "
                 f"{_LOWEST_TEMPERATURE} for anything lower; choose that, or decoding_method=greedy"
             )
+        processes.from_first(self._check_all)
+
+    def _check_all(self) -> None:
         if self._own is not None:
             self._own.check()
             return
@@ -80,16 +88,15 @@ class VllmBackend:
         """
         student_params = self._weights.merged(student_params)
         folder = self._weights.write(student_params, version)
-        expected = self._probe.expected(student_params)
-        if self._own is not None and not self._clients:
-            self._clients = [self._launch(self._own, folder)]
-            self._at_each(self._check)
-        first = self._held is None
-        if first:
-            self._rehearse(student_params, expected)
+        first, expected = self._held is None, self._probe.expected(student_params)
         held = _Held(f"distill-{self._run}-{version}", folder, expected, far_apart=first)
+        rehearsal = None
+        if first:
+            folder = self._weights.write_rehearsal(student_params)
+            expected = self._probe.expected_in_rehearsal(student_params)
+            rehearsal = _Held(f"distill-{self._run}-rehearsal", folder, expected, far_apart=True)
+        self._refit_gap = processes.from_first(lambda: self._load_all(held, rehearsal))
         self._held = held
-        self._refit_gap = max(self._at_each(lambda client: self._load(client, held)))
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
         """See `RolloutBackend.generate`.
@@ -109,12 +116,17 @@ class VllmBackend:
         def ask(client: VllmClient, row):
             return ask_row(client, row, params, self._vocabulary)
 
-        responses, retries = ask_all(
-            self._clients, make_rows(request), ask, self._restore, self._servers.retry_timeout
-        )
-        rollout = to_rollout(responses, params, self._vocabulary)
-        measured = {"generation/refit_gap": self._refit_gap, "generation/retries": float(retries)}
-        return rollout, measured
+        def sample() -> dict[str, np.ndarray]:
+            responses, retries = ask_all(
+                self._clients, make_rows(request), ask, self._restore, self._servers.retry_timeout
+            )
+            made = to_arrays(responses, params, self._vocabulary)
+            return made | dict(retries=np.array(retries))
+
+        made = processes.arrays_from_first(sample)
+        retries = float(made.pop("retries").item())
+        measured = {"generation/refit_gap": self._refit_gap, "generation/retries": retries}
+        return Rollout(**made), measured
 
     def stop(self) -> None:
         """Ends the own server; others go on running, with the last weights."""
@@ -132,15 +144,18 @@ class VllmBackend:
         await_up(client, self._servers.start_timeout, f"see {own.log}, or raise start_timeout")
         return client
 
-    def _rehearse(self, student_params: nnx.State, true: np.ndarray) -> None:
-        self._at_each(lambda client: self._probe.look(client, true))
-        folder = self._weights.write_rehearsal(student_params)
-        expected = self._probe.expected_in_rehearsal(student_params)
-        held = _Held(f"distill-{self._run}-rehearsal", folder, expected, far_apart=True)
+    def _load_all(self, held: _Held, rehearsal: _Held | None) -> float:
+        """Has all servers load weights, at first those of the rehearsal; returns the widest gap."""
         try:
-            self._at_each(lambda client: self._load(client, held))
+            if self._own is not None and not self._clients:
+                self._clients = [self._launch(self._own, held.folder)]
+                self._at_each(self._check)
+            if rehearsal is not None:
+                self._at_each(lambda client: self._probe.look(client, held.expected))
+                self._at_each(lambda client: self._load(client, rehearsal))
         finally:
             self._weights.drop_rehearsal()
+        return max(self._at_each(lambda client: self._load(client, held)))
 
     def _load(self, client: VllmClient, held: _Held) -> float:
         """Has a server load weights; returns its gap to the trainer."""

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from distill.base.errors import RunStopped
+from distill.base.sharding import constrain_whole
 from distill.rollout.vllm.client import VllmClient
 
 _LENGTH, _ROWS = 32, 4
@@ -62,7 +63,7 @@ class Probe:
             real_v = jnp.arange(logits_btv.shape[-1]) < vocab_size
             log_probs_btv = jax.nn.log_softmax(jnp.where(real_v, logits_btv, -jnp.inf))
             chosen_bt1 = jnp.take_along_axis(log_probs_btv[:, :-1], tokens_bt[:, 1:, None], axis=-1)
-            return chosen_bt1[..., 0].astype(jnp.float32)
+            return constrain_whole(chosen_bt1[..., 0].astype(jnp.float32))
 
         def true(params, tokens_bt):
             return log_probs(params, nnx.merge(graph, params).head(), tokens_bt)

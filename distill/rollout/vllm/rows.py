@@ -1,4 +1,4 @@
-"""Rows of a request as single questions to a server, and their replies as a rollout."""
+"""Rows of a request as single questions to a server, and their replies as arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.data.tokenizer import Vocabulary
 from distill.rollout.vllm.client import VllmClient
 from distill.rollout.vllm.probe import REMEDY
 from distill.sampling.choice import SamplingParams
-from distill.sampling.request import Rollout, RolloutRequest
+from distill.sampling.request import RolloutRequest
 
 
 class Row(NamedTuple):
@@ -100,23 +100,24 @@ def ask_row(
     return Response(token_ids, log_probs, sampled_log_probs)
 
 
-def to_rollout(
+def to_arrays(
     responses: list[Response], params: SamplingParams, vocabulary: Vocabulary
-) -> Rollout:
-    """Right-padded host arrays, max_length columns."""
+) -> dict[str, np.ndarray]:
+    """The fields of a rollout: right-padded host arrays, max_length columns."""
     shape = len(responses), params.max_length
-    rollout = Rollout(
-        tokens_br=np.full(shape, vocabulary.pad_id, np.int32),
+    tokens_br = np.full(shape, vocabulary.pad_id, np.int32)
+    log_probs_br, sampled_log_probs_br = np.zeros((2, *shape), np.float32)
+    for i, (token_ids, log_probs, sampled_log_probs) in enumerate(responses):
+        end = len(token_ids)
+        tokens_br[i, :end] = token_ids
+        log_probs_br[i, :end] = log_probs
+        sampled_log_probs_br[i, :end] = sampled_log_probs
+    return dict(
+        tokens_br=tokens_br,
         lengths_b=np.array([len(response.token_ids) for response in responses], np.int32),
-        log_probs_br=np.zeros(shape, np.float32),
-        sampled_log_probs_br=np.zeros(shape, np.float32),
+        log_probs_br=log_probs_br,
+        sampled_log_probs_br=sampled_log_probs_br,
         stopped_b=np.array(
             [response.token_ids[-1] in vocabulary.end_ids for response in responses]
         ),
     )
-    for i, (token_ids, log_probs, sampled_log_probs) in enumerate(responses):
-        end = len(token_ids)
-        rollout.tokens_br[i, :end] = token_ids
-        rollout.log_probs_br[i, :end] = log_probs
-        rollout.sampled_log_probs_br[i, :end] = sampled_log_probs
-    return rollout

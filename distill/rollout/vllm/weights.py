@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from distill.base import processes
 from distill.data.tokenizer import Vocabulary
 from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.source import load_model_config
@@ -79,17 +80,22 @@ class WeightsFolder:
         return merged(params, self.export.dtype)
 
     def write(self, params: nnx.State, version: int) -> Path:
-        """Writes a version and drops older ones."""
+        """Writes a version and drops older ones; called by all processes."""
         target = self.folder / f"{version:08d}"
         self.export.write(target, params)
+        if processes.is_first():
+            self._drop_all_but(target)
+        return target
+
+    def _drop_all_but(self, target: Path) -> None:
+        """Those that came before the last ones."""
         others = [path for path in self.folder.iterdir() if _VERSION.fullmatch(path.name)]
         newest_first = sorted(others, key=lambda path: (path.stat().st_mtime, path.name))[::-1]
         for path in [path for path in newest_first if path != target][_KEPT - 1 :]:
             shutil.rmtree(path)
-        return target
 
     def write_rehearsal(self, params: nnx.State) -> Path:
-        """Writes the weights that `rehearse` describes."""
+        """Writes the weights that `rehearse` describes; called by all processes."""
         target = self.folder / "rehearsal"
         self.export.write(target, params, transform=rehearse)
         return target
