@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from distill.base import processes
 from distill.batches.coins import lambda_coin, sample_coins
 from distill.batches.packing import Layout
 from distill.batches.rows import Batch, in_place_of, make_batch
@@ -238,9 +239,12 @@ class BatchSource:
         seconds = time.perf_counter() - start
         measured = {**measured, **_describe(rollout, seconds), **by_backend}
         sampled = rollout.sequences(fixed)
-        if isinstance(request.turns, Dialogues):
-            sampled = sampled.with_columns(reward=request.turns.reward_b)
-            measured |= request.turns.measured()
+        if isinstance(turns := request.turns, Dialogues):
+            reward_b, by_environment = processes.from_first(
+                lambda: (turns.reward_b.tolist(), turns.measured())
+            )
+            sampled = sampled.with_columns(reward=np.array(reward_b, np.float32))
+            measured |= by_environment
         sampled, rewarded = self._reward(sampled)
         sequences = concatenate([fixed, sampled])
         if self._mix != "both":

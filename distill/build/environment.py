@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from distill.base import processes
 from distill.base.errors import UserError
 from distill.base.registry import own_values
 from distill.build.data import template_arguments
@@ -33,16 +32,11 @@ def build_dialogues(
     """Dialogues for rows of the dataset; None where the config has no environment.
 
     Raises:
-      UserError: several processes, or a chat template that does not write dialogues as they come.
+      UserError: the chat template does not write dialogues as they come.
     """
     section = config.environment
     if not section.name:
         return None
-    if processes.several():
-        raise UserError(
-            f"environment.name={section.name} works within one process: replies would have to be "
-            "the same in all; use one process, or environment.name=''"
-        )
     tokenizer, data = vocabulary.tokenizer, config.data
     ends = tuple(tokenizer.convert_ids_to_tokens(list(vocabulary.end_ids)))
     chat = Chat(tokenizer, arguments=template_arguments(data), special_tokens=data.special_tokens)

@@ -109,10 +109,10 @@ def _check_environment(config: Config) -> None:
         )
     if config.reward.function == "environment" and not name:
         raise UserError("reward.function=environment is of dialogues: set environment.name")
-    if name and backend != "jax":
+    if name and backend not in KNOWN_BACKENDS:
         raise UserError(
             f"environment.name={name} samples dialogues, which policy.generation.backend="
-            f"{backend} does not: use backend=jax"
+            f"{backend} does not: use one of {', '.join(KNOWN_BACKENDS)}"
         )
 
 

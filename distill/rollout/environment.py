@@ -92,7 +92,8 @@ def get_environment(name: str) -> EnvironmentMaker:
 class Dialogues:
     """`sampling.request.Turns` of one request: an environment for every row.
 
-    One that raises, says what is no reply or takes too long ends its dialogue and is counted.
+    One that raises, says what is no reply or takes too long ends its dialogue and is counted. Of
+    several processes, the first one has the dialogues.
 
     Args:
       make: of an example.
@@ -120,19 +121,39 @@ class Dialogues:
         self._make, self._examples, self._read, self._write = make, examples, read, write
         self._slow = slow
         self._max_turns, self._timeout, self._max_failures = max_turns, timeout, max_failures
-        self._environments: dict[int, Environment] = {}
+        self._environments: dict[int, list[Environment]] = {}  # none until the first turn has ended
         self._due: dict[int, float] = {}  # rows that are asked about, and until when
         self._replies: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        self._failures: list[str] = []
+        self._failures: dict[int, str] = {}  # by row
+        self._alone = threading.Lock()  # what rows share, of those that have threads of their own
         self.turns_b = np.zeros(len(examples), np.int32)
         self.reward_b = np.zeros(len(examples), np.float32)
 
     def ask(self, row: int, tokens_t: np.ndarray) -> None:
         """See `Turns.ask`."""
-        self.turns_b[row] += 1
         self._due[row] = time.monotonic() + self._timeout
-        # Not of a pool, whose threads an environment could use up; and not waited for at the end.
-        threading.Thread(target=self._step, args=(row, self._read(tokens_t)), daemon=True).start()
+        self._start_step(row, tokens_t, self._replies)
+
+    def begin(self, row: int) -> None:
+        """See `Turns.begin`."""
+        with self._alone:
+            self._environments.pop(row, None)
+            self._failures.pop(row, None)
+        self.turns_b[row], self.reward_b[row] = 0, 0.0
+
+    def reply(self, row: int, tokens_t: np.ndarray) -> np.ndarray | None:
+        """See `Turns.reply`; raises what `replies` does."""
+        replies: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        with self._alone:
+            self._start_step(row, tokens_t, replies)
+        try:
+            _, reply = replies.get(timeout=self._timeout)
+        except queue.Empty:
+            with self._alone:
+                self._fail_late(row)
+            return None
+        with self._alone:
+            return self._taken(row, reply)
 
     def replies(self, wait: bool) -> Iterable[tuple[int, np.ndarray | None]]:
         """See `Turns.replies`; in the order of the rows, as far as they are waited for.
@@ -149,7 +170,7 @@ class Dialogues:
             except queue.Empty:
                 for row in [row for row, due in self._due.items() if due <= time.monotonic()]:
                     del self._due[row]
-                    self._fail(row, f"no reply within {self._timeout:g} s")
+                    self._fail_late(row)
                     came[row] = None
                 if not waits:
                     break
@@ -166,14 +187,23 @@ class Dialogues:
             "environment/failures": len(self._failures) / len(self._examples),
         }
 
-    def _step(self, row: int, text: str) -> None:
+    def _start_step(self, row: int, tokens_t: np.ndarray, replies: queue.SimpleQueue) -> None:
+        self.turns_b[row] += 1
+        made = self._environments.setdefault(row, [])
+        arguments = row, made, self._read(tokens_t), replies
+        # Not of a pool, whose threads an environment could use up; and not waited for at the end.
+        threading.Thread(target=self._step, args=arguments, daemon=True).start()
+
+    def _step(
+        self, row: int, made: list[Environment], text: str, replies: queue.SimpleQueue
+    ) -> None:
         try:
-            if row not in self._environments:
-                self._environments[row] = self._make(self._examples[row])
-            reply: Any = self._environments[row].step(text)
+            if not made:
+                made.append(self._make(self._examples[row]))
+            reply: Any = made[0].step(text)
         except BaseException as error:  # whatever the user's code raises
             reply = error
-        self._replies.put((row, reply))
+        replies.put((row, reply))
 
     def _taken(self, row: int, reply: Any) -> np.ndarray | None:
         if isinstance(reply, BaseException):
@@ -188,11 +218,14 @@ class Dialogues:
             self._fail(row, f"it replied with {type(reply).__name__}: {describe(error)}")
             return None
 
+    def _fail_late(self, row: int) -> None:
+        self._fail(row, f"no reply within {self._timeout:g} s")
+
     def _fail(self, row: int, reason: str) -> None:
-        self._failures.append(f"example {self._examples[row].id}: {reason}")
+        self._failures[row] = f"example {self._examples[row].id}: {reason}"
         if len(self._failures) > self._max_failures * len(self._examples):
             raise RunStopped(
                 f"{len(self._failures)} of {len(self._examples)} dialogues failed in their "
-                f"environment, first {self._failures[0]}: mend it, or raise "
+                f"environment, first {next(iter(self._failures.values()))}: mend it, or raise "
                 f"environment.max_failures={self._max_failures:g}"
             )

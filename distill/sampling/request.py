@@ -14,7 +14,10 @@ from distill.sampling.choice import SamplingParams
 
 
 class Turns(Protocol):
-    """What follows the turns of dialogues: the other side of those that are no single response."""
+    """What follows the turns of dialogues: the other side of those that are no single response.
+
+    Asked either by `ask` and `replies`, or by `begin` and `reply`; by the first process alone.
+    """
 
     def ask(self, row: int, tokens_t: np.ndarray) -> None:
         """Asks what follows a turn of the student, its end token included; returns at once."""
@@ -24,6 +27,12 @@ class Turns(Protocol):
 
         None ends a dialogue. With `wait`, at least one of those asked for.
         """
+
+    def begin(self, row: int) -> None:
+        """Begins a row's dialogue, anew if there was one."""
+
+    def reply(self, row: int, tokens_t: np.ndarray) -> np.ndarray | None:
+        """Waits for what follows a turn, as in `replies`; each row in a thread of its own."""
 
 
 @dataclasses.dataclass(frozen=True)

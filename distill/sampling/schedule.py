@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from distill.base import processes
 from distill.base.sharding import num_shards
 from distill.base.status import how_far
 from distill.sampling import programs
@@ -273,7 +274,9 @@ class Run:
         rollout.lengths_b[row] += count
         if len(ends) and self._request.turns is not None:
             self._asked[row] = True
-            self._request.turns.ask(row, rollout.tokens_br[row, self._begun[row] : to.stop].copy())
+            if processes.is_first():
+                turn_t = rollout.tokens_br[row, self._begun[row] : to.stop].copy()
+                self._request.turns.ask(row, turn_t)
         elif len(ends):
             rollout.stopped_b[row] = True
 
@@ -287,12 +290,18 @@ class Run:
         """Rows whose dialogues go on read the other side's tokens next; the others have ended."""
         if not self._asked.any():
             return
-        for row, tokens_t in turns.replies(wait=not self._running.any()):
+
+        def replies() -> list[tuple[int, list[int] | None]]:
+            came = turns.replies(wait=not self._running.any())
+            return [(int(row), None if said is None else said.tolist()) for row, said in came]
+
+        for row, said in processes.from_first(replies):
             self._asked[row], made = False, self._rollout.lengths_b[row]
-            if tokens_t is None:
+            if said is None:
                 self._rollout.stopped_b[row] = True
-            elif made + len(tokens_t) < self._limits[row]:
-                self._given[row], self._begun[row] = tokens_t, made + len(tokens_t)
+            elif made + len(said) < self._limits[row]:
+                self._given[row] = np.array(said, np.int32)
+                self._begun[row] = made + len(said)
             else:
                 self._limits[row] = made  # no room for another turn
         self._free_ended()

@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -120,6 +121,27 @@ def test_failures_end_their_own_dialogues():
     assert dialogues.reward_b[0] == 1.5
 
 
+def test_replies_that_threads_wait_for():
+    """Those of servers: a slow one holds no other up; a dialogue may begin anew."""
+    kinds = ["fine", "raises", "hangs", "no reply", "slow"]
+    dialogues, turn = make_dialogues(kinds), np.array([97])
+    with ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(dialogues.reply, row, turn) for row in range(5)]
+        assert waiting[0].result().tolist() == [97] and not waiting[4].done()
+        assert waiting[4].result().tolist() == [97]
+        assert [future.result() for future in waiting[1:4]] == [None, None, None]
+    assert dialogues.measured()["environment/failures"] == 0.6
+    for row in (0, 1):
+        dialogues.begin(row)
+    assert dialogues.measured()["environment/failures"] == 0.4
+    assert [len(dialogues.reply(0, turn)) for _ in range(2)] == [1, 2]
+    assert dialogues.reply(0, turn) is None, "the last turn that it may have"
+    assert dialogues.reward_b[0] == 1.5 and dialogues.turns_b.tolist() == [3, 0, 1, 1, 1]
+    with pytest.raises(RunStopped, match="3 of 5 dialogues .* first example [23]: "):
+        dialogues._max_failures = 0.5
+        dialogues.reply(1, turn)
+
+
 def test_many_failures_stop_the_run():
     dialogues = make_dialogues(["fine", "raises", "raises"], max_failures=0.5)
     dialogues.ask(1, np.array([97]))
@@ -142,7 +164,7 @@ def test_slow_environment_holds_nothing_up():
     "keys, words",
     [
         (dict(name="pyton_tool"), "environment.name.*allowed is python_tool, self_check"),
-        (dict(name="python_tool", backend="vllm"), "environment.name=python_tool.*backend=vllm"),
+        (dict(name="python_tool", backend="own"), "environment.name=python_tool.*backend=own"),
         (dict(name="python_tool", max_turns=0), "environment.max_turns"),
         (dict(reward="environment"), "reward.function=environment is of dialogues"),
     ],
@@ -152,6 +174,7 @@ def test_refusals(keys, words):
     keys = dict(keys)
     config.policy.generation.backend = keys.pop("backend", "jax")
     config.reward.function = keys.pop("reward", "")
+    config.plugins = ("a_plugin",) if config.policy.generation.backend == "own" else ()
     config.policy.generation.vllm.urls = ("http://localhost:8000",)
     config.environment.update(keys)
     with pytest.raises(UserError, match=words):

@@ -26,7 +26,7 @@ from distill.rollout.vllm import checks, guard
 from distill.rollout.vllm.backend import VllmBackend
 from distill.rollout.vllm.client import VllmClient, read_api_key
 from distill.rollout.vllm.probe import Probe
-from distill.rollout.vllm.rows import request_seed
+from distill.rollout.vllm.rows import request_seed, turn_seed
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
 from distill.teachers.server import ServerTeacher
@@ -151,6 +151,57 @@ def test_seed_depends_on_all_parts_and_on_nothing_else():
     assert len(seeds) == 48 and all(0 <= seed < 2**63 for seed in seeds)
     alone = dataclasses.replace(REQUEST, prompts=PROMPTS[4:5], prompt_index=np.array([44]))
     assert request_seed(alone, 0, 1) == request_seed(REQUEST, 4, 1)
+
+
+class Echo:
+    """Says one token after the first turn of even rows, and never anything of odd ones."""
+
+    def __init__(self, rows: int):
+        self.asked: list[list[list[int]]] = [[] for _ in range(rows)]
+        self.begun = [0] * rows
+
+    def begin(self, row):
+        self.asked[row], self.begun[row] = [], self.begun[row] + 1
+
+    def reply(self, row, tokens_t):
+        self.asked[row].append(tokens_t.tolist())
+        return np.array([7]) if row % 2 == 0 and len(self.asked[row]) == 1 else None
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_dialogues(servers, restarts):
+    """Each turn is asked for with the sequence so far; one whose server restarted begins anew."""
+    (server,) = servers()
+    params = dataclasses.replace(TEMPERED, max_length=2 * doubles.LENGTH + 2)
+    turns = Echo(REQUEST.num_rows)
+    limits = np.full(12, params.max_length, np.int32)
+    limits[[0, 2]] = doubles.LENGTH + 1, doubles.LENGTH + 3  # no room for a turn, and for a whole
+    request = dataclasses.replace(REQUEST, params=params, turns=turns, max_lengths=limits)
+    backend = refitted([server], params=params)
+    if restarts:
+        server.faults += [(COMPLETIONS, lambda handler: False)] * 20
+        server.faults.append((COMPLETIONS, lambda handler: server.restart()))
+    rollout, _ = backend.generate(request)
+    assert set(turns.begun) == {1 + restarts}
+    for row in range(REQUEST.num_rows):
+        prompt, seed = PROMPTS[row // 2].tolist(), request_seed(REQUEST, row // 2, row % 2)
+        first = answer_tokens(prompt, seed, "/weights/student-1")
+        second = answer_tokens([*prompt, *first, 7], turn_seed(seed, 1), "/weights/student-1")
+        room = limits[row] - doubles.LENGTH - 1
+        tokens = [*first, 7, *second[:room]] if row % 2 == 0 and room else first
+        length = rollout.lengths_b[row]
+        assert rollout.tokens_br[row, :length].tolist() == tokens
+        assert rollout.stopped_b[row] == (row not in (0, 2))
+        asked = [first, second] if len(tokens) == 9 else [first]
+        assert turns.asked[row] == asked
+        sampled = [i != doubles.LENGTH for i in range(length)]
+        assert rollout.sampled_br[row, :length].tolist() == sampled
+        # Scored at once for all turns; the double says -0.5 - token.
+        expected = np.where(sampled, -0.5 - rollout.tokens_br[row, :length], 0)
+        np.testing.assert_allclose(rollout.log_probs_br[row, :length], expected)
+        drawn = rollout.sampled_log_probs_br[row, doubles.LENGTH : length]
+        np.testing.assert_allclose(drawn, [0, -0.25, -0.5, -0.75, -1.0][: len(drawn)])
+    np.testing.assert_array_equal(rollout.columns["weight"], rollout.sampled_br)
 
 
 def test_request_says_every_sampling_option(servers):

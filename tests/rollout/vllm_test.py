@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from distill.base.errors import RunStopped, UserError
 from distill.config import default_config
 from distill.config.policy import VllmServers
 from distill.data.arithmetic import CHARACTERS
+from distill.data.base import Example
 from distill.data.tokenizer import Vocabulary, character_tokenizer, load_tokenizer
 from distill.export_server import export_server
 from distill.models.checkpoints.export import export_model, hf_config_dict
@@ -38,6 +40,7 @@ from distill.models.checkpoints.hub import ASSETS
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.transformer import Transformer
+from distill.rollout.environment import Dialogues, Environment, Reply, says
 from distill.rollout.vllm import guard
 from distill.rollout.vllm.backend import VllmBackend
 from distill.rollout.vllm.checks import check_sampler
@@ -46,6 +49,7 @@ from distill.rollout.vllm.probe import Probe
 from distill.rollout.vllm.rows import is_tempered
 from distill.rollout.vllm.weights import ServerExport, WeightsFolder
 from distill.sampling.choice import SamplingParams
+from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import Rollout, RolloutRequest
 
 PYTHON = os.environ.get("DISTILL_VLLM_PYTHON", "")
@@ -324,6 +328,51 @@ def truncated(log_probs_v: np.ndarray, token: int) -> tuple[float, float]:
     return log_probs_v[token], scores_v[token] - np.log(np.exp(scores_v[kept]).sum())
 
 
+class Counter(Environment):
+    """Says how long a turn was."""
+
+    def __init__(self, example):
+        self.example = example
+
+    def step(self, response):
+        return Reply(says("user", f"{len(response)}+"), reward=float(self.example.prompt))
+
+
+def make_dialogues(folder: Path, count: int) -> Dialogues:
+    tokenizer = load_tokenizer(folder)
+
+    def write(messages):
+        return np.array(tokenizer.encode(messages[0]["content"], add_special_tokens=False))
+
+    examples = [Example(str(i), None, None, str(i)) for i in range(count)]
+    limits = dict(max_turns=3, timeout=60.0, max_failures=0.0)
+    return Dialogues(Counter, examples, read=tokenizer.decode, write=write, **limits)
+
+
+def test_dialogues_are_those_of_the_engine(servers, folders, tmp_path):
+    """Greedy: every turn's tokens and log-probabilities, what is said between, and rewards."""
+    params = SamplingParams(max_length=20, greedy=True)
+    backend = make_backend(servers["student"], folders["student"], tmp_path, params)
+    backend.start()
+    graph, weights = random_student(STUDENT, 0)
+    backend.refit(weights, version=0)
+    ends = dict(eos_ids=END_IDS, pad_id=0, vocab_size=VOCAB_SIZE)
+    engine = Engine(graph, EngineConfig(max_length=MAX_TOTAL), **ends)
+    prompts = tuple(prompt[-12:] for prompt in make_request(params).prompts)
+    made, turns = [], []
+    for generate in (backend.generate, functools.partial(engine.generate, weights)):
+        turns.append(make_dialogues(folders["student"], len(prompts)))
+        request = RolloutRequest(prompts, np.arange(len(prompts)), params, turns=turns[-1])
+        made.append(generate(request)[0])
+    ours, theirs = made
+    for name in ("tokens_br", "lengths_b", "stopped_b", "sampled_br"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    np.testing.assert_allclose(ours.log_probs_br, theirs.log_probs_br, atol=5e-5)
+    np.testing.assert_array_equal(turns[0].reward_b, turns[1].reward_b)
+    np.testing.assert_array_equal(turns[0].turns_b, turns[1].turns_b)
+    assert {1, 2, 3} <= set(turns[0].turns_b) and 0 < ours.stopped_b.sum() < len(prompts)
+
+
 def test_tied_head_is_found_out_before_the_first_token(servers, folders, tmp_path):
     """vLLM answers 200 to the reload and keeps the old head."""
     params = SamplingParams(max_length=MAX_LENGTH)
@@ -420,6 +469,68 @@ def test_two_servers_sample_ahead_as_devices_of_this_process_do(
     # Ten batches of 32 rows, and a few probes; who is quicker gets more of them.
     for server, before in zip(pair, answered, strict=True):
         assert requests_answered(server) - before > 32, "both answer"
+
+
+def in_two_processes(config: ConfigDict, workdir: Path) -> list[subprocess.CompletedProcess]:
+    """`distill.main` in two processes, with half of this one's devices each."""
+    source = workdir.with_name(f"{workdir.name}_config.py")
+    source.write_text(
+        f"import pickle\nget_config = lambda: pickle.loads({pickle.dumps(config)!r})\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "distill.main", f"--config={source}", f"--workdir={workdir}",
+        f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2",
+    ]  # fmt: skip
+    flags = os.environ["XLA_FLAGS"].replace("count=8", "count=4")
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    started = [
+        subprocess.Popen(
+            [*command, f"--process_id={number}"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in started]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *each)
+        for process, each in zip(started, said, strict=True)
+    ]
+
+
+def test_two_processes_with_two_servers_and_a_teacher_behind_one_are_one_process(
+    servers, folders, tmp_path
+):
+    """Sampled ahead: what the first one hears comes in a thread, beside the steps of all."""
+    config = on_servers(
+        run_config(max_steps=4, save_steps=3), servers["student"], servers["second"]
+    )
+    config.policy.model_name = str(folders["student"])
+    config.distillation.generate_strategy.decoding_method = "greedy"
+    config.distillation.teacher_model_path = ""
+    config.policy.generation.async_steps = 1
+    config.teacher.backend = "vllm"
+    config.teacher.vllm.urls, config.teacher.vllm.top_k = (servers["teacher"].url,), 12
+    distill.train(config, tmp_path / "one")
+    done = in_two_processes(config, tmp_path / "two")
+    assert [each.returncode for each in done] == [0, 0], done
+    assert losses(tmp_path / "one").shape == (4,)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    ahead = [np.load(tmp_path / name / "checkpoints/3/arrays.npz") for name in ("one", "two")]
+    np.testing.assert_array_equal(ahead[0]["tokens"], ahead[1]["tokens"])
+    kept = sorted(path.name for path in (tmp_path / "two/vllm").iterdir())
+    assert kept == ["00000001", "00000002"]
+
+    config.policy.generation.vllm.urls = ("http://127.0.0.1:9",)
+    config.policy.generation.vllm.start_timeout = 0.5
+    done = in_two_processes(config, tmp_path / "nobody")
+    assert [each.returncode for each in done] == [2, 2], done
+    for each in done:
+        (line,) = [line for line in each.stderr.splitlines() if "error:" in line]
+        assert "no vLLM server answered" in line and "http://127.0.0.1:9" in line
+        assert "Traceback" not in each.stderr
 
 
 def requests_answered(server: Server) -> float:

@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config = tiny_config(lambda_=0.7, eval_steps=3, save_steps=3)
     config.plugins = ("processes_plugin",)
     config.data.name = "chance"
+    config.environment.name = "says_more"
     config.data.validation.max_samples = 9  # not as many for each
     # Of eight devices, the first four have half of the experts and all of tensor.
     config.mesh.data, config.mesh.expert, config.mesh.tensor = 1, 4, 2

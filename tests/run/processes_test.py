@@ -27,6 +27,8 @@ FOLDERS = [ROOT / "tests" / name for name in ("", "run", "run/faults", "without_
 # float32: sums over devices come in another order; Adam divides by roots of tiny squares, so that
 # rounding grows from step to step.
 CURVE = dict(rel=2e-5)
+COMPARED = {"loss", "grad_norm", "student_log_prob", "tokens", "on_policy"}
+COMPARED |= {"environment/turns", "environment/reward"}
 EVALUATION = dict(rel=1e-4, abs=1e-6)
 WEIGHTS = dict(rel=1e-4, abs=1e-5)
 # What Gloo's threads say about their connections, each word written by itself, among others' words.
@@ -101,9 +103,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     """Loss curve, evaluations and exported weights, up to rounding."""
     lines = list(zip(read_metrics(ours), read_metrics(theirs), strict=True))
     assert len([1 for mine, _ in lines if "loss" in mine]) == 6
+    assert max(mine.get("environment/turns", 0) for mine, _ in lines) > 1, "some are of two turns"
     for mine, other in lines:
         assert mine.keys() == other.keys()
-        for name in mine.keys() & {"loss", "grad_norm", "student_log_prob", "tokens", "on_policy"}:
+        for name in mine.keys() & COMPARED:
             assert mine[name] == pytest.approx(other[name], **CURVE), (mine["step"], name)
     mine, other = (json.loads((folder / "results.json").read_text()) for folder in (ours, theirs))
     assert mine.keys() == other.keys() == {"base", "student", "teacher"}
@@ -443,6 +446,7 @@ def test_environment_that_jax_cannot_read_is_named(monkeypatch):
 
 
 def test_several_that_have_not_joined_are_refused(tmp_path, monkeypatch):
+    config = get_config()  # makes the models
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="2 processes see each other's devices, but cannot speak"):
-        distill.train(get_config(), tmp_path / "run")
+        distill.train(config, tmp_path / "run")

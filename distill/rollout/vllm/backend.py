@@ -114,7 +114,7 @@ class VllmBackend:
             )
 
         def ask(client: VllmClient, row):
-            return ask_row(client, row, params, self._vocabulary)
+            return ask_row(client, row, params, self._vocabulary, request.turns)
 
         def sample() -> dict[str, np.ndarray]:
             responses, retries = ask_all(
@@ -126,7 +126,9 @@ class VllmBackend:
         made = processes.arrays_from_first(sample)
         retries = float(made.pop("retries").item())
         measured = {"generation/refit_gap": self._refit_gap, "generation/retries": retries}
-        return Rollout(**made), measured
+        sampled_br = made.pop("sampled_br")
+        columns = dict(sampled=sampled_br, weight=sampled_br.astype(np.float32))
+        return Rollout(**made, columns=columns if request.turns else {}), measured
 
     def stop(self) -> None:
         """Ends the own server; others go on running, with the last weights."""
