@@ -149,6 +149,8 @@ def test_seed_depends_on_all_parts_and_on_nothing_else():
         for j in (0, 1)
     }
     assert len(seeds) == 48 and all(0 <= seed < 2**63 for seed in seeds)
+    seeds |= {turn_seed(seed, turn) for seed in seeds for turn in (0, 1, 2)}
+    assert len(seeds) == 3 * 48, "the first turn has the row's"
     alone = dataclasses.replace(REQUEST, prompts=PROMPTS[4:5], prompt_index=np.array([44]))
     assert request_seed(alone, 0, 1) == request_seed(REQUEST, 4, 1)
 
