@@ -259,9 +259,9 @@ def from_first(function: Callable[[], T]) -> T:
         _run.client.key_value_set(key, said)
     else:
         said = _hear(_run.client.blocking_key_value_get, key)
-    value, error, message = json.loads(said)
-    if error:
-        raise {kind.__name__: kind for kind in (UserError, RunStopped)}[error](message)
+    value, name, message = json.loads(said)
+    if name:
+        raise (UserError if name == UserError.__name__ else RunStopped)(message)
     return value
 
 
@@ -271,7 +271,8 @@ def arrays_from_first(
     """As `from_first`, of arrays by name; all wait until all have them."""
     if _run is None:
         return dict(function())
-    run, made = _run, {}
+    run = _run
+    made: dict[str, np.ndarray] = {}
     folder = f"distill/arrays/{threading.current_thread().name}/"
 
     def tell() -> int:
