@@ -44,7 +44,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $$(grep -rlE '^#!/usr/bin/env bash$$' .ci launch tests)
-	$(BIN)/python tests/jobset_check.py launch/gke_jobset.yaml
+	for jobset in launch/gke_jobset*.yaml; do $(BIN)/python tests/jobset_check.py $$jobset || exit; done
 
 functional: $(patsubst tests/functional/%.sh,functional-%,$(wildcard tests/functional/*.sh))
 

@@ -36,6 +36,10 @@ SCHEMA = _object(
     ),
     spec=_object(
         ["replicatedJobs"],
+        network=_object([], enableDNSHostnames={"type": "boolean"}),
+        successPolicy=_object(
+            ["operator"], operator={"enum": ["All", "Any"]}, targetReplicatedJobs=TEXTS
+        ),
         failurePolicy=_object(
             [],
             maxRestarts={"type": "integer", "minimum": 0},
