@@ -42,6 +42,7 @@ def abstract_model(
     param_dtype: str,
     remat: str,
     max_length: int,
+    replays: bool = False,
     rules=RULES,
 ) -> Model:
     """A model's graph, and the shapes of its parameters on the mesh: nothing is loaded.
@@ -61,6 +62,7 @@ def abstract_model(
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(param_dtype),
             remat=remat,
+            replays=replays,
             rngs=nnx.Rngs(0),
         )
 
@@ -112,8 +114,13 @@ def build_head(folder: Path, mesh: Mesh, **options) -> Model:
     return Model(model.graph, load_head(folder, config, model.params, shardings, dtype))
 
 
-def check_router_loss(policy: Policy, config: ModelConfig) -> None:
-    """Raises UserError if the student's family does not train with the loss that is asked for."""
+def check_router(policy: Policy, config: ModelConfig) -> None:
+    """Raises UserError if the student has no router for what is asked of one."""
+    if policy.records_routes and config.experts is None:
+        raise UserError(
+            f"policy.router_replay={policy.router_replay} is for a mixture of experts, and a "
+            f"student of the family {config.family} is none: set it to off"
+        )
     if policy.router_aux_loss and (config.experts is None or config.experts.scores != "softmax"):
         raise UserError(
             f"policy.router_aux_loss={policy.router_aux_loss} is for routers that give "
@@ -128,6 +135,7 @@ def student_options(policy: Policy) -> dict[str, Any]:
         param_dtype=policy.precision if policy.lora.rank else "float32",
         remat=policy.activation_checkpointing,
         max_length=policy.max_total_sequence_length,
+        replays=policy.router_replay == "replay",
     )
 
 

@@ -50,12 +50,19 @@ def engine_sizes(policy: Policy) -> EngineConfig:
 
 
 def build_engine(
-    policy: Policy, graph: nnx.GraphDef, vocabulary: Vocabulary, *, few_programs: bool = False
+    policy: Policy,
+    graph: nnx.GraphDef,
+    vocabulary: Vocabulary,
+    *,
+    few_programs: bool = False,
+    records_routes: bool = False,
 ) -> Engine:
     """What samples from a model: rollouts, responses to held-out prompts, fixed data."""
     return Engine(
         graph,
-        dataclasses.replace(engine_sizes(policy), few_programs=few_programs),
+        dataclasses.replace(
+            engine_sizes(policy), few_programs=few_programs, records_routes=records_routes
+        ),
         eos_ids=vocabulary.end_ids,
         pad_id=vocabulary.pad_id,
         vocab_size=vocabulary.size,
@@ -107,7 +114,7 @@ def build_backend(
         weights = sampler_weights(policy, student, sampler_mesh if is_colocated else mesh)
         in_8_bits = policy.generation.precision == "int8"
         return JaxBackend(
-            build_engine(policy, student.graph, vocabulary),
+            build_engine(policy, student.graph, vocabulary, records_routes=policy.records_routes),
             dtype=jnp.dtype(policy.precision),
             shardings=jax.tree.map(lambda x: x.sharding, weights),
             finish=functools.partial(quantized, _facts(student)) if in_8_bits else None,

@@ -41,7 +41,7 @@ from distill.build.models import (
     abstract_model,
     abstract_state,
     build_frozen_model,
-    check_router_loss,
+    check_router,
     first_state,
     load_student,
     student_options,
@@ -224,7 +224,7 @@ class Session:
         """The graph, and the shapes of the parameters on the mesh: nothing is loaded."""
         folder, options = self.student_folder, student_options(self.config.policy)
         config = load_model_config(folder)[0]
-        check_router_loss(self.config.policy, config)
+        check_router(self.config.policy, config)
         return abstract_model(config, folder, self.mesh, **options)
 
     @functools.cached_property

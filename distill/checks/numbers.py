@@ -122,6 +122,7 @@ def check_numbers(session: Session, state: TrainState) -> str:
             return loss_fn(whole_params(trainable, frozen), teacher_params, rows, total)
 
         (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        del sums["expert_load"]  # of a mixture: no number
         return constrain_whole((loss, sums, optax.tree.norm(grads)))
 
     def evaluate(rows: Rows, teacher_params=params if own_teacher else None):
@@ -138,6 +139,8 @@ def check_numbers(session: Session, state: TrainState) -> str:
         if prompts.view_tokens is not None and len(about):
             details.append(_check_view(session, prompts, sequences.take(about), alignment))
     if own_teacher:
+        if "routed_experts" in padded.columns:  # a teacher does not replay them
+            loss, _, gradient = evaluate(_without_routes(padded))
         other_loss, _, other_gradient = evaluate(padded, _half_logits(session, params))
         exact = _is_exact(session.config)
         details.append(_check_zero(exact, loss, other_loss, gradient, other_gradient))
@@ -208,6 +211,12 @@ def laid_out(
         view=view and view.take(some),
     )
     return jax.tree.map(lambda x: x[0], batch[0])
+
+
+def _without_routes(rows: Rows) -> Rows:
+    """The rows as if the sampler had not said what it picked."""
+    column: Any = np.full_like(rows.columns["routed_experts"], -1)
+    return dataclasses.replace(rows, columns={**rows.columns, "routed_experts": column})
 
 
 def _stirred(rows: Rows) -> Rows:

@@ -68,6 +68,12 @@ def _check_generation(config: Config) -> None:
             f"policy.generation.tensor={generation.tensor} and .width={generation.width} lay out "
             f"the jax backend's sampler, not {backend!r}'s: leave them at 0 and 1"
         )
+    if config.policy.records_routes and (backend == "vllm" or not config.distillation.lambda_):
+        key = "policy.generation.backend=vllm" if backend == "vllm" else "distillation.lambda_=0"
+        raise UserError(
+            f"policy.router_replay={config.policy.router_replay} needs the experts that a sampler "
+            f"here picks, and there are none with {key}: set policy.router_replay=off"
+        )
     if 0 < generation.importance_clip < 1:
         raise UserError(
             f"policy.generation.importance_clip={generation.importance_clip} limits the "

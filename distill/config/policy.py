@@ -180,9 +180,19 @@ class Policy:
     router_aux_loss: float = key(
         0.0, "weight of the loss that evens out a mixture's routing; 0: there is none", low=0
     )
+    router_replay: str = key(
+        "off",
+        "experts that the sampler picked: unknown, compared with the trainer's, or used by it",
+        choices=("off", "compare", "replay"),
+    )
     lora: Lora = section(Lora)
     optimizer: Optimizer = section(Optimizer)
     generation: Generation = section(Generation)
+
+    @property
+    def records_routes(self) -> bool:
+        """Whether the sampler says which experts it picked."""
+        return self.router_replay != "off"
 
     @property
     def cut_by_tokens(self) -> bool:

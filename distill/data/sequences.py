@@ -52,6 +52,8 @@ _columns = {
     # cut otherwise, 0 where both cut one token.
     "piece": Column(np.int32, fill=-1, optional=True),
     "piece_size": Column(np.int32, optional=True),
+    # The experts with which the sampler predicted the token, of all layers; see `models.routes`.
+    "routed_experts": Column(np.int16, fill=-1, optional=True),
     "row": Column(np.int64, per_token=False),  # of the dataset
     "index": Column(np.int64, per_token=False),  # in the endless stream of the data
     "truncated": Column(bool, per_token=False),  # the length limit ended it

@@ -24,7 +24,7 @@ from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import AttentionSpec
 from distill.kernels.attention.blockwise import cap_scores
 from distill.kernels.linear_divergence import Head
-from distill.models import attention, recurrent
+from distill.models import attention, moe, recurrent, routes
 from distill.models.attention import Rotation, make_rotations
 from distill.models.cache import LayerCache, Tail
 from distill.models.facts import ModelConfig
@@ -72,8 +72,8 @@ class Part(NamedTuple):
 Prefix = Part | Callable[[jax.Array], Attended]
 # Of every layer of a shallow model, or stacked by kind.
 Tails = list[Tail] | dict[str, Tail]
-# One step through all layers: (x_b1d, step, tail) -> (x_b1d, tail).
-Walk = Callable[[jax.Array, "Step", Any], tuple[jax.Array, Any]]
+# One step through all layers: (x_b1d, step, tail) -> (x_b1d, tail, picked_b1m), see `routes`.
+Walk = Callable[[jax.Array, "Step", Any], tuple[jax.Array, Any, jax.Array | None]]
 
 
 class Step(NamedTuple):
@@ -94,11 +94,12 @@ class Step(NamedTuple):
 
 def prefill(
     model: Transformer, tokens_gp: jax.Array, lengths_g: jax.Array
-) -> tuple[jax.Array, dict[str, Tail]]:
+) -> tuple[jax.Array, dict[str, Tail], jax.Array | None]:
     """Hidden states of right-padded prompts, and what each kind of layer keeps of them, stacked.
 
     Returns:
-      hidden_gpd, and what `new_cache` takes; what stands behind a prompt's end means nothing.
+      hidden_gpd, what `new_cache` takes, and the picked experts, picked_gpm (`routes`); what stands
+      behind a prompt's end means nothing.
     """
     batch, length = tokens_gp.shape
     positions_gp = jnp.broadcast_to(jnp.arange(length), (batch, length))
@@ -107,14 +108,15 @@ def prefill(
 
     def layer(kind, x_gpd, state):
         block = nnx.merge(graphs[kind], state)
-        x_gpd, kept, _ = block(x_gpd, rotations[kind], lengths_b=lengths_g)
+        x_gpd, kept, routing = block(x_gpd, rotations[kind], lengths_b=lengths_g)
         if block.kind.attention:
             k_gpkh, v_gpkh = kept
             kept = k_gpkh.transpose(0, 2, 3, 1), v_gpkh.transpose(0, 2, 1, 3)
-        return x_gpd, kept
+        return x_gpd, (kept, _picked(routing))
 
-    x_gpd, kept = scan_layers(layer, model.embed(tokens_gp), stacks, model.config.layers)
-    return model.normalize(x_gpd), kept
+    x_gpd, made = scan_layers(layer, model.embed(tokens_gp), stacks, model.config.layers)
+    kept, picked = ({kind: pair[i] for kind, pair in made.items()} for i in range(2))
+    return model.normalize(x_gpd), kept, routes.merged(model.config, picked)
 
 
 def first_tails(model: Transformer, cache: dict[str, LayerCache], width: int, size: int) -> Tails:
@@ -196,12 +198,19 @@ def make_walk(
         ]
 
         def walk_unrolled(x_b1d, step, tail):
-            new_tail = []
+            new_tail, picked = [], {kind: [] for kind in config.kinds}
             for (kind, block, prefix), layer_tail in zip(layers, tail, strict=True):
                 rotation = step.rotations[kind]
-                x_b1d, layer_tail = _decode_layer(block, rotation, prefix, x_b1d, step, layer_tail)
+                x_b1d, layer_tail, picked_b1c = _decode_layer(
+                    block, rotation, prefix, x_b1d, step, layer_tail
+                )
                 new_tail.append(layer_tail)
-            return x_b1d, new_tail
+                picked[kind].append(picked_b1c)
+            stacked = {
+                kind: jax.tree.map(lambda *x: jnp.stack(x), *of_layers)
+                for kind, of_layers in picked.items()
+            }
+            return x_b1d, new_tail, routes.merged(config, stacked)
 
         return walk_unrolled
 
@@ -216,13 +225,13 @@ def make_walk(
                 lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, False), tails[kind]
             )
             rotation = step.rotations[kind]
-            x_b1d, tail = _decode_layer(block, rotation, prefix, x_b1d, step, tail)
+            x_b1d, tail, picked = _decode_layer(block, rotation, prefix, x_b1d, step, tail)
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
-            return (x_b1d, tails | {kind: jax.tree.map(put, tails[kind], tail)}), None
+            return (x_b1d, tails | {kind: jax.tree.map(put, tails[kind], tail)}), picked
 
         scanned = {kind: (numbers[kind], stacks[kind]) for kind in stacks}
-        carry, _ = scan_layers(layer, (x_b1d, tails), scanned, config.layers)
-        return carry
+        carry, picked = scan_layers(layer, (x_b1d, tails), scanned, config.layers)
+        return *carry, routes.merged(config, picked)
 
     return walk
 
@@ -235,8 +244,8 @@ def decode_step(
     number,
     tail,
     remembers_b: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
-    """hidden_bd of each row's newest token, and the tail with its keys and values.
+) -> tuple[jax.Array, Any, jax.Array | None]:
+    """hidden_bd of each row's newest token, the tail with its keys and values, and its picked_bm.
 
     Args:
       model: whose layers `walk` walks.
@@ -249,8 +258,9 @@ def decode_step(
     """
     rotations = make_rotations(model.config, (lengths_b + number)[:, None])
     step = Step(number, lengths_b, rotations, remembers_b)
-    x_b1d, tail = walk(model.embed(token_b[:, None]), step, tail)
-    return model.normalize(x_b1d)[:, 0], tail
+    x_b1d, tail, picked_b1m = walk(model.embed(token_b[:, None]), step, tail)
+    picked_bm = None if picked_b1m is None else picked_b1m[:, 0]
+    return model.normalize(x_b1d)[:, 0], tail, picked_bm
 
 
 def attend_part(q_bkgh: jax.Array, part: Part, spec: AttentionSpec) -> Attended:
@@ -320,15 +330,20 @@ def _decode_layer(
     x_b1d: jax.Array,
     step: Step,
     tail: Tail,
-) -> tuple[jax.Array, Tail]:
-    """One layer of a decode step; a recurrent one has no prefix."""
+) -> tuple[jax.Array, Tail, jax.Array | None]:
+    """One layer of a decode step, and the experts it picks; a recurrent one has no prefix."""
     y_b1d = block.mixer_input(x_b1d)
     if prefix is None:
         mixed_b1d, new = recurrent.step(block, y_b1d, tail)
         tail = new if step.remembers_b is None else _select(step.remembers_b, new, tail)
     else:
         mixed_b1d, tail = _attend(block, rotation, prefix, y_b1d, step, tail)
-    return block.finish(x_b1d, mixed_b1d)[0], tail
+    x_b1d, routing = block.finish(x_b1d, mixed_b1d)
+    return x_b1d, tail, _picked(routing)
+
+
+def _picked(routing: moe.Routing | None) -> jax.Array | None:
+    return None if routing is None else routing.picked_btc
 
 
 def _select(chosen_b: jax.Array, new: Tail, old: Tail) -> Tail:

@@ -46,13 +46,11 @@ def gated_parameters(
     }
 
 
-def output(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, None]:
-    """What the feed-forward adds to the residual stream, before any norm or scale; see `moe`."""
-    return gated(layer, x_btd, ""), None
+def gated(layer: Layer, x_btd: jax.Array, prefix: str = "") -> jax.Array:
+    """What the feed-forward adds to the residual stream, before any norm or scale.
 
-
-def gated(layer: Layer, x_btd: jax.Array, prefix: str) -> jax.Array:
-    """Of the matrices whose names begin with `prefix`, and their biases where they have some."""
+    Of the matrices whose names begin with `prefix`, and their biases where they have some.
+    """
 
     def project(name: str, x: jax.Array) -> jax.Array:
         projected = layer.project(f"{prefix}{name}_proj", x)

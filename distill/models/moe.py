@@ -1,13 +1,12 @@
 """The mixture of experts: of many small feed-forwards, a router picks a few for every token.
 
-A layer has this in place of `mlp` where its `LayerKind` has `experts`. Both modules have the same
-two functions: `parameters` and `output`.
+A layer has this in place of `mlp` where its `LayerKind` has `experts`.
 
 The router works in float32. No token is dropped, and none depends on others: a token's experts are
-picked from its own scores alone. Tokens are sorted by expert, and each expert multiplies its own
-(`kernels.grouped_dot`). On a mesh, devices sort the tokens of their own rows. A layer's experts are
-gathered, and stay cut along their width (`act_ffn`); where the mesh cuts their number (`expert`),
-tokens go to them (`expert_exchange`).
+picked from its own scores alone, or were picked by the sampler (`routes`). Tokens are sorted by
+expert, and each expert multiplies its own (`kernels.grouped_dot`). On a mesh, devices sort the
+tokens of their own rows. A layer's experts are gathered, and stay cut along their width
+(`act_ffn`); where the mesh cuts their number (`expert`), tokens go to them (`expert_exchange`).
 
 Shape suffixes, beside those of transformer.py: e experts, c picked experts of a token, m tokens
 times picked experts; t counts the tokens of all rows; p the sorted picks of a round.
@@ -28,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from distill.base.sharding import dividing, mesh_axes, num_shards, partition_spec
 from distill.kernels.attention import RESIDUALS
 from distill.kernels.grouped_dot import grouped_dot
-from distill.models import expert_exchange, mlp
+from distill.models import expert_exchange, mlp, routes
 from distill.models.facts import Experts, ModelConfig
 from distill.models.primitives import INIT_STD, Layer, ParamMaker
 
@@ -78,17 +77,26 @@ class Routing(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Of counted tokens, or of layers of them: how many picked an expert, and its scores' sum."""
+    """Of counted tokens, or of layers of them: how many picked an expert, and its scores' sum.
+
+    And of each token, how many of the experts that the sampler picked were not.
+    """
 
     picks_e: jax.Array
     scores_e: jax.Array
+    missed_bt: jax.Array | None = None
 
 
-def output(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, Routing]:
-    """What the mixture adds to the residual stream, and where tokens went."""
+def output(
+    layer: Layer, x_btd: jax.Array, replayed_btc: jax.Array | None = None
+) -> tuple[jax.Array, Routing]:
+    """What the mixture adds to the residual stream, and where tokens went.
+
+    The experts `replayed_btc` take the place of the router's own picks, but where they are -1.
+    """
     experts = _experts(layer.config)
     weights = {name: layer.weight(name) for name in _USED if layer.has(name)}
-    y_btd, routing = _routed(x_btd, weights, layer.config)
+    y_btd, routing = _routed(x_btd, weights, layer.config, replayed_btc)
     if experts.shared_width:
         shared_btd = mlp.gated(layer, x_btd, "shared_")
         if experts.shared_gate:
@@ -97,12 +105,14 @@ def output(layer: Layer, x_btd: jax.Array) -> tuple[jax.Array, Routing]:
     return y_btd, routing
 
 
-def load(routing: Routing, counted_bt: jax.Array) -> Load:
-    """Of one layer."""
+def load(routing: Routing, counted_bt: jax.Array, sampled_btc: jax.Array | None = None) -> Load:
+    """Of one layer; `sampled_btc` are the sampler's picks, where they are known."""
     picked_btce = routing.picked_btc[..., None] == jnp.arange(routing.scores_bte.shape[-1])
     counted_btce = picked_btce & counted_bt[..., None, None]
     scores_e = jnp.sum(routing.scores_bte * counted_bt[..., None], axis=(0, 1))
-    return Load(jnp.sum(counted_btce, axis=(0, 1, 2), dtype=jnp.int32), scores_e)
+    picks_e = jnp.sum(counted_btce, axis=(0, 1, 2), dtype=jnp.int32)
+    missed_bt = None if sampled_btc is None else routes.missed(sampled_btc, routing.picked_btc)
+    return Load(picks_e, scores_e, missed_bt)
 
 
 def add_layers(loads: Mapping[str, Load]) -> Load:
@@ -128,18 +138,21 @@ def _experts(config: ModelConfig) -> Experts:
 
 
 def _routed(
-    x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig
+    x_btd: jax.Array,
+    weights: dict[str, jax.Array],
+    config: ModelConfig,
+    replayed_btc: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
     """`_mixed`, by the devices of the current mesh; each has its own rows."""
     if jax.sharding.get_abstract_mesh().empty:
-        return _mixed(x_btd, weights, config)
+        return _mixed(x_btd, weights, config, replayed_btc)
     # What the mesh does not divide is whole on its devices.
     rows, positions = dividing("batch", len(x_btd)), dividing("position", x_btd.shape[1])
     rows_spec = partition_spec((rows, positions, None))
     specs = {name: partition_spec(_USED[name]) for name in weights}
 
-    def of_device(x_btd, weights):
-        y_btd, routing = _mixed(x_btd, weights, config, exchanges=rows is not None)
+    def of_device(x_btd, weights, replayed_btc):
+        y_btd, routing = _mixed(x_btd, weights, config, replayed_btc, exchanges=rows is not None)
         return y_btd[None, None], routing
 
     # Leading axes of the parts of the experts' width, and of the experts where every device has the
@@ -147,22 +160,27 @@ def _routed(
     parts = "act_ffn", None if rows else "expert"
     y_ffbtd, routing = jax.shard_map(
         of_device,
-        in_specs=(rows_spec, specs),
+        in_specs=(rows_spec, specs, rows_spec),
         out_specs=(partition_spec((*parts, rows, positions, None)), rows_spec),
         check_vma=False,
-    )(x_btd, weights)
+    )(x_btd, weights, replayed_btc)
     return jnp.sum(y_ffbtd, axis=(0, 1)), routing
 
 
 def _mixed(
-    x_btd: jax.Array, weights: dict[str, jax.Array], config: ModelConfig, exchanges: bool = False
+    x_btd: jax.Array,
+    weights: dict[str, jax.Array],
+    config: ModelConfig,
+    replayed_btc: jax.Array | None = None,
+    exchanges: bool = False,
 ) -> tuple[jax.Array, Routing]:
     """Outputs and routing, of a device's rows and its part of the experts' width.
 
     `exchanges`: whether the experts' devices have different rows, else only the sums are partial.
     """
     x_td = x_btd.reshape(-1, x_btd.shape[-1])
-    scores_tc, picked_tc, scores_te = pick(x_td, weights, _experts(config))
+    replayed_tc = None if replayed_btc is None else replayed_btc.reshape(len(x_td), -1)
+    scores_tc, picked_tc, scores_te = pick(x_td, weights, _experts(config), replayed_tc)
     weights = {name: w for name, w in weights.items() if name.startswith("expert")}
     axes, number = mesh_axes("expert"), len(weights["expert_down_proj"])
     if not axes:
@@ -181,11 +199,12 @@ def _mixed(
 
 
 def pick(
-    x_td: jax.Array, weights: dict[str, Any], experts: Experts
+    x_td: jax.Array, weights: dict[str, Any], experts: Experts, replayed_tc: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weights of the picked experts, float32, their numbers, and the scores of all.
 
-    That is scores_tc, picked_tc and scores_te.
+    That is scores_tc, picked_tc and scores_te. Experts that are replayed are only picked before:
+    their weights, and so the router's gradient, come from the scores here.
     """
     router_de = weights["router"].astype(jnp.float32)
     x_td = x_td.astype(jnp.float32)
@@ -196,6 +215,8 @@ def pick(
     ranked_te = jax.lax.stop_gradient(scores_te)
     if "router_correction" in weights:
         ranked_te = ranked_te + weights["router_correction"].astype(jnp.float32)
+    if replayed_tc is not None:
+        ranked_te = routes.keep_replayed(ranked_te, replayed_tc)
     _, picked_tc = jax.lax.top_k(ranked_te, experts.per_token)
     scores_tc = jnp.take_along_axis(scores_te, picked_tc, axis=-1)
     if experts.normalized:

@@ -27,7 +27,7 @@ from distill.base.sharding import constrain, in_device_memory
 from distill.kernels.attention import RESIDUALS
 from distill.kernels.attention import attention as attention_kernel
 from distill.kernels.linear_divergence import Head
-from distill.models import attention, lora, mlp, moe, recurrent
+from distill.models import attention, lora, mlp, moe, recurrent, routes
 from distill.models.attention import Rotation, make_rotations
 from distill.models.facts import ModelConfig
 from distill.models.primitives import INIT_STD, ParamMaker, normal, project, rms_norm
@@ -77,22 +77,24 @@ class Block(nnx.Module):
         rotation: Rotation | None,
         segment_ids_bt: jax.Array | None = None,
         lengths_b: jax.Array | None = None,
+        replayed_btc: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], moe.Routing | None]:
         """One layer over whole rows: the stream after it, what it remembers, a mixture's routing.
 
         It remembers k_btkh and v_btkh, or a state after lengths_b tokens: `recurrent.Remembered`.
+        A mixture takes the experts `replayed_btc`, if there are any.
         """
         y_btd = self.mixer_input(x_btd)
         if self.kind.attention is None:
             mixed_btd, remembered = recurrent.output(self, y_btd, segment_ids_bt, lengths_b)
-            x_btd, routing = self.finish(x_btd, mixed_btd)
+            x_btd, routing = self.finish(x_btd, mixed_btd, replayed_btc)
             return x_btd, remembered, routing
         q_btnh, k_btkh, v_btkh, gate_btnh = attention.query_key_value(self, y_btd, rotation)
         attended_btnh = attention_kernel(
             q_btnh, k_btkh, v_btkh, self.kind.attention, segment_ids_bt, self.sinks_n()
         )
         mixed_btd = attention.output(self, attended_btnh, gate_btnh)
-        x_btd, routing = self.finish(x_btd, mixed_btd)
+        x_btd, routing = self.finish(x_btd, mixed_btd, replayed_btc)
         return x_btd, (k_btkh, v_btkh), routing
 
     def mixer_input(self, x_btd: jax.Array) -> jax.Array:
@@ -104,7 +106,7 @@ class Block(nnx.Module):
         return self.weight("sinks") if self.config.sinks else None
 
     def finish(
-        self, x_btd: jax.Array, mixed_btd: jax.Array
+        self, x_btd: jax.Array, mixed_btd: jax.Array, replayed_btc: jax.Array | None = None
     ) -> tuple[jax.Array, moe.Routing | None]:
         """Adds what attention or recurrence gives, and then the feed-forward, to the stream.
 
@@ -112,8 +114,11 @@ class Block(nnx.Module):
         """
         x_btd = self._add(x_btd, mixed_btd, "attention_out_norm")
         y_btd = x_btd if self.config.norms == "after" else self.normalize("ffn_norm", x_btd)
-        feed_forward = moe if self.kind.experts else mlp
-        added_btd, routing = feed_forward.output(self, y_btd)
+        routing = None
+        if self.kind.experts:
+            added_btd, routing = moe.output(self, y_btd, replayed_btc)
+        else:
+            added_btd = mlp.gated(self, y_btd)
         return self._add(x_btd, added_btd, "ffn_out_norm"), routing
 
     def _add(self, x_btd: jax.Array, added_btd: jax.Array, norm: str) -> jax.Array:
@@ -152,6 +157,7 @@ class Transformer(nnx.Module):
       param_dtype: what parameters are stored in.
       remat: what the backward pass recomputes: 'none', 'full' (each layer from its input) or
         'dots' (all but the matrix products and, without cuDNN, attention).
+      replays: whether tokens go to the experts that the sampler picked, where these are given.
       rngs: source of the initial parameters.
 
     Raises:
@@ -165,13 +171,14 @@ class Transformer(nnx.Module):
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         remat: str = "none",
+        replays: bool = False,
         rngs: nnx.Rngs,
     ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat={remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.remat = remat
+        self.remat, self.replays = remat, replays
         d, v = config.model_width, config.vocab_size
         self.embedding = normal(rngs, (v, d), INIT_STD, param_dtype, ("vocab", "embed"))
         blocks = {kind: Block(config, kind, self.dtype, param_dtype, rngs) for kind in config.kinds}
@@ -204,10 +211,12 @@ class Transformer(nnx.Module):
         positions_bt: jax.Array | None = None,
         segment_ids_bt: jax.Array | None = None,
         counted_bt: jax.Array | None = None,
+        sampled_btm: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, moe.Load]]:
         """Hidden states as above, and by kind of layer the load of its experts, if it has some.
 
-        The loads, of the counted tokens, are those of `moe.load`, stacked.
+        The loads, of the counted tokens, are those of `moe.load`, stacked. `sampled_btm` are the
+        experts that the sampler picked, as `routes` has them: compared, or replayed.
         """
         batch, length = tokens_bt.shape
         if positions_bt is None:
@@ -215,20 +224,26 @@ class Transformer(nnx.Module):
         rotations = make_rotations(self.config, positions_bt)
         graphs, stacks = self.split_layers()
 
-        def layer(kind, x_btd, state):
-            def run(x_btd, state):
+        def layer(kind, x_btd, scanned):
+            def run(x_btd, scanned):
+                state, number = scanned
                 block = nnx.merge(graphs[kind], state)
-                x_btd, _, routing = block(x_btd, rotations[kind], segment_ids_bt)
+                sampled_btc = routes.of_layer(self.config, sampled_btm, number)
+                replayed_btc = sampled_btc if self.replays else None
+                rows = rotations[kind], segment_ids_bt, None, replayed_btc
+                x_btd, _, routing = block(x_btd, *rows)
                 if routing is None or counted_bt is None:
                     return x_btd, None
-                return x_btd, moe.load(routing, counted_bt)
+                return x_btd, moe.load(routing, counted_bt, sampled_btc)
 
             if self.remat != "none":
                 # Inside scan nothing can be merged across iterations, so no barrier is needed.
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-            return run(x_btd, state)
+            return run(x_btd, scanned)
 
-        x_btd, loads = scan_layers(layer, self.embed(tokens_bt), stacks, self.config.layers)
+        numbers = {} if sampled_btm is None else routes.numbers(self.config)
+        scanned = {kind: (state, numbers.get(kind)) for kind, state in stacks.items()}
+        x_btd, loads = scan_layers(layer, self.embed(tokens_bt), scanned, self.config.layers)
         return self.normalize(x_btd), {k: load for k, load in loads.items() if load is not None}
 
     def split_layers(self) -> tuple[dict[str, nnx.GraphDef], dict[str, nnx.State]]:

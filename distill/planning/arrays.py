@@ -26,6 +26,7 @@ from distill.build.teachers import abstract_teacher, part_of_state
 from distill.config.method import OneTeacher
 from distill.config.schema import all_teachers, ema_decay
 from distill.data.sequences import Sequences
+from distill.models import routes
 from distill.models.decoding import abstract_loop_weights
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
@@ -187,7 +188,9 @@ def _abstract_sampler(workload: Workload, student: Model, mesh: AnyMesh) -> Samp
     config, tokens = workload.config, workload.tokens
     engine = Engine(
         student.graph,
-        engine_sizes(config.policy),
+        dataclasses.replace(
+            engine_sizes(config.policy), records_routes=config.policy.records_routes
+        ),
         eos_ids=(0,),
         pad_id=0,
         vocab_size=workload.vocab_size,
@@ -229,6 +232,11 @@ def _abstract_batch(workload: Workload, mesh: AnyMesh) -> Batch:
                 shape = *part.tokens_bt.shape, facts.model_width
                 hidden: Any = jax.ShapeDtypeStruct(shape, teacher.dtype)
                 part.columns["teacher_hidden"] = hidden
+        if config.policy.records_routes:
+            for part in made:
+                shape = *part.tokens_bt.shape, routes.width(workload.student)
+                picked: Any = jax.ShapeDtypeStruct(shape, routes.DTYPE)
+                part.columns["routed_experts"] = picked
         batch += made
 
     def placed(x: np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ from distill.base.errors import UserError
 from distill.base.mesh import make_abstract_mesh, mesh_sizes, row_mesh_sizes, sampler_mesh_sizes
 from distill.base.sharding import batch_parts
 from distill.build.devices import split_devices
+from distill.build.models import check_router
 from distill.config.method import OF_STUDENT, Teachers
 from distill.config.policy import microbatch_values, rows_per_microbatch
 from distill.config.schema import Config, all_teachers
@@ -108,9 +109,10 @@ def find_workload(config: Config) -> Workload:
     """Reads the models' shapes; downloads nothing.
 
     Raises:
-      UserError: the shape of a model is unknown here.
+      UserError: the shape of a model is unknown here, or a run would refuse it.
     """
     (student, vocab_size), *notes = _find(config.policy.model_name)
+    check_router(config.policy, student)
     teachers: list[ModelConfig | None] = []
     for teacher in all_teachers(config).values():
         found = student if teacher.model in OF_STUDENT else None

@@ -66,6 +66,11 @@ CHARTS = (
         is_log=True,
     ),
     Chart(
+        "Experts that the sampler picks and the trainer does not",
+        "share of the sampler's",
+        {"share": "routing_disagreement"},
+    ),
+    Chart(
         "Throughput",
         "tokens per second",
         {

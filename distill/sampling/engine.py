@@ -47,6 +47,7 @@ class EngineConfig:
       cache_memory: bytes per device that the cache may take; with num_slots given, not looked at.
       int8: keep keys and values as 8-bit integers.
       attention: how the cache is read; see attention.py.
+      records_routes: say which experts a mixture's tokens passed, in the column `routed_experts`.
       few_programs: for few requests of short responses, where programs for fewer rows would take
         longer to compile than they save.
     """
@@ -56,6 +57,7 @@ class EngineConfig:
     cache_memory: float = 4e9
     int8: bool = False
     attention: str | Kernel | None = None
+    records_routes: bool = False
     few_programs: bool = False
 
     @property
@@ -94,7 +96,9 @@ class Engine:
         vocab_size: int,
     ):
         self.config, self._pad_id = config, pad_id
-        facts = ModelFacts(graphdef, eos_ids, vocab_size, config.int8, config.attention)
+        facts = ModelFacts(
+            graphdef, eos_ids, vocab_size, config.int8, config.attention, config.records_routes
+        )
         self.slots = Slots(facts, config.cache_size, config.cache_buckets)
 
     def generate(

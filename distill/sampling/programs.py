@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from distill.base.sharding import constrain, constrain_whole
+from distill.models import routes
 from distill.models.cache import new_cache
 from distill.models.decoding import (
     LoopWeights,
@@ -36,7 +37,7 @@ class ModelFacts:
     """What the programs are compiled for; any of `eos_ids` ends a response.
 
     `graphdef` is one half of `nnx.split(model, nnx.Param)`, the weights are the other. `attention`:
-    see attention.py.
+    see attention.py. `records_routes`: whether the picked experts are returned, too (`routes`).
     """
 
     graphdef: nnx.GraphDef
@@ -44,6 +45,7 @@ class ModelFacts:
     vocab_size: int
     int8: bool
     attention: str | Kernel | None = None
+    records_routes: bool = False
 
     def merge(self, weights: nnx.State) -> Transformer:
         return nnx.merge(self.graphdef, weights)
@@ -56,11 +58,12 @@ _Array = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """What layers keep of prompts, and the scores of what follows them."""
+    """What layers keep of prompts, the scores of what follows them, and the recorded routes."""
 
     cache: Cache
     lengths_pg: jax.Array
     logits_pgv: jax.Array
+    picked_pgsm: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -90,11 +93,16 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Tokens of some decode steps, with their log-probabilities as `choose` gives them."""
+    """Tokens of some decode steps, with their log-probabilities as `choose` gives them.
+
+    `picked` are the experts, if they are recorded, of the tokens before: a prompt's last has them
+    in its `Prefilled`.
+    """
 
     token: _Array
     log_prob: _Array
     sampled_log_prob: _Array
+    picked: _Array = None
 
 
 def prefill_prompts(
@@ -104,12 +112,16 @@ def prefill_prompts(
     model = facts.merge(weights)
     parts, prompts, size = tokens_pgs.shape
     tokens_bs = constrain(tokens_pgs.reshape(-1, size), "batch", "position")
-    hidden_bsd, kept = prefill(model, tokens_bs, lengths_pg.reshape(-1))
+    hidden_bsd, kept, picked_bsm = prefill(model, tokens_bs, lengths_pg.reshape(-1))
     # the head sees one position per prompt
     last_b11 = (lengths_pg.reshape(-1) - 1)[:, None, None]
     logits_bv = model.logits(jnp.take_along_axis(hidden_bsd, last_b11, axis=1))[:, 0]
     cache = new_cache(model.config, parts, kept, facts.int8)
-    return Prefilled(cache, lengths_pg, logits_bv.reshape(parts, prompts, logits_bv.shape[-1]))
+    logits_pgv = logits_bv.reshape(parts, prompts, logits_bv.shape[-1])
+    if picked_bsm is None or not facts.records_routes:
+        return Prefilled(cache, lengths_pg, logits_pgv)
+    picked_pgsm = picked_bsm.reshape(*tokens_pgs.shape, -1)
+    return Prefilled(cache, lengths_pg, logits_pgv, constrain_whole(picked_pgsm))
 
 
 def insert_rows(
@@ -180,9 +192,14 @@ def decode_rows(
         step, running_b, token_b, tail, chosen_tb, count_b = state
         # Slots whose rows go on in a later call remember nothing of the steps after their end.
         remembers_b = None if rows.given_pwt is None else running_b
-        hidden_bd, tail = decode_step(model, walk, token_b, lengths_b, step, tail, remembers_b)
+        hidden_bd, tail, picked_bm = decode_step(
+            model, walk, token_b, lengths_b, step, tail, remembers_b
+        )
         logits_bv = model.logits(hidden_bd[:, None], loop_weights.head)[:, 0]
-        chosen_b = Chosen(*choose(logits_bv, uniform_tb2[step], params, facts.vocab_size))
+        chosen_b = Chosen(
+            *choose(logits_bv, uniform_tb2[step], params, facts.vocab_size),
+            picked=picked_bm if facts.records_routes else None,
+        )
         ended_b = jnp.isin(chosen_b.token, eos_ids)
         if rows.given_pwt is not None:
             given_b = merged(rows.given_pwt)[:, step]
@@ -201,7 +218,7 @@ def decode_rows(
         merged(rows.running_pw),
         merged(rows.token_pw),
         first_tails(model, cache, width, steps),
-        _no_tokens(steps, parts * width),
+        _no_tokens(steps, parts * width, routes.width(model.config) * facts.records_routes),
         no_count_b,
     )
     step, _, _, tail, chosen_tb, count_b = jax.lax.while_loop(goes_on, advance, state)
@@ -209,10 +226,11 @@ def decode_rows(
     new = new_cache(model.config, parts, tails, facts.int8)
     count_pw = jnp.broadcast_to(step, (parts, width)) if count_b is None else count_b
     cache = caches.append(cache, new, rows.lengths_pw, count_pw.reshape(parts, width))
-    chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width), chosen_tb)
+    chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width, *x.shape[2:]), chosen_tb)
     return cache, *constrain_whole((chosen, step))
 
 
-def _no_tokens(steps: int, batch: int) -> Chosen:
+def _no_tokens(steps: int, batch: int, picks: int) -> Chosen:
     zeros = jnp.zeros((steps, batch), jnp.float32)
-    return Chosen(zeros.astype(jnp.int32), zeros, zeros)
+    picked = jnp.zeros((steps, batch, picks), routes.DTYPE) if picks else None
+    return Chosen(zeros.astype(jnp.int32), zeros, zeros, picked)

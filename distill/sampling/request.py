@@ -85,6 +85,7 @@ class Rollout:
       stopped_b: True where an EOS ended the response, False where max_length cut it.
       columns: further ones of the sequences, by name, (b, r, ...), or (b,) if they are of whole
         sequences: of a backend that knows more, such as rewards or an environment's tokens.
+      prompt_columns: further ones of the prompts' tokens, by name, an array for each row.
     """
 
     tokens_br: np.ndarray
@@ -93,6 +94,7 @@ class Rollout:
     sampled_log_probs_br: np.ndarray
     stopped_b: np.ndarray
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    prompt_columns: Mapping[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @property
     def num_sampled(self) -> int:
@@ -121,4 +123,6 @@ class Rollout:
             for name, values in known.items()
         }
         defaults = dict(sampled=True, weight=1, truncated=~self.stopped_b)
-        return prompts.prompts().join(Sequences(self.lengths_b, {**defaults, **flat}))
+        known_p = {name: np.concatenate(values) for name, values in self.prompt_columns.items()}
+        before = prompts.prompts().with_columns(**known_p)
+        return before.join(Sequences(self.lengths_b, {**defaults, **flat}))

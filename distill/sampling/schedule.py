@@ -63,6 +63,9 @@ class Run:
         self._asked, self._begun = np.zeros(rows, bool), np.zeros(rows, np.int32)
         self._given: dict[int, np.ndarray] = {}
         self._sampled_br = np.ones((rows, length), bool)
+        # Where they are recorded: experts that the prompts' tokens passed, and the rows' tokens.
+        self._of_prompts: dict[int, np.ndarray] = {}
+        self._picked_brm: np.ndarray | None = None
         self._parts = num_shards("batch")
         count = slots.count
         self._row = np.full((self._parts, count), -1)  # -1: idle
@@ -88,10 +91,12 @@ class Run:
             if self._running.any():
                 self._decode()
         how_far("")
+        rollout = self._rollout if self._picked_brm is None else self._with_routes(self._picked_brm)
         if self._request.turns is None:
-            return self._rollout, self._measured()
+            return rollout, self._measured()
         columns = dict(sampled=self._sampled_br, weight=self._sampled_br.astype(np.float32))
-        return dataclasses.replace(self._rollout, columns=columns), self._measured()
+        columns |= rollout.columns
+        return dataclasses.replace(rollout, columns=columns), self._measured()
 
     @property
     def _num_finished(self) -> int:
@@ -155,6 +160,8 @@ class Run:
             for g, index in enumerate(indices):
                 rows = range(index * repeats, (index + 1) * repeats)
                 self._waiting[part].extend((prefilled, g, row) for row in rows)
+        if prefilled.picked_pgsm is not None:
+            self._record_prompts(taken, jax.device_get(prefilled.picked_pgsm))
 
     def _insert_waiting(self) -> None:
         """Gives waiting rows the free slots, a call per prefill and INSERTED_PER_CALL rows."""
@@ -271,6 +278,8 @@ class Run:
         rollout.tokens_br[row, to] = chosen.token[:count]
         rollout.log_probs_br[row, sampled] = chosen.log_prob[read:count]
         rollout.sampled_log_probs_br[row, sampled] = chosen.sampled_log_prob[read:count]
+        if self._picked_brm is not None and chosen.picked is not None:
+            self._picked_brm[row, to] = chosen.picked[:count]
         rollout.lengths_b[row] += count
         if len(ends) and self._request.turns is not None:
             self._asked[row] = True
@@ -279,6 +288,28 @@ class Run:
                 self._request.turns.ask(row, turn_t)
         elif len(ends):
             rollout.stopped_b[row] = True
+
+    def _record_prompts(self, taken: list[list[int]], picked_pgsm: np.ndarray) -> None:
+        """Of prompts `taken` by every part: a token has the experts with which it was predicted."""
+        if self._picked_brm is None:
+            shape = *self._rollout.tokens_br.shape, picked_pgsm.shape[-1]
+            self._picked_brm = np.full(shape, -1, picked_pgsm.dtype)
+        repeats = self._request.num_generations
+        for part, indices in enumerate(taken):
+            for g, index in enumerate(indices):
+                picked_sm = picked_pgsm[part, g, : len(self._request.prompts[index])]
+                first_1m = np.full_like(picked_sm[:1], -1)
+                self._of_prompts[index] = np.concatenate([first_1m, picked_sm[:-1]])
+                self._picked_brm[index * repeats : (index + 1) * repeats, 0] = picked_sm[-1]
+
+    def _with_routes(self, picked_brm: np.ndarray) -> Rollout:
+        repeats = self._request.num_generations
+        of_prompts = [self._of_prompts[row // repeats] for row in range(self._request.num_rows)]
+        return dataclasses.replace(
+            self._rollout,
+            columns=dict(routed_experts=picked_brm),
+            prompt_columns=dict(routed_experts=of_prompts),
+        )
 
     def _free_ended(self) -> None:
         ended = self._rollout.stopped_b | (self._rollout.lengths_b >= self._limits)

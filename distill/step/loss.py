@@ -16,7 +16,7 @@ from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.interpolation import interpolated
 from distill.losses.objective import Objective
 from distill.losses.weights import TruncatedImportance, token_weights
-from distill.models import moe
+from distill.models import moe, routes
 from distill.step.state import Params, TrainState
 
 
@@ -59,10 +59,11 @@ def make_loss(
     """
 
     def loss_fn(params, teacher_params, rows: Rows, total, share=None, picks_e=None):
-        columns, hidden_t, head_t = rows.columns, None, None
+        columns, hidden_t, head_t = dict(rows.columns), None, None
+        sampled_btm = columns.pop("routed_experts", None)
         model = nnx.merge(student, params)
         arrays = rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt
-        hidden_s, expert_load = model.with_load(*arrays, rows.filled_bt)
+        hidden_s, expert_load = model.with_load(*arrays, rows.filled_bt, sampled_btm)
         head_s, experts = model.head(), model.config.experts
         if teacher is not None:
             model = nnx.merge(teacher, teacher_params)
@@ -101,6 +102,10 @@ def make_loss(
         known = TokenStatistics(values.log_prob_s, log_prob_t)
         sums = _sums(objective, rows, columns, known, total, metrics or {})
         sums["expert_load"] = {kind: each.picks_e for kind, each in expert_load.items()}
+        if sampled_btm is not None:
+            missed_bt = moe.add_layers(expert_load).missed_bt
+            sampled_bt = rows.counted_bt & columns["sampled"]
+            sums |= routes.disagreement(sampled_btm, missed_bt, sampled_bt)
         if picks_e is not None:
             scores_e = moe.add_layers(expert_load).scores_e
             sums["router_aux_loss"] = moe.balance_loss(scores_e, picks_e, experts.per_token)

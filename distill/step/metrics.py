@@ -29,7 +29,8 @@ def describe(
     of the computed tokens), the gap between sampler's and trainer's log-probabilities, and with
     importance weights the mean weight of sampled tokens (1 without any) and the share of them whose
     weight is clipped. Of a mixture of experts: the largest share of a layer's picks that one expert
-    got, the share of experts that no token picked, and the router's own loss. Of each teacher with
+    got, the share of experts that no token picked, the router's own loss, and of the experts that
+    the sampler predicted sampled tokens with, the share not picked here. Of each teacher with
     another tokenizer: shares of its tokens that both cut alike, in spans, and left out. Of each
     named teacher: tokens it was asked about, their share, and the loss and its log-probability per
     one of them.
@@ -51,6 +52,9 @@ def describe(
     }
     if "router_aux_loss" in sums:
         measured["router_aux_loss"] = sums["router_aux_loss"]
+    if "routes_missed" in sums:
+        routed_tokens = jnp.maximum(sums["routed_tokens"], 1.0)
+        measured["routing_disagreement"] = sums["routes_missed"] / routed_tokens
     if "importance_weight" in sums:
         mean = sums["importance_weight"] / jnp.maximum(sampled_tokens, 1.0)
         measured["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)

@@ -144,7 +144,8 @@ def _count_picks(student: nnx.GraphDef, params: Params, batch: Batch) -> jax.Arr
     def count(rows: Rows) -> jax.Array:
         model = nnx.merge(student, params)
         arrays = rows.tokens_bt, rows.positions_bt, rows.segment_ids_bt
-        return moe.add_layers(model.with_load(*arrays, rows.filled_bt)[1]).picks_e
+        sampled_btm = rows.columns.get("routed_experts")
+        return moe.add_layers(model.with_load(*arrays, rows.filled_bt, sampled_btm)[1]).picks_e
 
     def one(part: Rows, number) -> Rows:
         return jax.tree.map(lambda x: x[number], part)

@@ -156,7 +156,8 @@ EXPERTS = Experts(8, 3, 12, bias=True, shared_width=8, shared_gate=True)
 def layer():
     """Of one layer of experts with biases: its parameters, and a loss of them with the load.
 
-    Routing is unbalanced: an expert is picked by all tokens, another by none.
+    Routing is unbalanced: an expert is picked by all tokens, another by none. Every second row's is
+    that of a sampler.
     """
     config = model_config("llama", experts=EXPERTS, num_layers=1, swiglu_limit=1.0)
     graph, params = random_model(config, std=0.4)
@@ -164,13 +165,16 @@ def layer():
     bias = flat["layers", "router_bias"]
     flat["layers", "router_bias"] = bias.replace(bias[...].at[0, 5].set(6).at[0, 6].set(-9))
     x_btd = np.random.default_rng(0).normal(size=(8, 6, config.model_width))
+    replayed_btc = np.where(np.arange(8)[:, None, None] % 2, np.array([[[7, 5, 2]]]), -1)
+    replayed_btc = np.broadcast_to(replayed_btc, (8, 6, 3)).astype(np.int16)
 
     def loss(params):
         graphs, stacks = nnx.merge(graph, params).split_layers()
         layer = nnx.merge(graphs["full"], jax.tree.map(lambda x: x[0], stacks["full"]))
         # And of fewer rows than devices, as a sampler has them in the end.
         (y_btd, routing), (y_1td, _) = (
-            moe.output(layer, jnp.asarray(x, jnp.float32)) for x in (x_btd, x_btd[:1])
+            moe.output(layer, jnp.asarray(x, jnp.float32), replayed)
+            for x, replayed in ((x_btd, replayed_btc), (x_btd[:1], None))
         )
         load_e = moe.load(routing, jnp.ones(x_btd.shape[:2], bool)).picks_e
         return jnp.square(y_btd).mean() + jnp.square(y_1td).mean(), load_e
@@ -184,7 +188,7 @@ def expected(layer):
     params, loss = layer
     expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     load_e = expected[0][1]
-    assert load_e[5] == 48 and load_e[6] == 0
+    assert load_e[5] == 48 and load_e[6] == 0 and min(load_e[7], load_e[2]) >= 24
     return expected
 
 

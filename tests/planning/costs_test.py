@@ -207,6 +207,18 @@ def test_positions_over_devices_take_memory_for_network():
     assert sent[4]["update"] - sent[1]["update"] >= fetched
 
 
+def test_recorded_experts_are_bytes_of_the_batch():
+    """Of a student of 48 layers whose tokens pass 8 experts each."""
+    held = {}
+    for router_replay in ("off", "compare"):
+        config = flagship()
+        config.policy.model_name = "Qwen/Qwen3-30B-A3B"
+        config.policy.router_replay = router_replay
+        made = estimate(workload_of(config, "gpu:h200x8"), parse_topology("gpu:h200x8"))
+        held[router_replay] = made.memory.batch
+    assert held["compare"] - held["off"] == 64 * 3072 / 8 * 768
+
+
 def test_a_family_with_windows_is_planned_from_its_own_cache():
     """Facts that no published model has together: rings instead of whole rows, sinks, two norms."""
     facts = dict(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -123,7 +123,7 @@ class VllmBackend:
             made = to_arrays(responses, params, self._vocabulary)
             return made | dict(retries=np.array(retries))
 
-        made = processes.arrays_from_first(sample)
+        made: dict[str, Any] = processes.arrays_from_first(sample)
         retries = float(made.pop("retries").item())
         measured = {"generation/refit_gap": self._refit_gap, "generation/retries": retries}
         sampled_br = made.pop("sampled_br")
