@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from distill.base import processes
 from distill.base.errors import RunStopped, UserError, printable
 from distill.base.files import local_path, to_json, write_atomically
 from distill.base.status import busy, say
-from distill.build.contents import find_contents
 from distill.build.data import check_same_data
 from distill.build.export import check_export, export_student
 from distill.build.run import (
@@ -27,11 +25,11 @@ from distill.build.run import (
     build_save_schedule,
     check_loggers,
     describe_run,
+    identify_run,
     open_loggers,
 )
 from distill.build.session import Session, open_session
 from distill.checks.run import preflight
-from distill.config.changes import Changes, check_changes, find_changes
 from distill.config.parse import digest, parse_config, to_flat_dict
 from distill.config.schema import ema_decay
 from distill.evaluation.table import format_table
@@ -43,7 +41,6 @@ from distill.run.interrupts import Interrupts
 from distill.run.saver import (
     Evaluations,
     Saver,
-    find_beginning,
     find_progress,
     how_to_go_on,
 )
@@ -111,7 +108,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         prompts = session.prompts
     check_same_data(prompts)
     _ = session.reward, session.weighing
-    identity, record, changes = _identify(session, step, record, changes)
+    identity, record, changes = identify_run(session, step, record, changes)
     evaluator = recorder = None
     if validation is not None:
         evaluator, recorder = session.evaluator, session.build_recorder()
@@ -212,27 +209,6 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     if progress.all_skipped:
         raise RunStopped(progress.all_skipped)
     return step, state, evaluations.results, identity["history"]
-
-
-def _identify(
-    session: Session, step: int, record: dict[str, Any], changes: Changes
-) -> tuple[dict[str, Any], dict[str, Any], Changes]:
-    """What the run is, what is known of it, and all that has changed since its checkpoint."""
-    identity: dict[str, Any] = dict(
-        config=to_flat_dict(session.config), contents=find_contents(session)
-    )
-    if step:
-        of_contents = find_changes(record.get("contents", {}), identity["contents"])
-        check_changes(of_contents, session.config.checkpointing.allow_changes)
-        changes = changes | of_contents
-        if "validation" in changes:  # numbers of other prompts, beside which no new ones can stand
-            record = record | dict(results={}, evaluated=0)
-    else:
-        record = find_beginning(session.workdir, identity)
-    entries = [dict(step=step, changes=changes)] if changes else []
-    identity["history"] = [*record.get("history", []), *entries]
-    kept = dict(checked=record.get("checked"), run_id=record.get("run_id", secrets.token_hex(4)))
-    return identity | kept, record, changes
 
 
 def _export(

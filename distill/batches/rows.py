@@ -7,16 +7,16 @@ training, evaluation and report, for padded rows and packed ones.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.base.sharding import constrain, num_shards
+from distill.base.sharding import constrain
 from distill.batches.packing import Layout, Placement, Shape, place
 from distill.data.sequences import Sequences, columns_of_rows, get_column, positions
+from distill.teachers.spans import match
 
 
 @jax.tree_util.register_dataclass
@@ -140,28 +140,6 @@ def make_batch(
     return tuple(batch)
 
 
-def padded_rows(
-    sequences: Sequences,
-    rows: int,
-    length: int,
-    pad_id: int,
-    view: Sequences | None = None,
-    view_excess: int = 0,
-) -> Iterator[Rows]:
-    """Rows of one sequence each, in their order, so many at a time; the last may be empty.
-
-    The current mesh divides their length, which `length` may not be.
-    """
-    unit = num_shards("position")
-    length, view_excess = (-(-size // unit) * unit for size in (length, view_excess))
-    layout = Layout((Shape(rows, length),), view_excess=view_excess)
-    for start in range(0, len(sequences), rows):
-        some = np.arange(len(sequences))[start : start + rows]
-        seen = None if view is None else view.take(some)
-        (stacked,) = make_batch(sequences.take(some), layout=layout, pad_id=pad_id, view=seen)
-        yield jax.tree.map(lambda x: x[0], stacked)
-
-
 def teacher_hidden(model, rows: Rows) -> jax.Array:
     """A teacher's final hidden states in the places of the student's, (b, t, d)."""
     if "teacher_hidden" in rows.columns:
@@ -194,14 +172,6 @@ def in_place_of(sequences: Sequences, view: Sequences) -> np.ndarray:
     return np.maximum(positions(sequences.lengths_b) + np.repeat(ahead_b, sequences.lengths_b), 0)
 
 
-def of_responses(rows: Rows, values_btx: jax.Array, width: int) -> jax.Array:
-    """Of rows of one sequence: `width` positions from the first that is trained on, (b, r, ...)."""
-    start_b1 = jnp.argmax(rows.mask_bt, axis=1)[:, None]
-    index_br = start_b1 + jnp.arange(width)
-    index_brx = index_br.reshape(*index_br.shape, *[1] * (values_btx.ndim - 2))
-    return jnp.take_along_axis(values_btx, index_brx, axis=1)
-
-
 def num_filled(microbatches: Rows) -> jax.Array:
     """How many of stacked microbatches have sequences: they come first."""
     return (microbatches.lengths_b > 0).any(axis=1).sum()
@@ -212,14 +182,8 @@ def _fill(
 ) -> Rows:
     """The sequences in the places that `placement` gives them."""
     lengths_b, row_b = sequences.lengths_b, placement.row_i
-    position_n = positions(lengths_b)
     place_n = _places(lengths_b, row_b, placement.start_i, length)
-
-    def of_targets(name: str) -> Any:
-        # A position predicts the next token of its sequence, whose first nothing predicts.
-        is_target_n = position_n > 0
-        fill = get_column(name).fill
-        return _spread(sequences[name][is_target_n], place_n[is_target_n] - 1, fill, (rows, length))
+    known = columns_of_rows(sequences.columns)
 
     def count(values_b) -> Any:
         return np.bincount(row_b, values_b, rows).astype(np.int32)
@@ -231,7 +195,12 @@ def _fill(
     sampled_b = of_any_token("sampled") & counted_b
     return Rows(
         **_tokens(sequences, row_b, place_n, (rows, length), packed, pad_id),
-        columns={name: of_targets(name) for name in columns_of_rows(sequences.columns)},
+        columns={
+            name: _of_targets(
+                sequences, sequences[name], place_n, get_column(name).fill, (rows, length)
+            )
+            for name in known
+        },
         lengths_b=count(lengths_b),
         sequences_b=count(counted_b),
         sampled_b=count(sampled_b),
@@ -255,48 +224,27 @@ def _with_view(
     aligned, packed = "piece" in view.columns, rows.positions_bt is not None
     pad_id = 0 if aligned else pad_id  # the student's may be no id of the teacher
     tokens = _tokens(view, row_b, place_n, shape, packed, pad_id)
-    span_n, index_n = _matched(sequences, view) if aligned else (None, in_place_of(sequences, view))
+    more, columns = {}, rows.columns
+    if aligned:
+        index_n, span_n, span_of_view_n = match(sequences, view, placement.start_i)
+        more["targets_bt"] = _of_targets(view, view["tokens"], place_n, 0, shape)
+        more["span_bt"] = _of_targets(view, span_of_view_n, place_n, 0, shape)
+        span_bt = _of_targets(sequences, span_n, of_student_n, -1, (number, length))
+        columns = {**columns, "span": span_bt}
+    else:
+        index_n = in_place_of(sequences, view)
     index_n = index_n + np.repeat(placement.view_start_i, sequences.lengths_b)
     index_bt = _spread(index_n.astype(np.int32), of_student_n, 0, (number, length))
-    if span_n is None:
-        return dataclasses.replace(rows, view=View(**tokens, index_bt=index_bt))
-
-    def of_targets(values_n, of: Sequences, place_n, fill: int, shape: tuple[int, int]) -> Any:
-        is_target_n = positions(of.lengths_b) > 0
-        return _spread(values_n[is_target_n], place_n[is_target_n] - 1, fill, shape)
-
-    # Within a row, spans are called by the places of their first tokens: none is the row's first.
-    span_n += np.where(span_n > 0, np.repeat(placement.start_i, sequences.lengths_b), 0)
-    in_span_n = view["piece"] + np.repeat(placement.start_i, view.lengths_b)
-    in_span_n = np.where(view["piece_size"] > 0, in_span_n, 0).astype(np.int32)
-    seen = View(
-        **tokens,
-        index_bt=index_bt,
-        targets_bt=of_targets(view["tokens"], view, place_n, 0, shape),
-        span_bt=of_targets(in_span_n, view, place_n, 0, shape),
-    )
-    column = of_targets(span_n, sequences, of_student_n, -1, (number, length))
-    return dataclasses.replace(rows, view=seen, columns={**rows.columns, "span": column})
+    seen = View(**tokens, index_bt=index_bt, **more)
+    return dataclasses.replace(rows, columns=columns, view=seen)
 
 
-def _matched(sequences: Sequences, view: Sequences) -> tuple[np.ndarray, np.ndarray]:
-    """For every token of the student, in its sequence: its span, and where it is predicted.
-
-    The span is 0 where the view has the same token, -1 where it has none, else the position of its
-    first token. The second is, for the token *before* one that the view has, the position there.
-    """
-    starts_b = np.cumsum(sequences.lengths_b) - sequences.lengths_b
-    piece, size = view["piece"], view["piece_size"]
-    token_n = np.repeat(starts_b, view.lengths_b) + piece
-    alike_n = (piece >= 0) & (size == 0)
-    span, index = np.full((2, sequences.lengths_b.sum()), -1, np.int32)
-    span[token_n[alike_n]] = 0
-    index[token_n[alike_n] - 1] = positions(view.lengths_b)[alike_n] - 1
-    in_spans = np.flatnonzero(size > 0)
-    first = in_spans[np.unique(token_n[in_spans], return_index=True)[1]]
-    members = np.repeat(token_n[first], size[first]) + positions(size[first])
-    span[members] = np.repeat(piece[first], size[first])
-    return span, np.maximum(index, 0)
+def _of_targets(
+    sequences: Sequences, values_n: np.ndarray, place_n: np.ndarray, fill: float, shape
+) -> Any:
+    """A position predicts the next token of its sequence, whose first nothing predicts."""
+    is_target_n = positions(sequences.lengths_b) > 0
+    return _spread(values_n[is_target_n], place_n[is_target_n] - 1, fill, shape)
 
 
 def _tokens(

@@ -25,8 +25,9 @@ from distill.batches.rows import Batch, in_place_of, make_batch
 from distill.data.sequences import Sequences, concatenate
 from distill.rollout.base import RolloutBackend, check_rollout
 from distill.rollout.environment import Dialogues
+from distill.rollout.metrics import describe_rollout
 from distill.sampling.choice import SamplingParams
-from distill.sampling.request import Rollout, RolloutRequest
+from distill.sampling.request import RolloutRequest
 
 Measured = dict[str, float]
 
@@ -79,6 +80,10 @@ class BatchSource:
       lambda_: probability that the student responds.
       mix: toss `lambda_` once per 'batch' or for every row ('sample'); 'both': no toss, a batch has
         the fixed and the sampled response to every prompt.
+
+    Attributes:
+      rows: of the dataset, in the batch last handed out.
+      position: of the data: a run that goes on from here gets the first batch not yet handed out.
     """
 
     def __init__(
@@ -106,17 +111,7 @@ class BatchSource:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         # The update that a batch is under way for, where the data go on behind it, and the batch.
         self._ahead: tuple[int, Any, Future] | None = None
-        self._position, self._rows = iterator.get_state(), np.zeros(0, np.int64)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Rows of the dataset in the batch last handed out."""
-        return self._rows
-
-    @property
-    def position(self) -> Any:
-        """Of the data: a run that goes on from here gets the first batch not yet handed out."""
-        return self._position
+        self.position, self.rows = iterator.get_state(), np.zeros(0, np.int64)
 
     def next(self, step: int, student_params) -> tuple[Batch, Measured]:
         """The batch of update `step` (from 0) and what its sampling measured.
@@ -124,11 +119,8 @@ class BatchSource:
         It is the one that is being sampled ahead, else one sampled now with `student_params`.
 
         Returns:
-          The batch on the trainer's mesh; metrics named 'generation/...', all but staleness only if
-          the student responded: staleness (updates between the sampler's weights and the
-          trainer's), seconds (of generating), refit_seconds, tokens_per_second (response tokens,
-          padding not counted), mean_length and max_length (tokens, EOS counted), truncated (share
-          of responses cut at the length limit), and the backend's own.
+          The batch on the trainer's mesh; staleness, updates between the sampler's weights and the
+          trainer's; and if the student responded, what `describe_rollout` and the backend say.
 
         Raises:
           UserError, RunStopped: as they came from the backend, in whichever thread.
@@ -142,14 +134,13 @@ class BatchSource:
                 raise RuntimeError(f"the batch of update {begun} is under way, not of {step}")
             parts, measured = future.result()
         batch = self._put(self._laid_out(parts))
-        self._position, self._rows = position, np.concatenate([part["row"] for part in parts])
+        self.position, self.rows = position, np.concatenate([part["row"] for part in parts])
         return batch, measured
 
     def sample_ahead(self, step: int, student_params) -> None:
         """Starts sampling the batch of update `step` with weights that lack the update before it.
 
-        To be called before update `step - 1` is dispatched: that donates `student_params`, of which
-        the sampler has its own copy on return.
+        To be called before that one is dispatched: it donates `student_params`.
         """
         if self._ahead is not None:
             raise RuntimeError("a batch is under way: another would be stale by more than 1 update")
@@ -237,7 +228,7 @@ class BatchSource:
         check_rollout(self._backend, request, made)
         rollout, by_backend = made
         seconds = time.perf_counter() - start
-        measured = {**measured, **_describe(rollout, seconds), **by_backend}
+        measured = {**measured, **describe_rollout(rollout, seconds), **by_backend}
         sampled = rollout.sequences(fixed)
         if isinstance(turns := request.turns, Dialogues):
             reward_b, by_environment = processes.from_first(
@@ -287,40 +278,3 @@ class BatchSource:
 
 def _num_repeated(part: Sequences) -> int:
     return sum(bool(repeated_t.any()) for repeated_t in part.split("repeated"))
-
-
-def _describe(rollout: Rollout, seconds: float) -> Measured:
-    """What any rollout tells, whichever backend made it."""
-    tokens = rollout.num_sampled
-    return {
-        "generation/seconds": seconds,
-        "generation/tokens_per_second": float(tokens / seconds),
-        "generation/mean_length": float(rollout.lengths_b.mean()),
-        "generation/max_length": float(rollout.lengths_b.max()),
-        "generation/truncated": float(1.0 - rollout.stopped_b.mean()),
-        "generation/repetition": repetition(rollout.tokens_br, rollout.lengths_b),
-        # E[-log q] over samples of q; what temperature and truncation sample differs from q.
-        "generation/entropy_estimate": float(-_masked_sum(rollout) / tokens),
-    }
-
-
-def _masked_sum(rollout: Rollout) -> float:
-    mask_br = np.arange(rollout.log_probs_br.shape[1]) < rollout.lengths_b[:, None]
-    return np.where(mask_br, rollout.log_probs_br, 0.0).sum(dtype=np.float64)
-
-
-def repetition(tokens_br: np.ndarray, lengths_b: np.ndarray, n: int = 4) -> float:
-    """Share of the n-grams of all responses that came earlier in the same response."""
-    windows = tokens_br.shape[1] - n + 1
-    if windows < 1:
-        return 0.0
-    hashes = np.zeros((len(tokens_br), windows), np.uint64)
-    for i in range(n):
-        tokens = tokens_br[:, i : i + windows].astype(np.uint64)
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens + np.uint64(1)
-    counts_b = np.maximum(lengths_b - n + 1, 0)
-    # n-grams that reach beyond the end get the largest number and are sorted behind the others.
-    valid = np.arange(windows) < counts_b[:, None]
-    hashes = np.sort(np.where(valid, hashes >> np.uint64(1), np.uint64(2**64 - 1)), axis=1)
-    repeats = (hashes[:, 1:] == hashes[:, :-1]) & valid[:, 1:]
-    return float(repeats.sum() / max(counts_b.sum(), 1))

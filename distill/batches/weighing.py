@@ -6,29 +6,11 @@ nor counted in the number of tokens by which the loss is divided.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from distill.base.errors import UserError
-from distill.config.method import Objective
 from distill.data.sequences import Sequences
-
-
-def make_weighing(objective: Objective, vocab: dict[str, int]) -> Callable[[Sequences], Sequences]:
-    """`weigh` as an objective asks for it; UserError for a token that the vocabulary lacks."""
-    if unknown := [token for token in objective.skip_tokens if token not in vocab]:
-        raise UserError(
-            f"distillation.objective.skip_tokens names {unknown[0]!r}, which is no token of the "
-            "student's tokenizer: write it as tokenizer.json does, such as <think>"
-        )
-    return functools.partial(
-        weigh,
-        horizon=objective.horizon,
-        discount=objective.position_discount,
-        skipped=[vocab[token] for token in objective.skip_tokens],
-    )
 
 
 def weigh(

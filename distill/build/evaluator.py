@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
+from jax.sharding import Mesh
 
 from distill.base.errors import UserError
+from distill.base.sharding import batch_parts
+from distill.build.devices import make_put
 from distill.build.environment import MakeDialogues
 from distill.build.sampler import build_engine
 from distill.config.schema import ACCURACY, Config, all_teachers
@@ -18,6 +18,8 @@ from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
 from distill.evaluation.evaluator import Evaluator
+from distill.evaluation.token_values import TokenReader
+from distill.losses.objective import Objective
 from distill.teachers.alignment import Alignment
 
 # Evaluations of responses up to this length are short beside the compilation of their programs.
@@ -31,8 +33,8 @@ def build_evaluator(
     vocabulary: Vocabulary,
     alignments: Mapping[str, Alignment],
     *,
-    put: Callable[[np.ndarray | jax.Array], jax.Array],
-    batch_size: int,
+    objective: Objective,
+    mesh: Mesh,
     dialogues: MakeDialogues | None,
 ) -> Evaluator:
     """Asks the models for responses to `prompts`, those of `validation`.
@@ -42,12 +44,15 @@ def build_evaluator(
     """
     max_length = config.evaluation.max_length or config.distillation.generate_strategy.max_length
 
+    batch_size = rows_at_once(len(prompts), config.evaluation.batch_size, batch_parts(mesh))
+    shared = {name: each.shared for name, each in alignments.items()}
+
     def build(prompts: Prompts, vocabulary: Vocabulary, **of_teachers: Any) -> Evaluator:
         return Evaluator(
             validation,
             prompts,
             vocabulary,
-            dataclasses.replace(config.evaluation, batch_size=batch_size),
+            config.evaluation,
             max_length=max_length,
             make_engine=functools.partial(
                 build_engine,
@@ -55,7 +60,13 @@ def build_evaluator(
                 vocabulary=vocabulary,
                 few_programs=max_length <= SHORT_RESPONSE,
             ),
-            put=put,
+            read=TokenReader(
+                objective,
+                vocab_size=vocabulary.size,
+                batch_size=batch_size,
+                put=make_put(mesh),
+                shared=shared,
+            ),
             dialogues=dialogues,
             **of_teachers,
         )
@@ -66,7 +77,6 @@ def build_evaluator(
         prompts,
         vocabulary,
         teachers={name: each.weight for name, each in teachers.items()},
-        shared={name: each.shared for name, each in alignments.items()},
         own={
             name: build(by_teacher[name].of_view(each.teacher.pad_id), each.teacher)
             for name, each in alignments.items()
@@ -78,3 +88,9 @@ def build_evaluator(
             "none: set data.answer_column, or choose eval/student/forward_kl"
         )
     return evaluator
+
+
+def rows_at_once(count: int, most: int, parts: int) -> int:
+    """Rows of equal batches that hold `count`, so that few rows are no whole batch."""
+    rows = -(-count // -(-count // most))
+    return -(-rows // parts) * parts

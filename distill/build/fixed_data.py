@@ -17,7 +17,7 @@ from distill.base.errors import UserError
 from distill.base.files import write_atomically
 from distill.base.sharding import constrain_whole
 from distill.base.status import busy, say
-from distill.batches.rows import Rows, of_responses, padded_rows, teacher_hidden
+from distill.batches.rows import Rows, teacher_hidden
 from distill.build.contents import find_inputs
 from distill.build.devices import make_put
 from distill.build.sampler import build_sampling_params
@@ -32,6 +32,7 @@ from distill.data.prompts import Prompts
 from distill.data.scores import ScoreWriter
 from distill.data.sequences import Sequences
 from distill.evaluation.evaluator import decode_responses
+from distill.evaluation.rows import of_responses, padded_rows
 from distill.models.model import Model
 from distill.sampling.request import RolloutRequest
 

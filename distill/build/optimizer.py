@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import nnx
@@ -12,7 +14,10 @@ from flax import nnx
 from distill.build.objective import build_objective
 from distill.config.policy import Optimizer
 from distill.config.schema import Config
+from distill.losses.interpolation import Target
 from distill.models.primitives import matrix_axes
+
+_MOMENTUM = 0.99  # of an adaptive target's schedule
 
 
 def build_schedule(section: Optimizer, max_steps: int) -> Callable:
@@ -34,7 +39,9 @@ def build_schedule(section: Optimizer, max_steps: int) -> Callable:
 def optimizer_of(config: Config) -> optax.GradientTransformation:
     """The optimizer of a run, whose state also has the schedule of an adaptive target."""
     steps = config.distillation.max_steps
-    return build_objective(config).target.beside(build_optimizer(config.policy.optimizer, steps))
+    return with_schedule(
+        build_optimizer(config.policy.optimizer, steps), build_objective(config).target
+    )
 
 
 def build_optimizer(section: Optimizer, max_steps: int) -> optax.GradientTransformation:
@@ -96,3 +103,40 @@ def _is_matrix(params):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any("norm" in str(key) or "bias" in str(key) for key in path), params
     )
+
+
+class _Schedule(NamedTuple):
+    """The next step's share of an adaptive target, and what the one after it depends on."""
+
+    target_share: jax.Array
+    updates: jax.Array
+    loss: jax.Array
+    momentum: jax.Array
+
+
+def with_schedule(
+    optimizer: optax.GradientTransformation, target: Target
+) -> optax.GradientTransformation:
+    """The optimizer, with an adaptive schedule in its state: saved, resumed and skipped alike.
+
+    TAID's algorithm 1: with d = (last loss - loss) / last loss and m = 0.99 m + 0.01 d, the share a
+    becomes a + pace sigmoid(m) (1 - a), or that of the linear schedule if it is larger.
+    """
+    if target.start == 1 or not target.pace:
+        return optimizer
+
+    def first(params) -> _Schedule:
+        del params
+        none, zero = jnp.full((), jnp.inf), jnp.zeros(())
+        return _Schedule(jnp.full((), target.start), jnp.zeros((), jnp.int32), none, zero)
+
+    def following(updates, state: _Schedule, params=None, *, value: jax.Array, **more):
+        del params, more
+        is_first, share, count = jnp.isinf(state.loss), state.target_share, state.updates + 1
+        change = jnp.where(is_first, 0.0, (state.loss - value) / (state.loss + 1e-15))
+        momentum = _MOMENTUM * state.momentum + (1 - _MOMENTUM) * change
+        grown = share + target.pace * jax.nn.sigmoid(momentum) * (1 - share)
+        share = jnp.maximum(jnp.where(is_first, share, grown), target.linear(count))
+        return updates, _Schedule(jnp.minimum(share, 1.0), count, value, momentum)
+
+    return optax.chain(optimizer, optax.GradientTransformationExtraArgs(first, following))

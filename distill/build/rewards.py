@@ -17,8 +17,14 @@ from distill.data.sequences import Sequences
 from distill.evaluation.answers import OPEN
 from distill.evaluation.evaluator import opens_thinking
 from distill.evaluation.grading import Grader
-from distill.losses.advantages import describe_rewards, group_advantages
-from distill.rollout.rewards import ACCURACY, ENVIRONMENT, ask_each, get_reward
+from distill.rollout.rewards import (
+    ACCURACY,
+    ENVIRONMENT,
+    ask_each,
+    describe_rewards,
+    get_reward,
+    group_advantages,
+)
 
 Rewarded = tuple[Sequences, dict[str, float]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import numpy as np
 from distill.base import processes
 from distill.base.errors import UserError
 from distill.batches.source import Asked, BatchSource
+from distill.build.contents import find_contents
 from distill.build.devices import put_batch
 from distill.build.layout import build_layout
 from distill.build.optimizer import build_schedule
 from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
 from distill.build.teachers import abstract_teacher
+from distill.config.changes import Changes, check_changes, find_changes
 from distill.config.parse import digest, to_flat_dict
 from distill.config.schema import Config, Logger, all_teachers
 from distill.data.pipeline import make_train_iterator
@@ -27,6 +30,7 @@ from distill.models.checkpoints.source import load_model_config
 from distill.run.checkpoint import Checkpoints, SaveSchedule
 from distill.run.health import Health
 from distill.run.progress import Progress
+from distill.run.saver import find_beginning
 from distill.run.writers import MetricsWriter
 from distill.run.writers.hosted import HostedRun, import_logger, open_run
 from distill.run.writers.json_lines import JsonLines
@@ -74,6 +78,27 @@ def _weights(params: Any) -> str:
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g} billion"
+
+
+def identify_run(
+    session: Session, step: int, record: dict[str, Any], changes: Changes
+) -> tuple[dict[str, Any], dict[str, Any], Changes]:
+    """What the run is, what is known of it, and all that has changed since its checkpoint."""
+    identity: dict[str, Any] = dict(
+        config=to_flat_dict(session.config), contents=find_contents(session)
+    )
+    if step:
+        of_contents = find_changes(record.get("contents", {}), identity["contents"])
+        check_changes(of_contents, session.config.checkpointing.allow_changes)
+        changes = changes | of_contents
+        if "validation" in changes:  # numbers of other prompts, beside which no new ones can stand
+            record = record | dict(results={}, evaluated=0)
+    else:
+        record = find_beginning(session.workdir, identity)
+    entries = [dict(step=step, changes=changes)] if changes else []
+    identity["history"] = [*record.get("history", []), *entries]
+    kept = dict(checked=record.get("checked"), run_id=record.get("run_id", secrets.token_hex(4)))
+    return identity | kept, record, changes
 
 
 def build_batches(session: Session, position: Any = None) -> BatchSource:

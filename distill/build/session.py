@@ -23,9 +23,8 @@ from jax.sharding import Mesh
 
 from distill.base.compilation import count_compiled_programs, keep_compiled_programs
 from distill.base.errors import UserError
-from distill.base.sharding import batch_parts, check_host_memory
+from distill.base.sharding import check_host_memory
 from distill.base.status import busy
-from distill.batches.weighing import make_weighing
 from distill.build.data import (
     build_dataset,
     build_validation,
@@ -34,7 +33,7 @@ from distill.build.data import (
     teacher_prompts,
     template_arguments,
 )
-from distill.build.devices import build_mesh, build_sampler_mesh, make_put
+from distill.build.devices import build_mesh, build_sampler_mesh
 from distill.build.environment import MakeDialogues, build_dialogues
 from distill.build.evaluator import build_evaluator
 from distill.build.models import (
@@ -46,7 +45,7 @@ from distill.build.models import (
     load_student,
     student_options,
 )
-from distill.build.objective import build_objective
+from distill.build.objective import build_objective, build_weighing
 from distill.build.optimizer import optimizer_of
 from distill.build.plugins import import_plugins
 from distill.build.rewards import build_reward
@@ -62,7 +61,6 @@ from distill.data.tokenizer import Vocabulary
 from distill.data.tokenizing import tokenize_prompts
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.recorder import RolloutRecorder
-from distill.evaluation.token_values import TokenReader
 from distill.losses.objective import Objective
 from distill.models.checkpoints.hub import resolve_model
 from distill.models.checkpoints.source import load_model_config
@@ -207,7 +205,7 @@ class Session:
     def weighing(self) -> Callable[[Sequences], Sequences]:
         """How much tokens count."""
         vocab = self.vocabulary.tokenizer.get_vocab()
-        return make_weighing(self.config.distillation.objective, vocab)
+        return build_weighing(self.config.distillation.objective, vocab)
 
     # -------------------------------------------------------------------------------- models
 
@@ -364,8 +362,8 @@ class Session:
             prompts,
             self.vocabulary,
             self.alignments,
-            put=make_put(self.mesh),
-            batch_size=self._batch_size(len(prompts)),
+            objective=self.objective,
+            mesh=self.mesh,
             dialogues=self.dialogues(self.validation),
         )
 
@@ -373,20 +371,4 @@ class Session:
         """Writes what comes of the evaluation's responses, token by token."""
         assert self.validation is not None  # or nothing is evaluated
         prompts = self.evaluator.prompts
-        arguments = self.validation, prompts, self.vocabulary, self.build_reader(len(prompts))
-        return RolloutRecorder(self.workdir, *arguments)
-
-    def build_reader(self, count: int) -> TokenReader:
-        """Reads so many responses with both models."""
-        return TokenReader(
-            self.objective,
-            vocab_size=self.vocabulary.size,
-            batch_size=self._batch_size(count),
-            put=make_put(self.mesh),
-        )
-
-    def _batch_size(self, count: int) -> int:
-        """Rows of equal batches that hold `count`, so that few rows are no whole batch."""
-        most, parts = self.config.evaluation.batch_size, batch_parts(self.mesh)
-        rows = -(-count // -(-count // most))
-        return -(-rows // parts) * parts
+        return RolloutRecorder(self.workdir, self.validation, prompts, self.vocabulary)

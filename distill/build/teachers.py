@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from distill.base.errors import UserError
 from distill.base.sharding import RULES, SPREAD_RULES, AnyMesh, check_host_memory
-from distill.batches.rows import padded_rows
 from distill.build.devices import make_put
 from distill.build.models import abstract_model, build_model, frozen_options, head_only
 from distill.build.scores import build_cached_teacher
@@ -20,6 +19,7 @@ from distill.config.method import OneTeacher
 from distill.config.schema import Config, all_teachers, teacher_key
 from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
+from distill.evaluation.rows import padded_rows
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.model import Model

@@ -65,7 +65,8 @@ def check_memory(session: Session, state: TrainState) -> str:
         engine = session.build_engine(session.student.graph)
         rows = policy.train_global_batch_size
         with jax.set_mesh(session.sampler_mesh):
-            needs["cache"] = engine.cache_bytes(session.student.params, rows)
+            _, slots = engine.slots_for(session.student.params, rows)
+            needs["cache"] = slots * engine.slots.slot_bytes(session.student.params)
     total, limit = sum(needs.values()), device_memory()
     listed = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needs.items())
     if limit is not None and total > limit:

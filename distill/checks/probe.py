@@ -214,8 +214,7 @@ def _probe(session: Session, evaluator: Evaluator, student: Model, teacher: Mode
     rights = [np.array([c for c in each if c is not None], float) for each in graded]
     more = rights[2] - rights[0]
     margin = 1.96 * more.std() / np.sqrt(len(more))
-    read = session.build_reader(len(prompts))
-    values = read(student, [teacher], prompts, rollout, with_choices=0)
+    _, values = evaluator.read(student, {"": teacher}, prompts, rollout, reads_tokens=True)
     diagnosis = diagnose(values, rollout, graded[0], session.vocabulary)
     means, departures = diagnosis["means"], diagnosis["departures"]
     student_right, teacher_right, from_student = (float(right.mean()) for right in rights)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from distill.base.sharding import bytes_per_device, constrain_whole
-from distill.batches.rows import Rows, of_responses, teacher_hidden
+from distill.batches.rows import Rows, teacher_hidden
 from distill.build.devices import make_put
 from distill.build.models import abstract_model, frozen_options
 from distill.build.session import Session
@@ -20,6 +20,7 @@ from distill.checks.problem import Problem
 from distill.config.schema import all_teachers
 from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
+from distill.evaluation.rows import of_responses
 from distill.models.checkpoints.source import load_model_config
 from distill.models.checkpoints.tensors import has_weights
 from distill.models.model import Model

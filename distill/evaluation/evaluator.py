@@ -9,17 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from distill.base import processes
-from distill.base.sharding import constrain_whole, flatten_tokens
-from distill.batches.rows import Rows, padded_rows, teacher_hidden
 from distill.config import schema
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
@@ -27,8 +24,7 @@ from distill.data.tokenizer import Vocabulary
 from distill.evaluation.answers import OPEN
 from distill.evaluation.grading import Grader, wilson_interval
 from distill.evaluation.metrics import Response, measure
-from distill.kernels.linear_divergence import SharedIds, per_token_divergences
-from distill.losses.divergences import get_divergence
+from distill.evaluation.token_values import Compared, TokenReader, Values
 from distill.models.model import Model
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine
@@ -80,11 +76,13 @@ class Responses:
       rollout: their tokens.
       texts: without special tokens; of dialogues, their last turns.
       correct: whether each is right; None where the data has no answer.
+      values: of their tokens, by number of the response, where they were asked for.
     """
 
     rollout: Rollout
     texts: list[str]
     correct: list[bool | None]
+    values: Mapping[int, Values]
 
 
 class Evaluator:
@@ -94,14 +92,13 @@ class Evaluator:
       dataset: source of the examples, which may bring its own checker.
       prompts: its tokenized prompts.
       vocabulary: of all models that are evaluated.
-      settings: batch size, metrics and time limit of the config.
+      settings: metrics, grading and its time limit.
       max_length: response tokens at most.
       make_engine: the engine that samples from a model, of its graph.
-      put: places a host array with batch rows first on the mesh.
+      read: reads responses with models and teachers.
       dialogues: environments for rows of the dataset; None: a response is all there is.
       teachers: weights by name, in the order of `prompts.by_teacher`.
-      shared: by name, what those with another tokenizer have of the model's ids.
-      own: evaluators of these, in their own tokens.
+      own: evaluators of those with another tokenizer, in their own tokens.
     """
 
     def __init__(
@@ -113,21 +110,16 @@ class Evaluator:
         *,
         max_length: int,
         make_engine: Callable[[nnx.GraphDef], Engine],
-        put: Callable[[np.ndarray], jax.Array],
+        read: TokenReader,
         dialogues: Callable[[np.ndarray], Turns] | None = None,
         teachers: Mapping[str, float] | None = None,
-        shared: Mapping[str, SharedIds] | None = None,
         own: Mapping[str, Evaluator] | None = None,
     ):
         self.dataset, self.prompts, self.vocabulary = dataset, prompts, vocabulary
-        self._dialogues, self._teachers = dialogues, teachers or {"": 1.0}
-        self._shared, self._own = shared or {}, own or {}
-        self.settings, self.put = settings, put
+        self._dialogues, self._teachers, self._own = dialogues, teachers or {"": 1.0}, own or {}
+        self.settings, self.read = settings, read
         self.greedy = SamplingParams(max_length=max_length, greedy=True)
         self._engine_for = functools.cache(make_engine)  # keeps what it has compiled
-        self._divergence_sums = jax.jit(
-            functools.partial(_divergence_sums, vocab_size=vocabulary.size), static_argnums=(0, 2)
-        )
 
     def of_teacher(self, number: int) -> Evaluator:
         """One of the prompts that a teacher is asked about, with what is compiled already."""
@@ -138,16 +130,27 @@ class Evaluator:
         other.__dict__.pop("num_graded", None)
         return other
 
-    def __call__(self, model: Model, *teachers: Model | None) -> tuple[Evaluation, Responses]:
+    def __call__(
+        self, model: Model, *teachers: Model | None, reads_tokens: bool = False
+    ) -> tuple[Evaluation, Responses]:
         """The evaluation, and the greedy responses that it is about.
 
         `teachers` are what the model is compared with; None where one is not on the mesh.
         """
-        params = model.fetch()
-        rollout = self.respond(model.graph, params, self.greedy)
+        fetched = Model(model.graph, model.fetch())
+        rollout = self.respond(fetched.graph, fetched.params, self.greedy)
         texts = decode_responses(self.vocabulary.tokenizer, rollout)
-        responses = Responses(rollout, texts, self.grade(texts))
-        (forward_kl, reverse_kl), by_teacher = self._divergences(model, params, teachers, rollout)
+        correct = self.grade(texts)
+        models = [fetched if teacher is model else teacher for teacher in teachers]
+        compared, values = self.read(
+            fetched,
+            dict(zip(self._teachers, models, strict=True)),
+            self.prompts,
+            rollout,
+            reads_tokens=reads_tokens,
+        )
+        responses = Responses(rollout, texts, correct, values)
+        (forward_kl, reverse_kl), by_teacher = self._divergences(compared, rollout)
         evaluation = Evaluation(
             **_accuracy(responses.correct),
             forward_kl=forward_kl,
@@ -205,28 +208,24 @@ class Evaluator:
         return self.prompts.summary() + note
 
     def _divergences(
-        self, model: Model, params, teachers: Sequence[Model | None], rollout: Rollout
+        self, compared: Mapping[str, Compared], rollout: Rollout
     ) -> tuple[tuple[float | None, float | None], dict[str, float | None]]:
         """Forward and reverse KL to all teachers, and to each of several by its name."""
         total = np.zeros(2, np.float32)
         by_teacher: dict[str, float | None] = {}
         is_asked_b = np.zeros(len(self.prompts), bool)
-        asked = zip(self._teachers.items(), teachers, self.prompts.by_teacher, strict=True)
-        for (name, weight), teacher, prompts in asked:
-            if teacher is None or not len(prompts):
+        asked = zip(self._teachers.items(), self.prompts.by_teacher, strict=True)
+        for (name, weight), prompts in asked:
+            if name not in compared:
                 continue
-            own_b = np.searchsorted(self.prompts.rows, prompts.rows)
-            is_asked_b[own_b] = True
-            own = jax.tree.map(lambda x, own_b=own_b: x[own_b], rollout)
-            teacher_params = params if teacher is model else teacher.fetch()
-            models = model.graph, params, teacher.graph, teacher_params
-            sums, compared, shared = np.zeros(2, np.float32), 0, self._shared.get(name)
-            for rows in rows_of(prompts, own, self.settings.batch_size):
-                compared += int((rows.mask_bt & (rows.columns.get("span", 0) == 0)).sum())
-                placed = jax.tree.map(self.put, rows)
-                sums += np.asarray(self._divergence_sums(*models, placed, shared))
-            if shared is not None:  # of the others, nothing is known
-                sums *= np.float32(own.num_sampled / max(compared, 1))
+            own_b = np.isin(self.prompts.rows, prompts.rows)
+            is_asked_b |= own_b
+            own, (sums, tokens) = (
+                jax.tree.map(lambda x, own_b=own_b: x[own_b], rollout),
+                compared[name],
+            )
+            if prompts.recut is not None:  # of the others, nothing is known
+                sums = sums * np.float32(own.num_sampled / max(tokens, 1))
             total += np.float32(weight) * sums
             if name:
                 forward_kl, reverse_kl = _mean(sums, own)
@@ -277,35 +276,3 @@ def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
     rows = zip(rollout.tokens_br, rollout.last_turn_b, rollout.lengths_b, strict=True)
     kept = [tokens_r[start:length].tolist() for tokens_r, start, length in rows]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
-
-
-def rows_of(prompts: Prompts, rollout: Rollout, batch_size: int) -> Iterator[Rows]:
-    """All prompts with anybody's responses, in their order, so many at a time."""
-    sequences = rollout.sequences(prompts.sequences(range(len(prompts))))
-    width = prompts.prompt_width + rollout.tokens_br.shape[1]
-    return padded_rows(
-        sequences, batch_size, width, prompts.pad_id, prompts.view(sequences), prompts.view_excess
-    )
-
-
-def _divergence_sums(
-    graph, params, teacher_graph, teacher_params, rows: Rows, shared, *, vocab_size: int
-) -> jax.Array:
-    """Forward and reverse KL summed over the response tokens, shape (2,)."""
-
-    student, teacher = nnx.merge(graph, params), nnx.merge(teacher_graph, teacher_params)
-    hidden_s, head_s = flatten_tokens(student(rows.tokens_bt)), student.head()
-    hidden_t, head_t = flatten_tokens(teacher_hidden(teacher, rows)), teacher.head()
-    compared_bt = rows.mask_bt & (rows.columns["span"] == 0 if shared is not None else True)
-    values_nt = per_token_divergences(
-        hidden_s,
-        head_s,
-        hidden_t,
-        head_t,
-        divergences=(get_divergence("forward"), get_divergence("reverse")),
-        temperature=1.0,
-        vocab_size=vocab_size,
-        weights=flatten_tokens(compared_bt.astype(jnp.float32)),
-        shared=shared,
-    )
-    return constrain_whole(values_nt.sum(axis=1))

@@ -7,11 +7,9 @@ held-out prompts, and the diagnosis of all of them. `report.html` shows both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from distill.base import processes
 from distill.base.files import write_atomically
@@ -20,12 +18,9 @@ from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
 from distill.evaluation.diagnosis import diagnose, rounded
 from distill.evaluation.evaluator import Responses
-from distill.evaluation.token_values import TokenReader
-from distill.models.model import Model
+from distill.evaluation.token_values import num_shown
 
 FOLDER = "rollouts"
-# The first held-out prompts, with so many tokens of responses at most: some two megabytes.
-MOST_RESPONSES, MOST_TOKENS = 32, 16384
 TOP = 5  # choices of the teacher that are written for every token
 _LONGEST_QUESTION = 200  # characters, where it only names a prompt
 _UNFINISHED = "\ufffd"  # how tokenizers show a part of a character
@@ -39,7 +34,6 @@ class RolloutRecorder:
       dataset: source of the held-out examples.
       prompts: its tokenized prompts.
       vocabulary: shows tokens as text.
-      read: what both models think of tokens.
     """
 
     def __init__(
@@ -48,28 +42,19 @@ class RolloutRecorder:
         dataset: DatasetInterface,
         prompts: Prompts,
         vocabulary: Vocabulary,
-        read: TokenReader,
     ):
-        self._folder, self._read = workdir / FOLDER, read
-        self._dataset, self._prompts, self._vocabulary = dataset, prompts, vocabulary
+        self._folder, self._dataset = workdir / FOLDER, dataset
+        self._prompts, self._vocabulary = prompts, vocabulary
 
-    def __call__(
-        self,
-        role: str,
-        step: int,
-        model: Model,
-        teachers: Sequence[Model | None],
-        responses: Responses,
-    ) -> None:
-        """Reads `responses`, which `model` gave to all prompts, and writes the first of them.
+    def __call__(self, role: str, step: int, responses: Responses) -> None:
+        """Writes the first of the responses, whose tokens were read, and the diagnosis of all.
 
-        Without a teacher that is read, only the model's own probabilities are known.
+        Without a teacher that was read, only the model's own probabilities are known.
         """
-        rollout = responses.rollout
-        most = _num_shown(rollout.lengths_b)
-        values = self._read(model, teachers, self._prompts, rollout, with_choices=most)
         if not processes.is_first():
             return
+        rollout, values = responses.rollout, responses.values
+        most = num_shown(rollout.lengths_b)
         shown = [self._response(i, responses, values[i]) for i in sorted(values) if i < most]
         listed = {
             token for response in shown for top in response.get("top", ()) for token, *_ in top
@@ -138,9 +123,3 @@ def _question(example: Example) -> str:
     """The prompt without the chat template; of a conversation, what was said last."""
     prompt = example.prompt
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
-def _num_shown(lengths_b: np.ndarray) -> int:
-    """How many of the first responses are written: as many as fit, and one at least."""
-    fitting = np.cumsum(lengths_b[:MOST_RESPONSES]) <= MOST_TOKENS
-    return max(1, int(fitting.sum()))

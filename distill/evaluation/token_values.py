@@ -1,38 +1,44 @@
-"""What student and teacher think of every token of responses, by one pass of both models."""
+"""What a model and its teachers think of responses, and of their tokens, by one pass of each."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from distill.base.sharding import constrain_whole, num_shards
-from distill.batches.rows import Rows, of_responses, teacher_hidden
+from distill.base.sharding import constrain_whole, flatten_tokens, num_shards
+from distill.batches.rows import Rows, teacher_hidden
 from distill.data.prompts import Prompts
-from distill.evaluation.evaluator import rows_of
+from distill.evaluation.rows import of_responses, rows_of
+from distill.kernels.linear_divergence import SharedIds, per_token_divergences
+from distill.losses.divergences import get_divergence
 from distill.losses.objective import Objective
 from distill.models.model import Model
 from distill.sampling.request import Rollout
 
+# The first held-out prompts, with so many tokens of responses at most: some two megabytes.
+MOST_RESPONSES, MOST_TOKENS = 32, 16384
 TOP = 10  # likeliest tokens of either model that are compared
 _MOST_LOGITS = 2**26  # of one model in one group of devices at once
 _CHOICES = ("top_ids", "top_log_p", "top_log_q")
 
 Values = dict[str, np.ndarray]  # (r,) or (r, k) by name
+Compared = tuple[np.ndarray, int]  # sums of forward and reverse KL, and of how many tokens
 
 
 class TokenReader:
-    """Reads responses with both models, a chunk of tokens at a time.
+    """Reads responses with a model and its teachers, which each pass them once.
 
     Args:
       objective: its divergence is what a token adds to the loss.
       vocab_size: ids in use.
       batch_size: responses looked at at once.
       put: places a host array with batch rows first on the mesh.
+      shared: by name, what teachers with another tokenizer have of the model's ids.
     """
 
     def __init__(
@@ -42,83 +48,140 @@ class TokenReader:
         vocab_size: int,
         batch_size: int,
         put: Callable[[np.ndarray], jax.Array],
+        shared: Mapping[str, SharedIds] | None = None,
     ):
-        self._batch_size, self._put = batch_size, put
-        self._token_values = jax.jit(
-            functools.partial(_token_values, objective=objective, vocab_size=vocab_size),
-            static_argnums=(0, 2, 5),
+        self._batch_size, self._put, self._shared = batch_size, put, shared or {}
+        self._read = jax.jit(
+            functools.partial(_read, objective=objective, vocab_size=vocab_size),
+            static_argnums=(0, 2, 6),
         )
 
     def __call__(
         self,
         model: Model,
-        teachers: Sequence[Model | None],
+        teachers: Mapping[str, Model | None],
         prompts: Prompts,
         rollout: Rollout,
-        with_choices: int,
-    ) -> dict[int, Values]:
-        """By number of the response: values by name, of its tokens alone; see `_token_values`.
+        *,
+        reads_tokens: bool,
+    ) -> tuple[dict[str, Compared], dict[int, Values]]:
+        """What each teacher says of the responses; and by their numbers, values of their tokens.
 
-        Where several teachers are asked about a prompt, the first of them is read, but none with
-        another tokenizer. The teacher's choices are kept of the first `with_choices` responses.
+        Args:
+          teachers: in the order of `prompts.by_teacher`; None where one is not on the mesh.
+          reads_tokens: whether those values are asked for, see `_read`. Where several teachers are
+            asked about a prompt, they are the first one's, but of none with another tokenizer. The
+            teacher's choices are kept of the responses that are shown.
         """
-        params, values = model.fetch(), {}
-        asked: list[tuple[Model | None, Prompts]] = [
-            (teacher, of_teacher)
-            for teacher, of_teacher in zip(teachers, prompts.by_teacher, strict=True)
-            if teacher is not None and of_teacher.recut is None
-        ]
-        for teacher, of_teacher in reversed(asked or [(None, prompts)]):
-            own_b = np.searchsorted(prompts.rows, of_teacher.rows)
-            own = jax.tree.map(lambda x, own_b=own_b: x[own_b], rollout)
-            teacher_params = teacher and teacher.fetch()
-            models = model.graph, params, teacher and teacher.graph, teacher_params
-            for number, rows in enumerate(rows_of(of_teacher, own, self._batch_size)):
-                numbers = own_b[number * self._batch_size :][: self._batch_size].tolist()
-                rows = jax.tree.map(self._put, rows)
-                made = self._token_values(*models, rows, rollout.tokens_br.shape[1])
-                if numbers[0] >= with_choices:
-                    made = {name: x for name, x in made.items() if name not in _CHOICES}
-                made = jax.device_get(made)
-                for row, i in enumerate(numbers):
-                    length = rollout.lengths_b[i]
-                    values[i] = {name: x[row, :length] for name, x in made.items()}
-        return values
+        params, width = model.fetch(), rollout.tokens_br.shape[1]
+        compared: dict[str, Compared] = {}
+        values: dict[int, Values] = {}
+        for (name, teacher), part in zip(teachers.items(), prompts.by_teacher, strict=True):
+            if teacher is None or not len(part):
+                continue
+            teacher_params = params if teacher is model else teacher.fetch()
+            models = model.graph, params, teacher.graph, teacher_params
+            reads = reads_tokens and part.recut is None
+            sums, tokens = np.zeros(2, np.float32), 0
+            for numbers, rows, made in self._batches(
+                models, prompts, part, rollout, self._shared.get(name), width if reads else None
+            ):
+                sums += made.pop("kl_sums")
+                tokens += int((rows.mask_bt & (rows.columns.get("span", 0) == 0)).sum())
+                for i, of_response in _by_response(made, numbers, rollout):
+                    values.setdefault(i, of_response)
+            compared[name] = sums, tokens
+        if reads_tokens and not values:
+            alone = model.graph, params, None, None
+            for numbers, _, made in self._batches(alone, prompts, prompts, rollout, None, width):
+                values |= _by_response(made, numbers, rollout)
+        return compared, values
+
+    def _batches(
+        self,
+        models: tuple,
+        prompts: Prompts,
+        part: Prompts,
+        rollout: Rollout,
+        shared: SharedIds | None,
+        width: int | None,
+    ) -> Iterator[tuple[list[int], Rows, dict[str, np.ndarray]]]:
+        """Numbers of the responses, their rows on the host, and what was read of them."""
+        own_b, shown = np.searchsorted(prompts.rows, part.rows), num_shown(rollout.lengths_b)
+        own = jax.tree.map(lambda x: x[own_b], rollout)
+        for number, rows in enumerate(rows_of(part, own, self._batch_size)):
+            numbers = own_b[number * self._batch_size :][: self._batch_size].tolist()
+            made = self._read(*models, jax.tree.map(self._put, rows), shared, width)
+            if numbers[0] >= shown:
+                made = {name: x for name, x in made.items() if name not in _CHOICES}
+            yield numbers, rows, jax.device_get(made)
 
 
-def _token_values(
+def _by_response(
+    made: dict[str, np.ndarray], numbers: list[int], rollout: Rollout
+) -> Iterator[tuple[int, Values]]:
+    """Of the tokens of each response alone."""
+    for row, i in enumerate(numbers if made else ()):
+        yield i, {name: x[row, : rollout.lengths_b[i]] for name, x in made.items()}
+
+
+def num_shown(lengths_b: np.ndarray) -> int:
+    """How many of the first responses are shown: as many as fit, and one at least."""
+    fitting = np.cumsum(lengths_b[:MOST_RESPONSES]) <= MOST_TOKENS
+    return max(1, int(fitting.sum()))
+
+
+def _read(
     graph,
     params,
     teacher_graph,
     teacher_params,
     rows: Rows,
-    width: int,
+    shared: SharedIds | None,
+    width: int | None,
     *,
     objective: Objective,
     vocab_size: int,
 ) -> dict[str, jax.Array]:
-    """Numbers of the responses' tokens (b, r), anything behind a response's end.
+    """What one pass of both models says of responses, or of a model alone.
 
-    log_q, the student's log-probability of the token; and with a teacher log_p, the objective's
-    divergence, and what `_compare` says.
+    - kl_sums: forward and reverse KL summed over the response tokens, (2,);
+    - with `width`, numbers of the responses' tokens (b, r), anything behind a response's end:
+      log_q, the student's log-probability of the token; and with a teacher log_p, the objective's
+      divergence, and what `_compare` says.
     """
-
+    model, made = nnx.merge(graph, params), {}
+    hidden_s, head_s, hidden_t, head_t = model(rows.tokens_bt), model.head(), None, None
+    if teacher_graph is not None:
+        teacher = nnx.merge(teacher_graph, teacher_params)
+        hidden_t, head_t = teacher_hidden(teacher, rows), teacher.head()
+        compared_bt = rows.mask_bt & (rows.columns["span"] == 0 if shared is not None else True)
+        kls_nt = per_token_divergences(
+            flatten_tokens(hidden_s),
+            head_s,
+            flatten_tokens(hidden_t),
+            head_t,
+            divergences=(get_divergence("forward"), get_divergence("reverse")),
+            temperature=1.0,
+            vocab_size=vocab_size,
+            weights=flatten_tokens(compared_bt.astype(jnp.float32)),
+            shared=shared,
+        )
+        made["kl_sums"] = kls_nt.sum(axis=1)
+    if width is None:
+        return constrain_whole(made)
     # Prompts need no head.
-    model = nnx.merge(graph, params)
-    hidden_s, head_s = of_responses(rows, model(rows.tokens_bt), width), model.head()
     weights_bt = rows.mask_bt.astype(jnp.float32)
     known = [of_responses(rows, x_bt, width) for x_bt in (rows.targets_bt, weights_bt)]
-    if teacher_graph is None:
-        log_q_br = objective.log_probs(hidden_s, head_s, *known, vocab_size=vocab_size)
-        return constrain_whole({"log_q": log_q_br})
-    model = nnx.merge(teacher_graph, teacher_params)
-    hidden_t, head_t = of_responses(rows, teacher_hidden(model, rows), width), model.head()
+    hidden_s = of_responses(rows, hidden_s, width)
+    if hidden_t is None:
+        made["log_q"] = objective.log_probs(hidden_s, head_s, *known, vocab_size=vocab_size)
+        return constrain_whole(made)
+    hidden_t = of_responses(rows, hidden_t, width)
     _, values = objective.alone(hidden_s, head_s, hidden_t, head_t, *known, vocab_size=vocab_size)
-    known_of_token = dict(
-        log_q=values.log_prob_s, log_p=values.log_prob_t, divergence=values.divergence
-    )
-    compared = _compare((hidden_s, hidden_t), (head_s, head_t), known[0], vocab_size)
-    return constrain_whole(known_of_token | compared)
+    made |= dict(log_q=values.log_prob_s, log_p=values.log_prob_t, divergence=values.divergence)
+    made |= _compare((hidden_s, hidden_t), (head_s, head_t), known[0], vocab_size)
+    return constrain_whole(made)
 
 
 def _compare(hidden_brd, heads, targets_br, vocab_size: int) -> dict[str, jax.Array]:

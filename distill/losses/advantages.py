@@ -15,41 +15,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from distill.kernels.linear_divergence import TokenStatistics
 from distill.losses.weights import TruncatedImportance
-
-_SPREAD = 1e-6  # below this, the rewards of a group are the same
-
-
-def group_advantages(
-    rewards_b: np.ndarray, num_generations: int, *, standardize: bool = False
-) -> np.ndarray:
-    """A reward less the mean of its group, the responses to one prompt, which follow each other.
-
-    GRPO without its division (arXiv:2402.03300; Dr. GRPO, arXiv:2503.20783). The mean has the
-    response's own reward, so the expected gradient is the policy gradient's times 1 - 1/g.
-    `standardize` divides by the group's standard deviation, as GRPO does: this weighs prompts by
-    how alike their rewards are, and is the gradient of another objective. float32 (b,).
-    """
-    rewards_gn = np.asarray(rewards_b, np.float64).reshape(-1, num_generations)
-    advantages_gn = rewards_gn - rewards_gn.mean(axis=1, keepdims=True)
-    if standardize:
-        spread_g1 = rewards_gn.std(axis=1, keepdims=True)
-        advantages_gn /= np.where(spread_g1 > _SPREAD, spread_g1, 1.0)
-    return advantages_gn.reshape(-1).astype(np.float32)
-
-
-def describe_rewards(rewards_b: np.ndarray, num_generations: int) -> dict[str, float]:
-    """Metrics: mean, mean standard deviation in a group, share of groups without any spread."""
-    rewards_gn = np.asarray(rewards_b, np.float64).reshape(-1, num_generations)
-    spread_g = rewards_gn.std(axis=1)
-    return {
-        "reward/mean": float(rewards_gn.mean()),
-        "reward/group_std": float(spread_g.mean()),
-        "reward/groups_without_spread": float((spread_g <= _SPREAD).mean()),
-    }
 
 
 @dataclasses.dataclass(frozen=True)

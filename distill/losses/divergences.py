@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from distill.base.errors import UserError
-from distill.base.registry import Registry, describe, name_of
+from distill.base.registry import Registry, name_of
 from distill.kernels.linear_divergence import DivergenceTerm, Term, cross_entropy
 from distill.kernels.linear_divergence.token_losses import TokenWeight
-from distill.losses.weights import advantage
+from distill.losses.weights import advantage, per_token_problem
 
 PointwiseDivergence = Callable[[jax.Array, jax.Array], jax.Array]
 # (log_p_cv, log_q_cv, targets_c) -> loss_c; the loss of token c depends on row c alone.
@@ -140,12 +140,7 @@ def get_loss(name: str) -> DistillationLossFn:
     """The function registered with `register_loss`; UserError for none, or one that cannot run."""
     function = _LOSSES.get(name, _is("row loss")).function
     rows, targets = (jax.ShapeDtypeStruct(*x) for x in (((3, 5), jnp.float32), ((3,), jnp.int32)))
-    try:
-        shape = jax.eval_shape(function, rows, rows, targets).shape
-        problem = "" if shape == (3,) else f"makes an array of shape {shape} of 3 tokens"
-    except Exception as error:  # whatever the user's code raises
-        problem = f"fails: {describe(error)}"
-    if problem:
+    if problem := per_token_problem(function, rows, rows, targets):
         raise UserError(
             f"distillation.kl_type={name}: {name_of(function)} {problem}; it takes "
             "log-probabilities (tokens, vocabulary) of teacher and student and the tokens' ids, "

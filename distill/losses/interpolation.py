@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +38,6 @@ def interpolated(
     return hidden, Head(jnp.concatenate(weights, axis=0))
 
 
-_MOMENTUM = 0.99
-
-
 @dataclasses.dataclass(frozen=True)
 class Target:
     """The teacher's share of the target, which grows to 1 (TAID, arXiv:2501.16937).
@@ -66,37 +62,3 @@ class Target:
 
     def linear(self, step: jax.Array) -> jax.Array:
         return self.start + (1 - self.start) * jnp.minimum(step / self.steps, 1.0)
-
-    def beside(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-        """The optimizer, with the adaptive schedule in its state: saved, resumed and skipped alike.
-
-        TAID's algorithm 1: with d = (last loss - loss) / last loss and m = 0.99 m + 0.01 d, the
-        share a becomes a + pace sigmoid(m) (1 - a), or that of the linear schedule if it is larger.
-        """
-        if self.start == 1 or not self.pace:
-            return optimizer
-        schedule = optax.GradientTransformationExtraArgs(self._first, self._next)
-        return optax.chain(optimizer, schedule)
-
-    def _first(self, params) -> _Schedule:
-        del params
-        none, zero = jnp.full((), jnp.inf), jnp.zeros(())
-        return _Schedule(jnp.full((), self.start), jnp.zeros((), jnp.int32), none, zero)
-
-    def _next(self, updates, state: _Schedule, params=None, *, value: jax.Array, **more):
-        del params, more
-        is_first, share, count = jnp.isinf(state.loss), state.target_share, state.updates + 1
-        change = jnp.where(is_first, 0.0, (state.loss - value) / (state.loss + 1e-15))
-        momentum = _MOMENTUM * state.momentum + (1 - _MOMENTUM) * change
-        grown = share + self.pace * jax.nn.sigmoid(momentum) * (1 - share)
-        share = jnp.maximum(jnp.where(is_first, share, grown), self.linear(count))
-        return updates, _Schedule(jnp.minimum(share, 1.0), count, value, momentum)
-
-
-class _Schedule(NamedTuple):
-    """Of an optimizer's state: the next step's share, and what the one after it depends on."""
-
-    target_share: jax.Array
-    updates: jax.Array
-    loss: jax.Array
-    momentum: jax.Array

@@ -58,10 +58,8 @@ _NONE, _WHOLE = Advantage(), Target()
 class Objective:
     """The training objective as a hashable function; build it with `make_objective`.
 
-    The divergence is its first term, if it has one.
-
-    `importance_clip` is the largest importance weight, 0 without such weights; `estimate` is the
-    advantage for a teacher with another tokenizer.
+    The divergence is its first term, if it has one. `importance_clip`: 0 without such weights;
+    `estimate`: the advantage for a teacher with another tokenizer.
     """
 
     loss: TermSum | RowLoss
@@ -122,14 +120,12 @@ class Objective:
         """Weighted sum of the token losses, differentiable by the student's hidden states and head.
 
         Args:
-          hidden_s_btd, hidden_t_btd: final hidden states; the teacher's and
-            its head are not read (None) for hard labels.
+          hidden_s_btd, hidden_t_btd: final hidden states; the teacher's and its head are None for
+            hard labels, and where `scores` (b, t, k) are known instead.
           head_s, head_t: output heads (d, v) in the compute dtype.
-          targets_bt: the tokens that positions predict; anything where their weight is 0.
+          targets_bt: anything where their weight is 0.
           weights_bt: from `token_weights`.
           vocab_size: ids that student and teacher share; further head columns are padding.
-          scores: what is known of the teacher instead of its hidden states and head (None then),
-            (b, t, k).
           columns: (b, t, ...) by name, what the objective's own weights read.
           shared: where the teacher has other ids; `vocab_size` is then the student's.
 
@@ -183,13 +179,11 @@ class Dense:
     """The part of an objective that reads the teacher's whole distribution.
 
     Attributes:
-      kl_type: a divergence or a loss of losses/divergences.py, built in or registered.
       divergence: its weight; without one it is not computed.
       kl_type_on_data: that of tokens which the student did not sample (DistiLLM-2,
         arXiv:2503.07067); '': the same.
       divergence_clip, proximal_share: see `Clipped` and `Proximal`; 0 and 1: not so.
       entropy_threshold: adds the forward KL by `UnsureTeacher`; 0: does not.
-      mixed_kl_weight, jsd_beta, skew_alpha: see `get_divergence`.
     """
 
     kl_type: str
@@ -233,19 +227,6 @@ class Dense:
             found.append(("forward", Term(forward, self.divergence, unsure)))
         return found
 
-    def check_alone(self, added: Sequence[str]) -> None:
-        """Raises UserError if anything is to stand beside a loss of whole rows, or to change it."""
-        if added:
-            raise UserError(
-                f"distillation.objective.terms={', '.join(added)} cannot be added to kl_type="
-                f"{self.kl_type}, a loss of whole rows: choose a divergence, or leave it empty"
-            )
-        if self != Dense(self.kl_type, **self.parameters):
-            raise UserError(
-                f"kl_type={self.kl_type} is a loss of whole rows: it takes no kl_type_on_data, "
-                "objective.divergence_clip, proximal_share or divergence"
-            )
-
 
 def make_objective(
     kl_type: str,
@@ -269,33 +250,33 @@ def make_objective(
     """The objective of a configuration.
 
     Args:
-      temperature: divides both models' logits before the divergence and the other terms.
+      kl_type, dense: see `Dense`.
       temperature_squared: multiplies the loss by temperature^2, which keeps the size of the
         gradient (Hinton et al., arXiv:1503.02531).
       hard_labels: cross-entropy with the response tokens instead; no teacher, temperature 1.
-      cross_entropy: weight of it; without weight, it is not computed.
-      target: between student and teacher; by default the teacher.
       advantage: what the policy gradient is weighted by; none: there is no such term.
-      has_teacher: whether a teacher is there to be read.
       terms: what is added, NAME or NAME:COEFFICIENT each; see `get_term`.
       weights: by which a token's loss is multiplied, names of losses/weights.py.
       importance_clip: multiplies it by `TruncatedImportance` of at most this, too; 0: does not.
-      top_k_teacher: the teacher will be a TopK, which takes no loss of whole rows.
-      other_ids: it has another tokenizer, and takes none either.
+      top_k_teacher, other_ids: the teacher will be a TopK, or has another tokenizer.
       implementation, chunk: see kernels/linear_divergence/api.py.
-      kl_type, dense: see `Dense`.
 
     Raises:
       UserError: an unknown name, a parameter out of range, parts that do not go together, or an
         implementation that cannot run.
     """
+    if not temperature > 0:
+        raise UserError(f"kl_temperature={temperature} is not positive")
     part = Dense(kl_type, **dense)
     if hard_labels:
         temperature, cross_entropy, has_teacher = 1.0, 1.0, False
         part = dataclasses.replace(part, divergence=0.0)
     by_outcomes = top_k_teacher or other_ids
     all_logits = has_teacher and not by_outcomes  # of the teacher are there, id by id
-    _check_runs(part, temperature, top_k_teacher, other_ids, implementation)
+    try:
+        resolve_implementation(implementation, fused=part.is_pointwise and not by_outcomes)
+    except ValueError as error:
+        raise UserError(f"loss_implementation: {error}") from None
     if part.entropy_threshold or target.start < 1:
         _check_interpolates(part, all_logits)
     factors = tuple(_get_weight(name, all_logits) for name in weights)
@@ -307,7 +288,7 @@ def make_objective(
         found = [_checked(*pair, all_logits, by_outcomes) for pair in named]
         loss = TermSum(_with_advantage(found, advantage), temperature, factors)
     else:
-        part.check_alone([*added, *(["policy_gradient"] if advantage else [])])
+        _check_alone(part, [*added, *(["policy_gradient"] if advantage else [])], by_outcomes)
         loss = RowLoss(get_loss(kl_type), temperature, factors)
     return Objective(
         loss,
@@ -321,30 +302,21 @@ def make_objective(
     )
 
 
-def _check_runs(
-    dense: Dense,
-    temperature: float,
-    top_k_teacher: bool,
-    other_ids: bool,
-    implementation: str | None,
-) -> None:
-    if not temperature > 0:
-        raise UserError(f"kl_temperature={temperature} is not positive")
-    if top_k_teacher and not dense.is_pointwise:
+def _check_alone(dense: Dense, added: Sequence[str], by_outcomes: bool) -> None:
+    """Raises UserError unless a loss of whole rows stands alone, with all logits of a teacher."""
+    name = f"kl_type={dense.kl_type} is a loss of whole rows"
+    if by_outcomes:
+        raise UserError(f"{name}, which compares id by id: choose a divergence, or {_NEEDS}")
+    if added:
         raise UserError(
-            f"kl_type={dense.kl_type} is a loss of whole rows, but of a teacher behind a server "
-            "only the likeliest tokens are known: choose a divergence, or teacher.backend=local"
+            f"distillation.objective.terms={', '.join(added)} cannot be added to it, since {name}: "
+            "choose a divergence, or leave it empty"
         )
-    if other_ids and not dense.is_pointwise:
+    if dense != Dense(dense.kl_type, **dense.parameters):
         raise UserError(
-            f"kl_type={dense.kl_type} is a loss of whole rows, which compares id by id, and with "
-            "teacher.alignment the teacher has other ids: choose a divergence"
+            f"{name}: it takes no kl_type_on_data, objective.divergence_clip, proximal_share or "
+            "divergence"
         )
-    fused = dense.is_pointwise and not (top_k_teacher or other_ids)
-    try:
-        resolve_implementation(implementation, fused=fused)
-    except ValueError as error:
-        raise UserError(f"loss_implementation: {error}") from None
 
 
 def _check_interpolates(dense: Dense, all_logits: bool) -> None:

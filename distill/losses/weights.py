@@ -13,6 +13,7 @@ It is evaluated in the fused pass, before the gradients are made, and no gradien
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,16 +67,20 @@ def check_tokenwise(what: str, function: TokenWeight) -> None:
         statistics = TokenStatistics(*[value] * len(dataclasses.fields(TokenStatistics)))
         return function(statistics, _AnyColumn(sampled=value > 0))
 
-    try:
-        shape = jax.eval_shape(call, jax.ShapeDtypeStruct((3,), jnp.float32)).shape
-        problem = "" if shape == (3,) else f"makes an array of shape {shape} of 3 tokens"
-    except Exception as error:  # whatever the user's code raises
-        problem = f"fails: {describe(error)}"
-    if problem:
+    if problem := per_token_problem(call, jax.ShapeDtypeStruct((3,), jnp.float32)):
         raise UserError(
             f"{what}: {name_of(function)} {problem}; it must return a number per token, of "
             "(statistics, columns), computed with jax.numpy"
         )
+
+
+def per_token_problem(function: Callable, *shapes: jax.ShapeDtypeStruct) -> str:
+    """Why a function does not give a number for each of 3 tokens; '' if it does."""
+    try:
+        shape = jax.eval_shape(function, *shapes).shape
+    except Exception as error:  # whatever the user's code raises
+        return f"fails: {describe(error)}"
+    return "" if shape == (3,) else f"makes an array of shape {shape} of 3 tokens"
 
 
 @register_weight("advantage")

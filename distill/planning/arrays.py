@@ -34,6 +34,7 @@ from distill.planning.counts import Counts, count
 from distill.planning.workload import Workload
 from distill.sampling.cache import Cache, map_arrays
 from distill.sampling.engine import Engine
+from distill.sampling.schedule import prompt_bucket, prompts_per_prefill
 from distill.step import TrainState
 
 
@@ -199,12 +200,14 @@ def _abstract_sampler(workload: Workload, student: Model, mesh: AnyMesh) -> Samp
     repeats = config.distillation.generate_strategy.num_generations
     abstract_mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
     with jax.sharding.use_abstract_mesh(abstract_mesh):
+        parts, slots = engine.slots_for(weights, tokens.rows)
+        size = prompt_bucket(tokens.prompt)
         return Sampler(
             engine,
             weights,
             abstract_loop_weights(nnx.merge(student.graph, weights)),
-            engine.abstract_cache(weights, tokens.rows),
-            engine.prefill_shape(weights, tokens.rows, repeats, tokens.prompt),
+            engine.slots.abstract_cache(weights, parts, slots),
+            (parts, prompts_per_prefill(size, slots, repeats), size),
             count(workload.student, weights),
         )
 

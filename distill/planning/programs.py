@@ -61,8 +61,10 @@ def compile_sampler(workload: Workload, arrays: Arrays, mesh: Mesh) -> dict[str,
         return {}
     weights, loop = sampler.weights, (sampler.weights, sampler.loop_weights, sampler.cache)
     params = build_sampling_params(workload.config.distillation.generate_strategy)
-    prefill = functools.partial(sampler.engine.slots.lower_prefill, weights, sampler.prefill)
-    decode = functools.partial(sampler.engine.lower_decode, weights, workload.tokens.rows, params)
+    params = dataclasses.replace(params, max_length=1)  # limits are per row
+    slots, size = sampler.engine.slots, (sampler.prefill[0], sampler.slots)
+    prefill = functools.partial(slots.lower_prefill, weights, sampler.prefill)
+    decode = functools.partial(slots.lower_decode, weights, *size, params)
     room = _used_room(workload)
     with jax.set_mesh(mesh):
         return {

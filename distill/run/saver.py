@@ -51,10 +51,10 @@ class Evaluations:
         if self.evaluator is None or self.recorder is None:
             return
         with busy(f"evaluating the {role}"):
-            evaluation, responses = self.evaluator(model, *teachers)
+            evaluation, responses = self.evaluator(model, *teachers, reads_tokens=True)
         if self.interrupts.agree():  # of all processes, perhaps: graders that died make it wrong
             return
-        self.recorder(role, step, model, teachers, responses)
+        self.recorder(role, step, responses)
         self._keep(role, step, evaluation)
 
     def evaluate_teachers(self, step: int, teachers: Mapping[str, Model | None]) -> None:

@@ -15,18 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 from flax import nnx
 
 from distill.base.errors import UserError
 from distill.base.mesh import use_row_mesh
 from distill.base.sharding import num_shards
 from distill.sampling.attention import Kernel
-from distill.sampling.cache import Cache
-from distill.sampling.choice import SamplingParams
 from distill.sampling.programs import ModelFacts
 from distill.sampling.request import Rollout, RolloutRequest
-from distill.sampling.schedule import Run, prompt_bucket, prompts_per_prefill
+from distill.sampling.schedule import Run
 from distill.sampling.slots import STEPS_PER_CALL, Slots
 
 MAX_AUTO_SLOTS = 256  # per part; more rows gain little once products are efficient
@@ -111,7 +108,7 @@ class Engine:
         """
         self._check(request)
         with use_row_mesh():
-            self.slots.allocate(weights, *self._slots_for(weights, request.num_rows))
+            self.slots.allocate(weights, *self.slots_for(weights, request.num_rows))
             try:
                 few_programs = self.config.few_programs
                 return Run(self.slots, weights, request, self._pad_id, few_programs).finish()
@@ -134,7 +131,7 @@ class Engine:
                     "raise policy.max_total_sequence_length or lower the response's max_length"
                 )
 
-    def _slots_for(self, weights: nnx.State, num_rows: int) -> tuple[int, int]:
+    def slots_for(self, weights: nnx.State, num_rows: int) -> tuple[int, int]:
         """Parts, and slots of each, for a request of `num_rows` rows."""
         parts = num_shards("batch")
         if self.config.num_slots:
@@ -150,31 +147,6 @@ class Engine:
         # A power of two: requests of about the same size find the programs compiled.
         rows = -(-num_rows // parts)
         return parts, min(held, MAX_AUTO_SLOTS, 1 << (rows - 1).bit_length())
-
-    # ----------------------------------------------------------- what a request would take, unasked
-
-    def cache_bytes(self, weights: nnx.State, num_rows: int) -> float:
-        """Bytes per device of the cache that a request of `num_rows` rows calls for."""
-        return self._slots_for(weights, num_rows)[1] * self.slots.slot_bytes(weights)
-
-    def abstract_cache(self, weights: nnx.State, num_rows: int) -> Cache:
-        """Shapes of that cache, where `weights` are (shapes, too) on the current mesh."""
-        return self.slots.abstract_cache(weights, *self._slots_for(weights, num_rows))
-
-    def prefill_shape(
-        self, weights: nnx.State, num_rows: int, num_generations: int, length: int
-    ) -> tuple[int, int, int]:
-        """Parts, prompts and tokens of the largest prefill of prompts of this length."""
-        parts, slots = self._slots_for(weights, num_rows)
-        size = prompt_bucket(length)
-        return parts, prompts_per_prefill(size, slots, num_generations), size
-
-    def lower_decode(
-        self, weights: nnx.State, num_rows: int, params: SamplingParams
-    ) -> jax.stages.Lowered:
-        """See `Slots.lower_decode`."""
-        params = dataclasses.replace(params, max_length=1)  # limits are per row
-        return self.slots.lower_decode(weights, *self._slots_for(weights, num_rows), params)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from distill.losses.objective import Objective
 from distill.losses.weights import TruncatedImportance, token_weights
 from distill.models import moe, routes
 from distill.step.state import Params, TrainState
+from distill.teachers.spans import columns_of_spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +73,18 @@ def make_loss(
             if shared is None:
                 hidden_t = teacher_hidden(model, rows)
             else:
-                read_t = jax.lax.stop_gradient(view_hidden(model, rows))
+                view, read_t = rows.view, jax.lax.stop_gradient(view_hidden(model, rows))
+                assert view is not None and view.span_bt is not None
                 hidden_t = in_student_places(read_t, rows)
-                student_logits = jax.lax.stop_gradient((hidden_s, head_s))
-                columns = columns | _of_spans(
-                    objective, rows, student_logits, (read_t, head_t), vocab_size, shared.size_t
+                of_student, of_teacher = (
+                    functools.partial(objective.log_probs, *logits, vocab_size=size)
+                    for *logits, size in (
+                        (*jax.lax.stop_gradient((hidden_s, head_s)), rows.targets_bt, vocab_size),
+                        (read_t, head_t, view.targets_bt, shared.size_t),
+                    )
                 )
+                spans = columns_of_spans(columns["span"], view.span_bt, of_student, of_teacher)
+                columns = columns | spans
             if share is not None:
                 pairs = hidden_s, head_s, hidden_t, head_t
                 hidden_t, head_t = interpolated(*pairs, share, vocab_size)
@@ -142,45 +150,3 @@ def _sums(
         "student_log_prob": (known.log_prob_s * counted_bt).sum() / total,
         "teacher_log_prob": (known.log_prob_t * mask_bt).sum() / total,
     }
-
-
-def _of_spans(
-    objective: Objective,
-    rows: Rows,
-    student: tuple[jax.Array, Any],
-    teacher: tuple[jax.Array, Any],
-    vocab_size: int,
-    vocab_size_t: int,
-) -> dict[str, jax.Array]:
-    """Columns of the tokens in spans, from hidden states and heads; 0 elsewhere.
-
-    `span_log_ratio` is log p - log q of the whole span, `span_log_prob` the token's part of log p.
-    """
-    view, span_bt = rows.view, jnp.maximum(rows.columns["span"], 0)
-    assert view is not None and view.targets_bt is not None and view.span_bt is not None
-    is_read_bt, in_span_bt = (x_bt > 0 for x_bt in (view.span_bt, span_bt))
-    log_p_bt = objective.log_probs(
-        *teacher, view.targets_bt, is_read_bt.astype(jnp.float32), vocab_size=vocab_size_t
-    )
-    log_q_bt = objective.log_probs(
-        *student, rows.targets_bt, in_span_bt.astype(jnp.float32), vocab_size=vocab_size
-    )
-
-    def summed(values_t, called_t):
-        return jnp.zeros(span_bt.shape[1]).at[called_t].add(jnp.where(called_t > 0, values_t, 0.0))
-
-    def of_span(values_bt, called_bt):
-        sums_bs = jax.vmap(summed)(values_bt, called_bt)
-        return jnp.where(in_span_bt, jnp.take_along_axis(sums_bs, span_bt, axis=1), 0.0)
-
-    log_p_bt, log_q_bt = of_span(log_p_bt, view.span_bt), of_span(log_q_bt, span_bt)
-    number_bt = jnp.maximum(of_span(jnp.ones(span_bt.shape), span_bt), 1.0)
-    return {"span_log_ratio": log_p_bt - log_q_bt, "span_log_prob": log_p_bt / number_bt}
-
-
-# Which tokens a teacher with another tokenizer cuts alike, or in spans, or does not read.
-CUTS: dict[str, TokenWeight] = {
-    "cut_alike": lambda _, columns: jnp.equal(columns.get("span", 0), 0),
-    "in_spans": lambda _, columns: jnp.greater(columns.get("span", 0), 0),
-    "left_out": lambda _, columns: jnp.less(columns.get("span", 0), 0),
-}

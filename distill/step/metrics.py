@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from distill.batches.rows import Batch, num_filled
-from distill.step.loss import CUTS, TeacherInStep
+from distill.step.loss import TeacherInStep
+from distill.teachers.spans import CUTS
 
 Evaluated = tuple[jax.Array, dict[str, Any]]  # loss and sums, as `make_loss` gives them
 

@@ -23,9 +23,10 @@ from distill.batches.rows import Batch, Rows, num_filled
 from distill.kernels.linear_divergence.token_losses import TokenWeight
 from distill.losses.objective import Objective
 from distill.models import moe
-from distill.step.loss import CUTS, TeacherInStep, make_loss
+from distill.step.loss import TeacherInStep, make_loss
 from distill.step.metrics import describe
 from distill.step.state import AveragedState, Params, TrainState, whole_params
+from distill.teachers.spans import CUTS
 
 
 def make_train_step(
@@ -46,8 +47,6 @@ def make_train_step(
       student: graph of the trained model, whose parameters are `state.params`.
       teachers: in the order of their numbers in the batch, and of `teacher_params`, which are None
         where a teacher has no graph or is a part of the state.
-      objective: per-token loss summed with weights.
-      optimizer: optax chain.
       vocab_size: ids shared by all models; rows of a head beyond it are ignored.
       metrics: of the user's own, by name; their means over the response tokens are added.
       state_shardings: layout of the new state, None for a single device.
@@ -55,18 +54,23 @@ def make_train_step(
       router_aux_loss: weight of `moe.balance_loss` in the loss; of the whole batch, whose picks are
         counted before, by a forward pass of their own.
 
-    Metrics are those of `metrics.describe`, with grad_norm, update_norm, and the teacher's share of
-    a target between student and teacher. A step whose loss or gradient norm is not finite is
-    skipped (1, else 0): of the state, only `step` changes.
+    Metrics are those of `metrics.describe`, grad_norm, update_norm and target_share. A step whose
+    loss or gradient norm is not finite is skipped (1, else 0): of the state, only `step` changes.
     """
-    losses = _losses(
-        student,
-        teachers,
-        objective,
-        vocab_size=vocab_size,
-        metrics=metrics or {},
-        router_aux_loss=router_aux_loss,
-    )
+    # Of all teachers or none: the sums of their microbatches are added up.
+    cuts = CUTS if any(each.shared is not None for each in teachers) else {}
+    losses = [
+        make_loss(
+            student,
+            each.graph,
+            objective if each.shared is None else objective.aligned(each.spans),
+            vocab_size=vocab_size,
+            metrics={**(metrics or {}), **cuts},
+            router_aux_loss=router_aux_loss,
+            shared=each.shared,
+        )
+        for each in teachers
+    ]
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, teacher_params: Sequence[Params], batch: Batch):
@@ -107,30 +111,6 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def _losses(
-    student: nnx.GraphDef,
-    teachers: Sequence[TeacherInStep],
-    objective: Objective,
-    *,
-    metrics: Mapping[str, TokenWeight],
-    **options,
-) -> list[Callable]:
-    """`make_loss` of each teacher."""
-    # Of all teachers or none: the sums of their microbatches are added up.
-    cuts = CUTS if any(each.shared is not None for each in teachers) else {}
-    return [
-        make_loss(
-            student,
-            each.graph,
-            objective if each.shared is None else objective.aligned(each.spans),
-            shared=each.shared,
-            metrics={**metrics, **cuts},
-            **options,
-        )
-        for each in teachers
-    ]
-
-
 def _averaged(state: AveragedState, finite: jax.Array, decay: float) -> AveragedState:
     """With the new trainable parameters in the average, unless they are no good."""
     moved = optax.incremental_update(state.trainable, state.average, 1 - decay)
@@ -147,13 +127,12 @@ def _count_picks(student: nnx.GraphDef, params: Params, batch: Batch) -> jax.Arr
         sampled_btm = rows.columns.get("routed_experts")
         return moe.add_layers(model.with_load(*arrays, rows.filled_bt, sampled_btm)[1]).picks_e
 
-    def one(part: Rows, number) -> Rows:
-        return jax.tree.map(lambda x: x[number], part)
-
     picks_e: Any = 0
     for part in batch:
-        picks = functools.partial(lambda part, i, so_far_e: so_far_e + count(one(part, i)), part)
-        nothing_e = jax.tree.map(jnp.zeros_like, jax.eval_shape(count, one(part, 0)))
+        picks = functools.partial(
+            lambda part, i, so_far_e: so_far_e + count(_microbatch(part, i)), part
+        )
+        nothing_e = jax.tree.map(jnp.zeros_like, jax.eval_shape(count, _microbatch(part, 0)))
         picks_e += jax.lax.fori_loop(0, num_filled(part), picks, nothing_e)
     return picks_e
 
@@ -168,11 +147,8 @@ def _sum_over_microbatches(evaluate: Callable, batch: Batch, params_of: Sequence
       (loss, sums) of each teacher's microbatches, and the gradients of all.
     """
 
-    def one(microbatches: Rows, number) -> Rows:
-        return jax.tree.map(lambda x: x[number], microbatches)
-
     if len(batch) == 1 and len(batch[0].tokens_bt) == 1:
-        of_teacher, grads = evaluate(0, params_of[0], one(batch[0], 0))
+        of_teacher, grads = evaluate(0, params_of[0], _microbatch(batch[0], 0))
         return [of_teacher], grads  # nothing to add up, and no room for the sum
 
     def walk(number: int, params: Params, carry):
@@ -182,7 +158,7 @@ def _sum_over_microbatches(evaluate: Callable, batch: Batch, params_of: Sequence
 
             def add(i, carry, part=part):
                 so_far, grads = carry
-                more, more_grads = evaluate(number, params, one(part, i))
+                more, more_grads = evaluate(number, params, _microbatch(part, i))
                 return _add(so_far, more), jax.tree.map(jnp.add, grads, more_grads)
 
             carry = jax.lax.fori_loop(0, num_filled(part), add, carry)
@@ -192,7 +168,7 @@ def _sum_over_microbatches(evaluate: Callable, batch: Batch, params_of: Sequence
         fetched = in_device_memory(params) if _is_all_in_host_memory(params) else params
         return evaluate(0, fetched, microbatch)
 
-    shapes = jax.eval_shape(first, params_of[0], one(batch[0], 0))
+    shapes = jax.eval_shape(first, params_of[0], _microbatch(batch[0], 0))
     nothing, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     by_teacher = []
     for number, params in enumerate(params_of):
@@ -211,6 +187,10 @@ def _sum_over_microbatches(evaluate: Callable, batch: Batch, params_of: Sequence
         of_teacher, grads = carry
         by_teacher.append(of_teacher)
     return by_teacher, grads
+
+
+def _microbatch(stacked: Rows, number) -> Rows:
+    return jax.tree.map(lambda x: x[number], stacked)
 
 
 def _is_all_in_host_memory(params: Params) -> bool:

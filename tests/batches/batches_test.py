@@ -9,10 +9,12 @@ import pytest
 
 from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
-from distill.batches.source import Asked, BatchSource, repetition
-from distill.batches.weighing import make_weighing, weigh
+from distill.batches.source import Asked, BatchSource
+from distill.batches.weighing import weigh
+from distill.build.objective import build_weighing
 from distill.config.method import Objective
 from distill.data.sequences import Column, Sequences, declare_column
+from distill.rollout.metrics import repetition
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout
 
@@ -154,7 +156,7 @@ def test_weights_reach_the_batch(sampler):
 
 def test_a_token_that_is_none():
     with pytest.raises(UserError, match="skip_tokens names '<thinking>', which is no token"):
-        make_weighing(Objective(skip_tokens=("<think>", "<thinking>")), {"<think>": 3})
+        build_weighing(Objective(skip_tokens=("<think>", "<thinking>")), {"<think>": 3})
 
 
 def first_prompt(batch) -> int:

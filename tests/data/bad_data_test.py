@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distill.base.errors import UserError
-from distill.batches.rows import padded_rows
 from distill.build.scratch import make_tokenizer
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import Dropped, Example, get_dataset
@@ -21,6 +20,7 @@ from distill.data.prompts import Prompts
 from distill.data.table import InMemoryDataset
 from distill.data.tokenizer import character_tokenizer, train_bpe_tokenizer
 from distill.data.tokenizing import tokenize_prompts
+from distill.evaluation.rows import padded_rows
 
 GOOD = b'{"prompt": "3+4", "response": "7"}'
 BAD = {

@@ -17,6 +17,8 @@ from distill.data.tokenizing import tokenize_prompts
 from distill.evaluation import evaluator as evaluator_module
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.table import format_table
+from distill.evaluation.token_values import TokenReader
+from distill.losses.objective import make_objective
 from distill.models.model import Model
 from distill.models.transformer import Transformer
 from distill.sampling.engine import Engine, EngineConfig
@@ -57,7 +59,7 @@ def make_evaluator(tokenizer, dataset: DatasetInterface, batch_size: int) -> Eva
         dataset,
         tokenize_prompts(dataset, tokenizer, max_prompt_length=10),
         Vocabulary(tokenizer, vocabulary_size(tokenizer), (tokenizer.eos_token_id,)),
-        schema.Evaluation(batch_size=batch_size),
+        schema.Evaluation(),
         max_length=MAX_LENGTH,
         make_engine=lambda graph: Engine(
             graph,
@@ -66,7 +68,12 @@ def make_evaluator(tokenizer, dataset: DatasetInterface, batch_size: int) -> Eva
             pad_id=tokenizer.pad_token_id,
             vocab_size=vocabulary_size(tokenizer),
         ),
-        put=jnp.asarray,
+        read=TokenReader(
+            make_objective("forward"),
+            vocab_size=vocabulary_size(tokenizer),
+            batch_size=batch_size,
+            put=jnp.asarray,
+        ),
     )
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from distill.base.errors import UserError
 from distill.kernels.linear_divergence import TokenStatistics
-from distill.losses.advantages import Advantage, describe_rewards, group_advantages
+from distill.losses.advantages import Advantage
 from distill.losses.objective import make_objective
+from distill.rollout.rewards import describe_rewards, group_advantages
 
 REWARDS = np.array([1.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.0, 3.0])
 

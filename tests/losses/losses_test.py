@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from distill.base.errors import UserError
+from distill.build.optimizer import with_schedule
 from distill.kernels.linear_divergence import Head, linear_divergence
 from distill.losses import divergences, weights
 from distill.losses.advantages import Advantage
@@ -413,7 +414,7 @@ class TestTermsAndWeights:
     def test_target_moves_faster_while_the_loss_falls(self):
         """TAID's algorithm 1, step by step in float64."""
         target, steps = Target(0.4, 50, pace=0.1), 30
-        optimizer = target.beside(optax.sgd(0.1))
+        optimizer = with_schedule(optax.sgd(0.1), target)
         losses = np.abs(np.random.default_rng(0).standard_normal(steps)) + 2 / np.arange(1, 31)
         params = {"w": jnp.ones(3)}
         state, share, momentum = optimizer.init(params), 0.4, 0.0
@@ -429,7 +430,7 @@ class TestTermsAndWeights:
         assert share > 0.4 + 0.6 * steps / 50 + 0.05  # ahead of the linear schedule
         np.testing.assert_allclose(updates["w"], -0.1)  # the optimizer's own
         plain = optax.sgd(0.1)
-        assert Target(0.4, 50).beside(plain) is plain is Target().beside(plain)
+        assert with_schedule(plain, Target(0.4, 50)) is plain is with_schedule(plain, Target())
 
     def test_alone_is_the_divergence(self):
         objective = make_objective("jsd", terms=("cross_entropy",), importance_clip=2.0)

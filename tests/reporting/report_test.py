@@ -31,7 +31,6 @@ from distill.data.tokenizer import (
 )
 from distill.data.tokenizing import tokenize_prompts
 from distill.evaluation import diagnosis, token_values
-from distill.evaluation import recorder as recorder_module
 from distill.evaluation.evaluator import Responses
 from distill.evaluation.recorder import RolloutRecorder, pieces
 from distill.evaluation.token_values import TokenReader
@@ -67,16 +66,18 @@ def record(workdir, *, with_teacher=True, kl_type="reverse", batch_size=2) -> di
         batch_size=batch_size,
         put=jnp.asarray,
     )
+    prompts = tokenize_prompts(questions, tokenizer, max_prompt_length=10)
     recorder = RolloutRecorder(
         workdir,
         questions,
-        tokenize_prompts(questions, tokenizer, max_prompt_length=10),
+        prompts,
         Vocabulary(tokenizer, size, (tokenizer.eos_token_id,)),
-        reader,
     )
     student, teacher = models()
-    responses = Responses(made_up_rollout(), ["text"] * 5, [True, False, True, False, True])
-    recorder("student", 7, student, [teacher if with_teacher else None], responses)
+    teachers, rollout = {"": teacher if with_teacher else None}, made_up_rollout()
+    _, values = reader(student, teachers, prompts, rollout, reads_tokens=True)
+    correct = [True, False, True, False, True]
+    recorder("student", 7, Responses(rollout, ["text"] * 5, correct, values))
     return json.loads((workdir / "rollouts/student.json").read_text())
 
 
@@ -145,7 +146,7 @@ def test_numbers_of_every_token_against_plain_formulas(tmp_path, monkeypatch):
 
 def test_the_diagnosis_against_plain_loops(tmp_path, monkeypatch):
     """Of all responses, though only the first is written token by token."""
-    monkeypatch.setattr(recorder_module, "MOST_TOKENS", 3)
+    monkeypatch.setattr(token_values, "MOST_TOKENS", 3)
     monkeypatch.setattr(diagnosis, "NUCLEUS", 0.9)  # so that these few tokens leave it, too
     monkeypatch.setattr(diagnosis, "BACK", 2)
     monkeypatch.setattr(diagnosis, "MOST_BINS", 3)  # of two positions each
@@ -255,9 +256,9 @@ def test_without_a_teacher_only_the_student_is_known(tmp_path):
 
 
 def test_only_so_many_tokens_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder_module, "MOST_TOKENS", 9)
+    monkeypatch.setattr(token_values, "MOST_TOKENS", 9)
     assert [len(a["tokens"]) for a in record(tmp_path / "a")["responses"]] == [3, 6]
-    monkeypatch.setattr(recorder_module, "MOST_TOKENS", 1)
+    monkeypatch.setattr(token_values, "MOST_TOKENS", 1)
     assert [len(a["tokens"]) for a in record(tmp_path / "b")["responses"]] == [3]
 
 
