@@ -135,7 +135,30 @@ def make_sampler_mesh(
     return make_mesh(devices=devices, **sizes)
 
 
+def make_staging_mesh(trainer_mesh: Mesh, sampler_mesh: Mesh) -> Mesh:
+    """Where weights are laid out that go to a sampler's own devices in `copy_to_mesh`.
+
+    Of several processes, that is on devices of the trainer in the sampler's layout: each of the
+    sampler's devices finds its shard on one of the same process. Copies are on the others.
+    """
+    if jax.process_count() == 1:
+        return trainer_mesh
+    shape, axes = (*sampler_mesh.devices.shape, -1), (*sampler_mesh.axis_names, "copy")
+    return Mesh(trainer_mesh.devices.reshape(shape), axes, _types(axes))
+
+
 def copy_to_mesh(arrays, mesh: Mesh):
-    """The arrays on another mesh of this process with the same partition specs."""
+    """The arrays, on `make_staging_mesh`, on the sampler's mesh with the same partition specs."""
     layout = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), arrays)
-    return jax.device_put(arrays, layout)
+    if jax.process_count() == 1:
+        return jax.device_put(arrays, layout)
+    # JAX copies nothing between devices of different processes: the program before this did.
+    return jax.tree.map(_copy_shards, arrays, layout)
+
+
+def _copy_shards(array: jax.Array, layout: NamedSharding) -> jax.Array:
+    assert isinstance(array.sharding, NamedSharding)
+    shards = {shard.device: shard.data for shard in array.addressable_shards}
+    pairs = zip(array.sharding.mesh.devices[..., 0].flat, layout.mesh.devices.flat, strict=True)
+    copies = [jax.device_put(shards[here], there) for here, there in pairs if here in shards]
+    return jax.make_array_from_single_device_arrays(array.shape, layout, copies)

@@ -77,21 +77,15 @@ def build_sampler_mesh(
 def split_devices(
     generation: Generation, devices: Sequence[jax.Device] | None
 ) -> tuple[list[jax.Device], list[jax.Device]]:
-    """Devices of the trainer, and those of a sampler that has its own."""
+    """Devices of the trainer, and those of a sampler that has its own: the last of each process."""
     devices = list(devices or jax.devices())
     if generation.backend != "jax" or generation.colocated.enabled:
         return devices, []
-    key = "policy.generation.colocated"
-    if jax.process_count() > 1:
-        raise UserError(
-            f"{key}.enabled=False works within one process, and {jax.process_count()} were "
-            f"started: weights cannot be copied between devices of different processes; use "
-            f"{key}.enabled=True, or one process"
-        )
-    if len(devices) < 2:
+    key, number = "policy.generation.colocated", jax.process_count()
+    if len(devices) < 2 * number:
         raise UserError(
             f"{key}.enabled=False splits the devices between trainer and sampler, and there is "
-            f"only 1: use {key}.enabled=True"
+            f"only 1{' of a process' * (number > 1)}: use {key}.enabled=True"
         )
     count = generation.colocated.sampler_devices or len(devices) // 2
     if count >= len(devices):
@@ -99,7 +93,19 @@ def split_devices(
             f"{key}.sampler_devices={count} leaves none of {len(devices)} devices to the trainer: "
             f"choose at most {len(devices) - 1}, or 0 for half of them"
         )
-    return devices[:-count], devices[-count:]
+    if number == 1:
+        return devices[:-count], devices[-count:]
+    if count % number or (len(devices) - count) % count:
+        fitting = [n for n in range(number, len(devices), number) if len(devices) % n == 0]
+        raise UserError(
+            f"{key}.sampler_devices={count} does not suit {number} processes with {len(devices)} "
+            "devices: each gives the sampler as many, and the trainer a multiple of that; choose "
+            f"{' or '.join(map(str, fitting))}"
+        )
+    of_processes = [[x for x in devices if x.process_index == i] for i in range(number)]
+    share = count // number
+    trainer = [device for each in of_processes for device in each[:-share]]
+    return trainer, [device for each in of_processes for device in each[-share:]]
 
 
 def make_put(mesh: Mesh) -> Callable[[np.ndarray | jax.Array], jax.Array]:

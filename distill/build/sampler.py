@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from distill.base.mesh import make_staging_mesh
 from distill.base.sharding import SAMPLER_RULES, AnyMesh, param_shardings
 from distill.build import servers as build_vllm
 from distill.build.models import on_mesh
@@ -111,7 +112,8 @@ def build_backend(
     def build_in_process() -> JaxBackend:
         # One program casts and lays out; devices that are not the trainer's then get copies.
         is_colocated = policy.generation.colocated.enabled
-        weights = sampler_weights(policy, student, sampler_mesh if is_colocated else mesh)
+        place = sampler_mesh if is_colocated else make_staging_mesh(mesh, sampler_mesh)
+        weights = sampler_weights(policy, student, place)
         in_8_bits = policy.generation.precision == "int8"
         return JaxBackend(
             build_engine(policy, student.graph, vocabulary, records_routes=policy.records_routes),

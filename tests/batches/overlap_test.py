@@ -4,18 +4,24 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
 from distill import trainer
 from distill.base.errors import RunInterrupted, RunStopped, UserError
+from distill.base.mesh import copy_to_mesh, make_mesh, make_sampler_mesh, make_staging_mesh
+from distill.build.devices import split_devices
 from distill.build.plugins import import_plugins
 from distill.config.parse import parse_config
+from distill.config.policy import Colocated, Generation
 from distill.rollout.base import register_backend
 from distill.rollout.in_process import JaxBackend
 from distill.run import progress as metrics
@@ -336,9 +342,42 @@ def test_devices_that_cannot_be_split_that_way(tmp_path, changes, words):
     expect_refusal(config, tmp_path / "run", *words)
 
 
-def test_one_device_and_several_processes_cannot_be_split(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: [None])
-        expect_refusal(separate_config(), tmp_path / "run", "only 1", "colocated.enabled=True")
+def test_one_device_cannot_be_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [None])
+    expect_refusal(separate_config(), tmp_path / "run", "only 1", "colocated.enabled=True")
+
+
+def test_weights_go_from_many_devices_to_few_shard_by_shard(monkeypatch):
+    """As of two processes with four devices each, which are all this one's here."""
+    trainer = make_mesh(fsdp=6, devices=[jax.devices()[i] for i in (0, 1, 2, 4, 5, 6)])
+    sampler = make_sampler_mesh(trainer, [jax.devices()[i] for i in (3, 7)], tensor=2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    expect_refusal(separate_config(), tmp_path / "run", "one process", "colocated.enabled=True")
+    staged = NamedSharding(make_staging_mesh(trainer, sampler), P(None, "tensor"))
+    weights = np.arange(24.0).reshape(4, 6)
+    copied = copy_to_mesh({"w": jax.device_put(weights, staged)}, sampler)["w"]
+    assert copied.sharding == NamedSharding(sampler, P(None, "tensor"))
+    np.testing.assert_array_equal(copied, weights)
+    halves = {shard.device.id: shard.data[0, 0].item() for shard in copied.addressable_shards}
+    assert halves == {3: 0, 7: 3}
+
+
+class Device(NamedTuple):
+    id: int
+    process_index: int
+
+
+def test_each_process_gives_the_sampler_its_last_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    devices = [Device(i, i // 4) for i in range(8)]
+
+    def split(count, devices=devices):
+        colocated = Colocated(enabled=False, sampler_devices=count)
+        return split_devices(Generation(colocated=colocated), devices)
+
+    assert [[x.id for x in each] for each in split(0)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [x.id for x in split(2)[1]] == [3, 7]
+    for count in (1, 6):
+        with pytest.raises(UserError, match=f"={count} does not suit 2 processes.* choose 2 or 4$"):
+            split(count)
+    with pytest.raises(UserError, match="only 1 of a process"):
+        split(0, [Device(0, 0), Device(1, 1)])

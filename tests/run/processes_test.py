@@ -11,10 +11,11 @@ import threading
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from processes_config import get_config
 from safetensors.numpy import load_file
-from tiny_runs import read_metrics
+from tiny_runs import random_model, read_metrics
 
 import distill
 from distill.base import processes
@@ -38,28 +39,35 @@ GLOO = re.compile(
 
 
 class Two:
-    """Starts a command in two processes with four devices each; they share compiled programs."""
+    """Starts a command in processes that share eight devices, and compiled programs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def start(
-        self, workdir: Path, *flags: str, of_one: tuple[str, ...] = (), fault: str = ""
+        self,
+        workdir: Path,
+        *flags: str,
+        of_one: tuple[str, ...] = (),
+        fault: str = "",
+        count: int = 2,
     ) -> list[subprocess.CompletedProcess]:
         """Runs `python -m distill.main`.
 
         Args:
           workdir: of the run.
-          flags: of both.
+          flags: of all.
           of_one: further flags of process 1.
           fault: what happens to process 1; see tests/run/faults/fault_plugin.py.
+          count: of processes.
         """
         address = f"--coordinator_address=127.0.0.1:{free_port()}"
-        flags = (f"--workdir={workdir}", address, "--num_processes=2", *flags)
-        started = [self._start(0, flags), self._start(1, (*flags, *of_one), fault)]
+        flags = (f"--workdir={workdir}", address, f"--num_processes={count}", *flags)
+        started = [self._start(0, count, flags), self._start(1, count, (*flags, *of_one), fault)]
+        started += [self._start(number, count, flags) for number in range(2, count)]
         return [_finish(process) for process in started]
 
-    def _start(self, number: int, flags, fault: str = "") -> subprocess.Popen:
+    def _start(self, number: int, count: int, flags, fault: str = "") -> subprocess.Popen:
         command = [
             sys.executable, "-m", "distill.main", "--config=tests/run/processes_config.py",
             f"--process_id={number}", *flags,
@@ -67,7 +75,7 @@ class Two:
         environment = {
             **os.environ,
             "PYTHONPATH": ":".join(map(str, FOLDERS)),
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4"),
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={8 // count}"),
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             "FAULT": fault,
             "FAULT_LOG": str(self.folder / "faults.log"),
@@ -178,6 +186,32 @@ def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, tmp_path
     assert not (tmp_path / "student").exists() and not (tmp_path / ".lock").exists()
     distill.train(get_config(), tmp_path)
     assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_sampler_with_a_device_of_each_of_four_processes(two, tmp_path):
+    """It samples ahead, in another layout than the trainer's, as that of one process does."""
+    config = get_config()
+    changes = {
+        "distillation.lambda_": 1.0, "distillation.max_steps": 3, "distillation.save_steps": 2,
+        "distillation.eval_steps": 0, "data.validation.max_samples": 0,
+        "mesh.expert": 1, "mesh.fsdp": 2, "policy.generation.tensor": 1,
+        "policy.generation.async_steps": 1, "policy.generation.colocated.enabled": False,
+        "policy.model_name": random_model(model_width=16, vocab_size=24),
+    }  # fmt: skip
+    config.update_from_flattened_dict(changes)
+    distill.train(config, tmp_path / "one")
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    done = two.start(tmp_path / "four", *flags, count=4)
+    assert statuses(done) == [0] * 4, done
+    lines = zip(read_metrics(tmp_path / "four"), read_metrics(tmp_path / "one"), strict=True)
+    losses = [(ours["loss"], theirs["loss"]) for ours, theirs in lines if "loss" in theirs]
+    assert len(losses) == 3
+    for ours, theirs in losses:
+        assert ours == pytest.approx(theirs, **CURVE)
+    ahead = [np.load(tmp_path / name / "checkpoints/2/arrays.npz") for name in ("one", "four")]
+    for name in ("tokens", "reward"):
+        np.testing.assert_array_equal(ahead[0][name], ahead[1][name])
 
 
 # -------------------------------------------------------------------------- what goes wrong
