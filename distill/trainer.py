@@ -53,13 +53,8 @@ History = list[dict[str, Any]]  # what was changed, and at which step
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run produced.
-
-    Attributes:
-      results: {'base'|'student'|'teacher'|'teacher/NAME': evaluation fields}, as in results.json.
-      student: folder of the exported student.
-      steps: optimizer updates made in all.
-    """
+    """What a run produced: evaluations as in results.json, the folder of the exported student, and
+    the updates made in all."""
 
     results: Results
     student: Path

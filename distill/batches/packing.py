@@ -38,11 +38,8 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the sequences of one shape stand.
-
-    By their numbers in the batch: rows, counted through all microbatches, and the positions of
-    their first tokens, in the student's rows and in those that a teacher reads.
-    """
+    """Of the sequences of one shape: their numbers in the batch, their rows, counted through all
+    microbatches, and where they start there, and in the rows that a teacher reads."""
 
     sequence_i: np.ndarray
     row_i: np.ndarray
@@ -55,7 +52,7 @@ def place(
 ) -> list[Placement]:
     """One placement for each of the layout's shapes; a function of the lengths alone.
 
-    `view_lengths_b`: of what a teacher reads, at most `layout.view_excess` longer; None: the same.
+    What a teacher reads is at most `layout.view_excess` longer; None: the same.
     """
     if layout.packed:
         (shape,) = layout.shapes

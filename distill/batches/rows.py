@@ -27,12 +27,10 @@ class View:
     A row has the sequences of the student's row, so that the index map is a gather within it.
 
     Attributes:
-      tokens_bt, positions_bt, segment_ids_bt: as those of the student's rows.
       index_bt: for a position of the student, the one at which the teacher predicts the same token
         of the response; where the student's predicts none, 0 or any other.
       targets_bt: of a teacher with another tokenizer, the tokens that its positions predict.
-      span_bt: those of them in a span have its number in the row, as the student's column `span`;
-        others 0.
+      span_bt: those of them in a span have its number, as in `teachers.spans`; others 0.
     """
 
     tokens_bt: jax.Array
@@ -57,8 +55,7 @@ class Rows:
       columns: by name, what is known of the token that a position predicts, which is the next of
         its sequence; (b, t) or (b, t, k). 'tokens' are the targets, 'weight' is not 0 where they
         are trained on; where nothing is predicted, a column has its fill. With a teacher of another
-        tokenizer, 'span' is 0 where it cuts the same token, -1 where it reads none, and else the
-        number in the row, from 1, of the span that it cuts otherwise.
+        tokenizer there is 'span', see `teachers.spans`.
       lengths_b: tokens of a row, padding not counted.
       sequences_b, sampled_b, truncated_b: a row's sequences that are not repeated, those of them
         that the student sampled, and those of the sampled that stopped at the length limit.
@@ -113,13 +110,9 @@ def make_batch(
 ) -> Batch:
     """Lays out the sequences that a teacher is asked about; host arrays in, host arrays out.
 
-    Args:
-      view: what it reads in place of each: other prompts before the same responses.
-      teacher: its number.
-      most: sequences for which there is room, so that all batches have one shape; None: these.
-
-    Raises:
-      ValueError: a sequence is longer than the longest rows.
+    It reads `view` in place of them: other prompts before the same responses. There is room for
+    `most` sequences, so that all batches have one shape; None: these. ValueError for a sequence
+    that is longer than the longest rows.
     """
     lengths_b = sequences.lengths_b
     if lengths_b.max(initial=0) > layout.shapes[-1].length:
@@ -142,9 +135,8 @@ def make_batch(
 
 def teacher_hidden(model, rows: Rows) -> jax.Array:
     """A teacher's final hidden states in the places of the student's, (b, t, d)."""
-    if "teacher_hidden" in rows.columns:
-        return rows.columns["teacher_hidden"]
-    return in_student_places(view_hidden(model, rows), rows)
+    known = rows.columns.get("teacher_hidden")
+    return in_student_places(view_hidden(model, rows), rows) if known is None else known
 
 
 def view_hidden(model, rows: Rows) -> jax.Array:

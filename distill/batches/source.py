@@ -37,7 +37,6 @@ class Asked:
     """What a teacher is asked of a batch.
 
     Attributes:
-      layout: of its rows.
       about: whether it is asked about each sequence.
       weight: what the losses of its tokens are multiplied by.
       score: columns that it adds (see `Teacher.score`); called where the sequences were sampled.
@@ -66,14 +65,11 @@ Parts = list[Sequences]
 
 
 class BatchSource:
-    """Makes the batch of a step: from the student's own responses or from the fixed data.
-
-    Call `close` when done, whatever has happened.
+    """Makes the batch of every step. Call `close` when done, whatever has happened.
 
     Args:
       iterator: of Sequences, with `get_state`; not to be moved by others any more.
       put: places a host's batch on the trainer's mesh.
-      teachers: what each is asked.
       reward: adds columns to the sequences of a rollout, and says what it measured.
       dialogues: environments for rows of the dataset; None: a response is all there is.
       weigh: sets how much tokens count.
@@ -148,10 +144,9 @@ class BatchSource:
         self._ahead = step, position, self._thread.submit(finish)
 
     def sequences_ahead(self) -> tuple[dict[str, np.ndarray], Measured]:
-        """The sequences that are being sampled ahead, once they are there, for `take_up`.
+        """The sequences that are being sampled ahead, once they are there: their weights are gone.
 
-        They cannot be sampled again: their weights are gone. Empty if nothing is under way, or if
-        its sampling failed, which `next` will say.
+        Empty if nothing is under way, or if its sampling failed, which `next` will say.
         """
         if self._ahead is None or self._ahead[-1].exception() is not None:
             return {}, {}
@@ -184,8 +179,7 @@ class BatchSource:
     ) -> tuple[Any, Callable[[], tuple[Parts, Measured]]]:
         """Takes the prompts of `step`, tosses its coins and, if it samples, refits the sampler.
 
-        Returns:
-          Where the data go on, and what is left to do, which may be done in the thread.
+        Returns where the data go on, and what is left to do, which may be done in the thread.
         """
         prompts, position = next(self._iterator), self._iterator.get_state()
         fixed = prompts.take(np.repeat(np.arange(len(prompts)), self._num_generations))

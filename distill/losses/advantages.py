@@ -2,10 +2,9 @@
 
 The term is -A log q(y), A without gradient. For a response that the student has sampled, its
 expected gradient is that of minus the expected reward (Williams, 1992) where A is the response's
-reward less anything that does not depend on the response. The sum over a batch's tokens is divided
-by one number for all of them (`weights.token_weights`), never by a response's own length, which
-would make long wrong responses cheap (Dr. GRPO, arXiv:2503.20783; DAPO, arXiv:2503.14476): the
-direction is the policy gradient's whatever the lengths.
+reward less anything that does not depend on the response. A batch's sum is divided by one number,
+never by a response's own length, which would make long wrong responses cheap (Dr. GRPO,
+arXiv:2503.20783; DAPO, arXiv:2503.14476).
 """
 
 from __future__ import annotations

@@ -124,9 +124,9 @@ def register_term(name: str, *, weight: TokenWeight | None = None):
 def register_loss(name: str):
     """Decorator: makes a `DistillationLossFn` over vocabulary rows available as `kl_type=name`.
 
-    It is given log_p_cv and log_q_cv, float32 log-probabilities (tokens, vocabulary) of teacher and
-    student at the loss temperature, and targets_c, the response's ids (tokens,). It returns float32
-    (tokens,): the loss of a token, of its own row alone. UserError when the name is taken.
+    Log-probabilities are float32 (tokens, vocabulary) at the loss temperature, targets_c the
+    response's ids; the loss of a token, float32, is of its own row alone. UserError when the name
+    is taken.
     """
     return _register(name, "row loss")
 
@@ -158,14 +158,7 @@ def get_divergence(
 ) -> PointwiseDivergence:
     """The divergence of that name as a hashable, comparable function of (log_p, log_q).
 
-    Args:
-      name: forward, reverse, mixed, jsd, skew_forward, skew_reverse, or a registered one.
-      mixed_kl_weight: weight of forward KL in `mixed`; reverse has the rest.
-      jsd_beta: weight of the teacher in the mixture of `jsd`.
-      skew_alpha: how much of the first distribution is mixed into the second, in both skews.
-
-    Raises:
-      UserError: unknown name, or a parameter outside [0, 1].
+    UserError for an unknown name, or a parameter outside [0, 1]. Their meaning stands below.
     """
     parameters = dict(mixed_kl_weight=mixed_kl_weight, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
     for key, value in parameters.items():
@@ -178,11 +171,7 @@ def get_divergence(
 
 
 def get_term(text: str, **parameters: float) -> Term:
-    """The term or divergence that a text NAME or NAME:COEFFICIENT stands for.
-
-    `parameters` are those of `get_divergence`. UserError for an unknown name, and for what is no
-    number.
-    """
+    """The term or divergence that a text NAME or NAME:COEFFICIENT stands for, or UserError."""
     name, _, number = text.partition(":")
     key = "distillation.objective.terms"
     registered = _find(name, key, "divergence", "term")

@@ -86,10 +86,10 @@ class Objective:
         return dataclasses.replace(self, loss=loss, importance_clip=0.0, estimate=estimate)
 
     def aligned(self, spans: bool) -> Objective:
-        """For a teacher with another tokenizer, which reads the columns `span`, `span_log_ratio`.
+        """For a teacher with another tokenizer: divergences are of the tokens that both cut alike.
 
-        Divergences are of the tokens that both cut alike. `spans`: whether those between are
-        trained on by the policy gradient of their log-probability.
+        `spans`: whether those between are trained on by the policy gradient of their
+        log-probability.
         """
         assert isinstance(self.loss, TermSum)  # no loss of whole rows
         terms = [
@@ -178,12 +178,9 @@ class Objective:
 class Dense:
     """The part of an objective that reads the teacher's whole distribution.
 
-    Attributes:
-      divergence: its weight; without one it is not computed.
-      kl_type_on_data: that of tokens which the student did not sample (DistiLLM-2,
-        arXiv:2503.07067); '': the same.
-      divergence_clip, proximal_share: see `Clipped` and `Proximal`; 0 and 1: not so.
-      entropy_threshold: adds the forward KL by `UnsureTeacher`; 0: does not.
+    `divergence` is its weight; without one it is not computed. `kl_type_on_data` is of tokens that
+    the student did not sample (DistiLLM-2, arXiv:2503.07067); '': the same. For the others see
+    `Clipped`, `Proximal` and `UnsureTeacher`.
     """
 
     kl_type: str

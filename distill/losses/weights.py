@@ -35,8 +35,8 @@ def token_weights(mask_bt: jax.Array, num_valid_tokens: jax.Array | int) -> jax.
 def register_weight(name: str, *, teacher_entropy: bool = False):
     """Decorator: makes a weight available in `distillation.objective.weights`.
 
-    `teacher_entropy` has that computed, which costs a sum over the vocabulary, for the weight to
-    read. UserError when the name is taken.
+    With `teacher_entropy` it can read that, which costs a sum over the vocabulary. UserError when
+    the name is taken.
     """
 
     def entry(weight: Any) -> TokenWeight:
@@ -130,14 +130,9 @@ class CutAlike:
 class TruncatedImportance:
     """min(clip, q_now(token) / q_sampler(token)) for sampled tokens, 1 for others.
 
-    Weighs what stale weights sampled as if today's had, token by token. Truncated importance
-    sampling: Ionides, "Truncated Importance Sampling", J. Comput. Graph. Stat. 17 (2008); as the
-    truncated rho of IMPALA (Espeholt et al., arXiv:1802.01561); between a sampler and a trainer of
-    language models: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training" (2025, fengyao.notion.site/off-policy-rl).
-
-    Reads the columns `sampled`, whether the student sampled the token, and `log_prob`, by the
-    sampler's weights and of the untruncated distribution at temperature 1.
+    Weighs what stale weights sampled as if today's had, token by token: Ionides, "Truncated
+    Importance Sampling" (2008); the truncated rho of IMPALA (arXiv:1802.01561); between a sampler
+    and a trainer: Yao et al. (2025, fengyao.notion.site/off-policy-rl).
     """
 
     clip: float

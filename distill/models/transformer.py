@@ -108,10 +108,7 @@ class Block(nnx.Module):
     def finish(
         self, x_btd: jax.Array, mixed_btd: jax.Array, replayed_btc: jax.Array | None = None
     ) -> tuple[jax.Array, moe.Routing | None]:
-        """Adds what attention or recurrence gives, and then the feed-forward, to the stream.
-
-        The second result is the routing of a mixture of experts.
-        """
+        """Adds what attention or recurrence gives, and then the feed-forward, to the stream."""
         x_btd = self._add(x_btd, mixed_btd, "attention_out_norm")
         y_btd = x_btd if self.config.norms == "after" else self.normalize("ffn_norm", x_btd)
         routing = None
@@ -152,13 +149,10 @@ class Transformer(nnx.Module):
     """Decoder-only language model.
 
     Args:
-      config: sizes and variants.
       dtype: what activations and the cache are computed in.
-      param_dtype: what parameters are stored in.
       remat: what the backward pass recomputes: 'none', 'full' (each layer from its input) or
         'dots' (all but the matrix products and, without cuDNN, attention).
       replays: whether tokens go to the experts that the sampler picked, where these are given.
-      rngs: source of the initial parameters.
 
     Raises:
       ValueError: unknown `remat`.
@@ -213,10 +207,10 @@ class Transformer(nnx.Module):
         counted_bt: jax.Array | None = None,
         sampled_btm: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, moe.Load]]:
-        """Hidden states as above, and by kind of layer the load of its experts, if it has some.
+        """Hidden states as above, and by kind of layer with experts `moe.load` of the counted.
 
-        The loads, of the counted tokens, are those of `moe.load`, stacked. `sampled_btm` are the
-        experts that the sampler picked, as `routes` has them: compared, or replayed.
+        `sampled_btm` are the experts that the sampler picked, as `routes` has them: compared, or
+        replayed.
         """
         batch, length = tokens_bt.shape
         if positions_bt is None:

@@ -26,19 +26,15 @@ def describe(
 ) -> dict[str, jax.Array]:
     """Scalars on the device, of a batch of `total` response tokens.
 
-    loss (nats per token, weighted), tokens, response_length, truncated, on_policy, padding (share
-    of the computed tokens), the gap between sampler's and trainer's log-probabilities, and with
-    importance weights the mean weight of sampled tokens (1 without any) and the share of them whose
-    weight is clipped. Of a mixture of experts: the largest share of a layer's picks that one expert
-    got, the share of experts that no token picked, the router's own loss, and of the experts that
-    the sampler predicted sampled tokens with, the share not picked here. Of each teacher with
-    another tokenizer: shares of its tokens that both cut alike, in spans, and left out. Of each
-    named teacher: tokens it was asked about, their share, and the loss and its log-probability per
-    one of them.
+    Losses and log-probabilities are in nats per token; the gap is that between sampler's and
+    trainer's. Importance weights are means over the sampled tokens, 1 without any.
     """
     loss, sums = evaluated
     sampled_tokens = sums["sampled_tokens"]
-    asked = [_num_tokens(batch, number) for number in range(len(teachers))]
+    asked = [
+        jnp.asarray(sum(part.mask_bt.sum() for part in batch if part.teacher == number))
+        for number in range(len(teachers))
+    ]
     # Of a token, on average. Division by what is always 1 would round what is divided.
     times_asked = jnp.maximum(sum(asked), 1) / total if len(teachers) > 1 else 1.0
     measured = {name: sums[name] / times_asked for name in own_metrics} | {
@@ -59,16 +55,12 @@ def describe(
     if "importance_weight" in sums:
         mean = sums["importance_weight"] / jnp.maximum(sampled_tokens, 1.0)
         measured["importance_weight"] = jnp.where(sampled_tokens > 0, mean, 1.0)
-        clipped = sums["importance_clipped"] / jnp.maximum(sampled_tokens, 1.0)
-        measured["importance_clipped"] = clipped
+        measured["importance_clipped"] = sums["importance_clipped"] / jnp.maximum(
+            sampled_tokens, 1.0
+        )
     for teacher, of_teacher, tokens in zip(teachers, by_teacher, asked, strict=True):
         measured |= _describe_teacher(teacher, of_teacher, tokens, total)
     return measured
-
-
-def _num_tokens(batch: Batch, teacher: int) -> jax.Array:
-    """Response tokens that a teacher is asked about."""
-    return jnp.asarray(sum(part.mask_bt.sum() for part in batch if part.teacher == teacher))
 
 
 def _describe_teacher(

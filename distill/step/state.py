@@ -23,7 +23,6 @@ class TrainState:
       step: batches seen, skipped ones included; the optimizer counts its own updates.
       trainable: parameters or adapters (`models.lora`) that updates change, float32; gradients
         and `opt_state` are of them.
-      opt_state: of the optimizer.
       frozen: parameters that no update changes, stored as they come; none in full training.
     """
 

@@ -141,10 +141,8 @@ def _sum_over_microbatches(evaluate: Callable, batch: Batch, params_of: Sequence
     """Sums of `evaluate(teacher, params, microbatch)`, ((loss, sums), grads), over those filled.
 
     Their number is known when the step runs, not when it is compiled: one program for all batches.
-    `params_of`: of each teacher; those that are in host memory are fetched while it is walked.
-
-    Returns:
-      (loss, sums) of each teacher's microbatches, and the gradients of all.
+    Parameters in host memory are fetched while that teacher's are walked. Returns (loss, sums) of
+    each teacher's microbatches, and the gradients of all.
     """
 
     if len(batch) == 1 and len(batch[0].tokens_bt) == 1:
