@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.hf_config import hf_config_dict
 from distill.base.errors import RunStopped
 from distill.config.policy import Policy
-from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.load import load_params
 from distill.models.facts import ModelConfig
 from distill.models.rope import Rope

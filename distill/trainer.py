@@ -64,12 +64,8 @@ class Result:
 def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None = None) -> Result:
     """Distils as `config` says, continuing the run in `workdir` if there is one.
 
-    Args:
-      config: from `distill.config.default_config()`, edited.
-      workdir: checkpoints, metrics.jsonl, tensorboard, results.json, the exported student, and
-        report.html.
-      interrupts: handles signals; without it nobody does, and KeyboardInterrupt ends the run with
-        what its last checkpoint has.
+    `config` is `distill.config.default_config()`, edited. Without `interrupts` nobody handles
+    signals, and KeyboardInterrupt ends the run with what its last checkpoint has.
 
     Raises:
       UserError: whatever the user can fix, in one line.

@@ -11,11 +11,9 @@ from distill.config.policy import Policy, tokens_per_microbatch
 
 
 def build_layout(policy: Policy, longest: int, mesh: AnyMesh, view_excess: int = 0) -> Layout:
-    """The microbatches of a batch.
+    """The microbatches of a batch whose sequences have at most `longest` tokens.
 
-    Args:
-      longest: the most tokens that a sequence can have.
-      view_excess: by how many tokens what the teacher reads may be longer.
+    What the teacher reads may be `view_excess` tokens longer.
 
     Raises:
       UserError: the mesh divides neither rows nor their lengths.

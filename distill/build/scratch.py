@@ -17,10 +17,9 @@ from distill.data.tokenizer import (
     train_bpe_tokenizer,
     vocabulary_size,
 )
-from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.hub import read_json, tokenizer_folder
 from distill.models.facts import ModelConfig
-from distill.models.rope import Rope
 from distill.models.transformer import Transformer
 
 _LONGEST_TEXT = 10_000  # characters of an example that a tokenizer learns from
@@ -69,24 +68,22 @@ def make_random_model(
             f"--width={model_width} must be a multiple of --heads={num_heads}, and that of "
             f"--kv_heads={num_kv_heads}"
         )
-    config = ModelConfig(
-        family="qwen2",
-        vocab_size=_rows(tokenizer, vocab_size),
-        num_layers=num_layers,
-        model_width=model_width,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_width=model_width // num_heads,
-        ffn_width=4 * model_width,
-        tied=True,
-        qkv_bias=True,
-        qk_norm=None,
-        rms_eps=1e-6,
-        rope=Rope(10_000.0),
-        max_positions=max_positions,
-    )
-    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    _write(folder, tokenizer, config, hf_config_dict(config, **ids), seed)
+    hf_config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": _rows(tokenizer, vocab_size),
+        "hidden_size": model_width,
+        "intermediate_size": 4 * model_width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+    }
+    _write(folder, tokenizer, hf_config, "these sizes", seed)
 
 
 def make_random_model_like(
@@ -98,9 +95,8 @@ def make_random_model_like(
     seed: int = 0,
 ) -> None:
     """`make_random_model` of any family, with all other sizes from a config.json."""
-    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    hf_config = read_json(like) | ids | {"vocab_size": _rows(tokenizer, vocab_size)}
-    _write(folder, tokenizer, ModelConfig.from_hf(hf_config, str(like)), hf_config, seed)
+    hf_config = read_json(like) | {"vocab_size": _rows(tokenizer, vocab_size)}
+    _write(folder, tokenizer, hf_config, str(like), seed)
 
 
 def _rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
@@ -114,7 +110,9 @@ def _rows(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     return vocab_size or size
 
 
-def _write(folder: Path, tokenizer, config: ModelConfig, hf_config: dict, seed: int) -> None:
+def _write(folder: Path, tokenizer, hf_config: dict, source: str, seed: int) -> None:
+    hf_config |= dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = ModelConfig.from_hf(hf_config, source)
     dtypes = dict(dtype=jnp.float32, param_dtype=jnp.float32)
     params = nnx.state(Transformer(config, rngs=nnx.Rngs(seed), **dtypes), nnx.Param)
     export_model(folder, params, config, hf_config, tokenizer, jnp.float32)

@@ -65,13 +65,10 @@ def build_teachers(
 ) -> dict[str, Teacher]:
     """The teachers by name, loaded from their folders if they are here, but not yet started.
 
-    One that says nothing, for hard labels. Models that are stored alike are loaded once.
-
-    Args:
-      alignments: of those with another tokenizer.
-      prompts: what the student is trained on.
-      compares: whether those in 8 bits are compared with themselves in bfloat16, on these.
-      in_run: whether there is a train state, of which teachers may be a part.
+    One that says nothing, for hard labels. Models that are stored alike are loaded once. With
+    `compares`, those in 8 bits are compared with themselves in bfloat16, on the prompts that the
+    student is trained on. `in_run` says whether there is a train state, of which teachers may be a
+    part.
 
     Raises:
       UserError: the platform cannot offload, or a folder or scores are not as they should be.

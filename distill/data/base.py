@@ -114,13 +114,8 @@ def get_dataset(
 ) -> DatasetInterface:
     """Builds the dataset registered under `name`.
 
-    Args:
-        name: a built-in source or a name given to `register_dataset`.
-        split: name of the split, usually 'train' or 'validation'; each source lists its own.
-        seed: chooses what is held out for validation, or what is generated.
-        max_samples: keep only this many first examples of the split; None keeps all.
-        path: local file or folder to read instead of (or as) the source's hub dataset.
-        **options: further keyword arguments of the source.
+    `path` is a local file or folder to read instead of (or as) the source's hub dataset, `seed`
+    chooses what is held out for validation, or what is generated; `options` are the source's own.
 
     Raises:
         UserError: unknown name or option, or the source cannot give what was asked for.

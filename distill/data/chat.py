@@ -34,7 +34,7 @@ class Chat:
 
     Args:
         tokenizer: a transformers fast tokenizer; without a chat template prompts are plain text.
-        system_prompt: system message put before the prompt; '' is none.
+        system_prompt: put before the prompt; '' is none.
         template: text with one '{problem}' that wraps the prompt (the last message of a list).
         arguments: further variables of the chat template.
         special_tokens: what those are that the data spells, 'text' or 'control' tokens.

@@ -70,15 +70,8 @@ def make(
     tables = file_tables(
         path, chosen_columns(prompt_column, response_column, answer_column, more_columns)
     )
-    examples, bad_rows = choose_split(
-        tables,
-        split,
-        seed=seed,
-        holdout_fraction=holdout_fraction,
-        max_bad_rows=max_bad_rows,
-        where=path,
-    )
-    return InMemoryDataset(examples[:max_samples], bad_rows)
+    limits = seed, max_samples, holdout_fraction, max_bad_rows
+    return InMemoryDataset(*choose_split(tables, path, split, *limits))
 
 
 def file_tables(path: str, columns: Columns) -> Tables:

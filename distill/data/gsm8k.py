@@ -22,10 +22,7 @@ class GSM8KDataset(InMemoryDataset):
 
     A response is the worked answer without its <<48/2=24>> calculator notes, ending in the line
     '#### number'; the answer is that number. `path` is a folder with train.jsonl and test.jsonl
-    of rows {question, answer}; None reads the hub.
-
-    Raises:
-        UserError: the hub or the path has no such data.
+    of rows {question, answer}; None reads the hub. UserError if there is no such data.
     """
 
     def __init__(
@@ -39,15 +36,9 @@ class GSM8KDataset(InMemoryDataset):
     ):
         columns = Columns(prompt="question", response="answer")
         tables = file_tables(path, columns) if path else hub_tables(HUB_ID, columns, subset="main")
-        examples, bad_rows = choose_split(
-            tables,
-            split,
-            seed=seed,
-            holdout_fraction=holdout_fraction,
-            max_bad_rows=max_bad_rows,
-            where=path or HUB_ID,
-        )
-        super().__init__([_with_answer(example) for example in examples[:max_samples]], bad_rows)
+        limits = seed, max_samples, holdout_fraction, max_bad_rows
+        examples, bad_rows = choose_split(tables, path or HUB_ID, split, *limits)
+        super().__init__(list(map(_with_answer, examples)), bad_rows)
 
     def get_prompt_template(self) -> str:
         return "{problem}\nReason step by step. End with a line '#### ' and the final number."

@@ -51,15 +51,8 @@ def make(
         tables = _saved_tables(path, columns)
     else:
         tables = hub_tables(path, columns, subset=subset)
-    examples, bad_rows = choose_split(
-        tables,
-        split,
-        seed=seed,
-        holdout_fraction=holdout_fraction,
-        max_bad_rows=max_bad_rows,
-        where=path,
-    )
-    return InMemoryDataset(examples[:max_samples], bad_rows)
+    limits = seed, max_samples, holdout_fraction, max_bad_rows
+    return InMemoryDataset(*choose_split(tables, path, split, *limits))
 
 
 def hub_tables(

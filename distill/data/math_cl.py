@@ -20,15 +20,9 @@ _MATH500 = Columns(prompt="problem", answer="answer")
 class MathCLDataset(InMemoryDataset):
     """Splits: 'train', 'validation' (unique problems held out of train), 'all', 'math500'.
 
-    Args:
-        split: see above; 'math500' is the separate MATH-500 test set.
-        seed: chooses the held-out problems.
-        max_samples: first rows kept; None keeps all.
-        path: local copy instead of the hub's: a .jsonl or .parquet file, or a folder of them in
-            which MATH-500 is math500.* or test.*. Where it holds the curriculum alone, 'math500'
-            is still the hub's.
-        holdout_fraction: share of the unique problems that is held out.
-        max_bad_rows: share of the rows that may be bad, and is skipped.
+    'math500' is the separate MATH-500 test set. `path` is a local copy instead of the hub's: a
+    .jsonl or .parquet file, or a folder of them in which MATH-500 is math500.* or test.*. Where it
+    holds the curriculum alone, 'math500' is still the hub's. See `choose_split` for the rest.
 
     Raises:
         UserError: the hub or the path has no such data.
@@ -53,15 +47,8 @@ class MathCLDataset(InMemoryDataset):
         else:
             tables = file_tables(path, _CURRICULUM) if path else hub_tables(HUB_ID, _CURRICULUM)
             where = path or HUB_ID
-        examples, bad_rows = choose_split(
-            tables,
-            split,
-            seed=seed,
-            holdout_fraction=holdout_fraction,
-            max_bad_rows=max_bad_rows,
-            where=where,
-        )
-        super().__init__(examples[:max_samples], bad_rows)
+        limits = seed, max_samples, holdout_fraction, max_bad_rows
+        super().__init__(*choose_split(tables, where, split, *limits))
 
     def get_prompt_template(self) -> str:
         return "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -16,15 +16,10 @@ def make_train_iterator(
 ) -> grain.DatasetIterator:
     """Endless iterator over the prompts of all steps, as Sequences, the same in every process.
 
-    Step n's batch depends on nothing but `prompts`, `batch_size`, `seed` and `shuffle`, so
-    `get_state` and `set_state` (a dict with one integer) continue exactly, in any number of
-    processes. A batch may span two epochs; no row is skipped.
-
-    Args:
-        prompts: the rows to serve.
-        batch_size: prompts per step.
-        seed: of the shuffle.
-        shuffle: draw a new order every epoch; False keeps the dataset's order, its curriculum.
+    Step n's batch depends on nothing but the arguments, so `get_state` and `set_state` (a dict with
+    one integer) continue exactly, in any number of processes. A batch may span two epochs; no row
+    is skipped. `shuffle` draws a new order every epoch; else the dataset's order is kept, its
+    curriculum.
     """
     positions = grain.MapDataset.range(len(prompts))
     if shuffle:

@@ -21,21 +21,18 @@ class Prompts:
 
     Attributes:
         rows: dataset index of each kept row, int64.
-        prompt_tokens: token ids of each kept row; equal prompts share one array.
-        response_tokens: token ids of the reference responses, EOS included; None when not asked
-            for.
-        dropped: rows left out, by reason, bad rows of the source among them; reasons that never
-            applied are absent.
-        pad_id: fills up to the widths.
+        prompt_tokens: token ids; equal prompts share one array.
+        response_tokens: of the reference responses, EOS included; None when not asked for.
+        dropped: rows left out, by reason, bad rows of the source among them.
         noted: kept rows of which something is worth saying.
         keys: for each kept row, the same as for other rows of the same prompt.
-        view_tokens: token ids of the prompts that the teacher reads; None: the student's.
+        view_tokens: of the prompts that the teacher reads; None: the student's.
         retell: makes other ones of a row and texts about it, where the teacher's template names
-            {feedback}; None where that would be too long.
-        retold_excess: tokens by which these are longer than the prompt, at most.
+            {feedback}; None where that would be too long. `retold_excess`: by how many tokens they
+            are longer than the prompt, at most.
         recut: makes of responses, of where they begin and of the tokens that there is room for what
-            a teacher with another tokenizer reads of them; None: the same tokens.
-        recut_excess: tokens by which that may be longer.
+            a teacher with another tokenizer reads of them; None: the same tokens. `recut_excess`:
+            by how many tokens that may be longer.
         parts: for each of several teachers, the rows that it is asked about, with its view.
     """
 

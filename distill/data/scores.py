@@ -27,12 +27,9 @@ _REMEDY = "write them with python -m distill.generate --scores"
 
 
 class Scores:
-    """The scores in a folder.
+    """The scores in a folder that `ScoreWriter` has written.
 
-    Args:
-      folder: written by `ScoreWriter`.
-      identity: what they must be of.
-      lengths_r: scored tokens of every row.
+    `identity` is what they must be of, `lengths_r` the scored tokens of every row.
 
     Raises:
       UserError: they are not there, not whole, or of something else.

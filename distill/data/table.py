@@ -209,12 +209,12 @@ def _python_value(value: pyarrow.Scalar) -> Any:
 
 def choose_split(
     tables: Tables,
+    where: str,
     split: str,
-    *,
     seed: int,
+    max_samples: int | None,
     holdout_fraction: float,
     max_bad_rows: float,
-    where: str,
 ) -> tuple[list[Example], dict[str, Dropped]]:
     """Reads one split so that 'train' and 'validation' share no prompt.
 
@@ -245,7 +245,7 @@ def choose_split(
     elif split == "validation" and "train" in tables:
         trained = {prompt_key(e.prompt) for e in tables["train"]() if isinstance(e, Example)}
         examples = [e for e in examples if prompt_key(e.prompt) not in trained]
-    return examples, bad_rows
+    return examples[:max_samples], bad_rows
 
 
 def _usable_rows(

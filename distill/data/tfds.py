@@ -42,15 +42,8 @@ def make(
         name: functools.partial(_read, source, columns, f"{path} split {name}", name)
         for name, source in sources.items()
     }
-    examples, bad_rows = choose_split(
-        tables,
-        split,
-        seed=seed,
-        holdout_fraction=holdout_fraction,
-        max_bad_rows=max_bad_rows,
-        where=path,
-    )
-    return InMemoryDataset(examples[:max_samples], bad_rows)
+    limits = seed, max_samples, holdout_fraction, max_bad_rows
+    return InMemoryDataset(*choose_split(tables, path, split, *limits))
 
 
 def _data_sources(path: str) -> dict:

@@ -35,11 +35,8 @@ PLAIN_CHAT_TEMPLATE = (
 def load_tokenizer(folder: str | Path, chat_template: str = "") -> PreTrainedTokenizerFast:
     """Tokenizer of a model folder; a missing padding token becomes the end-of-sequence token.
 
-    Its ids are those of the folder's tokenizer.json.
-
-    Args:
-      folder: of a model.
-      chat_template: '' is the model's own, 'none' is plain text, else the name of one of several.
+    Its ids are those of the folder's tokenizer.json. `chat_template`: '' is the model's own, 'none'
+    is plain text, else the name of one of several.
 
     Raises:
       UserError: the folder holds no loadable tokenizer, or no such template.

@@ -42,25 +42,20 @@ def tokenize_prompts(
 ) -> Prompts:
     """Tokenises a dataset; rows that do not fit are dropped and counted, never truncated.
 
-    Texts that cannot fit by their number of characters are dropped before they are tokenised.
-
-    A tokenizer with a chat template renders the prompt as a user's message (a list of messages as
-    it is) followed by the opening of the answer. Without one the prompt is plain text.
+    Texts that cannot fit by their number of characters are dropped before they are tokenised. A
+    chat template renders the prompt as a user's message (a list of messages as it is), followed by
+    the opening of the response. Without one the prompt is plain text.
 
     Args:
-        dataset: the source of texts.
-        tokenizer: a transformers fast tokenizer.
         max_prompt_length: most tokens of a prompt, with everything the chat template adds.
         max_response_length: most tokens of a response, EOS included; used with `needs_responses`.
         needs_responses: tokenise the responses, and drop rows without one.
-        system_prompt: system message put before the prompt; '' is none.
-        prompt_template: text with one '{problem}' that wraps the prompt (the last message of a
-            list); '' takes the dataset's own.
+        prompt_template: '' takes the dataset's own.
         keep_truncated: whether responses that were cut off are kept, without an end token.
-        template_arguments: further variables of the chat template.
-        special_tokens: what those are that the data spells, 'text' or 'control' tokens.
         vocab_size: ids that the models know, where those are fewer than the tokenizer's.
         teachers: what each is asked about, and how its prompts differ from the student's.
+
+        The others are those of `Chat`.
 
     Raises:
         UserError: bad template, a list of messages without a chat template, or nothing is left.

@@ -90,12 +90,8 @@ class Evaluator:
 
     Args:
       dataset: source of the examples, which may bring its own checker.
-      prompts: its tokenized prompts.
       vocabulary: of all models that are evaluated.
-      settings: metrics, grading and its time limit.
-      max_length: response tokens at most.
       make_engine: the engine that samples from a model, of its graph.
-      read: reads responses with models and teachers.
       dialogues: environments for rows of the dataset; None: a response is all there is.
       teachers: weights by name, in the order of `prompts.by_teacher`.
       own: evaluators of those with another tokenizer, in their own tokens.

@@ -63,15 +63,8 @@ class Grader:
     seconds, kills its worker or cannot be compared counts as wrong; a lost worker is replaced and
     the others go on. Workers end with this process, on Linux even if it is killed.
 
-    Args:
-        kind: how answers are compared, one of KINDS or a registered grader; 'auto' asks the
-            dataset, then goes by the answer.
-        time_limit: seconds for one response.
-        workers: processes at most.
-
-    Attributes:
-        timeouts: responses stopped by the time limit so far.
-        crashes: responses that ended their worker so far.
+    `kind` is one of KINDS or a registered grader; 'auto' asks the dataset, then goes by the answer.
+    Attributes `timeouts` and `crashes` count the responses that were stopped or ended their worker.
     """
 
     def __init__(self, kind: str = "auto", time_limit: float = 5.0, workers: int = 2):

@@ -182,13 +182,6 @@ class Rope:
                 f"channels of a head call for {rotated / 2:g}"
             )
 
-    def written(self) -> dict[str, Any] | None:
-        """The `rope_scaling` of a config.json."""
-        if self.scaling is None:
-            return None
-        kind = next(kind for kind, made in SCALINGS.items() if type(self.scaling) is made)
-        return {"rope_type": kind, **dataclasses.asdict(self.scaling)}
-
 
 @dataclass(frozen=True)
 class Rotary:

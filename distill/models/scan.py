@@ -28,11 +28,8 @@ def scan_layers(
 ) -> tuple[Any, dict[str, Any]]:
     """`jax.lax.scan` over layers of several kinds.
 
-    Args:
-      layer: of a kind, the carry and one layer's part of that kind's stack.
-      carry: before the first layer.
-      stacks: for each kind, arrays with a leading axis of its layers.
-      layers: the kind of every layer.
+    `layer` takes a kind, the carry and one layer's part of that kind's stack: arrays with a leading
+    axis of its layers. `layers` are the kinds of all layers.
 
     Returns:
       The carry after the last layer, and for each kind its layers' second results, stacked.

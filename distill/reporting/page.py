@@ -30,13 +30,8 @@ def write_report(
 ) -> list[str]:
     """Writes one report of all runs; returns a line for each thing that it lacks.
 
-    Args:
-      workdirs: of runs, finished or not.
-      output: the HTML file.
-      reference: the folder of a run that the others are compared with.
-
-    Raises:
-      UserError: there is no such run.
+    `reference` is the folder of a run that the others are compared with. UserError for a folder
+    that holds no run.
     """
     runs = [read_run(workdir) for workdir in workdirs]
     names = _names(runs, workdirs)

@@ -44,12 +44,8 @@ _BELOW = {
 class Health:
     """Compares every step with the thresholds of `config.Warn`.
 
-    Args:
-      limits: the thresholds.
-      quiet_steps: steps that must lie between two warnings of one kind.
-
-    Attributes:
-      count: thresholds passed since `take_count`, those that gave no warning included.
+    So many `quiet_steps` lie between two warnings of one kind. `count` is of the thresholds passed
+    since `take_count`, those that gave no warning included.
     """
 
     def __init__(self, limits: Warn, quiet_steps: int):

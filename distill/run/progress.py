@@ -38,11 +38,7 @@ class Progress:
       writer: where logged steps go; closed with the progress.
       schedule: learning rate of an update count.
       first_step: updates made before.
-      max_steps: updates in all.
-      logging_steps: updates between log lines.
       max_log_prob_gap: mean |nats| by which sampler and trainer may disagree.
-      max_skipped_steps: steps in a row that may be skipped.
-      health: looks at every step.
       names: of the examples in a batch, from their rows in the dataset.
       show_bar: whether to draw the bar; where there is no terminal, a line per logged step.
     """

@@ -12,12 +12,13 @@ from flax import nnx
 from simple_decode import simple_decode
 from tiny_models import random_model
 
+from benchmarks.hf_config import hf_config_dict
 from distill.base.errors import UserError
 from distill.base.mesh import make_mesh
 from distill.base.sharding import HOST_MEMORY, SAMPLER_RULES, in_host_memory, param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models import decoding
-from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.keys import key_table
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_models import model_config
 
+from benchmarks.hf_config import hf_config_dict
 from distill.base.errors import UserError
 from distill.base.mesh import make_mesh
 from distill.base.sharding import param_shardings
@@ -21,7 +22,7 @@ from distill.data.tokenizer import character_tokenizer
 from distill.models.checkpoints import export as hf_export
 from distill.models.checkpoints import hub, keys, tensors
 from distill.models.checkpoints import load as checkpoint_load
-from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.hub import resolve_model
 from distill.models.checkpoints.keys import key_table
 from distill.models.checkpoints.load import load_params

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import model_config
 
-from distill.models.checkpoints.export import hf_config_dict
+from benchmarks.hf_config import hf_config_dict
 from distill.models.checkpoints.keys import key_table
 
 MB = 1e6

@@ -12,12 +12,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.hf_config import hf_config_dict
 from distill.base.errors import UserError
 from distill.base.mesh import make_mesh
 from distill.base.sharding import param_shardings
 from distill.data.tokenizer import character_tokenizer
 from distill.models import moe
-from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from models_config_test import LLAMA3, read, without
 
+from benchmarks.hf_config import rope_scaling
 from distill.base.errors import UserError
 from distill.models.rope import Rope
 
@@ -40,7 +41,7 @@ def test_frequencies_equal_those_of_transformers(name):
     np.testing.assert_allclose(found, expected.numpy(), rtol=3e-6)
     plain, _ = read(written | {"rope_theta": 5e5}).kinds["full"].rotary.frequencies()
     assert (name == "dynamic") == np.array_equal(found, plain)
-    assert read(written | {"rope_theta": 5e5, "rope_scaling": config.rope.written()}) == config
+    assert read(written | {"rope_theta": 5e5, "rope_scaling": rope_scaling(config.rope)}) == config
 
 
 @pytest.mark.parametrize(

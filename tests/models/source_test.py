@@ -16,9 +16,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny_models import model_config, random_model
 
+from benchmarks.hf_config import hf_config_dict
 from distill.base.errors import UserError
 from distill.data.tokenizer import character_tokenizer, load_tokenizer, shared_vocabulary
-from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.fingerprint import fingerprint
 from distill.models.checkpoints.hub import base_folder, find_config, resolve_model, tokenizer_folder
 from distill.models.checkpoints.load import load_params

@@ -28,6 +28,7 @@ from simple_decode import simple_decode
 from tiny_models import model_config
 
 import distill
+from benchmarks.hf_config import hf_config_dict
 from distill.base.errors import RunStopped, UserError
 from distill.config import default_config
 from distill.config.policy import VllmServers
@@ -35,7 +36,7 @@ from distill.data.arithmetic import CHARACTERS
 from distill.data.base import Example
 from distill.data.tokenizer import Vocabulary, character_tokenizer, load_tokenizer
 from distill.export_server import export_server
-from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.hub import ASSETS
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig

@@ -11,11 +11,12 @@ import pytest
 from flax import nnx
 from tiny_models import model_config, random_model
 
+from benchmarks.hf_config import hf_config_dict
 from distill.base.errors import RunStopped
 from distill.base.mesh import make_mesh
 from distill.base.sharding import batch_parts, param_shardings
 from distill.data.tokenizer import Vocabulary, character_tokenizer
-from distill.models.checkpoints.export import export_model, hf_config_dict
+from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig

@@ -13,7 +13,7 @@ import numpy as np
 
 from distill.base.errors import UserError
 from distill.models.checkpoints.hub import ADAPTER, read_json
-from distill.models.checkpoints.tensors import Index, Tensor, read_header
+from distill.models.checkpoints.tensors import Index, Tensor, Virtual, read_header
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -32,32 +32,22 @@ _ONLY: dict[str, tuple] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Merged:
+class Merged(Virtual):
     """base + scale * b @ a, in float32."""
 
-    base: Tensor
     a: Tensor
     b: Tensor
     scale: float
-    kind: str = "F32"
-
-    @property
-    def key(self) -> str:
-        return self.base.key
 
     @property
     def file(self) -> Path:
         return self.a.file
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
     def read(self, index: Index) -> np.ndarray:
         rows, columns = index
         a = self.a.read((slice(None), columns)).astype(np.float32)
         b = self.b.read((rows, slice(None))).astype(np.float32)
-        return self.base.read(index).astype(np.float32) + self.scale * (b @ a)
+        return self.main.read(index).astype(np.float32) + self.scale * (b @ a)
 
 
 def merge_adapter(

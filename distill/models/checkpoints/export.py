@@ -26,7 +26,6 @@ from distill.models.checkpoints.keys import Weight, mapped_params
 from distill.models.checkpoints.source import Source
 from distill.models.checkpoints.tensors import INDEX, Stored, Tensor
 from distill.models.facts import ModelConfig
-from distill.models.families import FAMILIES
 
 
 def export_model(
@@ -50,12 +49,7 @@ def export_model(
 
     Args:
       folder: replaced if it holds an earlier export.
-      params: the nnx.Param state of a `Transformer`.
-      config: of these parameters.
-      hf_config_dict: goes to config.json, with its dtype updated.
       tokenizer: a folder whose tokenizer's files are copied; or anything with `save_pretrained`.
-      dtype: of the written weights.
-      generation_config: goes to generation_config.json.
       source: a container, whose keys are used, and whose other tensors are written as they are.
       max_shard_bytes: weights beyond this are spread over several files, as huggingface_hub does;
         the first process holds one file's weights at a time.
@@ -278,37 +272,3 @@ def replace_folder(folder: Path, new: Path) -> None:
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def hf_config_dict(
-    config: ModelConfig, *, eos_token_id: int | list[int] | None, pad_token_id: int | None
-) -> dict[str, Any]:
-    """A config.json for a model that was not imported; the inverse of ModelConfig.from_hf.
-
-    Raises:
-      ValueError: the model has facts that are not written here.
-    """
-    written = {
-        "architectures": [FAMILIES[config.family].architecture],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.model_width,
-        "intermediate_size": config.ffn_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.rms_eps,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": config.rope.written(),
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-        "torch_dtype": "float32",
-    }
-    if ModelConfig.from_hf(written, "this function") != config:
-        raise ValueError(f"config.json of {config} cannot be written")
-    return written

@@ -44,16 +44,8 @@ def export_adapter(
 ) -> None:
     """Writes a folder that peft loads on the base model; `adapters.merge_adapter` is its inverse.
 
-    Args:
-      folder: replaced if it holds an earlier export.
-      params: of the base, arrays or shapes.
-      adapters: see `models.lora`.
-      config: of the base.
-      lora: what the adapters were made with.
-      base: fields that say where the base is.
-      name: makes the base's own keys of a text model's.
-      tokenizer: a folder whose tokenizer's files are copied.
-      card: goes to README.md.
+    Of the base are `params`, arrays or shapes, `config`, the fields `base` that say where it is,
+    and `name`, which makes its own keys of a text model's. See `export_model` for the rest.
 
     Raises:
       UserError: see `check_modules`; or the folder is no export.

@@ -20,11 +20,10 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 def resolve_model(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """Local folder of a model.
 
-    Args:
-      path_or_id: a folder with config.json, or that of a LoRA adapter, 'embedded:NAME' for a model
-        that comes with the package, or a Hugging Face hub id, which is downloaded (safetensors,
-        JSON and tokenizer), of the revision in ID@REVISION. An adapter's base too.
-      weights: whether safetensors are.
+    `path_or_id` is a folder with config.json, or that of a LoRA adapter; 'embedded:NAME' for a
+    model that comes with the package; or a Hugging Face hub id, which is downloaded (JSON,
+    tokenizer, and with `weights` safetensors), of the revision in ID@REVISION. An adapter's base
+    too.
 
     Raises:
       UserError: nothing is there, or the hub cannot be reached or has no such model.

@@ -48,8 +48,6 @@ def load_params(
     checkpoint in its memory at a time. Every process of a job must call this.
 
     Args:
-      path_or_id: see `resolve_model`.
-      config: of this checkpoint.
       abstract_params: the nnx.Param state of a `Transformer`, holding shapes.
       shardings: the same tree holding jax shardings; None puts all on the default device.
       dtype: of the returned parameters, whatever the files hold.

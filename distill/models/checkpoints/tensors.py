@@ -83,28 +83,38 @@ def _offsets(path: Path, modified: int) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
-    """8 bits with a scale for every block of the last two axes (DeepSeek-V3, arXiv:2412.19437)."""
+class Virtual:
+    """Base of tensors that are made of others, and called by the main one of them."""
 
-    values: Tensor
-    scales: Tensor
-    block: tuple[int, int]
-    kind: str = "F32"  # of what is read
+    main: Tensor
 
     @property
     def key(self) -> str:
-        return self.values.key
+        return self.main.key
 
     @property
     def file(self) -> Path:
-        return self.values.file
+        return self.main.file
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        return self.main.shape
+
+    @property
+    def kind(self) -> str:
+        """Of what is read."""
+        return "F32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Virtual):
+    """8 bits with a scale for every block of the last two axes (DeepSeek-V3, arXiv:2412.19437)."""
+
+    scales: Tensor
+    block: tuple[int, int]
 
     def read(self, index: Index) -> np.ndarray:
-        values = self.values.read(index).astype(np.float32)
+        values = self.main.read(index).astype(np.float32)
         if math.prod(self.scales.shape) == 1:
             whole = tuple(slice(None) for _ in self.scales.shape)
             return values * self.scales.read(whole).astype(np.float32).reshape(())
@@ -124,37 +134,31 @@ _E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
 @dataclasses.dataclass(frozen=True)
-class MxFp4:
+class MxFp4(Virtual):
     """4 bits with a power of two for every 32 (OCP Microscaling Formats): experts of gpt-oss.
 
     In the file (expert, output, input / 32, 16 bytes) and scales (expert, output, input / 32); read
     as the tensor of 16 bits would be, (expert, input, output).
     """
 
-    blocks: Tensor
     scales: Tensor
-    kind: str = "F32"
 
     @property
     def key(self) -> str:
-        return self.blocks.key.removesuffix("_blocks")
-
-    @property
-    def file(self) -> Path:
-        return self.blocks.file
+        return self.main.key.removesuffix("_blocks")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        experts, outputs, groups, size = self.blocks.shape
+        experts, outputs, groups, size = self.main.shape
         return experts, 2 * groups * size, outputs
 
     def read(self, index: Index) -> np.ndarray:
         experts, inputs, outputs = index
         (_, (low, high), _) = _bounds(index, self.shape)
-        size = 2 * self.blocks.shape[-1]
+        size = 2 * self.main.shape[-1]
         first = low // size
         groups = slice(first, -(-high // size))
-        blocks = self.blocks.read((experts, outputs, groups, slice(None)))
+        blocks = self.main.read((experts, outputs, groups, slice(None)))
         exponents = self.scales.read((experts, outputs, groups)).astype(np.int32) - 127
         pairs = np.stack([_E2M1[blocks & 15], _E2M1[blocks >> 4]], axis=-1)
         values = np.ldexp(pairs.reshape(*exponents.shape, size), exponents[..., None])
@@ -163,33 +167,24 @@ class MxFp4:
 
 
 @dataclasses.dataclass(frozen=True)
-class OfExpert:
+class OfExpert(Virtual):
     """One expert's rows in a tensor of all experts, (expert, row, column)."""
 
-    whole: Tensor
     expert: int
     rows: range
 
     @property
-    def key(self) -> str:
-        return self.whole.key
-
-    @property
-    def file(self) -> Path:
-        return self.whole.file
-
-    @property
     def kind(self) -> str:
-        return self.whole.kind
+        return self.main.kind
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self.rows), self.whole.shape[2]
+        return len(self.rows), self.main.shape[2]
 
     def read(self, index: Index) -> np.ndarray:
         rows = self.rows[index[0]]
         own = slice(self.expert, self.expert + 1), slice(rows.start, rows.stop), index[1]
-        return self.whole.read(own)[0]
+        return self.main.read(own)[0]
 
 
 _ALL_EXPERTS = re.compile(r"(.*\.mlp\.experts\.)(gate_up|down)_proj")
@@ -217,9 +212,7 @@ def _bounds(index: Index, shape: tuple[int, ...]) -> list[tuple[int, int]]:
 def find_tensors(folder: Path, quantization: dict | None = None) -> dict[str, Tensor]:
     """All tensors of a checkpoint by key, without what wrappers add to keys; reads headers only.
 
-    Args:
-      folder: with safetensors.
-      quantization: `quantization_config` of config.json, one that `is_readable`.
+    `quantization` is that of config.json, one that `is_readable`.
 
     Raises:
       UserError: there are no safetensors, or they are damaged.
