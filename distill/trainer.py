@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +81,16 @@ def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None
 
 def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Results, History]:
     """All updates and evaluations: (updates made, state, evaluations by role, history)."""
-    config, workdir, distillation = session.config, session.workdir, session.config.distillation
-    flat_config = to_flat_dict(config)
-    max_steps, eval_steps = distillation.max_steps, distillation.eval_steps
+    config, workdir, flat_config = session.config, session.workdir, to_flat_dict(session.config)
     check_loggers(config.logger)
-    objective, _ = session.objective, session.sampler_mesh  # refused before anything is made
+    _ = session.objective, session.sampler_mesh  # refused before anything is made
 
     # ------------------------------------------------------------------------- where the run stands
     session.cleanup.enter_context(claim_workdir(workdir))
     checkpoints = build_checkpoints(config, workdir)
     session.cleanup.callback(checkpoints.close)
     step, record, changes = find_progress(checkpoints, flat_config, config.checkpointing)
-    updates_remain = step < max_steps
+    updates_remain = step < config.distillation.max_steps
 
     # ----------------------------------------------------------------------------------------- data
     _, validation = session.dataset, session.validation  # before a model is looked for
@@ -108,7 +107,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     loggers = open_loggers(session, step, identity["run_id"])
 
     # --------------------------------------------------------------------------------------- models
-    graph, shapes = session.student.graph, session.state_shapes
+    _ = session.student, session.state_shapes
     check_export(session)
     teachers = session.load_teachers(compares=not record, in_run=True)  # once per run
     if updates_remain:
@@ -116,25 +115,12 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         for teacher in teachers.values():
             teacher.start()
         session.backend.start()
-    if step:
-        state = session.restore_state(checkpoints, step)
-    else:
-        state = session.load_state()
+    state = session.restore_state(checkpoints, step) if step else session.load_state()
     checked = digest([flat_config, identity["contents"], environment()])
     if config.preflight and updates_remain and record.get("checked") != checked:
         preflight(session, state, print)
         identity["checked"] = checked
-    train_step = make_train_step(
-        graph,
-        session.teachers_in_step(),
-        objective,
-        session.optimizer,
-        vocab_size=session.vocabulary.size,
-        metrics={name: get_step_metric(name) for name in config.logger.step_metrics},
-        state_shardings=jax.tree.map(lambda x: x.sharding, shapes),
-        ema_decay=ema_decay(config),
-        router_aux_loss=config.policy.router_aux_loss,
-    )
+    train_step = _build_step(session)
 
     # ------------------------------------------------------------------------- batches, log, saving
     batches = build_batches(session, record.get("iterator"))
@@ -164,18 +150,52 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         step, {name: each.lasting(state) for name, each in teachers.items()}
     )
     saver.save_beginning(step)
+    step, state, stopping = _loop(session, saver, train_step, step, state)
+    progress.close()
+    checkpoints.close()
+    interrupts.release()
+    if stopping:
+        raise interrupts.stop(how_to_go_on(step))
+    session.backend.stop()
+    if progress.all_skipped:
+        raise RunStopped(progress.all_skipped)
+    return step, state, evaluations.results, identity["history"]
+
+
+def _build_step(session: Session) -> Callable:
+    config = session.config
+    return make_train_step(
+        session.student.graph,
+        session.teachers_in_step(),
+        session.objective,
+        session.optimizer,
+        vocab_size=session.vocabulary.size,
+        metrics={name: get_step_metric(name) for name in config.logger.step_metrics},
+        state_shardings=jax.tree.map(lambda x: x.sharding, session.state_shapes),
+        ema_decay=ema_decay(config),
+        router_aux_loss=config.policy.router_aux_loss,
+    )
+
+
+def _loop(
+    session: Session, saver: Saver, train_step: Callable, step: int, state: TrainState
+) -> tuple[int, TrainState, bool]:
+    """Updates, evaluations and saves from `step` on; and whether a signal ended them."""
+    config, distillation = session.config, session.config.distillation
+    max_steps, eval_steps = distillation.max_steps, distillation.eval_steps
+    batches, progress, interrupts = saver.batches, saver.progress, saver.interrupts
     while True:
         evaluating = step >= max_steps or (eval_steps > 0 and step % eval_steps == 0)
         # One that a signal prevented or spoilt is made up for when the run goes on.
-        if evaluating and evaluations.evaluated < step and not interrupts.agree():
+        if evaluating and saver.evaluations.evaluated < step and not interrupts.agree():
             with saver.saving_on(RunStopped, step=step, state=state):
-                student = session.evaluated(state)
-                evaluations.evaluate("student", step, student, session.teachers_at(state))
-        stopping = interrupts.agree_by_first()
+                student, teachers = session.evaluated(state), session.teachers_at(state)
+                saver.evaluations.evaluate("student", step, student, teachers)
+        stopping = bool(interrupts.agree_by_first())
         if stopping or (step and saver.is_due(step)):
             saver.save(step, state, batches.position)
         if stopping or step >= max_steps:
-            break
+            return step, state, stopping
         progress.begin_step(step, state)
         with saver.saving_on(RunStopped, UserError, step=step, state=state):
             with progress.phase("generate") as finish:
@@ -188,18 +208,9 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
         step += 1
         interrupts.hold()
         progress.end_step(step, metrics, measured, batches.rows)
-        checkpoints.check()
+        saver.checkpoints.check()
         if reason := progress.too_many_skipped:
             saver.save_and_stop(step, state, batches.position, RunStopped(reason))
-    progress.close()
-    checkpoints.close()
-    interrupts.release()
-    if stopping:
-        raise interrupts.stop(how_to_go_on(step))
-    session.backend.stop()
-    if progress.all_skipped:
-        raise RunStopped(progress.all_skipped)
-    return step, state, evaluations.results, identity["history"]
 
 
 def _export(

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from distill.base.errors import UserError
-from distill.data.base import DatasetInterface, Dropped, count_drops, examples_of
+from distill.data.base import DatasetInterface, Dropped, Example, count_drops, examples_of
 from distill.data.chat import Chat
 from distill.data.encoding import (
+    Encoded,
     Limits,
     arrays,
     check_template,
@@ -84,16 +85,8 @@ def tokenize_prompts(
     responses = None
     if needs_responses:
         responses = encode_responses(examples, tokenizer, chat, limits, notes)
-
     made = [prompts, *(view.encoded for view in views), responses]
-    columns = [column for column in made if column is not None]
-    reasons = [
-        next((each for each in of_row if isinstance(each, str)), None)
-        for of_row in zip(*columns, strict=True)
-    ]
-    kept = [i for i, reason in enumerate(reasons) if reason is None]
-    pairs = zip(reasons, examples, strict=True)
-    misfits = count_drops((reason, example.id) for reason, example in pairs if reason)
+    kept, misfits = _fitting(examples, [column for column in made if column is not None])
     dropped = {**dataset.bad_rows, **misfits}
     if not kept:
         raise UserError(_nothing_left(len(examples), dropped))
@@ -116,6 +109,19 @@ def tokenize_prompts(
     if len(views) > 1:
         return dataclasses.replace(those_of(None), parts=tuple(map(those_of, views)))
     return those_of(dataclasses.replace(views[0], asked=[True] * len(examples)) if views else None)
+
+
+def _fitting(
+    examples: Sequence[Example], columns: Sequence[Sequence[Encoded]]
+) -> tuple[list[int], dict[str, Dropped]]:
+    """The rows that have tokens in all columns, and the others by the first reason for it."""
+    reasons = [
+        next((each for each in of_row if isinstance(each, str)), None)
+        for of_row in zip(*columns, strict=True)
+    ]
+    pairs = zip(reasons, examples, strict=True)
+    dropped = count_drops((reason, example.id) for reason, example in pairs if reason)
+    return [i for i, reason in enumerate(reasons) if reason is None], dropped
 
 
 def _nothing_left(total: int, dropped: Mapping[str, Dropped]) -> str:
