@@ -112,11 +112,9 @@ class BatchSource:
     def next(self, step: int, student_params) -> tuple[Batch, Measured]:
         """The batch of update `step` (from 0) and what its sampling measured.
 
-        It is the one that is being sampled ahead, else one sampled now with `student_params`.
-
-        Returns:
-          The batch on the trainer's mesh; staleness, updates between the sampler's weights and the
-          trainer's; and if the student responded, what `describe_rollout` and the backend say.
+        It is the one that is being sampled ahead, else one sampled now with `student_params`. Of
+        any is told the staleness, updates between the sampler's weights and the trainer's; and if
+        the student responded, what `describe_rollout` and the backend say.
 
         Raises:
           UserError, RunStopped: as they came from the backend, in whichever thread.

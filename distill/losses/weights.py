@@ -12,6 +12,7 @@ It is evaluated in the fused pass, before the gradients are made, and no gradien
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -53,19 +54,14 @@ def get_weight(name: str) -> TokenWeight:
     return weight
 
 
-class _AnyColumn(dict):
-    """Columns of whatever name: which ones a batch has is known later."""
-
-    def __missing__(self, name: str) -> jax.Array:
-        return jnp.zeros(3)
-
-
 def check_tokenwise(what: str, function: TokenWeight) -> None:
     """Raises UserError unless a function of statistics and columns gives a number per token."""
 
     def call(value):
         statistics = TokenStatistics(*[value] * len(dataclasses.fields(TokenStatistics)))
-        return function(statistics, _AnyColumn(sampled=value > 0))
+        # Which columns a batch has is known later: here are any.
+        columns = collections.defaultdict(lambda: jnp.zeros(3), sampled=value > 0)
+        return function(statistics, columns)
 
     if problem := per_token_problem(call, jax.ShapeDtypeStruct((3,), jnp.float32)):
         raise UserError(

@@ -42,17 +42,12 @@ class Teacher:
         return self.model
 
     def start(self) -> None:
-        """Checks what the teacher needs, such as servers.
-
-        Raises:
-          UserError: it is not there, or does not fit the student.
-        """
+        """Checks what the teacher needs, such as servers; UserError unless it is there and fits."""
 
     def score(self, sequences: Sequences) -> Mapping[str, np.ndarray]:
         """Columns with what a teacher by scores knows of the sequences; none of one in the step.
 
-        Raises:
-          RunStopped: it cannot be asked any more.
+        RunStopped: it cannot be asked any more.
         """
         return {}
 
