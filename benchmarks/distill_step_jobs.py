@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.objectives import objective_of
 from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
 from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
@@ -24,7 +25,6 @@ from distill.build.optimizer import build_optimizer
 from distill.config.policy import Lora, Optimizer
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts
-from distill.losses.objective import make_objective
 from distill.models.facts import ModelConfig
 from distill.models.lora import abstract_adapters, make_adapters
 from distill.models.quantization import quantized
@@ -104,7 +104,7 @@ def make_ours(workload: Workload, folder: Path, lora: Lora):
     vocab_size = workload.student.vocab_size
     adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=WEIGHT_DECAY)
     optimizer = build_optimizer(adamw, max_steps=1)
-    objective = make_objective("jsd", jsd_beta=BETA)
+    objective = objective_of("jsd", jsd_beta=BETA)
     train_step = make_train_step(
         student, [TeacherInStep(teacher)], objective, optimizer, vocab_size=vocab_size
     )

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import harness
+from benchmarks.objectives import objective_of
 from benchmarks.sampling_jobs import load_weights
 from benchmarks.train_step_jobs import (
     CPU_WORKLOAD,
@@ -30,7 +31,6 @@ from distill.batches.rows import make_batch
 from distill.build.optimizer import build_optimizer
 from distill.config import cli
 from distill.config.policy import Optimizer
-from distill.losses.objective import make_objective
 from distill.step import TeacherInStep, TrainState, make_train_step
 
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each.", lower_bound=1)
@@ -46,7 +46,7 @@ def build(workload: Workload, number: int):
     step = make_train_step(
         student,
         [TeacherInStep(teacher)] * number,
-        make_objective("forward"),
+        objective_of("forward"),
         optimizer,
         vocab_size=workload.student.vocab_size,
     )

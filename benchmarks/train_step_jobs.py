@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.objectives import objective_of
 from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, load_weights
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import Rows, make_batch
 from distill.build.optimizer import build_optimizer
 from distill.config.policy import Optimizer
 from distill.data.sequences import Sequences
-from distill.losses.objective import make_objective
 from distill.models.facts import ModelConfig
 from distill.step import TeacherInStep, TrainState, make_train_step
 
@@ -199,7 +199,7 @@ def make_parts(workload: Workload, folder: Path | None, loss: str | None = None)
     step = make_train_step(
         student,
         [TeacherInStep(teacher)],
-        make_objective("forward", implementation=loss),
+        objective_of("forward", loss_implementation=loss or "auto"),
         optimizer,
         vocab_size=workload.student.vocab_size,
     )

@@ -9,12 +9,12 @@ from flax import nnx
 from step_test import VOCAB_SIZE, make_model, make_rows, padded
 from tiny_models import model_config, num_bytes
 
+from benchmarks.objectives import objective_of
 from distill.base.mesh import make_mesh
 from distill.base.sharding import param_shardings
 from distill.build.devices import put_batch
 from distill.build.models import abstract_state, first_state
 from distill.config.policy import Lora, Optimizer, Policy
-from distill.losses.objective import make_objective
 from distill.models import lora
 from distill.models.model import Model
 from distill.models.quantization import quantize
@@ -36,7 +36,7 @@ def teacher():
 
 
 def make_step(graph, teacher, optimizer):
-    objective = make_objective("forward")
+    objective = objective_of("forward")
     teachers = [TeacherInStep(teacher[0])]
     return make_train_step(graph, teachers, objective, optimizer, vocab_size=VOCAB_SIZE)
 

@@ -12,6 +12,7 @@ from step_test import ROWS, VOCAB_SIZE, assert_same, make_model, make_rows, padd
 from tiny_runs import read_metrics, tiny_config, train_killed, with_models
 
 import distill
+from benchmarks.objectives import objective_of
 from distill.base.mesh import make_mesh
 from distill.base.sharding import param_shardings
 from distill.build.devices import put_batch
@@ -19,7 +20,6 @@ from distill.build.teachers import FROM_STATE, part_of_state
 from distill.config.parse import parse_config
 from distill.config.policy import Lora
 from distill.config.schema import all_teachers
-from distill.losses.objective import make_objective
 from distill.models import lora
 from distill.step import AveragedState, TeacherInStep, TrainState, make_train_step
 
@@ -48,7 +48,7 @@ def make_step(student, kind=None):
     return make_train_step(
         student[0],
         [TeacherInStep(student[0], kind and FROM_STATE[kind])],
-        make_objective("forward"),
+        objective_of("forward"),
         OPTIMIZER,
         vocab_size=VOCAB_SIZE,
         ema_decay=DECAY,

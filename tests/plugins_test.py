@@ -7,11 +7,11 @@ import pytest
 from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
+from benchmarks.objectives import objective_of
 from distill.base.errors import RunStopped, UserError
 from distill.build.plugins import import_plugins
 from distill.config import default_config, parse_config
 from distill.data.base import examples_of, get_dataset
-from distill.losses.objective import make_objective
 from distill.rollout.base import build_own_backend, check_rollout
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
@@ -129,10 +129,10 @@ def constant(statistics, columns):
         "whole": r"faulty.whole makes an array of shape \(\) of 3 tokens",
     }.items():
         with pytest.raises(UserError, match=words) as error:
-            make_objective(kl_type)
+            objective_of(kl_type)
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"weights=constant: faulty.constant makes .* shape \(\)"):
-        make_objective("forward", weights=("constant",))
+        objective_of("forward", weights=("constant",))
 
 
 DATASET = """

@@ -22,6 +22,7 @@ from step_test import (
 from tiny_runs import random_model, read_metrics, tiny_config, train_killed
 
 import distill
+from benchmarks.objectives import objective_of
 from distill.base.errors import UserError
 from distill.base.mesh import make_mesh
 from distill.base.sharding import bytes_per_device, in_host_memory, param_shardings
@@ -30,7 +31,6 @@ from distill.batches.source import Asked, BatchSource
 from distill.build.devices import put_batch
 from distill.build.session import Session
 from distill.config.parse import parse_config
-from distill.losses.objective import make_objective
 from distill.sampling.choice import SamplingParams
 from distill.step import TeacherInStep, TrainState, make_train_step
 
@@ -64,7 +64,7 @@ def make_step(student, teachers):
     named = [
         TeacherInStep(graph, name=name) for name, (graph, _) in zip("ab", teachers, strict=False)
     ]
-    objective = make_objective("forward")
+    objective = objective_of("forward")
     return make_train_step(student[0], named, objective, OPTIMIZER, vocab_size=VOCAB_SIZE)
 
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from tiny_models import model_config, random_model
 
+from benchmarks.objectives import objective_of
 from distill.base import sharding
 from distill.base.errors import UserError
 from distill.base.mesh import make_mesh, sampler_mesh_sizes
@@ -28,9 +29,6 @@ from distill.data import sequences
 from distill.data.sequences import Column, Sequences, declare_column
 from distill.kernels.linear_divergence import TopK
 from distill.losses import weights
-from distill.losses.advantages import Advantage
-from distill.losses.interpolation import Target
-from distill.losses.objective import make_objective
 from distill.models.facts import Experts
 from distill.models.transformer import Transformer
 from distill.sampling.request import Rollout
@@ -144,7 +142,7 @@ def run_step(
     step = make_train_step(
         graph,
         [TeacherInStep(None if hard_labels else teacher[0])],
-        make_objective(kl_type, hard_labels=hard_labels, **of_objective),
+        objective_of(kl_type, hard_labels=hard_labels, **of_objective),
         optimizer,
         vocab_size=VOCAB_SIZE,
     )
@@ -328,11 +326,9 @@ def with_advantages(rows: Rows):
         log_probs_br=-rng.uniform(0, 6, shape).astype(np.float32),
         columns={"advantage": rng.standard_normal(shape), "weight": 0.9 ** np.indices(shape)[1]},
     )
-    advantage = Advantage(
-        reward=1.0, teacher=0.5, ratio_clip=0.5, importance_clip=2.0, proximal_share=0.5
-    )
-    options = dict(divergence=0.5, cross_entropy=0.1, advantage=advantage, proximal_share=0.5)
-    options |= dict(entropy_threshold=1.0, target=Target(0.5), kl_type_on_data="jsd")
+    options = dict(reward_advantage=1.0, teacher_advantage=0.5, ratio_clip=0.5)
+    options |= dict(own_importance_clip=2.0, proximal_share=0.5, divergence=0.5, cross_entropy=0.1)
+    options |= dict(entropy_threshold=1.0, target_start=0.5, max_steps=1, kl_type_on_data="jsd")
     return dataclasses.replace(rows, rollout=rollout, on_policy_b=on_policy_b), options
 
 
@@ -389,9 +385,7 @@ def test_policy_gradient_is_that_of_the_expected_reward():
         Sequences.of_tokens(responses, sampled=True, weight=1, advantage=np.concatenate(advantages))
     )
     (rows,) = make_batch(sequences, layout=Layout((Shape(len(responses), 3),)), pad_id=PAD)
-    objective = make_objective(
-        "forward", divergence=0.0, advantage=Advantage(reward=1.0), has_teacher=False
-    )
+    objective = objective_of(divergence=0.0, reward_advantage=1.0)
     loss_fn = make_loss(graph, None, objective, vocab_size=4)
     rows = jax.tree.map(lambda x: x[0], rows)
     found = jax.jit(jax.grad(lambda params: loss_fn(params, None, rows, jnp.ones(()))[0]))(params)
@@ -525,7 +519,7 @@ def test_importance_weights_cost_no_product_with_the_head(student, teacher):
 
     def products(clip):
         optimizer = optax.sgd(1.0)
-        objective = make_objective("forward", importance_clip=clip)
+        objective = objective_of("forward", importance_clip=clip)
         step = make_train_step(
             student[0], [TeacherInStep(teacher[0])], objective, optimizer, vocab_size=VOCAB_SIZE
         )
@@ -620,7 +614,7 @@ def test_step_donates_its_state(student, teacher):
         jnp.copy, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     )
     step = make_train_step(
-        graph, [TeacherInStep(teacher[0])], make_objective("forward"), optimizer,
+        graph, [TeacherInStep(teacher[0])], objective_of("forward"), optimizer,
         vocab_size=VOCAB_SIZE,
     )  # fmt: skip
     step(state, [teacher[1]], make_rows().batch(padded(1)))
@@ -724,7 +718,7 @@ def test_frozen_parameters_stay_and_take_part(student, teacher):
     graph, params = student
     frozen, trainable = nnx.split_state(params, lambda path, _: path[0] == "embedding", ...)
     optimizer = optax.sgd(0.1, momentum=0.9)
-    objective, batch = make_objective("forward"), make_rows().batch(padded(2))
+    objective, batch = objective_of("forward"), make_rows().batch(padded(2))
     teachers = [TeacherInStep(teacher[0])]
     step = make_train_step(graph, teachers, objective, optimizer, vocab_size=VOCAB_SIZE)
 
@@ -756,7 +750,7 @@ def test_a_weight_reads_a_column_of_ones_own(student, teacher, monkeypatch):
     trusting = dataclasses.replace(
         rows, rollout=dataclasses.replace(rows.rollout, columns={"trust": trust_br})
     )
-    batch, plain = trusting.batch(padded(2)), make_objective("forward")
+    batch, plain = trusting.batch(padded(2)), objective_of("forward")
     total = float(rows.rollout.lengths_b.sum())
 
     def loss_and_gradient(objective, batch):
@@ -775,6 +769,6 @@ def test_a_weight_reads_a_column_of_ones_own(student, teacher, monkeypatch):
         for part in batch
         for by_hand in [part.columns["weight"] * part.columns["trust"]]
     )
-    ours = loss_and_gradient(make_objective("forward", weights=("trusted",)), batch)
+    ours = loss_and_gradient(objective_of("forward", weights=("trusted",)), batch)
     assert_same(ours, loss_and_gradient(plain, as_weights))
     assert abs(float(ours[0] - loss_and_gradient(plain, batch)[0])) > 0.01

@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from benchmarks.objectives import objective_of
 from distill.kernels.linear_divergence import RowLoss, Term, TermSum, TokenStatistics, TopK
 from distill.kernels.linear_divergence import cross_entropy as CROSS_ENTROPY
 from distill.kernels.linear_divergence.token_losses import term_weights, terms_and_slopes
 from distill.losses.advantages import Advantage
-from distill.losses.objective import make_objective
 
 FORWARD, REVERSE = "forward", "reverse"
 KS, FEW_KS = (1, 2, 4, 8), (1, 8, 64)  # the second for large vocabularies
@@ -96,7 +96,7 @@ def _weighted(weight) -> TermSum:
 
 
 def _of_objective(kl_type: str, **options) -> TermSum | RowLoss:
-    return make_objective(kl_type, **options).loss
+    return objective_of(kl_type, **options).loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +140,9 @@ def top_k(kind: str, claims: str, k: int) -> Estimator:
 
 def all_estimators(vocab_size: int) -> list[Estimator]:
     """In the order of the tables."""
-    advantage = _of_objective(REVERSE, divergence=0.0, advantage=Advantage(teacher=1.0))
+    advantage = _of_objective(REVERSE, divergence=0.0, teacher_advantage=1.0)
     proximal = Advantage(teacher=1.0, proximal_share=0.5)
-    of_rewards = _of_objective(REVERSE, divergence=0.0, advantage=Advantage(reward=1.0))
+    of_rewards = _of_objective(REVERSE, divergence=0.0, reward_advantage=1.0)
     mixed = "KL(q, (p + q) / 2), q held"
     at = f"advantage: top {TOP_K_ADVANTAGE} KL of the place"
     return [

@@ -24,11 +24,11 @@ from benchmarks.estimators.estimators import (
     slopes,
     top_k,
 )
+from benchmarks.objectives import objective_of
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import Rows, make_batch
 from distill.data.sequences import Sequences
 from distill.kernels.linear_divergence import Head, linear_loss
-from distill.losses.objective import make_objective
 from distill.models.model import Model
 
 UNIT = 8  # responses of which gradients by the parameters are kept
@@ -201,7 +201,7 @@ class Gradients:
 
     def __init__(self, pair: Pair):
         self._pair = pair
-        objective = make_objective(REVERSE, implementation="chunked")
+        objective = objective_of(REVERSE, loss_implementation="chunked")
         self._log_probs = jax.jit(functools.partial(self._loss, objective, pair.student.params))
 
     def ratios(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +239,7 @@ class Gradients:
 
     def of(self, estimator: Estimator):
         """Jitted: (rows, weights_bt) -> the gradient as one vector."""
-        objective = make_objective(REVERSE, implementation="chunked")
+        objective = objective_of(REVERSE, loss_implementation="chunked")
         objective = dataclasses.replace(objective, loss=estimator.loss)
 
         @jax.jit

@@ -21,6 +21,7 @@ from distill.build.layout import build_layout
 from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
 from distill.checks.problem import Problem
+from distill.config.method import Distillation
 from distill.config.schema import Config
 from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
@@ -109,7 +110,7 @@ def check_numbers(session: Session, state: TrainState) -> str:
     loss_fn = make_loss(
         session.student.graph,
         session.student.graph if own_teacher else None,
-        session.objective.alone if own_teacher else make_objective("forward", hard_labels=True),
+        session.objective.alone if own_teacher else make_objective(Distillation(hard_labels=True)),
         vocab_size=session.vocabulary.size,
     )
     params = state.params

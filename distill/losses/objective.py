@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 
 from distill.base.errors import UserError
 from distill.base.sharding import flatten_tokens, split_tokens
+from distill.config.method import Distillation
 from distill.kernels.linear_divergence import (
     DivergenceTerm,
     RowLoss,
@@ -174,134 +174,110 @@ class Objective:
         return plain(*arrays, vocab_size=vocab_size)[1].log_prob_s
 
 
-@dataclasses.dataclass(frozen=True)
-class Dense:
-    """The part of an objective that reads the teacher's whole distribution.
-
-    `divergence` is its weight; without one it is not computed. `kl_type_on_data` is of tokens that
-    the student did not sample (DistiLLM-2, arXiv:2503.07067); '': the same. For the others see
-    `Clipped`, `Proximal` and `UnsureTeacher`.
-    """
-
-    kl_type: str
-    divergence: float = 1.0
-    kl_type_on_data: str = ""
-    divergence_clip: float = 0.0
-    proximal_share: float = 1.0
-    entropy_threshold: float = 0.0
-    mixed_kl_weight: float = 0.5
-    jsd_beta: float = 0.5
-    skew_alpha: float = 0.1
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether it is a sum over the vocabulary, or nothing, rather than a loss of rows."""
-        return is_pointwise(self.kl_type) or not self.divergence
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """What `get_divergence` takes."""
-        names = ("mixed_kl_weight", "jsd_beta", "skew_alpha")
-        return {name: getattr(self, name) for name in names}
-
-    def terms(self) -> list[tuple[str, Term]]:
-        """With their names: that of all tokens, or of the student's and of all others."""
-        on_data, found = self.kl_type_on_data, []
-        if on_data and not is_pointwise(on_data, "distillation.kl_type_on_data"):
-            raise UserError(f"distillation.kl_type_on_data={on_data} is a loss of whole rows")
-        kinds = ((self.kl_type, True), (on_data, False)) if on_data else ((self.kl_type, None),)
-        for name, by_student in kinds if self.divergence else ():
-            divergence = get_divergence(name, **self.parameters)
-            if self.proximal_share < 1:
-                divergence = Proximal(divergence, self.proximal_share)
-            if self.divergence_clip:
-                divergence = Clipped(divergence, self.divergence_clip)
-            written = None if by_student is None else WrittenBy(by_student)
-            found.append((name, Term(DivergenceTerm(divergence), self.divergence, written)))
-        if self.entropy_threshold:
-            unsure = UnsureTeacher(self.entropy_threshold)
-            forward = DivergenceTerm(get_divergence("forward"))
-            found.append(("forward", Term(forward, self.divergence, unsure)))
-        return found
-
-
 def make_objective(
-    kl_type: str,
+    section: Distillation,
     *,
-    temperature: float = 1.0,
-    temperature_squared: bool = False,
-    hard_labels: bool = False,
-    cross_entropy: float = 0.0,
-    target: Target = _WHOLE,
-    advantage: Advantage = _NONE,
-    has_teacher: bool = True,
-    terms: Sequence[str] = (),
-    weights: Sequence[str] = (),
     importance_clip: float = 0.0,
     top_k_teacher: bool = False,
     other_ids: bool = False,
-    implementation: str | None = None,
     chunk: int | None = None,
-    **dense: Any,
 ) -> Objective:
-    """The objective of a configuration.
+    """The objective that a section of the config describes.
+
+    With hard labels it is the cross-entropy with the response tokens, without a teacher, at
+    temperature 1. `kl_temperature_squared` keeps the size of the gradient (Hinton et al.,
+    arXiv:1503.02531).
 
     Args:
-      kl_type, dense: see `Dense`.
-      temperature_squared: multiplies the loss by temperature^2, which keeps the size of the
-        gradient (Hinton et al., arXiv:1503.02531).
-      hard_labels: cross-entropy with the response tokens instead; no teacher, temperature 1.
-      advantage: what the policy gradient is weighted by; none: there is no such term.
-      terms: what is added, NAME or NAME:COEFFICIENT each; see `get_term`.
-      weights: by which a token's loss is multiplied, names of losses/weights.py.
-      importance_clip: multiplies it by `TruncatedImportance` of at most this, too; 0: does not.
+      importance_clip: multiplies a token's loss by `TruncatedImportance` of at most this; 0: not.
       top_k_teacher, other_ids: the teacher will be a TopK, or has another tokenizer.
-      implementation, chunk: see kernels/linear_divergence/api.py.
+      chunk: see kernels/linear_divergence/api.py.
 
     Raises:
       UserError: an unknown name, a parameter out of range, parts that do not go together, or an
         implementation that cannot run.
     """
+    parts, temperature = section.objective, section.kl_temperature
+    if section.hard_labels:
+        temperature, parts = 1.0, dataclasses.replace(parts, divergence=0.0, cross_entropy=1.0)
+        section = dataclasses.replace(section, objective=parts)
     if not temperature > 0:
         raise UserError(f"kl_temperature={temperature} is not positive")
-    part = Dense(kl_type, **dense)
-    if hard_labels:
-        temperature, cross_entropy, has_teacher = 1.0, 1.0, False
-        part = dataclasses.replace(part, divergence=0.0)
+    sums_vocabulary = is_pointwise(section.kl_type) or not parts.divergence
     by_outcomes = top_k_teacher or other_ids
-    all_logits = has_teacher and not by_outcomes  # of the teacher are there, id by id
+    all_logits = section.has_teacher and not by_outcomes  # of the teacher are there, id by id
+    implementation = None if section.loss_implementation == "auto" else section.loss_implementation
     try:
-        resolve_implementation(implementation, fused=part.is_pointwise and not by_outcomes)
+        resolve_implementation(implementation, fused=sums_vocabulary and not by_outcomes)
     except ValueError as error:
         raise UserError(f"loss_implementation: {error}") from None
-    if part.entropy_threshold or target.start < 1:
-        _check_interpolates(part, all_logits)
-    factors = tuple(_get_weight(name, all_logits) for name in weights)
+    if parts.entropy_threshold or parts.target_start < 1:
+        _check_interpolates(all_logits and parts.divergence and sums_vocabulary)
+    advantage = Advantage(
+        parts.reward_advantage,
+        parts.teacher_advantage,
+        parts.ratio_clip,
+        parts.importance_clip,
+        parts.proximal_share,
+    )
+    factors = tuple(_get_weight(name, all_logits) for name in parts.weights)
     factors += (TruncatedImportance(float(importance_clip)),) if importance_clip else ()
-    added = [*([f"cross_entropy:{cross_entropy}"] if cross_entropy else []), *terms]
+    cross_entropy = [f"cross_entropy:{parts.cross_entropy}"] if parts.cross_entropy else []
+    added = [*cross_entropy, *parts.terms]
     loss: TermSum | RowLoss
-    if part.is_pointwise:
-        named = [*part.terms(), *((text, get_term(text, **part.parameters)) for text in added)]
+    if sums_vocabulary:
+        named = [(text, get_term(text, **_parameters(section))) for text in added]
+        named = [*_divergence_terms(section), *named]
         found = [_checked(*pair, all_logits, by_outcomes) for pair in named]
         loss = TermSum(_with_advantage(found, advantage), temperature, factors)
     else:
-        _check_alone(part, [*added, *(["policy_gradient"] if advantage else [])], by_outcomes)
-        loss = RowLoss(get_loss(kl_type), temperature, factors)
+        _check_alone(section, [*added, *(["policy_gradient"] if advantage else [])], by_outcomes)
+        loss = RowLoss(get_loss(section.kl_type), temperature, factors)
     return Objective(
         loss,
-        needs_teacher=has_teacher,
-        scale=temperature**2 if temperature_squared else 1.0,
+        needs_teacher=section.has_teacher,
+        scale=temperature**2 if section.kl_temperature_squared else 1.0,
         importance_clip=float(importance_clip or advantage.importance_clip),
         implementation=implementation,
         chunk=chunk,
-        target=target,
-        estimate=dataclasses.replace(advantage, spans=part.divergence + advantage.teacher),
+        target=Target(parts.target_start, section.max_steps, parts.target_pace),
+        estimate=dataclasses.replace(advantage, spans=parts.divergence + advantage.teacher),
     )
 
 
-def _check_alone(dense: Dense, added: Sequence[str], by_outcomes: bool) -> None:
+def _parameters(section: Distillation) -> dict[str, float]:
+    """What `get_divergence` takes."""
+    names = ("mixed_kl_weight", "jsd_beta", "skew_alpha")
+    return {name: getattr(section, name) for name in names}
+
+
+def _divergence_terms(section: Distillation) -> list[tuple[str, Term]]:
+    """With their names: that of all tokens, or of the student's and of all others.
+
+    Tokens that the student did not sample have `kl_type_on_data` (DistiLLM-2, arXiv:2503.07067).
+    """
+    parts, on_data, found = section.objective, section.kl_type_on_data, []
+    if on_data and not is_pointwise(on_data, "distillation.kl_type_on_data"):
+        raise UserError(f"distillation.kl_type_on_data={on_data} is a loss of whole rows")
+    kinds = ((section.kl_type, True), (on_data, False)) if on_data else ((section.kl_type, None),)
+    for name, by_student in kinds if parts.divergence else ():
+        divergence = get_divergence(name, **_parameters(section))
+        if parts.proximal_share < 1:
+            divergence = Proximal(divergence, parts.proximal_share)
+        if parts.divergence_clip:
+            divergence = Clipped(divergence, parts.divergence_clip)
+        written = None if by_student is None else WrittenBy(by_student)
+        found.append((name, Term(DivergenceTerm(divergence), parts.divergence, written)))
+    if parts.entropy_threshold:
+        unsure = UnsureTeacher(parts.entropy_threshold)
+        forward = DivergenceTerm(get_divergence("forward"))
+        found.append(("forward", Term(forward, parts.divergence, unsure)))
+    return found
+
+
+def _check_alone(section: Distillation, added: Sequence[str], by_outcomes: bool) -> None:
     """Raises UserError unless a loss of whole rows stands alone, with all logits of a teacher."""
-    name = f"kl_type={dense.kl_type} is a loss of whole rows"
+    name, parts = f"kl_type={section.kl_type} is a loss of whole rows", section.objective
     if by_outcomes:
         raise UserError(f"{name}, which compares id by id: choose a divergence, or {_NEEDS}")
     if added:
@@ -309,15 +285,16 @@ def _check_alone(dense: Dense, added: Sequence[str], by_outcomes: bool) -> None:
             f"distillation.objective.terms={', '.join(added)} cannot be added to it, since {name}: "
             "choose a divergence, or leave it empty"
         )
-    if dense != Dense(dense.kl_type, **dense.parameters):
+    changes = parts.divergence, parts.divergence_clip, parts.proximal_share
+    if section.kl_type_on_data or changes != (1.0, 0.0, 1.0):
         raise UserError(
             f"{name}: it takes no kl_type_on_data, objective.divergence_clip, proximal_share or "
             "divergence"
         )
 
 
-def _check_interpolates(dense: Dense, all_logits: bool) -> None:
-    if not (all_logits and dense.divergence and dense.is_pointwise):
+def _check_interpolates(there_are_logits: object) -> None:
+    if not there_are_logits:
         raise UserError(
             "distillation.objective.entropy_threshold and target_start are about the divergence "
             f"from a teacher whose logits are here, and of no loss of whole rows: {_NEEDS}"

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from tiny_models import model_config
 
+from benchmarks.objectives import objective_of
 from distill.config import schema
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
@@ -18,7 +19,6 @@ from distill.evaluation import evaluator as evaluator_module
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.table import format_table
 from distill.evaluation.token_values import TokenReader
-from distill.losses.objective import make_objective
 from distill.models.model import Model
 from distill.models.transformer import Transformer
 from distill.sampling.engine import Engine, EngineConfig
@@ -69,7 +69,7 @@ def make_evaluator(tokenizer, dataset: DatasetInterface, batch_size: int) -> Eva
             vocab_size=vocabulary_size(tokenizer),
         ),
         read=TokenReader(
-            make_objective("forward"),
+            objective_of("forward"),
             vocab_size=vocabulary_size(tokenizer),
             batch_size=batch_size,
             put=jnp.asarray,

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.objectives import objective_of
 from distill.base.errors import UserError
 from distill.kernels.linear_divergence import TokenStatistics
 from distill.losses.advantages import Advantage
-from distill.losses.objective import make_objective
 from distill.rollout.rewards import describe_rewards, group_advantages
 
 REWARDS = np.array([1.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.0, 3.0])
@@ -102,7 +102,9 @@ def test_ratio_of_the_policy_gradient_alone(tokens):
     plain, clipped = Advantage(1.0, 0.5, 0.2), Advantage(1.0, 0.5, 0.2, importance_clip=1.5)
     expected = np.where(columns["sampled"], ratio, 1.0) * weight_of(plain, tokens)
     np.testing.assert_allclose(weight_of(clipped, tokens), expected, rtol=1e-5)
-    dense = make_objective("forward", advantage=clipped)
+    dense = objective_of(
+        reward_advantage=1.0, teacher_advantage=0.5, ratio_clip=0.2, own_importance_clip=1.5
+    )
     assert [term.weight for term in dense.loss.terms] == [None, clipped]
     assert not dense.loss.weights and dense.importance_clip == 1.5  # which the log says
 
@@ -117,19 +119,16 @@ def test_ratio_of_the_policy_gradient_alone(tokens):
         (dict(terms=("k3:0.1",)), "objective.terms=k3 is refused: .*the forward KL's"),
         (dict(terms=("top_k",)), "terms=top_k is refused: .*renormalised, is none"),
         (dict(terms=("top_k_advantage",)), "terms=top_k_advantage is refused: .*is zero"),
-        (dict(divergence=0.0, has_teacher=False, terms=("jsd",)), "terms=jsd reads the teacher's"),
     ],
 )
 def test_what_estimates_nothing_is_refused_by_name(options, words):
     with pytest.raises(UserError, match=words) as error:
-        make_objective(**dict(kl_type="forward") | options)
+        objective_of(**dict(kl_type="forward") | options)
     assert "\n" not in str(error.value)
 
 
 def test_only_what_has_a_weight_is_computed():
-    alone = make_objective(
-        "forward", divergence=0.0, advantage=Advantage(reward=1.0), has_teacher=False
-    )
+    alone = objective_of(divergence=0.0, reward_advantage=1.0)
     assert len(alone.loss.terms) == 1 and alone.divergence is None and not alone.needs_teacher
     assert alone.alone.loss.terms[0].weight is None
-    assert make_objective("jsd", divergence=0.5).alone == make_objective("jsd")
+    assert objective_of("jsd", divergence=0.5).alone == objective_of("jsd")

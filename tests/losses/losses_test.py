@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.objectives import objective_of
 from distill.base.errors import UserError
 from distill.build.optimizer import with_schedule
 from distill.kernels.linear_divergence import Head, linear_divergence
 from distill.losses import divergences, weights
-from distill.losses.advantages import Advantage
 from distill.losses.divergences import (
     Clipped,
     Proximal,
@@ -22,7 +22,6 @@ from distill.losses.divergences import (
     register_term,
 )
 from distill.losses.interpolation import Target, interpolated
-from distill.losses.objective import make_objective
 from distill.losses.weights import register_weight, token_weights
 
 # (name, parameter) with the parameter of the divergence that has one.
@@ -243,12 +242,12 @@ class TestTermsAndWeights:
         batch = arrays, targets_br, token_weights(mask_br, 10)
         advantage = jnp.sin(jnp.arange(24.0)).reshape(4, 6)
         terms = "reverse:0.3", "policy_gradient:-2", "cross_entropy:0.1", "unlikely"
-        whole = objective_gradient(make_objective("jsd", terms=terms), *batch, advantage=advantage)
+        whole = objective_gradient(objective_of("jsd", terms=terms), *batch, advantage=advantage)
         # Every one alone: beside a divergence, less that divergence.
-        alone = objective_gradient(make_objective("forward"), *batch)
-        parts = [objective_gradient(make_objective("jsd"), *batch)]
+        alone = objective_gradient(objective_of("forward"), *batch)
+        parts = [objective_gradient(objective_of("jsd"), *batch)]
         for term in terms:
-            objective = make_objective("forward", terms=(term,))
+            objective = objective_of("forward", terms=(term,))
             both = objective_gradient(objective, *batch, advantage=advantage)
             parts.append(jax.tree.map(jnp.subtract, both, alone))
         for total, *each in zip(*map(jax.tree.leaves, (whole, *parts)), strict=True):
@@ -259,7 +258,7 @@ class TestTermsAndWeights:
         [
             ("reference", dict(terms=("policy_gradient", "forward:-1"))),
             ("chunked", dict(terms=("policy_gradient", "forward:-1"))),
-            ("chunked", dict(divergence=0.0, advantage=Advantage(teacher=1.0))),
+            ("chunked", dict(divergence=0.0, teacher_advantage=1.0)),
         ],
         ids=["reference", "chunked", "of the teacher"],
     )
@@ -271,7 +270,7 @@ class TestTermsAndWeights:
         logits_s, logits_t = random_logits(0, shape=(1, 10)), random_logits(1, shape=(1, 10))
         log_q, log_p = log_softmax64(logits_s), log_softmax64(logits_t)
         eye, targets_br = jnp.eye(10), jnp.arange(10)[None]
-        objective = make_objective("forward", implementation=implementation, **options)
+        objective = objective_of("forward", loss_implementation=implementation or "auto", **options)
 
         def loss(logits_s):
             hidden = (jnp.broadcast_to(x, (1, 10, 10)) for x in (logits_s, logits_t))
@@ -295,9 +294,9 @@ class TestTermsAndWeights:
         factor = np.exp((np.exp(log_p) * log_p).sum(-1)) * trust
         weights_br = token_weights(mask_br, 10)
         ours = objective_gradient(
-            make_objective("jsd", weights=("certain",)), arrays, targets_br, weights_br, trust=trust
+            objective_of("jsd", weights=("certain",)), arrays, targets_br, weights_br, trust=trust
         )
-        plain = objective_gradient(make_objective("jsd"), arrays, targets_br, factor * weights_br)
+        plain = objective_gradient(objective_of("jsd"), arrays, targets_br, factor * weights_br)
         for ours_x, plain_x in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
             np.testing.assert_allclose(ours_x, plain_x, rtol=1e-4, atol=1e-6)
 
@@ -332,7 +331,7 @@ class TestTermsAndWeights:
         np.testing.assert_allclose(values, expected_values[:, 0], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(gradients, expected_gradients, rtol=1e-4, atol=2e-6)
         assert (values < -np.log(0.7)).all()
-        objective = make_objective(name, proximal_share=0.3, divergence_clip=9.0)
+        objective = objective_of(name, proximal_share=0.3, divergence_clip=9.0)
         assert objective.divergence == Clipped(Proximal(get_divergence(name), 0.3), 9.0)
 
     def test_reference_of_negative_weight_extrapolates(self):
@@ -340,7 +339,7 @@ class TestTermsAndWeights:
         logits_s, *logits_t = (random_logits(seed) for seed in range(3))
         log_p, log_r = (log_softmax64(np.float64(each)) for each in logits_t)
         _, gradient = expected("reverse", None, logits_s, 1.25 * log_p - 0.25 * log_r)
-        objective, head = make_objective("reverse"), jnp.eye(logits_s.shape[1])
+        objective, head = objective_of("reverse"), jnp.eye(logits_s.shape[1])
 
         def loss(logits_s):
             shape = 1, len(logits_s)
@@ -367,8 +366,8 @@ class TestTermsAndWeights:
         threshold = float(np.median(entropy))
         token_losses = kl64(log_q, log_p)[..., 0]
         token_losses += np.where(entropy > threshold, kl64(log_p, log_q)[..., 0], 0)
-        objective = make_objective(
-            "reverse", entropy_threshold=threshold, implementation=implementation
+        objective = objective_of(
+            "reverse", entropy_threshold=threshold, loss_implementation=implementation or "auto"
         )
         weights_br = token_weights(mask_br, mask_br.sum())
         loss, _ = objective(*arrays, targets_br, weights_br, vocab_size=10, columns={})
@@ -377,10 +376,10 @@ class TestTermsAndWeights:
     def test_two_kinds_of_responses_have_two_divergences(self):
         arrays, targets_br, mask_br = objective_inputs()
         weights_br, sampled = token_weights(mask_br, 10), np.arange(24).reshape(4, 6) % 2 == 0
-        pair = make_objective("skew_reverse", kl_type_on_data="skew_forward")
+        pair = objective_of("skew_reverse", kl_type_on_data="skew_forward")
         whole = objective_gradient(pair, arrays, targets_br, weights_br, sampled=sampled)
         parts = [
-            objective_gradient(make_objective(name), arrays, targets_br, weights_br * mine)
+            objective_gradient(objective_of(name), arrays, targets_br, weights_br * mine)
             for name, mine in (("skew_reverse", sampled), ("skew_forward", ~sampled))
         ]
         for total, *each in zip(*map(jax.tree.leaves, (whole, *parts)), strict=True):
@@ -389,11 +388,11 @@ class TestTermsAndWeights:
     def test_target_between_student_and_teacher(self):
         """TAID in float64: the KL of softmax((1 - t) s + t u) from q; its gradient is q less it."""
         logits_s, logits_t = random_logits(0, shape=(5, 12)), random_logits(1, shape=(5, 12))
-        objective = make_objective("forward", target=Target(0.4, 10))
+        objective = objective_of("forward", target_start=0.4, max_steps=10)
         share = objective.target.share(jnp.array(5), None)
         assert float(share) == pytest.approx(0.7)
         assert float(objective.target.share(jnp.array(99), None)) == 1
-        assert make_objective("forward").target.share(jnp.array(5), None) is None
+        assert objective_of("forward").target.share(jnp.array(5), None) is None
         mixed = 0.3 * np.float64(logits_s) + 0.7 * np.float64(logits_t)
         log_p, log_q = log_softmax64(mixed), log_softmax64(np.float64(logits_s))
         head = Head(jnp.eye(12))
@@ -433,14 +432,14 @@ class TestTermsAndWeights:
         assert with_schedule(plain, Target(0.4, 50)) is plain is with_schedule(plain, Target())
 
     def test_alone_is_the_divergence(self):
-        objective = make_objective("jsd", terms=("cross_entropy",), importance_clip=2.0)
-        assert objective != make_objective("jsd") == objective.alone
+        objective = objective_of("jsd", terms=("cross_entropy",), importance_clip=2.0)
+        assert objective != objective_of("jsd") == objective.alone
 
     def test_a_column_that_is_missing_is_named(self):
         arrays, targets_br, mask_br = objective_inputs()
         batch = arrays, targets_br, token_weights(mask_br, 10)
         with pytest.raises(UserError, match="weight advantage .* column 'advantage'.* has trust"):
-            objective = make_objective("forward", terms=("policy_gradient",))
+            objective = objective_of("forward", terms=("policy_gradient",))
             objective_gradient(objective, *batch, trust=jnp.ones((4, 6)))
 
     @pytest.mark.parametrize(
@@ -460,11 +459,14 @@ class TestTermsAndWeights:
             (dict(kl_type_on_data="row"), "kl_type_on_data=row is a loss of whole rows"),
             (dict(kl_type_on_data="jsb"), "kl_type_on_data names 'jsb', but the known"),
             (dict(entropy_threshold=1.0, top_k_teacher=True), "entropy_threshold and target_start"),
-            (dict(target=Target(0.5), divergence=0.0, cross_entropy=1.0), "target_start are about"),
+            (dict(target_start=0.5, divergence=0.0, cross_entropy=1.0), "target_start are about"),
             (dict(terms=("pair",), other_ids=True), "terms=pair reads .*teacher.alignment=none"),
-            (dict(target=Target(0.5), other_ids=True), "target_start are about .*alignment=none"),
+            (dict(target_start=0.5, other_ids=True), "target_start are about .*alignment=none"),
             (dict(kl_type="row", other_ids=True), "kl_type=row is .*, which compares id by id"),
-            (dict(implementation="pallas", other_ids=True), "nor a top-k teacher or one with an"),
+            (
+                dict(loss_implementation="pallas", other_ids=True),
+                "nor a top-k teacher or one with an",
+            ),
             (
                 dict(weights=("sure",), top_k_teacher=True),
                 "names 'sure', which asks for the .*local",
@@ -480,27 +482,27 @@ class TestTermsAndWeights:
         register_weight("sure", teacher_entropy=True)(lambda statistics, columns: columns["weight"])
         register_loss("row")(lambda log_p_cv, log_q_cv, targets_c: log_q_cv[:, 0])
         with pytest.raises(UserError, match=words) as error:
-            make_objective(**dict(kl_type="forward") | options)
+            objective_of(**dict(kl_type="forward") | options)
         assert "\n" not in str(error.value)
 
     def test_what_goes_together(self):
-        make_objective(
+        objective_of(
             "forward", terms=("cross_entropy",), top_k_teacher=True, weights=("advantage",)
         )
-        make_objective("forward", terms=("policy_gradient",), hard_labels=True)
+        objective_of("forward", terms=("policy_gradient",), hard_labels=True)
 
 
 class TestObjective:
     def test_is_the_mean_over_the_valid_tokens(self):
         arrays, targets_br, mask_br = objective_inputs()
-        objective = make_objective("reverse")
+        objective = objective_of("reverse")
         loss, values = objective(*arrays, targets_br, token_weights(mask_br, 10), vocab_size=10)
         assert values.divergence.shape == values.log_prob_s.shape == (4, 6)
         np.testing.assert_allclose(loss, values.divergence[mask_br].mean(), rtol=1e-6)
 
     def test_value_and_gradient_do_not_depend_on_microbatches(self):
         (hidden_s, head_s, hidden_t, head_t), targets_br, mask_br = objective_inputs()
-        objective = make_objective("jsd")
+        objective = objective_of("jsd")
         weights_br = token_weights(mask_br, mask_br.sum())
 
         def loss(head_s, rows):
@@ -523,7 +525,7 @@ class TestObjective:
     def test_temperature_squared_scales_the_loss(self):
         arrays, targets_br, mask_br = objective_inputs()
         plain, squared = (
-            make_objective("forward", temperature=3.0, temperature_squared=flag)(
+            objective_of("forward", kl_temperature=3.0, kl_temperature_squared=flag)(
                 *arrays, targets_br, token_weights(mask_br, 10), vocab_size=10
             )[0]
             for flag in (False, True)
@@ -532,7 +534,7 @@ class TestObjective:
 
     def test_hard_labels_need_no_teacher(self):
         (hidden_s, head_s, _, _), targets_br, mask_br = objective_inputs()
-        objective = make_objective("forward", hard_labels=True, temperature=3.0)
+        objective = objective_of("forward", hard_labels=True, kl_temperature=3.0)
         assert not objective.needs_teacher
         weights_br = token_weights(mask_br, 10)
         loss, values = objective(
@@ -547,7 +549,7 @@ class TestObjective:
             return -jnp.exp(log_p_cv[rows_c, targets_c]) * log_q_cv[rows_c, targets_c]
 
         arrays, targets_br, mask_br = objective_inputs()
-        objective = make_objective("teacher_weighted")
+        objective = objective_of("teacher_weighted")
         loss, values = objective(*arrays, targets_br, token_weights(mask_br, 10), vocab_size=10)
         losses_br = -jnp.exp(values.log_prob_t) * values.log_prob_s
         np.testing.assert_allclose(loss, losses_br[mask_br].mean(), rtol=1e-6)
@@ -556,16 +558,16 @@ class TestObjective:
         assert token_weights(jnp.zeros((2, 3), bool), 0).tolist() == [[0.0] * 3] * 2
 
     def test_equal_configurations_compile_once(self):
-        assert make_objective("jsd", jsd_beta=0.3) == make_objective("jsd", jsd_beta=0.3)
-        assert hash(make_objective("jsd")) == hash(make_objective("jsd"))
-        assert make_objective("jsd", jsd_beta=0.3) != make_objective("jsd")
+        assert objective_of("jsd", jsd_beta=0.3) == objective_of("jsd", jsd_beta=0.3)
+        assert hash(objective_of("jsd")) == hash(objective_of("jsd"))
+        assert objective_of("jsd", jsd_beta=0.3) != objective_of("jsd")
 
     def test_bad_arguments(self):
         with pytest.raises(UserError, match="kl_temperature=0"):
-            make_objective("forward", temperature=0.0)
+            objective_of("forward", kl_temperature=0.0)
         with pytest.raises(
             UserError, match="kl_type names 'kl', but the known names are .*reverse"
         ):
-            make_objective("kl")
+            objective_of("kl")
         with pytest.raises(UserError, match="'mosaic'.*reference, chunked"):
-            make_objective("forward", implementation="mosaic")
+            objective_of("forward", loss_implementation="mosaic")

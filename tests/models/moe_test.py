@@ -9,13 +9,13 @@ import qwix
 from flax import nnx
 from tiny_models import model_config, random_model
 
+from benchmarks.objectives import objective_of
 from distill.base.errors import UserError
 from distill.base.mesh import make_mesh
 from distill.base.sharding import param_shardings
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.data.sequences import Sequences
-from distill.losses.objective import make_objective
 from distill.models import expert_exchange, lora, moe
 from distill.models.facts import Experts, ModelConfig
 from distill.step import TeacherInStep, TrainState, describe_load, make_loss, make_train_step
@@ -77,9 +77,7 @@ def test_the_load_does_not_depend_on_layout():
     lengths = 3, 9, 5, 7
     graph, params = random_model(model_config("llama", experts=Experts(8, 2, 12), num_layers=1))
     sequences = Sequences.of_tokens([random_tokens(x, seed=x) for x in lengths], weight=1)
-    loss = jax.jit(
-        make_loss(graph, None, make_objective("forward", hard_labels=True), vocab_size=9)
-    )
+    loss = jax.jit(make_loss(graph, None, objective_of("forward", hard_labels=True), vocab_size=9))
 
     def load(layout):
         (batch,) = make_batch(sequences, layout=layout, pad_id=0)
@@ -105,7 +103,7 @@ def test_the_routers_loss_does_not_depend_on_microbatches():
     sequences = Sequences.of_tokens([random_tokens(x, seed=x) for x in lengths], weight=1)
 
     def update(weight, layout):
-        objective = make_objective("forward", hard_labels=True)
+        objective = objective_of("forward", hard_labels=True)
         options = dict(vocab_size=9, router_aux_loss=weight)
         step = make_train_step(graph, [TeacherInStep()], objective, optimizer, **options)
         held = jax.tree.map(jnp.copy, params)

@@ -20,6 +20,7 @@ from tiny_models import model_config, random_model
 from tiny_runs import tiny_config
 
 import distill
+from benchmarks.objectives import objective_of
 from distill.base.errors import UserError
 from distill.data.arithmetic import CHARACTERS
 from distill.data.base import DatasetInterface, Example
@@ -34,7 +35,6 @@ from distill.evaluation import diagnosis, token_values
 from distill.evaluation.evaluator import Responses
 from distill.evaluation.recorder import RolloutRecorder, pieces
 from distill.evaluation.token_values import TokenReader
-from distill.losses.objective import make_objective
 from distill.models.model import Model
 from distill.reporting import curves
 from distill.reporting.page import render, write_report
@@ -61,7 +61,7 @@ def record(workdir, *, with_teacher=True, kl_type="reverse", batch_size=2) -> di
     size = vocabulary_size(tokenizer)
     workdir.mkdir(exist_ok=True)
     reader = TokenReader(
-        make_objective(kl_type, temperature=2.0),
+        objective_of(kl_type, kl_temperature=2.0),
         vocab_size=size,
         batch_size=batch_size,
         put=jnp.asarray,

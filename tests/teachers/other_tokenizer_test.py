@@ -16,6 +16,7 @@ from step_test import LAYOUTS, assert_same, make_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.objectives import objective_of
 from distill.base.errors import UserError
 from distill.base.mesh import make_mesh
 from distill.base.sharding import param_shardings
@@ -26,8 +27,6 @@ from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences
 from distill.data.token_bytes import bytes_of_tokens
 from distill.data.tokenizer import Vocabulary, train_bpe_tokenizer
-from distill.losses.advantages import Advantage
-from distill.losses.objective import make_objective
 from distill.step import TeacherInStep, TrainState, make_loss, make_train_step
 from distill.teachers.alignment import Alignment
 
@@ -253,7 +252,7 @@ def test_the_same_tokenizer_is_the_plain_path(small, large, kl_type):
     case = dataclasses.replace(
         case, prompts=dataclasses.replace(case.prompts, view_tokens=case.prompts.prompt_tokens)
     )
-    objective = make_objective(kl_type, advantage=Advantage(teacher=0.5), cross_entropy=0.1)
+    objective = objective_of(kl_type, teacher_advantage=0.5, cross_entropy=0.1)
     (loss, sums), gradient = loss_and_gradient(
         small, large, objective.aligned(True), case.rows, CHARACTERS.size, case.shared
     )
@@ -286,7 +285,7 @@ def log_probs_of(model, sequences, size):
 @pytest.mark.parametrize(("student", "teacher"), [(BPE, CHARACTERS), (CHARACTERS, BPE)])
 def test_log_probability_of_a_text_is_exact(small, large, student, teacher):
     case = random_case(student, teacher)
-    objective = make_objective("reverse").aligned(True)
+    objective = objective_of("reverse").aligned(True)
     (_, sums), _ = loss_and_gradient(small, large, objective, case.rows, student.size, case.shared)
     read = []
     pairs = zip(case.prompts.prompt_tokens, case.sequences.split("tokens"), strict=True)
@@ -339,7 +338,7 @@ def test_expected_gradient_is_that_of_the_enumerated_reverse_kl(small, large):
     assert likely_b.sum() == pytest.approx(1, abs=1e-5)
     weight = case.sequences["weight"] * np.repeat(likely_b, case.sequences.lengths_b)
     case = dataclasses.replace(case, sequences=case.sequences.with_columns(weight=weight))
-    objective = make_objective("reverse", divergence=0.0, advantage=Advantage(teacher=1.0))
+    objective = objective_of("reverse", divergence=0.0, teacher_advantage=1.0)
     _, gradient = loss_and_gradient(
         small, large, objective.aligned(True), case.rows, size, case.shared
     )
@@ -357,7 +356,7 @@ def updates(small, large):
     """The state and metrics of an update by layout, made once."""
     case = random_case(BPE, CHARACTERS)
     teacher = TeacherInStep(large[0], name="", shared=case.shared, spans=True)
-    objective = make_objective("jsd", advantage=Advantage(teacher=0.5))
+    objective = objective_of("jsd", teacher_advantage=0.5)
     step = make_train_step(small[0], [teacher], objective, OPTIMIZER, vocab_size=BPE.size)
 
     def update(layout, mesh=None):
@@ -393,8 +392,8 @@ def test_an_update_does_not_depend_on_how_the_batch_is_cut(updates, name):
 
 def test_what_the_data_said_has_no_spans(small, large):
     """Its tokens were not sampled: a policy gradient would estimate nothing."""
-    objective = make_objective("reverse").aligned(True)
-    alike = make_objective("reverse").aligned(False)
+    objective = objective_of("reverse").aligned(True)
+    alike = objective_of("reverse").aligned(False)
     case = random_case(BPE, CHARACTERS, sampled=False)
     options = small, large, objective, case.rows, BPE.size, case.shared
     (found, _), _ = loss_and_gradient(*options)
