@@ -23,13 +23,8 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What microbatches a batch is cut into.
-
-    Attributes:
-      shapes: from the shortest rows to the longest, which hold any sequence.
-      packed: several sequences may share a row, at most MOST_SEGMENTS.
-      view_excess: tokens by which the rows that a teacher reads are longer.
-    """
+    """What microbatches a batch is cut into, from the shortest rows to the longest, which hold any
+    sequence; the rows that a teacher reads are longer by `view_excess`."""
 
     shapes: tuple[Shape, ...]
     packed: bool = False

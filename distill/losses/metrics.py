@@ -20,10 +20,7 @@ _METRICS = Registry("logger.step_metrics", "distill.losses.metrics.register_step
 
 
 def register_step_metric(name: str) -> Callable[[TokenWeight], TokenWeight]:
-    """Decorator: makes f(statistics, columns) available in `logger.step_metrics`.
-
-    UserError when the name is taken.
-    """
+    """Decorator: makes f(statistics, columns) a metric; UserError when the name is taken."""
     return _METRICS.register(name, takes=("statistics", "columns"))
 
 

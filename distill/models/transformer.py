@@ -192,7 +192,6 @@ class Transformer(nnx.Module):
         """Hidden states after the final norm, hidden_btd in `dtype`.
 
         Args:
-          tokens_bt: token ids.
           positions_bt: rotary positions; default 0, 1, 2, ... in every row.
           segment_ids_bt: a token attends to tokens of its own segment at its own index or before.
             Default: every row is one segment; padding behind its end then changes nothing before.

@@ -41,7 +41,6 @@ class EngineConfig:
       num_slots: responses decoded at once, on all devices; 0: what the memory holds and the first
         request needs.
       cache_memory: bytes per device that the cache may take; with num_slots given, not looked at.
-      int8: of keys and values.
       attention: how the cache is read; see attention.py.
       records_routes: say which experts a mixture's tokens passed, in the column `routed_experts`.
       few_programs: for few requests of short responses, where programs for fewer rows would take

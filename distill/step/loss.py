@@ -26,12 +26,10 @@ from distill.teachers.spans import columns_of_spans
 class TeacherInStep:
     """What the step is compiled for, of one teacher.
 
-    Attributes:
-      graph: its network; None for hard labels, and where batches bring its scores.
-      from_state: what of the state its parameters are; None: they are an argument of the step.
-      name: what its own metrics are called by; '' has none.
-      shared: what it has of the student's ids, where it has another tokenizer.
-      spans: whether it is then asked about spans that it cuts otherwise.
+    It has no graph for hard labels, and where batches bring its scores. `from_state` says what of
+    the state its parameters are; None: they are an argument of the step. `shared` is what it has of
+    the student's ids, where it has another tokenizer, and `spans` whether it is then asked about
+    what it cuts otherwise.
     """
 
     graph: nnx.GraphDef | None = None

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 from tiny_models import model_config, random_model
 
+from benchmarks.objectives import objective_of
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import make_batch
 from distill.data.sequences import Sequences
-from distill.losses.objective import make_objective
 from distill.models import decoding, moe, routes
 from distill.models.facts import Experts
 from distill.sampling.choice import SamplingParams
@@ -124,7 +124,7 @@ def test_all_tokens_but_the_first_have_the_experts_they_were_predicted_with(
 
 def test_what_differs_is_of_sampled_tokens_and_nothing_where_it_is_replayed(model, sampled):
     (sequences, _), (graph, params) = sampled, model
-    objective = make_objective("forward", hard_labels=True)
+    objective = objective_of("forward", hard_labels=True)
 
     def measured(replays, layout):
         own = nnx.merge(graph, params)
