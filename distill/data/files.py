@@ -14,16 +14,14 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from distill.base.errors import UserError, first_line
-from distill.data.base import Example, register_dataset
+from distill.data.base import Example
 from distill.data.table import (
     BadRow,
     Columns,
-    InMemoryDataset,
     Tables,
-    choose_split,
-    chosen_columns,
     examples_from_arrow,
     make_example,
+    register_tables,
 )
 
 if TYPE_CHECKING:
@@ -39,39 +37,20 @@ _SPLIT_WORDS = {
 }
 
 
-@register_dataset("csv")
-@register_dataset("json")
-@register_dataset("jsonl")
-@register_dataset("parquet")
-def make(
-    split: str,
-    seed: int = 0,
-    max_samples: int | None = None,
-    path: str | None = None,
-    *,
-    prompt_column: str = "prompt",
-    response_column: str = "response",
-    answer_column: str = "answer",
-    more_columns: tuple[str, ...] = (),
-    holdout_fraction: float = 0.02,
-    max_bad_rows: float = 0.01,
-) -> InMemoryDataset:
-    """Reads a file, those that a pattern such as data/*.jsonl.gz names, or a folder.
+@register_tables(
+    "csv",
+    "json",
+    "jsonl",
+    "parquet",
+    without_path="no path is set: pass the file or folder to read, data.path=LOCAL (for held-out "
+    "data, data.validation.path=LOCAL)",
+)
+def _tables(path: str, columns: Columns, subset: str) -> Tables:
+    """Of a file, those that a pattern such as data/*.jsonl.gz names, or a folder.
 
     Each may have an address that fsspec knows, such as gs://bucket/data.
-    A prompt is a text or a list of chat messages. See `choose_split` for the splits and bad rows,
-    and `chosen_columns` for the columns.
     """
-    if not path:
-        raise UserError(
-            "no path is set: pass the file or folder to read, data.path=LOCAL (for held-out data, "
-            "data.validation.path=LOCAL)"
-        )
-    tables = file_tables(
-        path, chosen_columns(prompt_column, response_column, answer_column, more_columns)
-    )
-    limits = seed, max_samples, holdout_fraction, max_bad_rows
-    return InMemoryDataset(*choose_split(tables, path, split, *limits))
+    return file_tables(path, columns)
 
 
 def file_tables(path: str, columns: Columns) -> Tables:

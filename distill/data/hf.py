@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.base.errors import UserError, first_line
-from distill.data.base import Example, register_dataset
+from distill.data.base import Example
 from distill.data.table import (
     BadRow,
     Columns,
-    InMemoryDataset,
     Tables,
-    choose_split,
-    chosen_columns,
     examples_from_arrow,
+    register_tables,
 )
 
 if TYPE_CHECKING:
@@ -24,35 +22,14 @@ if TYPE_CHECKING:
 _FILE_READERS = {"arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml"}
 
 
-@register_dataset("hf")
-def make(
-    split: str,
-    seed: int = 0,
-    max_samples: int | None = None,
-    path: str | None = None,
-    *,
-    subset: str = "",
-    prompt_column: str = "prompt",
-    response_column: str = "response",
-    answer_column: str = "answer",
-    more_columns: tuple[str, ...] = (),
-    holdout_fraction: float = 0.02,
-    max_bad_rows: float = 0.01,
-) -> InMemoryDataset:
-    """Reads a dataset of the hub or a saved folder.
-
-    `path` is the folder, an ID of the hub or ID@REVISION; `subset` the hub's configuration.
-    See `choose_split` for the splits and bad rows, `chosen_columns` for the columns.
-    """
-    if not path:
-        raise UserError("no path is set: pass a hub id or data.path=LOCAL, a saved folder")
-    columns = chosen_columns(prompt_column, response_column, answer_column, more_columns)
+@register_tables(
+    "hf", without_path="no path is set: pass a hub id or data.path=LOCAL, a saved folder"
+)
+def _chosen_tables(path: str, columns: Columns, subset: str) -> Tables:
+    """Of a saved folder, or of a dataset of the hub: ID or ID@REVISION, and its configuration."""
     if Path(path).expanduser().is_dir():
-        tables = _saved_tables(path, columns)
-    else:
-        tables = hub_tables(path, columns, subset=subset)
-    limits = seed, max_samples, holdout_fraction, max_bad_rows
-    return InMemoryDataset(*choose_split(tables, path, split, *limits))
+        return _saved_tables(path, columns)
+    return hub_tables(path, columns, subset=subset)
 
 
 def hub_tables(

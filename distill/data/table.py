@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.base.errors import UserError
-from distill.data.base import DatasetInterface, Dropped, Example, count_drops
+from distill.data.base import DatasetInterface, Dropped, Example, count_drops, register_dataset
 from distill.data.messages import Unusable, prompt_key, read_answer, read_prompt, read_response
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _OTHER_NAMES = {"prompt": ("messages", "conversations"), "response": ("completion",)}
 _NAMED_BAD_ROWS = 5  # in an error
 _DETAIL_LENGTH = 300
+_ADVICE = "set data.prompt_column, .response_column and .answer_column ('' reads none)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +129,6 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
     head, _, rest = name.partition(".")
     inner = row.get(head)
     return _value(inner, rest) if rest and isinstance(inner, Mapping) else None
-
-
-def chosen_columns(
-    prompt_column: str, response_column: str, answer_column: str, more: tuple[str, ...] = ()
-) -> Columns:
-    """Columns as the user named them; a response or answer left at its usual name may be absent."""
-    return Columns(
-        prompt_column,
-        response_column,
-        answer_column,
-        optional=("response", "answer"),
-        more=more,
-        advice="set data.prompt_column, .response_column and .answer_column ('' reads none)",
-    )
 
 
 def make_example(row: Mapping[str, Any], columns: Columns, where: str, id: str) -> Example | BadRow:
@@ -261,6 +248,50 @@ def _usable_rows(
             f"data.max_bad_rows={max_bad_rows} lets pass: {'; '.join(named)}"
         )
     return examples, count_drops((row.kind, row.where) for row in bad)
+
+
+def register_tables(*names: str, without_path: str):
+    """Decorator: f(path, columns, subset) -> Tables is the data source of each of the names.
+
+    Columns are as the user named them; a response or answer left at its usual name may be absent.
+    `without_path` is the error where no path is set.
+    """
+
+    def decorate(tables: Callable[[str, Columns, str], Tables]):
+        def make(
+            split: str,
+            seed: int = 0,
+            max_samples: int | None = None,
+            path: str | None = None,
+            *,
+            subset: str = "",
+            prompt_column: str = "prompt",
+            response_column: str = "response",
+            answer_column: str = "answer",
+            more_columns: tuple[str, ...] = (),
+            holdout_fraction: float = 0.02,
+            max_bad_rows: float = 0.01,
+        ) -> InMemoryDataset:
+            if not path:
+                raise UserError(without_path)
+            columns = Columns(
+                prompt_column,
+                response_column,
+                answer_column,
+                optional=("response", "answer"),
+                more=more_columns,
+                advice=_ADVICE,
+            )
+            limits = seed, max_samples, holdout_fraction, max_bad_rows
+            found = tables(path, columns, subset)
+            return InMemoryDataset(*choose_split(found, path, split, *limits))
+
+        make.__module__ = tables.__module__  # whose the names are
+        for name in names:
+            register_dataset(name)(make)
+        return tables
+
+    return decorate
 
 
 def holdout_split(texts: Sequence[str], split: str, seed: int, fraction: float) -> list[int]:

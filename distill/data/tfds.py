@@ -4,46 +4,28 @@ import functools
 from pathlib import Path
 
 from distill.base.errors import UserError, first_line
-from distill.data.base import Example, register_dataset
+from distill.data.base import Example
 from distill.data.table import (
     BadRow,
     Columns,
-    InMemoryDataset,
-    choose_split,
-    chosen_columns,
+    Tables,
     make_example,
+    register_tables,
 )
 
 
-@register_dataset("tfds")
-def make(
-    split: str,
-    seed: int = 0,
-    max_samples: int | None = None,
-    path: str | None = None,
-    *,
-    prompt_column: str = "prompt",
-    response_column: str = "response",
-    answer_column: str = "answer",
-    more_columns: tuple[str, ...] = (),
-    holdout_fraction: float = 0.02,
-    max_bad_rows: float = 0.01,
-) -> InMemoryDataset:
-    """Reads `path`: a prepared folder such as ~/data/NAME/1.0.0, or a name in the TFDS catalogue.
+@register_tables(
+    "tfds", without_path="no path is set: pass a TFDS name or data.path=LOCAL, its folder"
+)
+def _tables(path: str, columns: Columns, subset: str) -> Tables:
+    """Of a prepared folder such as ~/data/NAME/1.0.0, or a name in the TFDS catalogue.
 
-    Only the array_record format can be read without TensorFlow. See `choose_split` for the splits
-    and bad rows, `chosen_columns` for the columns.
+    Only the array_record format can be read without TensorFlow.
     """
-    if not path:
-        raise UserError("no path is set: pass a TFDS name or data.path=LOCAL, its folder")
-    columns = chosen_columns(prompt_column, response_column, answer_column, more_columns)
-    sources = _data_sources(path)
-    tables = {
+    return {
         name: functools.partial(_read, source, columns, f"{path} split {name}", name)
-        for name, source in sources.items()
+        for name, source in _data_sources(path).items()
     }
-    limits = seed, max_samples, holdout_fraction, max_bad_rows
-    return InMemoryDataset(*choose_split(tables, path, split, *limits))
 
 
 def _data_sources(path: str) -> dict:
