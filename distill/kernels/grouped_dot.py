@@ -7,8 +7,8 @@ many rows each group has, together all of them. The result y_mpn, or y_mn, is in
   ragged     `jax.lax.ragged_dot`: the definition, and a kernel on TPUs. Elsewhere XLA masks, and
              takes time and memory for all rows in every group.
   blockwise  plain XLA, block after block of a group's rows.
-  batched    plain XLA, the next rows of all groups at once. Reads all matrices, and copies none:
-             for few rows, as in decoding.
+  batched    plain XLA, the first rows of all groups at once, and the rest block after block. Reads
+             all matrices, and copies none: for few rows, as in decoding.
   None       the better one here.
 The gradient of w is always `blockwise`: XLA has no kernel for it.
 """
@@ -82,31 +82,33 @@ def _empty(x_mk: jax.Array, w_gpkn: jax.Array) -> jax.Array:
 
 def _batched(x_mk: jax.Array, w_gpkn: jax.Array, sizes_g: jax.Array) -> jax.Array:
     num_rows, (groups, matrices, _, outputs) = len(x_mk), w_gpkn.shape
-    size = 2 * _block_size(num_rows, groups)  # one round is mostly enough
+    size = 2 * _block_size(num_rows, groups)  # mostly enough
     first_g = jnp.cumsum(sizes_g) - sizes_g
+    x_gbk = x_mk.at[first_g[:, None] + jnp.arange(size)].get(mode="clip")
+    x_gpbk = jnp.broadcast_to(x_gbk[:, None], (groups, matrices, *x_gbk.shape[1:]))
+    y_gbpn = (x_gpbk @ w_gpkn).swapaxes(1, 2)
     group_m = jnp.repeat(jnp.arange(groups), sizes_g, total_repeat_length=num_rows)
-    place_m = jnp.arange(num_rows) - first_g[group_m]  # in its group
-
-    def multiply(i, y_mpn):
-        row_gb = first_g[:, None] + i * size + jnp.arange(size)
-        x_gbk = x_mk.at[row_gb].get(mode="clip")
-        x_gpbk = jnp.broadcast_to(x_gbk[:, None], (groups, matrices, *x_gbk.shape[1:]))
-        y_gbpn = (x_gpbk @ w_gpkn).swapaxes(1, 2)
-        now_mpn = y_gbpn.reshape(-1, matrices, outputs)[group_m * size + place_m % size]
-        return jnp.where((place_m // size == i)[:, None, None], now_mpn, y_mpn)
-
-    rounds = -(-jnp.max(sizes_g) // size)
-    return jax.lax.fori_loop(0, rounds, multiply, _empty(x_mk, w_gpkn))
+    place_m = jnp.minimum(jnp.arange(num_rows) - first_g[group_m], size - 1)  # in its group
+    y_mpn = y_gbpn.reshape(-1, matrices, outputs)[group_m * size + place_m]
+    add_rest = functools.partial(_add_blocks, x_mk, w_gpkn, sizes_g, skipped=size)
+    return jax.lax.cond(jnp.max(sizes_g) > size, add_rest, lambda y_mpn: y_mpn, y_mpn)
 
 
 def _blockwise(x_mk: jax.Array, w_gpkn: jax.Array, sizes_g: jax.Array) -> jax.Array:
+    return _add_blocks(x_mk, w_gpkn, sizes_g, _empty(x_mk, w_gpkn))
+
+
+def _add_blocks(x_mk, w_gpkn, sizes_g, y_mpn: jax.Array, skipped: int = 0) -> jax.Array:
+    """y_mpn with the products of all rows but the first `skipped` of each group."""
+
     def multiply(y_mpn, group, start, size, inside_b1):
         x_bk, y_bpn = (jax.lax.dynamic_slice_in_dim(each, start, size) for each in (x_mk, y_mpn))
-        new_bpn = (x_bk @ w_gpkn[group]).swapaxes(0, 1)
+        # One matrix at a time: together, XLA for CPUs would first copy them side by side.
+        new_bpn = jnp.stack([x_bk @ w_gpkn[group, p] for p in range(w_gpkn.shape[1])], axis=1)
         y_bpn = jnp.where(inside_b1[:, None], new_bpn, y_bpn)
         return jax.lax.dynamic_update_slice_in_dim(y_mpn, y_bpn, start, axis=0)
 
-    return _over_blocks(multiply, _empty(x_mk, w_gpkn), sizes_g, len(x_mk))
+    return _over_blocks(multiply, y_mpn, sizes_g, len(x_mk), skipped)
 
 
 def _outer_products(x_mk: jax.Array, dy_mpn: jax.Array, sizes_g: jax.Array) -> jax.Array:
@@ -128,19 +130,23 @@ def _block_size(num_rows: int, groups: int) -> int:
     return min(num_rows, LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << even.bit_length() >> 1))
 
 
-def _over_blocks(multiply: Callable[..., Any], result: Any, sizes_g: jax.Array, num_rows: int):
+def _over_blocks(
+    multiply: Callable[..., Any], result: Any, sizes_g: jax.Array, num_rows: int, skipped: int = 0
+):
     """`multiply` for every block of rows, and for every group that has rows in it.
+
+    The first `skipped` rows of each group are in none.
 
     It gets the result so far, the group, the block's first row and size, and which of its rows are
     of the group.
     """
     size = _block_size(num_rows, len(sizes_g))
     # A group's blocks begin at its first row: most groups have one.
-    blocks_g, ends_g = -(-sizes_g // size), jnp.cumsum(sizes_g)
+    blocks_g, ends_g = -(-jnp.maximum(sizes_g - skipped, 0) // size), jnp.cumsum(sizes_g)
     most = num_rows // size + len(sizes_g)
     group_i = jnp.repeat(jnp.arange(len(sizes_g)), blocks_g, total_repeat_length=most)
     earlier_i = jnp.arange(most) - (jnp.cumsum(blocks_g) - blocks_g)[group_i]  # of the group
-    first_i = (ends_g - sizes_g)[group_i] + earlier_i * size
+    first_i = (ends_g - sizes_g + skipped)[group_i] + earlier_i * size
     stop_i = ends_g[group_i]
 
     def step(i, result):

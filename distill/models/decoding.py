@@ -239,6 +239,7 @@ def make_walk(
 def decode_step(
     model: Transformer,
     walk: Walk,
+    rotations: dict[str, Rotation | None],
     token_b: jax.Array,
     lengths_b: jax.Array,
     number,
@@ -249,15 +250,15 @@ def decode_step(
 
     Args:
       model: whose layers `walk` walks.
-      walk: from `make_walk`.
+      rotations: from `make_rotations`, of the positions of all steps of the loop.
       token_b: the newest tokens; they stand at positions lengths_b + number.
       lengths_b: tokens of each row's prefix.
       number: of the step, from 0.
       tail: of all layers, after the steps before.
       remembers_b: see `Step`.
     """
-    rotations = make_rotations(model.config, (lengths_b + number)[:, None])
-    step = Step(number, lengths_b, rotations, remembers_b)
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=number, slice_size=1, axis=1)
+    step = Step(number, lengths_b, jax.tree.map(cut, rotations), remembers_b)
     x_b1d, tail, picked_b1m = walk(model.embed(token_b[:, None]), step, tail)
     picked_bm = None if picked_b1m is None else picked_b1m[:, 0]
     return model.normalize(x_b1d)[:, 0], tail, picked_bm

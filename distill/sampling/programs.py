@@ -16,6 +16,7 @@ from flax import nnx
 
 from distill.base.sharding import constrain, constrain_whole
 from distill.models import routes
+from distill.models.attention import make_rotations
 from distill.models.cache import new_cache
 from distill.models.decoding import (
     LoopWeights,
@@ -178,8 +179,9 @@ def decode_rows(
     prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype, kinds)
     walk = make_walk(model, loop_weights, prefix_of)
     eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
-    # Of all steps at once: in the loop they are many small operations, which take longer to start
-    # than to run.
+    # Of all steps at once: in the loop, XLA takes sines anew for every head of every layer, and
+    # random numbers are many small operations, which take longer to start than to run.
+    rotations = make_rotations(model.config, lengths_b[:, None] + jnp.arange(steps))
     keys_b = jax.random.wrap_key_data(key_b2, impl=KEY_IMPL)
     uniform_tb2 = jax.vmap(uniforms, (None, 0))(keys_b, made_b + jnp.arange(steps)[:, None])
 
@@ -193,7 +195,7 @@ def decode_rows(
         # Slots whose rows go on in a later call remember nothing of the steps after their end.
         remembers_b = None if rows.given_pwt is None else running_b
         hidden_bd, tail, picked_bm = decode_step(
-            model, walk, token_b, lengths_b, step, tail, remembers_b
+            model, walk, rotations, token_b, lengths_b, step, tail, remembers_b
         )
         logits_bv = model.logits(hidden_bd[:, None], loop_weights.head)[:, 0]
         chosen_b = Chosen(
