@@ -141,7 +141,6 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     saves = build_save_schedule(config)
     saver = Saver(checkpoints, saves, batches, progress, evaluations, interrupts, identity)
 
-    # ----------------------------------------------------------------------------------------- loop
     saver.save_beginning(step)
     if step == 0 and "base" not in evaluations.results:
         evaluations.evaluate("base", step, session.evaluated(state), session.teachers_at(state))

@@ -45,18 +45,15 @@ def tokenize_prompts(
 
     Texts that cannot fit by their number of characters are dropped before they are tokenised. A
     chat template renders the prompt as a user's message (a list of messages as it is), followed by
-    the opening of the response. Without one the prompt is plain text.
+    the opening of the response. Without one the prompt is plain text. See `Chat` for the rest.
 
     Args:
         max_prompt_length: most tokens of a prompt, with everything the chat template adds.
         max_response_length: most tokens of a response, EOS included; used with `needs_responses`.
         needs_responses: tokenise the responses, and drop rows without one.
-        prompt_template: '' takes the dataset's own.
         keep_truncated: whether responses that were cut off are kept, without an end token.
         vocab_size: ids that the models know, where those are fewer than the tokenizer's.
         teachers: what each is asked about, and how its prompts differ from the student's.
-
-        The others are those of `Chat`.
 
     Raises:
         UserError: bad template, a list of messages without a chat template, or nothing is left.
