@@ -298,6 +298,9 @@ def _sum_over_token_shards(head_gradient_dv):
         head_gradient_dv = jax.lax.psum_scatter(
             head_gradient_dv, scatter_axes, scatter_dimension=0, tiled=True
         )
+        # XLA for TPUs may else try to scatter once behind a loop of microbatches, and fail (libtpu
+        # 0.0.42, while_loop_all_reduce_code_motion).
+        head_gradient_dv = jax.lax.optimization_barrier(head_gradient_dv)
     sum_axes = tuple(axis for axis in mesh_axes("token") if axis not in scatter_axes)
     return jax.lax.psum(head_gradient_dv, sum_axes) if sum_axes else head_gradient_dv
 
