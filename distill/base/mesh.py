@@ -150,7 +150,8 @@ def make_staging_mesh(trainer_mesh: Mesh, sampler_mesh: Mesh) -> Mesh:
 def copy_to_mesh(arrays, mesh: Mesh):
     """The arrays, on `make_staging_mesh`, on the sampler's mesh with the same partition specs."""
     layout = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), arrays)
-    if jax.process_count() == 1:
+    held = jax.tree.leaves(arrays)[0].sharding.device_set
+    if jax.process_count() == 1 or held == set(mesh.devices.flat):
         return jax.device_put(arrays, layout)
     # JAX copies nothing between devices of different processes: the program before this did.
     return jax.tree.map(_copy_shards, arrays, layout)
