@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.evidence import probe, report, runner
+from benchmarks.evidence import mending, probe, report, runner
+from benchmarks.evidence.mending_task import Mending, WithSlips
 from benchmarks.evidence.runs import (
     BATCH,
     METHODS,
@@ -200,3 +201,56 @@ def test_what_the_probe_predicted_is_correlated_with_what_was_gained():
     assert f"{np.corrcoef(x[:4], y[:4])[0, 1]:+.2f}" in lines[8] and lines[8].endswith("4 runs")
     found, low, high = probe.correlation(np.array(x[:4]), np.array(y[:4]))
     assert -1 <= low <= found <= high <= 1
+
+
+@pytest.mark.parametrize(
+    ("response", "lines"),
+    [
+        ("6*8=48\n48-8=40\n40+8=48", (3, 0, 0)),
+        ("6*8=46\n6*8=48\n48-8=40\n40+8=48", (3, 1, 1)),
+        ("6*8=48\n48-8=40\n4\n4+8=12\n40+8=48", (3, 1, 1)),
+        ("6*8=48\n48-8=41\n41+8=49", (2, 1, 0)),
+        ("6*8=46\n46-8=38\n38+8=46\n6*8=48", (1, 1, 0)),  # too late
+        ("6*8=48", (1, 0, 0)),
+    ],
+)
+def test_slips_are_lines_that_are_not_the_right_next_one(response, lines):
+    assert mending.read_lines("6*8-8+8", response) == mending.Lines(*lines)
+
+
+def test_what_the_mending_teacher_learns_goes_on_behind_slips():
+    plain, slipped = Mending("test", 0), WithSlips("test", 0)
+    slips = 0
+    for i in range(0, len(plain), 3):
+        prompt, response = plain[i].prompt, plain[i].response
+        begun = slipped[i].prompt.split("\n")[1:]
+        rest = slipped[i].response.split("\n")
+        whole = response.split("\n")
+        done = len(whole) - len(rest)
+        assert slipped[i].prompt.split("\n")[0] == prompt and whole[done:] == rest
+        assert begun[:done] == whole[:done] and len(begun) <= done + 1
+        slips += len(begun) > done and begun[done] != whole[done]
+    assert 0.2 < slips / len(range(0, len(plain), 3)) < 0.4
+
+
+@pytest.mark.parametrize("method", mending.METHODS)
+def test_a_mending_run_is_a_config_of_its_method(method, tmp_path):
+    (tmp_path / "samples-seed1.jsonl").touch()
+    config = parse_config(mending.run_config(method, 1, tmp_path))
+    lambdas = {"off": 0.0, "on": 1.0, "mix": 0.5}
+    assert config.distillation.lambda_ == lambdas[method.split("_")[0]]
+    mends = config.distillation.teacher_model_path == str(tmp_path / "teacher/student")
+    assert mends == (method != "on_plain")
+
+
+def test_mending_table():
+    def row(method, seed, right, slips):
+        return dict(method=method, seed=seed, right=right, slips=slips, mended=0.0)
+
+    rows = [row(name, 0, "1100", 0.5) for name in mending.MODELS]
+    rows += [row(m, seed, "1110", 0.2) for m in mending.METHODS for seed in (0, 1)]
+    rows += [row(mending.ON, 2, "1111", 0.5)]
+    table = {line[0]: line for line in mending.make_table(rows)}
+    assert table["student as it comes"][1:4] == ("-", "50.0% (0.0 to 100.0)", "-")
+    on = table[mending.METHODS[mending.ON].title]
+    assert (on[1], on[4]) == ("3", "30.0%") and on[3].startswith("+0.0 points")

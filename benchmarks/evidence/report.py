@@ -190,11 +190,11 @@ def _situation(
     more, start = gain(*compared), Cell({0: evidence.base}).right().mean()
     advice = titles[0] if more.low > 0 else titles[1] if more.high < 0 else "either"
     if max(cell.right().mean() for cell in compared) < start:
-        advice = f"neither: both end below the {_percent(start)} of the start"
+        advice = f"neither: both end below the {percent(start)} of the start"
     seeds = sorted(compared[0].rows.keys() & compared[1].rows.keys())
-    shares = (_percent(cell.right(seeds).mean()) for cell in compared)
+    shares = (percent(cell.right(seeds).mean()) for cell in compared)
     count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    return text, advice, f"{' against '.join(shares)}: {_points(more)}, {count}"
+    return text, advice, f"{' against '.join(shares)}: {points(more)}, {count}"
 
 
 def rival_table(evidence: Evidence) -> Table:
@@ -205,12 +205,12 @@ def rival_table(evidence: Evidence) -> Table:
     for title, cell in rival_cells(evidence, n).items():
         right = cell.right()
         others = [
-            _points(gain(cell, evidence.cell(method, n)))
+            points(gain(cell, evidence.cell(method, n)))
             if cell != evidence.cell(method, n)
             else "-"
             for method in (OFF, ON)
         ]
-        table.append((title, str(len(right)), _interval(estimate(right)), *others))
+        table.append((title, str(len(right)), interval(estimate(right)), *others))
     return table
 
 
@@ -235,17 +235,17 @@ def reward_table(evidence: Evidence) -> Table:
     header = "objective", "peak rate", "seeds", "accuracy", "each seed", "above the teacher alone"
     table: Table = [
         (*header, "above the start"),
-        ("before", "", "", _interval(estimate(start)), "", "", ""),
+        ("before", "", "", interval(estimate(start)), "", "", ""),
     ]
     for method, rate in REWARDS:
         cell, teacher = evidence.cell(method, n, rate=rate), evidence.cell(GROUPED, n)
         if not (cell and teacher):
             continue
         right = cell.right()
-        more = "-" if cell == teacher else _points(gain(cell, teacher))
+        more = "-" if cell == teacher else points(gain(cell, teacher))
         each = " ".join(f"{100 * x:.1f}" for x in right.mean(axis=1))
-        row = METHODS[method].title, f"{rate:g}", str(len(right)), _interval(estimate(right))
-        table.append((*row, each, more, _points(estimate(right - start))))
+        row = METHODS[method].title, f"{rate:g}", str(len(right)), interval(estimate(right))
+        table.append((*row, each, more, points(estimate(right - start))))
     return table
 
 
@@ -256,14 +256,14 @@ def accuracy_table(evidence: Evidence) -> Table:
     base = evidence.base
     numbers = [base[name] for name in ("forward_kl", "reverse_kl", "mean_length", "truncated")]
     right = estimate(Cell({0: base}).right())
-    table.append(("-", "student as it comes", "-", "-", _interval(right), "-", *_numbers(*numbers)))
+    table.append(("-", "student as it comes", "-", "-", interval(right), "-", *_numbers(*numbers)))
     for method, n, rate in evidence.keys():
         cell = evidence.cell(method, n, rate=rate)
         right = cell.right()
         each = " ".join(f"{100 * x:.1f}" for x in right.mean(axis=1))
         numbers = map(cell.mean, ("forward_kl", "reverse_kl", "mean_length", "truncated"))
         row = str(n), METHODS[method].title, f"{rate:g}", str(len(right))
-        table.append((*row, _interval(estimate(right)), each, *_numbers(*numbers)))
+        table.append((*row, interval(estimate(right)), each, *_numbers(*numbers)))
     return table
 
 
@@ -276,9 +276,9 @@ def stopping_table(evidence: Evidence) -> Table:
         for method in (OFF, ON):
             cell, best = evidence.cell(method, n), evidence.cell(method, n, "best")
             curves = [[p["accuracy"] for p in row["curve"]] for row in cell.rows.values()]
-            shown = [_percent(x) for x in np.mean(curves, axis=0)]
+            shown = [percent(x) for x in np.mean(curves, axis=0)]
             chosen = " ".join(str(row["best_step"]) for row in cell.rows.values())
-            ends = [_percent(estimate(each.right()).value) for each in (best, cell)]
+            ends = [percent(estimate(each.right()).value) for each in (best, cell)]
             table.append((str(n), METHODS[method].title, *shown, chosen, *ends))
     return table
 
@@ -311,15 +311,15 @@ def _median(rows: Sequence[Row], name: str) -> float:
     return float(np.median([row[name] for row in rows]))
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _interval(x: Estimate) -> str:
+def interval(x: Estimate) -> str:
     return f"{x.value:.1%} ({100 * x.low:.1f} to {100 * x.high:.1f})"
 
 
-def _points(x: Estimate) -> str:
+def points(x: Estimate) -> str:
     return f"{100 * x.value:+.1f} points ({100 * x.low:+.1f} to {100 * x.high:+.1f})"
 
 

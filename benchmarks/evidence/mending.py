@@ -1,0 +1,233 @@
+"""Mistakes that can be mended: a teacher that redoes a wrong line, and a student that slips.
+
+    python -m benchmarks.evidence.mending --output=runs/mending
+    python -m benchmarks.evidence.mending
+
+The first command trains a teacher and the students that are missing, and writes
+docs/results/mending.json. The second prints the table of docs/results.md from that, and writes it
+there.
+
+The task is the built-in arithmetic of two to four operations, at temperature 1. A wrong line may be
+written once more, rightly: only the last result is graded. The data's responses have no wrong line.
+The teacher is the built-in one after it has learned to go on behind lines the last of which is
+often wrong. A slip is a line that is not the right next one; it is mended when one of the next
+BACK lines is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks.evidence.mending_task import TASK, WITH_SLIPS, Mending
+from benchmarks.evidence.report import (
+    DOCS,
+    Cell,
+    Row,
+    Table,
+    estimate,
+    fill,
+    gain,
+    interval,
+    markdown,
+    percent,
+    points,
+)
+from benchmarks.evidence.runs import STUDENT, TEACHER, Overrides, common_config
+from distill.base.files import write_atomically
+from distill.config import cli
+
+ROWS = DOCS / "results/mending.json"
+LONGEST, PROBLEMS, SEEDS, BACK = 50, 512, 3, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """How many lines a response has up to its last right one or slip, and what they are."""
+
+    steps: int = 0
+    slips: int = 0
+    mended: int = 0
+
+
+def read_lines(problem: str, response: str) -> Lines:
+    """Follows a response line by line, up to a slip that is not mended."""
+    first, *operations = re.findall(r"^\d+|[-+*]\d", problem)
+    lines, total, at, steps, slips, mended = response.split("\n"), int(first), 0, 0, 0, 0
+    for operation in operations:
+        result = eval(f"{total}{operation}")
+        right = f"{total}{operation}={result}"
+        following = lines[at : at + 1 + BACK]
+        if not following:
+            break  # ended too early, or cut off
+        steps += 1
+        if following[0] != right:
+            slips += 1
+            if right not in following:
+                break
+            mended += 1
+        at, total = at + following.index(right) + 1, result
+    return Lines(steps, slips, mended)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table: overrides of the config, and whether its teacher mends."""
+
+    title: str
+    overrides: Overrides
+    mends: bool = True
+    teacher_samples: bool = False
+
+
+OFF, ON = "off", "on"
+METHODS = {
+    OFF: Method("off-policy, forward KL", {"distillation.lambda_": 0.0}),
+    ON: Method("on-policy, forward KL", {}),
+    "on_reverse": Method("on-policy, reverse KL", {"distillation.kl_type": "reverse"}),
+    "mix": Method("half of the batches each", {"distillation.lambda_": 0.5}),
+    "off_samples": Method(
+        "off-policy, the teacher's samples", {"distillation.lambda_": 0.0}, teacher_samples=True
+    ),
+    "on_plain": Method("on-policy, a teacher that never mends", {}, mends=False),
+}
+
+
+BASE, MENDING, PLAIN = "base", "teacher", "plain_teacher"
+MODELS = {
+    BASE: "student as it comes",
+    MENDING: "the teacher, which mends",
+    PLAIN: "the built-in teacher, which does not",
+}
+
+
+def task_config(seed: int) -> ConfigDict:
+    config = common_config(seed)
+    config.plugins = ("benchmarks.evidence.mending_task",)
+    config.data.name = config.data.validation.name = TASK
+    config.data.subset = ""
+    config.data.validation.max_samples = config.distillation.eval_steps = 0
+    config.checkpointing.best_metric = ""
+    config.distillation.generate_strategy.max_length = LONGEST
+    config.distillation.max_steps = 400
+    return config
+
+
+def teacher_config() -> ConfigDict:
+    config = task_config(0)
+    config.data.name = WITH_SLIPS
+    config.policy.model_name = TEACHER
+    config.distillation.generate_strategy.max_length = 31  # nothing is sampled; prompts are longer
+    config.distillation.update(hard_labels=True, lambda_=0.0, max_steps=1200)
+    config.policy.optimizer.learning_rate = 1e-3
+    return config
+
+
+def run_config(method: str, seed: int, output: Path) -> ConfigDict:
+    from distill.generate import generate
+
+    config, row = task_config(seed), METHODS[method]
+    if row.mends:
+        config.distillation.teacher_model_path = str(output / "teacher/student")
+    config.update_from_flattened_dict(row.overrides)
+    if row.teacher_samples:
+        path = output / f"samples-seed{seed}.jsonl"
+        if not path.exists():
+            generate(config, config.distillation.teacher_model_path, path)
+        config.data.name, config.data.split, config.data.path = "jsonl", "all", str(path)
+    return config
+
+
+def perform_all(output: Path) -> None:
+    """A killed call is repeated with the same command."""
+    import jax
+
+    import distill
+
+    teacher = output / "teacher/student"
+    if not teacher.exists():
+        distill.train(teacher_config(), teacher.parent)
+    models = {BASE: STUDENT, MENDING: str(teacher), PLAIN: TEACHER}
+    rows = [_row(name, 0, model, output) for name, model in models.items()]
+    for seed in range(SEEDS):
+        for method in METHODS:
+            student = output / f"{method}-seed{seed}/student"
+            if not student.exists():
+                distill.train(run_config(method, seed, output), student.parent)
+            rows.append(_row(method, seed, str(student), output))
+            jax.clear_caches()  # of programs that no other run will call
+    lines = ",\n".join(map(json.dumps, rows))
+    write_atomically(ROWS, f"[\n{lines}\n]\n")
+
+
+def _row(method: str, seed: int, model: str, output: Path) -> Row:
+    path = output / "rows" / f"{method}-seed{seed}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(measure(model, path.with_suffix(".jsonl"))) + "\n")
+    row = json.loads(path.read_text())
+    print(f"{method}, seed {seed}: {row['right'].count('1')} of {PROBLEMS}", flush=True)
+    return dict(method=method, seed=seed, **row)
+
+
+def measure(model: str, path: Path) -> Row:
+    """What a model does with the held-out problems, at temperature 1; responses go to `path`."""
+    from distill.generate import generate
+
+    config = task_config(0)
+    config.data.split, config.data.max_samples = "test", PROBLEMS
+    generate(config, model, path)
+    said = {row["prompt"]: row["response"] for row in map(json.loads, path.open())}
+    problems = Mending("test", 0, PROBLEMS)
+    examples = [problems[i] for i in range(len(problems))]
+    right = [problems.is_correct(x, said[x.prompt]) for x in examples]
+    lines = [read_lines(x.prompt, said[x.prompt]) for x in examples]
+    slips = sum(x.slips for x in lines)
+    return dict(
+        right="".join(str(int(each)) for each in right),
+        slips=slips / sum(x.steps for x in lines),
+        mended=sum(x.mended for x in lines) / max(1, slips),
+    )
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    header = "", "seeds", "accuracy, sampled", "above off-policy", "lines that slip", "slips mended"
+    cells = {
+        name: Cell({row["seed"]: row for row in rows if row["method"] == name})
+        for name in (*MODELS, *METHODS)
+    }
+    table: Table = [header]
+    for name, cell in cells.items():
+        method = METHODS.get(name)
+        compared = method and name != OFF
+        table.append(
+            (
+                method.title if method else MODELS[name],
+                str(len(cell.rows)) if method else "-",
+                interval(estimate(cell.right())),
+                points(gain(cell, cells[OFF])) if compared else "-",
+                percent(cell.mean("slips")),
+                percent(cell.mean("mended")),
+            )
+        )
+    return table
+
+
+def main() -> None:
+    if output_flag.value:
+        perform_all(Path(output_flag.value).absolute())
+    table = markdown(make_table(json.loads(ROWS.read_text())))
+    page = DOCS / "results.md"
+    write_atomically(page, fill(page.read_text(), {"mending": table}))
+    print(table)
+
+
+if __name__ == "__main__":
+    output_flag = flags.DEFINE_string("output", None, "Folder of the runs.")
+    cli.run(main)
