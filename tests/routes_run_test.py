@@ -32,6 +32,19 @@ def test_batch_sampled_ahead_is_replayed_and_resumed_to_the_same_bits(tmp_path, 
     assert read_metrics(tmp_path / "killed") == lines
 
 
+def test_dialogues_are_replayed_where_positions_and_experts_are_split(tmp_path):
+    config = tiny_config(max_steps=1, save_steps=0)
+    config.policy.model_name = random_model(LIKE)
+    config.policy.router_replay = "replay"
+    config.policy.generation.precision = "int8"
+    config.mesh.context = config.mesh.expert = 2
+    config.environment.name, config.data.subset = "python_tool", "tools"
+    config.data.validation.max_samples = 0
+    distill.train(config, tmp_path)
+    [line] = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert line["routing_disagreement"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
