@@ -19,6 +19,7 @@ from distill.data.prompts import Prompts
 from distill.data.tokenizer import Vocabulary
 from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.token_values import TokenReader
+from distill.kernels.linear_divergence import SharedIds
 from distill.losses.objective import Objective
 from distill.teachers.alignment import Alignment
 
@@ -45,9 +46,10 @@ def build_evaluator(
     max_length = config.evaluation.max_length or config.distillation.generate_strategy.max_length
 
     batch_size = rows_at_once(len(prompts), config.evaluation.batch_size, batch_parts(mesh))
-    shared = {name: each.shared for name, each in alignments.items()}
 
-    def build(prompts: Prompts, vocabulary: Vocabulary, **of_teachers: Any) -> Evaluator:
+    def build(
+        prompts: Prompts, vocabulary: Vocabulary, shared: Mapping[str, SharedIds], **rest: Any
+    ) -> Evaluator:
         return Evaluator(
             validation,
             prompts,
@@ -68,7 +70,7 @@ def build_evaluator(
                 shared=shared,
             ),
             dialogues=dialogues,
-            **of_teachers,
+            **rest,
         )
 
     teachers = all_teachers(config)
@@ -76,9 +78,10 @@ def build_evaluator(
     evaluator = build(
         prompts,
         vocabulary,
+        {name: each.shared for name, each in alignments.items()},
         teachers={name: each.weight for name, each in teachers.items()},
         own={
-            name: build(by_teacher[name].of_view(each.teacher.pad_id), each.teacher)
+            name: build(by_teacher[name].of_view(each.teacher.pad_id), each.teacher, {})
             for name, each in alignments.items()
         },
     )
