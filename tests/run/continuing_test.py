@@ -149,9 +149,9 @@ def test_checks_and_evaluations_before_the_first_step_are_kept(models, tmp_path,
     config.preflight = True
     checked, evaluated, original = [], [], Evaluator.__call__
 
-    def counting(self, model, teacher):
+    def counting(self, model, teacher, **options):
         evaluated.append(model is teacher)
-        return original(self, model, teacher)
+        return original(self, model, teacher, **options)
 
     monkeypatch.setattr(trainer, "preflight", lambda *_: checked.append(1))
     monkeypatch.setattr(Evaluator, "__call__", counting)

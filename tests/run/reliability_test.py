@@ -257,8 +257,8 @@ def test_signal_at_an_evaluation_leaves_it_to_the_next_start(models, tmp_path, m
         if when == "before" and step == 3:
             interrupts.requested = "SIGTERM"
 
-    def spoilt(self, model, teacher):
-        evaluation, answers = evaluate(self, model, teacher)
+    def spoilt(self, model, teacher, **options):
+        evaluation, answers = evaluate(self, model, teacher, **options)
         if not steps:
             return evaluation, answers
         interrupts.requested = "SIGTERM"
