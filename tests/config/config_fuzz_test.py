@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from absl.testing import flagsaver
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distill.base.errors import UserError
@@ -170,6 +170,7 @@ ANYTHING = st.recursive(
 
 
 @given(st.sampled_from(known_keys()), ANYTHING)
+@example("teachers.NAME.vllm", {})
 @settings(deadline=None, derandomize=True, max_examples=400)
 def test_any_value_of_any_key_parses_or_is_told_in_one_line(key, value):
     config = default_config()
@@ -189,7 +190,7 @@ def test_any_value_of_any_key_parses_or_is_told_in_one_line(key, value):
         assert key.rpartition(".")[2] in str(error) or key.rpartition(".")[0] in str(error)
         assert "\n" not in str(error)
         return
-    flat = to_flat_dict(parsed) | {"teachers": [], "teachers.NAME": []}
+    flat = to_flat_dict(parsed) | {"teachers": [], "teachers.NAME": [], "teachers.NAME.vllm": []}
     assert all(math.isfinite(x) for x in flat.values() if isinstance(x, float))
     assert type(flat[key]) in (str, int, float, bool, list, type(None))
 
