@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 
 import jax
@@ -257,7 +258,10 @@ def test_time_to_compile_does_not_grow_with_depth(nothing_compiled_before):
         engine.generate(weights, request())
         return first - (time.process_time() - start)
 
-    deep, shallow = compile_seconds(28), compile_seconds(2)  # what is done once counts against it
-    if deep >= 1.3 * shallow:
+    deep = shallow = math.inf
+    for _ in range(3):  # others on the machine make either slower
+        # What is done once counts against the first.
         deep, shallow = min(deep, compile_seconds(28)), min(shallow, compile_seconds(2))
-    assert deep < 1.3 * shallow, (deep, shallow)
+        if deep < 1.3 * shallow:
+            return
+    pytest.fail(f"28 layers took {deep:.2f} s, and 2 layers {shallow:.2f}")
