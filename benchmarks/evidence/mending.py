@@ -32,12 +32,12 @@ from benchmarks.evidence.report import (
     Row,
     Table,
     estimate,
-    fill,
     gain,
     interval,
     markdown,
     percent,
     points,
+    publish,
 )
 from benchmarks.evidence.runs import STUDENT, TEACHER, Overrides, common_config
 from distill.base.files import write_atomically
@@ -222,10 +222,7 @@ def make_table(rows: Sequence[Row]) -> Table:
 def main() -> None:
     if output_flag.value:
         perform_all(Path(output_flag.value).absolute())
-    table = markdown(make_table(json.loads(ROWS.read_text())))
-    page = DOCS / "results.md"
-    write_atomically(page, fill(page.read_text(), {"mending": table}))
-    print(table)
+    publish({"mending": markdown(make_table(json.loads(ROWS.read_text())))})
 
 
 if __name__ == "__main__":

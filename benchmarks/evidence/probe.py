@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from benchmarks.evidence.report import DOCS, RESAMPLES, align, fill
+from benchmarks.evidence.report import DOCS, RESAMPLES, align, publish
 from benchmarks.evidence.runs import OFF, ON, all_runs, common_config
 from distill.base.files import write_atomically
 from distill.config import cli
@@ -81,10 +81,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     if output_flag.value:
         probe_all(Path(output_flag.value).absolute())
-    table = make_table(json.loads(PROBES.read_text()))
-    page = DOCS / "results.md"
-    write_atomically(page, fill(page.read_text(), {"probe": table}))
-    print(table)
+    publish({"probe": make_table(json.loads(PROBES.read_text()))})
 
 
 if __name__ == "__main__":

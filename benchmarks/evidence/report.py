@@ -135,10 +135,14 @@ def make_report(output: Path | None) -> None:
         lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
         write_atomically(ROWS, f"[\n{lines}\n]\n")
     evidence = Evidence(json.loads(ROWS.read_text()))
-    page = DOCS / "results.md"
-    tables = make_tables(evidence)
-    write_atomically(page, fill(page.read_text(), tables))
+    publish(make_tables(evidence))
     make_plots(evidence, DOCS / "images")
+
+
+def publish(tables: dict[str, str]) -> None:
+    """Writes tables to their places in docs/results.md, and prints them."""
+    page = DOCS / "results.md"
+    write_atomically(page, fill(page.read_text(), tables))
     for name, table in tables.items():
         print(f"{name}\n\n{table}\n")
 
