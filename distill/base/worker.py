@@ -12,17 +12,26 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-from pebble import ProcessPool
+from pebble import ProcessFuture, ProcessPool
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+# To the kernel, a process's parent is the thread that started it: this one ends with the program.
+_STARTER = ThreadPoolExecutor(1)
 
 
 def make_pool(workers: int, initializer: Callable[[], None]) -> ProcessPool:
-    """A pool whose processes start with the first task."""
+    """A pool whose processes start with the first task, whichever thread schedules it."""
     # Not fork: the parent has threads and an accelerator.
     context = multiprocessing.get_context("spawn")
-    return ProcessPool(max_workers=workers, initializer=initializer, context=context)
+    return _Pool(max_workers=workers, initializer=initializer, context=context)
+
+
+class _Pool(ProcessPool):
+    def schedule(self, function, args=(), kwargs=None, timeout=None) -> ProcessFuture:
+        schedule = super().schedule
+        return _STARTER.submit(schedule, function, args, kwargs or {}, timeout).result()
 
 
 def limit_memory(size: int) -> None:

@@ -60,6 +60,23 @@ def test_tool_replies_to_a_call_and_survives_a_huge_one():
     assert not multiprocessing.active_children()
 
 
+def test_worker_outlives_the_thread_that_first_called():
+    calculator = Calculator()
+
+    def ask() -> None:
+        assert calculator("1+1") == "2"
+
+    workers = []
+    for _ in range(2):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        time.sleep(0.5)  # for the signal that would end the worker, and for another in its place
+        workers.append([worker.pid for worker in multiprocessing.active_children()])
+    assert workers[0] == workers[1] and len(workers[0]) == 1
+    calculator.stop()
+
+
 def test_second_attempt():
     example = Example("?", None, "4", "0")
     check = SelfCheck(example, lambda example, response: response == example.answer)
