@@ -31,11 +31,11 @@ from distill.build.run import build_batches
 from distill.build.session import Session, open_session
 from distill.config import cli
 from distill.config.parse import parse_config
-from distill.config.schema import ema_decay
 from distill.planning import costs
 from distill.planning.estimate import Plan, estimate
 from distill.planning.workload import find_workload, fit_to_devices
-from distill.step import TrainState, make_loss, make_train_step
+from distill.step import TrainState, make_loss
+from distill.trainer import build_step
 
 WARM_UP = 2
 
@@ -147,21 +147,11 @@ def update_programs(session: Session) -> dict[str, Callable]:
 
         return program
 
-    whole = make_train_step(
-        student,
-        teachers,
-        objective,
-        session.optimizer,
-        vocab_size=vocab_size,
-        state_shardings=jax.tree.map(lambda x: x.sharding, session.state_shapes),
-        ema_decay=ema_decay(session.config),
-        router_aux_loss=session.config.policy.router_aux_loss,
-    )
     return {
         "forward passes": over_batch(forward),
         "loss": over_batch(loss),
         "gradients": over_batch(gradients),
-        "optimizer, and what is logged": whole,
+        "optimizer, and what is logged": build_step(session),
     }
 
 

@@ -120,7 +120,7 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     if config.preflight and updates_remain and record.get("checked") != checked:
         preflight(session, state, print)
         identity["checked"] = checked
-    train_step = _build_step(session)
+    train_step = build_step(session)
 
     # ------------------------------------------------------------------------- batches, log, saving
     batches = build_batches(session, record.get("iterator"))
@@ -161,7 +161,8 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
     return step, state, evaluations.results, identity["history"]
 
 
-def _build_step(session: Session) -> Callable:
+def build_step(session: Session) -> Callable:
+    """The update of a run, of its state, its teachers' weights and a batch."""
     config = session.config
     return make_train_step(
         session.student.graph,

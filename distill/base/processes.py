@@ -14,13 +14,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import glob
-import importlib.util
 import itertools
 import json
 import math
 import os
-import re
 import sys
 import threading
 import time
@@ -33,6 +30,7 @@ from safetensors.numpy import load, save
 
 from distill.base.errors import RunStopped, UserError
 from distill.base.roll_call import call_the_roll
+from distill.base.starting import find_others
 
 T = TypeVar("T")
 
@@ -41,7 +39,6 @@ _PARTING = 10  # seconds for all to hear that the run ends
 _HEARING = 0.5  # seconds between two looks for that
 _ROUNDS = 1000  # exchanges after which the older ones are removed
 _PIECE = 2**20  # bytes of an array that are told at once: a message has at most four times as many
-_SLURM_INTERACTIVE_STEP = str(0xFFFFFFFA)  # SLURM_INTERACTIVE_STEP of slurm/slurm.h
 _LEFT, _ALIVE, _STOP = "distill/left/", "distill/alive/", "distill/stop/"
 
 
@@ -83,91 +80,9 @@ def join(
     Raises:
       UserError: the arguments contradict each other, or somebody did not come in time.
     """
-    given = dict(
-        coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
-    )
-    starter = _starter()
-    _check_arguments(given, starter)
-    if num_processes == 1:
-        return
-    if coordinator_address is not None and num_processes is not None and process_id is not None:
-        _connect(coordinator_address, num_processes, process_id, None, timeout, silence)
-    elif starter or any(given.values()) or _is_tpu_vm():
-        _find_and_connect(given, starter, timeout, silence)
-
-
-def _check_arguments(given: dict[str, Any], starter: str) -> None:
-    address, count, number = given.values()
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    problem = ""
-    if 0 < len(missing) < 3 and not starter and count != 1:
-        there = ", ".join(f"--{name}={x}" for name, x in given.items() if x is not None)
-        problem = (
-            f"{there} came without {' and '.join(missing)}: pass all three, or none where Slurm, "
-            "Open MPI or a TPU pod starts the processes"
-        )
-    elif None not in (count, number) and number >= count:
-        problem = (
-            f"--process_id={number} does not exist with --num_processes={count}: they are 0 to "
-            f"{count - 1}"
-        )
-    elif address is not None and not re.fullmatch(r".+:\d+", address):
-        problem = (
-            f"--coordinator_address={address} has no port: write HOST:PORT, a port of process 0 "
-            "that is free and that the others can reach"
-        )
-    if problem:
-        raise UserError(problem)
-
-
-def _starter() -> str:
-    """Who has started further processes beside this one, as the environment says; '' if nobody."""
-    variables = os.environ
-
-    def are_several(name: str) -> bool:
-        return variables.get(name, "1") not in ("", "0", "1")
-
-    # Without a step's list of nodes, this is a shell or a batch script, started once; so is a shell
-    # of `salloc`, a step of one task or with a number of its own.
-    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
-    is_shell = variables.get("SLURM_STEP_ID") == _SLURM_INTERACTIVE_STEP
-    if "SLURM_STEP_NODELIST" in variables and are_several(tasks) and not is_shell:
-        return "Slurm"
-    if are_several("OMPI_COMM_WORLD_SIZE"):
-        return "Open MPI"
-    hosts = variables.get("TPU_PROCESS_ADDRESSES", variables.get("TPU_WORKER_HOSTNAMES", ""))
-    return "a TPU pod" if "," in hosts or are_several("MEGASCALE_NUM_SLICES") else ""
-
-
-def _is_tpu_vm() -> bool:
-    """Whether TPUs are here, and with them perhaps a pod, of which a server of the cloud knows."""
-    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
-
-
-def _find_and_connect(given: dict[str, Any], starter: str, timeout: int, silence: int) -> None:
-    """Connects with what JAX finds for what is not given; where nobody is found, this is alone."""
-    from jax._src.clusters import ClusterEnv
-
-    address, count, number = given.values()
-    try:
-        # JAX's own search, as in jax.distributed.initialize: the roll is called with its result.
-        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            address, count, number, None, None, timeout
-        )
-        reason = "it does not know this kind of start"
-    except Exception as error:  # whatever its requests to servers of a cloud raise
-        address = devices = None
-        reason = f"{type(error).__name__}: {error}"
-    if None not in (address, count, number):
-        if count > 1:
-            _connect(address, count, number, devices, timeout, silence)
-    elif starter or any(given.values()):
-        raise UserError(
-            f"{starter or 'the flags'} speaks of several processes, but JAX does not find out "
-            f"about the others ({reason}): pass --coordinator_address, --num_processes and "
-            "--process_id"
-        )
+    others = find_others(coordinator_address, num_processes, process_id, timeout)
+    if others is not None:
+        _connect(*others, timeout, silence)
 
 
 def _connect(address: str, count: int, number: int, devices, timeout: int, silence: int) -> None:

@@ -102,7 +102,6 @@ def attend_cache(
     """Attended values (w, k, g, h) and the log of the sum of exponentials (w, k, g), in float32.
 
     Args:
-      kernel: block size and interpretation.
       q_wkgh: queries of each key-value head's group.
       k_lpckhs, v_lpcksh: in the queries' dtype, or int8 with scales.
       scales: k_scale_lpcks and v_scale_lpcks, or None.
@@ -116,7 +115,6 @@ def attend_cache(
     from jax.experimental.pallas import tpu as pltpu
 
     (rows, heads, group, width), block = q_wkgh.shape, steps.block
-    num_cached = rows * heads * width * k_lpckhs.shape[-1]  # keys of the layer
     heads_of_core = kernel.heads_of_core(heads)
     padded = pl.cdiv(group, SUBLANES) * SUBLANES
     q_wkgh = jnp.pad(q_wkgh, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
@@ -166,14 +164,23 @@ def attend_cache(
             for columns in (width, 1)
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(  # if every row were full
-            flops=4 * padded * num_cached // width,
-            transcendentals=padded * num_cached // width,
-            bytes_accessed=num_cached * (k_lpckhs.dtype.itemsize + v_lpcksh.dtype.itemsize),
-        ),
+        cost_estimate=_cost(q_wkgh.shape, k_lpckhs, v_lpcksh),
         interpret=kernel.interpret,
     )(jnp.reshape(layer, 1).astype(jnp.int32), steps.slot_i, steps.block_i, lengths_w, *arrays)
     return attended_wkgh[:, :, :group], log_sum_wkg1[:, :, :group, 0]
+
+
+def _cost(queries: tuple[int, ...], k_lpckhs: jax.Array, v_lpcksh: jax.Array):
+    """Of a layer, if every row were full."""
+    from jax.experimental import pallas as pl
+
+    rows, heads, group, width = queries
+    cached = rows * heads * k_lpckhs.shape[-1]  # keys
+    return pl.CostEstimate(
+        flops=4 * group * cached,
+        transcendentals=group * cached,
+        bytes_accessed=cached * width * (k_lpckhs.dtype.itemsize + v_lpcksh.dtype.itemsize),
+    )
 
 
 def _kernel(

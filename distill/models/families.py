@@ -45,17 +45,17 @@ class Family:
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def _full_every(period: int) -> Callable[[dict[str, Any], str], list[str]]:
+def _full_every(
+    period: int, name: str = "sliding_window_pattern", others: str = _SLIDING
+) -> Callable[[dict[str, Any], str], list[str]]:
     """Of so many layers the last has full attention; config.json may give another number."""
 
     def layer_types(config: dict[str, Any], source: str) -> list[str]:
-        if config["sliding_window"] is None:
+        if others == _SLIDING and config["sliding_window"] is None:
             return [_FULL] * config["num_hidden_layers"]
-        every = size({"sliding_window_pattern": period} | config, "sliding_window_pattern", source)
-        return [
-            _SLIDING if (layer + 1) % every else _FULL
-            for layer in range(config["num_hidden_layers"])
-        ]
+        every = size({name: period} | config, name, source)
+        numbers = range(1, config["num_hidden_layers"] + 1)
+        return [others if number % every else _FULL for number in numbers]
 
     return layer_types
 
@@ -78,14 +78,6 @@ def _full_without_positions(facts: dict[str, Any]) -> tuple[str, ...]:
     return tuple(full if kind == "full" else kind for kind in facts["pattern"])
 
 
-def _recurrent_before_full(config: dict[str, Any], source: str) -> list[str]:
-    every = size({"full_attention_interval": 4} | config, "full_attention_interval", source)
-    return [
-        "linear_attention" if (layer + 1) % every else _FULL
-        for layer in range(config["num_hidden_layers"])
-    ]
-
-
 _HYBRID: dict[str, Any] = dict(
     fields=("layer_types", "partial_rotary_factor", "attn_output_gate")
     + ("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim")
@@ -95,7 +87,7 @@ _HYBRID: dict[str, Any] = dict(
     ignored=("full_attention_interval", "mamba_ssm_dtype", "mlp_only_layers")
     + ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     defaults={"partial_rotary_factor": 0.25},
-    layer_types=_recurrent_before_full,
+    layer_types=_full_every(4, "full_attention_interval", "linear_attention"),
 )
 _HYBRID_FACTS = {"qk_norm": "head", "norm_offset": 1.0, "output_gate": True}
 

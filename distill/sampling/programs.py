@@ -138,8 +138,7 @@ def insert_rows(
     lengths_pm = jnp.take_along_axis(prefilled.lengths_pg, source_pm, axis=1)
     cache = caches.insert(cache, prefilled.cache, source_pm, slot_pm, lengths_pm)
     logits_pmv = jnp.take_along_axis(prefilled.logits_pgv, source_pm[:, :, None], axis=1)
-    keys_b = jax.random.wrap_key_data(key_pm2.reshape(-1, key_pm2.shape[-1]), impl=KEY_IMPL)
-    logits_bv = logits_pmv.reshape(-1, logits_pmv.shape[-1])
+    keys_b, logits_bv = _keys(key_pm2), logits_pmv.reshape(-1, logits_pmv.shape[-1])
     chosen = Chosen(*choose(logits_bv, uniforms(keys_b, 0), params, facts.vocab_size))
     return cache, constrain_whole(jax.tree.map(lambda x: x.reshape(source_pm.shape), chosen))
 
@@ -172,18 +171,16 @@ def decode_rows(
     def merged(x):
         return constrain(x.reshape(-1, *x.shape[2:]), "batch", *[None] * (x.ndim - 2))
 
-    lengths_b, made_b, limit_b, key_b2 = map(
-        merged, (rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2)
-    )
-    kinds = model.config.kinds
-    prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype, kinds)
+    of_rows = rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2
+    lengths_b, made_b, limit_b, key_b2 = map(merged, of_rows)
+    sizes = rows.lengths_pw, size, model.dtype, model.config.kinds
+    prefix_of = prefix_attention(facts.attention, cache, *sizes)
     walk = make_walk(model, loop_weights, prefix_of)
-    eos_ids = jnp.asarray(facts.eos_ids, jnp.int32)
     # Of all steps at once: in the loop, XLA takes sines anew for every head of every layer, and
     # random numbers are many small operations, which take longer to start than to run.
     rotations = make_rotations(model.config, lengths_b[:, None] + jnp.arange(steps))
-    keys_b = jax.random.wrap_key_data(key_b2, impl=KEY_IMPL)
-    uniform_tb2 = jax.vmap(uniforms, (None, 0))(keys_b, made_b + jnp.arange(steps)[:, None])
+    positions_tb = made_b + jnp.arange(steps)[:, None]
+    uniform_tb2 = jax.vmap(uniforms, (None, 0))(_keys(key_b2), positions_tb)
 
     def goes_on(state):
         step, running_b, *_ = state
@@ -202,34 +199,43 @@ def decode_rows(
             *choose(logits_bv, uniform_tb2[step], params, facts.vocab_size),
             picked=picked_bm if facts.records_routes else None,
         )
-        ended_b = jnp.isin(chosen_b.token, eos_ids)
+        ended_b = jnp.isin(chosen_b.token, jnp.asarray(facts.eos_ids, jnp.int32))
         if rows.given_pwt is not None:
             given_b = merged(rows.given_pwt)[:, step]
-            read_b = given_b >= 0
-            token_b = jnp.where(read_b, given_b, chosen_b.token)
+            token_b = jnp.where(given_b >= 0, given_b, chosen_b.token)
             chosen_b = dataclasses.replace(chosen_b, token=token_b)
-            ended_b &= ~read_b
+            ended_b &= given_b < 0
             count_b += running_b
         chosen_tb = jax.tree.map(lambda x_tb, x_b: x_tb.at[step].set(x_b), chosen_tb, chosen_b)
         ended_b |= made_b + step + 1 >= limit_b
         return step + 1, running_b & ~ended_b, chosen_b.token, tail, chosen_tb, count_b
 
-    no_count_b = None if rows.given_pwt is None else jnp.zeros_like(made_b)
     state = (
         jnp.int32(0),
         merged(rows.running_pw),
         merged(rows.token_pw),
         first_tails(model, cache, width, steps),
         _no_tokens(steps, parts * width, routes.width(model.config) * facts.records_routes),
-        no_count_b,
+        None if rows.given_pwt is None else jnp.zeros_like(made_b),
     )
     step, _, _, tail, chosen_tb, count_b = jax.lax.while_loop(goes_on, advance, state)
-    tails = stack_tails(model.config, tail)
-    new = new_cache(model.config, parts, tails, facts.int8)
-    count_pw = jnp.broadcast_to(step, (parts, width)) if count_b is None else count_b
-    cache = caches.append(cache, new, rows.lengths_pw, count_pw.reshape(parts, width))
+    count = step if count_b is None else count_b
+    cache = _append(facts, model, cache, tail, rows.lengths_pw, count)
     chosen = jax.tree.map(lambda x: x.reshape(steps, parts, width, *x.shape[2:]), chosen_tb)
     return cache, *constrain_whole((chosen, step))
+
+
+def _keys(data_x2: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(data_x2.reshape(-1, data_x2.shape[-1]), impl=KEY_IMPL)
+
+
+def _append(
+    facts: ModelFacts, model: Transformer, cache: Cache, tail: Any, lengths_pw, count
+) -> Cache:
+    """The cache with the loop's first tokens of each row: count_b of them, or as many of all."""
+    new = new_cache(model.config, len(lengths_pw), stack_tails(model.config, tail), facts.int8)
+    count_b = jnp.broadcast_to(count, lengths_pw.size)
+    return caches.append(cache, new, lengths_pw, count_b.reshape(lengths_pw.shape))
 
 
 def _no_tokens(steps: int, batch: int, picks: int) -> Chosen:
