@@ -162,6 +162,11 @@ def _token_cuts(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return rows, batch // rows, columns, length // columns
 
 
+def round_up(value: int, multiple: int) -> int:
+    """To what so many parts can share evenly."""
+    return -(-value // multiple) * multiple
+
+
 def named_sharding(mesh: AnyMesh, *logical_axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(logical_axes))
 

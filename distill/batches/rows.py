@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill.base.sharding import constrain
-from distill.batches.packing import Layout, Placement, Shape, place
+from distill.batches.packing import Layout, Placement, place
 from distill.data.sequences import Sequences, columns_of_rows, get_column, positions
 from distill.teachers.spans import match
 
@@ -128,7 +128,7 @@ def make_batch(
         if view is not None:
             seen = view.take(placement.sequence_i)
             rows = _with_view(rows, placed, seen, placement, layout.view_excess, pad_id)
-        stacked = jax.tree.map(lambda x, shape=shape: _stack(x, shape), rows)
+        stacked = jax.tree.map(lambda x, size=shape.rows: x.reshape(-1, size, *x.shape[1:]), rows)
         batch.append(dataclasses.replace(stacked, teacher=teacher))
     return tuple(batch)
 
@@ -270,7 +270,3 @@ def _spread(values_n: np.ndarray, place_n: np.ndarray, fill: float, shape: tuple
     spread_n = np.full((shape[0] * shape[1], *values_n.shape[1:]), fill, values_n.dtype)
     spread_n[place_n] = values_n
     return spread_n.reshape(*shape, *values_n.shape[1:])
-
-
-def _stack(rows_bx: np.ndarray, shape: Shape) -> np.ndarray:
-    return rows_bx.reshape(-1, shape.rows, *rows_bx.shape[1:])

@@ -39,21 +39,23 @@ class Asked:
     Attributes:
       about: whether it is asked about each sequence.
       weight: what the losses of its tokens are multiplied by.
-      score: columns that it adds (see `Teacher.score`); called where the sequences were sampled.
+      score: columns that a teacher by scores adds; called where the sequences were sampled.
       view: what it reads of sequences; None: the same.
     """
 
     layout: Layout
     about: Callable[[Sequences], np.ndarray] = lambda sequences: np.ones(len(sequences), bool)
     weight: float = 1.0
-    score: Callable[[Sequences], Mapping[str, np.ndarray]] = lambda _: {}
+    score: Callable[[Sequences], Mapping[str, np.ndarray]] | None = None
     view: Callable[[Sequences], Sequences | None] = lambda _: None
 
     def scored(self, sequences: Sequences) -> Sequences:
         """With the teacher's columns, in the places of the sequences' own tokens."""
+        if self.score is None:
+            return sequences
         view = self.view(sequences)
         columns = self.score(sequences if view is None else view)
-        if view is not None and columns:
+        if view is not None:
             starts_b = np.cumsum(view.lengths_b) - view.lengths_b
             token_n = np.repeat(starts_b, sequences.lengths_b) + in_place_of(sequences, view)
             columns = {name: values_n[token_n] for name, values_n in columns.items()}
@@ -261,7 +263,7 @@ class BatchSource:
                 self._weigh(part),
                 layout=teacher.layout,
                 pad_id=self._pad_id,
-                view=teacher.view(part),
+                view=teacher.view(part) if teacher.score is None else None,
                 teacher=number,
                 most=most,
             )

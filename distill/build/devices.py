@@ -11,7 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from distill.base import processes
 from distill.base.errors import UserError
 from distill.base.mesh import make_mesh, make_row_mesh, make_sampler_mesh
-from distill.base.sharding import batch_axes, batch_parts, named_sharding, stacked_sharding
+from distill.base.sharding import (
+    batch_axes,
+    batch_parts,
+    named_sharding,
+    round_up,
+    stacked_sharding,
+)
 from distill.batches.rows import Batch
 from distill.build.layout import build_layout
 from distill.config.policy import Generation
@@ -21,7 +27,11 @@ from distill.config.schema import Config
 def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The trainer's mesh of all `devices`, by default JAX's; batches must be split over it."""
     devices, sampler_devices = split_devices(config.policy.generation, devices)
-    _check_processes()
+    if jax.process_count() > 1 and not processes.several():
+        raise UserError(
+            f"{jax.process_count()} processes see each other's devices, but cannot speak to each "
+            "other: pass --coordinator_address, --num_processes and --process_id"
+        )
     try:
         mesh = make_mesh(devices=devices, **vars(config.mesh))
     except UserError as error:
@@ -35,7 +45,7 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> M
     policy = config.policy
     build_layout(policy, policy.max_total_sequence_length, mesh)  # says so if no row fits
     if policy.train_micro_batch_size % parts and not policy.cut_by_tokens:
-        micro = -(-policy.train_micro_batch_size // parts) * parts
+        micro = round_up(policy.train_micro_batch_size, parts)
         count = -(-policy.train_global_batch_size // micro)
         raise UserError(
             f"policy.train_micro_batch_size={policy.train_micro_batch_size} does not divide over "
@@ -45,18 +55,9 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> M
     if config.evaluation.batch_size % parts:
         raise UserError(
             f"evaluation.batch_size={config.evaluation.batch_size} does not divide over {parts} "
-            f"devices ({batch_axes()}): try {-(-config.evaluation.batch_size // parts) * parts}"
+            f"devices ({batch_axes()}): try {round_up(config.evaluation.batch_size, parts)}"
         )
     return mesh
-
-
-def _check_processes() -> None:
-    """Refuses several processes that have not joined."""
-    if jax.process_count() > 1 and not processes.several():
-        raise UserError(
-            f"{jax.process_count()} processes see each other's devices, but cannot speak to each "
-            "other: pass --coordinator_address, --num_processes and --process_id"
-        )
 
 
 def build_sampler_mesh(

@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from distill.base.errors import UserError
-from distill.base.sharding import batch_parts
+from distill.base.sharding import batch_parts, round_up
 from distill.build.devices import make_put
 from distill.build.environment import MakeDialogues
 from distill.build.sampler import build_engine
@@ -95,5 +95,4 @@ def build_evaluator(
 
 def rows_at_once(count: int, most: int, parts: int) -> int:
     """Rows of equal batches that hold `count`, so that few rows are no whole batch."""
-    rows = -(-count // -(-count // most))
-    return -(-rows // parts) * parts
+    return round_up(-(-count // -(-count // most)), parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from distill.base.errors import UserError
-from distill.base.sharding import AnyMesh, axis_parts, batch_axes, batch_parts
+from distill.base.sharding import AnyMesh, axis_parts, batch_axes, batch_parts, round_up
 from distill.batches.packing import Layout, Shape
 from distill.config.policy import Policy, tokens_per_microbatch
 
@@ -22,12 +22,12 @@ def build_layout(policy: Policy, longest: int, mesh: AnyMesh, view_excess: int =
     if length % unit:
         raise UserError(
             f"policy.max_total_sequence_length={length} does not divide over mesh.context={unit} "
-            f"devices: try {_round_up(length, unit)}"
+            f"devices: try {round_up(length, unit)}"
         )
     layout = _of_students(policy, longest, mesh)
-    shapes = (Shape(shape.rows, _round_up(shape.length, unit)) for shape in layout.shapes)
+    shapes = (Shape(shape.rows, round_up(shape.length, unit)) for shape in layout.shapes)
     return dataclasses.replace(
-        layout, shapes=tuple(shapes), view_excess=_round_up(view_excess, unit)
+        layout, shapes=tuple(shapes), view_excess=round_up(view_excess, unit)
     )
 
 
@@ -42,10 +42,6 @@ def _of_students(policy: Policy, longest: int, mesh: AnyMesh) -> Layout:
     halves = (-(-longest // (2**halvings * unit)) * unit for halvings in range(3))
     lengths = sorted({min(length, longest) for length in halves})
     return Layout(tuple(Shape(_rows(budget, length, parts), length) for length in lengths))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _rows(budget: int, length: int, parts: int) -> int:

@@ -149,10 +149,6 @@ def frozen_options(policy: Policy, precision: str) -> dict[str, Any]:
     )
 
 
-def build_frozen_model(policy: Policy, folder: Path, mesh: Mesh, precision: str) -> Model:
-    return build_model(folder, mesh, **frozen_options(policy, precision))
-
-
 def load_student(folder: Path, mesh: Mesh, policy: Policy) -> nnx.State:
     """The student's parameters before the first update; with adapters, what stays frozen."""
     finish = None

@@ -141,12 +141,13 @@ def _asked(session: Session, name: str, width: int) -> Asked:
     """What a teacher is asked of batches whose responses have `width` tokens at most."""
     number = list(session.teachers).index(name)
     prompts, section = session.prompts.by_teacher[number], all_teachers(session.config).get(name)
+    teacher = session.teachers[name]
     longest = session.prompts.prompt_width + width
     return Asked(
         build_layout(session.config.policy, longest, session.mesh, prompts.view_excess),
         about=lambda sequences: np.isin(sequences["row"], prompts.rows),
         weight=section.weight if section else 1.0,
-        score=session.teachers[name].score,
+        score=teacher.score if teacher.by_scores else None,
         view=prompts.view,
     )
 

@@ -39,9 +39,10 @@ from distill.build.evaluator import build_evaluator
 from distill.build.models import (
     abstract_model,
     abstract_state,
-    build_frozen_model,
+    build_model,
     check_router,
     first_state,
+    frozen_options,
     load_student,
     student_options,
 )
@@ -256,7 +257,7 @@ class Session:
 
     def load_frozen(self, folder: Path, precision: str) -> Model:
         """A model that is not trained, stored in the precision in which it computes."""
-        return build_frozen_model(self.config.policy, folder, self.mesh, precision)
+        return build_model(folder, self.mesh, **frozen_options(self.config.policy, precision))
 
     def load_teachers(self, *, compares: bool = False, in_run: bool = False) -> dict[str, Teacher]:
         """The teachers by name, not yet started.

@@ -61,7 +61,6 @@ class ScoreWriter:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], rows_per_file: int):
         self._folder, self._partial = folder, folder.with_name(folder.name + ".partial")
-        self._rows_per_file = rows_per_file
         self._about = {"identity": dict(identity), "rows_per_file": rows_per_file}
         self._rows_per_file = rows_per_file
         self._number = processes.from_first(self._begin)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill.base.sharding import num_shards
+from distill.base.sharding import num_shards, round_up
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import Rows, make_batch
 from distill.data.prompts import Prompts
@@ -38,7 +38,7 @@ def padded_rows(
     The current mesh divides their length, which `length` may not be.
     """
     unit = num_shards("position")
-    length, view_excess = (-(-size // unit) * unit for size in (length, view_excess))
+    length, view_excess = round_up(length, unit), round_up(view_excess, unit)
     layout = Layout((Shape(rows, length),), view_excess=view_excess)
     for start in range(0, len(sequences), rows):
         some = np.arange(len(sequences))[start : start + rows]

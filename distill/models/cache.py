@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from distill.base.sharding import round_up
 from distill.kernels.attention import AttentionSpec
 from distill.models.facts import LayerKind, ModelConfig
 
@@ -162,7 +163,7 @@ def ring_size(spec: AttentionSpec, size: int) -> int:
     """Positions that a layer keeps of rows of at most `size`; fewer than all in a ring only."""
     if spec.window is None:
         return size
-    return min(size, -(-spec.window // RING_MULTIPLE) * RING_MULTIPLE)
+    return min(size, round_up(spec.window, RING_MULTIPLE))
 
 
 def empty_cache(

@@ -226,7 +226,9 @@ def _abstract_batch(workload: Workload, mesh: AnyMesh) -> Batch:
             known = rows * response, teacher.vllm.top_k + 1  # and the sampled token
             columns |= {name: np.zeros(known) for name in ("teacher_ids", "teacher_log_probs")}
         sequences = prompts.join(Sequences.of_tokens([np.zeros(response)] * rows, **columns))
-        view = sequences if name in views and views[name].differs else None  # as long at most
+        by_scores = teacher.backend == "vllm" or teacher.scores  # which have read it before
+        differs = name in views and views[name].differs and not by_scores
+        view = sequences if differs else None  # as long at most
         if teacher.alignment != "none":
             view = sequences.with_columns(piece=-1, piece_size=0)
         made = make_batch(sequences, layout=layout, pad_id=0, view=view, teacher=number)

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from distill.base.errors import UserError
 from distill.base.mesh import make_abstract_mesh, mesh_sizes, row_mesh_sizes, sampler_mesh_sizes
-from distill.base.sharding import batch_parts
+from distill.base.sharding import batch_parts, round_up
 from distill.build.devices import split_devices
 from distill.build.models import check_router
 from distill.config.method import OF_STUDENT, Teachers
@@ -175,11 +175,11 @@ def _with_batches(config: Config, parts: int) -> tuple[Config, tuple[str, ...]]:
     if policy.cut_by_tokens:  # any number of rows is allowed, but devices should have some
         micro, rows = max(at_once, parts), max(rows, parts)
     else:
-        micro = _round_up(at_once, parts)
-        rows = _round_up(rows, micro)
+        micro = round_up(at_once, parts)
+        rows = round_up(rows, micro)
     changes = {
         "policy.train_global_batch_size": rows,
-        "evaluation.batch_size": _round_up(config.evaluation.batch_size, parts),
+        "evaluation.batch_size": round_up(config.evaluation.batch_size, parts),
     }
     if micro != at_once:
         changes = microbatch_values(policy, micro) | changes
@@ -206,7 +206,3 @@ def _replaced(section: Any, names: list[str], value: Any) -> Any:
         return Teachers(section | {first: _replaced(section[first], rest, value)})
     inner = _replaced(getattr(section, first), rest, value) if rest else value
     return dataclasses.replace(section, **{first: inner})
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

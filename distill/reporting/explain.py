@@ -9,7 +9,7 @@ from typing import Any
 from distill.evaluation.diagnosis import BACK, NUCLEUS
 from distill.evaluation.table import ROLES
 from distill.evaluation.token_values import TOP
-from distill.reporting.read import Diagnosis, Run
+from distill.reporting.read import DEPARTURES, MEANS, PROBED, Diagnosis, Run
 
 # Title, unit, and the column of positions of each label; without a label, a curve for each role.
 _CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -23,29 +23,6 @@ _CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"overlap": "overlap", "teacher's mass": "mass_p", "student's mass": "mass_q"},
     ),
 )
-_MEANS = {
-    "overlap": "overlap",
-    "teacher's mass": "mass_p",
-    "student's mass": "mass_q",
-    "teacher's entropy": "entropy_p",
-    "student's entropy": "entropy_q",
-    "teacher's perplexity": "surprise",
-}
-_DEPARTURES = {
-    "tokens that leave": "tokens",
-    "responses that leave": "responses",
-    "comes back": "back",
-    "right after leaving": "right",
-    "right otherwise": "right_otherwise",
-}
-_PROBE = {
-    "student": "student",
-    "teacher from the student's half-way states": "teacher_from_student",
-    "teacher": "teacher",
-    "overlap": "overlap",
-    "teacher's entropy": "entropy_p",
-    "student's entropy": "entropy_q",
-}
 _CLASSES = {"end": "end of the response", "style": "style words"}
 _MOST = 100.0  # nats, of which the exponential is still a number to draw
 
@@ -70,7 +47,12 @@ def explain(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[dict[st
         for name, run in named
         for teacher, probe in run.probe.items()
     ]
-    tables = [*_tables(known), *([_probe_table(probes)] if probes else [])]
+    tables = list(_tables(known))
+    if probes:
+        verdicts = " ".join(probe["verdict"] for _, probe in probes)
+        rows = [_row(label, probe, PROBED) for label, probe in probes]
+        columns = ["accuracy", *PROBED]
+        tables.append(dict(title="The probe", caption=verdicts, columns=columns, rows=rows))
     return dict(charts=_charts(known), tables=tables)
 
 
@@ -104,15 +86,15 @@ def _tables(known: _Known) -> Iterator[dict[str, Any]]:
         title="Student and teacher on the model's own responses",
         caption=f"Overlap: how many of the teacher's {TOP} likeliest tokens are among the "
         f"student's {TOP}; mass: what either model gives to these together.",
-        columns=["responses of", *_MEANS],
-        rows=[_row(label, d.means, _MEANS) for _, label, d in known],
+        columns=["responses of", *MEANS],
+        rows=[_row(label, d.means, MEANS) for _, label, d in known],
     )
     yield dict(
         title="Leaving the teacher's path",
         caption=f"A token leaves it where likelier tokens hold {NUCLEUS:.0%} of the teacher's "
         f"probability. The student is back when none of the next {BACK} tokens leaves it.",
-        columns=["responses of", *_DEPARTURES],
-        rows=[_row(label, d.departures, _DEPARTURES) for _, label, d in known],
+        columns=["responses of", *DEPARTURES],
+        rows=[_row(label, d.departures, DEPARTURES) for _, label, d in known],
     )
     shares = [(label, what, d) for _, label, d in known for what in ("tokens", "loss")]
     yield dict(
@@ -131,15 +113,6 @@ def _tables(known: _Known) -> Iterator[dict[str, Any]]:
         caption=f"Half of the loss ({label}) is in {_percent(last.half)} of the prompts.",
         columns=["prompt", "share of the loss"],
         rows=[[question, _percent(share)] for question, share in last.prompts],
-    )
-
-
-def _probe_table(probes: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    return dict(
-        title="The probe",
-        caption=" ".join(probe["verdict"] for _, probe in probes),
-        columns=["accuracy", *_PROBE],
-        rows=[_row(label, probe, _PROBE) for label, probe in probes],
     )
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from distill.base.errors import UserError
-from distill.evaluation.diagnosis import CLASSES, MEANS
+from distill.evaluation.diagnosis import CLASSES
 from distill.evaluation.recorder import FOLDER
 from distill.reporting.facts import FACTS
 
@@ -161,26 +162,47 @@ def _is_response(response: dict[str, Any], of_tokens: list[str]) -> bool:
     )
 
 
-_OF_POSITIONS = ("surprise", *MEANS)
-_OF_DEPARTURES = ("tokens", "responses", "back", "right", "right_otherwise")
-_OF_PROBE = ("student", "teacher", "teacher_from_student", "overlap", "entropy_p", "entropy_q")
+# Numbers of a diagnosis and of a probe, by what their columns are called.
+MEANS = {
+    "overlap": "overlap",
+    "teacher's mass": "mass_p",
+    "student's mass": "mass_q",
+    "teacher's entropy": "entropy_p",
+    "student's entropy": "entropy_q",
+    "teacher's perplexity": "surprise",
+}
+DEPARTURES = {
+    "tokens that leave": "tokens",
+    "responses that leave": "responses",
+    "comes back": "back",
+    "right after leaving": "right",
+    "right otherwise": "right_otherwise",
+}
+PROBED = {
+    "student": "student",
+    "teacher from the student's half-way states": "teacher_from_student",
+    "teacher": "teacher",
+    "overlap": "overlap",
+    "teacher's entropy": "entropy_p",
+    "student's entropy": "entropy_q",
+}
 
 
 def _diagnosis(fields: Any) -> Diagnosis | None:
     """None where there is none, or not as it was written."""
     try:
-        columns = {name: fields["positions"][name] for name in ("start", *_OF_POSITIONS)}
-        columns |= {name: fields["positions"][name] for name in ("loss", "left")}
+        names = ("start", *MEANS.values(), "loss", "left")
+        columns = {name: fields["positions"][name] for name in names}
         if len({len(column) for column in columns.values()}) != 1:
             return None
         largest = [(str(p["question"]), _number(p["loss"])) for p in fields["prompts"]["largest"]]
         return Diagnosis(
-            means=_section_of(fields["means"], _OF_POSITIONS),
+            means=_section_of(fields["means"], MEANS.values()),
             positions={name: list(map(_number, column)) for name, column in columns.items()},
             classes={n: _section_of(fields["classes"][n], ("tokens", "loss")) for n in CLASSES},
             prompts=largest,
             half=_number(fields["prompts"]["half"]),
-            departures=_section_of(fields["departures"], _OF_DEPARTURES),
+            departures=_section_of(fields["departures"], DEPARTURES.values()),
         )
     except (KeyError, TypeError):
         return None
@@ -189,14 +211,14 @@ def _diagnosis(fields: Any) -> Diagnosis | None:
 def _probes(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Those that are as they were written."""
     return {
-        name: _section_of(probe, _OF_PROBE)
+        name: _section_of(probe, PROBED.values())
         | dict(verdict=str(probe["verdict"]), recovers=probe["recovers"] is True)
         for name, probe in fields.items()
-        if isinstance(probe, dict) and {*_OF_PROBE, "verdict", "recovers"} <= probe.keys()
+        if isinstance(probe, dict) and {*PROBED.values(), "verdict", "recovers"} <= probe.keys()
     }
 
 
-def _section_of(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, float | None]:
+def _section_of(fields: dict[str, Any], names: Iterable[str]) -> dict[str, float | None]:
     return {name: _number(fields[name]) for name in names}
 
 

@@ -65,7 +65,7 @@ class Interrupts:
         # The handler itself has nothing to do; the default one would end the process. What the
         # parent ignores, such as SIGHUP under nohup, stays ignored.
         heard = [x for x in _SIGNALS if signal.getsignal(x) != signal.SIG_IGN]
-        self._old_handlers = {number: signal.signal(number, _do_nothing) for number in heard}
+        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
@@ -94,7 +94,3 @@ class Interrupts:
         processes.ask_to_stop(number.name)
         line = f"{number.name}: finishing the step and saving; a second signal ends the run at once"
         os.write(2, f"\n{line}\n".encode())
-
-
-def _do_nothing(number: int, frame: object) -> None:
-    pass

@@ -19,7 +19,7 @@ from flax import nnx
 
 from distill.base.errors import UserError
 from distill.base.mesh import use_row_mesh
-from distill.base.sharding import num_shards
+from distill.base.sharding import num_shards, round_up
 from distill.sampling.attention import Kernel
 from distill.sampling.programs import ModelFacts
 from distill.sampling.request import Rollout, RolloutRequest
@@ -60,13 +60,13 @@ class EngineConfig:
         """Positions of a slot: a call's decode steps must fit behind the longest row."""
         size = self.max_length + STEPS_PER_CALL
         long = size > LONG_CACHE_MULTIPLE
-        return _round_up(size, LONG_CACHE_MULTIPLE if long else CACHE_MULTIPLE)
+        return round_up(size, LONG_CACHE_MULTIPLE if long else CACHE_MULTIPLE)
 
     @property
     def cache_buckets(self) -> list[int]:
         """Positions that a call of the decode loop may read."""
         sizes = {
-            _round_up(self.cache_size * quarters >> (i + 2), CACHE_MULTIPLE)
+            round_up(self.cache_size * quarters >> (i + 2), CACHE_MULTIPLE)
             for i in range(CACHE_BUCKETS)
             for quarters in (3, 4)
         }
@@ -145,7 +145,3 @@ class Engine:
         # A power of two: requests of about the same size find the programs compiled.
         rows = -(-num_rows // parts)
         return parts, min(held, MAX_AUTO_SLOTS, 1 << (rows - 1).bit_length())
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

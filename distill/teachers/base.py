@@ -21,6 +21,7 @@ class Teacher:
     once that is sampled and before the step.
     """
 
+    by_scores = False
     model: Model | None = None
     from_state: Callable[[Any], Any] | None = None
 

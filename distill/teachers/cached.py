@@ -22,6 +22,8 @@ class CachedTeacher(Teacher):
       head: the output head, in the step, where the scores are hidden states.
     """
 
+    by_scores = True
+
     def __init__(self, scores: Scores, rows: np.ndarray, head: Model | None):
         self._scores, self._rows, self._head = scores, rows, head
 

@@ -24,6 +24,8 @@ class ServerTeacher(Teacher):
     The first process asks them for all. `section` is that of the config.
     """
 
+    by_scores = True
+
     def __init__(
         self,
         servers: VllmTeacher,
