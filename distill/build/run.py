@@ -31,10 +31,14 @@ from distill.run.checkpoint import Checkpoints, SaveSchedule
 from distill.run.health import Health
 from distill.run.progress import Progress
 from distill.run.saver import find_beginning
-from distill.run.writers import MetricsWriter
-from distill.run.writers.hosted import HostedRun, import_logger, open_run
-from distill.run.writers.json_lines import JsonLines
-from distill.run.writers.tensorboard import TensorBoard
+from distill.run.writers import (
+    HostedRun,
+    JsonLines,
+    MetricsWriter,
+    TensorBoard,
+    import_logger,
+    open_run,
+)
 
 
 def describe_run(session: Session, step: int) -> Iterator[str]:

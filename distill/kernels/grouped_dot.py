@@ -76,10 +76,6 @@ def _ragged(x_mk: jax.Array, w_gpkn: jax.Array, sizes_g: jax.Array) -> jax.Array
     return jnp.stack(each, axis=1)
 
 
-def _empty(x_mk: jax.Array, w_gpkn: jax.Array) -> jax.Array:
-    return jnp.zeros((len(x_mk), w_gpkn.shape[1], w_gpkn.shape[3]), x_mk.dtype)
-
-
 def _batched(x_mk: jax.Array, w_gpkn: jax.Array, sizes_g: jax.Array) -> jax.Array:
     num_rows, (groups, matrices, _, outputs) = len(x_mk), w_gpkn.shape
     size = 2 * _block_size(num_rows, groups)  # mostly enough
@@ -95,7 +91,8 @@ def _batched(x_mk: jax.Array, w_gpkn: jax.Array, sizes_g: jax.Array) -> jax.Arra
 
 
 def _blockwise(x_mk: jax.Array, w_gpkn: jax.Array, sizes_g: jax.Array) -> jax.Array:
-    return _add_blocks(x_mk, w_gpkn, sizes_g, _empty(x_mk, w_gpkn))
+    empty = jnp.zeros((len(x_mk), w_gpkn.shape[1], w_gpkn.shape[3]), x_mk.dtype)
+    return _add_blocks(x_mk, w_gpkn, sizes_g, empty)
 
 
 def _add_blocks(x_mk, w_gpkn, sizes_g, y_mpn: jax.Array, skipped: int = 0) -> jax.Array:

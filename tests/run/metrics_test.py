@@ -16,10 +16,7 @@ from distill.build.session import Session
 from distill.config.schema import Logger, Warn
 from distill.run.health import Health
 from distill.run.progress import Progress
-from distill.run.writers import MetricsWriter
-from distill.run.writers.hosted import HostedRun
-from distill.run.writers.json_lines import JsonLines
-from distill.run.writers.tensorboard import TensorBoard
+from distill.run.writers import HostedRun, JsonLines, MetricsWriter, TensorBoard
 
 
 def steps_in(path) -> list[int]:

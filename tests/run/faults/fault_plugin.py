@@ -22,7 +22,7 @@ from distill.evaluation.recorder import RolloutRecorder
 from distill.models.checkpoints import export as hf_export
 from distill.rollout.in_process import JaxBackend
 from distill.run import checkpoint, progress
-from distill.run.writers.json_lines import JsonLines
+from distill.run.writers import JsonLines
 from distill.sampling.schedule import Run
 
 # name: (owner, attribute, whether the moment is after the call instead of before it)
