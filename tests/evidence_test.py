@@ -250,6 +250,12 @@ def test_mending_table():
     rows = [row(name, 0, "1100", 0.5) for name in mending.MODELS]
     rows += [row(m, seed, "1110", 0.2) for m in mending.METHODS for seed in (0, 1)]
     rows += [row(mending.ON, 2, "1111", 0.5)]
+    with_forward, with_reverse = mending.situations(rows)
+    assert "forward" in with_forward[0] and with_forward[1] == "either"
+    assert with_reverse[1:] == (
+        "either",
+        "75.0% against 75.0%: +0.0 points (+0.0 to +0.0), 2 seeds",
+    )
     table = {line[0]: line for line in mending.make_table(rows)}
     assert table["student as it comes"][1:4] == ("-", "50.0% (0.0 to 100.0)", "-")
     on = table[mending.METHODS[mending.ON].title]

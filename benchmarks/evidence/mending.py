@@ -1,11 +1,10 @@
 """Mistakes that can be mended: a teacher that redoes a wrong line, and a student that slips.
 
     python -m benchmarks.evidence.mending --output=runs/mending
-    python -m benchmarks.evidence.mending
+    python -m benchmarks.evidence --report
 
 The first command trains a teacher and the students that are missing, and writes
-docs/results/mending.json. The second prints the table of docs/results.md from that, and writes it
-there.
+docs/results/mending.json. The second makes the page of that.
 
 The task is the built-in arithmetic of two to four operations, at temperature 1. A wrong line may be
 written once more, rightly: only the last result is graded. The data's responses have no wrong line.
@@ -34,12 +33,13 @@ from benchmarks.evidence.report import (
     estimate,
     gain,
     interval,
-    markdown,
     percent,
     points,
-    publish,
+    situation,
+    write_rows,
 )
 from benchmarks.evidence.runs import STUDENT, TEACHER, Overrides, common_config
+from distill.base.errors import UserError
 from distill.base.files import write_atomically
 from distill.config import cli
 
@@ -86,11 +86,11 @@ class Method:
     teacher_samples: bool = False
 
 
-OFF, ON = "off", "on"
+OFF, ON, ON_REVERSE = "off", "on", "on_reverse"
 METHODS = {
     OFF: Method("off-policy, forward KL", {"distillation.lambda_": 0.0}),
     ON: Method("on-policy, forward KL", {}),
-    "on_reverse": Method("on-policy, reverse KL", {"distillation.kl_type": "reverse"}),
+    ON_REVERSE: Method("on-policy, reverse KL", {"distillation.kl_type": "reverse"}),
     "mix": Method("half of the batches each", {"distillation.lambda_": 0.5}),
     "off_samples": Method(
         "off-policy, the teacher's samples", {"distillation.lambda_": 0.0}, teacher_samples=True
@@ -162,8 +162,7 @@ def perform_all(output: Path) -> None:
                 distill.train(run_config(method, seed, output), student.parent)
             rows.append(_row(method, seed, str(student), output))
             jax.clear_caches()  # of programs that no other run will call
-    lines = ",\n".join(map(json.dumps, rows))
-    write_atomically(ROWS, f"[\n{lines}\n]\n")
+    write_rows(ROWS, rows)
 
 
 def _row(method: str, seed: int, model: str, output: Path) -> Row:
@@ -196,12 +195,31 @@ def measure(model: str, path: Path) -> Row:
     )
 
 
-def make_table(rows: Sequence[Row]) -> Table:
-    header = "", "seeds", "accuracy, sampled", "above off-policy", "lines that slip", "slips mended"
-    cells = {
+def _cells(rows: Sequence[Row]) -> dict[str, Cell]:
+    """Students by method, and the models that they come from."""
+    return {
         name: Cell({row["seed"]: row for row in rows if row["method"] == name})
         for name in (*MODELS, *METHODS)
     }
+
+
+def situations(rows: Sequence[Row]) -> Table:
+    cells, off = _cells(rows), METHODS[OFF].title
+    base = cells[BASE].rows[0]
+    return [
+        situation(
+            f"the teacher mends mistakes that the student cannot see: {title}, sampled",
+            (cells[name], cells[OFF]),
+            (title, off),
+            base,
+        )
+        for name, title in ((name, METHODS[name].title) for name in (ON, ON_REVERSE))
+    ]
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    header = "", "seeds", "accuracy, sampled", "above off-policy", "lines that slip", "slips mended"
+    cells = _cells(rows)
     table: Table = [header]
     for name, cell in cells.items():
         method = METHODS.get(name)
@@ -220,9 +238,9 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 
 def main() -> None:
-    if output_flag.value:
-        perform_all(Path(output_flag.value).absolute())
-    publish({"mending": markdown(make_table(json.loads(ROWS.read_text())))})
+    if not output_flag.value:
+        raise UserError("pass --output=FOLDER, where the runs go")
+    perform_all(Path(output_flag.value).absolute())
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from benchmarks.evidence.report import DOCS, RESAMPLES, align, publish
+from benchmarks.evidence.report import DOCS, RESAMPLES, align, publish, write_rows
 from benchmarks.evidence.runs import OFF, ON, all_runs, common_config
-from distill.base.files import write_atomically
 from distill.config import cli
 
 PROBES = DOCS / "results/probe.json"
@@ -43,8 +42,7 @@ def probe_all(output: Path) -> None:
         probed = probe_alone(config)[""].to_dict()
         gain = (on.count("1") - off.count("1")) / len(off)
         found.append(dict(run=run.name, prompts=run.prompts, gain=gain, probe=probed))
-        lines = ",\n".join(map(json.dumps, found))
-        write_atomically(PROBES, f"[\n{lines}\n]\n")
+        write_rows(PROBES, found)
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:

@@ -132,11 +132,16 @@ def make_report(output: Path | None) -> None:
         rows = [json.loads(path.read_text()) for path in sorted((output / "rows").glob("*.json"))]
         if not rows:
             raise UserError(f"no rows in {output / 'rows'}: run without --report first")
-        lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
-        write_atomically(ROWS, f"[\n{lines}\n]\n")
+        write_rows(ROWS, map(_rounded, rows))
     evidence = Evidence(json.loads(ROWS.read_text()))
     publish(make_tables(evidence))
     make_plots(evidence, DOCS / "images")
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """JSON with a line for each row."""
+    lines = ",\n".join(map(json.dumps, rows))
+    write_atomically(path, f"[\n{lines}\n]\n")
 
 
 def publish(tables: dict[str, str]) -> None:
@@ -160,9 +165,13 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def make_tables(evidence: Evidence) -> dict[str, str]:
     """All tables, by their names in docs/results.md."""
+    from benchmarks.evidence import mending  # late: it imports this module
+
+    mended = json.loads(mending.ROWS.read_text())
     return {
-        "situations": markdown(situation_table(evidence)),
+        "situations": markdown([*situation_table(evidence), *mending.situations(mended)]),
         "rivals": markdown(rival_table(evidence)),
+        "mending": markdown(mending.make_table(mended)),
         "rewards": markdown(reward_table(evidence)),
         "accuracy": align(accuracy_table(evidence)),
         "stopping": align(stopping_table(evidence)),
@@ -177,21 +186,24 @@ def situation_table(evidence: Evidence) -> Table:
         text = f"{n:,} prompts, {UPDATES * BATCH / n:.3g} epochs: off-policy or on-policy?"
         compared = evidence.cell(ON, n), evidence.cell(OFF, n)
         titles = METHODS[ON].title, METHODS[OFF].title
-        table.append(_situation(evidence, text, compared, titles))
+        table.append(situation(text, compared, titles, evidence.base))
     n = FEW
     for text, method, reference, when in QUESTIONS:
         compared = evidence.cell(method, n), evidence.cell(reference, n, when)
         if all(compared):
             titles = METHODS[method].title, METHODS[reference].title
-            table.append(_situation(evidence, f"{n:,} prompts: {text}", compared, titles))
+            table.append(situation(f"{n:,} prompts: {text}", compared, titles, evidence.base))
     return table
 
 
-def _situation(
-    evidence: Evidence, text: str, compared: Sequence[Cell], titles: Sequence[str]
+def situation(
+    text: str, compared: Sequence[Cell], titles: Sequence[str], base: Row
 ) -> Sequence[str]:
-    """The text, the better method where the interval has no zero in it, and the figures."""
-    more, start = gain(*compared), Cell({0: evidence.base}).right().mean()
+    """The text, the better method where the interval has no zero in it, and the figures.
+
+    `base`: of the student to begin with.
+    """
+    more, start = gain(*compared), Cell({0: base}).right().mean()
     advice = titles[0] if more.low > 0 else titles[1] if more.high < 0 else "either"
     if max(cell.right().mean() for cell in compared) < start:
         advice = f"neither: both end below the {percent(start)} of the start"
