@@ -88,6 +88,12 @@ def test_a_spoilt_jobset_is_refused(named, spoil):
     assert named in problem
 
 
+def test_an_interruption_is_no_end_in_either_jobset():
+    assert container(WITH_SERVERS)["args"][:2] == container(JOBSET)["args"][:2]
+    assert job_spec(WITH_SERVERS)["podFailurePolicy"] == job_spec(JOBSET)["podFailurePolicy"]
+    assert WITH_SERVERS["spec"]["failurePolicy"] == JOBSET["spec"]["failurePolicy"]
+
+
 def test_jobset_agrees_with_itself():
     spec, pod = job_spec(JOBSET), job_spec(JOBSET)["template"]["spec"]
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
@@ -184,10 +190,10 @@ def test_nodes_have_roles(tmp_path):
     )
     assert steps.index(export) < steps.index(sample)
     nodes = [
-        re.findall(r"--nodelist=(\S+) --ntasks-per-node=(\d)", line)
+        re.findall(r"--nodelist=(\S+) --nodes=(\d) --ntasks=(\d) --ntasks-per-node=(\d)", line)
         for line in (train, sample, teach)
     ]
-    assert nodes == [[("n0", "2")], [("n1,n2", "2")], [("n3", "1")]]
+    assert nodes == [[("n0", *"122")], [("n1,n2", *"242")], [("n3", *"111")]]
     urls = dict(re.findall(r"--config\.(\S+urls)=(\S+)", train))
     of_student = ast.literal_eval(urls["policy.generation.vllm.urls"])
     assert of_student == tuple(f"http://n{n}:{port}" for n in (1, 2) for port in (8000, 8001))
