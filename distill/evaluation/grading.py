@@ -9,13 +9,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures.process import BrokenProcessPool
 
-from pebble import ProcessExpired
-
-from distill.base.errors import RunStopped, UserError
+from distill.base.errors import RunStopped
 from distill.base.registry import Registry, describe, name_of
-from distill.base.worker import make_pool
+from distill.base.worker import WorkerEnded, Workers
 from distill.data.base import DatasetInterface, Example
 from distill.evaluation import answers, math_check
 
@@ -60,11 +57,11 @@ class Grader:
     """Grades responses: `with Grader() as grader: grader.grade(...)`.
 
     math-verify works in processes of its own. A response that takes longer than `time_limit`
-    seconds, kills its worker or cannot be compared counts as wrong; a lost worker is replaced and
+    seconds, ends two workers or cannot be compared counts as wrong; a lost worker is replaced and
     the others go on. Workers end with this process, on Linux even if it is killed.
 
     `kind` is one of KINDS or a registered grader; 'auto' asks the dataset, then goes by the answer.
-    Attributes `timeouts` and `crashes` count the responses that were stopped or ended their worker.
+    Attributes `timeouts` and `crashes` count the responses that were stopped or ended workers.
     """
 
     def __init__(self, kind: str = "auto", time_limit: float = 5.0, workers: int = 2):
@@ -74,18 +71,14 @@ class Grader:
         self._kind = kind if kind in KINDS else "auto"
         self._asks_dataset = kind == "auto"
         self._time_limit = time_limit
-        self._workers = workers
+        self._count = workers
 
     def __enter__(self) -> "Grader":
-        self._start()
+        self._workers = Workers(self._count, math_check.prepare_worker)
         return self
 
     def __exit__(self, *exception) -> None:
-        self._pool.stop()
-        self._pool.join()
-
-    def _start(self) -> None:
-        self._pool = make_pool(self._workers, math_check.prepare_worker)
+        self._workers.stop()
 
     def grade(
         self, dataset: DatasetInterface, examples: Sequence[Example], responses: Sequence[str]
@@ -121,26 +114,15 @@ class Grader:
         formulas = [answer for kind, answer in kinds if kind == "math"]
         if not formulas:
             return False
-        arguments = (formulas, text)
-        try:
-            return self._pool.schedule(math_check.matches, arguments, timeout=self._time_limit)
-        except RuntimeError:  # since the last responses, a worker was ended with nothing to do
-            self.__exit__()
-            self._start()
-            return self._pool.schedule(math_check.matches, arguments, timeout=self._time_limit)
+        return self._workers.submit(math_check.matches, formulas, text, timeout=self._time_limit)
 
     def _await(self, future) -> bool:
         try:
             return future.result()
         except TimeoutError:
             self.timeouts += 1
-        except ProcessExpired:
+        except WorkerEnded:
             self.crashes += 1
-        except BrokenProcessPool:
-            raise UserError(
-                "grading cannot start its worker processes: a script that evaluates must be a file "
-                "whose work stands under `if __name__ == '__main__':`"
-            ) from None
         return False
 
 

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
-from distill.base.worker import end_with_parent, limit_memory
+from distill.base.worker import limit_memory
 from distill.evaluation.answers import last_boxed, marked, split_unit, unwrapped
 
 _MEMORY_BYTES = 4 * 2**30
@@ -36,7 +36,6 @@ _NUMBERS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 
 def prepare_worker() -> None:
     """Limits memory, and warms up, so that no answer's clock pays for imports and first calls."""
-    end_with_parent()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     if not _verify(r"\boxed{1}", r"\boxed{1.0}"):  # what is equal as text never gets that far
         raise RuntimeError("math-verify does not find that 1 equals 1")

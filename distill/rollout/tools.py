@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 
-from pebble import ProcessExpired
-
 from distill.base.errors import UserError
-from distill.base.worker import make_pool
+from distill.base.worker import WorkerEnded, Workers
 from distill.data.base import Example
 from distill.rollout import calculator
 from distill.rollout.environment import Environment, Reply, says
@@ -46,28 +43,15 @@ class Calculator:
     """Evaluates expressions in a process of its own, which is replaced if it ends."""
 
     def __init__(self) -> None:
-        self._pool, self._alone = make_pool(1, calculator.prepare_worker), threading.Lock()
+        self._workers = Workers(1, calculator.prepare_worker)
+        self.stop = self._workers.stop
 
     def __call__(self, expression: str) -> str:
         """The value, or what is wrong with the expression."""
-        with self._alone:
-            try:
-                return self._evaluate(expression)
-            except RuntimeError:  # the process was ended while it had nothing to do
-                self.stop()
-                self._pool = make_pool(1, calculator.prepare_worker)
-                return self._evaluate(expression)
-
-    def _evaluate(self, expression: str) -> str:
-        future = self._pool.schedule(calculator.evaluate, (expression,), timeout=_SECONDS)
         try:
-            return future.result()
-        except (TimeoutError, ProcessExpired, MemoryError):
+            return self._workers.submit(calculator.evaluate, expression, timeout=_SECONDS).result()
+        except (TimeoutError, WorkerEnded, MemoryError):
             return "error: too large"
-
-    def stop(self) -> None:
-        self._pool.stop()
-        self._pool.join()
 
 
 def compile_call(pattern: str) -> re.Pattern[str]:

@@ -1,4 +1,4 @@
-"""The run that soak_test.py watches: `python soak_run.py WORKDIR STEPS` prints JSON lines."""
+"""The run that soak_test.py watches: `python soak_run.py KIND WORKDIR STEPS` prints JSON lines."""
 
 import contextlib
 import ctypes
@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 from tiny_runs import tiny_config
 
 import distill
 from distill.run import progress as metrics
 
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+BATCH = 32  # dialogues of a step
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -41,8 +43,30 @@ def yardstick() -> None:
         json.loads(json.dumps({str(i): [i] for i in range(300)}))
 
 
+def updates(steps: int) -> ConfigDict:
+    """Of tiny random models: many, and each soon done."""
+    config = tiny_config(max_steps=steps, save_steps=100, logging_steps=10, lambda_=0.75)
+    config.distillation.eval_steps = steps // 3
+    return config
+
+
+def dialogues(steps: int) -> ConfigDict:
+    """Of two turns with the calculator, for each of `BATCH` prompts a step."""
+    config = tiny_config(max_steps=steps, save_steps=10, logging_steps=1)
+    config.policy.model_name = "embedded:arithmetic-student"  # one that ends its turns
+    config.distillation.teacher_model_path = "embedded:tools-teacher"
+    config.policy.train_global_batch_size = config.policy.train_micro_batch_size = BATCH
+    config.policy.max_total_sequence_length = 36
+    config.distillation.generate_strategy.max_length = 24
+    config.policy.generation.num_slots = 8  # few programs, and slots that are used again
+    config.data.validation.max_samples = 0
+    config.environment.name, config.environment.max_turns = "python_tool", 2
+    config.environment.call = r"(\d[-+*\d]*)"  # the first numbers that the student writes
+    return config
+
+
 def main() -> None:
-    workdir, steps = Path(sys.argv[1]), int(sys.argv[2])
+    make_config, workdir, steps = globals()[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3])
     programs, begun = [], [0.0]
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: programs.append(event) if event == COMPILED else None
@@ -69,9 +93,7 @@ def main() -> None:
         print(json.dumps(sample))
 
     metrics.Progress.begin_step, metrics.Progress.end_step = begin, end
-    config = tiny_config(max_steps=steps, save_steps=100, logging_steps=10, lambda_=0.75)
-    config.distillation.eval_steps = steps // 3
-    distill.train(config, workdir)
+    distill.train(make_config(steps), workdir)
 
 
 if __name__ == "__main__":
