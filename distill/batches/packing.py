@@ -74,18 +74,21 @@ def _in_rows_of_their_own(sequence_i: np.ndarray) -> Placement:
 def _pack(lengths_bk: np.ndarray, capacity_k: np.ndarray) -> Placement:
     """Each sequence, from the longest on, into the first row that has room for it and its view.
 
-    First-fit decreasing: at most 11/9 of the fewest possible rows, and one (Dosa, "The tight bound
-    of first fit decreasing bin-packing algorithm", 2007), unless rows reach MOST_SEGMENTS
-    before they are full.
+    First-fit decreasing: at most 11/9 of the fewest possible rows, and one ("The tight bound of
+    first fit decreasing bin-packing algorithm", Dosa 2007), unless rows reach MOST_SEGMENTS before.
     """
-    number = len(lengths_bk)
-    free_rk = np.tile(capacity_k, (number, 1))
-    sequences_r, row_b = np.zeros((2, number), np.int64)
-    start_bk = np.zeros((number, len(capacity_k)), np.int64)
-    for i in np.argsort(-lengths_bk[:, 0], kind="stable"):
-        has_room_r = (free_rk >= lengths_bk[i]).all(axis=1) & (sequences_r < MOST_SEGMENTS)
-        row_b[i] = np.argmax(has_room_r)
-        start_bk[i] = capacity_k - free_rk[row_b[i]]
-        free_rk[row_b[i]] -= lengths_bk[i]
-        sequences_r[row_b[i]] += 1
-    return Placement(np.arange(number), row_b, *start_bk.T)
+    sizes_bk = np.insert(lengths_bk, 2, 1, axis=1)  # the segments of a row, too, are limited
+    full_k = np.append(capacity_k, MOST_SEGMENTS)
+    row_b, start_bk = np.zeros(len(sizes_bk), np.int64), np.zeros(sizes_bk.shape, np.int64)
+    free_rk, used = np.tile(full_k, (len(sizes_bk), 1)), 0
+    order_b = np.argsort(-lengths_bk[:, 0], kind="stable")
+    changes = 1 + np.flatnonzero(np.diff(lengths_bk[order_b], axis=0).any(axis=1))
+    for same_b in filter(len, np.split(order_b, changes)):  # equal ones together: they are many
+        size_k, rows_rk = sizes_bk[same_b[0]], free_rk[: used + len(same_b)]
+        ends_r = np.cumsum((rows_rk // size_k).min(axis=1)).clip(max=len(same_b))
+        row_b[same_b] = row_i = np.searchsorted(ends_r, np.arange(len(same_b)), side="right")
+        before_i = np.arange(len(same_b)) - np.append(0, ends_r)[row_i]
+        start_bk[same_b] = full_k - rows_rk[row_i] + before_i[:, None] * size_k
+        rows_rk -= np.diff(ends_r, prepend=0)[:, None] * size_k
+        used = max(used, row_i[-1] + 1)
+    return Placement(np.arange(len(row_b)), row_b, *start_bk.T[:2])

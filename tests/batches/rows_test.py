@@ -164,6 +164,30 @@ def test_packed_rows_are_few_and_never_too_full(lengths_b):
     assert half_empty.sum() <= 1  # two of them would have been one
 
 
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), max_size=60))
+@settings(deadline=None)
+def test_packed_rows_are_those_of_first_fit_one_by_one(sizes):
+    """Each sequence into the first row with room for it and its view; the longest first."""
+    lengths = [(length, length + more) for length, more in sizes]
+    layout = Layout((Shape(1, 64),), packed=True, view_excess=6)
+    views = np.array([min(view, 70) for _, view in lengths], int)
+    (placement,) = place(np.array([length for length, _ in lengths], int), layout, views)
+    rows: list[list[int]] = []  # tokens of the sequences, of their views, and their number
+    for i in sorted(range(len(sizes)), key=lambda i: -lengths[i][0]):
+        size = lengths[i][0], views[i], 1
+        fits = [
+            all(
+                h + s <= most for h, s, most in zip(row, size, (64, 70, MOST_SEGMENTS), strict=True)
+            )
+            for row in rows
+        ]
+        row = fits.index(True) if True in fits else len(rows)
+        rows += [[0, 0, 0]] if row == len(rows) else []
+        found = placement.row_i[i], placement.start_i[i], placement.view_start_i[i]
+        assert found == (row, rows[row][0], rows[row][1])
+        rows[row] = [held + each for held, each in zip(rows[row], size, strict=True)]
+
+
 @given(LENGTHS, st.sampled_from([(4, 2, 1), (1, 1, 1), (16, 8, 4)]))
 @settings(deadline=None)
 def test_rows_of_three_lengths_hold_every_sequence_once(lengths_b, rows):
