@@ -177,7 +177,7 @@ def _cost(queries: tuple[int, ...], k_lpckhs: jax.Array, v_lpcksh: jax.Array):
     rows, heads, group, width = queries
     cached = rows * heads * k_lpckhs.shape[-1]  # keys
     return pl.CostEstimate(
-        flops=4 * group * cached,
+        flops=4 * group * cached * width,
         transcendentals=group * cached,
         bytes_accessed=cached * width * (k_lpckhs.dtype.itemsize + v_lpcksh.dtype.itemsize),
     )
