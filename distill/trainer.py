@@ -124,8 +124,8 @@ def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Res
 
     # ------------------------------------------------------------------------- batches, log, saving
     batches = build_batches(session, record.get("iterator"))
-    if step and (ahead := checkpoints.arrays(step)):
-        batches.take_up(step, ahead, record["measured_ahead"])
+    if step:
+        batches.take_up(step, checkpoints.arrays(step), record["measured_ahead"])
     progress = build_progress(session, step, record, loggers)
     if processes.is_first():
         write_facts(workdir, flat_config)
@@ -181,7 +181,7 @@ def _loop(
     session: Session, saver: Saver, train_step: Callable, step: int, state: TrainState
 ) -> tuple[int, TrainState, bool]:
     """Updates, evaluations and saves from `step` on; and whether a signal ended them."""
-    config, distillation = session.config, session.config.distillation
+    distillation = session.config.distillation
     max_steps, eval_steps = distillation.max_steps, distillation.eval_steps
     batches, progress, interrupts = saver.batches, saver.progress, saver.interrupts
     while True:
@@ -200,8 +200,6 @@ def _loop(
         with saver.saving_on(RunStopped, UserError, step=step, state=state):
             with progress.phase("generate") as finish:
                 batch, measured = finish(batches.next(step, state.params))
-                if config.policy.generation.async_steps and step + 1 < max_steps:
-                    batches.sample_ahead(step + 1, state.params)
         with progress.phase("train") as finish:
             state, metrics = train_step(state, session.weights_in_step(), batch)
             finish(metrics)

@@ -12,7 +12,7 @@ from distill.base.errors import RunStopped, UserError
 from distill.build.plugins import import_plugins
 from distill.config import default_config, parse_config
 from distill.data.base import examples_of, get_dataset
-from distill.rollout.base import build_own_backend, check_rollout
+from distill.rollout.base import build_own_backend, generate_checked
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout, RolloutRequest
 
@@ -209,7 +209,11 @@ class Half:
 
 
 class Short:
-    pass
+    def __init__(self, made):
+        self.made = made
+
+    def generate(self, request):
+        return self.made
 
 
 def test_too_few_rows_of_a_backend():
@@ -225,10 +229,10 @@ def test_too_few_rows_of_a_backend():
             stopped_b=np.ones(rows, bool),
         )
 
-    check_rollout(Short(), request, (rollout(2, 4, 4), {}))
+    generate_checked(Short((rollout(2, 4, 4), {})), request)
     for made in [(rollout(1, 4, 4), {}), (rollout(2, 3, 3), {}), (rollout(2, 4, 0), {}), None]:
         with pytest.raises(RunStopped, match="plugins_test.Short.generate returned .* 2 rows"):
-            check_rollout(Short(), request, made)
+            generate_checked(Short(made), request)
 
 
 def test_a_step_metric(models, tmp_path, monkeypatch):

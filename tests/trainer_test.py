@@ -169,8 +169,7 @@ def test_disagreeing_sampler_stops_the_run(models, tmp_path, monkeypatch):
     refit = "distill.rollout.in_process.JaxBackend.refit"
 
     def stale(self, params, version):
-        if self._weights is None:
-            self._weights = jax.tree.map(lambda x: x + 0.3, params)
+        self._weights.hold(version, jax.tree.map(lambda x: x + 0.3, params))
 
     monkeypatch.setattr(refit, stale)
     config = with_models(tiny_config(max_steps=3), models)

@@ -1,9 +1,10 @@
 """The batch of every step: the student's own responses or fixed data, sampled ahead if asked.
 
-Sampling ahead, the responses to the next step's prompts are generated in a thread while the current
-step trains. They are stale by one update, never more, because only one batch is ever under way.
-Everything that touches the trainer's devices, refits included, stays in the trainer's thread: two
-threads that start programs on the same devices could start them in different orders on each.
+Sampling ahead, responses to the prompts of later steps are generated in a thread while the current
+step trains. Those of `step` have the weights that `step - async_steps` updates made, whether or not
+newer ones are there: no bit depends on which thread is faster. Everything that touches the
+trainer's devices, refits included, stays in the trainer's thread: two threads that start programs
+on the same devices could start them in different orders on each.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,7 +25,7 @@ from distill.batches.coins import lambda_coin, sample_coins
 from distill.batches.packing import Layout
 from distill.batches.rows import Batch, in_place_of, make_batch
 from distill.data.sequences import Sequences, concatenate
-from distill.rollout.base import RolloutBackend, check_rollout
+from distill.rollout.base import RolloutBackend, generate_checked
 from distill.rollout.environment import Dialogues
 from distill.rollout.metrics import describe_rollout
 from distill.sampling.choice import SamplingParams
@@ -64,6 +66,7 @@ class Asked:
 
 # The sequences of a batch, once for every teacher that is asked about them.
 Parts = list[Sequences]
+Sampled = tuple[Parts, Measured]
 
 
 class BatchSource:
@@ -78,6 +81,8 @@ class BatchSource:
       lambda_: probability that the student responds.
       mix: toss `lambda_` once per 'batch' or for every row ('sample'); 'both': no toss, a batch has
         the fixed and the sampled response to every prompt.
+      async_steps: updates by which a batch may be stale: so many are sampled ahead.
+      max_steps: updates of the run; for later ones nothing is sampled ahead.
 
     Attributes:
       rows: of the dataset, in the batch last handed out.
@@ -99,6 +104,8 @@ class BatchSource:
         seed: int,
         lambda_: float,
         mix: str = "batch",
+        async_steps: int = 0,
+        max_steps: int = 0,
         pad_id: int,
     ):
         self._iterator, self._backend, self._put = iterator, backend, put
@@ -106,9 +113,11 @@ class BatchSource:
         self._dialogues, self._reward, self._weigh = dialogues, reward, weigh
         self._params, self._num_generations, self._seed = params, num_generations, seed
         self._lambda, self._mix = lambda_, mix
+        self._async_steps, self._max_steps = async_steps, max_steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
-        # The update that a batch is under way for, where the data go on behind it, and the batch.
-        self._ahead: tuple[int, Any, Future] | None = None
+        # Batches under way: their updates, where the data go on behind them, and what they will be.
+        self._ahead: deque[tuple[int, Any, Future]] = deque()
+        self._refitted: int | None = None  # updates that the sampler's weights had
         self.position, self.rows = iterator.get_state(), np.zeros(0, np.int64)
 
     def next(self, step: int, student_params) -> tuple[Batch, Measured]:
@@ -116,67 +125,63 @@ class BatchSource:
 
         It is the one that is being sampled ahead, else one sampled now with `student_params`. Of
         any is told the staleness, updates between the sampler's weights and the trainer's; and if
-        the student responded, what `describe_rollout` and the backend say.
+        the student responded, what `describe_rollout` and the backend say. With these weights, up
+        to `async_steps` further batches begin, before the update is dispatched that donates them.
 
         Raises:
           UserError, RunStopped: as they came from the backend, in whichever thread.
         """
-        if self._ahead is None:
+        if self._ahead:
+            _, position, future = self._ahead.popleft()
+            parts, measured = future.result()
+        else:
             position, finish = self._begin(step, student_params, version=step)
             parts, measured = finish()
-        else:
-            (begun, position, future), self._ahead = self._ahead, None
-            if begun != step:
-                raise RuntimeError(f"the batch of update {begun} is under way, not of {step}")
-            parts, measured = future.result()
         batch = self._put(self._laid_out(parts))
         self.position, self.rows = position, np.concatenate([part["row"] for part in parts])
+        end = min(step + self._async_steps + 1, self._max_steps)
+        for later in range(step + 1 + len(self._ahead), end):
+            ahead, finish = self._begin(later, student_params, version=step)
+            self._ahead.append((later, ahead, self._thread.submit(finish)))
         return batch, measured
 
-    def sample_ahead(self, step: int, student_params) -> None:
-        """Starts sampling the batch of update `step` with weights that lack the update before it.
+    def sequences_ahead(self, step: int) -> tuple[dict[str, np.ndarray], list[Measured]]:
+        """The sequences of `step` and on that are being sampled ahead: their weights are gone.
 
-        To be called before that one is dispatched: it donates `student_params`.
+        Waits for them. They end before a batch whose sampling failed, which `next` will say.
         """
-        if self._ahead is not None:
-            raise RuntimeError("a batch is under way: another would be stale by more than 1 update")
-        position, finish = self._begin(step, student_params, version=step - 1)
-        self._ahead = step, position, self._thread.submit(finish)
-
-    def sequences_ahead(self) -> tuple[dict[str, np.ndarray], Measured]:
-        """The sequences that are being sampled ahead, once they are there: their weights are gone.
-
-        Empty if nothing is under way, or if its sampling failed, which `next` will say.
-        """
-        if self._ahead is None or self._ahead[-1].exception() is not None:
-            return {}, {}
-        parts, measured = self._ahead[-1].result()
-        arrays = {
-            name + f"/{number}" * (number > 0): values
-            for number, part in enumerate(parts)
-            for name, values in part.arrays().items()
-        }
+        arrays, measured = dict[str, np.ndarray](), list[Measured]()
+        for begun, _, future in self._ahead:
+            if begun != step + len(measured) or future.exception() is not None:
+                break
+            parts, of_batch = future.result()
+            for number, part in enumerate(parts, len(measured) * len(parts)):
+                suffix = f"/{number}" * (number > 0)
+                arrays |= {name + suffix: values for name, values in part.arrays().items()}
+            measured.append(of_batch)
         return arrays, measured
 
-    def take_up(self, step: int, arrays: dict[str, np.ndarray], measured: Measured) -> None:
-        """Goes on with saved `sequences_ahead`, which are those of update `step`."""
-        next(self._iterator)
-        by_teacher: list[dict[str, np.ndarray]] = [{} for _ in self._teachers]
+    def take_up(self, step: int, arrays: dict[str, np.ndarray], measured: list[Measured]) -> None:
+        """Goes on with saved `sequences_ahead` of `step`, unless they are staler than allowed."""
+        columns: list[dict[str, np.ndarray]] = [{} for _ in measured for _ in self._teachers]
         for key, values in arrays.items():
             name, _, number = key.partition("/")
-            by_teacher[int(number or 0)][name] = values
-        future: Future = Future()
-        future.set_result((list(map(Sequences.of_arrays, by_teacher)), measured))
-        self._ahead = step, self._iterator.get_state(), future
+            columns[int(number or 0)][name] = values
+        parts = map(Sequences.of_arrays, columns)
+        for begun, of_batch in enumerate(measured, step):
+            if of_batch["generation/staleness"] > self._async_steps:
+                break
+            next(self._iterator)
+            future: Future = Future()
+            future.set_result(([next(parts) for _ in self._teachers], of_batch))
+            self._ahead.append((begun, self._iterator.get_state(), future))
 
     def close(self) -> None:
         """Waits for a generation under way, whose responses are dropped; its thread ends."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._ahead = None
+        self._ahead.clear()
 
-    def _begin(
-        self, step: int, student_params, version: int
-    ) -> tuple[Any, Callable[[], tuple[Parts, Measured]]]:
+    def _begin(self, step: int, student_params, version: int) -> tuple[Any, Callable[[], Sampled]]:
         """Takes the prompts of `step`, tosses its coins and, if it samples, refits the sampler.
 
         Returns where the data go on, and what is left to do, which may be done in the thread.
@@ -189,7 +194,9 @@ class BatchSource:
         # The last update must have ended before the refit can begin: not part of its time.
         jax.block_until_ready(student_params)
         start = time.perf_counter()
-        self._backend.refit(student_params, version=version)
+        if version != self._refitted:
+            self._backend.refit(student_params, version)
+            self._refitted = version
         measured = {
             "generation/staleness": float(step - version),
             "generation/refit_seconds": time.perf_counter() - start,
@@ -201,6 +208,7 @@ class BatchSource:
             num_generations=self._num_generations,
             seed=self._seed,
             step=step,
+            version=version,
             turns=self._dialogues and self._dialogues(fixed["row"]),
         )
         return position, functools.partial(self._sample, request, fixed, coins_b, measured)
@@ -209,18 +217,15 @@ class BatchSource:
         if self._mix == "both":
             return np.ones(len(index_b), bool)
         if self._mix == "sample":
-            index_b = index_b.astype(np.uint32)
-            return np.asarray(sample_coins(self._seed, step, index_b, self._lambda))
+            return np.asarray(sample_coins(self._seed, step, np.uint32(index_b), self._lambda))
         return np.full(len(index_b), lambda_coin(self._seed, step, self._lambda))
 
     def _sample(
         self, request: RolloutRequest, fixed: Sequences, coins_b: np.ndarray, measured: Measured
-    ) -> tuple[Parts, Measured]:
+    ) -> Sampled:
         """The student's sequences where the coin says so, else the fixed ones."""
         start = time.perf_counter()
-        made = self._backend.generate(request)
-        check_rollout(self._backend, request, made)
-        rollout, by_backend = made
+        rollout, by_backend = generate_checked(self._backend, request)
         seconds = time.perf_counter() - start
         measured = {**measured, **describe_rollout(rollout, seconds), **by_backend}
         sampled = rollout.sequences(fixed)
@@ -236,7 +241,7 @@ class BatchSource:
             sequences = sequences.take(np.arange(len(fixed)) + len(fixed) * coins_b)
         return self._scored(sequences, {**measured, **rewarded})
 
-    def _scored(self, sequences: Sequences, measured: Measured) -> tuple[Parts, Measured]:
+    def _scored(self, sequences: Sequences, measured: Measured) -> Sampled:
         """The sequences by teacher, with what each knows of them by scores."""
         start, parts = time.perf_counter(), []
         asked_before_b = np.zeros(len(sequences), bool)
@@ -255,7 +260,8 @@ class BatchSource:
 
     def _laid_out(self, parts: Parts) -> Batch:
         """As many rows for each teacher as if it were asked about all sequences."""
-        most = int(sum(len(part) - _num_repeated(part) for part in parts))
+        repeated = (repeated_t for part in parts for repeated_t in part.split("repeated"))
+        most = sum(not repeated_t.any() for repeated_t in repeated)
         return tuple(
             rows
             for number, (teacher, part) in enumerate(zip(self._teachers, parts, strict=True))
@@ -268,7 +274,3 @@ class BatchSource:
                 most=most,
             )
         )
-
-
-def _num_repeated(part: Sequences) -> int:
-    return sum(bool(repeated_t.any()) for repeated_t in part.split("repeated"))

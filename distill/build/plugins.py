@@ -41,11 +41,12 @@ def import_plugins(config: Config) -> None:
     generation, backend = config.policy.generation, config.policy.generation.backend
     if generation.backend not in KNOWN_BACKENDS:
         maker = get_backend(generation.backend)
-        if generation.async_steps and not getattr(maker, "samples_ahead", False):
+        steps, most = generation.async_steps, int(getattr(maker, "samples_ahead", 0))
+        if steps > most:
             raise UserError(
-                f"policy.generation.async_steps={generation.async_steps} samples during training, "
-                f"but {generation.backend!r} does not say that it can (samples_ahead=True, an "
-                "attribute of what is registered): set async_steps=0"
+                f"policy.generation.async_steps={steps} samples during training, but "
+                f"{generation.backend!r} does not say that it can (samples_ahead={steps}, an "
+                f"attribute of what is registered): set async_steps={most}"
             )
     if config.environment.name not in ("", *ENVIRONMENTS):
         get_environment(config.environment.name)

@@ -135,6 +135,8 @@ def build_batches(session: Session, position: Any = None) -> BatchSource:
         seed=config.seed,
         lambda_=distillation.lambda_,
         mix=distillation.mix,
+        async_steps=policy.generation.async_steps,
+        max_steps=distillation.max_steps,
         pad_id=prompts.pad_id,
     )
     session.cleanup.callback(source.close)

@@ -122,6 +122,7 @@ def build_backend(
             finish=functools.partial(quantized, _facts(student)) if in_8_bits else None,
             mesh=sampler_mesh,
             keep_cache=not is_colocated,
+            num_held=policy.generation.num_held,
         )
 
     if policy.generation.backend in KNOWN_BACKENDS:

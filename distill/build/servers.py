@@ -66,7 +66,12 @@ def build_backend(
         servers,
         own=own or None,
         check=check,
-        weights=WeightsFolder(folder.absolute(), build_export(policy, student_folder, vocabulary)),
+        weights=WeightsFolder(
+            folder.absolute(),
+            build_export(policy, student_folder, vocabulary),
+            policy.generation.num_held,
+        ),
+        num_held=policy.generation.num_held,
         probe=probe,
         params=params,
         vocabulary=vocabulary,

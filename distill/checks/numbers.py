@@ -30,7 +30,7 @@ from distill.kernels.platform import platform
 from distill.losses.objective import make_objective
 from distill.models.checkpoints.keys import mapped_params
 from distill.models.checkpoints.source import load_model_config
-from distill.rollout.base import check_rollout
+from distill.rollout.base import generate_checked
 from distill.sampling.request import RolloutRequest
 from distill.step import TrainState, make_loss, whole_params
 from distill.teachers.alignment import Alignment
@@ -176,13 +176,13 @@ def short_sequences(session: Session, state: TrainState) -> Sequences:
             np.arange(number),
             build_sampling_params(config.distillation.generate_strategy),
             num_generations=repeats,
+            version=step,
             seed=config.seed,
             step=step,
             max_lengths=np.full(len(sequences), RESPONSE_TOKENS, np.int32),
         )
-        made = session.backend.generate(request)
-        check_rollout(session.backend, request, made)
-        sequences = made[0].sequences(sequences)
+        rollout, _ = generate_checked(session.backend, request)
+        sequences = rollout.sequences(sequences)
     return sequences.first(starts_b + RESPONSE_TOKENS)
 
 

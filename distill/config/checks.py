@@ -80,6 +80,13 @@ def _check_generation(config: Config) -> None:
             "weights of tokens, and a token of the current student has weight 1: use 0 (off) or at "
             "least 1"
         )
+    sampled = config.distillation.lambda_ > 0
+    if generation.async_steps > 1 and sampled and not generation.importance_clip:
+        raise UserError(
+            f"policy.generation.async_steps={generation.async_steps} trains on tokens of students "
+            f"up to {generation.async_steps} updates old, as if today's had sampled them: set "
+            "policy.generation.importance_clip, such as 2, which weighs them, or async_steps=1"
+        )
     if generation.async_steps and backend == "jax" and colocated.enabled:
         raise UserError(
             f"policy.generation.async_steps={generation.async_steps} samples during "
@@ -309,11 +316,12 @@ def _check_scores(config: Config, name: str, teacher: OneTeacher) -> None:
     if not teacher.scores:
         return
     distillation, path = config.distillation, teacher_key(name, "model")
+    stale = config.policy.generation.async_steps
     for key, value, wrong, reason in (
         ("distillation.lambda_", distillation.lambda_, distillation.lambda_ > 0, "of fixed data"),
         ("distillation.hard_labels", True, distillation.hard_labels, "of a teacher"),
         (path, teacher.model, teacher.in_state, "of a teacher that stays"),
-        ("policy.generation.async_steps", 1, config.policy.generation.async_steps, "of fixed data"),
+        ("policy.generation.async_steps", stale, stale > 0, "of fixed data"),
     ):
         if wrong:
             raise UserError(

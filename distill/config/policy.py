@@ -75,7 +75,10 @@ class Generation:
         0.1, "stop when sampler and trainer disagree by more (mean |nats| per token)", low=0
     )
     async_steps: int = key(
-        0, "updates by which rollouts may be stale; 1: sample during training", low=0, high=1
+        0,
+        "updates by which rollouts may be stale; from 1 on: sample during training",
+        low=0,
+        high=8,
     )
     importance_clip: float = key(
         0.0, "weigh tokens by new / sampler's probability, at most this; 0: off", low=0
@@ -110,6 +113,11 @@ class Generation:
     def has_own_layout(self) -> bool:
         """Whether the sampler splits weights in another way than the trainer."""
         return self.tensor > 0 or self.width > 1
+
+    @property
+    def num_held(self) -> int:
+        """Copies of the student's weights that a sampler holds: one for each batch under way."""
+        return max(1, self.async_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

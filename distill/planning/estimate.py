@@ -22,8 +22,9 @@ def _shown(label: str) -> float:
 class Memory:
     """Bytes per device, of the largest device; what is not there is 0.
 
-    The sampler's copy of the student stays while the update runs. The cache, and the loop weights
-    of a shallow sampler, are there only while it samples.
+    The sampler's copy of the student stays while the update runs; each batch that is sampled ahead
+    may have one. The cache, and the loop weights of a shallow sampler, are there only while it
+    samples.
     """
 
     apart: bool  # sampler and cache are on other devices
@@ -139,6 +140,7 @@ def _plan(
             temporaries[name] = program.temporaries
         if program.sent is not None:
             sent[name] = sum(program.sent.values())
+    generation = workload.config.policy.generation
     phases = [costs.update_phase(workload, arrays, sent["update"])]
     sampler = arrays.sampler
     if sampler:
@@ -150,7 +152,7 @@ def _plan(
         gradients=bytes_per_device(arrays.state.trainable),
         teacher=bytes_per_device(arrays.weights_of_teachers),
         batch=bytes_per_device(arrays.batch),
-        sampler=bytes_per_device(sampler and sampler.weights),
+        sampler=generation.num_held * bytes_per_device(sampler and sampler.weights),
         cache=bytes_per_device(sampler and sampler.cache),
         loop_weights=bytes_per_device(sampler and sampler.loop_weights),
         update=temporaries["update"],

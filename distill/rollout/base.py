@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from flax import nnx
 
@@ -14,12 +14,15 @@ from distill.base.registry import Registry, describe, name_of, own_values
 from distill.config.policy import KNOWN_BACKENDS
 from distill.sampling.request import Rollout, RolloutRequest
 
+T = TypeVar("T")
+
 
 class RolloutBackend(Protocol):
-    """Samples responses with the weights of the latest refit.
+    """Samples responses with the student's weights.
 
     `refit` is called in the trainer's thread under the trainer's mesh, `generate` there or in
-    another one beside training; the two never at the same time.
+    another one beside training, for one request at a time. Sampling ahead by more than one update,
+    `refit` may be called during `generate`, and a request names an earlier refit's weights.
     """
 
     def start(self) -> None:
@@ -37,14 +40,15 @@ class RolloutBackend(Protocol):
         Args:
           student_params: on the trainer's mesh; of a student with adapters,
             `models.lora.merged` makes plain arrays.
-          version: updates the student has had; at least that of the refit before.
+          version: updates the student has had; at least that of the refit before. Requests may
+            name it until that of a refit is higher by `async_steps`.
 
         Raises:
           RunStopped: the sampler does not compute with the new weights.
         """
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
-        """A response for every row of the request.
+        """A response for every row of the request, by the weights of its version.
 
         Returns:
           The rollout, numpy arrays of `request.num_rows` rows and `params.max_length` columns in
@@ -56,11 +60,37 @@ class RolloutBackend(Protocol):
         Raises:
           UserError: the request can never be served, such as a prompt longer than the cache.
           RunStopped: generation failed; never fewer rows, never rows of another request.
-          RuntimeError: before the first refit.
+          RuntimeError: before the refit of that version, or long after it.
         """
 
     def stop(self) -> None:
         """Releases what `start` and `refit` acquired; may be called more than once."""
+
+
+class HeldWeights(Generic[T]):
+    """What a backend keeps of refits, by version: for batches that wait to be sampled."""
+
+    def __init__(self, count: int):
+        self._count, self._held = count, dict[int, T]()
+
+    def make_room(self, version: int) -> None:
+        """Before a refit, forgets what is as old as no request will be behind it."""
+        oldest = version - self._count + 1
+        self._held = {v: held for v, held in self._held.items() if oldest <= v < version}
+
+    def hold(self, version: int, weights: T) -> None:
+        self._held = self._held | {version: weights}
+
+    def of(self, request: RolloutRequest) -> T:
+        """The weights that are to sample; see `RolloutBackend.generate`."""
+        held = self._held
+        version = max(held, default=None) if request.version is None else request.version
+        if version not in held:
+            raise RuntimeError(f"generate before refit: no weights of {version} updates are held")
+        return held[version]
+
+    def clear(self) -> None:
+        self._held = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +123,8 @@ _BACKENDS = Registry(
 def register_backend(name: str) -> Callable[[BackendMaker], BackendMaker]:
     """Decorator: makes what builds from `BackendParts` available as `generation.backend=name`.
 
-    With `samples_ahead = True`, an attribute of it, it says that its backend may `generate` while
-    the trainer's devices are busy: it has devices of its own, and `async_steps=1` may be set.
+    With `samples_ahead = N`, an attribute of it, it says that its backend may `generate` while the
+    trainer's devices are busy, since it has devices of its own. Then `async_steps` may be up to N.
 
     Further parameters with defaults are keys of the config: `plugin.NAME`. UserError when the name
     is taken.
@@ -131,8 +161,11 @@ def build_own_backend(name: str, parts: BackendParts, values: Mapping[str, Any])
     return backend
 
 
-def check_rollout(backend: RolloutBackend, request: RolloutRequest, made: Any) -> None:
-    """Raises RunStopped unless `generate` has made what `RolloutBackend` says."""
+def generate_checked(
+    backend: RolloutBackend, request: RolloutRequest
+) -> tuple[Rollout, dict[str, float]]:
+    """`backend.generate`; raises RunStopped unless it has made what `RolloutBackend` says."""
+    made: Any = backend.generate(request)
     rows, width = request.num_rows, request.params.max_length
     try:
         rollout, _ = made
@@ -148,3 +181,4 @@ def check_rollout(backend: RolloutBackend, request: RolloutRequest, made: Any) -
             f"rows and {width} columns with 1 to {width} tokens each, and a dict of measured "
             "numbers"
         )
+    return made

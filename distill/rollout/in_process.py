@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from distill.base.mesh import copy_to_mesh
 from distill.models.lora import is_stored, weight
+from distill.rollout.base import HeldWeights
 from distill.sampling.engine import Engine
 from distill.sampling.request import Rollout, RolloutRequest
 
@@ -26,6 +27,7 @@ class JaxBackend:
       mesh: samples; on devices other than the trainer's, `refit` copies the weights there. Default:
         the current one of whoever calls.
       keep_cache: hold the engine's memory between requests; else the trainer has it meanwhile.
+      num_held: copies of the weights at once, for as many batches that wait to be sampled.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class JaxBackend:
         finish: Callable[[nnx.State], nnx.State] | None = None,
         mesh: Mesh | None = None,
         keep_cache: bool = False,
+        num_held: int = 1,
     ):
         self._engine, self._mesh, self._keep_cache = engine, mesh, keep_cache
 
@@ -48,7 +51,7 @@ class JaxBackend:
             return finish(cast) if finish else cast
 
         self._copy = jax.jit(copy, out_shardings=shardings)
-        self._weights: nnx.State | None = None
+        self._weights = HeldWeights[nnx.State](num_held)
 
     def start(self) -> None:
         """Nothing to do: the devices are this process's."""
@@ -56,26 +59,25 @@ class JaxBackend:
     def refit(self, student_params: nnx.State, version: int) -> None:
         """One jitted cast and reshard, copied to the sampler's devices if it has its own.
 
-        The old weights are freed first to save memory. Returns when the new ones have arrived.
+        Old weights are freed first to save memory. Returns when the new ones have arrived.
         """
-        self._weights = None
+        self._weights.make_room(version)
         weights = self._copy(student_params)
         if self._mesh is not None:
             weights = copy_to_mesh(weights, self._mesh)
-        self._weights = jax.block_until_ready(weights)
+        self._weights.hold(version, jax.block_until_ready(weights))
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
         """See `RolloutBackend.generate`."""
-        if self._weights is None:
-            raise RuntimeError("generate before refit: the sampler holds no weights")
+        weights = self._weights.of(request)
         # The current mesh is a property of the thread, and the caller's may be the trainer's.
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            sampled = self._engine.generate(self._weights, request)
+            sampled = self._engine.generate(weights, request)
         if not self._keep_cache:
             self._engine.release()
         return sampled
 
     def stop(self) -> None:
         """Frees the held weights and the cache."""
-        self._weights = None
+        self._weights.clear()
         self._engine.release()

@@ -111,7 +111,7 @@ class Saver:
 
     def save(self, step: int, state: TrainState, position: Any) -> None:
         """Starts saving; `position` is where the data go on."""
-        arrays, measured = self.batches.sequences_ahead()
+        arrays, measured = self.batches.sequences_ahead(step)
         record = self._record(step, position) | dict(measured_ahead=measured)
         self.checkpoints.save(step, state.saved, record, arrays)
         self.schedule.restart_clock()
@@ -177,6 +177,8 @@ def find_progress(
     if step is None:
         return 0, {}, {}
     record = checkpoints.record(step)
+    if isinstance(ahead := record.get("measured_ahead", {}), dict):  # of an earlier version: one
+        record["measured_ahead"] = [ahead] if ahead else []
     changes = find_changes(record["config"], flat_config)
     check_changes(changes, section.allow_changes)
     return step, record, changes

@@ -44,6 +44,7 @@ class RolloutRequest:
       prompt_index: position of each prompt in the data stream, int64 (len(prompts),).
       params: how tokens are chosen.
       num_generations: responses per prompt.
+      version: updates that the weights have had which are to sample; None: those of the last refit.
       seed, step: with prompt index and number of the response, all that its randomness depends on.
       max_lengths: response tokens of each row at most, int32 (num_rows,), where rows differ; never
         more than params.max_length.
@@ -55,6 +56,7 @@ class RolloutRequest:
     prompt_index: np.ndarray
     params: SamplingParams
     num_generations: int = 1
+    version: int | None = None
     seed: int = 0
     step: int = 0
     max_lengths: np.ndarray | None = None

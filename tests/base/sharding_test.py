@@ -93,12 +93,11 @@ def test_sampler_weights_and_cache_are_split(run):
     """Its weights are gathered over fsdp on purpose; the cache is split by rows and heads."""
     with jax.set_mesh(run.mesh):
         run.backend.refit(run.state.params, 0)
-        assert not held(run.backend._weights, parts=2)
-        engine, weights = run.backend._engine, run.backend._weights
         prompts = tuple(np.full(4, 3, np.int32) for _ in range(8))
-        engine.generate(
-            weights, RolloutRequest(prompts, np.arange(8), SamplingParams(max_length=4))
-        )
+        request = RolloutRequest(prompts, np.arange(8), SamplingParams(max_length=4))
+        engine, weights = run.backend._engine, run.backend._weights.of(request)
+        assert not held(weights, parts=2)
+        engine.generate(weights, request)
         assert not held(engine.slots.cache, parts=8)
         engine.release()
 

@@ -42,18 +42,19 @@ class Counter:
 
 
 class Sampler:
-    """Answers with the version of its weights; fails when told to."""
+    """Answers with the version of its weights; fails where told to."""
 
     def __init__(self, **columns):
-        self.version, self.error, self.columns = None, None, columns
+        self.refits, self.errors, self.columns = [], {}, columns
 
     def refit(self, student_params, version):
-        self.version = version
+        self.refits.append(version)
 
     def generate(self, request):
-        if self.error:
-            raise self.error
-        tokens_br = np.full((request.num_rows, WIDTH), self.version, np.int32)
+        if error := self.errors.get(request.step):
+            raise error
+        assert request.version in self.refits
+        tokens_br = np.full((request.num_rows, WIDTH), request.version, np.int32)
         lengths_b = np.array([1, 2, 3, 2], np.int32)
         zeros_br = np.zeros(tokens_br.shape, np.float32)
         stopped_b = np.array([True, True, False, True])
@@ -69,6 +70,14 @@ def sampler() -> Sampler:
 @pytest.fixture
 def source(sampler):
     source = make_source(sampler)
+    yield source
+    source.close()
+
+
+@pytest.fixture
+def ahead(sampler):
+    """Samples one batch ahead, in a run of four updates."""
+    source = make_source(sampler, async_steps=1, max_steps=4)
     yield source
     source.close()
 
@@ -90,15 +99,14 @@ def test_rewards_become_columns_of_what_was_sampled(sampler):
         columns = dict(reward=[1, 2, 3, 4], advantage=np.repeat([1, 2, 3, 4], sequences.lengths_b))
         return sequences.with_columns(**columns), {"reward/mean": 2.5}
 
-    source = make_source(sampler, reward=reward)
+    source = make_source(sampler, reward=reward, async_steps=1, max_steps=2)
     batch, measured = source.next(0, {})
+    arrays, _ = source.sequences_ahead(1)
+    assert arrays["reward"].tolist() == [1, 2, 3, 4], "a checkpoint has them"
     assert measured["reward/mean"] == 2.5 and measured["generation/max_length"] == 3
     assert seen[0]["sampled"].sum() == 8 and seen[0]["row"].tolist() == [0, 1, 2, 3]
     advantage_bt = batch[0].columns["advantage"][0]
     assert [set(row[row != 0]) for row in advantage_bt] == [{1}, {2}, {3}, {4}]
-    source.sample_ahead(1, {})
-    arrays, _ = source.sequences_ahead()
-    assert arrays["reward"].tolist() == [1, 2, 3, 4], "a checkpoint has them"
     source.close()
     # Fixed data are not rewarded.
     source = make_source(sampler, reward=reward, lambda_=0.0)
@@ -167,37 +175,31 @@ def sampled_with(batch) -> int:
     return int(batch[0].tokens_bt[0, 0, 1])
 
 
-def test_batch_sampled_ahead_is_handed_out_with_its_staleness(source):
-    batch, measured = source.next(5, None)
-    assert (first_prompt(batch), sampled_with(batch), measured["generation/staleness"]) == (0, 5, 0)
-    source.sample_ahead(6, None)
-    batch, measured = source.next(6, None)
-    assert (first_prompt(batch), sampled_with(batch), measured["generation/staleness"]) == (4, 5, 1)
-    batch, measured = source.next(7, None)
-    assert (first_prompt(batch), sampled_with(batch), measured["generation/staleness"]) == (8, 7, 0)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_batches_have_the_weights_of_so_many_updates_before(sampler, steps):
+    source = make_source(sampler, async_steps=steps, max_steps=7)
+    for step in range(7):
+        batch, measured = source.next(step, None)
+        stale = min(step, steps)
+        assert (first_prompt(batch), sampled_with(batch)) == (ROWS * step, step - stale)
+        assert measured["generation/staleness"] == stale
+        assert source.position == {"next": step + 1}
+    # Once for each version, and none for batches that no update would see.
+    assert sampler.refits == list(range(7 - steps))
+    source.close()
 
 
-def test_only_one_batch_is_under_way_and_only_its_step_may_ask(source):
-    source.sample_ahead(1, None)
-    with pytest.raises(RuntimeError, match="stale by more than 1"):
-        source.sample_ahead(2, None)
-    with pytest.raises(RuntimeError, match="update 1 is under way, not of 3"):
-        source.next(3, None)
-
-
-def test_position_is_behind_the_batches_handed_out(source, sampler):
+def test_position_is_behind_the_batches_handed_out(ahead, sampler):
     """Not behind those drawn: a batch under way, or one whose sampling failed, comes again."""
-    assert source.position == {"next": 0}
-    source.next(0, None)
-    source.sample_ahead(1, None)
-    assert source.position == {"next": 1}
-    source.next(1, None)
-    assert source.position == {"next": 2}
-    sampler.error = ValueError("lost")
-    source.sample_ahead(2, None)
+    assert ahead.position == {"next": 0}
+    sampler.errors[2] = ValueError("lost")
+    ahead.next(0, None)
+    assert ahead.position == {"next": 1}
+    ahead.next(1, None)
+    assert ahead.position == {"next": 2}
     with pytest.raises(ValueError, match="lost"):
-        source.next(2, None)
-    assert source.position == {"next": 2}
+        ahead.next(2, None)
+    assert ahead.position == {"next": 2}
 
 
 def test_measures_what_any_rollout_tells_and_passes_on_the_rest(source):
@@ -213,28 +215,60 @@ def test_fixed_data_measures_nothing_but_its_staleness(sampler):
     source = make_source(sampler, lambda_=0.0)
     batch, measured = source.next(0, None)
     assert measured == {"generation/staleness": 0.0}
-    assert sampler.version is None and not batch[0].columns["sampled"].any()
+    assert not sampler.refits and not batch[0].columns["sampled"].any()
     np.testing.assert_array_equal(batch[0].tokens_bt[0, :, 1], np.arange(ROWS) + 200)
     source.close()
 
 
-def test_sequences_sampled_ahead_are_taken_up_by_another_source(source, sampler):
-    """What a checkpoint does; the other sampler is never asked."""
+def test_sequences_sampled_ahead_are_taken_up_by_another_source(sampler):
+    """What a checkpoint does; the other sampler is never asked. Two teachers have columns each."""
+    options = dict(async_steps=3, max_steps=4, teachers=[Asked(LAYOUT), Asked(LAYOUT, weight=0.5)])
+    source = make_source(sampler, **options)
     source.next(0, None)
-    assert source.sequences_ahead() == ({}, {})
-    source.sample_ahead(1, None)
-    arrays, measured = source.sequences_ahead()
-    other = make_source(None, iterator=Counter(source.position["next"]))
+    arrays, measured = source.sequences_ahead(1)
+    assert [each["generation/staleness"] for each in measured] == [1, 2, 3]
+    others = [make_source(None, iterator=Counter(1), **options) for _ in range(2)]
+    others[0].take_up(1, arrays, measured)
+    for step in (1, 2, 3):
+        (ours, ours_measured), (theirs, theirs_measured) = (
+            each.next(step, None) for each in (source, others[0])
+        )
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        assert ours_measured == theirs_measured and first_prompt(theirs) == ROWS * step
+        assert source.position == others[0].position == {"next": step + 1}
+        np.testing.assert_array_equal(others[0].rows, source.rows)
+        saved = source.sequences_ahead(step + 1)[0]
+        assert saved.keys() == others[0].sequences_ahead(step + 1)[0].keys()
+    assert not saved
+    for each in (source, *others):
+        each.close()
+
+
+def test_what_is_staler_than_allowed_is_not_taken_up(sampler):
+    """Where a run goes on with a lower `async_steps`: such a batch and those behind come again."""
+    source = make_source(sampler, async_steps=3, max_steps=4)
+    source.next(0, None)
+    arrays, measured = source.sequences_ahead(1)
+    other = make_source(sampler, iterator=Counter(1), async_steps=1, max_steps=4)
     other.take_up(1, arrays, measured)
-    (ours, ours_measured), (theirs, theirs_measured) = source.next(1, None), other.next(1, None)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert ours_measured == theirs_measured and ours_measured["generation/staleness"] == 1
-    assert first_prompt(theirs) == 4 and source.position == other.position
-    np.testing.assert_array_equal(other.rows, np.arange(4, 8))
-    sampler.error = ValueError("lost")
-    source.sample_ahead(2, None)
-    assert source.sequences_ahead() == ({}, {}), "next says it"
+    for step, version in ((1, 0), (2, 1), (3, 2)):
+        batch, measured = other.next(step, None)
+        assert (first_prompt(batch), sampled_with(batch)) == (ROWS * step, version)
+        assert measured["generation/staleness"] == 1
+    source.close()
     other.close()
+
+
+def test_sequences_ahead_end_before_a_batch_that_failed(sampler):
+    source = make_source(sampler, async_steps=3, max_steps=5)
+    sampler.errors[2] = ValueError("lost")
+    source.next(0, None)
+    assert len(source.sequences_ahead(1)[1]) == 1
+    source.next(1, None)
+    with pytest.raises(ValueError, match="lost"):
+        source.next(2, None)
+    assert source.sequences_ahead(2) == ({}, []), "those behind it are none of its step"
+    source.close()
 
 
 def test_scores_of_what_the_teacher_reads_stand_at_the_students_tokens(sampler):
@@ -266,12 +300,12 @@ def make_plugin() -> Sampler:
 
 def test_column_of_a_plugin_reaches_the_rows(tmp_path):
     """Through a checkpoint of a batch sampled ahead, too, and beside fixed data that lack it."""
-    options = dict(lambda_=0.5, mix="sample")
+    options = dict(lambda_=0.5, mix="sample", async_steps=1, max_steps=2)
     source = make_source(make_plugin(), **options)
-    source.sample_ahead(1, None)
-    arrays, measured = source.sequences_ahead()
+    source.next(0, None)
+    arrays, measured = source.sequences_ahead(1)
     np.savez(tmp_path / "arrays.npz", **arrays)
-    other = make_source(None, **options)
+    other = make_source(None, iterator=Counter(1), **options)
     other.take_up(1, dict(np.load(tmp_path / "arrays.npz")), measured)
     (ours, _), (theirs, _) = source.next(1, None), other.next(1, None)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)

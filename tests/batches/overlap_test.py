@@ -37,7 +37,7 @@ def separate_config(**distillation) -> ConfigDict:
 
 
 def run_and_record(config: ConfigDict, workdir: Path, monkeypatch) -> list[tuple]:
-    """Request and rollout of every sampled batch of a run."""
+    """Request and rollout of every sampled batch of a run, whose student is in its workdir."""
     records, generate = [], JaxBackend.generate
 
     def recording(self, request):
@@ -80,10 +80,10 @@ def test_split_may_change_when_a_run_goes_on(models, tmp_path):
 # ------------------------------------------------------------------------------------ overlap
 
 
-def async_config(**distillation) -> ConfigDict:
+def async_config(steps: int = 2, **distillation) -> ConfigDict:
     """The first of six batches is fresh; checkpoints are made at 2, 4 and 6."""
     config = separate_config(**distillation)
-    config.policy.generation.async_steps = 1
+    config.policy.generation.async_steps = steps
     config.policy.generation.importance_clip = 2.0
     return config
 
@@ -93,18 +93,25 @@ def rollout_threads() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(models, tmp_path_factory) -> tuple[Path, distill.Result]:
+def recorded(models, tmp_path_factory) -> tuple[Path, list[tuple]]:
     workdir = tmp_path_factory.mktemp("overlap")
-    return workdir, distill.train(with_models(async_config(), models), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        return workdir, run_and_record(with_models(async_config(), models), workdir, patch)
 
 
-def test_staleness_is_one_except_at_the_start(finished):
+@pytest.fixture(scope="module")
+def finished(recorded) -> tuple[Path, distill.Result]:
+    workdir, _ = recorded
+    return workdir, distill.Result({}, workdir / "student", 6)
+
+
+def test_staleness_is_two_except_at_the_start(finished):
     workdir, _ = finished
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["generation/staleness"] for line in lines] == [0, 1, 1, 1, 1, 1]
+    assert [line["generation/staleness"] for line in lines] == [0, 1, 2, 2, 2, 2]
     gaps = [line["log_prob_gap"] for line in lines]
     assert gaps[0] < 1e-4, "fresh weights: sampler and trainer agree"
-    assert min(gaps[1:]) > 1e-3, "one update lies between them"
+    assert min(gaps[1:]) > 1e-3, "updates lie between them"
     weights = [line["importance_weight"] for line in lines]
     assert weights[0] == pytest.approx(1, abs=1e-5)
     assert min(abs(weight - 1) for weight in weights[1:]) > 1e-5
@@ -117,8 +124,24 @@ def test_staleness_is_one_except_at_the_start(finished):
     assert not rollout_threads()
 
 
+def test_batches_are_sampled_with_the_weights_of_two_updates_before(
+    models, recorded, tmp_path, monkeypatch
+):
+    """The first three are of the student as it came: so says a run that leaves it as it is."""
+    _, ours = recorded
+    assert [request.version for request, _ in ours] == [0, 0, 0, 1, 2, 3]
+    config = with_models(async_config(max_steps=4), models)
+    config.policy.optimizer.learning_rate = 0.0
+    theirs = run_and_record(config, tmp_path, monkeypatch)
+    same = [
+        np.array_equal(a.log_probs_br, b.log_probs_br)
+        for (_, a), (_, b) in zip(ours, theirs, strict=False)
+    ]
+    assert same == [True, True, True, False]
+
+
 def test_killed_run_resumes_to_the_same_bits(models, finished, tmp_path, monkeypatch):
-    """Killed after update 5, while the batch of the sixth is sampled; checkpoints at 2 and 4."""
+    """Killed after update 5, while the sixth batch is sampled; checkpoints at 2 and 4 have two."""
     workdir, result = finished
     end_step = metrics.Progress.end_step
 
@@ -179,7 +202,7 @@ def test_generation_and_training_are_under_way_together(models, tmp_path, monkey
 
     monkeypatch.setattr(JaxBackend, "generate", meeting_generate)
     monkeypatch.setattr(trainer, "make_train_step", make_meeting_step)
-    distill.train(with_models(async_config(max_steps=4), models), tmp_path)
+    distill.train(with_models(async_config(1, max_steps=4), models), tmp_path)
     for step in meetings:
         assert generated[step][0] < trained[step - 1][1]
         assert trained[step - 1][0] < generated[step][1]
@@ -247,13 +270,13 @@ def test_fixed_batches_are_drawn_ahead_too(models, tmp_path, monkeypatch):
         line["on_policy"] for line in read_metrics(tmp_path / "strict")
     ]
     for line in lines:
-        sampled = line["on_policy"] == 1 and line["step"] > 1
-        assert line["generation/staleness"] == float(sampled)
+        stale = min(line["step"] - 1, 2) * (line["on_policy"] == 1)
+        assert line["generation/staleness"] == stale
         assert ("generation/mean_length" in line) == (line["on_policy"] == 1)
 
 
 def test_saving_changes_nothing(models, finished, tmp_path):
-    """The batch that is under way is saved too: when a run is saved may follow a clock."""
+    """The batches under way are saved too: when a run is saved may follow a clock."""
     workdir, result = finished
     again = distill.train(with_models(async_config(save_steps=5), models), tmp_path)
     assert (tmp_path / "checkpoints" / "5" / "arrays.npz").exists()
@@ -289,11 +312,11 @@ def test_stopped_run_takes_the_batch_that_was_under_way_with_it(
 def test_overlap_needs_devices_of_its_own(tmp_path):
     config = async_config()
     config.policy.generation.colocated.enabled = True
-    expect_refusal(config, tmp_path / "run", "async_steps=1", "colocated.enabled=False")
+    expect_refusal(config, tmp_path / "run", "async_steps=2", "colocated.enabled=False")
 
 
-@pytest.mark.parametrize("may", [False, True])
-def test_a_backend_of_ones_own_says_whether_it_samples_ahead(may, monkeypatch):
+@pytest.mark.parametrize("may", [False, True, 2])
+def test_a_backend_of_ones_own_says_how_far_it_samples_ahead(may, monkeypatch):
     name = f"own_ahead_{may}"
 
     @register_backend(name)
@@ -307,9 +330,10 @@ def test_a_backend_of_ones_own_says_whether_it_samples_ahead(may, monkeypatch):
     config.policy.generation.colocated.enabled = True
     config.policy.generation.backend, config.plugins = name, ("json",)
     parsed = parse_config(config)
-    if may:
+    if may == 2:
         return import_plugins(parsed)
-    with pytest.raises(UserError, match="async_steps=1.*does not say that it can.*async_steps=0"):
+    words = f"async_steps=2.*does not say that it can.*samples_ahead=2.*async_steps={int(may)}$"
+    with pytest.raises(UserError, match=words):
         import_plugins(parsed)
 
 

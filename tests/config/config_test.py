@@ -56,6 +56,12 @@ def test_defaults_with_field_evidence():
             ["importance_clip=0.5", "0 (off) or at least 1"],
         ),
         (
+            "policy.generation.async_steps",
+            2,
+            ["async_steps=2", "up to 2 updates old", "importance_clip", "or async_steps=1"],
+        ),
+        ("policy.generation.async_steps", 9, ["async_steps", "9", "between 0 and 8"]),
+        (
             "distillation.objective.terms",
             ("policy_gradient:2",),
             ["reads the tokens' advantages", "reward.function", "backend=jax", "plugin"],

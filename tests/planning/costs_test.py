@@ -113,6 +113,21 @@ def test_phases_are_bound_by_the_slowest_of_three():
     assert plan.seconds == update[1] + generation[1]
 
 
+def test_a_sampler_ahead_holds_weights_for_every_batch_under_way():
+    plans = []
+    for steps in (1, 3):
+        config = flagship()
+        config.policy.generation.colocated.enabled = False
+        config.policy.generation.async_steps = steps
+        config.policy.generation.importance_clip = 2.0
+        plans.append(estimate(workload_of(config, "gpu:h200x8"), parse_topology("gpu:h200x8")))
+    one, three = (plan.memory for plan in plans)
+    assert three.sampler == 3 * one.sampler > 0
+    assert three.peaks["generation"] - one.peaks["generation"] == 2 * one.sampler
+    assert three.peaks["update"] == one.peaks["update"], "on devices of its own"
+    assert {plan.seconds for plan in plans} == {max(x for _, x in plans[0].bounds.values())}
+
+
 def test_larger_batches_are_planned_where_the_mesh_has_more_parts():
     workload = workload_of(flagship(), "v5e:16x16")
     policy = workload.config.policy

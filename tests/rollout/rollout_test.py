@@ -61,7 +61,7 @@ def test_generates_with_cast_weights_and_request_keys():
     request = dataclasses.replace(REQUEST, seed=7, step=3)
     expected, _ = Engine(graphdef, EngineConfig(max_length=16), **OPTIONS).generate(cast, request)
     assert_equal(generate(sampler, seed=7, step=3), expected)
-    assert {x.dtype for x in jax.tree.leaves(sampler._weights)} == {jnp.dtype(dtype)}
+    assert {x.dtype for x in jax.tree.leaves(sampler._weights.of(REQUEST))} == {jnp.dtype(dtype)}
 
 
 def test_refit_makes_generation_use_the_new_weights():
@@ -72,6 +72,23 @@ def test_refit_makes_generation_use_the_new_weights():
         rollouts.append(generate(sampler))
     assert (rollouts[0].log_probs_br != rollouts[1].log_probs_br).all(axis=1).any()
     assert_equal(rollouts[0], rollouts[2])
+
+
+def test_requests_name_the_weights_that_sample():
+    """So many as batches may wait are held, and older ones are freed before others come."""
+    sampler, alone = make_backend(num_held=2), make_backend()
+    expected = []
+    for seed in (0, 1, 2):
+        alone.refit(student(seed)[1], version=seed)
+        expected.append(generate(alone))
+        sampler.refit(student(seed)[1], version=seed)
+        for version in range(max(0, seed - 1), seed + 1):
+            assert_equal(generate(sampler, version=version), expected[version])
+    with pytest.raises(RuntimeError, match="no weights of 0 updates are held"):
+        generate(sampler, version=0)
+    with pytest.raises(RuntimeError, match="no weights of 1 updates are held"):
+        generate(alone, version=1)
+    assert_equal(generate(sampler), expected[2])  # those of the last refit
 
 
 def test_held_weights_outlive_the_trainers_buffers():
@@ -135,7 +152,7 @@ def test_refit_reshards_to_the_given_shardings():
     with jax.set_mesh(mesh):
         sharded.refit(params, version=0)
         rollout = generate(sharded, **request)
-    head = jax.tree.leaves(sharded._weights["output_head"])[0]
+    head = jax.tree.leaves(sharded._weights.of(REQUEST)["output_head"])[0]
     assert head.sharding.shard_shape(head.shape) == (8, 16)
     assert_close(rollout, expected)
 
@@ -159,7 +176,7 @@ def test_a_sampler_splits_weights_in_a_layout_of_its_own():
     with jax.set_mesh(mesh):
         split.refit(jax.device_put(params, param_shardings(params, mesh)), version=0)
         rollout = generate(split, num_generations=4)
-    up = split._weights["layers"]["up_proj"].get_value()
+    up = split._weights.of(REQUEST)["layers"]["up_proj"].get_value()
     assert up.sharding.shard_shape(up.shape)[-1] == 4
     assert_close(rollout, expected)
 
@@ -170,7 +187,7 @@ def test_a_sampler_in_8_bits_is_the_quantized_student():
     sampler, exact = make_backend(finish=finish), backend()
     for each in (sampler, exact):
         each.refit(params, version=0)
-    held = sampler._weights["layers"]["up_proj"].get_value()
+    held = sampler._weights.of(REQUEST)["layers"]["up_proj"].get_value()
     assert held.qvalue.dtype == jnp.int8
     rollout = generate(sampler)
     engine = Engine(graph, EngineConfig(max_length=16), **OPTIONS)
@@ -194,8 +211,8 @@ def test_sampler_with_its_own_devices_gets_its_weights_there():
         sampler.refit(params, version=0)
         jax.tree.map(lambda x: x.delete(), params)
         rollout = generate(sampler, **request)
-    for weight in jax.tree.leaves(sampler._weights):
+    for weight in jax.tree.leaves(sampler._weights.of(REQUEST)):
         assert weight.sharding.device_set == set(devices[4:])
-    head = jax.tree.leaves(sampler._weights["output_head"])[0]
+    head = jax.tree.leaves(sampler._weights.of(REQUEST)["output_head"])[0]
     assert head.sharding.shard_shape(head.shape) == (16, 16)
     assert_close(rollout, expected)

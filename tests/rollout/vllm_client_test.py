@@ -84,7 +84,7 @@ def servers():
 
 
 def make_backend(
-    servers, *, params=PARAMS, retry=20.0, request=10.0, api_key_variable=""
+    servers, *, params=PARAMS, retry=20.0, request=10.0, api_key_variable="", num_held=1
 ) -> VllmBackend:
     section = VllmServers(
         urls=tuple(server.url for server in servers),
@@ -102,6 +102,7 @@ def make_backend(
         params=params,
         vocabulary=Vocabulary(Letters(), doubles.VOCAB_SIZE, (1,)),
         max_length=doubles.MAX_MODEL_LEN,
+        num_held=num_held,
     )
 
 
@@ -356,6 +357,28 @@ def test_refit_waits_for_a_server_that_restarts(servers):
     server.faults += [("/pause", doubles.hang_up), ("/collective_rpc", doubles.hang_up)]
     backend.refit("student", version=1)
     assert_whole(backend.generate(REQUEST)[0])
+
+
+def test_servers_load_waiting_weights_for_the_first_request_that_names_them(servers):
+    """A refit that comes meanwhile leaves theirs alone; what is too old is not served."""
+    pair = servers(2)
+    backend = make_backend(pair, num_held=2)
+    backend.refit("student", version=1)
+    backend.refit("student", version=2)
+    assert {server.loaded for server in pair} == {"/weights/student-1"}
+    for version in (1, 2):
+        for _ in range(2):
+            rollout, _ = backend.generate(dataclasses.replace(REQUEST, version=version))
+            weights = f"/weights/student-{version}"
+            assert rollout.tokens_br.tolist() == expected_tokens(weights=weights)
+        loads = [path for server in pair for path, _ in server.requests if "rpc" in path]
+        assert len(loads) == 2 * (1 + version), "of a rehearsal, and once each"
+    backend.refit("student", version=3)
+    with pytest.raises(RuntimeError, match="no weights of 1 updates are held"):
+        backend.generate(dataclasses.replace(REQUEST, version=1))
+    pair[0].restart()
+    rollout, _ = backend.generate(dataclasses.replace(REQUEST, version=2))
+    assert rollout.tokens_br.tolist() == expected_tokens(weights="/weights/student-2")
 
 
 @pytest.mark.parametrize(
@@ -625,7 +648,7 @@ time.sleep(600)
 def is_running(pid: int) -> bool:
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, and before it is read
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
 

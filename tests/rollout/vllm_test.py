@@ -453,12 +453,13 @@ def test_greedy_run_is_the_same_as_in_process(servers, folders, jax_losses, tmp_
 def test_two_servers_sample_ahead_as_devices_of_this_process_do(
     servers, folders, tmp_path, monkeypatch
 ):
-    """Stale by one update on both sides: greedy answers of the same weights, the same losses."""
+    """Stale by two updates on both sides: greedy answers of the same weights, the same losses."""
     ours, theirs = run_config(), run_config()
     for config in (ours, theirs):
         config.policy.model_name = str(folders["student"])
         config.distillation.generate_strategy.decoding_method = "greedy"
-        config.policy.generation.async_steps = 1
+        config.policy.generation.async_steps = 2
+        config.policy.generation.importance_clip = 2.0
     theirs.policy.generation.colocated.enabled = False
     distill.train(theirs, tmp_path / "in_process")
     pair = servers["student"], servers["second"]

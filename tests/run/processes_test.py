@@ -190,13 +190,14 @@ def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, tmp_path
 
 @pytest.mark.slow
 def test_sampler_with_a_device_of_each_of_four_processes(two, tmp_path):
-    """It samples ahead, in another layout than the trainer's, as that of one process does."""
+    """It samples two ahead, in another layout than the trainer's, as that of one process does."""
     config = get_config()
     changes = {
-        "distillation.lambda_": 1.0, "distillation.max_steps": 3, "distillation.save_steps": 2,
+        "distillation.lambda_": 1.0, "distillation.max_steps": 4, "distillation.save_steps": 2,
         "distillation.eval_steps": 0, "data.validation.max_samples": 0,
         "mesh.expert": 1, "mesh.fsdp": 2, "policy.generation.tensor": 1,
-        "policy.generation.async_steps": 1, "policy.generation.colocated.enabled": False,
+        "policy.generation.async_steps": 2, "policy.generation.importance_clip": 2.0,
+        "policy.generation.colocated.enabled": False,
         "policy.model_name": random_model(model_width=16, vocab_size=24),
     }  # fmt: skip
     config.update_from_flattened_dict(changes)
@@ -206,11 +207,11 @@ def test_sampler_with_a_device_of_each_of_four_processes(two, tmp_path):
     assert statuses(done) == [0] * 4, done
     lines = zip(read_metrics(tmp_path / "four"), read_metrics(tmp_path / "one"), strict=True)
     losses = [(ours["loss"], theirs["loss"]) for ours, theirs in lines if "loss" in theirs]
-    assert len(losses) == 3
+    assert len(losses) == 4
     for ours, theirs in losses:
         assert ours == pytest.approx(theirs, **CURVE)
     ahead = [np.load(tmp_path / name / "checkpoints/2/arrays.npz") for name in ("one", "four")]
-    for name in ("tokens", "reward"):
+    for name in ("tokens", "reward", "tokens/1"):
         np.testing.assert_array_equal(ahead[0][name], ahead[1][name])
 
 

@@ -18,6 +18,7 @@ from distill.base import processes
 from distill.base.errors import RunStopped, UserError
 from distill.config.policy import VllmServers
 from distill.data.tokenizer import Vocabulary
+from distill.rollout.base import HeldWeights
 from distill.rollout.vllm.checks import await_all_up, await_up
 from distill.rollout.vllm.client import ServerFailed, VllmClient, VllmError, connect
 from distill.rollout.vllm.dispatch import ask_all, at_each
@@ -43,6 +44,7 @@ class VllmBackend:
     Args:
       own: a server to start at the first refit, from the weights of that refit.
       check: raises UserError if a server that is up will not do.
+      num_held: refits that wait for their batch; servers load one when it comes.
     """
 
     def __init__(
@@ -56,13 +58,15 @@ class VllmBackend:
         params: SamplingParams,
         vocabulary: Vocabulary,
         max_length: int,
+        num_held: int = 1,
     ):
         self._servers, self._clients = servers, connect(servers, SECTION)
         self._own, self._check = own, check
         self._weights, self._probe, self._params = weights, probe, params
         self._vocabulary, self._max_length = vocabulary, max_length
         self._run = secrets.token_hex(4)  # tells this run's refits from those of others
-        self._held: _Held | None = None
+        self._held, self._holds_one = HeldWeights[_Held](num_held), num_held == 1
+        self._loaded: _Held | None = None
         self._refit_gap = 0.0
 
     def start(self) -> None:
@@ -84,19 +88,22 @@ class VllmBackend:
     def refit(self, student_params: nnx.State, version: int) -> None:
         """Writes the weights, has all servers load them, and compares log-probabilities.
 
-        The first refit starts the own server, and is rehearsed with other weights (probe.py).
+        The first refit starts the own server, and is rehearsed with other weights (probe.py). Where
+        batches wait for earlier weights, servers load these for the first request that names them.
         """
         student_params = self._weights.merged(student_params)
         folder = self._weights.write(student_params, version)
-        first, expected = self._held is None, self._probe.expected(student_params)
+        first, expected = self._loaded is None, self._probe.expected(student_params)
         held = _Held(f"distill-{self._run}-{version}", folder, expected, far_apart=first)
         rehearsal = None
         if first:
             folder = self._weights.write_rehearsal(student_params)
             expected = self._probe.expected_in_rehearsal(student_params)
             rehearsal = _Held(f"distill-{self._run}-rehearsal", folder, expected, far_apart=True)
-        self._refit_gap = processes.from_first(lambda: self._load_all(held, rehearsal))
-        self._held = held
+        if first or self._holds_one:
+            self._load_all(held, rehearsal)
+        self._held.make_room(version)
+        self._held.hold(version, held)
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
         """See `RolloutBackend.generate`.
@@ -104,14 +111,16 @@ class VllmBackend:
         Measures refit_gap (mean |nats| between servers and trainer at the probe) and retries (rows
         asked again).
         """
-        if self._held is None:
-            raise RuntimeError("generate before refit: the servers hold no weights of this run")
+        held = self._held.of(request)
         params, longest = request.params, max(len(prompt) for prompt in request.prompts)
         if longest + params.max_length > self._max_length:
             raise UserError(
                 f"a prompt of {longest} tokens and {params.max_length} of a response are more than "
                 f"policy.max_total_sequence_length={self._max_length}, which servers were asked for"
             )
+
+        if held is not self._loaded:
+            self._load_all(held, None)
 
         def ask(client: VllmClient, row):
             return ask_row(client, row, params, self._vocabulary, request.turns)
@@ -132,7 +141,8 @@ class VllmBackend:
 
     def stop(self) -> None:
         """Ends the own server; others go on running, with the last weights."""
-        self._held = None
+        self._held.clear()
+        self._loaded = None
         if self._own is not None:
             self._own.stop()
             self._clients = []
@@ -146,8 +156,13 @@ class VllmBackend:
         await_up(client, self._servers.start_timeout, f"see {own.log}, or raise start_timeout")
         return client
 
-    def _load_all(self, held: _Held, rehearsal: _Held | None) -> float:
-        """Has all servers load weights, at first those of the rehearsal; returns the widest gap."""
+    def _load_all(self, held: _Held, rehearsal: _Held | None) -> None:
+        """Has all servers load weights, at first those of the rehearsal."""
+        self._refit_gap = processes.from_first(lambda: self._loaded_gap(held, rehearsal))
+        self._loaded = held
+
+    def _loaded_gap(self, held: _Held, rehearsal: _Held | None) -> float:
+        """Of the first process: loads everywhere and returns the widest gap."""
         try:
             if self._own is not None and not self._clients:
                 self._clients = [self._launch(self._own, held.folder)]
@@ -185,7 +200,7 @@ class VllmBackend:
         Raises:
           RunStopped: it has weights of another run.
         """
-        held = self._held
+        held = self._loaded
         assert held is not None  # rows are asked after a refit
         name = client.get("/weight_info", timeout=30.0)["weight_version"]
         if name == held.name:

@@ -23,7 +23,6 @@ from distill.models.checkpoints.source import load_model_config
 from distill.models.lora import merged
 
 _VERSION = re.compile(r"\d{8}")
-_KEPT = 2  # versions: a server may be loading the last while the next is written
 HEAD = "lm_head.weight"
 
 
@@ -67,13 +66,15 @@ class ServerExport:
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFolder:
-    """The folder through which refits pass; it holds the last two versions.
+    """The folder through which refits pass; it holds the versions that servers may have to load.
 
-    Absolute, and the same path for the servers.
+    Absolute, and the same path for the servers. `num_held` versions wait for a batch, and one more
+    is kept: a server may be loading the last while the next is written.
     """
 
     folder: Path
     export: ServerExport
+    num_held: int = 1
 
     def merged(self, params: nnx.State) -> nnx.State:
         """The parameters as servers hold them, without adapters."""
@@ -91,7 +92,7 @@ class WeightsFolder:
         """Those that came before the last ones."""
         others = [path for path in self.folder.iterdir() if _VERSION.fullmatch(path.name)]
         newest_first = sorted(others, key=lambda path: (path.stat().st_mtime, path.name))[::-1]
-        for path in [path for path in newest_first if path != target][_KEPT - 1 :]:
+        for path in [path for path in newest_first if path != target][self.num_held :]:
             shutil.rmtree(path)
 
     def write_rehearsal(self, params: nnx.State) -> Path:
