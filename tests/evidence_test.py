@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.evidence import mending, probe, report, runner
+from benchmarks.evidence import forgetting, held_out, mending, probe, report, runner
+from benchmarks.evidence.forgetting_task import BOTH, NEW, OLD, Conventions
 from benchmarks.evidence.mending_task import Mending, WithSlips
 from benchmarks.evidence.runs import (
     BATCH,
@@ -171,7 +172,7 @@ def test_plots_are_the_same_for_the_same_numbers(evidence, tmp_path):
         (tmp_path / folder).mkdir()
         make_plots(evidence, tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["evidence-prompts.svg", "evidence-rivals.svg"]
+    assert names == ["evidence-forgetting.svg", "evidence-prompts.svg", "evidence-rivals.svg"]
     for name in names:
         text = (tmp_path / "a" / name).read_text()
         assert text == (tmp_path / "b" / name).read_text()
@@ -260,3 +261,62 @@ def test_mending_table():
     assert table["student as it comes"][1:4] == ("-", "50.0% (0.0 to 100.0)", "-")
     on = table[mending.METHODS[mending.ON].title]
     assert (on[1], on[4]) == ("3", "30.0%") and on[3].startswith("+0.0 points")
+
+
+def test_each_problem_in_two_conventions():
+    whole, new = Conventions("test", 0, 40), Conventions("test", 0, 40, subset=NEW)
+    assert (len(whole), len(new)) == (80, 40)
+    for i in range(40):
+        mine, old = whole[i], whole[i + 40]
+        assert (mine.prompt, mine.columns["task"]) == (f"={old.prompt}", NEW)
+        assert new[i] == mine and old.columns["task"] == OLD
+        assert int(mine.answer) == int(old.answer) % 10  # modulo ten is no matter of when
+        assert whole.is_correct(mine, mine.response) and whole.is_correct(old, old.response)
+        # A line of the one convention is a line of the other where nothing exceeds a digit.
+        assert (mine.answer == old.answer) == whole.is_correct(mine, old.response)
+
+
+@pytest.mark.parametrize("method", forgetting.METHODS)
+def test_a_run_of_forgetting_is_a_config_of_its_method(method, tmp_path):
+    config = parse_config(forgetting.run_config(method, 1, tmp_path))
+    distillation = config.distillation
+    assert distillation.lambda_ == float(method.startswith("on") or method == "rehearse")
+    assert distillation.kl_type == ("reverse" if "reverse" in method else "forward")
+    assert distillation.hard_labels == method.startswith("sft")
+    assert (config.seed, distillation.max_steps) == (1, forgetting.UPDATES)
+    assert set(config.teachers) == ({NEW, OLD} if method == "rehearse" else set())
+    assert config.policy.model_name == str(tmp_path / "start/student")
+
+
+def test_what_is_forgotten_where_the_new_is_learned():
+    assert forgetting.interpolate(np.array([1.0, 0.5, 0.1]), np.array([0.0, 0.6, 1.0])) == (
+        pytest.approx(0.3)
+    )
+    assert np.isnan(forgetting.interpolate(np.ones(2), np.array([0.0, 0.7])))
+
+    def row(method, seed, *curve):
+        points = [dict(step=25 * i, old=old, new=new) for i, (old, new) in enumerate(curve)]
+        return dict(method=method, seed=seed, curve=points if seed is None else points[1:])
+
+    begin = ("1111", "0000")
+    rows = [row(name, None, begin) for name in forgetting.MODELS]
+    for name in forgetting.METHODS:
+        end = ("1000", "1111") if name == forgetting.REFERENCE else ("1100", "1100")
+        rows += [row(name, seed, begin, end) for seed in (0, 1)]
+    table = {line[0]: line for line in forgetting.make_table(rows)}
+    reference = table[forgetting.METHODS[forgetting.REFERENCE].title]
+    assert reference[1].startswith("100.0%") and reference[4].startswith("40.0%")
+    on = table[forgetting.METHODS["on"].title]
+    assert on[3].startswith("+25.0 points") and on[4] == "not reached"
+
+
+def test_held_out_problems_are_asked_and_judged():
+    config = forgetting.config_of(BOTH, 25, 25)
+    config.data.validation.split, config.data.validation.max_samples = "test", 4
+    asked = held_out.HeldOut(config)
+    for greedy in (True, False):
+        said = asked.responses("embedded:arithmetic-teacher", greedy=greedy)
+        tasks = [example.columns["task"] for example, _ in said]
+        assert tasks == [NEW] * 4 + [OLD] * 4
+        right = [asked.is_correct(*each) for each in said]
+        assert all(right[4:]) and not all(right[:4])

@@ -33,18 +33,18 @@ from benchmarks.evidence.report import (
     estimate,
     gain,
     interval,
+    kept_row,
     percent,
     points,
     situation,
     write_rows,
 )
-from benchmarks.evidence.runs import STUDENT, TEACHER, Overrides, common_config
+from benchmarks.evidence.runs import STUDENT, TEACHER, Overrides, task_config
 from distill.base.errors import UserError
-from distill.base.files import write_atomically
 from distill.config import cli
 
 ROWS = DOCS / "results/mending.json"
-LONGEST, PROBLEMS, SEEDS, BACK = 50, 512, 3, 2
+LONGEST, UPDATES, PROBLEMS, SEEDS, BACK = 50, 400, 512, 3, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,20 +107,8 @@ MODELS = {
 }
 
 
-def task_config(seed: int) -> ConfigDict:
-    config = common_config(seed)
-    config.plugins = ("benchmarks.evidence.mending_task",)
-    config.data.name = config.data.validation.name = TASK
-    config.data.subset = ""
-    config.data.validation.max_samples = config.distillation.eval_steps = 0
-    config.checkpointing.best_metric = ""
-    config.distillation.generate_strategy.max_length = LONGEST
-    config.distillation.max_steps = 400
-    return config
-
-
 def teacher_config() -> ConfigDict:
-    config = task_config(0)
+    config = task_config(TASK, LONGEST, UPDATES, 0)
     config.data.name = WITH_SLIPS
     config.policy.model_name = TEACHER
     config.distillation.generate_strategy.max_length = 31  # nothing is sampled; prompts are longer
@@ -132,7 +120,7 @@ def teacher_config() -> ConfigDict:
 def run_config(method: str, seed: int, output: Path) -> ConfigDict:
     from distill.generate import generate
 
-    config, row = task_config(seed), METHODS[method]
+    config, row = task_config(TASK, LONGEST, UPDATES, seed), METHODS[method]
     if row.mends:
         config.distillation.teacher_model_path = str(output / "teacher/student")
     config.update_from_flattened_dict(row.overrides)
@@ -167,10 +155,7 @@ def perform_all(output: Path) -> None:
 
 def _row(method: str, seed: int, model: str, output: Path) -> Row:
     path = output / "rows" / f"{method}-seed{seed}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(measure(model, path.with_suffix(".jsonl"))) + "\n")
-    row = json.loads(path.read_text())
+    row = kept_row(path, lambda: measure(model, path.with_suffix(".jsonl")))
     print(f"{method}, seed {seed}: {row['right'].count('1')} of {PROBLEMS}", flush=True)
     return dict(method=method, seed=seed, **row)
 
@@ -179,7 +164,7 @@ def measure(model: str, path: Path) -> Row:
     """What a model does with the held-out problems, at temperature 1; responses go to `path`."""
     from distill.generate import generate
 
-    config = task_config(0)
+    config = task_config(TASK, LONGEST, UPDATES, 0)
     config.data.split, config.data.max_samples = "test", PROBLEMS
     generate(config, model, path)
     said = {row["prompt"]: row["response"] for row in map(json.loads, path.open())}

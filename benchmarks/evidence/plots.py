@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.evidence import forgetting
+from benchmarks.evidence.forgetting_task import NEW, OLD
 from benchmarks.evidence.report import Cell, Estimate, Evidence, estimate, gain, rival_cells
 from benchmarks.evidence.runs import FEW, METHODS, OFF, ON
 
@@ -16,8 +19,8 @@ OFF_COLOR, STOPPED_COLOR, ON_COLOR, OTHER_COLOR = "#3182bd", "#9ecae1", "#de2d26
 
 
 def make_plots(evidence: Evidence, folder: Path) -> None:
-    """Writes evidence-prompts.svg and evidence-rivals.svg, the same for the same numbers."""
-    plots = {"prompts": plot_prompts, "rivals": plot_rivals}
+    """Writes a picture for each question, the same for the same numbers."""
+    plots = {"prompts": plot_prompts, "rivals": plot_rivals, "forgetting": plot_forgetting}
     style = {"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}
     with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
         for name, plot in plots.items():
@@ -88,4 +91,18 @@ def plot_rivals(evidence: Evidence) -> Figure:
     axes.set_yticks(places, list(cells))
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set(xlabel=f"points above {METHODS[OFF].title}, {n} distinct prompts")
+    return figure
+
+
+def plot_forgetting(_: Evidence) -> Figure:
+    """Accuracy on old problems against that on new ones, a line for each method."""
+    rows = json.loads(forgetting.ROWS.read_text())
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, method in forgetting.METHODS.items():
+        curves = forgetting.Curves(rows, name)
+        new, old = (100 * curves.resampled(task)[0] for task in (NEW, OLD))
+        axes.plot(new, old, marker="o", markersize=4, label=method.title)
+    axes.set(xlabel="accuracy on new problems, %", ylabel="on old problems, %", ylim=(0, 100))
+    axes.legend(fontsize=7)
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,13 @@ class Estimate:
 
 def estimate(values_sp: np.ndarray) -> Estimate:
     """The mean, with its interval by bootstrap over seeds and, apart from that, over problems."""
-    seeds, problems = (_resampled(size) for size in values_sp.shape)
+    seeds, problems = (resampled(size) for size in values_sp.shape)
     means = ((seeds @ values_sp) * problems).sum(axis=1)
     return Estimate(float(values_sp.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
 
 
 @functools.cache
-def _resampled(size: int) -> np.ndarray:
+def resampled(size: int) -> np.ndarray:
     """[RESAMPLES, size], how often each of so many is drawn, as a share of all draws."""
     rng = np.random.default_rng(size)
     return rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) / size
@@ -144,6 +144,14 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     write_atomically(path, f"[\n{lines}\n]\n")
 
 
+def kept_row(path: Path, make: Callable[[], Row]) -> Row:
+    """What is in the file, which is made first where it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(make()) + "\n")
+    return json.loads(path.read_text())
+
+
 def publish(tables: dict[str, str]) -> None:
     """Writes tables to their places in docs/results.md, and prints them."""
     page = DOCS / "results.md"
@@ -165,13 +173,18 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def make_tables(evidence: Evidence) -> dict[str, str]:
     """All tables, by their names in docs/results.md."""
-    from benchmarks.evidence import mending  # late: it imports this module
+    # Late: they import this module.
+    from benchmarks.evidence import forgetting, mending
 
-    mended = json.loads(mending.ROWS.read_text())
+    own = {
+        name: (module, json.loads(module.ROWS.read_text()))
+        for name, module in dict(mending=mending, forgetting=forgetting).items()
+    }
+    more = [line for module, rows in own.values() for line in module.situations(rows)]
     return {
-        "situations": markdown([*situation_table(evidence), *mending.situations(mended)]),
+        "situations": markdown([*situation_table(evidence), *more]),
+        **{name: markdown(module.make_table(rows)) for name, (module, rows) in own.items()},
         "rivals": markdown(rival_table(evidence)),
-        "mending": markdown(mending.make_table(mended)),
         "rewards": markdown(reward_table(evidence)),
         "accuracy": align(accuracy_table(evidence)),
         "stopping": align(stopping_table(evidence)),
@@ -197,13 +210,13 @@ def situation_table(evidence: Evidence) -> Table:
 
 
 def situation(
-    text: str, compared: Sequence[Cell], titles: Sequence[str], base: Row
+    text: str, compared: Sequence[Cell], titles: Sequence[str], base: Row | None
 ) -> Sequence[str]:
     """The text, the better method where the interval has no zero in it, and the figures.
 
-    `base`: of the student to begin with.
+    `base`: of the student to begin with, where neither method should end below it.
     """
-    more, start = gain(*compared), Cell({0: base}).right().mean()
+    more, start = gain(*compared), Cell({0: base}).right().mean() if base else 0.0
     advice = titles[0] if more.low > 0 else titles[1] if more.high < 0 else "either"
     if max(cell.right().mean() for cell in compared) < start:
         advice = f"neither: both end below the {percent(start)} of the start"

@@ -142,3 +142,19 @@ def common_config(seed: int) -> ConfigDict:
     config.policy.train_micro_batch_size = 48
     config.logger.progress_bar = False
     return config
+
+
+def task_config(task: str, longest: int, updates: int, seed: int) -> ConfigDict:
+    """Of a task of its own: the dataset of the plugin TASK_task, and nothing evaluated on the way.
+
+    `longest`: tokens of a response at most.
+    """
+    config = common_config(seed)
+    config.plugins = (f"benchmarks.evidence.{task}_task",)
+    config.data.name = config.data.validation.name = task
+    config.data.subset = ""
+    config.data.validation.max_samples = config.distillation.eval_steps = 0
+    config.checkpointing.best_metric = ""
+    config.distillation.generate_strategy.max_length = longest
+    config.distillation.max_steps = updates
+    return config
