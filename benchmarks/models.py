@@ -233,10 +233,10 @@ def compilation(family: str, config: ModelConfig) -> tuple[float, float]:
     seconds, shallow = [], max(SHALLOW, len(config.pattern))
     for layers in (shallow, shallow, TIMES * shallow):  # the first warms the compiler up
         workload = _workload(family, dataclasses.replace(config, num_layers=layers))
-        state, teacher_params, step = make_parts(workload, None)
-        jax.block_until_ready((state, teacher_params))  # else they are made meanwhile
+        state, teachers, step = make_parts(workload, None)
+        jax.block_until_ready((state, teachers))  # else they are made meanwhile
         start = time.process_time()
-        step.lower(state, [teacher_params], (workload.batch(),)).compile()
+        step.lower(state, teachers, (workload.batch(),)).compile()
         seconds.append(time.process_time() - start)
         jax.clear_caches()
     return seconds[1], seconds[2]

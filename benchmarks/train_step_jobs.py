@@ -1,6 +1,6 @@
 """The work of benchmarks/train_step.py and packing.py, as functions that their workers call.
 
-`build_products` is distill_step.py's, too.
+`build_products` and `first_state` are distill_step.py's, too.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks.objectives import objective_of
 from benchmarks.sampling_jobs import QWEN_CONFIG, SMALL_CONFIG, load_weights
 from distill.batches.packing import Layout, Shape
-from distill.batches.rows import Rows, make_batch
+from distill.batches.rows import Batch, Rows, make_batch
 from distill.build.optimizer import build_optimizer
-from distill.config.policy import Optimizer
+from distill.config.policy import Lora, Optimizer
 from distill.data.sequences import Sequences
 from distill.models.facts import ModelConfig
+from distill.models.lora import abstract_adapters, make_adapters
+from distill.models.quantization import quantized
 from distill.step import TeacherInStep, TrainState, make_train_step
 
 CPUS = 2
@@ -60,6 +63,21 @@ class Workload:
         rows = self.rows // self.microbatches
         shape = Shape(rows // 2, 2 * self.row_length) if packed else Shape(rows, self.row_length)
         return make_batch(self.sequences(), layout=Layout((shape,), packed), pad_id=0)[0]
+
+    def dealt_batch(self, teachers: int) -> Batch:
+        """Padded rows, whose sequences are dealt to so many teachers in turn."""
+        layout = Layout((Shape(self.rows // self.microbatches, self.row_length),))
+        return tuple(
+            rows
+            for each in range(teachers)
+            for rows in make_batch(
+                self.sequences().take(np.arange(each, self.rows, teachers)),
+                layout=layout,
+                pad_id=0,
+                teacher=each,
+                most=self.rows,
+            )
+        )
 
     def flops(self) -> float:
         """Of the real tokens: padding counts for nobody."""
@@ -181,30 +199,50 @@ def check_same_loss(path: Path, loss: float, dtype: str) -> None:
 
 def make_state_and_step(workload: Workload, folder: Path | None, loss: str | None = None):
     """The first train state, and `step(state, batch) -> (state, metrics)`; see `make_parts`."""
-    state, teacher_params, step = make_parts(workload, folder, loss)
-    return state, lambda state, batch: step(state, [teacher_params], batch)
+    state, teachers, step = make_parts(workload, folder, loss)
+    return state, lambda state, batch: step(state, teachers, batch)
 
 
-def make_parts(workload: Workload, folder: Path | None, loss: str | None = None):
-    """The first train state, the teacher's parameters and the jitted step.
+def make_parts(
+    workload: Workload,
+    folder: Path | None,
+    loss: str | None = None,
+    teachers: int = 1,
+    lora: Lora = Lora(),  # noqa: B008
+):
+    """The first train state, the teachers' parameters and the jitted step.
 
     Weights are those of the folder's `student` and `teacher`, or random; `loss` is an
-    implementation of it, None the default.
+    implementation of it, None the default. With several teachers, all have the same weights.
     """
     student_folder, teacher_folder = (folder and folder / role for role in ("student", "teacher"))
     student, params = load_weights(workload.student, workload.dtype, student_folder, "float32")
-    teacher, teacher_params = load_weights(workload.teacher, workload.dtype, teacher_folder)
+    loaded = [
+        load_weights(workload.teacher, workload.dtype, teacher_folder) for _ in range(teachers)
+    ]
     adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=0.01)
     optimizer = build_optimizer(adamw, max_steps=1)
     step = make_train_step(
         student,
-        [TeacherInStep(teacher)],
+        [TeacherInStep(graph) for graph, _ in loaded],
         objective_of("forward", loss_implementation=loss or "auto"),
         optimizer,
         vocab_size=workload.student.vocab_size,
     )
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    return state, teacher_params, step
+    state = first_state(params, optimizer, workload.student, lora)
+    return state, [teacher_params for _, teacher_params in loaded], step
+
+
+def first_state(params, optimizer, config: ModelConfig, lora: Lora) -> TrainState:
+    """Of all weights, or of adapters beside frozen ones."""
+    trainable, frozen = params, nnx.State({})
+    if lora.rank:
+        trainable = make_adapters(abstract_adapters(params, lora), seed=0)
+        frozen = params
+        if lora.base_dtype == "int8":
+            frozen = jax.jit(functools.partial(quantized, config))(params)
+    opt_state = jax.jit(optimizer.init)(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, frozen)
 
 
 def build_torch(workload: Workload, folder: Path, compiled: bool):
