@@ -4,6 +4,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 TRANSFORMERS4_VENV ?= .venv-transformers4
 TRL_VENV ?= .venv-trl
+TUNIX_VENV ?= .venv-tunix
 LAUNCH_VENV ?= .venv-launch
 AUDIT_VENV ?= .venv-audit
 NEWEST_VENV ?= .venv-newest
@@ -43,7 +44,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck $$(grep -rlE '^#!/usr/bin/env bash$$' .ci launch tests)
+	$(BIN)/shellcheck $$(grep -rlE '^#!/usr/bin/env bash$$' .ci benchmarks launch tests)
 	for jobset in launch/gke_jobset*.yaml; do $(BIN)/python tests/jobset_check.py $$jobset || exit; done
 
 functional: $(patsubst tests/functional/%.sh,functional-%,$(wildcard tests/functional/*.sh))
@@ -98,6 +99,12 @@ $(TRL_VENV)/.installed: requirements-trl.txt
 	$(TRL_VENV)/bin/python -m pip install --quiet -r requirements-trl.txt
 	@touch $@
 
+# For benchmarks/sampling.py.
+$(TUNIX_VENV)/.installed: requirements-tunix.txt
+	test -x $(TUNIX_VENV)/bin/python || $(PYTHON) -m venv $(TUNIX_VENV)
+	$(TUNIX_VENV)/bin/python -m pip install --quiet -r requirements-tunix.txt
+	@touch $@
+
 # For launch/xm_launch.py, whose runs use $(VENV).
 $(LAUNCH_VENV)/.installed: requirements-launch.txt
 	test -x $(LAUNCH_VENV)/bin/python || $(PYTHON) -m venv $(LAUNCH_VENV)
@@ -105,5 +112,5 @@ $(LAUNCH_VENV)/.installed: requirements-launch.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4_VENV) $(TRL_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) $(NEWEST_VENV) \
+	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4_VENV) $(TRL_VENV) $(TUNIX_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) $(NEWEST_VENV) \
 	  .cache runs

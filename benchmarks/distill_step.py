@@ -9,21 +9,25 @@ How to read it. The same random weights and prompts for everyone, float32, tempe
 ends an answer early, so everyone samples the same number of tokens. The loss is the Jensen-Shannon
 divergence with weight 0.5, a mean over the sampled tokens; then AdamW. Ours are the parts that the
 trainer wires up (BatchSource, JaxBackend, Engine, train step), with a run's default activation
-checkpointing; TRL's are a run of `trainer.train()` held back before each step: current
-`DistillationTrainer`, and `GKDTrainer` with lmbda=1, each with gradient checkpointing and without,
-all prompts in one batch. `defaults` are GKD's: checkpointing, which has it sample without a cache
-of keys and values, and bfloat16, which nobody else computes in here; its temperature of 0.9 is not
-taken over, for the sake of equal work. `ratio` is the part of our time: 3 is three times slower.
-`seconds` is a median of interleaved repeats, each after steps that are not timed; loading is not
-counted. `products of the update` is no step: it is what remains of ours without sampling,
+checkpointing. TRL's are a run of `trainer.train()`, held back before each step. `ratio` is
+the part of our time: 3 is three times slower. `seconds` is a median of interleaved repeats, each
+after steps that are not timed; loading is not counted. `fastest` and `slowest` are of the same
+repeats. `products of the update` is no step: it is what remains of ours without sampling,
 attention, softmax, norms and optimizer, the matrix products of both models' layers and heads on the
 real tokens, one after the other.
+
+TRL: current `DistillationTrainer`, and `GKDTrainer` with lmbda=1, each with gradient checkpointing
+and without, all prompts in one batch. `defaults` are GKD's: checkpointing, which has it sample
+without a cache of keys and values, and bfloat16, which nobody else computes in here; its
+temperature of 0.9 is not taken over, for the sake of equal work.
 
 Everyone samples with random numbers of its own, so the losses of the first step, which are means
 over the tokens of the same distribution, are compared with a tolerance of 5%.
 
-Runs on a CPU, the first two CPUs for everyone: 16 prompts of 16 to 64 tokens, 64 tokens sampled for
-each; a student of 6M and a teacher of 20M parameters, and models of about the quickstart's size.
+On a CPU, the first two CPUs for everyone: 16 prompts of 16 to 64 tokens, 64 tokens sampled for
+each; a student of 6M and a teacher of 20M parameters, and models of about the quickstart's size. On
+a GPU ours alone, in bfloat16: the shapes of Qwen2.5-1.5B and 7B, 64 prompts of 16 to 256 tokens,
+512 sampled for each.
 """
 
 from __future__ import annotations
@@ -37,15 +41,12 @@ from absl import flags
 from benchmarks import harness
 from benchmarks.distill_step_jobs import (
     CPUS,
-    DTYPE,
-    NUM_PROMPTS,
-    RESPONSE,
+    GPU_WORKLOAD,
     WORKLOADS,
     Workload,
     build_ours,
     build_trl,
     check_python,
-    make_prompts,
     write_work,
 )
 from benchmarks.train_step_jobs import build_products
@@ -68,41 +69,48 @@ TRL_SETTINGS = {
 
 def main() -> None:
     harness.check_json_path()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the workers inherit both
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
     python = check_python(_TRL_PYTHON.value)
     rows, notes = [], []
-    for workload in WORKLOADS:
-        measured, failures = _measure(workload, python)
+    if is_cpu := harness.select_platform() == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])  # the workers inherit it
+    for workload in WORKLOADS if is_cpu else (GPU_WORKLOAD,):
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
+            folder = Path(parent) if is_cpu else None
+            jobs = _jobs(workload, folder, python)
+            measured, failures = _measure(workload, folder, jobs)
         rows, notes = rows + measured, notes + failures
-    if python is None:
-        notes.append("TRL is left out: --trl_python=PATH of an interpreter that has it")
+    if python is None or not is_cpu:
+        notes.append("TRL is left out: --trl_python=PATH of an interpreter that has it, on a CPU")
     harness.print_rows(rows)
     print(*notes, sep="\n")
     harness.write_json(rows)
 
 
-def _measure(workload: Workload, python: str | None) -> tuple[list[harness.Row], list[str]]:
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
-        folder = Path(parent)
+def _measure(
+    workload: Workload, folder: Path | None, jobs: list[harness.Job]
+) -> tuple[list[harness.Row], list[str]]:
+    if folder is not None:
         write_work(workload, folder)
-        measurements = harness.measure(_jobs(workload, folder, python), _REPEATS.value)
+    measurements = harness.measure(jobs, _REPEATS.value)
     rows = harness.compare(workload.name, measurements, BASELINE)
+    tokens = workload.num_prompts * workload.response
     for row in rows:
         del row["peak_bytes"], row["peak_ratio"]  # not compared: TRL's is another process's
-        seconds = row["seconds"] if row["implementation"] != PRODUCTS else None
-        row["tokens_per_second"] = round(NUM_PROMPTS * RESPONSE / seconds) if seconds else None
+        seconds = measurements[row["implementation"]].all_seconds
+        row["fastest"], row["slowest"] = (min(seconds), max(seconds)) if seconds else (None, None)
+        samples = row["implementation"] != PRODUCTS and row["seconds"]
+        row["tokens_per_second"] = round(tokens / row["seconds"]) if samples else None
     return rows, harness.failures(workload.name, measurements)
 
 
-def _jobs(workload: Workload, folder: Path, python: str | None) -> list[harness.Job]:
-    _, student, teacher = workload
-    responses = NUM_PROMPTS * RESPONSE
-    tokens = responses + sum(map(len, make_prompts(student.vocab_size)))
-    jobs = [
-        harness.Job(BASELINE, build_ours, (workload, folder)),
-        harness.Job(PRODUCTS, build_products, (student, teacher, DTYPE, tokens, responses)),
-    ]
+def _jobs(workload: Workload, folder: Path | None, python: str | None) -> list[harness.Job]:
+    ours = harness.Job(BASELINE, build_ours, (workload, folder))
+    if folder is None:
+        return [ours]
+    sampled = workload.num_prompts * workload.response
+    tokens = sampled + sum(map(len, workload.prompts()))
+    models = workload.student, workload.teacher, workload.dtype
+    jobs = [ours, harness.Job(PRODUCTS, build_products, (*models, tokens, sampled))]
     if python is not None:
         jobs += [
             harness.Job(name, build_trl, (folder, python, settings), _unknown_peak)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from benchmarks import harness
 from benchmarks.objectives import objective_of
 from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
+from benchmarks.train_step_jobs import GPU_WORKLOAD as GPU_UPDATE
+from benchmarks.train_step_jobs import first_state
 from distill.base.errors import UserError
 from distill.batches.packing import Layout, Shape
 from distill.batches.source import Asked, BatchSource
@@ -26,17 +26,13 @@ from distill.config.policy import Lora, Optimizer
 from distill.data.pipeline import make_train_iterator
 from distill.data.prompts import Prompts
 from distill.models.facts import ModelConfig
-from distill.models.lora import abstract_adapters, make_adapters
-from distill.models.quantization import quantized
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
-from distill.step import TeacherInStep, TrainState, make_train_step
+from distill.step import TeacherInStep, make_train_step
 
 CPUS = 2
-DTYPE = "float32"
-NUM_PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, RESPONSE = 16, 16, 64, 64
-MICROBATCH = 8
+SHORTEST_PROMPT = 16
 LEARNING_RATE, WEIGHT_DECAY, BETA = 1e-5, 0.01, 0.5
 LOSS_TOLERANCE = 0.05
 
@@ -45,6 +41,16 @@ class Workload(NamedTuple):
     name: str
     student: ModelConfig
     teacher: ModelConfig
+    dtype: str = "float32"
+    num_prompts: int = 16
+    longest_prompt: int = 64
+    response: int = 64
+    microbatch: int = 8
+
+    def prompts(self) -> list[np.ndarray]:
+        random = np.random.default_rng(0)
+        sizes = random.integers(SHORTEST_PROMPT, self.longest_prompt + 1, self.num_prompts)
+        return [random.integers(1, self.student.vocab_size, n).astype(np.int32) for n in sizes]
 
 
 _TINY = dataclasses.replace(SMALL_CONFIG, vocab_size=512, num_heads=4, head_width=32)
@@ -62,6 +68,16 @@ WORKLOADS = (
         dataclasses.replace(_TINY, num_layers=4, model_width=128, ffn_width=384),
     ),
 )
+GPU_WORKLOAD = Workload(
+    GPU_UPDATE.title,
+    GPU_UPDATE.student,
+    GPU_UPDATE.teacher,
+    GPU_UPDATE.dtype,
+    num_prompts=64,
+    longest_prompt=256,
+    response=512,
+    microbatch=8,
+)
 
 
 def check_python(python: str | None) -> str | None:
@@ -71,19 +87,13 @@ def check_python(python: str | None) -> str | None:
     return python and os.path.abspath(python)
 
 
-def make_prompts(vocab_size: int) -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    sizes = random.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, NUM_PROMPTS)
-    return [random.integers(1, vocab_size, size).astype(np.int32) for size in sizes]
-
-
 def write_work(workload: Workload, folder: Path) -> None:
     """Both models, and what TRL's side must know."""
-    export_weights(workload.student, DTYPE, folder / "student")
-    export_weights(workload.teacher, DTYPE, folder / "teacher")
+    export_weights(workload.student, workload.dtype, folder / "student")
+    export_weights(workload.teacher, workload.dtype, folder / "teacher")
     work = dict(
-        prompts=[prompt.tolist() for prompt in make_prompts(workload.student.vocab_size)],
-        response_length=RESPONSE,
+        prompts=[prompt.tolist() for prompt in workload.prompts()],
+        response_length=workload.response,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
         beta=BETA,
@@ -91,16 +101,20 @@ def write_work(workload: Workload, folder: Path) -> None:
     (folder / "work.json").write_text(json.dumps(work))
 
 
-def build_ours(workload: Workload, folder: Path, lora: Lora = Lora()):  # noqa: B008
-    step, _ = make_ours(workload, folder, lora)
-    (folder / "loss.txt").write_text(str(step()))
+def build_ours(workload: Workload, folder: Path | None):
+    """Of the weights in the folder, where TRL finds the first loss; None: of random weights."""
+    step, _ = make_ours(workload, folder)
+    loss = step()
+    if folder is not None:
+        (folder / "loss.txt").write_text(str(loss))
     return lambda: (step(), None)[1]
 
 
-def make_ours(workload: Workload, folder: Path, lora: Lora):
+def make_ours(workload: Workload, folder: Path | None, lora: Lora = Lora()):  # noqa: B008
     """`step() -> loss`, and the bytes of what is held between steps: state and teacher."""
-    student, params = load_weights(workload.student, DTYPE, folder / "student")
-    teacher, teacher_params = load_weights(workload.teacher, DTYPE, folder / "teacher")
+    student_folder, teacher_folder = (folder and folder / role for role in ("student", "teacher"))
+    student, params = load_weights(workload.student, workload.dtype, student_folder, "float32")
+    teacher, teacher_params = load_weights(workload.teacher, workload.dtype, teacher_folder)
     vocab_size = workload.student.vocab_size
     adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=WEIGHT_DECAY)
     optimizer = build_optimizer(adamw, max_steps=1)
@@ -108,20 +122,13 @@ def make_ours(workload: Workload, folder: Path, lora: Lora):
     train_step = make_train_step(
         student, [TeacherInStep(teacher)], objective, optimizer, vocab_size=vocab_size
     )
-    batches = _make_batches(student, vocab_size)
-    trainable, frozen = params, nnx.State({})
-    if lora.rank:
-        trainable = make_adapters(abstract_adapters(params, lora), seed=0)
-        frozen = params
-        if lora.base_dtype == "int8":
-            frozen = jax.jit(functools.partial(quantized, workload.student))(params)
-    opt_state = jax.jit(optimizer.init)(trainable)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, frozen)
+    batches = _make_batches(workload, student)
+    state = first_state(params, optimizer, workload.student, lora)
     held, steps = [state], itertools.count()
 
     def step() -> float:
         batch, measured = batches.next(next(steps), held[0].params)
-        if measured["generation/mean_length"] != RESPONSE:
+        if measured["generation/mean_length"] != workload.response:
             raise RuntimeError("answers have other lengths than were asked for")
         held[0], metrics = train_step(held[0], [teacher_params], batch)
         return float(jax.block_until_ready((held[0], metrics))[1]["loss"])
@@ -129,26 +136,27 @@ def make_ours(workload: Workload, folder: Path, lora: Lora):
     return step, sum(x.nbytes for x in jax.tree.leaves((state, teacher_params)))
 
 
-def _make_batches(student, vocab_size: int) -> BatchSource:
+def _make_batches(workload: Workload, student) -> BatchSource:
     """As the trainer makes it: on-policy, one answer to a prompt, padded rows."""
-    prompts = Prompts(np.arange(NUM_PROMPTS), make_prompts(vocab_size), None, {}, pad_id=0)
-    longest = LONGEST_PROMPT + RESPONSE
+    number = workload.num_prompts
+    prompts = Prompts(np.arange(number), workload.prompts(), None, {}, pad_id=0)
+    longest = workload.longest_prompt + workload.response
     engine = Engine(
         student,
         EngineConfig(max_length=longest),
         eos_ids=(),
         pad_id=0,
-        vocab_size=vocab_size,
+        vocab_size=workload.student.vocab_size,
     )
     return BatchSource(
-        make_train_iterator(prompts, batch_size=NUM_PROMPTS, seed=0, shuffle=False),
-        JaxBackend(engine, dtype=jnp.dtype(DTYPE)),
+        make_train_iterator(prompts, batch_size=number, seed=0, shuffle=False),
+        JaxBackend(engine, dtype=jnp.dtype(workload.dtype)),
         jax.device_put,
-        params=SamplingParams(max_length=RESPONSE),
+        params=SamplingParams(max_length=workload.response),
         num_generations=1,
         seed=0,
         lambda_=1.0,
-        teachers=[Asked(Layout((Shape(MICROBATCH, longest),)))],
+        teachers=[Asked(Layout((Shape(workload.microbatch, longest),)))],
         pad_id=0,
     )
 
@@ -164,23 +172,9 @@ def start_trl(folder: Path, python: str, settings: dict):
     Settings: as in TRL_SETTINGS; `lora`, with the rank and alpha of adapters, may be left out.
     """
     script = Path(__file__).with_name("distill_step_trl.py")
-    log = folder / f"trl-{os.getpid()}.log"
-    process = subprocess.Popen(
-        [python, str(script), str(folder), json.dumps(settings)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=open(log, "w"),
-        text=True,
-    )
-
-    def step() -> float:
-        process.stdin.write("step\n")
-        process.stdin.flush()
-        if not (answer := process.stdout.readline()):
-            raise RuntimeError(f"TRL ended: {log.read_text().strip()[-150:]}")
-        return float(answer)
-
-    ours, theirs = float((folder / "loss.txt").read_text()), step()
+    command = [python, str(script), str(folder), json.dumps(settings)]
+    ask, process = harness.start_process(command, folder / f"trl-{os.getpid()}.log")
+    ours, theirs = float((folder / "loss.txt").read_text()), float(ask())
     if not np.isclose(theirs, ours, rtol=LOSS_TOLERANCE):
         raise RuntimeError(f"TRL's loss is {theirs}, ours {ours}: not the same work")
-    return step, process.pid
+    return lambda: float(ask()), process

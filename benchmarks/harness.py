@@ -9,6 +9,7 @@ into a GPU's memory, `measure_alone` has one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -22,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -53,11 +55,12 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """`seconds` is the median of one run; where `failure` says why there is none, both are None."""
+    """`seconds` is the median of `all_seconds`; None, as is the peak, where `failure` says why."""
 
     seconds: float | None = None
     peak_bytes: int | None = None
     failure: str | None = None
+    all_seconds: tuple[float, ...] = ()
 
 
 def measure_alone(jobs: Sequence[Job], repeats: int) -> dict[str, Measurement]:
@@ -117,7 +120,7 @@ class _Worker:
         if self._failure is not None:
             return Measurement(failure=self._failure)
         peak_bytes, *seconds = self._answers
-        return Measurement(statistics.median(seconds), peak_bytes)
+        return Measurement(statistics.median(seconds), peak_bytes, all_seconds=tuple(seconds))
 
     def stop(self) -> None:
         self._connection.close()  # ends the worker, which waits for the next request
@@ -153,6 +156,26 @@ def _settle(run: Callable[[], None]) -> None:
     run()
     while time.perf_counter() < end:
         run()
+
+
+def start_process(command: Sequence[str], log: Path) -> tuple[Callable[[], str], int]:
+    """A process that answers every line with one, as `ask() -> answer`, and its number.
+
+    RuntimeError, with the end of the log, where it has ended instead.
+    """
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(log, "w"), text=True
+    )
+
+    def ask() -> str:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        if not (answer := process.stdout.readline()):
+            raise RuntimeError(f"it ended: {log.read_text().strip()[-150:]}")
+        return answer
+
+    return ask, process.pid
 
 
 def one_line(error: Exception) -> str:
@@ -340,7 +363,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 def _cell(key: str, value) -> str:
     if value is None:
         return "-"
-    if key == "seconds":
+    if key in ("seconds", "fastest", "slowest"):
         return f"{value:.4f}"
     if key.endswith("bytes"):
         return f"{value / 1e9:.3f}e9"

@@ -1,6 +1,10 @@
-"""Time to sample one batch of rollouts: our engine, our static batch, transformers, vLLM.
+"""Time to sample one batch of rollouts: our engine, our static batch, transformers, vLLM, Tunix.
 
-    python -m benchmarks.sampling [--json=PATH] [--repeats=N] [--only=TEXT,...] [--vllm_python=PATH]
+    python -m benchmarks.sampling [--json=PATH] [--repeats=N] [--only=TEXT,...]
+        [--vllm_python=PATH] [--tunix_python=PATH]
+
+`make .venv-vllm/.installed .venv-tunix/.installed` makes the environments whose interpreters these
+flags want.
 
 How to read it. Everyone has the same random weights, prompts and forced response lengths; nothing
 ends an answer early, temperature is 1, nothing is truncated. Lengths are spread like those of real
@@ -10,8 +14,9 @@ for: a static batch decodes every row until the longest ends. `slots` are the ro
 better. `seconds` is a median of interleaved repeats, each after runs that are not timed;
 `peak_bytes` is what a run adds to the weights, nothing for an engine that keeps its cache.
 
-Log-probabilities of the sampled tokens are part of ours and of vLLM's work, not of transformers'.
-vLLM is a server on loopback, its cache of prompts off: repeats would find theirs there.
+Log-probabilities of the sampled tokens are part of ours, vLLM's and Tunix's work, not of
+transformers'. vLLM is a server on loopback, its cache of prompts off: repeats would find theirs
+there. Tunix's own sampler, in JAX, decodes a static batch; on a GPU it is left out.
 
 On a CPU: a Qwen2 of 20M parameters in float32, 64 prompts, the first two CPUs for everyone. On a
 GPU: Qwen2.5-1.5B's shape in bfloat16, 256 prompts, and `of bound`: the time that it takes to read
@@ -22,7 +27,6 @@ the same run, over the time measured.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +34,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from benchmarks import harness
 from benchmarks.sampling_jobs import (
     CPU_WORKLOAD,
+    CPUS,
     GPU_WORKLOAD,
     TRANSFORMERS_CACHES,
     VLLM_MODES,
@@ -43,19 +47,20 @@ from benchmarks.sampling_jobs import (
     build_engine,
     build_static,
     build_transformers,
+    build_tunix,
     build_vllm,
+    bytes_read,
     weights_folder,
 )
 from distill.config import cli
-from distill.models.cache import empty_cache
 
 BASELINE, COPY = "static batch", "copy"
-CPUS = 2
 GPU_SLOTS = (64, 128, 256)
 COPIED_BYTES = 1 << 30
 
 _ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each implementation.", lower_bound=1)
+_TUNIX_PYTHON = flags.DEFINE_string("tunix_python", None, "Python interpreter that has Tunix.")
 _VLLM_PYTHON = flags.DEFINE_string("vllm_python", None, "Python interpreter that has vLLM.")
 
 
@@ -99,6 +104,14 @@ def _entries(workload: Workload, folder: Path, platform: str) -> tuple[list[Entr
         peers += _vllm(workload, folder, platform)
     else:
         notes.append("vLLM is left out: --vllm_python=PATH of an interpreter that has it")
+    if _TUNIX_PYTHON.value and platform == "cpu":
+        arguments = workload, folder, _TUNIX_PYTHON.value
+        job = harness.Job("Tunix", build_tunix, arguments, _unknown_peak)
+        peers.append(Entry(job, workload.num_prompts))
+    else:
+        notes.append(
+            "Tunix is left out: --tunix_python=PATH of an interpreter that has it, on a CPU"
+        )
     always = (BASELINE, COPY)
     wanted = [
         entry
@@ -163,24 +176,9 @@ def _rows(
             row["of_bound"] = None
             if slots and seconds and copied.seconds:
                 bandwidth = 2 * COPIED_BYTES / copied.seconds  # read and written
-                row["of_bound"] = bytes_read(workload, slots, weight_bytes) / bandwidth / seconds
+                read = bytes_read(workload.prompts, workload.lengths, workload, slots, weight_bytes)
+                row["of_bound"] = read / bandwidth / seconds
     return rows
-
-
-def bytes_read(workload: Workload, slots: int, weight_bytes: int) -> int:
-    """What decoding with so many slots must read at least; reading the prompts is not counted.
-
-    An answer's first token comes with its prompt. Turn j after it reads the keys and values of the
-    prompt and j tokens.
-    """
-    prompt_lengths = np.array([len(prompt) for prompt in workload.prompts], np.int64)
-    row_turns = workload.lengths.astype(np.int64) - 1
-    turns = max(int(row_turns.max()), math.ceil(row_turns.sum() / slots))
-    cached = int((row_turns * prompt_lengths + row_turns * (row_turns + 1) // 2).sum())
-    sizes = 1, 1, 1, jnp.dtype(workload.dtype), False  # a token of one slot
-    token = jax.eval_shape(lambda: empty_cache(workload.config, *sizes))
-    token_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(token))
-    return turns * weight_bytes + cached * token_bytes
 
 
 def _bytes_of_weights(folder: Path) -> int:

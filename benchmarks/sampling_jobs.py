@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import math
 import multiprocessing
 import os
 import statistics
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks import harness
 from benchmarks.hf_config import hf_config_dict
 from distill.base.errors import RunStopped
 from distill.config.policy import Policy
+from distill.models.cache import empty_cache
 from distill.models.checkpoints.export import export_model
 from distill.models.checkpoints.load import load_params
 from distill.models.facts import ModelConfig
@@ -30,6 +34,7 @@ from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 from distill.sampling.request import RolloutRequest
 
+CPUS = 2
 MEAN_LENGTH, MAX_LENGTH, LOG_SPREAD = 128, 512, 0.8
 SHORTEST_PROMPT, LONGEST_PROMPT = 16, 128
 SERVER_START_SECONDS = 600  # it compiles, too
@@ -99,6 +104,29 @@ QWEN_CONFIG = dataclasses.replace(  # Qwen2.5-1.5B
 )
 CPU_WORKLOAD = Workload("Qwen2 20M", SMALL_CONFIG, "float32", 64)
 GPU_WORKLOAD = Workload("Qwen2.5 1.5B", QWEN_CONFIG, "bfloat16", 256)
+
+
+def bytes_read(
+    prompts: Sequence[np.ndarray],
+    lengths: np.ndarray,
+    workload: Workload,
+    slots: int,
+    weight_bytes: int,
+) -> int:
+    """What decoding with so many slots must read at least; reading the prompts is not counted.
+
+    An answer's first token comes with its prompt. Turn j after it reads the keys and values of the
+    prompt and j tokens.
+    """
+    prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+    row_turns = lengths.astype(np.int64) - 1
+    turns = max(int(row_turns.max()), math.ceil(row_turns.sum() / slots))
+    cached = int((row_turns * prompt_lengths + row_turns * (row_turns + 1) // 2).sum())
+    sizes = 1, 1, 1, jnp.dtype(workload.dtype), False  # a token of one slot
+    token = jax.eval_shape(lambda: empty_cache(workload.config, *sizes))
+    token_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(token))
+    return turns * weight_bytes + cached * token_bytes
+
 
 # ------------------------------------------------------------------------------------- weights
 
@@ -284,5 +312,25 @@ def build_vllm(workload: Workload, folder: Path, python: str, arguments: tuple[s
         answers = list(pool.map(answer, prompts, lengths))
         _check_lengths([len(each.log_probs) for each in answers], lengths)
         server.check_running()  # also holds on to it: it ends with this process
+
+    return run
+
+
+def build_tunix(workload: Workload, folder: Path, python: str):
+    """All rows as long as the longest, as it has no other way."""
+    work = dict(
+        prompts=[prompt.tolist() for prompt in workload.prompts],
+        prompt_length=LONGEST_PROMPT,
+        response_length=MAX_LENGTH,
+        rope_theta=workload.config.rope.theta,
+        end=workload.config.vocab_size,
+    )
+    script = Path(__file__).with_name("sampling_tunix.py")
+    command = [python, str(script), str(folder), json.dumps(work)]
+    ask, _ = harness.start_process(command, folder.with_name(f"tunix-{os.getpid()}.log"))
+
+    def run():
+        if int(ask()) != workload.num_prompts * MAX_LENGTH:
+            raise RuntimeError("responses have other lengths than were asked for")
 
     return run
