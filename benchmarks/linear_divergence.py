@@ -80,7 +80,10 @@ GPU_PROBLEMS = [
     Problem(tokens, 1536, 5120, 151936, 151936, 151936, "bfloat16")
     for tokens in (4096, 8192, 16384)
 ]
-LIGER_PROBLEM = Problem(8192, 2048, 4096, 128256, 128256, 128256, "bfloat16", "JSD(0.5)")
+LIGER_PROBLEMS = [
+    Problem(tokens, 2048, 4096, 128256, 128256, 128256, "bfloat16", "JSD(0.5)")
+    for tokens in (8192, 16384)
+]
 TPU_PROBLEM = Problem(16384, 1536, 5120, 151936, 152064, 151665, "bfloat16")
 
 
@@ -120,7 +123,10 @@ def measured(only: str, repeats: int) -> tuple[list[harness.Row], list[str]]:
     if missing := _missing_for_liger(platform):
         notes.append(f"Liger is left out: it needs {missing}")
     else:
-        cases.append((LIGER_PROBLEM, jobs(LIGER_PROBLEM, implementations) + liger_jobs()))
+        cases += [
+            (problem, jobs(problem, implementations) + liger_jobs(problem))
+            for problem in LIGER_PROBLEMS
+        ]
     rows = []
     for problem, case_jobs in cases:
         if only in problem.name:
@@ -221,9 +227,9 @@ def _missing_for_liger(platform: str) -> str | None:
     return "pip install " + " ".join(missing) if missing else None
 
 
-def liger_jobs() -> list[harness.Job]:
+def liger_jobs(problem: Problem) -> list[harness.Job]:
     return [
-        harness.Job(name, build_liger, (LIGER_PROBLEM, compiled), harness.torch_peak_bytes)
+        harness.Job(name, build_liger, (problem, compiled), harness.torch_peak_bytes)
         for name, compiled in (("liger", False), ("liger compiled", True))
     ]
 
