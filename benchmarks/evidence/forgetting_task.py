@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 
 from distill.data.arithmetic import DistinctArithmetic
-from distill.data.base import DatasetInterface, Example, register_dataset
+from distill.data.base import Example, register_dataset
+from distill.data.table import InMemoryDataset
 
 TASK, OLD, NEW, BOTH = "forgetting", "old", "new", "both"
 LEVELS = "2", "3"
 
 
 @register_dataset(TASK)
-class Conventions(DatasetInterface):
+class Conventions(InMemoryDataset):
     """Problems of two and three operations; `both` has each in the two conventions.
 
     old         7+8-9     new         =7+8-9
@@ -25,13 +26,8 @@ class Conventions(DatasetInterface):
         rows = (source[i] for i in range(len(source)))
         kept = [row for row in rows if row.columns["level"] in LEVELS][:max_samples]
         make = {OLD: (as_old,), NEW: (as_new,), BOTH: (as_new, as_old)}[subset]
-        self._rows, self._source = [each(row) for each in make for row in kept], source
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> Example:
-        return self._rows[i]
+        super().__init__([each(row) for each in make for row in kept])
+        self._source = source
 
     def is_correct(self, example: Example, response: str) -> bool:
         return self._source.is_correct(example, response)

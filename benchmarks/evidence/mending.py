@@ -40,7 +40,6 @@ from benchmarks.evidence.report import (
     write_rows,
 )
 from benchmarks.evidence.runs import STUDENT, TEACHER, Overrides, task_config
-from distill.base.errors import UserError
 from distill.config import cli
 
 ROWS = DOCS / "results/mending.json"
@@ -223,11 +222,9 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 
 def main() -> None:
-    if not output_flag.value:
-        raise UserError("pass --output=FOLDER, where the runs go")
     perform_all(Path(output_flag.value).absolute())
 
 
 if __name__ == "__main__":
-    output_flag = flags.DEFINE_string("output", None, "Folder of the runs.")
+    output_flag = flags.DEFINE_string("output", None, "Folder of the runs.", required=True)
     cli.run(main)

@@ -6,7 +6,8 @@ import dataclasses
 import random
 
 from distill.data.arithmetic import DistinctArithmetic
-from distill.data.base import DatasetInterface, Example, register_dataset
+from distill.data.base import Example, register_dataset
+from distill.data.table import InMemoryDataset
 
 TASK, WITH_SLIPS = "mending", "mending_slips"
 LEVELS = "2", "3", "4"
@@ -14,20 +15,14 @@ SLIPS = 0.3  # of the prompts that the teacher learns from end in a wrong line
 
 
 @register_dataset(TASK)
-class Mending(DatasetInterface):
+class Mending(InMemoryDataset):
     """Problems of two to four operations, each once."""
 
     def __init__(self, split="train", seed=0, max_samples=None, path=None):
         source = DistinctArithmetic(split, seed)
         rows = (source[i] for i in range(len(source)))
-        self._rows = [row for row in rows if row.columns["level"] in LEVELS][:max_samples]
+        super().__init__([row for row in rows if row.columns["level"] in LEVELS][:max_samples])
         self._source = source
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> Example:
-        return self._rows[i]
 
     def is_correct(self, example: Example, response: str) -> bool:
         return self._source.is_correct(example, response)
@@ -37,8 +32,8 @@ class Mending(DatasetInterface):
 class WithSlips(Mending):
     """Some lines of the response stand in the prompt, and behind them often a wrong one."""
 
-    def __getitem__(self, i: int) -> Example:
-        example, rng = self._rows[i], random.Random(f"slips/{i}")
+    def __getitem__(self, index: int) -> Example:
+        example, rng = super().__getitem__(index), random.Random(f"slips/{index}")
         lines = example.response.split("\n")
         done = rng.randrange(len(lines))
         begun = lines[:done]

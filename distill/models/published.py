@@ -17,8 +17,8 @@ where there is one. Heads may have more rows than the tokenizers have ids.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from distill.models.checkpoints.hub import ASSETS
@@ -36,12 +36,13 @@ class Published(NamedTuple):
     vocab_size: int
 
 
-def _read() -> Iterator[tuple[str, Published]]:
+@functools.cache
+def published() -> dict[str, Published]:
+    """By name on the hub."""
+    models = {}
     for alike in json.loads((ASSETS / "published.json").read_text(encoding="utf-8")):
         for name, own in alike["models"].items():
             shape = dict(zip(_SHAPE, own.pop("shape"), strict=True))
             config = ModelConfig.from_hf(alike["facts"] | own | shape, "published.json")
-            yield name, Published(config, alike["ids"])
-
-
-PUBLISHED = dict(_read())
+            models[name] = Published(config, alike["ids"])
+    return models

@@ -20,7 +20,7 @@ from distill.data.tokenizer import load_tokenizer, vocabulary_size
 from distill.models.checkpoints.hub import find_config, split_revision
 from distill.models.checkpoints.source import read_text_config
 from distill.models.facts import ModelConfig
-from distill.models.published import PUBLISHED, Published
+from distill.models.published import Published, published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +126,12 @@ def find_workload(config: Config) -> Workload:
 
 def _find(name: str) -> tuple[Published, str]:
     """A model's facts and ids in use, and a note where they are not from its own files."""
-    path, known = find_config(name), PUBLISHED.get(split_revision(name)[0])
+    path, known = find_config(name), published().get(split_revision(name)[0])
     if path is None:
         if known is None:
             raise UserError(
                 f"the shape of {name} is not known here: pass a folder with its config.json, "
-                f"download the model, or name one of {', '.join(PUBLISHED)}"
+                f"download the model, or name one of {', '.join(published())}"
             )
         return known, f"{name} is not in the local cache: planned with its published shape"
     config = ModelConfig.from_hf(read_text_config(path), str(path))

@@ -173,8 +173,8 @@ def decode_rows(
 
     of_rows = rows.lengths_pw, rows.made_pw, rows.limit_pw, rows.key_pw2
     lengths_b, made_b, limit_b, key_b2 = map(merged, of_rows)
-    sizes = rows.lengths_pw, size, model.dtype, model.config.kinds
-    prefix_of = prefix_attention(facts.attention, cache, *sizes)
+    kinds = model.config.kinds
+    prefix_of = prefix_attention(facts.attention, cache, rows.lengths_pw, size, model.dtype, kinds)
     walk = make_walk(model, loop_weights, prefix_of)
     # Of all steps at once: in the loop, XLA takes sines anew for every head of every layer, and
     # random numbers are many small operations, which take longer to start than to run.

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from distill.base.errors import UserError
 from distill.models.facts import ModelConfig
-from distill.models.published import PUBLISHED as SHAPES
+from distill.models.published import published
 from distill.models.rope import Linear, Llama3, Rope
 
 # As published, fields that do not matter included.
@@ -147,13 +147,13 @@ def test_published_llama3():
 )
 def test_published_mixtures_have_the_shapes_of_their_classes(name):
     """But for positions, and the width of a feed-forward that no layer has."""
-    published = SHAPES[name].config
-    defaults = AutoConfig.for_model(published.family).to_dict()
+    known = published()[name].config
+    defaults = AutoConfig.for_model(known.family).to_dict()
     found = ModelConfig.from_hf(defaults, "transformers")
     own = dict(max_positions=1)
-    if published.recurrent:
+    if known.recurrent:
         own |= dict(rope=Rope(1.0), ffn_width=1)
-    assert dataclasses.replace(found, **own) == dataclasses.replace(published, **own)
+    assert dataclasses.replace(found, **own) == dataclasses.replace(known, **own)
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

@@ -18,7 +18,7 @@ from distill.build.layout import build_layout
 from distill.build.models import abstract_model, on_mesh
 from distill.models.cache import ring_size
 from distill.models.facts import Recurrent
-from distill.models.published import PUBLISHED
+from distill.models.published import published
 from distill.planning import costs
 from distill.planning.arrays import make_arrays
 from distill.planning.counts import count, cut_sizes
@@ -49,7 +49,7 @@ from distill.planning.workload import Workload
     ],
 )
 def test_published_shapes_have_the_published_number_of_weights(name, weights):
-    config = PUBLISHED[name].config
+    config = published()[name].config
     options = dict(dtype="float32", param_dtype="float32", remat="none", max_length=8)
     model = abstract_model(config, name, make_abstract_mesh(1, 1, 1), **options)
     assert sum(x.size for x in jax.tree.leaves(model.params)) == weights
@@ -57,7 +57,7 @@ def test_published_shapes_have_the_published_number_of_weights(name, weights):
 
 
 def test_a_token_passes_the_picked_experts_only():
-    config = PUBLISHED["Qwen/Qwen3-30B-A3B"].config
+    config = published()["Qwen/Qwen3-30B-A3B"].config
     options = dict(dtype="float32", param_dtype="float32", remat="none", max_length=8)
     mesh = make_abstract_mesh(1, 1, 2)
     counts = count(config, abstract_model(config, "it", mesh, **options).params)
@@ -71,7 +71,7 @@ def test_a_token_passes_the_picked_experts_only():
 @pytest.mark.parametrize(("devices", "sent"), [(8, 7), (32, 31 * (1 - (31 / 32) ** 8))])
 def test_tokens_go_to_the_experts_in_the_way_that_sends_less(devices, sent):
     """Of 128 experts, 8 for each token: to all of 8 devices, to those of its experts among 32."""
-    config = PUBLISHED["Qwen/Qwen3-30B-A3B"].config
+    config = published()["Qwen/Qwen3-30B-A3B"].config
     options = dict(dtype="float32", param_dtype="float32", remat="none", max_length=8)
     mesh = make_abstract_mesh(expert=devices)
     counts = count(config, abstract_model(config, "it", mesh, **options).params)
@@ -136,7 +136,7 @@ def test_larger_batches_are_planned_where_the_mesh_has_more_parts():
 
 
 def test_abstract_shapes_say_how_large_a_shard_is():
-    model = PUBLISHED["Qwen/Qwen2.5-0.5B"].config
+    model = published()["Qwen/Qwen2.5-0.5B"].config
     arrays = arrays_of(workload_on_mesh(flagship(), model, 2, 2, 2))
     counts = arrays.student_counts
     assert bytes_per_device(arrays.state.params) == pytest.approx(counts.weights * 4 / 4, rel=1e-3)
