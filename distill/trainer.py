@@ -75,8 +75,9 @@ def train(config: ConfigDict, workdir: str | Path, interrupts: Interrupts | None
     """
     parsed = parse_config(config)
     processes.check_same("config", to_flat_dict(parsed))
-    with open_session(parsed, local_path(workdir).resolve()) as session:
-        return _export(session, *_run(session, interrupts or Interrupts()))
+    interrupts, folder = interrupts or Interrupts(), local_path(workdir).resolve()
+    with open_session(parsed, folder, before_serving=interrupts.hold) as session:
+        return _export(session, *_run(session, interrupts))
 
 
 def _run(session: Session, interrupts: Interrupts) -> tuple[int, TrainState, Results, History]:

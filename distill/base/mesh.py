@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distill.base.errors import UserError
 from distill.base.sharding import (
@@ -138,8 +140,8 @@ def make_sampler_mesh(
 def make_staging_mesh(trainer_mesh: Mesh, sampler_mesh: Mesh) -> Mesh:
     """Where weights are laid out that go to a sampler's own devices in `copy_to_mesh`.
 
-    Of several processes, that is on devices of the trainer in the sampler's layout: each of the
-    sampler's devices finds its shard on one of the same process. Copies are on the others.
+    Of several processes, that is on devices of the trainer in the sampler's layout. Where a process
+    has some of both, the sampler's find their shards on the trainer's. Copies are on the others.
     """
     if jax.process_count() == 1:
         return trainer_mesh
@@ -163,3 +165,71 @@ def _copy_shards(array: jax.Array, layout: NamedSharding) -> jax.Array:
     pairs = zip(array.sharding.mesh.devices[..., 0].flat, layout.mesh.devices.flat, strict=True)
     copies = [jax.device_put(shards[here], there) for here, there in pairs if here in shards]
     return jax.make_array_from_single_device_arrays(array.shape, layout, copies)
+
+
+def send_to_mesh(arrays, mesh: Mesh) -> None:
+    """Arrays on `make_staging_mesh` go to a sampler whose processes have none of its devices.
+
+    Those call `receive_on_mesh` at the same time: this is a collective of all processes.
+    """
+    for array in jax.tree.leaves(arrays):
+        staging, spec = array.sharding.mesh, array.sharding.spec
+        stacked = _stack(array, NamedSharding(staging, PartitionSpec(None, *spec)))
+        _pass(stacked, staging, mesh)
+
+
+def receive_on_mesh(shapes, staging: Mesh):
+    """What the trainer's processes send; shapes and layouts are those on the sampler's mesh."""
+
+    def receive(shape) -> jax.Array:
+        mesh, spec = shape.sharding.mesh, shape.sharding.spec
+        layout = NamedSharding(mesh, PartitionSpec(None, *spec))
+        passed = _pass(_zeros((1, *shape.shape), shape.dtype, layout), staging, mesh)
+        stacked = jax.make_array_from_single_device_arrays(
+            (1, *shape.shape), layout, [shard.data for shard in passed.addressable_shards]
+        )
+        return _unstack(stacked, shape.sharding)
+
+    return jax.tree.map(receive, shapes)
+
+
+def _pass(stacked: jax.Array, staging: Mesh, mesh: Mesh) -> jax.Array:
+    """Of arrays (1, ...) on either mesh, (copies, ...) on both, of which the sampler has the last.
+
+    JAX copies nothing between processes by itself that all platforms have.
+    """
+    devices = np.concatenate([staging.devices, mesh.devices[..., None]], axis=-1)
+    joint = Mesh(devices, staging.axis_names, _types(staging.axis_names))
+    assert isinstance(stacked.sharding, NamedSharding)
+    layout = NamedSharding(joint, PartitionSpec("copy", *stacked.sharding.spec[1:]))
+    shape = devices.shape[-1], *stacked.shape[1:]
+    shards = [shard.data for shard in stacked.addressable_shards]
+    whole = jax.make_array_from_single_device_arrays(shape, layout, shards)
+    with jax.set_mesh(joint):
+        return jax.block_until_ready(_first_to_last(whole, layout))  # little is held at once
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_to_last(whole: jax.Array, layout: NamedSharding) -> jax.Array:
+    mesh, spec = layout.mesh, layout.spec
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    def permute(shard):
+        return jax.lax.ppermute(shard, "copy", [(0, mesh.shape["copy"] - 1)])
+
+    return permute(whole)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stack(array: jax.Array, layout: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array[None], layout)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack(stacked: jax.Array, layout: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(stacked[0], layout)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype, layout: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), layout)

@@ -26,19 +26,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-from safetensors.numpy import load, save
 
-from distill.base.errors import RunStopped, UserError
+from distill.base import messages
+from distill.base.errors import UserError
 from distill.base.roll_call import call_the_roll
 from distill.base.starting import find_others
 
 T = TypeVar("T")
 
-_LONGEST_WAIT = 3600  # seconds by which one process may be ahead of another
 _PARTING = 10  # seconds for all to hear that the run ends
 _HEARING = 0.5  # seconds between two looks for that
 _ROUNDS = 1000  # exchanges after which the older ones are removed
-_PIECE = 2**20  # bytes of an array that are told at once: a message has at most four times as many
 _LEFT, _ALIVE, _STOP = "distill/left/", "distill/alive/", "distill/stop/"
 
 
@@ -50,12 +48,18 @@ class _Run:
     process: int  # this one's number there
     num_processes: int
     silence: int  # seconds without a sign of life after which a process counts as dead
+    side: range  # the processes that agree with this one: all, until `divide`
     # Of exchanges, by the name of the thread: in one, they have an order.
     rounds: defaultdict[str, Iterator[int]] = dataclasses.field(
         default_factory=lambda: defaultdict(itertools.count)
     )
     leaving: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # by this process
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)  # well
+
+    @property
+    def its_side(self) -> str:
+        """In names of what is only for that side."""
+        return f"{self.side[0]}-{self.side[-1]}"
 
 
 _run: _Run | None = None
@@ -108,7 +112,7 @@ def _connect(address: str, count: int, number: int, devices, timeout: int, silen
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=2 * silence + _PARTING,
     )
-    _run = _Run(distributed.global_state.client, number, count, silence)
+    _run = _Run(distributed.global_state.client, number, count, silence, range(count))
     watcher = threading.Thread(target=_watch, args=(_run,), daemon=True)
     watcher.start()
     atexit.register(_hang_up, _run, watcher)
@@ -124,20 +128,35 @@ def several() -> bool:
     return _run is not None
 
 
+def divide(trainers: int) -> bool:
+    """Makes two sides, of the first so many processes and of the others; whether here is the other.
+
+    From here on, all below but `send` and `receive` is among the processes of a side, each of which
+    has a first one. They still end together.
+    """
+    global _run
+    assert _run is not None  # so there are others
+    second = _run.process >= trainers
+    side = range(trainers, _run.num_processes) if second else range(trainers)
+    _run = dataclasses.replace(_run, side=side)
+    return second
+
+
+def side() -> set[int] | None:
+    """The processes that agree with this one; None for one that is alone."""
+    return None if _run is None else set(_run.side)
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and decides."""
-    if _run is None:
-        return True
-    import jax
-
-    return jax.process_index() == 0
+    return _run is None or _run.process == _run.side[0]
 
 
 def share(count: int) -> slice:
     """This process's share of `count` things."""
     if _run is None:
         return slice(None)
-    return slice(_run.process, count, _run.num_processes)
+    return slice(_run.process - _run.side[0], count, len(_run.side))
 
 
 def gather(value: Any) -> list[Any]:
@@ -147,13 +166,11 @@ def gather(value: Any) -> list[Any]:
     """
     if _run is None:
         return [value]
-    import jax
-
     folder = _next_round(_run) + "/"
-    _run.client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
-    _meet(_run, f"distill/gather/{threading.current_thread().name}")
+    _run.client.key_value_set(f"{folder}{_run.process}", json.dumps(value))
+    _meet(_run, f"gather/{threading.current_thread().name}")
     said = dict(_run.client.key_value_dir_get(folder))
-    return [json.loads(said[f"{folder}{process}"]) for process in range(_run.num_processes)]
+    return [json.loads(said[f"{folder}{process}"]) for process in _run.side]
 
 
 def from_first(function: Callable[[], T]) -> T:
@@ -166,18 +183,11 @@ def from_first(function: Callable[[], T]) -> T:
         return function()
     key = _next_round(_run)
     if is_first():
-        try:
-            said = json.dumps([function(), "", ""])
-        except (UserError, RunStopped) as error:
-            kind = UserError if isinstance(error, UserError) else RunStopped
-            said = json.dumps([None, kind.__name__, str(error)])
+        said = messages.said(function)
         _run.client.key_value_set(key, said)
     else:
-        said = _hear(_run.client.blocking_key_value_get, key)
-    value, name, message = json.loads(said)
-    if name:
-        raise (UserError if name == UserError.__name__ else RunStopped)(message)
-    return value
+        said = messages.hear(_run.client.blocking_key_value_get, key)
+    return messages.value(said)
 
 
 def arrays_from_first(
@@ -188,46 +198,60 @@ def arrays_from_first(
         return dict(function())
     run = _run
     made: dict[str, np.ndarray] = {}
-    folder = f"distill/arrays/{threading.current_thread().name}/"
+    folder = f"distill/arrays/{run.its_side}/{threading.current_thread().name}/"
 
     def tell() -> int:
         made.update(function())
-        content = save({name: np.ascontiguousarray(array) for name, array in made.items()})
-        for start in range(0, len(content), _PIECE):
-            piece = content[start : start + _PIECE]
-            run.client.key_value_set_bytes(f"{folder}{start}", piece)
-        return len(content)
+        return messages.tell_arrays(run.client, folder, made)
 
     size = from_first(tell)
     if not is_first():
-        get = run.client.blocking_key_value_get_bytes
-        made = load(b"".join(_hear(get, f"{folder}{start}") for start in range(0, size, _PIECE)))
+        made = messages.told_arrays(run.client, folder, size)
     _meet(run, folder)
     if is_first():
         run.client.key_value_delete(folder)
     return made
 
 
-def _hear(get: Callable[[str, int], T], key: str) -> T:
-    """What stands, or will stand, under the key; between two looks, Python hears signals."""
+def send(name: str, function: Callable[[], Mapping[str, np.ndarray]]) -> None:
+    """Lets one process `receive` what the function makes, or its UserError or RunStopped.
+
+    A name is used once.
+    """
+    run, folder = _run, f"distill/sent/{name}/"
+    assert run is not None
+    said = messages.said(lambda: messages.tell_arrays(run.client, folder, function()))
+    run.client.key_value_set(f"{folder}size", said)
+
+
+def receive(name: str) -> dict[str, np.ndarray]:
+    """What was sent under this name, or will be, for which it waits as long as it takes."""
+    run, folder = _run, f"distill/sent/{name}/"
+    assert run is not None
+    get = run.client.blocking_key_value_get
+    size = messages.value(messages.hear(get, f"{folder}size", math.inf))
+    made = messages.told_arrays(run.client, folder, size)
+    run.client.key_value_delete(folder)
+    return made
+
+
+def was_sent(name: str) -> bool:
+    """Whether `receive` would not wait."""
     import jax
 
-    deadline = time.monotonic() + _LONGEST_WAIT
-    while True:
-        try:
-            return get(key, 1000)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > deadline:
-                raise
+    assert _run is not None
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        return bool(_run.client.key_value_try_get(f"distill/sent/{name}/size"))
+    return False
 
 
 def _next_round(run: _Run) -> str:
-    """The key of this exchange, the same in all processes."""
+    """The key of this exchange, the same in all processes of a side."""
     thread = threading.current_thread().name
     generation, place = divmod(next(run.rounds[thread]), _ROUNDS)
-    folder = f"distill/round/{thread}"
+    folder = f"distill/round/{run.its_side}/{thread}"
     if generation and not place:
-        _meet(run, f"{folder}/generation")  # all are here, so all have read what came before
+        _meet(run, f"generation/{thread}")  # all are here, so all have read what came before
         if is_first():
             run.client.key_value_delete(f"{folder}/{generation - 1}/")
     return f"{folder}/{generation}/{place}"
@@ -263,11 +287,12 @@ def check_same(what: str, values: dict[str, Any]) -> None:
 def sync(name: str) -> None:
     """Waits until all processes have come here; in any thread, with a name used once at a time."""
     if _run is not None:
-        _meet(_run, f"distill/{name}")
+        _meet(_run, name)
 
 
-def _meet(run: _Run, name: str, seconds: int = _LONGEST_WAIT) -> None:
-    run.client.wait_at_barrier(name, seconds * 1000)
+def _meet(run: _Run, name: str) -> None:
+    barrier = f"distill/{run.its_side}/{name}"
+    run.client.wait_at_barrier(barrier, messages.LONGEST_WAIT * 1000, list(run.side))
 
 
 # -------------------------------------------------------------------------------------- ending
@@ -332,7 +357,7 @@ def _part(run: _Run, line: str, status: int, tell: Callable[[], None] = lambda: 
     run.leaving.acquire()  # a thread that comes second waits here for the end
     with contextlib.suppress(Exception):  # whatever has become of the others
         tell()
-        _meet(run, "distill/parting", _PARTING)
+        run.client.wait_at_barrier("distill/parting", _PARTING * 1000)
         if run.process == 0:  # the others are still being told, by this one
             time.sleep(2 * _HEARING)
     _exit(line, status)

@@ -78,12 +78,21 @@ def build_sampler_mesh(
 def split_devices(
     generation: Generation, devices: Sequence[jax.Device] | None
 ) -> tuple[list[jax.Device], list[jax.Device]]:
-    """Devices of the trainer, and those of a sampler that has its own: the last of each process."""
+    """Devices of the trainer, and those of a sampler that has its own: the last of each process.
+
+    With `whole_processes` they are all of the last ones.
+    """
+    whole, is_plan = generation.colocated.whole_processes, devices is not None
     devices = list(devices or jax.devices())
     if generation.backend != "jax" or generation.colocated.enabled:
         return devices, []
     key, number = "policy.generation.colocated", jax.process_count()
-    if len(devices) < 2 * number:
+    if whole and number == 1 and not is_plan:
+        raise UserError(
+            f"{key}.whole_processes=True gives the last processes to the sampler, and there is "
+            f"only this one: start several, or set {key}.whole_processes=False"
+        )
+    if len(devices) < (2 if whole else 2 * number):
         raise UserError(
             f"{key}.enabled=False splits the devices between trainer and sampler, and there is "
             f"only 1{' of a process' * (number > 1)}: use {key}.enabled=True"
@@ -96,13 +105,18 @@ def split_devices(
         )
     if number == 1:
         return devices[:-count], devices[-count:]
-    if count % number or (len(devices) - count) % count:
-        fitting = [n for n in range(number, len(devices), number) if len(devices) % n == 0]
+    unit = len(devices) // number if whole else number
+    if count % unit or (len(devices) - count) % count:
+        fitting = [n for n in range(unit, len(devices), unit) if len(devices) % n == 0]
+        gives = "the last ones give the sampler all" if whole else "each gives the sampler as many"
         raise UserError(
             f"{key}.sampler_devices={count} does not suit {number} processes with {len(devices)} "
-            "devices: each gives the sampler as many, and the trainer a multiple of that; choose "
+            f"devices: {gives}, and the trainer has a multiple of that; choose "
             f"{' or '.join(map(str, fitting))}"
         )
+    if whole:
+        devices.sort(key=lambda device: device.process_index)
+        return devices[:-count], devices[-count:]
     of_processes = [[x for x in devices if x.process_index == i] for i in range(number)]
     share = count // number
     trainer = [device for each in of_processes for device in each[:-share]]

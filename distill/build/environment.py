@@ -59,6 +59,7 @@ def build_dialogues(
     def begin(row_b: np.ndarray) -> Dialogues:
         return Dialogues(
             maker,
+            row_b,
             [dataset[int(row)] for row in row_b],
             read=read,
             write=write,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from distill.base.mesh import make_staging_mesh
+from distill.base.mesh import make_staging_mesh, receive_on_mesh
 from distill.base.sharding import SAMPLER_RULES, AnyMesh, param_shardings
 from distill.build import servers as build_vllm
 from distill.build.models import on_mesh
@@ -24,7 +26,9 @@ from distill.models.lora import is_stored
 from distill.models.model import Model
 from distill.models.quantization import quantized, quantized_shapes
 from distill.rollout.base import BackendParts, RolloutBackend, build_own_backend
+from distill.rollout.environment import Dialogues
 from distill.rollout.in_process import JaxBackend
+from distill.rollout.remote import RemoteSampler, serve
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 
@@ -91,6 +95,40 @@ def _facts(student: Model) -> ModelConfig:
     return nnx.merge(student.graph, student.params).config
 
 
+def _build_in_process(
+    policy: Policy, student: Model, vocabulary: Vocabulary, place: Mesh, mesh: Mesh
+) -> JaxBackend:
+    """Samples on `mesh`, for which weights are laid out on `place`."""
+    in_8_bits = policy.generation.precision == "int8"
+    return JaxBackend(
+        build_engine(policy, student.graph, vocabulary, records_routes=policy.records_routes),
+        dtype=jnp.dtype(policy.precision),
+        shardings=jax.tree.map(lambda x: x.sharding, sampler_weights(policy, student, place)),
+        finish=functools.partial(quantized, _facts(student)) if in_8_bits else None,
+        mesh=mesh,
+        keep_cache=not policy.generation.colocated.enabled,
+        num_held=policy.generation.num_held,
+    )
+
+
+def serve_trainer(
+    policy: Policy,
+    student: Model,
+    vocabulary: Vocabulary,
+    mesh: Mesh,
+    sampler_mesh: Mesh,
+    begin_dialogues: Callable[[np.ndarray], Dialogues] | None,
+) -> None:
+    """Samples, as a process that does nothing else, until the others' run has ended.
+
+    Of the student, only the shapes are here.
+    """
+    backend = _build_in_process(policy, student, vocabulary, sampler_mesh, sampler_mesh)
+    shapes = sampler_weights(policy, student, sampler_mesh)
+    receive = functools.partial(receive_on_mesh, shapes, make_staging_mesh(mesh, sampler_mesh))
+    serve(backend, receive, begin_dialogues, refits_meanwhile=policy.generation.num_held > 1)
+
+
 def build_backend(
     config: Config,
     student: Model,
@@ -109,21 +147,12 @@ def build_backend(
         folders = dict(student_folder=student_folder, workdir=workdir)
         return build_vllm.build_backend(config.policy, student, params, vocabulary, mesh, **folders)
 
-    def build_in_process() -> JaxBackend:
+    def build_in_process() -> RolloutBackend:
         # One program casts and lays out; devices that are not the trainer's then get copies.
-        is_colocated = policy.generation.colocated.enabled
-        place = sampler_mesh if is_colocated else make_staging_mesh(mesh, sampler_mesh)
-        weights = sampler_weights(policy, student, place)
-        in_8_bits = policy.generation.precision == "int8"
-        return JaxBackend(
-            build_engine(policy, student.graph, vocabulary, records_routes=policy.records_routes),
-            dtype=jnp.dtype(policy.precision),
-            shardings=jax.tree.map(lambda x: x.sharding, weights),
-            finish=functools.partial(quantized, _facts(student)) if in_8_bits else None,
-            mesh=sampler_mesh,
-            keep_cache=not is_colocated,
-            num_held=policy.generation.num_held,
-        )
+        colocated = policy.generation.colocated
+        place = sampler_mesh if colocated.enabled else make_staging_mesh(mesh, sampler_mesh)
+        backend = _build_in_process(policy, student, vocabulary, place, sampler_mesh)
+        return RemoteSampler(backend, sampler_mesh) if colocated.whole_processes else backend
 
     if policy.generation.backend in KNOWN_BACKENDS:
         return build_in_process()

@@ -15,12 +15,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import optax
 from jax.sharding import Mesh
 
+from distill.base import processes
 from distill.base.compilation import count_compiled_programs, keep_compiled_programs
 from distill.base.errors import UserError
 from distill.base.sharding import check_host_memory
@@ -50,7 +51,7 @@ from distill.build.objective import build_objective, build_weighing
 from distill.build.optimizer import optimizer_of
 from distill.build.plugins import import_plugins
 from distill.build.rewards import build_reward
-from distill.build.sampler import build_backend, build_engine
+from distill.build.sampler import build_backend, build_engine, serve_trainer
 from distill.build.teachers import build_teachers
 from distill.build.tokenizers import build_alignments, build_vocabulary
 from distill.config.method import OF_STUDENT
@@ -68,6 +69,7 @@ from distill.models.checkpoints.source import load_model_config
 from distill.models.lora import merged
 from distill.models.model import Model
 from distill.rollout.base import RolloutBackend
+from distill.rollout.remote import dismissing
 from distill.run.checkpoint import Checkpoints
 from distill.sampling.engine import Engine
 from distill.step import TeacherInStep, TrainState
@@ -76,11 +78,16 @@ from distill.teachers.base import Teacher
 
 
 @contextlib.contextmanager
-def open_session(config: Config, workdir: Path | None = None) -> Iterator[Session]:
+def open_session(
+    config: Config, workdir: Path | None = None, before_serving: Callable[[], None] = lambda: None
+) -> Iterator[Session]:
     """A session on the devices that are here; whatever it has begun ends with the block.
+
+    In processes that only sample, there is no block: they serve the others, and end with them.
 
     Raises:
       UserError: a plugin cannot be imported, or batches cannot be split over the devices.
+      SystemExit: this process only samples, and the others have done.
     """
     if jax.config.read("jax_enable_x64"):
         raise UserError(
@@ -91,8 +98,22 @@ def open_session(config: Config, workdir: Path | None = None) -> Iterator[Sessio
     keep_compiled_programs(config.compilation_cache)
     count_compiled_programs()
     session = Session(config, workdir)
-    with jax.set_mesh(session.mesh), session.cleanup:
+    whole = config.policy.generation.colocated.whole_processes
+    if whole and processes.divide(len({x.process_index for x in session.mesh.devices.flat})):
+        before_serving()
+        _serve(Session(config, weights=False))
+    sampler = dismissing() if whole else contextlib.nullcontext()
+    with jax.set_mesh(session.mesh), session.cleanup, sampler:
         yield session
+
+
+def _serve(session: Session) -> NoReturn:
+    """Samples for the other processes until they have done."""
+    config, meshes = session.config, (session.mesh, session.sampler_mesh)
+    with session.cleanup:
+        dialogues = session.dialogues(session.dataset) if config.environment.name else None
+        serve_trainer(config.policy, session.student, session.vocabulary, *meshes, dialogues)
+    raise SystemExit(0)
 
 
 class Session:

@@ -99,6 +99,11 @@ def _check_generation(config: Config) -> None:
             "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
             "sampler_devices=0"
         )
+    if colocated.enabled and colocated.whole_processes:
+        raise UserError(
+            "policy.generation.colocated.whole_processes=True gives the last processes to the "
+            "sampler: set policy.generation.colocated.enabled=False, or whole_processes=False"
+        )
 
 
 def _check_feedback(config: Config) -> None:

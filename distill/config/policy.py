@@ -37,6 +37,9 @@ class Colocated:
     sampler_devices: int = free(
         0, "devices of a sampler with its own; 0: half of all", low=0, high=MOST_ROWS
     )
+    whole_processes: bool = free(
+        False, "they are all those of the last processes, which only sample"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,8 @@ class Dialogues:
 
     Args:
       make: of an example.
-      examples: of the rows.
+      row_b: of the dataset.
+      examples: of these rows.
       read: a turn's text, of its tokens.
       write: the tokens of messages, and of the opening of the next turn.
       slow: see `Environment`.
@@ -109,6 +110,7 @@ class Dialogues:
     def __init__(
         self,
         make: EnvironmentMaker,
+        row_b: np.ndarray,
         examples: Sequence[Example],
         *,
         read: Callable[[np.ndarray], str],
@@ -118,7 +120,8 @@ class Dialogues:
         timeout: float,
         max_failures: float,
     ):
-        self._make, self._examples, self._read, self._write = make, examples, read, write
+        self.row_b, self._examples = row_b, examples
+        self._make, self._read, self._write = make, read, write
         self._slow = slow
         self._max_turns, self._timeout, self._max_failures = max_turns, timeout, max_failures
         self._environments: dict[int, list[Environment]] = {}  # none until the first turn has ended
@@ -186,6 +189,17 @@ class Dialogues:
             "environment/reward": float(self.reward_b.mean()),
             "environment/failures": len(self._failures) / len(self._examples),
         }
+
+    def outcome(self) -> dict[str, np.ndarray]:
+        """What has come of the dialogues, which `take_outcome` in another process takes."""
+        failed_b = np.isin(np.arange(len(self._examples)), list(self._failures))
+        return dict(turns_b=self.turns_b, reward_b=self.reward_b, failed_b=failed_b)
+
+    def take_outcome(
+        self, *, turns_b: np.ndarray, reward_b: np.ndarray, failed_b: np.ndarray
+    ) -> None:
+        self.turns_b, self.reward_b = turns_b, reward_b
+        self._failures = dict.fromkeys(np.flatnonzero(failed_b).tolist(), "elsewhere")
 
     def _start_step(self, row: int, tokens_t: np.ndarray, replies: queue.SimpleQueue) -> None:
         self.turns_b[row] += 1

@@ -28,6 +28,9 @@ class JaxBackend:
         the current one of whoever calls.
       keep_cache: hold the engine's memory between requests; else the trainer has it meanwhile.
       num_held: copies of the weights at once, for as many batches that wait to be sampled.
+
+    Attributes:
+      copy: makes the weights of the student's, on the trainer's devices.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class JaxBackend:
             )
             return finish(cast) if finish else cast
 
-        self._copy = jax.jit(copy, out_shardings=shardings)
+        self.copy = jax.jit(copy, out_shardings=shardings)
         self._weights = HeldWeights[nnx.State](num_held)
 
     def start(self) -> None:
@@ -61,11 +64,17 @@ class JaxBackend:
 
         Old weights are freed first to save memory. Returns when the new ones have arrived.
         """
+
+        def move() -> nnx.State:
+            weights = self.copy(student_params)
+            return weights if self._mesh is None else copy_to_mesh(weights, self._mesh)
+
+        self.hold(version, move)
+
+    def hold(self, version: int, bring: Callable[[], nnx.State]) -> None:
+        """A refit with what `bring` returns, on the sampler's mesh."""
         self._weights.make_room(version)
-        weights = self._copy(student_params)
-        if self._mesh is not None:
-            weights = copy_to_mesh(weights, self._mesh)
-        self._weights.hold(version, jax.block_until_ready(weights))
+        self._weights.hold(version, jax.block_until_ready(bring()))
 
     def generate(self, request: RolloutRequest) -> tuple[Rollout, dict[str, float]]:
         """See `RolloutBackend.generate`."""

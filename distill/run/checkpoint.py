@@ -62,8 +62,14 @@ class Checkpoints:
             min_slice_bytes_for_replica_parallel=_WORTH_SLICING
         )
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+        those = ocp.options.MultiprocessingOptions(
+            active_processes=processes.side(), barrier_sync_key_prefix="distill"
+        )
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+            ocp.PyTreeCheckpointHandler(
+                type_handler_registry=registry, multiprocessing_options=those
+            ),
+            multiprocessing_options=those,
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -50,6 +50,7 @@ class RolloutRequest:
         more than params.max_length.
       turns: the other side of dialogues; the responses are then of several turns, and `limits` are
         of both sides' tokens.
+      between: called between programs of the sampler, at the same places in all processes.
     """
 
     prompts: tuple[np.ndarray, ...]
@@ -61,6 +62,7 @@ class RolloutRequest:
     step: int = 0
     max_lengths: np.ndarray | None = None
     turns: Turns | None = None
+    between: Callable[[], None] | None = None
 
     @property
     def num_rows(self) -> int:

@@ -85,6 +85,8 @@ class Run:
     def finish(self) -> tuple[Rollout, dict[str, float]]:
         while self._queue or any(self._waiting) or self._taken.any():
             self._refill()
+            if self._request.between is not None:
+                self._request.between()
             how_far(f"{self._num_finished} of {self._request.num_rows} responses")
             if self._request.turns is not None:
                 self._take_replies(self._request.turns)

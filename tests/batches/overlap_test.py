@@ -356,6 +356,8 @@ def expect_refusal(config: ConfigDict, workdir: Path, *words: str) -> None:
         ({"sampler_devices": 3, "tensor": 5}, ["3 devices", "mesh.tensor=5", "multiple of 5"]),
         ({"data": 8}, ["mesh.data=8", "4 devices", "4 of 8 devices to the sampler, 4 remain"]),
         ({"sampler_devices": 4, "enabled": True}, ["sampler_devices=4", "enabled=False"]),
+        ({"whole_processes": True}, ["whole_processes=True", "only this one"]),
+        ({"whole_processes": True, "enabled": True}, ["whole_processes=True", "enabled=False"]),
     ],
 )
 def test_devices_that_cannot_be_split_that_way(tmp_path, changes, words):
@@ -405,3 +407,18 @@ def test_each_process_gives_the_sampler_its_last_devices(monkeypatch):
             split(count)
     with pytest.raises(UserError, match="only 1 of a process"):
         split(0, [Device(0, 0), Device(1, 1)])
+
+
+def test_the_last_processes_give_the_sampler_all_their_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    devices = [Device(i, i % 4) for i in range(8)]  # on TPUs, in an order of their own
+
+    def split(count, devices=devices):
+        colocated = Colocated(enabled=False, sampler_devices=count, whole_processes=True)
+        return split_devices(Generation(colocated=colocated), devices)
+
+    assert [[x.id for x in each] for each in split(0)] == [[0, 4, 1, 5], [2, 6, 3, 7]]
+    assert [x.id for x in split(2)[1]] == [3, 7]
+    with pytest.raises(UserError, match="=1 does not suit 4 processes.* choose 2 or 4$"):
+        split(1)
+    assert [len(each) for each in split(1, devices[:4])] == [3, 1], "each may have but one"

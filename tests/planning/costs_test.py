@@ -118,6 +118,7 @@ def test_a_sampler_ahead_holds_weights_for_every_batch_under_way():
     for steps in (1, 3):
         config = flagship()
         config.policy.generation.colocated.enabled = False
+        config.policy.generation.colocated.whole_processes = steps == 3
         config.policy.generation.async_steps = steps
         config.policy.generation.importance_clip = 2.0
         plans.append(estimate(workload_of(config, "gpu:h200x8"), parse_topology("gpu:h200x8")))

@@ -95,6 +95,7 @@ def make_dialogues(kinds, **options) -> Dialogues:
 
     return Dialogues(
         Fickle,
+        np.arange(len(kinds)),
         [Example(kind, None, None, str(i)) for i, kind in enumerate(kinds)],
         read=lambda tokens_t: "".join(map(chr, tokens_t)),
         write=write,

@@ -13,6 +13,7 @@ from tiny_models import model_config, random_model
 from distill.base.mesh import make_mesh, make_sampler_mesh
 from distill.base.sharding import SAMPLER_RULES, named_sharding, param_shardings, replicated
 from distill.models.quantization import quantized
+from distill.rollout import remote
 from distill.rollout.base import RolloutBackend
 from distill.rollout.in_process import JaxBackend
 from distill.sampling.choice import SamplingParams
@@ -155,6 +156,24 @@ def test_refit_reshards_to_the_given_shardings():
     head = jax.tree.leaves(sharded._weights.of(REQUEST)["output_head"])[0]
     assert head.sharding.shard_shape(head.shape) == (8, 16)
     assert_close(rollout, expected)
+
+
+def test_what_is_told_between_processes_is_the_same_there():
+    """A request to the sampler's, and a rollout with columns to the trainer's."""
+    limits = np.array([6, 5, 4, 3, 2, 1], np.int32)
+    request = dataclasses.replace(REQUEST, version=3, seed=7, step=2, max_lengths=limits)
+    arrays, facts = remote._of_request(request)
+    there = remote._to_request(remote._with_facts(arrays, **facts), None, None)
+    assert_equal(dataclasses.astuple(there), dataclasses.astuple(request))
+    sampler = backend()
+    sampler.refit(student()[1], version=3)
+    rollout, measured = sampler.generate(there)
+    more = dict(weight=[np.float32(prompt) for prompt in PROMPTS for _ in range(2)])
+    columns = dict(reward=np.arange(6, dtype=np.float32))
+    rollout = dataclasses.replace(rollout, columns=columns, prompt_columns=more)
+    made = remote._of_rollout(rollout, measured)
+    assert remote._facts(made) == measured
+    assert_equal(remote._to_rollout(made, request), rollout)
 
 
 def test_a_sampler_splits_weights_in_a_layout_of_its_own():

@@ -347,7 +347,8 @@ def make_dialogues(folder: Path, count: int) -> Dialogues:
 
     examples = [Example(str(i), None, None, str(i)) for i in range(count)]
     limits = dict(max_turns=3, timeout=60.0, max_failures=0.0)
-    return Dialogues(Counter, examples, read=tokenizer.decode, write=write, **limits)
+    rows = np.arange(count)
+    return Dialogues(Counter, rows, examples, read=tokenizer.decode, write=write, **limits)
 
 
 def test_dialogues_are_those_of_the_engine(servers, folders, tmp_path):

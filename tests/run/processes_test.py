@@ -189,12 +189,15 @@ def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, tmp_path
 
 
 @pytest.mark.slow
-def test_sampler_with_a_device_of_each_of_four_processes(two, tmp_path):
-    """It samples two ahead, in another layout than the trainer's, as that of one process does."""
+def test_sampler_with_devices_of_four_processes(two, tmp_path):
+    """It samples two ahead, in another layout than the trainer's, as that of one process does.
+
+    It has one device of each; or all of the last two, until one process makes the rest.
+    """
     config = get_config()
     changes = {
         "distillation.lambda_": 1.0, "distillation.max_steps": 4, "distillation.save_steps": 2,
-        "distillation.eval_steps": 0, "data.validation.max_samples": 0,
+        "checkpointing.keep": 3, "distillation.eval_steps": 0, "data.validation.max_samples": 0,
         "mesh.expert": 1, "mesh.fsdp": 2, "policy.generation.tensor": 1,
         "policy.generation.async_steps": 2, "policy.generation.importance_clip": 2.0,
         "policy.generation.colocated.enabled": False,
@@ -205,14 +208,22 @@ def test_sampler_with_a_device_of_each_of_four_processes(two, tmp_path):
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     done = two.start(tmp_path / "four", *flags, count=4)
     assert statuses(done) == [0] * 4, done
-    lines = zip(read_metrics(tmp_path / "four"), read_metrics(tmp_path / "one"), strict=True)
-    losses = [(ours["loss"], theirs["loss"]) for ours, theirs in lines if "loss" in theirs]
-    assert len(losses) == 4
-    for ours, theirs in losses:
-        assert ours == pytest.approx(theirs, **CURVE)
-    ahead = [np.load(tmp_path / name / "checkpoints/2/arrays.npz") for name in ("one", "four")]
-    for name in ("tokens", "reward", "tokens/1"):
-        np.testing.assert_array_equal(ahead[0][name], ahead[1][name])
+    flags.append("--config.policy.generation.colocated.whole_processes=True")
+    done = two.start(tmp_path / "whole", *flags, count=4, fault="train:2:SIGTERM")
+    assert statuses(done) == [0] * 4, done
+    assert "the same command goes on from it" in done[0].stdout
+    distill.train(config, tmp_path / "whole")
+    theirs = read_metrics(tmp_path / "one")
+    ahead = np.load(tmp_path / "one/checkpoints/2/arrays.npz")
+    for name in ("four", "whole"):
+        lines = zip(read_metrics(tmp_path / name), theirs, strict=True)
+        losses = [(mine["loss"], other["loss"]) for mine, other in lines if "loss" in other]
+        assert len(losses) == 4
+        for mine, other in losses:
+            assert mine == pytest.approx(other, **CURVE)
+        ours = np.load(tmp_path / name / "checkpoints/2/arrays.npz")
+        for array in ("tokens", "reward", "tokens/1"):
+            np.testing.assert_array_equal(ours[array], ahead[array])
 
 
 # -------------------------------------------------------------------------- what goes wrong
@@ -364,7 +375,7 @@ def first_of_one(monkeypatch):
     service = _jax.get_distributed_runtime_service(address, 1)
     client = _jax.get_distributed_runtime_client(address, 0)
     client.connect()
-    monkeypatch.setattr(processes, "_run", processes._Run(client, 0, 1, 100))
+    monkeypatch.setattr(processes, "_run", processes._Run(client, 0, 1, 100, range(1)))
     yield client
     client.shutdown()
     service.shutdown()
@@ -376,7 +387,7 @@ def test_what_was_said_is_removed_when_all_have_read_it(first_of_one, monkeypatc
         assert processes.from_first(lambda number=number: [number]) == [number]
     assert processes.gather("x") == ["x"]
     keys = [key for key, _ in first_of_one.key_value_dir_get("distill/round/")]
-    folder = "distill/round/MainThread/2"
+    folder = "distill/round/0-0/MainThread/2"
     assert sorted(keys) == [f"{folder}/{place}" for place in ("0", "1", "2/0")]
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
 from safetensors.numpy import save_file
 
+from distill.base import processes
 from distill.base.errors import UserError
 from distill.base.sharding import inner_sharding, replicated
 from distill.data.tokenizer import save_tokenizer
@@ -81,7 +81,7 @@ def export_model(
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
         replace_folder(folder, partial)
-    multihost_utils.sync_global_devices(f"exported {folder}")
+    processes.sync(f"exported {folder}")
 
 
 def begin_folder(folder: Path) -> Path:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
+from distill.base import processes
 from distill.base.errors import UserError
 from distill.config.policy import Lora
 from distill.models.checkpoints.adapters import ADAPTER_WEIGHTS, PREFIX
@@ -82,7 +82,7 @@ def export_adapter(
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
         replace_folder(folder, partial)
-    multihost_utils.sync_global_devices(f"exported {folder}")
+    processes.sync(f"exported {folder}")
 
 
 def check_modules(config: ModelConfig, adapters: nnx.State) -> None:
