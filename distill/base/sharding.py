@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from distill.base.errors import UserError
 
@@ -20,6 +20,10 @@ MESH_AXES = {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1}
 # Of the sampler's meshes alone: rows are split over it and, within an MLP, its width.
 WIDTH = "width"
 HOST_MEMORY = "pinned_host"
+# TPUs whose slices have three dimensions, the fewest devices of which one gather is done in stages,
+# and those of a stage.
+KINDS_OF_CUBES = ("TPU v4", "TPU v5", "TPU7x")
+SMALLEST_CUBE, STAGE = 64, 4
 AnyMesh = Mesh | AbstractMesh  # for layouts, which need no devices
 
 # logical axis -> mesh axes that shard it (None: replicated)
@@ -96,6 +100,34 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
+
+
+def gathers_in_stages(logical_axis: str) -> bool:
+    """Whether one gather along the axis may span all three dimensions of a slice of TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.device_kind not in KINDS_OF_CUBES:
+        return False
+    axes, shards = mesh_axes(logical_axis), num_shards(logical_axis)
+    return len(axes) == 1 and shards >= SMALLEST_CUBE and shards % STAGE == 0
+
+
+def gather_in_stages(x: jax.Array, logical_axes: Sequence[str | None], gathered: str) -> jax.Array:
+    """An array, gathered along a logical axis that one mesh axis holds: over `STAGE` devices first.
+
+    XLA gathers over a whole cube of TPUs by an all-reduce of arrays filled with zeros, which sends
+    twice the bytes.
+    """
+    [axis], shape = mesh_axes(gathered), dict[str, int]()
+    for name, size in jax.sharding.get_abstract_mesh().shape.items():
+        shape |= {name: size // STAGE, "stage": STAGE} if name == axis else {name: size}
+    # The same devices in the same order, with one more axis.
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape))
+    whole = partition_spec(logical_axes)
+    for left in axis, None:
+        entries = zip(logical_axes, whole, strict=True)
+        spec = PartitionSpec(*(left if name == gathered else entry for name, entry in entries))
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return x
 
 
 def constrain_whole(arrays):

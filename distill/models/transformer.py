@@ -30,6 +30,7 @@ from distill.kernels.linear_divergence import Head
 from distill.models import attention, lora, mlp, moe, recurrent, routes
 from distill.models.attention import Rotation, make_rotations
 from distill.models.facts import ModelConfig
+from distill.models.gathering import gathered
 from distill.models.primitives import INIT_STD, ParamMaker, normal, project, rms_norm
 from distill.models.scan import scan_layers
 
@@ -220,7 +221,7 @@ class Transformer(nnx.Module):
         def layer(kind, x_btd, scanned):
             def run(x_btd, scanned):
                 state, number = scanned
-                block = nnx.merge(graphs[kind], state)
+                block = nnx.merge(graphs[kind], gathered(state, self.dtype, self.remat != "none"))
                 sampled_btc = routes.of_layer(self.config, sampled_btm, number)
                 replayed_btc = sampled_btc if self.replays else None
                 rows = rotations[kind], segment_ids_bt, None, replayed_btc
