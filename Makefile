@@ -4,6 +4,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 TRANSFORMERS4_VENV ?= .venv-transformers4
 TRL_VENV ?= .venv-trl
+EASYDEL_VENV ?= .venv-easydel
 TUNIX_VENV ?= .venv-tunix
 LAUNCH_VENV ?= .venv-launch
 AUDIT_VENV ?= .venv-audit
@@ -99,6 +100,13 @@ $(TRL_VENV)/.installed: requirements-trl.txt
 	$(TRL_VENV)/bin/python -m pip install --quiet -r requirements-trl.txt
 	@touch $@
 
+# For benchmarks/distill_step.py, likewise.
+$(EASYDEL_VENV)/.installed: requirements-easydel.txt
+	test -x $(EASYDEL_VENV)/bin/python || $(PYTHON) -m venv $(EASYDEL_VENV)
+	$(EASYDEL_VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements-easydel.txt)"
+	$(EASYDEL_VENV)/bin/python -m pip install --quiet -r requirements-easydel.txt
+	@touch $@
+
 # For benchmarks/sampling.py.
 $(TUNIX_VENV)/.installed: requirements-tunix.txt
 	test -x $(TUNIX_VENV)/bin/python || $(PYTHON) -m venv $(TUNIX_VENV)
@@ -112,5 +120,5 @@ $(LAUNCH_VENV)/.installed: requirements-launch.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4_VENV) $(TRL_VENV) $(TUNIX_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) $(NEWEST_VENV) \
+	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4_VENV) $(TRL_VENV) $(EASYDEL_VENV) $(TUNIX_VENV) $(LAUNCH_VENV) $(AUDIT_VENV) $(NEWEST_VENV) \
 	  .cache runs

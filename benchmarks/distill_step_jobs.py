@@ -35,6 +35,8 @@ CPUS = 2
 SHORTEST_PROMPT = 16
 LEARNING_RATE, WEIGHT_DECAY, BETA = 1e-5, 0.01, 0.5
 LOSS_TOLERANCE = 0.05
+KL_TYPES = "jsd", "forward"  # of the peers; ours is the first
+LOSSES = "losses.json"
 
 
 class Workload(NamedTuple):
@@ -64,7 +66,8 @@ WORKLOADS = (
     ),
     Workload(
         "0.2M from 1M",
-        dataclasses.replace(_TINY, num_layers=2, model_width=64, ffn_width=192),
+        # As many heads as fill the width: EasyDeL knows no other width of heads.
+        dataclasses.replace(_TINY, num_layers=2, model_width=64, num_heads=2, ffn_width=192),
         dataclasses.replace(_TINY, num_layers=4, model_width=128, ffn_width=384),
     ),
 )
@@ -80,10 +83,12 @@ GPU_WORKLOAD = Workload(
 )
 
 
-def check_python(python: str | None) -> str | None:
-    """TRL's interpreter, as --trl_python has it; UserError if there is none there."""
+def check_python(peer: str, python: str | None) -> str | None:
+    """The interpreter, as --PEER_python has it; UserError if there is none there."""
     if python is not None and not os.access(python, os.X_OK):
-        raise UserError(f"--trl_python={python}: no such interpreter: make .venv-trl/.installed")
+        raise UserError(
+            f"--{peer}_python={python}: no such interpreter: make .venv-{peer}/.installed"
+        )
     return python and os.path.abspath(python)
 
 
@@ -102,15 +107,20 @@ def write_work(workload: Workload, folder: Path) -> None:
 
 
 def build_ours(workload: Workload, folder: Path | None):
-    """Of the weights in the folder, where TRL finds the first loss; None: of random weights."""
-    step, _ = make_ours(workload, folder)
-    loss = step()
+    """Of the weights in the folder, where peers find the first losses; None: of random weights."""
     if folder is not None:
-        (folder / "loss.txt").write_text(str(loss))
+        first = {kl_type: make_ours(workload, folder, kl_type=kl_type)[0]() for kl_type in KL_TYPES}
+        (folder / LOSSES).write_text(json.dumps(first))
+    step, _ = make_ours(workload, folder)
     return lambda: (step(), None)[1]
 
 
-def make_ours(workload: Workload, folder: Path | None, lora: Lora = Lora()):  # noqa: B008
+def make_ours(
+    workload: Workload,
+    folder: Path | None,
+    lora: Lora = Lora(),  # noqa: B008
+    kl_type: str = "jsd",
+):
     """`step() -> loss`, and the bytes of what is held between steps: state and teacher."""
     student_folder, teacher_folder = (folder and folder / role for role in ("student", "teacher"))
     student, params = load_weights(workload.student, workload.dtype, student_folder, "float32")
@@ -118,7 +128,7 @@ def make_ours(workload: Workload, folder: Path | None, lora: Lora = Lora()):  # 
     vocab_size = workload.student.vocab_size
     adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=WEIGHT_DECAY)
     optimizer = build_optimizer(adamw, max_steps=1)
-    objective = objective_of("jsd", jsd_beta=BETA)
+    objective = objective_of(kl_type, jsd_beta=BETA)
     train_step = make_train_step(
         student, [TeacherInStep(teacher)], objective, optimizer, vocab_size=vocab_size
     )
@@ -161,20 +171,22 @@ def _make_batches(workload: Workload, student) -> BatchSource:
     )
 
 
-def build_trl(folder: Path, python: str, settings: dict):
-    step, _ = start_trl(folder, python, settings)
+def build_peer(folder: Path, peer: str, python: str, settings: dict):
+    step, _ = start_peer(folder, peer, python, settings)
     return lambda: (step(), None)[1]
 
 
-def start_trl(folder: Path, python: str, settings: dict):
-    """`step() -> loss`, after a first one, and the number of TRL's process.
+def start_peer(folder: Path, peer: str, python: str, settings: dict):
+    """`step() -> loss`, after a first one, and the number of the process.
 
-    Settings: as in TRL_SETTINGS; `lora`, with the rank and alpha of adapters, may be left out.
+    Peer: the end of the name of a `distill_step_*.py`, which takes the settings. One of them may
+    be `kl_type`, "jsd" if it is left out: the first loss has to be near ours of this kind.
     """
-    script = Path(__file__).with_name("distill_step_trl.py")
+    script = Path(__file__).with_name(f"distill_step_{peer}.py")
     command = [python, str(script), str(folder), json.dumps(settings)]
-    ask, process = harness.start_process(command, folder / f"trl-{os.getpid()}.log")
-    ours, theirs = float((folder / "loss.txt").read_text()), float(ask())
+    ask, process = harness.start_process(command, folder / f"{peer}-{os.getpid()}.log")
+    losses = json.loads((folder / LOSSES).read_text())
+    ours, theirs = losses[settings.get("kl_type", KL_TYPES[0])], float(ask())
     if not np.isclose(theirs, ours, rtol=LOSS_TOLERANCE):
-        raise RuntimeError(f"TRL's loss is {theirs}, ours {ours}: not the same work")
+        raise RuntimeError(f"its loss is {theirs}, ours {ours}: not the same work")
     return lambda: float(ask()), process

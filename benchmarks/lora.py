@@ -14,6 +14,7 @@ arrays, and how far the process's memory rises above them in a step.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,11 +25,13 @@ from absl import flags
 from benchmarks import harness
 from benchmarks.distill_step_jobs import (
     CPUS,
+    KL_TYPES,
+    LOSSES,
     WORKLOADS,
     Workload,
     check_python,
     make_ours,
-    start_trl,
+    start_peer,
     write_work,
 )
 from distill.config import cli
@@ -63,7 +66,7 @@ def main() -> None:
     harness.check_json_path()
     os.environ["JAX_PLATFORMS"] = "cpu"  # the workers inherit both
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
-    python = check_python(_TRL_PYTHON.value)
+    python = check_python("trl", _TRL_PYTHON.value)
     rows, notes = [], []
     for workload in WORKLOADS:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as parent:
@@ -91,7 +94,7 @@ def memory(step: Step) -> int:
 
 def build_ours(workload: Workload, folder: Path, lora: Lora) -> Step:
     step, held_bytes = make_ours(workload, folder, lora)
-    (folder / "loss.txt").write_text(str(step()))
+    (folder / LOSSES).write_text(json.dumps({KL_TYPES[0]: step()}))
     return Step(step, held_bytes)
 
 
@@ -99,7 +102,7 @@ def build_trl(workload: Workload, folder: Path, python: str, lora: Lora) -> Step
     settings: dict = dict(trainer="DistillationTrainer", checkpointing=False, bf16=False)
     if lora.rank:
         settings["lora"] = dict(rank=lora.rank, alpha=lora.alpha)
-    step, process = start_trl(folder, python, settings)
+    step, process = start_peer(folder, "trl", python, settings)
     _, held_bytes = make_ours(workload, folder, lora)  # the same arrays
     return Step(step, held_bytes, str(process))
 
