@@ -21,7 +21,7 @@ from distill.sampling.slots import STEPS_PER_CALL, Slots
 INSERTED_PER_CALL = 16  # rows, per part
 PREFILL_TOKENS = 4096  # of a prefill, per part
 SMALLEST_PROMPT_BUCKET = 16
-WIDTHS = 5  # each half as wide as the one before, down to 4; and three quarters of all, and 1
+NARROWER = 2, 8  # the decode programs for fewer rows: of a half and an eighth of the slots
 
 
 class Run:
@@ -374,12 +374,8 @@ _row_keys = jax.jit(row_keys)
 
 
 def _widths(count: int) -> list[int]:
-    """Rows of the decode programs, for so many slots."""
-    halves = [count >> i for i in range(1, WIDTHS) if count >> i >= 4]
-    # The widest steps take longest. The longest response often ends alone, and without company a
-    # CPU need not repack the weights.
-    wide = [count * 3 // 4] if halves else []
-    return list(dict.fromkeys([count, *wide, *halves, 1]))
+    """Rows of the decode programs, for so many slots: more would compile longer than they save."""
+    return list(dict.fromkeys([count, *(max(1, count // share) for share in NARROWER)]))
 
 
 def prompts_per_prefill(size: int, slots: int, num_generations: int) -> int:
