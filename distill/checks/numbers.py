@@ -115,18 +115,23 @@ def check_numbers(session: Session, state: TrainState) -> str:
     )
     params = state.params
 
-    @jax.jit
-    def measure(trainable, frozen, teacher_params, rows: Rows):
+    def loss_of(trainable, frozen, teacher_params, rows: Rows):
         total = jnp.maximum(rows.mask_bt.sum(), 1).astype(jnp.float32)
-
-        def loss_of(trainable):
-            return loss_fn(whole_params(trainable, frozen), teacher_params, rows, total)
-
-        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        loss, sums = loss_fn(whole_params(trainable, frozen), teacher_params, rows, total)
         del sums["expert_load"]  # of a mixture: no number
+        return loss, sums
+
+    @jax.jit
+    def measure(*args):
+        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(*args)
         return constrain_whole((loss, sums, optax.tree.norm(grads)))
 
-    def evaluate(rows: Rows, teacher_params=params if own_teacher else None):
+    # Packed rows take a program of their own; their gradient is not looked at.
+    measure_without_gradient = jax.jit(
+        lambda *args: constrain_whole((*loss_of(*args), jnp.zeros(())))
+    )
+
+    def evaluate(rows: Rows, teacher_params=params if own_teacher else None, measure=measure):
         batch = jax.tree.map(make_put(session.mesh), rows)
         measured = measure(state.trainable, state.frozen, teacher_params, batch)
         return jax.tree.map(float, jax.device_get(measured))
@@ -153,7 +158,8 @@ def check_numbers(session: Session, state: TrainState) -> str:
     details.append(_check_padding(sums, evaluate(_stirred(padded))[1]))
     if session.config.policy.sequence_packing.enabled:
         packed = laid_out(session, session.prompts, sequences, packed=True)
-        details.append(_check_packing(session, sums, evaluate(packed)[1]))
+        _, packed_sums, _ = evaluate(packed, measure=measure_without_gradient)
+        details.append(_check_packing(session, sums, packed_sums))
     return "; ".join(details)
 
 
