@@ -32,14 +32,13 @@ test-transformers4: $(VENV)/.installed-test $(TRANSFORMERS4_VENV)/.installed
 	  $(BIN)/python -m pytest tests/models/source_test.py -k transformers_4 $(PYTEST_ARGS)
 
 # What computes, on the newest JAX: it needs a newer Python than the oldest that is supported.
-NEWEST_TESTS := $(addprefix tests/,data/sequences_test.py models/models_test.py \
-  models/transformer_test.py models/hf_test.py models/families_test.py models/moe_test.py losses \
-  sampling kernels/linear_divergence_test.py kernels/pallas_gpu_test.py kernels/attention_test.py \
-  kernels/grouped_dot_test.py rollout/rollout_test.py batches/rows_test.py batches/coins_test.py \
-  step_test.py)
+NEWEST_TESTS := $(addprefix tests/,models/transformer_test.py models/hf_test.py models/moe_test.py \
+  losses sampling/engine_test.py sampling/sampling_choice_test.py kernels/linear_divergence_test.py \
+  kernels/attention_test.py kernels/grouped_dot_test.py rollout/rollout_test.py step_test.py)
 test-newest: $(NEWEST_VENV)/.installed
 	$(NEWEST_VENV)/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "jax", jax.__version__)'
-	$(NEWEST_VENV)/bin/python -m pytest $(NEWEST_TESTS) $(PYTEST_ARGS)
+	$(NEWEST_VENV)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal \
+	  -m "not slow" $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -353,26 +353,35 @@ def test_a_sampler_that_splits_mlps_gathers_rows_and_no_weights():
     assert 0 < sum(sent.values()) / STEPS_PER_CALL < 8 * of_step < weights / 10
 
 
-@pytest.mark.slow
-@needs_tpu_compiler
-def test_flagship_on_a_slice_of_tpus(capsys):
-    """32B and 1.5B weights on 64 chips, by the real compiler; docs/scaling.md has other slices."""
-    made = run.plan(flagship(), "v6e:8x8")
+def test_flagship_on_a_slice_of_tpus():
+    """32B and 1.5B weights on 64 chips; docs/scaling.md has what the compiler says of slices."""
+    made = estimate(workload_of(flagship(), "v6e:8x8"), parse_topology("v6e:8x8"))
     memory, (update, generation) = made.memory, made.phases
-    assert made.fits and not any(each.failure for each in made.compiled.values())
+    assert made.fits
     assert memory.teacher == pytest.approx(2 * 32.76e9 / 64, rel=0.01)
     assert memory.student == pytest.approx(4 * 1.544e9 / 64, rel=0.01)
     assert memory.optimizer == pytest.approx(2 * memory.student, rel=0.01)
     assert memory.sampler == pytest.approx(2 * 1.544e9, rel=0.01)  # whole: each step reads it
-    # The score matrices of a layer and the gathered heads among them.
-    assert 1e9 < memory.update < 12e9
-    assert 0 < memory.prefill < 1e9 and 0 < memory.decode < 1e9
-    estimated = costs.estimated_sent(made.workload, made.arrays)
-    # Weights are gathered layer by layer, in loops: each step of them must have been counted.
-    assert update.sent == pytest.approx(estimated["update"], rel=0.25)
     assert 0 < generation.sent < update.sent
-    printed = capsys.readouterr().out
-    assert "planned with 64" in printed and ": fits" in printed
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_weights_are_gathered_layer_by_layer_on_tpus(monkeypatch, capsys):
+    """In loops: each step of them must have been counted, and their arrays once."""
+    sizes = dict(model_width=1024, ffn_width=3072, num_heads=8, head_width=128, num_layers=12)
+    config = tiny_config()
+    config.policy.precision = config.teacher.precision = "bfloat16"
+    workload = workload_on_mesh(config, model_config("qwen2", **sizes, vocab_size=4096), 1, 4, 1)
+    made = compile_plan(workload, parse_topology("v6e:2x2"))
+    assert made.fits and not any(each.failure for each in made.compiled.values())
+    memory, (update, generation) = made.memory, made.phases
+    estimated = costs.estimated_sent(made.workload, made.arrays)
+    assert update.sent == pytest.approx(estimated["update"], rel=0.25)
+    # Less than the weights of all layers, which are never gathered together.
+    assert memory.update < 4 * memory.student
+    assert 0 < memory.prefill < 1e9 and 0 < memory.decode < 1e9
+    assert 0 < generation.sent < update.sent
 
 
 @pytest.mark.slow

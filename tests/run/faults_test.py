@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from forked import Forks
 from tiny_runs import read_metrics
 
 from distill.run.interrupts import Interrupts
@@ -29,31 +31,20 @@ class Runs:
     All share a compilation cache, which the undisturbed run fills: a start takes a few seconds.
     """
 
-    def __init__(self, folder: Path, models: dict[str, str]):
-        self.folder = folder
-        for role, path in models.items():
-            shutil.copytree(path, folder / "models" / role)
+    def __init__(self, folder: Path, forks: Forks, *flags: str):
+        folder.mkdir()
+        self.folder, self._forks, self._flags = folder, forks, flags
         self.undisturbed = folder / "undisturbed"
         done = self.start(self.undisturbed)
         assert done.returncode == 0, done.stderr
 
-    def start(self, workdir: Path, fault: str = "", *flags: str) -> subprocess.CompletedProcess:
+    def start(self, workdir: Path, fault: str = "") -> subprocess.CompletedProcess:
         command = [
             sys.executable, "-m", "distill.main", f"--workdir={workdir}",
-            f"--config=tests/run/faults/config.py:{self.folder / 'models'}", *flags,
+            f"--config=tests/run/faults/config.py:{self.folder.parent / 'models'}", *self._flags,
         ]  # fmt: skip
-        environment = {
-            **os.environ,
-            "PYTHONPATH": ":".join(map(str, FOLDERS)),
-            "FAULT": fault,
-            "FAULT_LOG": str(self.folder / "faults.log"),
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-        )
+        log = str(self.folder / "faults.log")
+        return self._forks.run(command, ROOT, self.folder, FAULT=fault, FAULT_LOG=log)
 
     def strikes(self) -> list[str]:
         log = self.folder / "faults.log"
@@ -75,7 +66,7 @@ def last_state(workdir: Path):
     return ocp.StandardCheckpointer().restore(last / "state")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def signals_are_heard():
     """Also where the tests run under nohup or with signals blocked: a process inherits both."""
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
@@ -88,12 +79,33 @@ def signals_are_heard():
 
 
 @pytest.fixture(scope="module")
-def runs(models, tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("faults"), models)
+def folder(models, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    for role, path in models.items():
+        shutil.copytree(path, folder / "models" / role)
+    return folder
 
 
-def test_killed_27_times_and_none_the_worse(runs, tmp_path):
+@pytest.fixture(scope="module")
+def forks(signals_are_heard, folder) -> Iterator[Forks]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": ":".join(map(str, FOLDERS)),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    }
+    with Forks(environment) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
+def runs(folder, forks) -> Runs:
+    """Of a dozen steps."""
+    return Runs(folder / "short", forks, "--config.distillation.max_steps=12")
+
+
+def test_killed_27_times_and_none_the_worse(folder, forks, tmp_path):
     """kill -9 in every phase; the same command again each time, in one workdir."""
+    runs = Runs(folder / "long", forks, "--config.distillation.max_steps=40")
     chance = random.Random(0)
     kills = [
         f"{point}:{chance.choice((1, 2))}"

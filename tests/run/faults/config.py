@@ -5,7 +5,7 @@ from tiny_runs import tiny_config, with_models
 
 
 def get_config(folder: str) -> ConfigDict:
-    config = tiny_config(lambda_=0.7, max_steps=40, eval_steps=3, save_steps=1)
+    config = tiny_config(lambda_=0.7, eval_steps=3, save_steps=1)
     config.plugins = ("fault_plugin",)
     config = with_models(config, {role: f"{folder}/{role}" for role in ("student", "teacher")})
     fixed = config.distillation.teacher_model_path
