@@ -90,7 +90,7 @@ def executed(tmp_path_factory):
     smaller = {
         "max_steps = 350\n": f"max_steps = {STEPS}\n",
         'Path("runs/notebook")': f'Path("{folder / "run"}")',
-        "print(": "config.data.validation.max_samples = 32\nprint(",
+        "print(": "config.preflight = False\nconfig.data.validation.max_samples = 32\nprint(",
     }
     notebook = read_notebook()
     (cell,) = (cell for cell in notebook.cells if cell.id == "config")

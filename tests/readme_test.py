@@ -28,7 +28,7 @@ def test_quickstart_from_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = EXAMPLES["quickstart"]
     assert "max_steps = 100\n" in source
-    smaller = "max_steps = 1\nconfig.data.validation.max_samples = 32\n"
+    smaller = "max_steps = 1\nconfig.preflight = False\nconfig.data.validation.max_samples = 32\n"
     run_example(source.replace("max_steps = 100\n", smaller))
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split(":")[0] for line in lines] == ["base", "teacher", "student"]
