@@ -357,7 +357,7 @@ def test_flagship_on_a_slice_of_tpus():
     """32B and 1.5B weights on 64 chips; docs/scaling.md has what the compiler says of slices."""
     made = estimate(workload_of(flagship(), "v6e:8x8"), parse_topology("v6e:8x8"))
     memory, (update, generation) = made.memory, made.phases
-    assert made.fits
+    assert made.fits and any("planned with 64" in note for note in made.workload.notes)
     assert memory.teacher == pytest.approx(2 * 32.76e9 / 64, rel=0.01)
     assert memory.student == pytest.approx(4 * 1.544e9 / 64, rel=0.01)
     assert memory.optimizer == pytest.approx(2 * memory.student, rel=0.01)
@@ -367,7 +367,7 @@ def test_flagship_on_a_slice_of_tpus():
 
 @pytest.mark.slow
 @needs_tpu_compiler
-def test_weights_are_gathered_layer_by_layer_on_tpus(monkeypatch, capsys):
+def test_weights_are_gathered_layer_by_layer_on_tpus():
     """In loops: each step of them must have been counted, and their arrays once."""
     sizes = dict(model_width=1024, ffn_width=3072, num_heads=8, head_width=128, num_layers=12)
     config = tiny_config()
