@@ -21,10 +21,8 @@ from distill.evaluation.evaluator import Evaluator
 from distill.evaluation.token_values import TokenReader
 from distill.kernels.linear_divergence import SharedIds
 from distill.losses.objective import Objective
+from distill.sampling.schedule import SHORT_RESPONSE
 from distill.teachers.alignment import Alignment
-
-# Evaluations of responses up to this length are short beside the compilation of their programs.
-SHORT_RESPONSE = 128
 
 
 def build_evaluator(

@@ -20,7 +20,6 @@ from distill.base import processes
 from distill.base.errors import UserError
 from distill.base.files import local_path, to_json, write_atomically
 from distill.base.status import busy
-from distill.build.evaluator import SHORT_RESPONSE
 from distill.build.sampler import build_engine, build_sampling_params
 from distill.build.session import Session, open_session
 from distill.config.parse import parse_config
@@ -31,6 +30,7 @@ from distill.evaluation.grading import wilson_interval
 from distill.models.model import Model
 from distill.reporting.read import PROBE
 from distill.sampling.request import Rollout, RolloutRequest
+from distill.sampling.schedule import SHORT_RESPONSE
 from distill.step import TrainState
 
 PROMPTS = 64
@@ -124,7 +124,7 @@ def probe_alone(config: ConfigDict, workdir: str | Path | None = None) -> dict[s
     config.data.validation.max_samples = PROMPTS if held_out is None else min(PROMPTS, held_out)
     parsed = parse_config(config)
     check_probe(parsed)
-    with open_session(parsed) as session:
+    with open_session(parsed, trains=False) as session:
         session.load_teachers()
         found = probe(session, session.load_state(), print)
     if workdir and processes.is_first():

@@ -21,7 +21,8 @@ from distill.sampling.slots import STEPS_PER_CALL, Slots
 INSERTED_PER_CALL = 16  # rows, per part
 PREFILL_TOKENS = 4096  # of a prefill, per part
 SMALLEST_PROMPT_BUCKET = 16
-NARROWER = 2, 8  # the decode programs for fewer rows: of a half and an eighth of the slots
+# Up to so many tokens, most programs for fewer rows would compile longer than they save.
+SHORT_RESPONSE = 128
 
 
 class Run:
@@ -77,7 +78,7 @@ class Run:
         self._waiting = [collections.deque() for _ in range(self._parts)]
         # Slots that a first prefill fills: the later ones are of `_refill_size`, for most requests.
         self._at_first = self._refill_size if few_programs and rows > count else count
-        self._widths = [count] if few_programs else _widths(count)
+        self._widths = [count] if few_programs else _widths(count, length)
         self._started = time.perf_counter()
         self._prefill_seconds = self._decode_seconds = self._wait_seconds = 0.0
         self._slot_steps = self._kept_steps = 0
@@ -373,9 +374,10 @@ class Run:
 _row_keys = jax.jit(row_keys)
 
 
-def _widths(count: int) -> list[int]:
-    """Rows of the decode programs, for so many slots: more would compile longer than they save."""
-    return list(dict.fromkeys([count, *(max(1, count // share) for share in NARROWER)]))
+def _widths(count: int, longest: int) -> list[int]:
+    """Rows of the decode programs, for so many slots and responses up to so long."""
+    shares = (2, 8) if longest <= SHORT_RESPONSE else (2, 4, 8, 16)
+    return list(dict.fromkeys([count, *(max(1, count // share) for share in shares)]))
 
 
 def prompts_per_prefill(size: int, slots: int, num_generations: int) -> int:
