@@ -25,7 +25,7 @@ def evaluate_checkpoint(config: ConfigDict, model: str) -> dict[str, dict[str, A
 
     config = config.copy_and_resolve_references()
     config.policy.model_name = model
-    with open_session(parse_config(config)) as session:
+    with open_session(parse_config(config), trains=False) as session:
         return evaluate_models(session)
 
 

@@ -34,7 +34,7 @@ def export_checkpoint(
 
     workdir, output = (local_path(path) for path in (workdir, output))
     check_replaceable(output)
-    with open_session(parse_config(config), workdir) as session:
+    with open_session(parse_config(config), workdir, trains=False) as session:
         return export_saved(session, output, checkpoint)
 
 

@@ -30,7 +30,7 @@ def export_server(config: ConfigDict, output: str | Path, model: str | None = No
     config = config.copy_and_resolve_references()
     config.policy.model_name = model or config.policy.model_name
     output = local_path(output)
-    with open_session(parse_config(config)) as session:
+    with open_session(parse_config(config), trains=False) as session:
         folder, policy = session.student_folder, session.config.policy
         export = build_export(policy, folder, session.vocabulary)
         export.write(output, session.load_frozen(folder, policy.precision).params)

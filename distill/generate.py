@@ -42,7 +42,7 @@ def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, in
     config.distillation.generate_strategy.num_generations = 1
     config.policy.model_name, config.teacher.backend = model, "local"
     path = local_path(output)
-    with open_session(parse_config(config)) as session:
+    with open_session(parse_config(config), trains=False) as session:
         return write_responses(session, path, repeats)
 
 
@@ -60,7 +60,7 @@ def score(config: ConfigDict, output: str | Path) -> int:
         if "scores" in section:
             section.scores = ""
     path = local_path(output)
-    with open_session(parse_config(config)) as session:
+    with open_session(parse_config(config), trains=False) as session:
         return write_scores(session, path)
 
 

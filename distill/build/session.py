@@ -55,6 +55,7 @@ from distill.build.sampler import build_backend, build_engine, serve_trainer
 from distill.build.teachers import build_teachers
 from distill.build.tokenizers import build_alignments, build_vocabulary
 from distill.config.method import OF_STUDENT
+from distill.config.policy import Colocated
 from distill.config.schema import Config, all_teachers, ema_decay
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
@@ -79,11 +80,16 @@ from distill.teachers.base import Teacher
 
 @contextlib.contextmanager
 def open_session(
-    config: Config, workdir: Path | None = None, before_serving: Callable[[], None] = lambda: None
+    config: Config,
+    workdir: Path | None = None,
+    *,
+    trains: bool = True,
+    before_serving: Callable[[], None] = lambda: None,
 ) -> Iterator[Session]:
     """A session on the devices that are here; whatever it has begun ends with the block.
 
     In processes that only sample, there is no block: they serve the others, and end with them.
+    Unless it `trains`, no process only samples.
 
     Raises:
       UserError: a plugin cannot be imported, or batches cannot be split over the devices.
@@ -97,7 +103,8 @@ def open_session(
     import_plugins(config)
     keep_compiled_programs(config.compilation_cache)
     count_compiled_programs()
-    session = Session(config, workdir)
+    session = Session(config if trains else _in_all_processes(config), workdir)
+    config = session.config
     whole = config.policy.generation.colocated.whole_processes
     if whole and processes.divide(len({x.process_index for x in session.mesh.devices.flat})):
         before_serving()
@@ -105,6 +112,18 @@ def open_session(
     sampler = dismissing() if whole else contextlib.nullcontext()
     with jax.set_mesh(session.mesh), session.cleanup, sampler:
         yield session
+
+
+def _in_all_processes(config: Config) -> Config:
+    """A config that gives no process to the sampler; batches are split over as many more."""
+    policy, mesh = config.policy, config.mesh
+    if not policy.generation.colocated.whole_processes:
+        return config
+    generation = dataclasses.replace(policy.generation, colocated=Colocated())
+    if -1 not in vars(mesh).values():
+        mesh = dataclasses.replace(mesh, data=-1)
+    policy = dataclasses.replace(policy, generation=generation)
+    return dataclasses.replace(config, policy=policy, mesh=mesh)
 
 
 def _serve(session: Session) -> NoReturn:

@@ -20,6 +20,7 @@ from distill.base.errors import RunInterrupted, RunStopped, UserError
 from distill.base.mesh import copy_to_mesh, make_mesh, make_sampler_mesh, make_staging_mesh
 from distill.build.devices import split_devices
 from distill.build.plugins import import_plugins
+from distill.build.session import open_session
 from distill.config.parse import parse_config
 from distill.config.policy import Colocated, Generation
 from distill.rollout.base import register_backend
@@ -335,6 +336,15 @@ def test_a_backend_of_ones_own_says_how_far_it_samples_ahead(may, monkeypatch):
     words = f"async_steps=2.*does not say that it can.*samples_ahead=2.*async_steps={int(may)}$"
     with pytest.raises(UserError, match=words):
         import_plugins(parsed)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2}, {"data": 1, "fsdp": -1}])
+def test_commands_that_train_nothing_have_the_samplers_processes_too(sizes):
+    config = separate_config()
+    config.mesh.update(sizes)
+    config.policy.generation.colocated.whole_processes = True  # of which there is one
+    with open_session(parse_config(config), trains=False) as session:
+        assert session.mesh.devices.size == jax.device_count()
 
 
 # ---------------------------------------------------------------------------------- bad input
