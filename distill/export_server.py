@@ -24,7 +24,7 @@ def export_server(config: ConfigDict, output: str | Path, model: str | None = No
       output: folder to write, replaced if it holds an earlier export.
       model: folder or hub id; default: the config's.
     """
-    from distill.build.servers import build_export  # late: flags come before JAX
+    from distill.build.sampler import build_export  # late: flags come before JAX
     from distill.build.session import open_session
 
     config = config.copy_and_resolve_references()

@@ -21,8 +21,8 @@ from distill.batches.rows import Rows, teacher_hidden
 from distill.build.contents import find_inputs
 from distill.build.devices import make_put
 from distill.build.sampler import build_sampling_params
-from distill.build.scores import identify_scores
 from distill.build.session import Session
+from distill.build.teachers import identify_scores
 from distill.config.changes import is_same_run
 from distill.config.parse import to_flat_dict
 from distill.config.schema import all_teachers, teacher_key

@@ -16,8 +16,7 @@ from distill.base import processes
 from distill.base.errors import UserError
 from distill.batches.source import Asked, BatchSource
 from distill.build.contents import find_contents
-from distill.build.devices import put_batch
-from distill.build.layout import build_layout
+from distill.build.devices import build_layout, put_batch
 from distill.build.optimizer import build_schedule
 from distill.build.sampler import build_sampling_params
 from distill.build.session import Session

@@ -13,14 +13,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from distill.base.files import local_path
 from distill.base.mesh import make_staging_mesh, receive_on_mesh
-from distill.base.sharding import SAMPLER_RULES, AnyMesh, param_shardings
-from distill.build import servers as build_vllm
+from distill.base.sharding import SAMPLER_RULES, AnyMesh, batch_parts, param_shardings
 from distill.build.models import on_mesh
 from distill.config.method import GenerateStrategy
 from distill.config.policy import KNOWN_BACKENDS, OWN_LAYOUT, Policy
 from distill.config.schema import Config
 from distill.data.tokenizer import Vocabulary
+from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.lora import is_stored
 from distill.models.model import Model
@@ -29,6 +30,13 @@ from distill.rollout.base import BackendParts, RolloutBackend, build_own_backend
 from distill.rollout.environment import Dialogues
 from distill.rollout.in_process import JaxBackend
 from distill.rollout.remote import RemoteSampler, serve
+from distill.rollout.vllm.backend import SECTION, VllmBackend
+from distill.rollout.vllm.checks import check_sampler
+from distill.rollout.vllm.client import read_api_key
+from distill.rollout.vllm.probe import Probe
+from distill.rollout.vllm.rows import is_tempered
+from distill.rollout.vllm.server import OwnServer
+from distill.rollout.vllm.weights import ServerExport, WeightsFolder
 from distill.sampling.choice import SamplingParams
 from distill.sampling.engine import Engine, EngineConfig
 
@@ -144,8 +152,7 @@ def build_backend(
     policy = config.policy
     if policy.generation.backend == "vllm" and config.distillation.lambda_ > 0:
         params = build_sampling_params(config.distillation.generate_strategy)
-        folders = dict(student_folder=student_folder, workdir=workdir)
-        return build_vllm.build_backend(config.policy, student, params, vocabulary, mesh, **folders)
+        return _build_on_servers(policy, student, params, vocabulary, mesh, student_folder, workdir)
 
     def build_in_process() -> RolloutBackend:
         # One program casts and lays out; devices that are not the trainer's then get copies.
@@ -166,3 +173,63 @@ def build_backend(
         build_in_process=build_in_process,
     )
     return build_own_backend(policy.generation.backend, parts, config.plugin)
+
+
+def _build_on_servers(
+    policy: Policy,
+    student: Model,
+    params: SamplingParams,
+    vocabulary: Vocabulary,
+    mesh: Mesh,
+    student_folder: Path,
+    workdir: Path,
+) -> VllmBackend:
+    """The student's sampler: servers that run, or one that will be started."""
+    servers, max_length = policy.generation.vllm, policy.max_total_sequence_length
+    folder = local_path(servers.weights_dir) if servers.weights_dir else workdir / "vllm"
+    # A scored sequence is a prompt, after which one token is sampled.
+    tempered = is_tempered(params, vocabulary.size)
+    own = servers.python and OwnServer(
+        servers.python,
+        folder / "server.log",
+        dtype=policy.precision,
+        max_model_len=max_length + tempered,
+        api_key=read_api_key(servers.api_key_variable, SECTION),
+        extra_args=servers.server_args,
+    )
+    check = functools.partial(
+        check_sampler,
+        student=load_model_config(student_folder)[0],
+        vocabulary=vocabulary,
+        context=max_length + tempered,
+        tempered=tempered,
+    )
+    probe = Probe(
+        student.graph,
+        vocab_size=vocabulary.size,
+        max_length=max_length,
+        row_multiple=batch_parts(mesh),
+        max_gap=policy.generation.max_log_prob_gap,
+        float32=policy.precision == "float32",
+    )
+    return VllmBackend(
+        servers,
+        own=own or None,
+        check=check,
+        weights=WeightsFolder(
+            folder.absolute(),
+            build_export(policy, student_folder, vocabulary),
+            policy.generation.num_held,
+        ),
+        num_held=policy.generation.num_held,
+        probe=probe,
+        params=params,
+        vocabulary=vocabulary,
+        max_length=max_length,
+    )
+
+
+def build_export(policy: Policy, student_folder: Path, vocabulary: Vocabulary) -> ServerExport:
+    """How the student is written for servers."""
+    dtype = jnp.dtype(policy.precision)
+    return ServerExport(student_folder, vocabulary, policy.max_total_sequence_length, dtype)

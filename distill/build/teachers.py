@@ -1,7 +1,8 @@
-"""The teachers of a config: here on the mesh, behind servers, or none for hard labels."""
+"""The teachers of a config: on the mesh, behind servers, by scores, or none for hard labels."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,21 +12,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill.base.errors import UserError
+from distill.base.files import local_path
 from distill.base.sharding import RULES, SPREAD_RULES, AnyMesh, check_host_memory
 from distill.build.devices import make_put
-from distill.build.models import abstract_model, build_model, frozen_options, head_only
-from distill.build.scores import build_cached_teacher
+from distill.build.models import abstract_model, build_head, build_model, frozen_options, head_only
 from distill.config.method import OneTeacher
 from distill.config.schema import Config, all_teachers, teacher_key
 from distill.data.prompts import Prompts
+from distill.data.scores import Scores
 from distill.data.tokenizer import Vocabulary
 from distill.evaluation.rows import padded_rows
+from distill.models.checkpoints.fingerprint import fingerprint
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
 from distill.models.model import Model
 from distill.step import whole_params
 from distill.teachers.alignment import Alignment
 from distill.teachers.base import OwnTeacher, Teacher
+from distill.teachers.cached import CachedTeacher
 from distill.teachers.local import Texts, abstract_stored, load_teacher
 from distill.teachers.server import ServerTeacher
 
@@ -78,7 +82,7 @@ def build_teachers(
     def build(number: int, name: str, section: OneTeacher) -> Teacher:
         if section.scores:
             asked, options = prompts().by_teacher[number], teacher_options(config, section)
-            return build_cached_teacher(section, folders.get(name), mesh, asked, options)
+            return _build_cached(section, folders.get(name), mesh, asked, options)
         if section.backend == "vllm":
             longest = config.policy.max_total_sequence_length
             vllm = teacher_key(name, "vllm")
@@ -159,3 +163,33 @@ def teacher_options(config: Config, section: OneTeacher) -> dict[str, Any]:
     """Of `abstract_model`."""
     rules = SPREAD_RULES if section.split_over_data else RULES
     return frozen_options(config.policy, section.dtype) | dict(rules=rules)
+
+
+def _build_cached(
+    section: OneTeacher, folder: Path | None, mesh: Mesh, prompts: Prompts, options: dict[str, Any]
+) -> CachedTeacher:
+    """A teacher by its scores on disk; with its output head, where it isn't behind servers."""
+    lengths_r = [len(tokens) for tokens in prompts.response_tokens or []]
+    identity = identify_scores(section, folder, prompts)
+    scores = Scores(local_path(section.scores), identity, lengths_r)
+    head = None
+    if section.backend == "local":
+        assert folder is not None  # only servers have none
+        head = build_head(folder, mesh, **options)
+    return CachedTeacher(scores, prompts.rows, head)
+
+
+def identify_scores(teacher: OneTeacher, folder: Path | None, prompts: Prompts) -> dict[str, Any]:
+    """What scores depend on, by what a message would call it."""
+    by_kind: dict[str, Any] = {"teacher": teacher.model or "server"}
+    if teacher.backend == "local":
+        assert folder is not None
+        by_kind = {"teacher": fingerprint(folder), "teacher.precision": teacher.precision}
+    else:
+        by_kind["teacher.vllm.top_k"] = teacher.vllm.top_k
+    # The view's prompts by themselves: else nobody would know whose prompts are others.
+    view = dataclasses.replace(
+        prompts, rows=np.zeros(0), prompt_tokens=prompts.view_tokens or [], response_tokens=None
+    )
+    data, view = (dataclasses.replace(each, view_tokens=None) for each in (prompts, view))
+    return by_kind | {"data": data.digest()[:12], "view": view.digest()[:12]}

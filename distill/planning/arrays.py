@@ -14,12 +14,8 @@ from jax.sharding import AbstractMesh
 from distill.base.sharding import HOST_MEMORY, AnyMesh, bytes_per_device, stacked_sharding
 from distill.batches.rows import Batch, Rows, make_batch
 from distill.build.data import teacher_prompts
-from distill.build.layout import build_layout
-from distill.build.models import (
-    abstract_model,
-    abstract_state,
-    student_options,
-)
+from distill.build.devices import build_layout
+from distill.build.models import abstract_model, abstract_state, student_options
 from distill.build.optimizer import optimizer_of
 from distill.build.sampler import engine_sizes, sampler_weights
 from distill.build.teachers import abstract_teacher, part_of_state

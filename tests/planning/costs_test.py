@@ -14,7 +14,7 @@ from distill.base.mesh import make_abstract_mesh, make_mesh
 from distill.base.sharding import bytes_per_device, param_shardings
 from distill.base.topology import GPUS, parse_topology
 from distill.batches.packing import place
-from distill.build.layout import build_layout
+from distill.build.devices import build_layout
 from distill.build.models import abstract_model, on_mesh
 from distill.models.cache import ring_size
 from distill.models.facts import Recurrent

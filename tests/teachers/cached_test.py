@@ -16,7 +16,6 @@ from tiny_runs import read_metrics, tiny_config, with_models
 
 import distill
 from distill.base.errors import UserError
-from distill.build import scores as build_scores
 from distill.build import teachers as build_teachers
 from distill.build.session import open_session
 from distill.config.parse import parse_config
@@ -148,7 +147,7 @@ REFUSED = {
 def test_what_is_not_whole_or_of_something_else_is_refused(
     models, folder, tmp_path, monkeypatch, fault
 ):
-    monkeypatch.setattr(build_scores, "build_head", no_teacher)
+    monkeypatch.setattr(build_teachers, "build_head", no_teacher)
     config, copy = run_config(models), Path(shutil.copytree(folder, tmp_path / "scores"))
     config.teacher.scores = str(copy)
     if callable(fault):
