@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import UserError
 from distill.config.keys import CONTENT, FIXED, FREE, NAMED
-from distill.config.method import OneTeacher, Teachers
-from distill.config.schema import Config, PluginKeys, schema_key
+from distill.config.schema import schema_key, schema_keys
 
 # What is compared by content rather than by key, and may be named as keys may.
 CONTENTS = ("student", "teacher", "data", "template", "validation")
@@ -19,7 +16,7 @@ Changes = dict[str, list[Any]]  # by key or content: the checkpoint's value, and
 
 def classes() -> dict[str, str]:
     """Every key and content: what a change of it changes, as the schema says beside the key."""
-    by_key = {key: field.metadata["changes"] for key, field in _fields(Config, "")}
+    by_key = {key.name: key.field.metadata["changes"] for key in schema_keys()}
     return by_key | dict.fromkeys(CONTENTS, NAMED)
 
 
@@ -32,7 +29,7 @@ def find_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Change
     schedule = "policy.optimizer.schedule"
     if saved.get(schedule) == current.get(schedule) == "constant":
         ignored.add("distillation.max_steps")  # no update depends on how many will follow
-    defaults = {key: field.default for key, field in _fields(Config, "")}
+    defaults = {key.name: key.field.default for key in schema_keys()}
     changes = {}
     for key in sorted(saved.keys() | current.keys()):
         if schema_key(key) in ignored:
@@ -41,17 +38,6 @@ def find_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Change
         if (list(before) if isinstance(before, tuple) else before) != now:
             changes[key] = [before, now]
     return changes
-
-
-def _fields(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _fields(hints[field.name], f"{prefix}{field.name}.")
-        elif hints[field.name] is Teachers:
-            yield from _fields(OneTeacher, "teachers.NAME.")
-        elif hints[field.name] is not PluginKeys:  # a plugin's keys say what the run is
-            yield prefix + field.name, field
 
 
 def is_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:

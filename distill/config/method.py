@@ -70,6 +70,11 @@ class Objective:
     )
     weights: tuple[str, ...] = key((), "what a token's loss is multiplied by, such as advantage")
 
+    @property
+    def parts(self) -> set[str]:
+        """Names of the added terms and of the weights."""
+        return {*(text.partition(":")[0] for text in self.terms), *self.weights}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation:
@@ -114,16 +119,15 @@ class Distillation:
     def has_teacher(self) -> bool:
         """Whether anything in the objective reads one."""
         objective = self.objective
-        names = {*(text.partition(":")[0] for text in objective.terms), *objective.weights}
-        reads = objective.divergence or objective.teacher_advantage or names - _WITHOUT_TEACHER
+        names = objective.parts - _WITHOUT_TEACHER
+        reads = objective.divergence or objective.teacher_advantage or names
         return bool(reads) and not self.hard_labels
 
     @property
     def reads_advantages(self) -> bool:
         """Whether anything in the objective reads the tokens' column of that name."""
-        objective = self.objective
-        names = {*(text.partition(":")[0] for text in objective.terms), *objective.weights}
-        return bool(objective.reward_advantage or names & {"policy_gradient", "advantage"})
+        names = self.objective.parts & {"policy_gradient", "advantage"}
+        return bool(self.objective.reward_advantage or names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

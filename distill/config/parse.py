@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_dict
 from distill.base.errors import UserError
 from distill.config.checks import check_combinations
 from distill.config.method import OneTeacher, Teachers
-from distill.config.schema import Config, PluginKeys, schema_key
+from distill.config.schema import Config, PluginKeys, schema_key, schema_keys
 
 _INTEGER_LIMIT = 2**31  # devices count in 32 bits
 # A password or a token in a URL: no value may have one, since values are logged and stored.
@@ -38,20 +38,9 @@ def default_teacher() -> ConfigDict:
 
 def known_keys() -> list[str]:
     """Every dotted key, sections included."""
-
-    def visit(cls: type, prefix: str) -> list[str]:
-        keys = []
-        for name, kind in typing.get_type_hints(cls).items():
-            if kind is PluginKeys:  # declared by nobody yet
-                continue
-            keys.append(prefix + name)
-            if _is_section(kind):
-                keys += visit(kind, f"{prefix}{name}.")
-            elif kind is Teachers:
-                keys += ["teachers.NAME", *visit(OneTeacher, "teachers.NAME.")]
-        return keys
-
-    return visit(Config, "")
+    parts = (key.name.split(".") for key in schema_keys())
+    names = (".".join(each[:depth]) for each in parts for depth in range(1, len(each) + 1))
+    return list(dict.fromkeys(names))
 
 
 def parse_config(config: ConfigDict) -> Config:

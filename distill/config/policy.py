@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from distill.config.keys import LONGEST, MOST_GB, MOST_ROWS, content, fixed, free, key, section
 
@@ -123,17 +124,21 @@ class Generation:
         return max(1, self.async_steps)
 
 
+_tokens_at_once = functools.partial(
+    free,
+    0,
+    "tokens at once over the whole mesh; 0: train_micro_batch_size full rows",
+    low=0,
+    high=10**9,
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequencePacking:
     """Several sequences in one row of max_total_sequence_length."""
 
     enabled: bool = free(False, "fill rows with sequences behind each other")
-    train_mb_tokens: int = free(
-        0,
-        "tokens at once over the whole mesh; 0: train_micro_batch_size full rows",
-        low=0,
-        high=10**9,
-    )
+    train_mb_tokens: int = _tokens_at_once()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,12 +146,7 @@ class DynamicBatching:
     """One sequence in a row, but rows of three lengths: short ones many at a time."""
 
     enabled: bool = free(False, "cut batches by tokens instead of rows")
-    train_mb_tokens: int = free(
-        0,
-        "tokens at once over the whole mesh; 0: train_micro_batch_size full rows",
-        low=0,
-        high=10**9,
-    )
+    train_mb_tokens: int = _tokens_at_once()
     sequence_length_round: int = free(
         64, "rows have a multiple of this many tokens", low=1, high=LONGEST
     )

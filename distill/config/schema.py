@@ -8,8 +8,11 @@ This module imports no JAX, so that configs stay cheap to load."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from typing import Any
+import typing
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from distill.config.keys import LONGEST, MOST_GB, MOST_ROWS, content, fixed, free, key, section
 from distill.config.method import Distillation, Environment, OneTeacher, Reward, Teacher, Teachers
@@ -90,28 +93,23 @@ class Evaluation:
     metrics: tuple[str, ...] = key((), "metrics of the responses that a plugin registers")
 
 
+_devices = functools.partial(free, low=-1, high=MOST_ROWS)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSizes:
-    data: int = free(
-        -1, "devices over which batches are split; -1 takes the rest", low=-1, high=MOST_ROWS
-    )
-    fsdp: int = free(1, "devices over which batches and weights are split", low=-1, high=MOST_ROWS)
-    tensor: int = free(
-        1, "devices over which heads and vocabulary are split", low=-1, high=MOST_ROWS
-    )
-    context: int = free(
+    data: int = _devices(-1, "devices over which batches are split; -1 takes the rest")
+    fsdp: int = _devices(1, "devices over which batches and weights are split")
+    tensor: int = _devices(1, "devices over which heads and vocabulary are split")
+    context: int = _devices(
         1,
         "devices over which the positions of a row are split, and weights; must divide "
         "policy.max_total_sequence_length",
-        low=-1,
-        high=MOST_ROWS,
     )
-    expert: int = free(
+    expert: int = _devices(
         1,
         "devices over which batches, experts and other weights are split; tokens go to their "
         "experts' devices",
-        low=-1,
-        high=MOST_ROWS,
     )
 
 
@@ -201,6 +199,28 @@ class Config:
     mesh: MeshSizes = section(MeshSizes)
     checkpointing: Checkpointing = section(Checkpointing)
     logger: Logger = section(Logger)
+
+
+class SchemaKey(NamedTuple):
+    """A key of the schema: its dotted name, its field, its type and the section that has it."""
+
+    name: str
+    field: dataclasses.Field
+    kind: Any
+    section: type
+
+
+def schema_keys(section: Any = Config, prefix: str = "") -> Iterator[SchemaKey]:
+    """All of them in their order; those of named teachers once, as `teachers.NAME`."""
+    kinds = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        kind = kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from schema_keys(kind, f"{prefix}{field.name}.")
+        elif kind is Teachers:
+            yield from schema_keys(OneTeacher, f"{prefix}{field.name}.NAME.")
+        elif kind is not PluginKeys:  # declared by nobody yet
+            yield SchemaKey(prefix + field.name, field, kind, section)
 
 
 def named_teachers(config: Config) -> dict[str, OneTeacher]:

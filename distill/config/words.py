@@ -12,8 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from distill.config.method import OneTeacher, Teachers
-from distill.config.schema import Config, PluginKeys
+from distill.config.schema import schema_keys
 
 # What most runs set; --help shows these.
 COMMON = (
@@ -82,49 +81,20 @@ class Key:
     allowed: str
     help: str
     changes: str
+    about: str  # its section
 
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Keys of one section, without those of the sections in it; the top level has no name."""
-
-    name: str
-    help: str
-    keys: tuple[Key, ...]
-
-
-def sections() -> Iterator[Section]:
-    """The schema in its order, a section before those in it."""
-    return _sections(Config, "")
+    @property
+    def section(self) -> str:
+        """The section's name; the top level has none."""
+        return self.name.rpartition(".")[0]
 
 
 def all_keys() -> Iterator[Key]:
-    return (key for section in sections() for key in section.keys)
-
-
-def _sections(cls: type, name: str) -> Iterator[Section]:
-    hints, prefix = typing.get_type_hints(cls), f"{name}." if name else ""
-    inner: dict[str, Any] = {
-        prefix + field.name: kind
-        for field in dataclasses.fields(cls)
-        if dataclasses.is_dataclass(kind := hints[field.name])
-    }
-    if Teachers in hints.values():
-        inner["teachers.NAME"] = OneTeacher
-    keys = tuple(
-        _key(prefix, field, kind)
-        for field in dataclasses.fields(cls)
-        if (kind := hints[field.name]) not in (PluginKeys, Teachers, *inner.values())
-    )
-    yield Section(name, _documentation(cls), keys)
-    for inner_name, kind in inner.items():
-        yield from _sections(kind, inner_name)
-
-
-def _key(prefix: str, field: dataclasses.Field, kind: Any) -> Key:
-    default, limits = show_value(field.default), field.metadata
-    words = _allowed(limits), limits["help"], limits["changes"]
-    return Key(prefix + field.name, _kind(kind), default, *words)
+    """Those of the schema, in its order."""
+    for name, field, kind, section in schema_keys():
+        default, limits = show_value(field.default), field.metadata
+        words = _allowed(limits), limits["help"], limits["changes"], _documentation(section)
+        yield Key(name, _kind(kind), default, *words)
 
 
 def show_value(value: Any) -> str:
@@ -168,15 +138,15 @@ def help_lines() -> Iterator[str]:
 
 def page() -> str:
     """docs/configuration.md."""
-    blocks = [_PAGE]
-    for section in sections():
-        if not section.keys:
-            continue
-        heading = f"\n## {section.name or 'Top level'}\n"
-        blocks += [heading, f"{section.help}\n"] if section.help else [heading]
+    blocks, sections = [_PAGE], dict[str, list[Key]]()
+    for key in all_keys():
+        sections.setdefault(key.section, []).append(key)
+    for name, keys in sections.items():
+        heading, about = f"\n## {name or 'Top level'}\n", keys[0].about
+        blocks += [heading, f"{about}\n"] if about else [heading]
         blocks += ["| key | type | default | allowed | what it does | on resume |"]
         blocks += ["|---|---|---|---|---|---|"]
-        blocks += map(_row, section.keys)
+        blocks += map(_row, keys)
     return "\n".join(blocks) + "\n"
 
 
