@@ -49,7 +49,7 @@ def run() -> None:
                 "place random weights would be found: pass --output=FOLDER"
             )
         folder = local_path(output.value or named)
-        made = scratch.make_tokenizer(tokenizer.value, build_dataset(config.data, config.seed))
+        made = scratch.make_tokenizer(tokenizer.value, build_dataset(config))
         options = dict(vocab_size=rows.value, seed=seed.value)
         if like.value:
             scratch.make_random_model_like(folder, made, local_path(like.value), **options)

@@ -59,7 +59,7 @@ def losses_as_before():
     from distill.rollout import rewards
 
     losses = divergences._LOSSES, weights._WEIGHTS, metrics._METRICS
-    others = data._DATASETS, grading._GRADERS, evaluated._METRICS, rollout._BACKENDS
+    others = data.DATASETS, grading._GRADERS, evaluated.METRICS, rollout.BACKENDS
     others = *others, rewards._REWARDS
     before = [(registry, dict(registry._parts)) for registry in (*losses, *others)]
     yield

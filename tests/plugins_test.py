@@ -1,5 +1,6 @@
 """Faulty parts of the user's own: one line that names the part, before the first step."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from benchmarks.objectives import objective_of
 from distill.base.errors import RunStopped, UserError
 from distill.build.plugins import import_plugins
 from distill.config import default_config, parse_config
+from distill.config.schema import PluginKeys
 from distill.data.base import examples_of, get_dataset
 from distill.rollout.base import build_own_backend, generate_checked
 from distill.sampling.choice import SamplingParams
@@ -182,9 +184,9 @@ def test_keys_of_ones_own(write):
     from distill.build.data import build_dataset
 
     config = write("faulty", DATASET, ("data.name", "rows"), ("plugin.level", 3))
-    assert build_dataset(config.data, config.seed, config.plugin).level == 3
+    assert build_dataset(config).level == 3
     with pytest.raises(UserError, match="'plugin.level' is 'x': faulty.Rows takes.* type int"):
-        build_dataset(config.data, config.seed, {"level": "x"})
+        build_dataset(dataclasses.replace(config, plugin=PluginKeys(level="x")))
     with pytest.raises(UserError, match="unknown config key 'plugin.lvl'.*known are level, kind"):
         write("faulty", DATASET, ("data.name", "rows"), ("plugin.lvl", 3))
 

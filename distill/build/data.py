@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,97 +15,60 @@ from distill.base.errors import UserError
 from distill.base.registry import own_values
 from distill.config.method import Teacher
 from distill.config.schema import Config, Data, all_teachers, teacher_key
-from distill.data.base import (
-    PASSED,
-    DatasetInterface,
-    dataset_options,
-    get_dataset,
-    get_factory,
-)
+from distill.data.base import DATASETS, PASSED, DatasetInterface, get_dataset
 from distill.data.prompts import Prompts
 from distill.data.teacher_prompts import TeacherPrompt
 from distill.teachers.alignment import Alignment
 
 # Keys of the config's data section that a source may take.
-_DATA_KEYS = {
-    "holdout_fraction",
-    "max_bad_rows",
-    "subset",
-    "prompt_column",
-    "response_column",
-    "answer_column",
-}
+_DATA_KEYS = "max_bad_rows", "subset", "prompt_column", "response_column", "answer_column"
 
 
-def build_dataset(
-    data: Data,
-    seed: int,
-    plugin: Mapping[str, Any] | None = None,
-    more_columns: tuple[str, ...] = (),
-) -> DatasetInterface:
+def build_dataset(config: Config) -> DatasetInterface:
     """The data to train on; less what is held out, where nothing else is evaluated on."""
+    data = config.data
     separate = data.validation.max_samples == 0 or _validates_elsewhere(data)
-    holdout_fraction = 0.0 if separate else data.holdout_fraction
-    return get_dataset(
-        data.name,
-        data.split,
-        seed=seed,
-        max_samples=data.max_samples,
-        path=data.path or None,
-        **_source_options(data, data.name, plugin, holdout_fraction, more_columns),
-    )
+    fraction = 0.0 if separate else data.holdout_fraction
+    return _build(config, data.name, data.split, data.max_samples, data.path, fraction)
 
 
-def build_validation(
-    data: Data,
-    seed: int,
-    plugin: Mapping[str, Any] | None = None,
-    more_columns: tuple[str, ...] = (),
-) -> DatasetInterface | None:
+def build_validation(config: Config) -> DatasetInterface | None:
     """The held-out prompts; None when data.validation.max_samples is 0."""
-    validation = data.validation
+    data, validation = config.data, config.data.validation
     if validation.max_samples == 0:
         return None
     name = validation.name or data.name
     path = validation.path or (data.path if name == data.name else "")
-    return get_dataset(
-        name,
-        validation.split,
-        seed=seed,
-        max_samples=validation.max_samples,
-        path=path or None,
-        # What is given for validation is for nothing else.
-        **_source_options(
-            data,
-            name,
-            plugin,
-            1.0 if _validates_elsewhere(data) else data.holdout_fraction,
-            more_columns,
-        ),
-    )
+    # What is given for validation is for nothing else.
+    fraction = 1.0 if _validates_elsewhere(data) else data.holdout_fraction
+    return _build(config, name, validation.split, validation.max_samples, path, fraction)
 
 
 def _validates_elsewhere(data: Data) -> bool:
     """Whether the held-out prompts are no part of what `data.path` holds for training."""
     validation = data.validation
-    return (validation.name or data.name, validation.path or data.path) != (
-        data.name,
-        data.path,
-    ) or validation.split != "validation"
+    source = validation.name or data.name, validation.path or data.path
+    return source != (data.name, data.path) or validation.split != "validation"
 
 
-def _source_options(
-    data: Data,
+def _build(
+    config: Config,
     name: str,
-    plugin: Mapping[str, Any] | None,
+    split: str,
+    max_samples: int | None,
+    path: str,
     holdout_fraction: float,
-    more_columns: tuple[str, ...],
-) -> dict[str, Any]:
-    """The keys of `data` that the source has a parameter for, and those of a plugin's source."""
-    values = {key: getattr(data, key) for key in _DATA_KEYS}
-    values |= dict(holdout_fraction=holdout_fraction, more_columns=more_columns)
-    options = {key: values[key] for key in dataset_options(name) & values.keys()}
-    return own_values(get_factory(name), PASSED, plugin or {}) | options
+) -> DatasetInterface:
+    """With the keys of `data` that the source has a parameter for, and those of a plugin's."""
+    values = {key: getattr(config.data, key) for key in _DATA_KEYS}
+    values |= dict(holdout_fraction=holdout_fraction, more_columns=columns_of_teachers(config))
+    factory = DATASETS.get(name)
+    options = own_values(factory, PASSED, config.plugin)
+    taken = inspect.signature(factory).parameters.keys() & values.keys()
+    options |= {key: values[key] for key in taken}
+    return get_dataset(
+        name, split, seed=config.seed, max_samples=max_samples, path=path or None, **options
+    )
 
 
 def teacher_prompts(

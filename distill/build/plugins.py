@@ -10,11 +10,11 @@ from distill.base.registry import describe, own_keys
 from distill.config.method import ENVIRONMENTS
 from distill.config.policy import KNOWN_BACKENDS
 from distill.config.schema import Config
-from distill.data.base import PASSED, get_factory
+from distill.data.base import DATASETS, PASSED
 from distill.evaluation.grading import get_grader
-from distill.evaluation.metrics import get_metric
+from distill.evaluation.metrics import METRICS
 from distill.losses.metrics import get_step_metric
-from distill.rollout.base import get_backend
+from distill.rollout.base import BACKENDS
 from distill.rollout.environment import get_environment
 from distill.rollout.rewards import get_reward
 
@@ -40,7 +40,7 @@ def import_plugins(config: Config) -> None:
             ) from None
     generation, backend = config.policy.generation, config.policy.generation.backend
     if generation.backend not in KNOWN_BACKENDS:
-        maker = get_backend(generation.backend)
+        maker = BACKENDS.get(generation.backend)
         steps, most = generation.async_steps, int(getattr(maker, "samples_ahead", 0))
         if steps > most:
             raise UserError(
@@ -53,7 +53,7 @@ def import_plugins(config: Config) -> None:
     get_grader(config.evaluation.grading)
     get_reward(config.reward.function)
     for name in config.evaluation.metrics:
-        get_metric(name)
+        METRICS.get(name)
     for name in config.logger.step_metrics:
         get_step_metric(name)
     _check_keys(config, backend)
@@ -65,9 +65,9 @@ def _check_keys(config: Config, backend: str) -> None:
         return
     known: dict[str, type] = {}
     for name in {config.data.name, config.data.validation.name or config.data.name}:
-        known |= own_keys(get_factory(name), PASSED)
+        known |= own_keys(DATASETS.get(name), PASSED)
     if backend not in KNOWN_BACKENDS:
-        known |= own_keys(get_backend(backend), ("parts",))
+        known |= own_keys(BACKENDS.get(backend), ("parts",))
     if config.environment.name not in ("", *ENVIRONMENTS):
         known |= own_keys(get_environment(config.environment.name), ("example",))
     if unknown := [name for name in config.plugin if name not in known]:

@@ -30,7 +30,6 @@ from distill.build.data import (
     build_dataset,
     build_validation,
     check_asked,
-    columns_of_teachers,
     teacher_prompts,
     template_arguments,
 )
@@ -201,7 +200,7 @@ class Session:
 
     @functools.cached_property
     def dataset(self) -> DatasetInterface:
-        return build_dataset(*self._of_data)
+        return build_dataset(self.config)
 
     @functools.cached_property
     def prompts(self) -> Prompts:
@@ -386,12 +385,7 @@ class Session:
     @functools.cached_property
     def validation(self) -> DatasetInterface | None:
         """None where data.validation.max_samples is 0: then nothing is evaluated."""
-        return build_validation(*self._of_data)
-
-    @property
-    def _of_data(self) -> tuple[Any, ...]:
-        config = self.config
-        return config.data, config.seed, config.plugin, columns_of_teachers(config)
+        return build_validation(self.config)
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:

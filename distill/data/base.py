@@ -23,7 +23,7 @@ _BUILT_IN_MODULES = {
     "tfds": "distill.data.tfds",
 }
 PASSED = "split", "seed", "max_samples", "path"  # to every source
-_DATASETS = Registry("data.name", "distill.data.base.register_dataset", _BUILT_IN_MODULES)
+DATASETS = Registry("data.name", "distill.data.base.register_dataset", _BUILT_IN_MODULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def register_dataset(name: str):
     of a plugin's factory keys of the config: `plugin.NAME`.
     UserError when the name is taken.
     """
-    return _DATASETS.register(name)
+    return DATASETS.register(name)
 
 
 def get_dataset(
@@ -122,7 +122,7 @@ def get_dataset(
     """
     if max_samples is not None and max_samples < 1:
         raise UserError(f"data.max_samples={max_samples} must be at least 1, or None for all")
-    factory = get_factory(name)
+    factory: Callable[..., DatasetInterface] = DATASETS.get(name)
     arguments = dict(split=split, seed=seed, max_samples=max_samples, path=path, **options)
     try:
         inspect.signature(factory).bind(**arguments)
@@ -142,11 +142,6 @@ def get_dataset(
             "distill.data.base.DatasetInterface"
         )
     return dataset
-
-
-def get_factory(name: str) -> Callable[..., DatasetInterface]:
-    """What was given to `register_dataset`; UserError when there is nothing."""
-    return _DATASETS.get(name)
 
 
 def examples_of(dataset: DatasetInterface) -> list[Example]:
@@ -196,10 +191,3 @@ def described(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return printable(f"{type(error).__name__}: {error}{where}")
-
-
-def dataset_options(name: str) -> set[str]:
-    """Names of the keyword arguments that the source takes beside those that every source takes."""
-    parameters = inspect.signature(get_factory(name)).parameters.values()
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return named - set(PASSED)

@@ -44,7 +44,7 @@ class Response:
 
 Metric = Callable[[Sequence[Response]], Mapping[str, float]]
 
-_METRICS = Registry("evaluation.metrics", "distill.evaluation.metrics.register_metric")
+METRICS = Registry("evaluation.metrics", "distill.evaluation.metrics.register_metric")
 
 
 def register_metric(name: str) -> Callable[[Metric], Metric]:
@@ -52,12 +52,7 @@ def register_metric(name: str) -> Callable[[Metric], Metric]:
 
     UserError when the name is taken.
     """
-    return _METRICS.register(name, takes=("responses",))
-
-
-def get_metric(name: str) -> Metric:
-    """The metric registered under `name`; UserError when there is none."""
-    return _METRICS.get(name)
+    return METRICS.register(name, takes=("responses",))
 
 
 def measure(names: Sequence[str], responses: Sequence[Response]) -> dict[str, float | None]:
@@ -69,7 +64,7 @@ def measure(names: Sequence[str], responses: Sequence[Response]) -> dict[str, fl
     values: dict[str, float | None] = {}
     for name in names:
         try:
-            found = get_metric(name)(responses)
+            found = METRICS.get(name)(responses)
         except Exception as error:  # whatever the user's code raises
             raise RunStopped(
                 f"the metric {name!r} failed: {type(error).__name__}: {error}; correct it"

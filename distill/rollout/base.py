@@ -113,7 +113,7 @@ class BackendParts:
 BackendMaker = Callable[[BackendParts], RolloutBackend]
 
 # The built-in ones are made by build/sampler.py, which knows their sections of the config.
-_BACKENDS = Registry(
+BACKENDS = Registry(
     "policy.generation.backend",
     "distill.rollout.base.register_backend",
     dict.fromkeys(KNOWN_BACKENDS, "distill.rollout"),
@@ -129,12 +129,7 @@ def register_backend(name: str) -> Callable[[BackendMaker], BackendMaker]:
     Further parameters with defaults are keys of the config: `plugin.NAME`. UserError when the name
     is taken.
     """
-    return _BACKENDS.register(name, takes=("parts",))
-
-
-def get_backend(name: str) -> BackendMaker:
-    """What was registered under `name`; UserError when there is nothing."""
-    return _BACKENDS.get(name)
+    return BACKENDS.register(name, takes=("parts",))
 
 
 def build_own_backend(name: str, parts: BackendParts, values: Mapping[str, Any]) -> RolloutBackend:
@@ -143,7 +138,7 @@ def build_own_backend(name: str, parts: BackendParts, values: Mapping[str, Any])
     Raises:
       UserError: it cannot be built, or is none.
     """
-    maker = get_backend(name)
+    maker = BACKENDS.get(name)
     options = own_values(maker, ("parts",), values)
     where = f"policy.generation.backend={name}: {name_of(maker)}"
     try:

@@ -84,7 +84,7 @@ def test_tokenizers_of_a_smoke_config_are_learned_alike(config, family, tmp_path
     """Student's and teacher's, by commands of their own; and read so, by transformers too."""
     parsed = parse_config(config.get_config("smoke"))
     import_plugins(parsed)
-    datasets = [build_dataset(parsed.data, parsed.seed) for _ in range(2)]
+    datasets = [build_dataset(parsed) for _ in range(2)]
     first, second = (make_tokenizer("bpe:400", dataset) for dataset in datasets)
     text = "Solve $7x + 11 = 74$ for $x$."
     expected = first(text)["input_ids"]

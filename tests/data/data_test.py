@@ -14,7 +14,6 @@ from distill.data.base import (
     DatasetInterface,
     Dropped,
     Example,
-    dataset_options,
     get_dataset,
     register_dataset,
 )
@@ -100,7 +99,6 @@ class TestRegistry:
 
         dataset = get_dataset("powers", "train", max_samples=4, power=3)
         assert [dataset[i].answer for i in range(len(dataset))] == ["0", "1", "8", "27"]
-        assert dataset_options("powers") == {"power"}
 
     def test_unknown_name_lists_the_known(self):
         with pytest.raises(UserError) as error:

@@ -13,7 +13,7 @@ import pytest
 
 from distill.base.errors import UserError
 from distill.build.data import build_dataset, build_validation
-from distill.config.schema import Data, Validation
+from distill.config.schema import Config, Data, Validation
 from distill.data import hf
 from distill.data.base import Dropped, Example, get_dataset, register_dataset
 
@@ -259,30 +259,31 @@ class TestValidation:
     ROWS = [{"prompt": f"p{i}"} for i in range(100)]
     OTHERS = [{"prompt": f"v{i}"} for i in range(30)]
 
-    def data(self, tmp_path, **validation):
+    def config(self, tmp_path, **validation):
         path = write(tmp_path / "d.jsonl", self.ROWS)
-        return Data(name="jsonl", path=path, validation=Validation(**validation))
+        return Config(data=Data(name="jsonl", path=path, validation=Validation(**validation)))
 
     def test_a_file_of_its_own_is_all_validation(self, tmp_path):
         held_out = write(tmp_path / "other" / "v.jsonl", self.OTHERS)
-        data = self.data(tmp_path, path=held_out)
-        assert texts(build_validation(data, 0)) == [row["prompt"] for row in self.OTHERS]
-        assert len(build_dataset(data, 0)) == 100  # nothing is thrown away
+        config = self.config(tmp_path, path=held_out)
+        assert texts(build_validation(config)) == [row["prompt"] for row in self.OTHERS]
+        assert len(build_dataset(config)) == 100  # nothing is thrown away
 
     def test_part_of_the_training_file(self, tmp_path):
-        data = self.data(tmp_path)
-        train, held_out = texts(build_dataset(data, 0)), texts(build_validation(data, 0))
+        config = self.config(tmp_path)
+        train, held_out = texts(build_dataset(config)), texts(build_validation(config))
         assert (len(train), len(held_out)) == (98, 2) and not {*train} & {*held_out}
 
     def test_one_row_is_enough_where_nothing_is_evaluated(self, tmp_path):
         path = write(tmp_path / "one.jsonl", self.ROWS[:1])
         data = Data(name="jsonl", path=path, validation=Validation(max_samples=0))
-        assert texts(build_dataset(data, 0)) == ["p0"] and build_validation(data, 0) is None
+        config = Config(data=data)
+        assert texts(build_dataset(config)) == ["p0"] and build_validation(config) is None
 
     def test_no_path_of_its_own(self):
-        data = Data(name="arithmetic", validation=Validation(name="jsonl"))
+        config = Config(data=Data(name="arithmetic", validation=Validation(name="jsonl")))
         with pytest.raises(UserError, match="no path is set: .*data.validation.path=LOCAL"):
-            build_validation(data, 0)
+            build_validation(config)
 
 
 # ---- sources of the user's own ----
