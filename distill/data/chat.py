@@ -54,7 +54,7 @@ class Chat:
         special_tokens: str = "text",
         section: str = "data",
     ):
-        self._tokenizer, self._template, self._arguments = tokenizer, template, arguments or {}
+        self.tokenizer, self._template, self._arguments = tokenizer, template, arguments or {}
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         unknown = [name for name in self._arguments if name not in (tokenizer.chat_template or "")]
         if unknown:
@@ -76,7 +76,7 @@ class Chat:
 
     def restored(self, text: str) -> str:
         """The text whose special tokens were hidden."""
-        contents = self._tokenizer.added_tokens_decoder
+        contents = self.tokenizer.added_tokens_decoder
         return re.sub(_HIDDEN_PATTERN, lambda found: contents[int(found[1])].content, text)
 
     def render(self, prompt: Prompt, fields: Mapping[str, str] | None = None) -> str:
@@ -96,11 +96,11 @@ class Chat:
         if self._system and any(turn["role"] == "system" for turn in turns):
             raise Refused(f"prompts with a system message, beside {self._section}.system_prompt")
         turns = [*self._system, *turns]
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             return _plain_text(turns)
         if isinstance(prompt, str) and prompt.lstrip().startswith(self._openings):
             raise Refused("prompts that a chat template has rendered already")
-        text = render_chat(self._tokenizer, turns, self._arguments)
+        text = render_chat(self.tokenizer, turns, self._arguments)
         if role := _left_out(turns, text):
             raise Refused(f"prompts whose message by {role!r} the chat template leaves out")
         return text
@@ -113,12 +113,12 @@ class Chat:
                 another way than it was begun.
         """
         turns = json.loads(self.protected(json.dumps(list(messages), ensure_ascii=False)))
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             return "".join(turn["content"] for turn in turns)
         begun = [{"role": "user", "content": _PROBE}]
-        opening = render_chat(self._tokenizer, begun, self._arguments)
+        opening = render_chat(self.tokenizer, begun, self._arguments)
         said = {"role": "assistant", "content": _PROBE}
-        text = render_chat(self._tokenizer, [*begun, said, *turns], self._arguments)
+        text = render_chat(self.tokenizer, [*begun, said, *turns], self._arguments)
         if not text.startswith(opening + _PROBE):
             at = len(os.path.commonprefix([text, opening + _PROBE]))
             raise Refused(
@@ -133,7 +133,7 @@ class Chat:
         options = dict(add_special_tokens=add_special_tokens)
         usual = [text for text, hides in zip(texts, hiding, strict=True) if not hides]
         others = [self._swapped(text) for text, hides in zip(texts, hiding, strict=True) if hides]
-        usual_ids = iter(self._tokenizer(usual, **options)["input_ids"] if usual else [])
+        usual_ids = iter(self.tokenizer(usual, **options)["input_ids"] if usual else [])
         other_ids = iter(self._literal.encode_batch(others, **options) if others else [])
         return [next(other_ids).ids if hides else next(usual_ids) for hides in hiding]
 
@@ -148,7 +148,7 @@ class Chat:
     @functools.cached_property
     def _literal(self) -> Tokenizer:
         """The tokenizer with its special tokens renamed, so that no text spells one."""
-        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         names = {content: _HIDDEN.format(id) for content, id in self._ids.items()}
         for token in state["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
@@ -166,10 +166,10 @@ class Chat:
         """With which of these a text begins that the chat template has rendered."""
         try:
             turns = [{"role": "user", "content": _PROBE}]
-            opening = render_chat(self._tokenizer, turns, self._arguments).partition(_PROBE)[0]
+            opening = render_chat(self.tokenizer, turns, self._arguments).partition(_PROBE)[0]
         except Refused:
             return ()
-        begin = self._tokenizer.bos_token or ""
+        begin = self.tokenizer.bos_token or ""
         texts = [opening, opening.removeprefix(begin), *re.findall(self._special, opening)]
         return tuple({text.strip() for text in texts} - {"", begin})
 

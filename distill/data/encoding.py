@@ -64,7 +64,6 @@ def arrays(encoded: list[Encoded], kept: list[int]) -> list[np.ndarray]:
 
 def encode_prompts(
     examples: Sequence[Example],
-    tokenizer,
     chat: Chat,
     limits: Limits,
     notes: list[tuple[str, str]],
@@ -99,14 +98,14 @@ def encode_prompts(
             if whole != text:
                 notes.append((_SPELLED.format("prompts"), example.id))
     # A chat template has put the special tokens where they belong.
-    plain = not tokenizer.chat_template
+    plain = not chat.tokenizer.chat_template
     ids = chat.encode(list(texts.values()), add_special_tokens=plain)
     for key, tokens in zip(texts, ids, strict=True):
         if not tokens:
             encoded[key] = "prompts without a token"
         elif max(tokens) >= limits.ids:
             encoded[key] = _UNKNOWN.format("prompts")
-        elif plain and len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id:
+        elif plain and len(tokens) > 1 and tokens[0] == tokens[1] == chat.tokenizer.bos_token_id:
             encoded[key] = "prompts with two begin tokens, of data.prompt_template and tokenizer"
         else:
             fits = len(tokens) <= limits.prompt
@@ -119,12 +118,9 @@ _SPELLED = "{} that spell special tokens, which are text there (data.special_tok
 
 
 def encode_responses(
-    examples: Sequence[Example],
-    tokenizer,
-    chat: Chat,
-    limits: Limits,
-    notes: list[tuple[str, str]],
+    examples: Sequence[Example], chat: Chat, limits: Limits, notes: list[tuple[str, str]]
 ) -> list[Encoded]:
+    tokenizer = chat.tokenizer
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token, so responses could never end; set one")
     too_long = f"responses longer than {limits.response} tokens with the end token"

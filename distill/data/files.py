@@ -62,7 +62,7 @@ def file_tables(path: str, columns: Columns) -> Tables:
         UserError: nothing is there, or no file of a kind that is read.
     """
     system, root, files = _find(path)
-    base = root if system.isdir(root) else os.path.commonpath([_parent(file) for file in files])
+    base = root if system.isdir(root) else os.path.commonpath(map(os.path.dirname, files))
     by_name = {file: _split_of(_within(base, file)) for file in files if file != root}
     by_split: dict[str, list[str]] = {}
     for file in files:
@@ -117,10 +117,6 @@ def _kind(file: str) -> str:
     """The suffix that says how a file's text is to be read."""
     name = PurePosixPath(file)
     return PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
-
-
-def _parent(file: str) -> str:
-    return str(PurePosixPath(file).parent)
 
 
 def _within(folder: str, file: str) -> str:

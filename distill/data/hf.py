@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 
 from distill.base.errors import UserError, first_line
 from distill.data.base import Example
-from distill.data.table import (
-    BadRow,
-    Columns,
-    Tables,
-    examples_from_arrow,
-    register_tables,
-)
+from distill.data.table import BadRow, Columns, Tables, examples_from_arrow, register_tables
 
 if TYPE_CHECKING:
     import datasets

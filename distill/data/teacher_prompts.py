@@ -62,7 +62,6 @@ class StudentPrompts:
 
     examples: Sequence[Example]
     encoded: Sequence[Encoded]
-    tokenizer: Any
     chat: Chat
     settings: Mapping[str, Any]
     limits: Limits
@@ -89,7 +88,7 @@ def encode_view(teacher: TeacherPrompt, student: StudentPrompts) -> View:
     Raises:
       UserError: its template names what examples do not have.
     """
-    examples, tokenizer, limits = student.examples, student.tokenizer, student.limits
+    examples, limits, tokenizer = student.examples, student.limits, student.chat.tokenizer
     asked = [teacher.asks(example) for example in examples]
     if not teacher.differs:
         return View(asked)
@@ -106,14 +105,14 @@ def encode_view(teacher: TeacherPrompt, student: StudentPrompts) -> View:
     )
     chat = Chat(tokenizer_t, **{**settings, **changes})
     if FEEDBACK in fields:
-        further = _retelling(examples, student.encoded, tokenizer, chat, limits, fields)
+        further = _retelling(examples, student.encoded, chat, limits, fields)
         chat, fields = student.chat, ()
     if own is not None:
         more = _more_tokens(wanted, tokenizer, tokenizer_t, limits.response)
         further = dict(recut=teacher.recut, recut_excess=more)
         longest = longest_piece(tokenizer_t)
         limits = dataclasses.replace(limits, longest_piece=longest, ids=own.size)
-    encoded = encode_prompts(wanted, tokenizer_t, chat, limits, [], fields, teacher.section)
+    encoded = encode_prompts(wanted, chat, limits, [], fields, teacher.section)
     return View(asked, _where(asked, encoded), further)
 
 
@@ -129,12 +128,12 @@ def _where(asked: Sequence[bool], encoded: Sequence[Encoded]) -> list[Encoded]:
 def _retelling(
     examples: Sequence[Example],
     prompts: Sequence[Encoded],
-    tokenizer,
     chat: Chat,
     limits: Limits,
     fields: tuple[str, ...],
 ) -> dict[str, Any]:
     """`Prompts.retell` and `retold_excess`: as long as any response, and what the template adds."""
+    tokenizer = chat.tokenizer
     plain = not tokenizer.chat_template
 
     def render(row: int, feedback: str) -> list[int]:

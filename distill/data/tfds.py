@@ -5,13 +5,7 @@ from pathlib import Path
 
 from distill.base.errors import UserError, first_line
 from distill.data.base import Example
-from distill.data.table import (
-    BadRow,
-    Columns,
-    Tables,
-    make_example,
-    register_tables,
-)
+from distill.data.table import BadRow, Columns, Tables, make_example, register_tables
 
 
 @register_tables(

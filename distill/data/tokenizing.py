@@ -76,12 +76,12 @@ def tokenize_prompts(
         keep_truncated,
     )
     notes: list[tuple[str, str]] = []
-    prompts = encode_prompts(examples, tokenizer, chat, limits, notes)
-    student = StudentPrompts(examples, prompts, tokenizer, chat, settings, limits)
+    prompts = encode_prompts(examples, chat, limits, notes)
+    student = StudentPrompts(examples, prompts, chat, settings, limits)
     views = [encode_view(teacher, student) for teacher in teachers]
     responses = None
     if needs_responses:
-        responses = encode_responses(examples, tokenizer, chat, limits, notes)
+        responses = encode_responses(examples, chat, limits, notes)
     made = [prompts, *(view.encoded for view in views), responses]
     kept, misfits = _fitting(examples, [column for column in made if column is not None])
     dropped = {**dataset.bad_rows, **misfits}
