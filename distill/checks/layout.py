@@ -9,7 +9,7 @@ import jax
 from distill.base.sharding import bytes_per_device, num_shards
 from distill.build.sampler import sampler_weights
 from distill.build.session import Session
-from distill.checks.problem import Problem
+from distill.checks import Problem
 from distill.models.quantization import without_scales
 from distill.step import TrainState
 

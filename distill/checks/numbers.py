@@ -16,11 +16,10 @@ from flax import nnx
 from distill.base.sharding import HOST_MEMORY, constrain_whole, on_device_memory
 from distill.batches.packing import Layout
 from distill.batches.rows import Rows, make_batch
-from distill.build.devices import make_put
-from distill.build.layout import build_layout
+from distill.build.devices import build_layout, make_put
 from distill.build.sampler import build_sampling_params
 from distill.build.session import Session
-from distill.checks.problem import Problem
+from distill.checks import Problem
 from distill.config.method import Distillation
 from distill.config.schema import Config
 from distill.data.prompts import Prompts

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from distill.base.errors import UserError
 from distill.build.session import Session
+from distill.checks import Problem
 from distill.checks.layout import check_layout, check_memory
 from distill.checks.numbers import check_numbers, check_weights
-from distill.checks.problem import Problem
 from distill.checks.teacher import check_teacher
 from distill.checks.texts import (
     check_end,

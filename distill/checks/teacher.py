@@ -14,9 +14,9 @@ from distill.batches.rows import Rows, teacher_hidden
 from distill.build.devices import make_put
 from distill.build.models import abstract_model, frozen_options
 from distill.build.session import Session
+from distill.checks import Problem
 from distill.checks.layout import device_memory
 from distill.checks.numbers import RESPONSE_TOKENS, laid_out, short_sequences
-from distill.checks.problem import Problem
 from distill.config.schema import all_teachers
 from distill.data.prompts import Prompts
 from distill.data.sequences import Sequences

@@ -11,7 +11,7 @@ import numpy as np
 from distill.base.errors import UserError
 from distill.build.data import template_arguments
 from distill.build.session import Session
-from distill.checks.problem import Problem
+from distill.checks import Problem
 from distill.data.chat import Refused, render_chat
 from distill.data.messages import Prompt
 from distill.data.prompts import Prompts

@@ -216,10 +216,8 @@ class Evaluator:
                 continue
             own_b = np.isin(self.prompts.rows, prompts.rows)
             is_asked_b |= own_b
-            own, (sums, tokens) = (
-                jax.tree.map(lambda x, own_b=own_b: x[own_b], rollout),
-                compared[name],
-            )
+            own = jax.tree.map(lambda x, own_b=own_b: x[own_b], rollout)
+            sums, tokens = compared[name]
             if prompts.recut is not None:  # of the others, nothing is known
                 sums = sums * np.float32(own.num_sampled / max(tokens, 1))
             total += np.float32(weight) * sums

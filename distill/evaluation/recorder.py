@@ -27,21 +27,13 @@ _UNFINISHED = "\ufffd"  # how tokenizers show a part of a character
 
 
 class RolloutRecorder:
-    """Writes what both models think of every token of a model's responses.
+    """Writes what both models think of every token of a model's responses to held-out prompts.
 
-    Args:
-      workdir: of the run; only the first of several processes writes.
-      dataset: source of the held-out examples.
-      prompts: its tokenized prompts.
-      vocabulary: shows tokens as text.
+    Only the first of several processes writes.
     """
 
     def __init__(
-        self,
-        workdir: Path,
-        dataset: DatasetInterface,
-        prompts: Prompts,
-        vocabulary: Vocabulary,
+        self, workdir: Path, dataset: DatasetInterface, prompts: Prompts, vocabulary: Vocabulary
     ):
         self._folder, self._dataset = workdir / FOLDER, dataset
         self._prompts, self._vocabulary = prompts, vocabulary

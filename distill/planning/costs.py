@@ -76,10 +76,8 @@ def _attention(model: ModelConfig, counts: Counts, length: int, parts: int = 1) 
 def _generation(workload: Workload, counts: Counts) -> float:
     """Operations of prefill and of all decode steps."""
     model, tokens = workload.student, workload.tokens
-    body, head = (
-        2 * counts.layer_weights + _recurrence(model),
-        2 * counts.width * workload.vocab_size,
-    )
+    body = 2 * counts.layer_weights + _recurrence(model)
+    head = 2 * counts.width * workload.vocab_size
     of_prompt, of_row = (
         _attention(model, counts, length) for length in (tokens.prompt, tokens.length)
     )

@@ -13,9 +13,8 @@ from tiny_runs import tiny_config, with_models
 
 from distill.batches import rows
 from distill.build.session import Session, open_session
+from distill.checks import Problem, texts
 from distill.checks import teacher as teacher_checks
-from distill.checks import texts
-from distill.checks.problem import Problem
 from distill.checks.teacher import check_teacher
 from distill.config.parse import parse_config
 from distill.models.model import Model

@@ -1,5 +1,0 @@
-"""How a check says no."""
-
-
-class Problem(Exception):
-    """What a check found wrong: one line with the likely cause and the remedy."""
