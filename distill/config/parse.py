@@ -64,12 +64,16 @@ def to_flat_dict(config: Config) -> dict[str, Any]:
             if dataclasses.is_dataclass(value):
                 visit(value, f"{prefix}{field.name}.")
             elif isinstance(value, PluginKeys):
-                flat.update({f"{prefix}{field.name}.{name}": x for name, x in value.items()})
+                for name, own in value.items():
+                    flat[f"{prefix}{field.name}.{name}"] = plain(own)
             elif isinstance(value, Teachers):
                 for name, teacher in value.items():
                     visit(teacher, f"{prefix}{field.name}.{name}.")
             else:
-                flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+                flat[prefix + field.name] = plain(value)
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value  # as it comes back from JSON
 
     visit(config, "")
     return flat

@@ -1,6 +1,7 @@
 """What may differ when a run goes on: every key and content, by the class beside it."""
 
 import ast
+import json
 
 import pytest
 
@@ -9,7 +10,7 @@ from distill.config.changes import CONTENTS, check_changes, classes, find_change
 from distill.config.keys import CONTENT, FIXED, FREE, NAMED
 from distill.config.method import OneTeacher, Teachers
 from distill.config.parse import default_config, parse_config, to_flat_dict
-from distill.config.schema import Config
+from distill.config.schema import Config, PluginKeys
 
 FLAT = to_flat_dict(Config(teachers=Teachers(NAME=OneTeacher())))
 # A wrong class here means something else than its user thinks, or a workdir that is a dead end:
@@ -137,3 +138,8 @@ def test_a_key_that_is_newer_than_the_checkpoint_had_its_default_there():
 def test_a_key_that_is_gone_is_another_run():
     with pytest.raises(UserError, match="removed.key"):
         check_changes(find_changes(FLAT | {"removed.key": 1}, FLAT), ("removed.key",))
+
+
+def test_several_values_of_a_plugins_key_are_those_of_the_checkpoint():
+    flat = to_flat_dict(Config(plugin=PluginKeys(levels=("easy", "hard"))))
+    assert find_changes(json.loads(json.dumps(flat)), flat) == {}
