@@ -75,6 +75,16 @@ class Objective:
         """Names of the added terms and of the weights."""
         return {*(text.partition(":")[0] for text in self.terms), *self.weights}
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether anything in it reads a teacher."""
+        return bool(self.divergence or self.teacher_advantage or self.parts - _WITHOUT_TEACHER)
+
+    @property
+    def reads_advantages(self) -> bool:
+        """Whether anything in it reads the tokens' column of that name."""
+        return bool(self.reward_advantage or self.parts & {"policy_gradient", "advantage"})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation:
@@ -118,16 +128,7 @@ class Distillation:
     @property
     def has_teacher(self) -> bool:
         """Whether anything in the objective reads one."""
-        objective = self.objective
-        names = objective.parts - _WITHOUT_TEACHER
-        reads = objective.divergence or objective.teacher_advantage or names
-        return bool(reads) and not self.hard_labels
-
-    @property
-    def reads_advantages(self) -> bool:
-        """Whether anything in the objective reads the tokens' column of that name."""
-        names = self.objective.parts & {"policy_gradient", "advantage"}
-        return bool(self.objective.reward_advantage or names)
+        return self.objective.reads_teacher and not self.hard_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def _check_advantages(config: Config) -> None:
     """Refuses combinations whose expected gradient is zero, or not that of what they estimate."""
     distillation, generation = config.distillation, config.policy.generation
     objective, strategy = distillation.objective, distillation.generate_strategy
-    function, reads = config.reward.function, distillation.reads_advantages
+    function, reads = config.reward.function, objective.reads_advantages
     key = "distillation.objective"
     if reads and not function and generation.backend in KNOWN_BACKENDS:
         raise UserError(

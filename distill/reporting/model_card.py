@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.base.errors import printable
-from distill.config.method import OF_STUDENT
+from distill.config.method import OF_STUDENT, Objective
 from distill.data import gsm8k, math_cl
 from distill.evaluation.table import format_table
 from distill.models.checkpoints.hub import EMBEDDED, is_hub_id, split_revision
@@ -110,13 +110,13 @@ def _summary(settings: Mapping[str, Any], step: int) -> str:
     student, data = _model(settings["policy.model_name"]), _data(settings)
     if settings["distillation.hard_labels"]:
         return f"{student}, after {step} updates of fine-tuning on the responses in {data}."
-    objective = "distillation.objective."
-    rewards = settings["reward.function"] if settings[objective + "reward_advantage"] else ""
-    if not _has_teacher(settings):
-        return (
-            f"{student}, after {step} updates on its own responses to the prompts of {data}, by "
-            f"the policy gradient of the reward `{_plain(rewards)}`."
-        )
+    objective, further = _objective(settings), []
+    if objective.reads_advantages:
+        reward = settings["reward.function"]
+        named = f" of the reward `{_plain(reward)}`" if reward else ""
+        further.append(f"the policy gradient{named}")
+    if objective.cross_entropy or "cross_entropy" in objective.parts:
+        further.append("cross-entropy")
     lambda_ = settings["distillation.lambda_"]
     source = (
         "on its own responses"
@@ -125,11 +125,16 @@ def _summary(settings: Mapping[str, Any], step: int) -> str:
         if lambda_ == 0
         else f"on its own responses with probability {lambda_:g}, else on given ones,"
     )
+    if not objective.reads_teacher:
+        return (
+            f"{student}, after {step} updates {source} to the prompts of {data}, by "
+            f"{' and '.join(further)}."
+        )
+    beside = f", beside {' and '.join(further)}" if further else ""
     return (
         f"{student}, after {step} updates of distillation {source} to the prompts of {data}. "
         f"At every response token it learned the next-token distribution of {_teacher(settings)}, "
-        f"by the divergence {_divergence(settings)}"
-        + (f", beside the policy gradient of the reward `{_plain(rewards)}`." if rewards else ".")
+        f"by the divergence {_divergence(settings)}{beside}."
     )
 
 
@@ -161,17 +166,17 @@ def _licence(settings: Mapping[str, Any]) -> str:
     """What only the user can know."""
     lines = ["- of this model, also above as `license`: FILL IN"]
     lines.append(f"- of the student, {_model(settings['policy.model_name'])}: FILL IN")
-    if _has_teacher(settings):
+    if _objective(settings).reads_teacher and not settings["distillation.hard_labels"]:
         teacher = _teacher(settings)
         lines.append(f"- of the teacher, {teacher}, and its terms for training on it: FILL IN")
     lines.append(f"- of the data, {_data(settings)}: FILL IN")
     return "\n".join(lines)
 
 
-def _has_teacher(settings: Mapping[str, Any]) -> bool:
-    weights = ("divergence", "teacher_advantage", "terms", "weights")
-    reads = any(settings[f"distillation.objective.{name}"] for name in weights)
-    return reads and not settings["distillation.hard_labels"]
+def _objective(settings: Mapping[str, Any]) -> Objective:
+    prefix = "distillation.objective."
+    keys = [key for key in settings if key.startswith(prefix)]
+    return Objective(**{key.removeprefix(prefix): settings[key] for key in keys})
 
 
 def _divergence(settings: Mapping[str, Any]) -> str:

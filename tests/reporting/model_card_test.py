@@ -68,6 +68,25 @@ def test_supervised_student_has_no_teacher():
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"reward_advantage": 1.0},
+            "on its own responses to .*, by the policy gradient",
+        ),
+        ({"terms": ("policy_gradient",)}, ", by the policy gradient of the reward `r`"),
+        ({"cross_entropy": 0.5, "reward_advantage": 1.0}, "reward `r` and cross-entropy"),
+    ],
+)
+def test_student_of_rewards_has_no_teacher(changes, words):
+    changes = {f"distillation.objective.{key}": value for key, value in changes.items()}
+    changes |= {"distillation.objective.divergence": 0.0, "reward.function": "r"}
+    changes |= {"distillation.generate_strategy.num_generations": 2}
+    card = card_of(**changes)
+    assert re.search(words, card.text) and "teacher" not in card.text
+
+
+@pytest.mark.parametrize(
     ("lambda_", "words"), [(0.0, "on given responses"), (0.25, "with probability 0.25, else")]
 )
 def test_card_says_whose_answers(lambda_, words):
