@@ -263,13 +263,16 @@ def _last_step(workdir: Path, series: dict[str, Points]) -> int:
 
 def _evaluations(series: dict[str, Points]) -> dict[str, dict[str, float]]:
     """The last evaluation of each model, from the log."""
-    results: dict[str, dict[str, float]] = defaultdict(dict)
-    for name, points in series.items():
-        section, _, rest = name.partition("/")
-        role, _, field = rest.partition("/")
-        if section == "eval" and field:
-            results[role][field] = points[-1][1]
-    return dict(results)
+    logged = (name for name in series if name.startswith("eval/"))
+    last = {name.removeprefix("eval/"): series[name][-1][1] for name in logged}
+    # One of several teachers is teacher/NAME; numbers of the user's own have two parts, too.
+    roles = [each.removesuffix("/examples") for each in last if each.endswith("/examples")]
+    results: dict[str, dict[str, float]] = {}
+    for role in roles:
+        if "/" not in role or role.startswith("teacher/"):
+            fields = [name for name in last if name.startswith(f"{role}/")]
+            results[role] = {name.removeprefix(f"{role}/"): last[name] for name in fields}
+    return results
 
 
 def _progress_notes(workdir: Path, run: Run) -> list[str]:

@@ -392,6 +392,17 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path):
     render([read_run(folder)], ["run"])
 
 
+def test_an_unfinished_run_shows_each_of_several_teachers(tmp_path):
+    folder = write_run(tmp_path / "run", steps=20)
+    numbers = {"examples": 9, "accuracy": 0.5, "words/mean": 3.0}
+    line = {f"eval/teacher/{n}/{k}": x for n in ("math", "code") for k, x in numbers.items()}
+    kept = [x for x in (folder / "metrics.jsonl").read_text().splitlines() if "teacher/a" not in x]
+    (folder / "metrics.jsonl").write_text("\n".join([*kept, json.dumps({"step": 0, **line})]))
+    results = read_run(folder).results
+    assert results.keys() == {"base", "teacher/math", "teacher/code"}
+    assert results["teacher/math"] == numbers
+
+
 def test_long_curves_are_thinned_to_what_a_screen_shows(tmp_path):
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as log:
