@@ -144,7 +144,7 @@ def _of_teachers(config: Config) -> tuple[list[Values], list[Values]]:
     loaded = {
         name: teacher
         for name, teacher in all_teachers(config).items()
-        if teacher.backend == "local" and not teacher.in_state
+        if teacher.backend == "local" and not (teacher.in_state or teacher.scores)
     }
     precisions = []
     for way in ("bfloat16", "int8"):

@@ -246,6 +246,15 @@ def test_when_no_single_change_suffices_several_do(monkeypatch):
     assert len(remedy.values) == 2 and remedy.plan.memory.peak <= chip.memory
 
 
+def test_a_teacher_by_scores_stays_as_it_was_scored():
+    """With another precision, a run would refuse them as another teacher's."""
+    config = flagship()
+    config.distillation.lambda_, config.teacher.scores = 0.0, "scores"
+    made = estimate(workload_of(config, "gpu:h100x8"), parse_topology("gpu:h100x8"))
+    values = [each for kind in changes.kinds(made) for each in kind]
+    assert not [each for each in values if any(key.startswith("teacher.") for key in each)]
+
+
 def test_where_compiling_refutes_a_size_the_next_is_tried(monkeypatch):
     config = flagship()
     config.policy.activation_checkpointing = "none"
