@@ -81,8 +81,13 @@ def build_teachers(
 
     def build(number: int, name: str, section: OneTeacher) -> Teacher:
         if section.scores:
-            asked, options = prompts().by_teacher[number], teacher_options(config, section)
-            return _build_cached(section, folders.get(name), mesh, asked, options)
+            asked, path, head = prompts().by_teacher[number], local_path(section.scores), None
+            identity = identify_scores(section, folders.get(name), asked)
+            lengths_r = [len(tokens) for tokens in asked.response_tokens or []]
+            scores = Scores(path, identity, lengths_r, teacher_key(name, "scores"))
+            if section.backend == "local":
+                head = build_head(folders[name], mesh, **teacher_options(config, section))
+            return CachedTeacher(scores, asked.rows, head)
         if section.backend == "vllm":
             longest = config.policy.max_total_sequence_length
             vllm = teacher_key(name, "vllm")
@@ -163,20 +168,6 @@ def teacher_options(config: Config, section: OneTeacher) -> dict[str, Any]:
     """Of `abstract_model`."""
     rules = SPREAD_RULES if section.split_over_data else RULES
     return frozen_options(config.policy, section.dtype) | dict(rules=rules)
-
-
-def _build_cached(
-    section: OneTeacher, folder: Path | None, mesh: Mesh, prompts: Prompts, options: dict[str, Any]
-) -> CachedTeacher:
-    """A teacher by its scores on disk; with its output head, where it isn't behind servers."""
-    lengths_r = [len(tokens) for tokens in prompts.response_tokens or []]
-    identity = identify_scores(section, folder, prompts)
-    scores = Scores(local_path(section.scores), identity, lengths_r)
-    head = None
-    if section.backend == "local":
-        assert folder is not None  # only servers have none
-        head = build_head(folder, mesh, **options)
-    return CachedTeacher(scores, prompts.rows, head)
 
 
 def identify_scores(teacher: OneTeacher, folder: Path | None, prompts: Prompts) -> dict[str, Any]:

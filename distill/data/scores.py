@@ -29,15 +29,22 @@ _REMEDY = "write them with python -m distill.generate --scores"
 class Scores:
     """The scores in a folder that `ScoreWriter` has written.
 
-    `identity` is what they must be of, `lengths_r` the scored tokens of every row.
+    `identity` is what they must be of, `lengths_r` the scored tokens of every row; `key`, of the
+    config, names the folder.
 
     Raises:
       UserError: they are not there, not whole, or of something else.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], lengths_r: Sequence[int]):
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        lengths_r: Sequence[int],
+        key: str = "teacher.scores",
+    ):
         if problem := processes.from_first(lambda: _problem(folder, identity)):
-            raise UserError(f"teacher.scores={folder}: {problem}")
+            raise UserError(f"{key}={folder}: {problem}")
         self._folder = folder
         self._rows_per_file = _about(folder)["rows_per_file"]
         self._starts_r = np.concatenate([[0], np.cumsum(lengths_r)])

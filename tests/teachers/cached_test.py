@@ -18,7 +18,7 @@ import distill
 from distill.base.errors import UserError
 from distill.build import teachers as build_teachers
 from distill.build.session import open_session
-from distill.config.parse import parse_config
+from distill.config.parse import default_config, parse_config
 from distill.data.scores import Scores, ScoreWriter
 from distill.generate import score
 from distill.teachers.base import Teacher
@@ -163,6 +163,16 @@ def test_what_is_not_whole_or_of_something_else_is_refused(
     with pytest.raises(UserError, match="^teacher.scores=") as caught:
         distill.train(config, tmp_path / "run")
     assert REFUSED[fault] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_named_teachers_scores_are_refused_by_its_own_key(models, tmp_path):
+    config = run_config(models)
+    path, config.distillation.teacher_model_path = config.distillation.teacher_model_path, ""
+    config.teacher.precision = default_config().teacher.precision
+    with config.unlocked():
+        config.teachers.math = {"model": path, "scores": str(tmp_path / "none")}
+    with pytest.raises(UserError, match="^teachers.math.scores=.*no finished scores are there"):
+        distill.train(config, tmp_path / "run")
 
 
 WRITER = """
