@@ -7,6 +7,7 @@ control token, or data could end a turn and speak for the other side.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import json
 import os
@@ -29,10 +30,11 @@ class Refused(Exception):
     """A prompt that cannot be put before the model; the text is a reason that rows share."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Chat:
     """How prompts and responses become tokens.
 
-    Args:
+    Attributes:
         tokenizer: a transformers fast tokenizer; without a chat template prompts are plain text.
         system_prompt: put before the prompt; '' is none.
         template: text with one '{problem}' that wraps the prompt (the last message of a list).
@@ -44,33 +46,35 @@ class Chat:
         UserError: the chat template has no such variable.
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        *,
-        system_prompt: str = "",
-        template: str = "{problem}",
-        arguments: Mapping[str, Any] | None = None,
-        special_tokens: str = "text",
-        section: str = "data",
-    ):
-        self.tokenizer, self._template, self._arguments = tokenizer, template, arguments or {}
-        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        unknown = [name for name in self._arguments if name not in (tokenizer.chat_template or "")]
-        if unknown:
+    tokenizer: Any
+    system_prompt: str = ""
+    template: str = "{problem}"
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    special_tokens: str = "text"
+    section: str = "data"
+
+    def __post_init__(self) -> None:
+        known = self.tokenizer.chat_template or ""
+        if unknown := [name for name in self.arguments if name not in known]:
             raise UserError(
-                f"{section}.template_arguments sets {unknown[0]!r}, which the model's chat "
+                f"{self.section}.template_arguments sets {unknown[0]!r}, which the model's chat "
                 "template does not use: leave it out"
             )
-        added = tokenizer.added_tokens_decoder.items()
-        self._ids = {token.content: id for id, token in added if token.special}
-        contents = sorted(map(re.escape, self._ids), key=len, reverse=True)
-        self._special = "|".join(contents) or "(?!)"
-        self._protects, self._section = special_tokens == "text", section
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        """Of the special tokens."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {token.content: id for id, token in added if token.special}
+
+    @functools.cached_property
+    def _special(self) -> str:
+        """A pattern that finds any of them."""
+        return "|".join(sorted(map(re.escape, self._ids), key=len, reverse=True)) or "(?!)"
 
     def protected(self, text: str) -> str:
         """The text with its special tokens hidden, which `encode` takes for text."""
-        if not self._protects:
+        if self.special_tokens != "text":
             return text
         return re.sub(self._special, lambda found: _HIDDEN.format(self._ids[found[0]]), text)
 
@@ -92,15 +96,16 @@ class Chat:
         # As JSON: a message may hold more texts than its content.
         turns = json.loads(self.protected(json.dumps(turns, ensure_ascii=False)))
         texts = {name: self.protected(text) for name, text in (fields or {}).items()}
-        turns = wrap_prompt(turns, self._template, texts)
-        if self._system and any(turn["role"] == "system" for turn in turns):
-            raise Refused(f"prompts with a system message, beside {self._section}.system_prompt")
-        turns = [*self._system, *turns]
+        turns = wrap_prompt(turns, self.template, texts)
+        if self.system_prompt:
+            if any(turn["role"] == "system" for turn in turns):
+                raise Refused(f"prompts with a system message, beside {self.section}.system_prompt")
+            turns = [{"role": "system", "content": self.system_prompt}, *turns]
         if not self.tokenizer.chat_template:
             return _plain_text(turns)
         if isinstance(prompt, str) and prompt.lstrip().startswith(self._openings):
             raise Refused("prompts that a chat template has rendered already")
-        text = render_chat(self.tokenizer, turns, self._arguments)
+        text = render_chat(self.tokenizer, turns, self.arguments)
         if role := _left_out(turns, text):
             raise Refused(f"prompts whose message by {role!r} the chat template leaves out")
         return text
@@ -116,9 +121,9 @@ class Chat:
         if not self.tokenizer.chat_template:
             return "".join(turn["content"] for turn in turns)
         begun = [{"role": "user", "content": _PROBE}]
-        opening = render_chat(self.tokenizer, begun, self._arguments)
+        opening = render_chat(self.tokenizer, begun, self.arguments)
         said = {"role": "assistant", "content": _PROBE}
-        text = render_chat(self.tokenizer, [*begun, said, *turns], self._arguments)
+        text = render_chat(self.tokenizer, [*begun, said, *turns], self.arguments)
         if not text.startswith(opening + _PROBE):
             at = len(os.path.commonprefix([text, opening + _PROBE]))
             raise Refused(
@@ -166,7 +171,7 @@ class Chat:
         """With which of these a text begins that the chat template has rendered."""
         try:
             turns = [{"role": "user", "content": _PROBE}]
-            opening = render_chat(self.tokenizer, turns, self._arguments).partition(_PROBE)[0]
+            opening = render_chat(self.tokenizer, turns, self.arguments).partition(_PROBE)[0]
         except Refused:
             return ()
         begin = self.tokenizer.bos_token or ""

@@ -58,12 +58,11 @@ class TeacherPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class StudentPrompts:
-    """What the student reads, and how it came about; `settings` are arguments of `chat`."""
+    """What the student reads, and how it came about."""
 
     examples: Sequence[Example]
     encoded: Sequence[Encoded]
     chat: Chat
-    settings: Mapping[str, Any]
     limits: Limits
 
 
@@ -93,20 +92,20 @@ def encode_view(teacher: TeacherPrompt, student: StudentPrompts) -> View:
     if not teacher.differs:
         return View(asked)
     wanted, further = list(itertools.compress(examples, asked)), dict[str, Any]()
-    own, settings = teacher.vocabulary, student.settings
+    own, ours = teacher.vocabulary, student.chat
     tokenizer_t = tokenizer if own is None else own.tokenizer
-    template = teacher.template or settings["template"]
-    fields = check_template(teacher.section, template, (*FIELDS, FEEDBACK))
-    changes: dict[str, Any] = dict(
-        template=template,
-        system_prompt=teacher.system_prompt or settings["system_prompt"],
-        arguments={**(settings["arguments"] if own is None else {}), **teacher.arguments},
+    chat = dataclasses.replace(
+        ours,
+        tokenizer=tokenizer_t,
+        template=teacher.template or ours.template,
+        system_prompt=teacher.system_prompt or ours.system_prompt,
+        arguments={**(ours.arguments if own is None else {}), **teacher.arguments},
         section=teacher.section,
     )
-    chat = Chat(tokenizer_t, **{**settings, **changes})
+    fields = check_template(teacher.section, chat.template, (*FIELDS, FEEDBACK))
     if FEEDBACK in fields:
         further = _retelling(examples, student.encoded, chat, limits, fields)
-        chat, fields = student.chat, ()
+        chat, fields = ours, ()
     if own is not None:
         more = _more_tokens(wanted, tokenizer, tokenizer_t, limits.response)
         further = dict(recut=teacher.recut, recut_excess=more)

@@ -60,13 +60,7 @@ def tokenize_prompts(
     """
     template = prompt_template or dataset.get_prompt_template()
     check_template("data", template)
-    settings: dict[str, Any] = dict(
-        template=template,
-        system_prompt=system_prompt,
-        arguments=template_arguments or {},
-        special_tokens=special_tokens,
-    )
-    chat = Chat(tokenizer, **settings)
+    chat = Chat(tokenizer, system_prompt, template, template_arguments or {}, special_tokens)
     examples = examples_of(dataset)
     limits = Limits(
         max_prompt_length,
@@ -77,7 +71,7 @@ def tokenize_prompts(
     )
     notes: list[tuple[str, str]] = []
     prompts = encode_prompts(examples, chat, limits, notes)
-    student = StudentPrompts(examples, prompts, chat, settings, limits)
+    student = StudentPrompts(examples, prompts, chat, limits)
     views = [encode_view(teacher, student) for teacher in teachers]
     responses = None
     if needs_responses:
