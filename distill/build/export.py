@@ -23,7 +23,7 @@ from distill.models.checkpoints.hub import (
     split_revision,
     tokenizer_folder,
 )
-from distill.models.checkpoints.source import Source, load_model_config, open_source
+from distill.models.checkpoints.source import load_model_config, open_source
 from distill.models.lora import merged
 from distill.reporting.model_card import model_card
 from distill.run.checkpoint import Checkpoints
@@ -36,9 +36,24 @@ def export_student(session: Session, folder: Path, state: TrainState, card: str)
     if source.quantization is not None and processes.is_first():
         kind = source.quantization["quant_method"]
         print(f"{source.folder} is in {kind}; exported in {checkpointing.export_dtype}")
+    tokenizer = tokenizer_folder(session.student_folder)
     if checkpointing.export_format == "peft":
         check_export(session)
-        _export_adapter(session, folder, source, state, card)
+        named = session.config.policy.model_name
+        hub_id, revision = None, None
+        if is_hub_id(named.partition("@")[0]):
+            hub_id, revision = split_revision(named)
+        export_adapter(
+            folder,
+            session.student.params,
+            state.trainable,
+            source.config,
+            session.config.policy.lora,
+            base=dict(base_model_name_or_path=hub_id or str(source.folder), revision=revision),
+            name=source.name,
+            tokenizer=tokenizer,
+            card=card,
+        )
         return
     path = source.folder / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
@@ -47,7 +62,7 @@ def export_student(session: Session, folder: Path, state: TrainState, card: str)
         merged(state.params, checkpointing.export_dtype),
         source.config,
         source.hf_config,
-        tokenizer_folder(session.student_folder),
+        tokenizer,
         jnp.dtype(checkpointing.export_dtype),
         {**generation_config, "eos_token_id": list(session.vocabulary.end_ids)},
         source,
@@ -67,24 +82,6 @@ def check_export(session: Session) -> None:
             " itself: set export_format=merged"
         )
     check_modules(load_model_config(folder)[0], session.state_shapes.trainable)
-
-
-def _export_adapter(
-    session: Session, folder: Path, source: Source, state: TrainState, card: str
-) -> None:
-    named = session.config.policy.model_name
-    hub_id, revision = split_revision(named) if is_hub_id(named.partition("@")[0]) else (None, None)
-    export_adapter(
-        folder,
-        session.student.params,
-        state.trainable,
-        source.config,
-        session.config.policy.lora,
-        base=dict(base_model_name_or_path=hub_id or str(source.folder), revision=revision),
-        name=source.name,
-        tokenizer=tokenizer_folder(session.student_folder),
-        card=card,
-    )
 
 
 def export_saved(session: Session, folder: Path, checkpoint: str) -> int:

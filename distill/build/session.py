@@ -320,9 +320,10 @@ class Session:
         return self.teachers
 
     @property
-    def alignments_in_order(self) -> list[Alignment | None]:
-        """As `prompts.by_teacher`; None of teachers with the student's tokenizer."""
-        return [self.alignments.get(name) for name in all_teachers(self.config)] or [None]
+    def asked(self) -> list[tuple[Prompts, Alignment | None]]:
+        """Of every teacher its prompts, and None if it has the student's tokenizer."""
+        alignments = [self.alignments.get(name) for name in all_teachers(self.config)] or [None]
+        return list(zip(self.prompts.by_teacher, alignments, strict=True))
 
     def teachers_in_step(self) -> list[TeacherInStep]:
         """Of every teacher, what the step is compiled for."""

@@ -137,9 +137,7 @@ def check_numbers(session: Session, state: TrainState) -> str:
 
     loss, sums, gradient = evaluate(padded)
     details = []
-    for prompts, alignment in zip(
-        session.prompts.by_teacher, session.alignments_in_order, strict=True
-    ):
+    for prompts, alignment in session.asked:
         about = np.flatnonzero(np.isin(sequences["row"], prompts.rows))
         if prompts.view_tokens is not None and len(about):
             details.append(_check_view(session, prompts, sequences.take(about), alignment))

@@ -125,7 +125,7 @@ def check_template(session: Session) -> str:
     read = [(own, session.prompts, session.prompts.prompt_tokens)]
     read += [
         (alignment.teacher if alignment else own, each, each.view_tokens)
-        for each, alignment in _parts(session)
+        for each, alignment in session.asked
         if each.view_tokens
     ]
     for vocabulary, row, tokens in ((each[0], *p) for each in read for p in _first_of(*each[1:])):
@@ -156,12 +156,8 @@ def check_template(session: Session) -> str:
 
 def check_view(session: Session) -> str:
     """What teachers read in place of the student's prompts, and whether both end alike."""
-    parts = zip(session.teachers, _parts(session), strict=True)
+    parts = zip(session.teachers, session.asked, strict=True)
     return "; ".join(_view_of(session, f"teacher {name}".strip(), *part) for name, part in parts)
-
-
-def _parts(session: Session) -> list[tuple[Prompts, Alignment | None]]:
-    return list(zip(session.prompts.by_teacher, session.alignments_in_order, strict=True))
 
 
 def _view_of(session: Session, teacher: str, prompts: Prompts, alignment: Alignment | None) -> str:

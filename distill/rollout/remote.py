@@ -61,7 +61,7 @@ class RemoteSampler:
 
         def ask() -> Arrays:
             arrays, facts = _of_request(request)
-            return processes.receive(_reply(_order(_GENERATE, arrays, **facts)))
+            return processes.receive(f"reply/{_order(_GENERATE, arrays, **facts)}")
 
         made = processes.arrays_from_first(ask)
         if isinstance(request.turns, Dialogues):
@@ -102,12 +102,12 @@ def serve(
 
     def take() -> Arrays:
         nonlocal number
-        order = processes.arrays_from_first(lambda: processes.receive(_name(number)))
+        order = processes.arrays_from_first(lambda: processes.receive(f"order/{number}"))
         number += 1
         return order
 
     def refit_if_ordered() -> None:
-        if processes.from_first(lambda: processes.was_sent(_name(number))):
+        if processes.from_first(lambda: processes.was_sent(f"order/{number}")):
             backend.hold(_facts(take())["version"], receive)
 
     def generate(order: Arrays) -> Arrays:
@@ -120,7 +120,7 @@ def serve(
         if kind == _REFIT:
             backend.hold(_facts(order)["version"], receive)
         elif processes.is_first():
-            processes.send(_reply(number - 1), functools.partial(generate, order))
+            processes.send(f"reply/{number - 1}", functools.partial(generate, order))
         else:
             with contextlib.suppress(UserError, RunStopped):  # which the first one sends
                 generate(order)
@@ -132,16 +132,8 @@ def _order(kind: str, arrays: Mapping[str, np.ndarray] | None = None, **facts: A
         return -1
     with _one_at_a_time:
         number = next(_numbers)
-        processes.send(_name(number), lambda: _with_facts(arrays or {}, kind=kind, **facts))
+        processes.send(f"order/{number}", lambda: _with_facts(arrays or {}, kind=kind, **facts))
     return number
-
-
-def _name(number: int) -> str:
-    return f"order/{number}"
-
-
-def _reply(number: int) -> str:
-    return f"reply/{number}"
 
 
 def _with_facts(arrays: Mapping[str, np.ndarray], **facts: Any) -> Arrays:
