@@ -93,17 +93,12 @@ def _check_generation(config: Config) -> None:
             "training, but sampler and trainer share all devices, where one waits for the other: "
             "set policy.generation.colocated.enabled=False, or async_steps=0"
         )
-    if colocated.enabled and colocated.sampler_devices:
-        raise UserError(
-            f"policy.generation.colocated.sampler_devices={colocated.sampler_devices} is for a "
-            "sampler with its own devices: set policy.generation.colocated.enabled=False, or "
-            "sampler_devices=0"
-        )
-    if colocated.enabled and colocated.whole_processes:
-        raise UserError(
-            "policy.generation.colocated.whole_processes=True gives the last processes to the "
-            "sampler: set policy.generation.colocated.enabled=False, or whole_processes=False"
-        )
+    for key, default in (("sampler_devices", 0), ("whole_processes", False)):
+        if colocated.enabled and (value := getattr(colocated, key)):
+            raise UserError(
+                f"policy.generation.colocated.{key}={value} is for a sampler with its own devices: "
+                f"set policy.generation.colocated.enabled=False, or {key}={default}"
+            )
 
 
 def _check_feedback(config: Config) -> None:

@@ -101,10 +101,7 @@ class Dialogues:
       examples: of these rows.
       read: a turn's text, of its tokens.
       write: the tokens of messages, and of the opening of the next turn.
-      slow: see `Environment`.
-      max_turns: of the student, in a dialogue.
-      timeout: seconds that a reply may take.
-      max_failures: share of dialogues that may fail.
+      slow: see `Environment`; the rest is as in the config's section.
     """
 
     def __init__(
