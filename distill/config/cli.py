@@ -185,7 +185,7 @@ def _with_packaged_config(arguments: Sequence[str]) -> list[str]:
         name, colon, rest = (value if equals else "".join(found[place : place + 1])).partition(":")
         match = re.fullmatch(r"(?:configs/)?(\w+)(?:\.py)?", name)
         packaged = _CONFIGS / f"{match[1] if match else ''}.py"
-        if not name or Path(name).exists():
+        if not name or (Path(name).exists() and not Path(name).is_dir()):
             continue
         if not packaged.exists():
             raise UserError(f"there is no config file {name}: pass another, or {_PACKAGED}")

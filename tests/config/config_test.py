@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from distill.base.errors import UserError
+from distill.config import cli
 from distill.config.method import OneTeacher
 from distill.config.parse import default_config, known_keys, parse_config, to_flat_dict
 from distill.config.schema import all_teachers
@@ -258,6 +259,13 @@ def test_mistakes_in_a_config_file_are_one_plain_line(tmp_path, mistake):
 )
 def test_flags_that_are_keys_or_nothing_at_all(flag, words):
     assert words in run_main("--config=arithmetic", flag)
+
+
+def test_a_folder_is_not_taken_for_a_config_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()  # such as the data's
+    monkeypatch.chdir(tmp_path)
+    [found] = cli._with_packaged_config(["--config=gsm8k:scratch"])
+    assert found.endswith("/distill/configs/gsm8k.py:scratch")
 
 
 def test_a_value_out_of_range_does_not_wait_for_jax():
