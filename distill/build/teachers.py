@@ -49,9 +49,8 @@ def part_of_state(config: Config, section: OneTeacher) -> Callable[[Any], Any] |
     if section.model != "start":
         return FROM_STATE.get(section.model)
     policy = config.policy
-    stored = section.precision, section.offload, section.split_over_data, section.scores
     base = policy.precision, "none", False, ""
-    shared = policy.lora.rank and policy.lora.base_dtype == "auto" and stored == base
+    shared = policy.lora.rank and policy.lora.base_dtype == "auto" and section.storage == base
     return FROM_STATE["start"] if shared else None
 
 
@@ -95,7 +94,7 @@ def build_teachers(
         part = part_of_state(config, section)
         if part and (in_run or section.in_state):
             return OwnTeacher(student().graph, part, stays=not section.in_state)
-        stored = folders[name], section.precision, section.offload, section.split_over_data
+        stored = folders[name], section.storage
         if stored not in loaded:
             compared_on, own = None, vocabulary
             if compares and section.precision == "int8":

@@ -209,6 +209,11 @@ class OneTeacher(Teacher):
         return self.model in IN_STATE
 
     @property
+    def storage(self) -> tuple[str, str, bool, str]:
+        """How its weights are held: teachers of one model and the same storage share them."""
+        return self.precision, self.offload, self.split_over_data, self.scores
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Those of the data by which it is asked."""
         return tuple(rule.partition("=")[0] for rule in self.prompts)

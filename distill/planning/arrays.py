@@ -145,19 +145,15 @@ def _abstract_teachers(
 ) -> dict[str, TeacherArrays]:
     config, made, teachers = workload.config, {}, {}
     sections = all_teachers(config).items()
-    hosted = {
-        (each.model, each.precision, each.split_over_data)
-        for _, each in sections
-        if each.offload == "host" and not each.scores
-    }
-    several_hosted = len(hosted) > 1  # a single one is fetched before the step
+    in_host = (each for _, each in sections if each.offload == "host" and not each.scores)
+    # A single one is fetched before the step.
+    several_hosted = len({(each.model, each.storage) for each in in_host}) > 1
     for (name, section), facts, share in zip(
         sections, workload.teachers, workload.shares, strict=True
     ):
         if facts is None:
             continue
-        where = section.offload, section.split_over_data
-        stored = facts, section.model, section.scores, section.precision, *where
+        stored = section.model, section.storage
         in_state = part_of_state(config, section) is not None
         if stored not in made and in_state:
             average = getattr(state, "average", None) if section.model == "ema" else None
