@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.evidence import forgetting, held_out, mending, probe, report, runner
+from benchmarks.evidence import forgetting, held_out, mending, probe, report, runner, styles
 from benchmarks.evidence.forgetting_task import BOTH, NEW, OLD, Conventions
 from benchmarks.evidence.mending_task import Mending, WithSlips
 from benchmarks.evidence.runs import (
@@ -19,6 +19,7 @@ from benchmarks.evidence.runs import (
     all_runs,
     config_of,
 )
+from benchmarks.evidence.styles_task import HELD_OUT, STYLES, Styles, style_of, work, write
 from distill.base.errors import UserError
 from distill.config.parse import parse_config
 
@@ -172,7 +173,8 @@ def test_plots_are_the_same_for_the_same_numbers(evidence, tmp_path):
         (tmp_path / folder).mkdir()
         make_plots(evidence, tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["evidence-forgetting.svg", "evidence-prompts.svg", "evidence-rivals.svg"]
+    pictures = ("forgetting", "prompts", "rivals", "styles")
+    assert names == [f"evidence-{name}.svg" for name in pictures]
     for name in names:
         text = (tmp_path / "a" / name).read_text()
         assert text == (tmp_path / "b" / name).read_text()
@@ -320,3 +322,64 @@ def test_held_out_problems_are_asked_and_judged():
         assert tasks == [NEW] * 4 + [OLD] * 4
         right = [asked.is_correct(*each) for each in said]
         assert all(right[4:]) and not all(right[:4])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_is_read_off_what_it_wrote_whatever_the_results(style):
+    terms = 17, 48, 25
+    lines = work(style, terms)
+    assert lines[-1].endswith("=90") and style_of(write(terms), "\n".join(lines)) == style
+    # A slip that the following lines go on with is of the same style; one that they do not is not.
+    first, rest = lines[0].partition("=")[0], "\n".join(lines[1:])
+    result = lines[0].partition("=")[2]
+    slipped = f"{first}=99\n{rest.replace(result, '99')}"
+    assert style_of(write(terms), slipped) == style
+    assert style_of(write(terms), f"{first}=99\n{rest}") == ""
+    for other in {*STYLES} - {style}:
+        assert style_of(write(terms), "\n".join([*lines[:-1], work(other, terms)[-1]])) == ""
+
+
+def test_sums_have_every_style_equally_often():
+    training, held_out = Styles(), Styles("test", 0, HELD_OUT)
+    rows = [training[i] for i in range(len(training))]
+    found = [style_of(row.prompt, row.response) for row in rows]
+    assert all(0.24 < found.count(style) / len(rows) < 0.26 for style in STYLES)
+    assert all(training.is_correct(row, row.response) for row in rows)
+    asked = [held_out[i].prompt for i in range(len(held_out))]
+    assert asked == asked[:HELD_OUT] * 2 and len({*asked, *(r.prompt for r in rows)}) == (
+        HELD_OUT + len(rows)
+    )
+    only = Styles(subset="ends", max_samples=50)
+    assert {style_of(only[i].prompt, only[i].response) for i in range(50)} == {"ends"}
+
+
+@pytest.mark.parametrize("method", styles.METHODS)
+def test_a_run_of_styles_is_a_config_of_its_method(method, tmp_path):
+    config = parse_config(styles.run_config(method, 1, tmp_path))
+    distillation = config.distillation
+    assert distillation.lambda_ == float(method.startswith("on"))
+    assert distillation.kl_type == ("reverse" if "reverse" in method else "forward")
+    assert distillation.hard_labels == method.startswith("sft")
+    style = method.removeprefix("sft_")
+    assert config.data.subset == (style if style in STYLES else "all")
+    assert config.policy.model_name == str(tmp_path / "start/student")
+
+
+def test_how_many_styles_students_use():
+    def row(method, seed, first, second):
+        return dict(method=method, seed=seed, right="1100", greedy="1111", styles=first + second)
+
+    cell = styles.Students({0: row("on", 0, "llrr", "lrr-"), 1: row("on", 1, "tttt", "tttt")})
+    bits = cell.entropy()
+    assert bits.value == 0.5  # one bit and none: what students differ in is not counted
+    assert 0 <= bits.low <= bits.value <= bits.high <= 1
+    assert cell.agreement() == 6 / 7
+    assert cell.of_style("left") == (2 / 8, 1.0) and cell.of_style("right") == (2 / 8, 0.0)
+    rows = [row(name, 0, "lret", "lret") for name in styles.titles()]
+    table = {line[0]: line for line in styles.make_table(rows)}
+    assert table[styles.METHODS["on"].title][5].startswith("2.00 (")
+    assert all(line[1] == "either" for line in styles.situations(rows))
+    assert styles.make_style_table(rows)[1][1:] == (
+        *("25.0%, 100.0%", "25.0%, 100.0%", "25.0%, 0.0%", "25.0%, 0.0%"),
+        *("-", "100.0%"),
+    )

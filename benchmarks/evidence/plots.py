@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.evidence import forgetting
+from benchmarks.evidence import forgetting, styles
 from benchmarks.evidence.forgetting_task import NEW, OLD
 from benchmarks.evidence.report import Cell, Estimate, Evidence, estimate, gain, rival_cells
 from benchmarks.evidence.runs import FEW, METHODS, OFF, ON
@@ -20,7 +20,8 @@ OFF_COLOR, STOPPED_COLOR, ON_COLOR, OTHER_COLOR = "#3182bd", "#9ecae1", "#de2d26
 
 def make_plots(evidence: Evidence, folder: Path) -> None:
     """Writes a picture for each question, the same for the same numbers."""
-    plots = {"prompts": plot_prompts, "rivals": plot_rivals, "forgetting": plot_forgetting}
+    plots = {"prompts": plot_prompts, "rivals": plot_rivals}
+    plots |= {"forgetting": plot_forgetting, "styles": plot_styles}
     style = {"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}
     with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
         for name, plot in plots.items():
@@ -105,4 +106,21 @@ def plot_forgetting(_: Evidence) -> Figure:
         axes.plot(new, old, marker="o", markersize=4, label=method.title)
     axes.set(xlabel="accuracy on new problems, %", ylabel="on old problems, %", ylim=(0, 100))
     axes.legend(fontsize=7)
+    return figure
+
+
+def plot_styles(_: Evidence) -> Figure:
+    """Sampled accuracy against the entropy of styles, a point for each method."""
+    found, titles = styles.students(json.loads(styles.ROWS.read_text())), styles.titles()
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, cell in found.items():
+        accuracy, bits = estimate(cell.right()), cell.entropy()
+        x_bars, y_bars = _bars([bits]) / 100, _bars([accuracy])
+        marker = "o" if name in styles.METHODS else "x"
+        axes.errorbar(
+            bits.value, 100 * accuracy.value, y_bars, x_bars, fmt=marker, label=titles[name]
+        )
+    axes.set(xlabel="entropy of styles, bits", ylabel="sampled accuracy, %", ylim=(0, 105))
+    figure.legend(fontsize=7, loc="outside right upper")
     return figure
