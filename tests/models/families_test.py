@@ -19,7 +19,7 @@ from distill.base.sharding import HOST_MEMORY, SAMPLER_RULES, in_host_memory, pa
 from distill.data.tokenizer import character_tokenizer
 from distill.models import decoding
 from distill.models.checkpoints.export import export_model
-from distill.models.checkpoints.keys import key_table
+from distill.models.checkpoints.keys import key_table, mapped_params
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
@@ -409,9 +409,9 @@ def test_a_config_that_cannot_be_written_is_an_error():
 
 
 def test_two_parameters_with_one_key_are_an_error(case, monkeypatch):
-    config = case[0]
+    config, _, params = case
     keys = {"final_norm": key_table(config)["embedding"].key}
     row = dataclasses.replace(FAMILIES[config.family], keys=keys)
     monkeypatch.setitem(FAMILIES, config.family, row)
     with pytest.raises(ValueError, match=f"{config.family}: more than one parameter is mapped to"):
-        key_table(config)
+        mapped_params(config, params)

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny_models import model_config
 
 from benchmarks.hf_config import hf_config_dict
-from distill.models.checkpoints.keys import key_table
+from distill.models.checkpoints.keys import mapped_params
+from distill.models.transformer import Transformer
 
 MB = 1e6
 SLACK = 16 * MB  # interpreter, threads and small arrays
@@ -40,7 +43,9 @@ def checkpoint(tmp_path_factory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("checkpoint")
     random = np.random.default_rng(0)
     files: dict[str, dict] = {}
-    for weight in key_table(CONFIG).values():
+    options = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    model = nnx.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), **options))
+    for weight, _ in mapped_params(CONFIG, nnx.state(model, nnx.Param)).values():
         shape = weight.hf_shape(tuple(SIZES[axis] for axis in weight.ours))
         for index, key in weight.tensors((CONFIG.num_layers,)):
             tensor = random.standard_normal(shape, np.float32)

@@ -15,7 +15,7 @@ from tiny_models import model_config, random_model
 from distill.base.errors import UserError
 from distill.config.policy import Lora
 from distill.models import lora
-from distill.models.checkpoints.keys import key_table
+from distill.models.checkpoints.keys import mapped_params
 from distill.models.facts import ModelConfig
 from distill.models.families import FAMILIES as TABLE
 from distill.models.quantization import quantize
@@ -86,7 +86,7 @@ def test_every_familys_logits_depend_on_every_adapter(family):
     adapted = {path[:-1] for path, _ in nnx.to_flat_state(adapters)}
     expected = {
         tuple(path.split("/"))
-        for path, row in key_table(config).items()
+        for path, (row, _) in mapped_params(config, params).items()
         if "layer" in row.stacked and path.endswith("_proj")
     }
     assert adapted == expected

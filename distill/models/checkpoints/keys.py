@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from distill.models.facts import Experts, ModelConfig, Recurrent
+from distill.models.facts import ModelConfig
 from distill.models.families import FAMILIES
 
 
@@ -135,7 +135,7 @@ _NORMS_OVER_HEADS = (
 
 
 def key_table(config: ModelConfig) -> dict[str, Weight]:
-    """The rows of this model's parameters, by path; ValueError if two have one key."""
+    """The rows by path, also of parameters that a model lacks: see `mapped_params`."""
     all_rows = (*_MODEL, *_ATTENTION, *_RECURRENCE, *_FEED_FORWARD, *_EXPERTS)
     rows = {weight.path: weight for weight in all_rows}
     if config.norms != "before":
@@ -147,34 +147,19 @@ def key_table(config: ModelConfig) -> dict[str, Weight]:
         rows[path] = rows[path]._replace(key=key, axes=axes)
     for key, parts in FAMILIES[config.family].fused.items():
         rows |= {path: rows[path]._replace(key=key, parts=parts) for path in parts}
-    for path in _absent(config):
-        rows.pop(path, None)
-    paths: dict[str, tuple[str, ...]] = collections.defaultdict(tuple)
-    for weight in rows.values():
-        paths[weight.key] += (weight.path,)
-    for weight in rows.values():
-        if sorted(paths[weight.key]) != sorted(weight.parts or (weight.path,)):
-            raise ValueError(f"{config.family}: more than one parameter is mapped to {weight.key}")
-    return _by_kind(config, rows)
-
-
-def _by_kind(config: ModelConfig, rows: dict[str, Weight]) -> dict[str, Weight]:
-    """The table, of which each kind of layer has what it needs; of several, in its own stacks."""
     table = {path: row for path, row in rows.items() if "layer" not in row.stacked}
-    in_layers = {path: row for path, row in rows.items() if "layer" in row.stacked}
-    for name, kind in config.kinds.items():
-        layers = tuple(i for i, other in enumerate(config.layers) if other == name)
-        others: tuple[Weight, ...] = _FEED_FORWARD if kind.experts else _EXPERTS
-        others += _ATTENTION if kind.recurrent else _RECURRENCE
-        absent = {weight.path for weight in others}
-        own = [row for path, row in in_layers.items() if path not in absent]
+    in_layers = [row for path, row in rows.items() if path not in table]
+    for kind in config.kinds:
+        layers = tuple(i for i, other in enumerate(config.layers) if other == kind)
+        own = in_layers
         if len(config.kinds) > 1:
-            own = [_moved(row, f"layers/{name}/", layers) for row in own]
+            own = [_moved(row, f"layers/{kind}/", layers) for row in in_layers]
         table |= {row.path: row for row in own}
     return table
 
 
 def _moved(row: Weight, prefix: str, layers: tuple[int, ...]) -> Weight:
+    """The row for the stack of one kind's layers."""
     path, *parts = (each.replace("layers/", prefix, 1) for each in (row.path, *row.parts))
     return row._replace(path=path, parts=tuple(parts), layers=layers)
 
@@ -183,16 +168,24 @@ def mapped_params(config: ModelConfig, params: nnx.State) -> dict[str, tuple[Wei
     """The row and the value of each parameter, by path.
 
     Raises:
-      ValueError: a parameter has no row, or a row no parameter.
+      ValueError: a parameter has no row, or not each of a tensor's has the tensor's key.
     """
-    table = key_table(config)
     values = {
         "/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(params)
     }
-    if odd := sorted(table.keys() ^ values.keys()):
-        which = "no parameter" if odd[0] in table else "no Hugging Face key"
-        raise ValueError(f"{config.family}: {which} is known for {odd[0]}: see the key table")
-    return {path: (weight, values[path]) for path, weight in table.items()}
+    table = key_table(config)
+    if odd := sorted(values.keys() - table.keys()):
+        raise ValueError(
+            f"{config.family}: no Hugging Face key is known for {odd[0]}: see the key table"
+        )
+    mapped = {path: (row, values[path]) for path, row in table.items() if path in values}
+    paths: dict[tuple[str, tuple[int, ...]], list[str]] = collections.defaultdict(list)
+    for path, (row, _) in mapped.items():
+        paths[row.key, row.layers].append(path)
+    for row, _ in mapped.values():
+        if sorted(paths[row.key, row.layers]) != sorted(row.parts or (row.path,)):
+            raise ValueError(f"{config.family}: more than one parameter is mapped to {row.key}")
+    return mapped
 
 
 def fused_rows(mapped: dict[str, tuple[Weight, Any]], path: str) -> tuple[int, int]:
@@ -203,30 +196,3 @@ def fused_rows(mapped: dict[str, tuple[Weight, Any]], path: str) -> tuple[int, i
         sizes[part] = each.hf_shape(array.shape[len(each.stacked) :])[0]
     before = list(sizes).index(path)
     return sum(list(sizes.values())[:before]), sum(sizes.values())
-
-
-def _absent(config: ModelConfig) -> list[str]:
-    """Paths of parameters that some models have and this one lacks."""
-    experts, recurrent = config.experts or Experts(), config.recurrent or Recurrent()
-    apart, joined = (
-        [f"layers/{name}_proj" for name in names] for names in (("qkv", *"zba"), ("qkvz", "ba"))
-    )
-    optional = [
-        (not config.tied, ["output_head"]),
-        (config.norms != "after", ["layers/attention_norm", "layers/ffn_norm"]),
-        (config.norms != "before", ["layers/attention_out_norm", "layers/ffn_out_norm"]),
-        (config.qkv_bias, ["layers/q_bias", "layers/k_bias", "layers/v_bias"]),
-        (config.o_bias, ["layers/o_bias"]),
-        (config.qk_norm is not None, ["layers/q_norm", "layers/k_norm"]),
-        (config.sinks, ["layers/sinks"]),
-        (config.gated, ["layers/gate_proj", "layers/gate_bias"]),
-        (config.mlp_bias, ["layers/gate_bias", "layers/up_bias", "layers/down_bias"]),
-        (not recurrent.joined, apart),
-        (recurrent.joined, joined),
-        (experts.bias, ["layers/router_bias"]),
-        (experts.bias, ["layers/expert_gate_up_bias", "layers/expert_down_bias"]),
-        (experts.correction, ["layers/router_correction"]),
-        (experts.shared_width, [f"layers/shared_{name}_proj" for name in ("gate", "up", "down")]),
-        (experts.shared_width and experts.shared_gate, ["layers/shared_gate"]),
-    ]
-    return [path for present, paths in optional if not present for path in paths]
