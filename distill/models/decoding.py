@@ -128,33 +128,37 @@ def first_tails(model: Transformer, cache: dict[str, LayerCache], width: int, si
       width, size: static.
     """
     stacked = {kind: layers.tail(width, size, model.dtype) for kind, layers in cache.items()}
-    config = model.config
-    if config.num_layers > UNROLLED_LAYERS:
+    if model.config.num_layers > UNROLLED_LAYERS:
         return stacked
-    return [jax.tree.map(lambda x: x[i], stacked[kind]) for kind, i in config.places]  # noqa: B023
+    return _unstacked(model.config, stacked)
 
 
 def stack_tails(config: ModelConfig, tails: Tails) -> dict[str, Tail]:
     """Tails of either form, stacked by kind."""
     if isinstance(tails, dict):
         return tails
-    by_kind = {
-        kind: [own for own, other in zip(tails, config.layers, strict=True) if other == kind]
-        for kind in config.kinds
-    }
+    return _stacked(config, tails)
+
+
+def _unstacked(config: ModelConfig, stacks: dict[str, Any]) -> list[Any]:
+    """Every layer's part, in order, of what is stacked by kind."""
+    return [jax.tree.map(lambda x: x[i], stacks[kind]) for kind, i in config.places]  # noqa: B023
+
+
+def _stacked(config: ModelConfig, parts: list[Any]) -> dict[str, Any]:
+    """Every layer's part, stacked by kind."""
+    by_kind: dict[str, list[Any]] = {kind: [] for kind in config.kinds}
+    for kind, part in zip(config.layers, parts, strict=True):
+        by_kind[kind].append(part)
     return {kind: jax.tree.map(lambda *x: jnp.stack(x), *own) for kind, own in by_kind.items()}
 
 
 def make_loop_weights(model: Transformer) -> LoopWeights:
     """For all calls of a decode loop, as long as the weights are the same."""
-    num_layers = model.config.num_layers
-    if num_layers > UNROLLED_LAYERS:
+    if model.config.num_layers > UNROLLED_LAYERS:
         return LoopWeights()
     _, stacks = model.split_layers()
-    layers = tuple(
-        jax.tree.map(lambda x: x[i], stacks[kind])  # noqa: B023
-        for kind, i in model.config.places
-    )
+    layers = tuple(_unstacked(model.config, stacks))
     return LoopWeights(in_device_memory(layers), model.head() if model.config.tied else None)
 
 
@@ -198,19 +202,15 @@ def make_walk(
         ]
 
         def walk_unrolled(x_b1d, step, tail):
-            new_tail, picked = [], {kind: [] for kind in config.kinds}
+            new_tail, picked = [], []
             for (kind, block, prefix), layer_tail in zip(layers, tail, strict=True):
                 rotation = step.rotations[kind]
                 x_b1d, layer_tail, picked_b1c = _decode_layer(
                     block, rotation, prefix, x_b1d, step, layer_tail
                 )
                 new_tail.append(layer_tail)
-                picked[kind].append(picked_b1c)
-            stacked = {
-                kind: jax.tree.map(lambda *x: jnp.stack(x), *of_layers)
-                for kind, of_layers in picked.items()
-            }
-            return x_b1d, new_tail, routes.merged(config, stacked)
+                picked.append(picked_b1c)
+            return x_b1d, new_tail, routes.merged(config, _stacked(config, picked))
 
         return walk_unrolled
 
