@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from distill.base.sharding import round_up
 from distill.kernels.linear_divergence import pallas_tpu_kernels as kernels
 from distill.kernels.linear_divergence import sweeps
 from distill.kernels.linear_divergence.pallas_tpu_kernels import LANES, STRIP
@@ -48,8 +49,8 @@ class Config:
     def fitted(self, num_tokens: int, width: int) -> Config:
         """No larger than the arrays, rounded up to whole registers."""
         return Config(
-            min(self.block_tokens, _round_up(num_tokens, STRIP)),
-            min(self.block_columns, _round_up(width, LANES)),
+            min(self.block_tokens, round_up(num_tokens, STRIP)),
+            min(self.block_columns, round_up(width, LANES)),
         )
 
     def grid(self, num_tokens: int, width: int) -> tuple[int, int]:
@@ -88,7 +89,7 @@ def choose_products(hidden: Sequence, num_sums: int) -> Config:
     row_bytes = sum(x.shape[1] * x.dtype.itemsize for x in hidden)
     per_token = row_bytes + 12 * columns * len(hidden) + 4 * LANES * num_sums
     for num_blocks in range(num_cores, num_tokens // LANES + num_cores, num_cores):
-        tokens = _round_up(pl.cdiv(num_tokens, num_blocks), STRIP)
+        tokens = round_up(pl.cdiv(num_tokens, num_blocks), STRIP)
         if tokens * per_token + 2 * columns * row_bytes < _usable(limit):
             return Config(tokens, columns)
     return Config(LANES, LANES)
@@ -379,7 +380,3 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
 
 def _bytes(*arrays) -> int:
     return sum(x.size * x.dtype.itemsize for x in arrays)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
