@@ -65,7 +65,7 @@ class Method:
 
 SFT = {"distillation.lambda_": 0.0, "distillation.hard_labels": True}
 OFF, OFF_REVERSE, ON, ON_REVERSE = "off", "off_reverse", "on", "on_reverse"
-SUPERVISED = "sft"
+ON_LONG, ON_REVERSE_LONG, SUPERVISED = "on_long", "on_reverse_long", "sft"
 METHODS = {
     OFF: Method("off-policy, forward KL", {"distillation.lambda_": 0.0}),
     OFF_REVERSE: Method(
@@ -73,6 +73,13 @@ METHODS = {
     ),
     ON: Method("on-policy, forward KL", {}),
     ON_REVERSE: Method("on-policy, reverse KL", {"distillation.kl_type": "reverse"}),
+    ON_LONG: Method("on-policy, forward KL, three times the updates", {}, times=3, seeds=1),
+    ON_REVERSE_LONG: Method(
+        "on-policy, reverse KL, three times the updates",
+        {"distillation.kl_type": "reverse"},
+        times=3,
+        seeds=1,
+    ),
     SUPERVISED: Method("SFT on all styles", SFT),
     **{
         f"sft_{style}": Method(f"SFT on one style, {style}", SFT | {"data.subset": style}, seeds=1)
@@ -248,6 +255,7 @@ def situations(rows: Sequence[Row]) -> Table:
     compared = {
         "on-policy or off-policy?": (ON, OFF),
         "reverse KL on own responses?": (ON_REVERSE, ON),
+        "the same with three times the updates?": (ON_REVERSE_LONG, ON_LONG),
         "reverse KL on fixed responses?": (OFF_REVERSE, OFF),
         "data of one style?": (f"sft_{LEFT}", SUPERVISED),
     }
