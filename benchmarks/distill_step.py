@@ -10,13 +10,12 @@ How to read it. The same random weights and prompts for everyone, float32, tempe
 ends an answer early, so everyone samples the same number of tokens. The loss is the Jensen-Shannon
 divergence with weight 0.5, a mean over the sampled tokens; then AdamW. Ours are the parts that the
 trainer wires up (BatchSource, JaxBackend, Engine, train step), with a run's default activation
-checkpointing; `nothing recomputed` is without it, for which these models are small enough. A peer's
-are a run of its `trainer.train()`, held back before each step. `ratio` is the part of our time: 3
-is three times slower. `seconds` is a median of interleaved repeats, each after steps that are not
-timed; loading is not counted. `fastest` and `slowest` are of the same repeats. `products of the
-update` is no step: it is what remains of ours without sampling, attention, softmax, norms and
-optimizer, the matrix products of both models' layers and heads on the real tokens, one after the
-other.
+checkpointing. A peer's are a run of its `trainer.train()`, held back before each step. `ratio` is
+the part of our time: 3 is three times slower. `seconds` is a median of interleaved repeats, each
+after steps that are not timed; loading is not counted. `fastest` and `slowest` are of the same
+repeats. `products of the update` is no step: it is what remains of ours without sampling,
+attention, softmax, norms and optimizer, the matrix products of both models' layers and heads on the
+real tokens, one after the other.
 
 TRL: current `DistillationTrainer`, and `GKDTrainer` with lmbda=1, each with gradient checkpointing
 and without, all prompts in one batch. `defaults` are GKD's: checkpointing, which has it sample
@@ -61,7 +60,6 @@ from benchmarks.train_step_jobs import build_products
 from distill.config import cli
 
 BASELINE, PRODUCTS = "distill", "products of the update"
-KEEPING = "distill, nothing recomputed"
 
 _ONLY = flags.DEFINE_list("only", [""], "Only implementations whose name has one of these.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each implementation.", lower_bound=1)
@@ -136,9 +134,7 @@ def _jobs(
     sampled = workload.num_prompts * workload.response
     tokens = sampled + sum(map(len, workload.prompts()))
     models = workload.student, workload.teacher, workload.dtype
-    keeping = harness.Job(KEEPING, build_ours, (workload, folder, "none"))
-    products = harness.Job(PRODUCTS, build_products, (*models, tokens, sampled))
-    return [ours, keeping, products] + [
+    return [ours, harness.Job(PRODUCTS, build_products, (*models, tokens, sampled))] + [
         harness.Job(name, build_peer, (folder, peer, python, settings), _unknown_peak)
         for peer, python in pythons.items()
         if python is not None

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.objectives import objective_of
-from benchmarks.sampling_jobs import REMAT, SMALL_CONFIG, export_weights, load_weights
+from benchmarks.sampling_jobs import SMALL_CONFIG, export_weights, load_weights
 from benchmarks.train_step_jobs import GPU_WORKLOAD as GPU_UPDATE
 from benchmarks.train_step_jobs import first_state
 from distill.base.errors import UserError
@@ -106,12 +106,12 @@ def write_work(workload: Workload, folder: Path) -> None:
     (folder / "work.json").write_text(json.dumps(work))
 
 
-def build_ours(workload: Workload, folder: Path | None, remat: str = REMAT):
+def build_ours(workload: Workload, folder: Path | None):
     """Of the weights in the folder, where peers find the first losses; None: of random weights."""
     if folder is not None:
         first = {kl_type: make_ours(workload, folder, kl_type=kl_type)[0]() for kl_type in KL_TYPES}
         (folder / LOSSES).write_text(json.dumps(first))
-    step, _ = make_ours(workload, folder, remat=remat)
+    step, _ = make_ours(workload, folder)
     return lambda: (step(), None)[1]
 
 
@@ -120,13 +120,10 @@ def make_ours(
     folder: Path | None,
     lora: Lora = Lora(),  # noqa: B008
     kl_type: str = "jsd",
-    remat: str = REMAT,
 ):
     """`step() -> loss`, and the bytes of what is held between steps: state and teacher."""
     student_folder, teacher_folder = (folder and folder / role for role in ("student", "teacher"))
-    student, params = load_weights(
-        workload.student, workload.dtype, student_folder, "float32", remat
-    )
+    student, params = load_weights(workload.student, workload.dtype, student_folder, "float32")
     teacher, teacher_params = load_weights(workload.teacher, workload.dtype, teacher_folder)
     vocab_size = workload.student.vocab_size
     adamw = Optimizer(learning_rate=LEARNING_RATE, warmup_steps=0, weight_decay=WEIGHT_DECAY)

@@ -36,7 +36,6 @@ from distill.sampling.request import RolloutRequest
 
 CPUS = 2
 MEAN_LENGTH, MAX_LENGTH, LOG_SPREAD = 128, 512, 0.8
-REMAT = Policy().activation_checkpointing  # a run's default
 SHORTEST_PROMPT, LONGEST_PROMPT = 16, 128
 SERVER_START_SECONDS = 600  # it compiles, too
 
@@ -165,18 +164,15 @@ def _export(config: ModelConfig, dtype: str, folder: Path) -> None:
 
 
 def load_weights(
-    config: ModelConfig,
-    dtype: str,
-    folder: Path | None,
-    param_dtype: str | None = None,
-    remat: str = REMAT,
+    config: ModelConfig, dtype: str, folder: Path | None, param_dtype: str | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Graph and parameters, stored as they compute if nothing else is said.
 
     Those of a folder, or random ones made where they stay. What a backward pass recomputes is a
-    run's default, if it is not given.
+    run's default.
     """
     stored = jnp.dtype(param_dtype or dtype)
+    remat = Policy().activation_checkpointing
 
     def make() -> Transformer:
         options = dict(dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat)
