@@ -125,9 +125,12 @@ def _curves(chart: Chart, run: Run, number: int) -> list[dict[str, Any]]:
     for label, field in chart.evaluated.items():
         if points := _evaluated(run, field):
             curves.append(dict(run=number, label=label, points=points, marked=True))
-        teacher = run.series.get(f"eval/teacher/{field}")
-        if teacher and field in ("accuracy", "mean_length"):
-            curves.append(dict(run=number, label="teacher", level=teacher[-1][1]))
+        if field in ("accuracy", "mean_length"):
+            curves += [
+                dict(run=number, label=role, level=numbers[field])
+                for role, numbers in run.results.items()  # one of several is teacher/NAME
+                if role.partition("/")[0] == "teacher" and numbers.get(field) is not None
+            ]
     return curves
 
 

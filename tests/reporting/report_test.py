@@ -398,9 +398,11 @@ def test_an_unfinished_run_shows_each_of_several_teachers(tmp_path):
     line = {f"eval/teacher/{n}/{k}": x for n in ("math", "code") for k, x in numbers.items()}
     kept = [x for x in (folder / "metrics.jsonl").read_text().splitlines() if "teacher/a" not in x]
     (folder / "metrics.jsonl").write_text("\n".join([*kept, json.dumps({"step": 0, **line})]))
-    results = read_run(folder).results
-    assert results.keys() == {"base", "teacher/math", "teacher/code"}
-    assert results["teacher/math"] == numbers
+    run = read_run(folder)
+    assert run.results.keys() == {"base", "teacher/math", "teacher/code"}
+    assert run.results["teacher/math"] == numbers
+    levels = {x["label"]: x["level"] for x in curves.draw([run])[0]["curves"] if "level" in x}
+    assert levels == {"teacher/math": 0.5, "teacher/code": 0.5}
 
 
 def test_long_curves_are_thinned_to_what_a_screen_shows(tmp_path):
