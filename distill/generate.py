@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from distill.base.files import local_path
 from distill.config import cli
 from distill.config.method import OF_STUDENT
-from distill.config.parse import parse_config
+from distill.config.parse import default_config, parse_config
 from distill.run.interrupts import Interrupts
 
 
@@ -27,7 +27,8 @@ def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, in
     """Responds to every prompt of `data` num_generations times.
 
     Args:
-      config: data, generate_strategy, teacher.precision and seed are used.
+      config: data, generate_strategy, teacher.precision and seed are used; nothing is learned, so
+        objective, rewards and what teachers are like play no part.
       model: folder or hub id of the model that responds.
       output: JSONL file, which appears when it is complete.
 
@@ -36,11 +37,18 @@ def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, in
     from distill.build.fixed_data import write_responses  # late: flags come before JAX
     from distill.build.session import open_session
 
-    config = config.copy_and_resolve_references()
+    config, plain = config.copy_and_resolve_references(), default_config()
     repeats = config.distillation.generate_strategy.num_generations
-    config.distillation.update(hard_labels=True, lambda_=0.0)
+    plain.teacher.precision = config.teacher.precision
+    config.update(reward=plain.reward, teacher=plain.teacher)
+    with config.unlocked():
+        config.teachers = plain.teachers
+    objective = plain.distillation.objective
+    config.distillation.update(
+        hard_labels=True, lambda_=0.0, teacher_model_path=model, objective=objective
+    )
     config.distillation.generate_strategy.num_generations = 1
-    config.policy.model_name, config.teacher.backend = model, "local"
+    config.policy.update(model_name=model, router_replay="off")
     path = local_path(output)
     with open_session(parse_config(config), trains=False) as session:
         return write_responses(session, path, repeats)

@@ -195,6 +195,9 @@ def test_generated_sequences_are_fixed_data(models, tmp_path, monkeypatch, capsy
     config.distillation.generate_strategy.temperature = 2.0
     config.distillation.generate_strategy.num_generations = 2
     config.data.prompt_template = "0{problem}"
+    # Of what is learned nothing is asked, and nothing is refused.
+    config.reward.function, config.distillation.objective.reward_advantage = "accuracy", 1.0
+    config.policy.router_replay = "replay"
     output = tmp_path / "answers.jsonl"
     counts = generate(config, models["teacher"], output)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
