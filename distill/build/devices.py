@@ -23,7 +23,7 @@ from distill.base.sharding import (
 )
 from distill.batches.packing import Layout, Shape
 from distill.batches.rows import Batch
-from distill.config.policy import Generation, Policy, tokens_per_microbatch
+from distill.config.policy import Colocated, Generation, Policy, tokens_per_microbatch
 from distill.config.schema import Config
 
 
@@ -124,6 +124,18 @@ def split_devices(
     share = count // number
     trainer = [device for each in of_processes for device in each[:-share]]
     return trainer, [device for each in of_processes for device in each[-share:]]
+
+
+def in_all_processes(config: Config) -> Config:
+    """A config that gives no process to the sampler; batches are split over as many more."""
+    policy, mesh = config.policy, config.mesh
+    if not policy.generation.colocated.whole_processes:
+        return config
+    generation = dataclasses.replace(policy.generation, colocated=Colocated())
+    if -1 not in vars(mesh).values():
+        mesh = dataclasses.replace(mesh, data=-1)
+    policy = dataclasses.replace(policy, generation=generation)
+    return dataclasses.replace(config, policy=policy, mesh=mesh)
 
 
 def build_layout(policy: Policy, longest: int, mesh: AnyMesh, view_excess: int = 0) -> Layout:

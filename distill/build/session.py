@@ -33,7 +33,7 @@ from distill.build.data import (
     teacher_prompts,
     template_arguments,
 )
-from distill.build.devices import build_mesh, build_sampler_mesh
+from distill.build.devices import build_mesh, build_sampler_mesh, in_all_processes
 from distill.build.environment import MakeDialogues, build_dialogues
 from distill.build.evaluator import build_evaluator
 from distill.build.models import (
@@ -54,7 +54,6 @@ from distill.build.sampler import build_backend, build_engine, serve_trainer
 from distill.build.teachers import build_teachers
 from distill.build.tokenizers import build_alignments, build_vocabulary
 from distill.config.method import OF_STUDENT
-from distill.config.policy import Colocated
 from distill.config.schema import Config, all_teachers, ema_decay
 from distill.data.base import DatasetInterface
 from distill.data.prompts import Prompts
@@ -102,7 +101,7 @@ def open_session(
     import_plugins(config)
     keep_compiled_programs(config.compilation_cache)
     count_compiled_programs()
-    session = Session(config if trains else _in_all_processes(config), workdir)
+    session = Session(config if trains else in_all_processes(config), workdir)
     config = session.config
     whole = config.policy.generation.colocated.whole_processes
     if whole and processes.divide(len({x.process_index for x in session.mesh.devices.flat})):
@@ -111,18 +110,6 @@ def open_session(
     sampler = dismissing() if whole else contextlib.nullcontext()
     with jax.set_mesh(session.mesh), session.cleanup, sampler:
         yield session
-
-
-def _in_all_processes(config: Config) -> Config:
-    """A config that gives no process to the sampler; batches are split over as many more."""
-    policy, mesh = config.policy, config.mesh
-    if not policy.generation.colocated.whole_processes:
-        return config
-    generation = dataclasses.replace(policy.generation, colocated=Colocated())
-    if -1 not in vars(mesh).values():
-        mesh = dataclasses.replace(mesh, data=-1)
-    policy = dataclasses.replace(policy, generation=generation)
-    return dataclasses.replace(config, policy=policy, mesh=mesh)
 
 
 def _serve(session: Session) -> NoReturn:
