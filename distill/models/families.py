@@ -26,8 +26,8 @@ class Family:
       ignored: fields of config.json that change nothing in this family.
       defaults: of fields that config.json may leave out, as transformers has them.
       layer_types: makes the default of that field from the others.
-      keys: Hugging Face keys of parameters, where they are not Llama's, with axes where these are
-        not; see `checkpoints.keys`.
+      keys: Hugging Face keys of parameters, where `checkpoints.keys` has another or none, with axes
+        where these differ.
       fused: parameters that lie in one tensor one behind the other, by its key.
     """
 
@@ -341,7 +341,7 @@ FAMILIES: dict[str, Family] = {
         layer_types=_full_every(2),
         keys={
             "layers/router": _MLP + "router.weight",
-            "layers/router_bias": _MLP + "router.bias",
+            "layers/router_bias": (_MLP + "router.bias", "e -> e"),
             "layers/expert_gate_up_proj": (_MLP + "experts.gate_up_proj", "ecdf -> e d fc"),
             "layers/expert_gate_up_bias": (_MLP + "experts.gate_up_proj_bias", "ecf -> e fc"),
             "layers/expert_down_proj": (_MLP + "experts.down_proj", "efd -> e f d"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -17,8 +18,9 @@ from distill.base.errors import UserError
 from distill.base.mesh import make_mesh
 from distill.base.sharding import param_shardings
 from distill.data.tokenizer import character_tokenizer
-from distill.models import moe
+from distill.models import families, moe
 from distill.models.checkpoints.export import export_model
+from distill.models.checkpoints.keys import key_table, mapped_params
 from distill.models.checkpoints.load import load_params
 from distill.models.checkpoints.source import load_model_config
 from distill.models.facts import ModelConfig
@@ -238,11 +240,17 @@ def other(tmp_path_factory):
     return make
 
 
-def load(folder, config, mesh=None):
+def abstract(config):
+    """The graph, and the shapes of the parameters."""
+
     def construct():
         return Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
 
-    graphdef, shapes = nnx.split(nnx.eval_shape(construct), nnx.Param)
+    return nnx.split(nnx.eval_shape(construct), nnx.Param)
+
+
+def load(folder, config, mesh=None):
+    graphdef, shapes = abstract(config)
     shardings = param_shardings(shapes, mesh) if mesh else None
     return nnx.merge(graphdef, load_params(folder, config, shapes, shardings, jnp.float32))
 
@@ -469,3 +477,30 @@ def test_fused_tensors_are_cut_for_shards(other, tmp_path):
     shutil.copy(case.folder / "config.json", tmp_path)
     with pytest.raises(UserError, match=f"{key} has shape .63, 32., config.json calls for .64"):
         load(tmp_path, case.config)
+
+
+def test_every_row_of_the_key_table_has_a_parameter_in_some_model():
+    """And of each family's own rows, every one in a model of that family."""
+    from transformers import AutoConfig
+
+    rows, used = set(), set()
+    for name, fields in ALL.items():
+        for tied in (True, False):
+            fields = SIZES | fields | dict(tie_word_embeddings=tied)
+            hf_config = AutoConfig.for_model(name.split()[0], **fields).to_dict()
+            config = ModelConfig.from_hf(hf_config, name)
+            mapped = mapped_params(config, abstract(config)[1])
+            used |= {named_row(config.family, row) for row, _ in mapped.values()}
+            rows |= {named_row(config.family, row) for row in key_table(config).values()}
+    assert {row[1:] for row in rows} - {row[1:] for row in used} == set()
+    own = {
+        family: {*row.keys, *(path for parts in row.fused.values() for path in parts)}
+        for family, row in families.FAMILIES.items()
+    }
+    owned = {(family, path) for family, paths in own.items() for path in paths}
+    assert owned - {row[:2] for row in used} == set()
+
+
+def named_row(family, row):
+    """The family, the parameter's path in the stack of whatever kind, the key and the axes."""
+    return family, re.sub("layers/.*/", "layers/", row.path), row.key, row.axes

@@ -111,12 +111,9 @@ _FEED_FORWARD = (
 )
 _EXPERTS = (
     Weight("layers/router", _BLOCK + "mlp.gate.weight", "de -> e d"),
-    Weight("layers/router_bias", _BLOCK + "mlp.gate.bias", "e -> e"),
     Weight("layers/router_correction", _BLOCK + "mlp.gate.e_score_correction_bias", "e -> e"),
     Weight("layers/expert_gate_up_proj", _EXPERT + "{gate|up}_proj.weight", "df -> f d"),
     Weight("layers/expert_down_proj", _EXPERT + "down_proj.weight", "fd -> d f"),
-    Weight("layers/expert_gate_up_bias", _EXPERT + "{gate|up}_proj.bias", "f -> f"),
-    Weight("layers/expert_down_bias", _EXPERT + "down_proj.bias", "d -> d"),
     Weight("layers/shared_gate_proj", _BLOCK + "mlp.shared_expert.gate_proj.weight", "df -> f d"),
     Weight("layers/shared_up_proj", _BLOCK + "mlp.shared_expert.up_proj.weight", "df -> f d"),
     Weight("layers/shared_down_proj", _BLOCK + "mlp.shared_expert.down_proj.weight", "fd -> d f"),
@@ -144,7 +141,7 @@ def key_table(config: ModelConfig) -> dict[str, Weight]:
         rows |= {weight.path: weight for weight in _NORMS_OVER_HEADS}
     for path, theirs in FAMILIES[config.family].keys.items():
         key, axes = (theirs, rows[path].axes) if isinstance(theirs, str) else theirs
-        rows[path] = rows[path]._replace(key=key, axes=axes)
+        rows[path] = Weight(path, key, axes)
     for key, parts in FAMILIES[config.family].fused.items():
         rows |= {path: rows[path]._replace(key=key, parts=parts) for path in parts}
     table = {path: row for path, row in rows.items() if "layer" not in row.stacked}
