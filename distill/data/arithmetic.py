@@ -95,19 +95,20 @@ class DistinctArithmetic(DatasetInterface):
         rows = list(range(len(self._source)))
         if training:
             random.Random(seed).shuffle(rows)
-        firsts: dict[object, int] = {}  # by the problem's text
+        firsts: dict[object, Example] = {}  # by the problem's text
         for row in rows:
             if len(firsts) == max_samples:
                 break
             if self._source.level(row) > 1:
-                firsts.setdefault(self._source[row].prompt, row)
-        self._rows = list(firsts.values())
+                example = self._source[row]
+                firsts.setdefault(example.prompt, example)
+        self._examples = list(firsts.values())
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._examples)
 
     def __getitem__(self, i: int) -> Example:
-        return self._source[self._rows[i]]
+        return self._examples[i]
 
     def is_correct(self, example: Example, response: str) -> bool:
         return self._source.is_correct(example, response)
