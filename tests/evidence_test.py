@@ -5,7 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.evidence import forgetting, held_out, mending, probe, report, runner, styles
+from benchmarks.evidence import (
+    forgetting,
+    held_out,
+    language_model,
+    mending,
+    probe,
+    reader,
+    report,
+    runner,
+    styles,
+)
 from benchmarks.evidence.forgetting_task import BOTH, NEW, OLD, Conventions
 from benchmarks.evidence.mending_task import Mending, WithSlips
 from benchmarks.evidence.runs import (
@@ -383,3 +393,36 @@ def test_how_many_styles_students_use():
         *("25.0%, 100.0%", "25.0%, 100.0%", "25.0%, 0.0%", "25.0%, 0.0%"),
         *("-", "100.0%"),
     )
+
+
+@pytest.mark.parametrize("method", language_model.METHODS)
+def test_a_run_of_the_language_model_is_a_config_of_its_method(method, tmp_path):
+    config = parse_config(language_model.run_config(method, tmp_path))
+    assert config.distillation.lambda_ == float(method == "on")
+    assert config.distillation.kl_type == "forward"
+    assert config.policy.train_global_batch_size == language_model.BATCH
+    assert config.data.path == str(tmp_path / "samples.jsonl")
+
+
+def test_a_response_loops_if_four_tokens_come_three_times():
+    assert reader.loops([1, 2, 3, 4, 9] * 3)
+    assert reader.loops([7] * 6) and not reader.loops([7] * 5)
+    assert not reader.loops([1, 2, 3, 9] * 2 + [1, 2, 3])
+    assert not reader.loops([])
+
+
+def test_what_is_measured_of_a_language_model():
+    def row(method, forward):
+        read = dict(tokens=[10, 30], forward=forward, reverse=[1.0, 3.0])
+        read |= dict(absurd=[0, 10], cut=[0, 1], loops=[0, 0])
+        return dict(method=method, own=read, teachers=read, texts=["a"] * 3)
+
+    rows = [row("start", [20.0, 60.0]), row("on", [5.0, 15.0]), row("off", [10.0, 30.0])]
+    table = {line[0]: line[1:] for line in language_model.make_table(rows)}
+    assert table["forward KL, own responses"] == (
+        *("2.00 (2.00 to 2.00)", "0.50 (0.50 to 0.50)", "1.00 (1.00 to 1.00)"),
+        *("-", "-0.50 (-0.50 to -0.50)"),
+    )
+    assert table["tokens that the teacher finds absurd"][0] == "25.0% (0.0 to 33.3)"
+    assert table["responses at the limit"][0] == "50.0% (0.0 to 100.0)"
+    assert [line[1] for line in language_model.situations(rows)] == ["on-policy, forward KL"] * 2

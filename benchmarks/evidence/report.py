@@ -174,16 +174,19 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def make_tables(evidence: Evidence) -> dict[str, str]:
     """All tables, by their names in docs/results.md."""
     # Late: they import this module.
-    from benchmarks.evidence import forgetting, mending, styles
+    from benchmarks.evidence import forgetting, language_model, mending, styles
 
     own = {
         name: (module, json.loads(module.ROWS.read_text()))
-        for name, module in dict(mending=mending, forgetting=forgetting, styles=styles).items()
+        for name, module in dict(
+            mending=mending, forgetting=forgetting, styles=styles, language_model=language_model
+        ).items()
     }
     more = [line for module, rows in own.values() for line in module.situations(rows)]
     return {
         "situations": markdown([*situation_table(evidence), *more]),
         **{name: markdown(module.make_table(rows)) for name, (module, rows) in own.items()},
+        "said": language_model.make_texts(own["language_model"][1]),
         "each_style": markdown(styles.make_style_table(own["styles"][1])),
         "rivals": markdown(rival_table(evidence)),
         "rewards": markdown(reward_table(evidence)),
