@@ -221,7 +221,7 @@ def situations(rows: Sequence[Row]) -> Table:
         advice = TITLES[ON] if more.high < 0 else TITLES[OFF] if more.low > 0 else "either"
         values = (f"{measure.estimate(found[name]).value:.2f}" for name in (ON, OFF))
         effect = f"{' against '.join(values)}: {measure.show(more, '+')}, 1 seed"
-        question = "a language model that lost layers: on-policy or off-policy?"
+        question = f"a language model that lost layers, {UPDATES} updates: on-policy or off-policy?"
         lines.append((question, advice, f"{measure.title}: {effect}"))
     return lines
 
