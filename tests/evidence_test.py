@@ -398,8 +398,8 @@ def test_how_many_styles_students_use():
 @pytest.mark.parametrize("method", language_model.METHODS)
 def test_a_run_of_the_language_model_is_a_config_of_its_method(method, tmp_path):
     config = parse_config(language_model.run_config(method, tmp_path))
-    assert config.distillation.lambda_ == float(method == "on")
-    assert config.distillation.kl_type == "forward"
+    assert config.distillation.lambda_ == float(method != "off")
+    assert config.distillation.kl_type == ("reverse" if "reverse" in method else "forward")
     assert config.policy.train_global_batch_size == language_model.BATCH
     assert config.data.path == str(tmp_path / "samples.jsonl")
 

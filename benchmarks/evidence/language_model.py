@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from benchmarks.evidence.reader import Reader
 
 ROWS = DOCS / "results/language_model.json"
-UPDATES, BATCH, HELD_OUT = 20, 8, 64
+UPDATES, BATCH, HELD_OUT = 50, 8, 64
 LAYERS = {"teacher": 30, "start": 22}
 TEACHER, START = LAYERS
 OWN, TEACHERS = "own", "teachers"  # whose responses are read
@@ -51,6 +51,7 @@ OWN, TEACHERS = "own", "teachers"  # whose responses are read
 OFF, ON = "off", "on"
 METHODS: dict[str, tuple[str, Overrides]] = {
     ON: ("on-policy, forward KL", {}),
+    "on_reverse": ("on-policy, reverse KL", {"distillation.kl_type": "reverse"}),
     OFF: ("off-policy, forward KL", {"distillation.lambda_": 0.0}),
 }
 TITLES = {START: "student before"} | {name: title for name, (title, _) in METHODS.items()}
