@@ -397,7 +397,8 @@ def test_how_many_styles_students_use():
 
 @pytest.mark.parametrize("method", language_model.METHODS)
 def test_a_run_of_the_language_model_is_a_config_of_its_method(method, tmp_path):
-    config = parse_config(language_model.run_config(method, tmp_path))
+    config = parse_config(language_model.run_config(method, 2, tmp_path))
+    assert config.seed == 2
     assert config.distillation.lambda_ == float(method != "off")
     assert config.distillation.kl_type == ("reverse" if "reverse" in method else "forward")
     assert config.policy.train_global_batch_size == language_model.BATCH
@@ -412,10 +413,10 @@ def test_a_response_loops_if_four_tokens_come_three_times():
 
 
 def test_what_is_measured_of_a_language_model():
-    def row(method, forward):
+    def row(method, forward, seed=0):
         read = dict(tokens=[10, 30], forward=forward, reverse=[1.0, 3.0])
         read |= dict(absurd=[0, 10], cut=[0, 1], loops=[0, 0])
-        return dict(method=method, own=read, teachers=read, texts=["a"] * 3)
+        return dict(method=method, seed=seed, own=read, teachers=read, texts=["a"] * 3)
 
     rows = [row("start", [20.0, 60.0]), row("on", [5.0, 15.0]), row("off", [10.0, 30.0])]
     table = {line[0]: line[1:] for line in language_model.make_table(rows)}
@@ -426,3 +427,9 @@ def test_what_is_measured_of_a_language_model():
     assert table["tokens that the teacher finds absurd"][0] == "25.0% (0.0 to 33.3)"
     assert table["responses at the limit"][0] == "50.0% (0.0 to 100.0)"
     assert [line[1] for line in language_model.situations(rows)] == ["on-policy, forward KL"] * 2
+    rows += [row("on", [15.0, 45.0], seed=1), row("off", [10.0, 30.0], seed=1)]
+    assert language_model.make_table(rows)[1][2:] == (
+        *("1.00 (0.50 to 1.50)", "1.00 (1.00 to 1.00)"),
+        *("-", "+0.00 (-0.50 to +0.50)"),
+    )
+    assert [line[1] for line in language_model.situations(rows)] == ["either"] * 2

