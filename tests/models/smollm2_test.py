@@ -89,7 +89,10 @@ def test_on_policy_steps_and_export(folders, prompt_t, tmp_path):
         "distillation.generate_strategy.max_length": 12,
         "policy.model_name": folders / "student",
         "policy.max_total_sequence_length": 64,
+        "policy.train_global_batch_size": 4,
+        "policy.train_micro_batch_size": 4,
         "data.validation.max_samples": 4,
+        "evaluation.batch_size": 4,
     }
     flags = [f"--config.{key}={value}" for key, value in config.items()]
     run("-m", "distill.main", "--config=configs/smollm2.py:layers", f"--workdir={tmp_path}", *flags)

@@ -1,5 +1,6 @@
 """Several real processes are one run: its numbers, its checkpoints, its end."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,11 +9,15 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from forked import Forks
+from one_device import QUICK_XLA_FLAGS
 from processes_config import get_config
 from safetensors.numpy import load_file
 from tiny_runs import random_model, read_metrics
@@ -25,6 +30,13 @@ from distill.reporting.read import read_run
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT / "tests" / name for name in ("", "run", "run/faults", "without_torch")]
+# What is compared is compared up to rounding, so programs may be compiled in a third of the time.
+XLA_FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK_XLA_FLAGS}"
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": ":".join(map(str, FOLDERS)),
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+}
 # float32: sums over devices come in another order; Adam divides by roots of tiny squares, so that
 # rounding grows from step to step.
 CURVE = dict(rel=2e-5)
@@ -39,10 +51,15 @@ GLOO = re.compile(
 
 
 class Two:
-    """Starts a command in processes that share eight devices, and compiled programs."""
+    """Starts a command in processes that share eight devices, and compiled programs.
+
+    Each number has a process that has imported the project, of which its processes are forks.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._forks: list[Forks] = []
+        self._open = contextlib.ExitStack()
 
     def start(
         self,
@@ -51,6 +68,7 @@ class Two:
         of_one: tuple[str, ...] = (),
         fault: str = "",
         count: int = 2,
+        coming: Sequence[int] = (),
     ) -> list[subprocess.CompletedProcess]:
         """Runs `python -m distill.main`.
 
@@ -60,28 +78,40 @@ class Two:
           of_one: further flags of process 1.
           fault: what happens to process 1; see tests/run/faults/fault_plugin.py.
           count: of processes.
+          coming: those that are started; all by default.
         """
-        address = f"--coordinator_address=127.0.0.1:{free_port()}"
-        flags = (f"--workdir={workdir}", address, f"--num_processes={count}", *flags)
-        started = [self._start(0, count, flags), self._start(1, count, (*flags, *of_one), fault)]
-        started += [self._start(number, count, flags) for number in range(2, count)]
-        return [_finish(process) for process in started]
+        flags = (f"--workdir={workdir}", *flags)
+        if count > 1:
+            address = f"--coordinator_address=127.0.0.1:{free_port()}"
+            flags = (address, f"--num_processes={count}", *flags)
+        coming = coming or range(count)
+        while len(self._forks) < count:
+            self._forks.append(self._open.enter_context(Forks(ENVIRONMENT)))
 
-    def _start(self, number: int, count: int, flags, fault: str = "") -> subprocess.Popen:
-        command = [
-            sys.executable, "-m", "distill.main", "--config=tests/run/processes_config.py",
-            f"--process_id={number}", *flags,
-        ]  # fmt: skip
-        environment = {
-            **os.environ,
-            "PYTHONPATH": ":".join(map(str, FOLDERS)),
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={8 // count}"),
-            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            "FAULT": fault,
-            "FAULT_LOG": str(self.folder / "faults.log"),
-        }
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+        def run(number: int) -> subprocess.CompletedProcess:
+            more = (*flags, *of_one) if number == 1 else flags
+            return self._run(number, count, more, fault if number == 1 else "")
+
+        with ThreadPoolExecutor(count) as threads:
+            return list(threads.map(run, coming))
+
+    def _run(self, number: int, count: int, flags, fault: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "distill.main", "--config=tests/run/processes_config.py"]
+        if count > 1:
+            command.append(f"--process_id={number}")
+        output = self.folder / f"output-{number}"
+        output.mkdir(exist_ok=True)
+        return self._forks[number].run(
+            [*command, *flags],
+            ROOT,
+            output,
+            XLA_FLAGS=XLA_FLAGS.replace("count=8", f"count={8 // count}"),
+            FAULT=fault,
+            FAULT_LOG=str(self.folder / "faults.log"),
+        )
+
+    def close(self) -> None:
+        self._open.close()
 
 
 def _finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -134,16 +164,19 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Two:
+def two(tmp_path_factory) -> Iterator[Two]:
     get_config()  # makes the models, which processes that have not joined could not
-    return Two(tmp_path_factory.mktemp("processes"))
+    two = Two(tmp_path_factory.mktemp("processes"))
+    yield two
+    two.close()
 
 
 @pytest.fixture(scope="module")
 def alone(two) -> Path:
     """The workdir of one process with eight devices."""
     workdir = two.folder / "alone"
-    distill.train(get_config(), workdir)
+    (done,) = two.start(workdir, count=1)
+    assert done.returncode == 0, done.stderr
     return workdir
 
 
@@ -184,7 +217,8 @@ def test_error_and_signal_in_one_of_two_and_the_rest_by_one(two, alone, tmp_path
     assert saved in (4, 5)
     assert f"step {saved} is saved: the same command goes on from it" in done[0].stdout
     assert not (tmp_path / "student").exists() and not (tmp_path / ".lock").exists()
-    distill.train(get_config(), tmp_path)
+    (done,) = two.start(tmp_path, count=1)
+    assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path, alone)
 
 
@@ -194,7 +228,6 @@ def test_sampler_with_devices_of_four_processes(two, tmp_path):
 
     It has one device of each; or all of the last two, until one process makes the rest.
     """
-    config = get_config()
     changes = {
         "distillation.lambda_": 1.0, "distillation.max_steps": 4, "distillation.save_steps": 2,
         "checkpointing.keep": 3, "distillation.eval_steps": 0, "data.validation.max_samples": 0,
@@ -203,16 +236,18 @@ def test_sampler_with_devices_of_four_processes(two, tmp_path):
         "policy.generation.colocated.enabled": False,
         "policy.model_name": random_model(model_width=16, vocab_size=24),
     }  # fmt: skip
-    config.update_from_flattened_dict(changes)
-    distill.train(config, tmp_path / "one")
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    (done,) = two.start(tmp_path / "one", *flags, count=1)
+    assert done.returncode == 0, done.stderr
     done = two.start(tmp_path / "four", *flags, count=4)
     assert statuses(done) == [0] * 4, done
     flags.append("--config.policy.generation.colocated.whole_processes=True")
     done = two.start(tmp_path / "whole", *flags, count=4, fault="train:2:SIGTERM")
     assert statuses(done) == [0] * 4, done
     assert "the same command goes on from it" in done[0].stdout
-    distill.train(config, tmp_path / "whole")
+    del flags[-1]
+    (done,) = two.start(tmp_path / "whole", *flags, count=1)
+    assert done.returncode == 0, done.stderr
     theirs = read_metrics(tmp_path / "one")
     ahead = np.load(tmp_path / "one/checkpoints/2/arrays.npz")
     for name in ("four", "whole"):
@@ -248,25 +283,13 @@ def test_another_config_is_named_by_both(two, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_process_that_never_comes_is_named(tmp_path):
+def test_process_that_never_comes_is_named(two, tmp_path):
     """Of three, two come; all that is waited for is the time-out."""
-    address = f"--coordinator_address=127.0.0.1:{free_port()}"
-    command = [
-        sys.executable, "-m", "distill.main", "--config=tests/run/processes_config.py",
-        f"--workdir={tmp_path / 'run'}", address, "--num_processes=3",
-        "--initialization_timeout=8",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    started = [
-        subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, env=environment, **pipes)
-        for i in (0, 2)
-    ]
-    done = [_finish(process) for process in started]
+    done = two.start(tmp_path, "--initialization_timeout=8", count=3, coming=(0, 2))
     assert statuses(done) == [2, 2], done
     for each in done:
         (line,) = errors(each)
-        assert f"process 1 did not come to {address.partition('=')[2]} within 8 s" in line
+        assert re.search(r"process 1 did not come to 127.0.0.1:\d+ within 8 s", line)
         assert "2 of 3 are there" in line
 
 
