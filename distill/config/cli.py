@@ -42,6 +42,7 @@ _WRONG_TYPE = re.compile(  # as ml_collections says it
     r"TypeError: Could not override field '(\w+)' .*?\. (.*) is of original type <class '(.+?)'> "
     r"and cannot be casted to type <class '(.+?)'>"
 )
+_NO_NUMBER = re.compile(r"(invalid literal for int\(\)|could not convert string to float).*")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's
@@ -140,7 +141,9 @@ def _parse_flags_among_arguments(argv: Sequence[str]) -> list[str]:
             r"config key '\1' is \2, of type \3: it takes a value of type \4",
             said.strip().rpartition("\n")[2],
         )
-        _fail(f"the config cannot be loaded: {line}" if is_config else str(error))
+        if is_config:
+            _fail(f"the config cannot be loaded: {line}")
+        _fail(_NO_NUMBER.sub(_takes_a_number, str(error)))
     except Exception as error:  # whatever the config file raises when it is executed
         # ml_collections gives the file that it executes a name of its own.
         said = str(error).replace("module 'config_config'", "the config file")
@@ -191,6 +194,11 @@ def _with_packaged_config(arguments: Sequence[str]) -> list[str]:
             raise UserError(f"there is no config file {name}: pass another, or {_PACKAGED}")
         found[place] = f"{option}=" * bool(equals) + f"{packaged}{colon}{rest}"
     return found
+
+
+def _takes_a_number(found: re.Match) -> str:
+    """In place of what Python says of a text that is no number."""
+    return f"it takes a {'whole ' * ('int()' in found[1])}number"
 
 
 def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:

@@ -171,8 +171,11 @@ def _parse_plugin_keys(section: Any, prefix: str) -> PluginKeys:
 
 def unknown_key(key: str) -> UserError:
     """The error for a key that is not in the schema, with the nearest one that is."""
-    known = known_keys()
-    close = difflib.get_close_matches(schema_key(key), known, n=1)
+    known, name = known_keys(), key.rpartition(".")[2]
+    elsewhere = [each for each in known if each.rpartition(".")[2] == name]
+    # The same name in another section is nearer than another name in the same one.
+    cutoff = 0.0 if elsewhere else 0.6
+    close = difflib.get_close_matches(schema_key(key), elsewhere or known, n=1, cutoff=cutoff)
     if close:
         return UserError(f"unknown config key '{key}': did you mean '{close[0]}'?")
     section = schema_key(key).rpartition(".")[0]

@@ -255,6 +255,10 @@ def test_mistakes_in_a_config_file_are_one_plain_line(tmp_path, mistake):
         ("--max_steps=3", "did you mean --config.distillation.max_steps="),
         ("--nosuch=3", "--help"),
         ("--config=nosuch", "no config file nosuch"),
+        ("--config.distillation.max_steps=1e3", "max_steps=1e3: it takes a whole number\n"),
+        ("--config.distillation.lambda_=half", "lambda_=half: it takes a number\n"),
+        ("--config.distillation.learning_rate=1", "did you mean 'policy.optimizer.learning_rate'"),
+        ("--config.warmup_steps=1", "did you mean 'policy.optimizer.warmup_steps'"),
     ],
 )
 def test_flags_that_are_keys_or_nothing_at_all(flag, words):
