@@ -49,8 +49,8 @@ def write(tmp_path, monkeypatch):
     [
         ("1 / 0", "ZeroDivisionError: division by zero, at .*faulty.py:1"),
         ("import sys\nsys.exit(3)", "SystemExit: 3, at .*faulty.py:2"),
-        ("def f(:", "SyntaxError"),
-        ("import nosuchmodule", "No module named 'nosuchmodule'"),
+        ("def f(:", r"SyntaxError: .*line 1\)\): it must"),
+        ("import nosuchmodule", r"No module named 'nosuchmodule', at .*faulty.py:1\)"),
     ],
 )
 def test_a_module_that_raises_when_it_is_imported(write, source, words):

@@ -32,11 +32,13 @@ def import_plugins(config: Config) -> None:
         except UserError as error:
             raise UserError(f"plugins names {name!r}: {error}") from None
         except (Exception, SystemExit) as error:  # whatever the user's code raises
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            # The last place below import_module in the user's code: a wrong name has none.
+            frames = traceback.extract_tb(error.__traceback__)[2:]
+            frames = [each for each in frames if not each.filename.startswith("<frozen importlib")]
+            place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
             raise UserError(
-                f"plugins names {name!r}, which cannot be imported ({describe(error)}, at "
-                f"{frame.filename}:{frame.lineno}): it must be a module on PYTHONPATH, written as "
-                "my_plugin or my_package.my_plugin"
+                f"plugins names {name!r}, which cannot be imported ({describe(error)}{place}): it "
+                "must be a module on PYTHONPATH, written as my_plugin or my_package.my_plugin"
             ) from None
     generation, backend = config.policy.generation, config.policy.generation.backend
     if generation.backend not in KNOWN_BACKENDS:
