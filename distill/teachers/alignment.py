@@ -117,11 +117,13 @@ class Alignment:
             for spelled in ([spelled_s[token] or b"" for token in tokens_s], cut)
         )
         common = np.intersect1d(ends_s, ends_t)
-        has_room = np.searchsorted(ends_t, common, side="right") <= most
+        has_room = np.searchsorted(ends_t, common) < most
         common = common[(common <= agree) & has_room]
         read = common[-1] if len(common) else 0
-        tokens = np.array(tokens_t, np.int32)[ends_t <= read]
-        of_s, of_t = (np.searchsorted(common, x[x <= read]) for x in (ends_s, ends_t))
+        # Up to the token that reaches the last cut: what spells nothing behind it is unknown text.
+        ends_t = ends_t[: np.searchsorted(ends_t, read) + 1 if len(common) else 0]
+        tokens = np.array(tokens_t[: len(ends_t)], np.int32)
+        of_s, of_t = (np.searchsorted(common, x) for x in (ends_s[ends_s <= read], ends_t))
         number = np.arange(len(common))
         first, size = np.searchsorted(of_s, number), np.bincount(of_s, minlength=len(common))
         size_t, first_t = np.bincount(of_t, minlength=len(common)), np.searchsorted(of_t, number)

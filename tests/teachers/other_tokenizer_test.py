@@ -107,6 +107,18 @@ def test_cuts():
 def test_only_whole_pieces_are_read_where_there_is_no_room():
     fine, response = align(BPE, CHARACTERS), ids(BPE, "b", "aab", "b", END)
     assert [len(cut(fine, response, most)) for most in range(8)] == [0, 1, 1, 1, 4, 5, 6, 6]
+    # The teacher's first token is a space that the text does not have.
+    spaced, response = align(BPE, sentence_piece()), ids(BPE, "b", "a", END)
+    assert [len(cut(spaced, response, most)) for most in range(6)] == [0, 0, 2, 3, 4, 4]
+
+
+def test_a_response_is_read_up_to_the_first_character_that_the_teacher_does_not_know():
+    tokenizer = Tokenizer(models.BPE({END: 0, "a": 1}, [], unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    teacher = wrapped(tokenizer)
+    assert cut(align(BPE, teacher), ids(BPE, "b", "a", END)) == []
+    assert cut(align(BPE, teacher), ids(BPE, "a", "b", END)) == [("a", 0, 0)]
 
 
 @pytest.mark.parametrize(
