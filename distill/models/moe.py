@@ -220,7 +220,10 @@ def pick(
     _, picked_tc = jax.lax.top_k(ranked_te, experts.per_token)
     scores_tc = jnp.take_along_axis(scores_te, picked_tc, axis=-1)
     if experts.normalized:
-        scores_tc = scores_tc / jnp.sum(scores_tc, axis=-1, keepdims=True)
+        # Sigmoids can all underflow: with transformers' 1e-20, whose square, which the gradient
+        # divides by, would underflow itself without an exact factor on both sides.
+        sum_t1 = jnp.sum(scores_tc, axis=-1, keepdims=True) + 1e-20
+        scores_tc = scores_tc * 2.0**40 / (sum_t1 * 2.0**40)
     return scores_tc * experts.scale, picked_tc, scores_te
 
 

@@ -122,6 +122,19 @@ def test_the_routers_loss_does_not_depend_on_microbatches():
     assert metrics["router_aux_loss"] >= 1.9  # 2 where all are even
 
 
+@pytest.mark.parametrize("logit", [-120.0, -60.0, -46.0])
+def test_scores_that_underflow_are_normalized_with_a_finite_gradient(logit):
+    experts = Experts(3, 2, 1, scores="sigmoid", normalized=True)
+
+    def first(router):
+        return moe.pick(jnp.ones((1, 1)), {"router": router}, experts)[0][0, 0]
+
+    weight, gradient = jax.value_and_grad(first)(jnp.full((1, 3), logit))
+    score = np.exp(logit) if logit > -80 else 0.0  # exp(-80) is about float32's smallest
+    np.testing.assert_allclose(weight, score / (2 * score + 1e-20), rtol=1e-5)
+    assert np.isfinite(gradient).all()
+
+
 def test_the_correction_picks_and_does_not_weigh():
     experts = Experts(4, 2, 12, scores="sigmoid", correction=True, normalized=True, scale=3.0)
     weights = {"router": jnp.eye(4), "router_correction": jnp.array([0.0, 0.0, 9.0, 0.0])}
