@@ -10,6 +10,7 @@ from benchmarks.evidence import (
     held_out,
     language_model,
     mending,
+    own_teacher,
     probe,
     reader,
     report,
@@ -18,6 +19,8 @@ from benchmarks.evidence import (
 )
 from benchmarks.evidence.forgetting_task import BOTH, NEW, OLD, Conventions
 from benchmarks.evidence.mending_task import Mending, WithSlips
+from benchmarks.evidence.own_teacher_task import BOTH as BOTH_KINDS
+from benchmarks.evidence.own_teacher_task import PLAIN, SOLVED, Sums
 from benchmarks.evidence.runs import (
     BATCH,
     METHODS,
@@ -433,3 +436,44 @@ def test_what_is_measured_of_a_language_model():
         *("-", "+0.00 (-0.50 to +0.50)"),
     )
     assert [line[1] for line in language_model.situations(rows)] == ["either"] * 2
+
+
+@pytest.mark.parametrize("method", own_teacher.METHODS)
+def test_a_run_of_an_own_teacher_is_a_config_of_its_method(method, tmp_path):
+    config = parse_config(own_teacher.run_config(method, 2, tmp_path))
+    distillation, start = config.distillation, str(tmp_path / "start/student")
+    assert (config.seed, config.policy.model_name, config.data.subset) == (2, start, PLAIN)
+    assert distillation.lambda_ == float(method not in ("sft", "off"))
+    assert distillation.hard_labels == (method == "sft")
+    assert distillation.kl_type == ("reverse" if "reverse" in method else "forward")
+    assert distillation.teacher_model_path == ("ema" if method.startswith("sd") else "start")
+    decay = 0.999 if method.endswith("_slow") else 0.99
+    assert config.teacher.ema_decay == (decay if method.startswith("sd") else 0.0)
+    asks = {"sft": "", "sdpo": "{feedback}\n{problem}"}
+    assert config.teacher.prompt_template == asks.get(method[:4], "{response}\n{problem}")
+
+
+def test_sums_have_their_solution_before_them_as_asked():
+    both, plain, solved = (Sums(max_samples=4, subset=name) for name in (BOTH_KINDS, PLAIN, SOLVED))
+    for i in range(4):
+        example = plain[i]
+        assert solved[i].prompt == f"{example.response}\n{example.prompt}"
+        assert both[i] == (solved if i % 2 else plain)[i]
+        assert style_of(example.prompt, example.response) == "left"
+
+
+def test_what_an_own_teacher_gains():
+    def row(method, right, seed=0):
+        return dict(method=method, seed=seed, right=right, greedy="1111")
+
+    rows = [row("start", "1000"), row("reads", "1111")]
+    rows += [row("sft", "1100"), row("opsd", "1110"), row("opsd", "1100", seed=1)]
+    table = {line[0]: line[1:] for line in own_teacher.make_table(rows)}
+    assert table["student before"][:2] == ("-", "25.0% (0.0 to 75.0)")
+    whole = "100.0% (100.0 to 100.0)"
+    assert table[own_teacher.TITLES["reads"]] == ("-", whole, "-", "-", whole)
+    seeds, accuracy, above_start, above_sft, _ = table[own_teacher.TITLES["opsd"]]
+    assert seeds == "2" and accuracy.startswith("62.5%")
+    assert above_start.startswith("+37.5 points") and above_sft.startswith("+25.0 points")
+    (situation,) = own_teacher.situations(rows)
+    assert situation[1] == "either" and situation[2].endswith("1 seed")

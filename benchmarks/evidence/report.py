@@ -174,12 +174,16 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def make_tables(evidence: Evidence) -> dict[str, str]:
     """All tables, by their names in docs/results.md."""
     # Late: they import this module.
-    from benchmarks.evidence import forgetting, language_model, mending, styles
+    from benchmarks.evidence import forgetting, language_model, mending, own_teacher, styles
 
     own = {
         name: (module, json.loads(module.ROWS.read_text()))
         for name, module in dict(
-            mending=mending, forgetting=forgetting, styles=styles, language_model=language_model
+            mending=mending,
+            forgetting=forgetting,
+            styles=styles,
+            own_teacher=own_teacher,
+            language_model=language_model,
         ).items()
     }
     more = [line for module, rows in own.values() for line in module.situations(rows)]
