@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from distill.base import processes
-from distill.base.files import local_path, to_json, write_atomically
+from distill.base.files import check_output, local_path, to_json, write_atomically
 from distill.config import cli
 from distill.config.parse import parse_config
 
@@ -40,6 +40,8 @@ def run() -> None:
             raise cli.UserError("pass --model=PATH, the Hugging Face checkpoint to evaluate")
         path = local_path(output.value or ".")
         cli.join_processes()
+        if output.value:
+            processes.from_first(lambda: check_output(path))
         from distill.evaluation.table import format_table
 
         results = evaluate_checkpoint(config, model.value)

@@ -9,7 +9,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill.base.files import local_path
+from distill.base import processes
+from distill.base.files import local_path, make_folder_of
 from distill.config import cli
 from distill.config.parse import parse_config
 
@@ -34,6 +35,7 @@ def export_checkpoint(
 
     workdir, output = (local_path(path) for path in (workdir, output))
     check_replaceable(output)
+    processes.from_first(lambda: make_folder_of(output))
     with open_session(parse_config(config), workdir, trains=False) as session:
         return export_saved(session, output, checkpoint)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill.base.files import local_path
+from distill.base import processes
+from distill.base.files import check_output, local_path
 from distill.config import cli
 from distill.config.method import OF_STUDENT
 from distill.config.parse import default_config, parse_config
@@ -50,6 +51,7 @@ def generate(config: ConfigDict, model: str, output: str | Path) -> dict[str, in
     config.distillation.generate_strategy.num_generations = 1
     config.policy.update(model_name=model, router_replay="off")
     path = local_path(output)
+    processes.from_first(lambda: check_output(path))
     with open_session(parse_config(config), trains=False) as session:
         return write_responses(session, path, repeats)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,31 @@ def local_path(path: str | Path) -> Path:
             "(gcsfuse, s3fs) and pass the folder where it is mounted"
         )
     return Path(path).expanduser().absolute()
+
+
+def check_output(path: Path) -> None:
+    """Makes the folder of a file that a command will write, before anything is computed for it.
+
+    UserError where the file cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: pass --output=FILE")
+    make_folder_of(path)
+
+
+def make_folder_of(path: Path) -> None:
+    """Makes the folder that `path` will be in; UserError if it cannot be written to."""
+    reason = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if not reason and not os.access(path.parent, os.W_OK):
+        reason = os.strerror(errno.EACCES)
+    if reason:
+        raise UserError(
+            f"cannot write {path} ({reason}): pass another place, which may be written to"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ from distill.config.schema import all_teachers, teacher_key
 from distill.data.base import Example
 from distill.data.chat import wrap_prompt
 from distill.data.prompts import Prompts
-from distill.data.scores import ScoreWriter
+from distill.data.scores import ScoreWriter, check_replaceable
 from distill.data.sequences import Sequences
 from distill.evaluation.evaluator import decode_responses
 from distill.evaluation.rows import of_responses, padded_rows
@@ -90,6 +90,8 @@ def write_scores(session: Session, output: Path) -> int:
             f"scores on disk are of the student's ids, and with {key} the teacher has others: "
             "leave out --scores"
         )
+    folders = [output / name for name in all_teachers(session.config)]
+    processes.from_first(functools.partial(check_replaceable, *folders))
     say(f"data: {session.prompts.summary()}")
     tokens = 0
     for name, prompts in zip(session.load_teachers(), session.prompts.by_teacher, strict=True):
@@ -161,7 +163,6 @@ class _Partial:
         saved: _Made | None = processes.from_first(self._read)
         self.prompts, self._size, self._counts = saved or (0, 0, {"written": 0, "truncated": 0})
         if processes.is_first():
-            output.parent.mkdir(parents=True, exist_ok=True)
             with self._lines.open("a") as file:
                 file.truncate(self._size)
         if self.prompts:

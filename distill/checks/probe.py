@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from distill.base import processes
 from distill.base.errors import UserError
-from distill.base.files import local_path, to_json, write_atomically
+from distill.base.files import local_path, make_folder_of, to_json, write_atomically
 from distill.base.status import busy
 from distill.build.sampler import build_engine, build_sampling_params
 from distill.build.session import Session, open_session
@@ -124,11 +124,14 @@ def probe_alone(config: ConfigDict, workdir: str | Path | None = None) -> dict[s
     config.data.validation.max_samples = PROMPTS if held_out is None else min(PROMPTS, held_out)
     parsed = parse_config(config)
     check_probe(parsed)
+    folder = local_path(workdir) if workdir else None
+    if folder:
+        processes.from_first(lambda: make_folder_of(folder / PROBE))
     with open_session(parsed, trains=False) as session:
         session.load_teachers()
         found = probe(session, session.load_state(), print)
-    if workdir and processes.is_first():
-        write_probe(found, local_path(workdir))
+    if folder and processes.is_first():
+        write_probe(found, folder)
     return found
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from distill.base import processes
 from distill.base.errors import UserError
-from distill.base.files import write_atomically
+from distill.base.files import make_folder_of, write_atomically
 from distill.base.manifest import find_damage, write_manifest
 
 _ABOUT = "scores.json"
@@ -57,6 +57,20 @@ class Scores:
         # Opened anew: until a file is closed, all of it that was read counts as our memory.
         with safe_open(_file(self._folder, number), framework="numpy") as file:
             return {name: file.get_slice(name)[start:stop] for name in file.keys()}
+
+
+def check_replaceable(*folders: Path) -> None:
+    """Raises UserError unless scores can be written there that replace nothing but earlier ones."""
+    for folder in folders:
+        if folder.is_dir():
+            if not (folder / _ABOUT).is_file() and any(folder.iterdir()):
+                raise UserError(
+                    f"{folder} is not empty and holds no {_ABOUT}: pass --output=FOLDER, another "
+                    "one"
+                )
+        elif folder.exists():
+            raise UserError(f"{folder} is a file: pass --output=FOLDER")
+        make_folder_of(folder)
 
 
 class ScoreWriter:

@@ -11,10 +11,12 @@ import pytest
 import distill
 from distill.base.compilation import keep_compiled_programs
 from distill.base.errors import UserError
-from distill.base.files import local_path
+from distill.base.files import check_output, local_path
+from distill.checks.probe import probe_alone
 from distill.config import default_config
+from distill.configs import arithmetic
 from distill.export import export_checkpoint
-from distill.generate import generate
+from distill.generate import generate, score
 from distill.run.workdir import LOCK, claim_workdir
 
 
@@ -79,6 +81,29 @@ def test_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Read-only file system.*another --workdir"):
         with claim_workdir(tmp_path):
             pass
+
+
+def test_commands_refuse_early_what_they_could_not_write(tmp_path):
+    """And scores never take the place of anything but scores."""
+    config = arithmetic.get_config("short")
+    model, (folder, file) = config.policy.model_name, (tmp_path / "folder", tmp_path / "file")
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    file.write_text("mine")
+    for write, words in {
+        lambda: generate(config, model, folder): "folder is a folder: pass --output=FILE",
+        lambda: generate(config, model, file / "x"): "cannot write .*file/x .File exists",
+        lambda: score(config, folder): "folder is not empty and holds no scores.json",
+        lambda: score(config, file): "file is a file",
+        lambda: score(config, file / "x"): "cannot write .*file/x .File exists",
+        lambda: export_checkpoint(config, tmp_path, file / "x"): "cannot write .*file/x .File exi",
+        lambda: probe_alone(config, file / "x"): "cannot write .*/probe.json .Not a directory",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            write()
+    check_output(tmp_path / "new" / "x.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "new"]
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://b", "gs:/b/run", "file:///tmp/x"])
