@@ -203,14 +203,19 @@ def _read_csv(stream: BinaryIO, where: str, id: str, columns: Columns) -> list[E
     rows = csv.DictReader(text)
     columns.present(rows.fieldnames or [], where)
     return [
-        make_example(
-            {name: value or None for name, value in row.items() if name},
-            columns,
-            f"{where}:{rows.line_num}",
-            f"{id}/{number}",
-        )
+        _read_record(row, columns, f"{where}:{rows.line_num}", f"{id}/{number}")
         for number, row in enumerate(rows, start=1)
     ]
+
+
+def _read_record(
+    row: dict[str | None, Any], columns: Columns, where: str, id: str
+) -> Example | BadRow:
+    # A comma in a text that is not quoted would leave its rest to the next column.
+    if any(row.get(None, ())):
+        return BadRow(where, "more values than columns", "quote texts that have a comma")
+    found = {name: value or None for name, value in row.items() if name}
+    return make_example(found, columns, where, id)
 
 
 def _read_parquet(

@@ -50,7 +50,7 @@ def read_response(value: Any, name: str) -> str | None:
 
 
 def read_answer(value: Any, name: str) -> str | tuple[str, ...] | None:
-    """A text or a number; a list holds several answers that are right."""
+    """A text or a number, None if it is empty; a list holds several answers that are right."""
     if not isinstance(value, list):
         return _read_answer(value, name)
     answers = (_read_answer(each, name) for each in value)
@@ -59,7 +59,8 @@ def read_answer(value: Any, name: str) -> str | tuple[str, ...] | None:
 
 def _read_answer(value: Any, name: str) -> str | None:
     is_number = isinstance(value, numbers.Real | decimal.Decimal) and not isinstance(value, bool)
-    return str(value) if is_number and not _is_missing(value) else read_text(value, name)
+    text = str(value) if is_number and not _is_missing(value) else read_text(value, name)
+    return text if text and text.strip() else None
 
 
 def read_text(value: Any, name: str) -> str | None:

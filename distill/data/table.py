@@ -231,7 +231,13 @@ def choose_split(
         examples = [examples[i] for i in holdout_split(texts, split, seed, holdout_fraction)]
     elif split == "validation" and "train" in tables:
         trained = {prompt_key(e.prompt) for e in tables["train"]() if isinstance(e, Example)}
+        count = len(examples)
         examples = [e for e in examples if prompt_key(e.prompt) not in trained]
+        if not examples:
+            raise UserError(
+                f"{where} has a split 'validation' of {count} rows, whose prompts are all in its "
+                "'train' too: hold out other ones, or set data.validation.max_samples=0"
+            )
     return examples[:max_samples], bad_rows
 
 

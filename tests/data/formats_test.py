@@ -80,6 +80,8 @@ def test_missing_values_are_no_text(tmp_path):
     nan = float("nan")
     path = write(tmp_path / "d.jsonl", [{"prompt": "a", "response": nan, "answer": nan}])
     assert read(path) == [Example("a", None, None, "d.jsonl/1")]
+    path = write(tmp_path / "e.jsonl", [{"prompt": "a", "answer": x} for x in ("", " ", ["", "5"])])
+    assert [example.answer for example in read(path)] == [None, None, ("5",)]
     table = pyarrow.table({"prompt": ["a", "b"], "response": [nan, None], "answer": [1.5, nan]})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     assert [(e.response, e.answer) for e in read(tmp_path / "d.parquet")] == [
@@ -124,12 +126,16 @@ def test_kinds_of_files(tmp_path):
 
 
 def test_bad_rows_of_every_kind_of_file(tmp_path):
-    (tmp_path / "d.csv").write_bytes(b"prompt,answer\na,1\nb\xff,2\n,3\n")
+    rows = b"prompt,answer\na,1\nb\xff,2\n,3\nc, or d,4\n"  # the last one needs quotes
+    (tmp_path / "d.csv").write_bytes(rows)
     dataset = get_dataset("csv", "all", path=str(tmp_path / "d.csv"), max_bad_rows=0.9)
     assert len(dataset) == 1 and dataset.bad_rows == {
         "prompt is not Unicode text": Dropped(1, f"{tmp_path}/d.csv:3"),
         "prompt is empty": Dropped(1, f"{tmp_path}/d.csv:4"),
+        "more values than columns": Dropped(1, f"{tmp_path}/d.csv:5"),
     }
+    (tmp_path / "comma.csv").write_text("prompt,answer\na,1,\n")  # behind every row
+    assert [(e.prompt, e.answer) for e in read(tmp_path / "comma.csv")] == [("a", "1")]
     (tmp_path / "d.json").write_text('[{"prompt": "a"}, 7]')
     dataset = get_dataset("json", "all", path=str(tmp_path / "d.json"), max_bad_rows=0.5)
     assert dataset.bad_rows == {"not a JSON object": Dropped(1, f"{tmp_path}/d.json row 1")}
@@ -279,6 +285,12 @@ class TestValidation:
         data = Data(name="jsonl", path=path, validation=Validation(max_samples=0))
         config = Config(data=data)
         assert texts(build_dataset(config)) == ["p0"] and build_validation(config) is None
+
+    def test_none_but_what_is_trained_on_is_refused(self, tmp_path):
+        for name in ("train", "validation"):
+            write(tmp_path / f"{name}.jsonl", self.ROWS[:3])
+        with pytest.raises(UserError, match="'validation' of 3 rows, whose prompts are all in"):
+            build_validation(Config(data=Data(name="jsonl", path=str(tmp_path))))
 
     def test_no_path_of_its_own(self):
         config = Config(data=Data(name="arithmetic", validation=Validation(name="jsonl")))
