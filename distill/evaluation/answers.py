@@ -100,5 +100,7 @@ def is_exact(answer: str, text: str) -> bool:
 
 
 def _normal(text: str) -> str:
-    plain = unwrapped(_FENCE.sub("", text.strip())).strip(_DECORATION)
+    bare = unwrapped(_FENCE.sub("", text.strip()))
+    # An answer may be nothing but punctuation, such as [], and an empty response is not that.
+    plain = bare.strip(_DECORATION) or bare.strip(" \t\n$*_`.") or bare
     return " ".join(plain.casefold().split())

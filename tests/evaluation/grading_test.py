@@ -322,6 +322,11 @@ def test_the_kind_can_be_chosen():
     with Grader("exact") as grader:
         assert grader.grade(ExactDataset(examples), examples, ["0.5"]) == [False]
         assert grader.grade(InMemoryDataset(examples), examples, ["1/2"]) == [True]
+        # Nothing, or other punctuation, is no answer that is punctuation.
+        said = {"": False, "...": False, "()": False, "[]": True, "The answer is `[]`.": True}
+        examples = examples_with(["[]"] * len(said))
+        verdicts = grader.grade(InMemoryDataset(examples), examples, list(said))
+        assert verdicts == list(said.values())
     with pytest.raises(UserError, match="'exakt'.*auto, choice.*, exact, math"):
         Grader("exakt")
 
