@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -197,9 +198,11 @@ class Checkpoints:
         return {step: mark for step, mark in marks.items() if mark is not None}
 
     def _mark(self, scores: dict[str, float | None]) -> float | None:
-        """The metric, so that more is better; None where it was not measured."""
+        """The metric, so that more is better; None where it was not measured, or is no number."""
         score = scores.get(self._best_metric)
-        return score if score is None or BEST_METRICS[self._best_metric] else -score
+        if score is None or not math.isfinite(score):
+            return None
+        return score if BEST_METRICS[self._best_metric] else -score
 
     def close(self) -> None:
         """Waits for the save under way; may be called more than once.

@@ -1,6 +1,7 @@
 """Checkpoints by themselves: copies, checksums, which are kept, and saves that fail."""
 
 import json
+import math
 import threading
 
 import jax
@@ -67,6 +68,15 @@ def test_newest_are_kept_and_the_best_by_the_metric(tmp_path):
         save(checkpoints, step, **{FORWARD_KL: divergence})
     checkpoints.close()
     assert checkpoints.steps() == [2, 3] and checkpoints.best() == 2
+
+
+def test_what_is_no_number_is_never_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3, best_metric=FORWARD_KL)
+    for step, divergence in enumerate((math.nan, 0.3, math.inf), start=1):
+        assert checkpoints.is_best({FORWARD_KL: divergence}) == (step == 2)
+        save(checkpoints, step, **{FORWARD_KL: divergence})
+    checkpoints.close()
+    assert checkpoints.best() == 2
 
 
 def test_arrays_and_record_come_back(tmp_path):
