@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import queue
 import threading
 import time
@@ -40,7 +41,7 @@ class Reply:
 
     Attributes:
       messages: what it says, {'role', 'content'} each; none ends the dialogue.
-      reward: of the turn; a dialogue's is the sum.
+      reward: of the turn, finite; a dialogue's is the sum.
     """
 
     messages: tuple[Message, ...] = ()
@@ -221,7 +222,10 @@ class Dialogues:
             self._fail(row, describe(reply))
             return None
         try:
-            self.reward_b[row] += float(reply.reward)
+            reward = float(reply.reward)
+            if not math.isfinite(reward):
+                raise ValueError(f"its reward is {reward}")
+            self.reward_b[row] += reward
             if not reply.messages or self.turns_b[row] >= self._max_turns:
                 return None
             return self._write(reply.messages)

@@ -86,6 +86,8 @@ class Fickle(Environment):
             return "fine"
         if self.kind == "slow":
             time.sleep(0.2)
+        if self.kind == "no number":
+            return Reply(reward=float("nan"))
         return Reply(says("user", response * self.turns), reward=0.5)
 
 
@@ -104,16 +106,16 @@ def make_dialogues(kinds, **options) -> Dialogues:
 
 
 def test_failures_end_their_own_dialogues():
-    dialogues = make_dialogues(["fine", "raises", "hangs", "no reply", "slow"])
-    for row in range(5):
+    dialogues = make_dialogues(["fine", "raises", "hangs", "no reply", "slow", "no number"])
+    for row in range(6):
         dialogues.ask(row, np.array([97]))
     replies = dict(dialogues.replies(wait=False))
     assert replies[0].tolist() == replies[4].tolist() == [97]
-    assert replies[1] is replies[2] is replies[3] is None
+    assert replies[1] is replies[2] is replies[3] is replies[5] is None
     assert dialogues.measured() == {
         "environment/turns": 1.0,
-        "environment/reward": pytest.approx(0.2),
-        "environment/failures": 0.6,
+        "environment/reward": pytest.approx(1 / 6),
+        "environment/failures": pytest.approx(4 / 6),
     }
     dialogues.ask(0, np.array([98]))
     assert [(0, [98, 98])] == [(r, t.tolist()) for r, t in dialogues.replies(wait=False)]
