@@ -19,6 +19,8 @@ from distill.base.errors import UserError
 # Below this, float32 logits divided by the temperature come near overflow.
 MIN_TEMPERATURE = 1e-6
 
+_LEAST = float(np.finfo(np.float32).tiny)
+
 # Tokens per block of the two-stage draw: about the root of a large vocabulary.
 _BLOCK = 128
 
@@ -207,6 +209,7 @@ def _in_nucleus(scores_bv: jax.Array, top_p: float) -> jax.Array:
 
     Among tied tokens those of lower id come first. The likeliest token is always inside.
     """
+    top_p = max(top_p, _LEAST)  # what float32 rounds to 0 would keep nothing
     probs_bv = jax.nn.softmax(scores_bv, axis=-1)
     order_bv = _order(scores_bv)
     smallest_b1 = _smallest_kept(order_bv, probs_bv, top_p)[:, None]

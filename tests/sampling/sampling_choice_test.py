@@ -143,6 +143,12 @@ class TestChoose:
         wrong_v = reference_distribution(LOGITS_V, temperature=1.2)
         assert p_value(draw()[0], wrong_v) < 1e-6
 
+    @pytest.mark.parametrize("top_p", [1e-30, 1e-39, 1e-320])
+    def test_the_likeliest_token_is_kept_by_any_top_p(self, top_p):
+        tokens_b, _, sampled_log_probs_b = draw(top_p=top_p)
+        assert set(tokens_b.tolist()) == {int(np.argmax(LOGITS_V))}
+        assert not np.asarray(sampled_log_probs_b).any()
+
     @each_truncation
     def test_both_log_probs(self, options):
         tokens_b, log_probs_b, sampled_log_probs_b = draw(**options)
