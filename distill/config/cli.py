@@ -160,7 +160,10 @@ def _without_own_keys(arguments: Sequence[str]) -> list[str]:
 
     `required_config` sets them.
     """
-    own = re.compile(r"--?config\.(plugin\.\w+|teachers\.[\w-]+\.[\w.]+)=(.*)", re.S)
+    key = r"--?config\.(plugin\.\w+|teachers\.[\w.-]+)"
+    if bare := next((each for each in arguments if re.fullmatch(key, each)), None):
+        raise UserError(f"{bare} has no value: write {bare}=VALUE")
+    own = re.compile(f"{key}=(.*)", re.S)
     matches = [own.fullmatch(each) for each in arguments]
     _own_values.clear()
     for key, text in (match.groups() for match in matches if match):

@@ -259,6 +259,8 @@ def test_mistakes_in_a_config_file_are_one_plain_line(tmp_path, mistake):
         ("--config.distillation.lambda_=half", "lambda_=half: it takes a number\n"),
         ("--config.distillation.learning_rate=1", "did you mean 'policy.optimizer.learning_rate'"),
         ("--config.warmup_steps=1", "did you mean 'policy.optimizer.warmup_steps'"),
+        ("--config.plugin.x", "has no value: write --config.plugin.x=VALUE"),
+        ("--config.teachers.a=3", "'teachers.a' is a section with keys backend,"),
     ],
 )
 def test_flags_that_are_keys_or_nothing_at_all(flag, words):
