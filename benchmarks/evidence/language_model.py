@@ -168,7 +168,7 @@ class Measure:
         seeds = sorted(runs.keys() & reference.keys()) if reference else list(runs)
         prompts = len(runs[seeds[0]][self.whose][self.name])
         draws = resampled(len(seeds)), resampled(prompts)
-        evenly = np.full((1, len(seeds)), 1.0), np.full((1, prompts), 1.0)
+        evenly = np.ones((1, len(seeds))), np.ones((1, prompts))
         (value,), drawn_r = (
             self._mean(runs, seeds, *weights)
             - (self._mean(reference, seeds, *weights) if reference else 0)

@@ -35,17 +35,15 @@ def check_output(path: Path) -> None:
 
 def make_folder_of(path: Path) -> None:
     """Makes the folder that `path` will be in; UserError if it cannot be written to."""
-    reason = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        reason = error.strerror or str(error)
-    if not reason and not os.access(path.parent, os.W_OK):
-        reason = os.strerror(errno.EACCES)
-    if reason:
         raise UserError(
-            f"cannot write {path} ({reason}): pass another place, which may be written to"
-        )
+            f"cannot write {path} ({error.strerror or error}): pass another place, which may be "
+            "written to"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
