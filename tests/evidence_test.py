@@ -1,6 +1,7 @@
 """benchmarks/evidence: its runs are what they say, and its tables what the numbers say."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from benchmarks.evidence import (
     report,
     runner,
     styles,
+    word_problems,
 )
 from benchmarks.evidence.forgetting_task import BOTH, NEW, OLD, Conventions
 from benchmarks.evidence.mending_task import Mending, WithSlips
@@ -33,6 +35,7 @@ from benchmarks.evidence.runs import (
     config_of,
 )
 from benchmarks.evidence.styles_task import HELD_OUT, STYLES, Styles, style_of, work, write
+from benchmarks.evidence.word_problems_task import MARK, WordProblems
 from distill.base.errors import UserError
 from distill.config.parse import parse_config
 
@@ -477,3 +480,47 @@ def test_what_an_own_teacher_gains():
     assert above_start.startswith("+37.5 points") and above_sft.startswith("+25.0 points")
     (situation,) = own_teacher.situations(rows)
     assert situation[1] == "either" and situation[2].endswith("1 seed")
+
+
+def test_word_problems_are_worked_rightly_and_held_out_ones_are_no_others():
+    training, held_out = WordProblems(max_samples=300), WordProblems("test")
+    assert {example.prompt for example in training} & {
+        example.prompt for example in held_out
+    } == set()
+    for example in training:
+        lines, _, answer = example.response.partition(MARK)
+        worked = re.findall(r"(\d+[-+*/]\d+)=(\d+)", lines)
+        assert all(eval(left) == int(result) for left, result in worked)
+        assert worked[-1][1] == answer == example.answer
+        assert training.is_correct(example, example.response)
+        assert not training.is_correct(example, f"{lines}{MARK}{int(answer) + 1}")
+        assert not training.is_correct(example, answer)  # without its mark
+
+
+@pytest.mark.parametrize("size", word_problems.SIZES)
+def test_a_run_of_word_problems_is_a_config_of_its_method(size, tmp_path):
+    size = word_problems.SIZES[size]
+    runs = word_problems.all_runs(size)
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        config = parse_config(word_problems.config_of(run, size, tmp_path))
+        trained = run.method in word_problems.SIZES["full"].models
+        assert config.distillation.hard_labels == (trained or run.method == "sft")
+        assert config.distillation.lambda_ == float(run.method.startswith("on_"))
+        assert config.policy.model_name.endswith(run.method if trained else "start/student")
+        assert (config.seed, config.data.max_samples) == (run.seed, run.prompts)
+
+
+def test_word_problems_table():
+    def row(method, seed, right, prompts=64):
+        return dict(method=method, prompts=prompts, seed=seed, right=right)
+
+    rows = [row("teacher", 0, "1111", None), row(OFF, 0, "1000"), row(OFF, 1, "1100")]
+    table = word_problems.make_table([*rows, row(ON, 0, "1110"), row(ON, 1, "1111")])
+    assert [line[:3] for line in table[1:]] == [
+        ("teacher", "-", "-"),
+        ("off-policy, forward KL", "64", "2"),
+        ("on-policy, forward KL", "64", "2"),
+    ]
+    assert table[2][3].startswith("37.5% ") and table[2][4] == "-"
+    assert table[3][4].startswith("+50.0 points")
