@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from forked import Forks
-from one_device import QUICK_XLA_FLAGS
+from quick_xla import QUICK_XLA_FLAGS
 
 from distill.config.parse import parse_config
 

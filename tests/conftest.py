@@ -4,13 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from quick_xla import QUICK_XLA_FLAGS
 
 # Another platform only on request, for the tests that need a device: DISTILL_TEST_PLATFORM=cuda.
 os.environ["JAX_PLATFORMS"] = os.environ.get("DISTILL_TEST_PLATFORM", "cpu")
-# Hundreds of tiny programs are compiled and each runs for microseconds: no LLVM optimisation.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_XLA_FLAGS}"
 # Tests run side by side, and torch's threads would wait for each other: nine times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # And each of them once, also from one session of tests to the next.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from one_device import QUICK_XLA_FLAGS
+from quick_xla import QUICK_XLA_FLAGS
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import pytest
 from forked import Forks
-from one_device import QUICK_XLA_FLAGS
 from processes_config import get_config
+from quick_xla import QUICK_XLA_FLAGS
 from safetensors.numpy import load_file
 from tiny_runs import random_model, read_metrics
 
