@@ -446,13 +446,15 @@ def test_a_run_of_an_own_teacher_is_a_config_of_its_method(method, tmp_path):
     config = parse_config(own_teacher.run_config(method, 2, tmp_path))
     distillation, start = config.distillation, str(tmp_path / "start/student")
     assert (config.seed, config.policy.model_name, config.data.subset) == (2, start, PLAIN)
-    assert distillation.lambda_ == float(method not in ("sft", "off"))
-    assert distillation.hard_labels == (method == "sft")
+    assert distillation.lambda_ == float(not method.startswith(("sft", "off")))
+    assert distillation.hard_labels == method.startswith("sft")
     assert distillation.kl_type == ("reverse" if "reverse" in method else "forward")
+    _, _, rate = method.rpartition("_")
+    assert config.policy.optimizer.learning_rate == (float(rate) if "e-4" in rate else 2e-3)
     assert distillation.teacher_model_path == ("ema" if method.startswith("sd") else "start")
-    decay = 0.999 if method.endswith("_slow") else 0.99
+    decay = 0.999 if "_slow" in method else 0.99
     assert config.teacher.ema_decay == (decay if method.startswith("sd") else 0.0)
-    asks = {"sft": "", "sdpo": "{feedback}\n{problem}"}
+    asks = {"sft": "", "sft_": "", "sdpo": "{feedback}\n{problem}"}
     assert config.teacher.prompt_template == asks.get(method[:4], "{response}\n{problem}")
 
 
@@ -471,6 +473,7 @@ def test_what_an_own_teacher_gains():
 
     rows = [row("start", "1000"), row("reads", "1111")]
     rows += [row("sft", "1100"), row("opsd", "1110"), row("opsd", "1100", seed=1)]
+    rows += [row("opsd_2e-4", "1110"), row("opsd_reverse_6e-4", "0000")]
     table = {line[0]: line[1:] for line in own_teacher.make_table(rows)}
     assert table["student before"][:2] == ("-", "25.0% (0.0 to 75.0)")
     whole = "100.0% (100.0 to 100.0)"
@@ -478,8 +481,9 @@ def test_what_an_own_teacher_gains():
     seeds, accuracy, above_start, above_sft, _ = table[own_teacher.TITLES["opsd"]]
     assert seeds == "2" and accuracy.startswith("62.5%")
     assert above_start.startswith("+37.5 points") and above_sft.startswith("+25.0 points")
-    (situation,) = own_teacher.situations(rows)
-    assert situation[1] == "either" and situation[2].endswith("1 seed")
+    forward, reverse = own_teacher.situations(rows)
+    assert forward[1] == "either" and forward[2].endswith("1 seed")
+    assert reverse[2].startswith("0.0% against 50.0%")
 
 
 def test_word_problems_are_worked_rightly_and_held_out_ones_are_no_others():

@@ -12,6 +12,7 @@ learned from has its solution before it. So it copies better than it works.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ LONGEST, SEEDS, HELD_OUT = 24, 3, 512
 UPDATES, START_UPDATES = 300, 1200
 START, READS = "start", "reads"
 
-SFT, SOLUTION = "sft", "opsd"
+SFT, SOLUTION, REVERSE, AVERAGE = "sft", "opsd", "opsd_reverse", "sdft_slow"
 _SOLVED = {"teacher.prompt_template": "{response}\n{problem}"}
 _RIGHT = {  # of four responses
     "teacher.prompt_template": "{feedback}\n{problem}",
@@ -54,30 +55,65 @@ _RIGHT = {  # of four responses
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table: overrides of the config, and seeds."""
+
+    title: str
+    overrides: Overrides
+    seeds: int = SEEDS
+
+    def at(self, rate: float, seeds: int = 1) -> Method:
+        """At another peak learning rate than 2e-3."""
+        overrides = self.overrides | {"policy.optimizer.learning_rate": rate}
+        return Method(f"{self.title}, rate {rate:g}", overrides, seeds)
+
+
 def _average(decay: float) -> Overrides:
     return {"distillation.teacher_model_path": "ema", "teacher.ema_decay": decay}
 
 
-METHODS: dict[str, tuple[str, Overrides]] = {
-    SFT: (
+_BASIC = {
+    SFT: Method(
         "SFT on the solutions",
         {"distillation.lambda_": 0.0, "distillation.hard_labels": True},
     ),
-    "off": ("itself with the solution, off-policy", _SOLVED | {"distillation.lambda_": 0.0}),
-    SOLUTION: ("itself with the solution, on-policy (OPSD)", _SOLVED),
-    "opsd_reverse": ("the same, reverse KL", _SOLVED | {"distillation.kl_type": "reverse"}),
-    "sdft_slow": ("its average, decay 0.999, with the solution (SDFT)", _SOLVED | _average(0.999)),
-    "sdft": ("the same, decay 0.99", _SOLVED | _average(0.99)),
-    "sdpo_slow": (
+    SOLUTION: Method("itself with the solution, on-policy (OPSD)", _SOLVED),
+    REVERSE: Method(
+        "itself with the solution, on-policy, reverse KL",
+        _SOLVED | {"distillation.kl_type": "reverse"},
+    ),
+    AVERAGE: Method(
+        "its average, decay 0.999, with the solution (SDFT)", _SOLVED | _average(0.999)
+    ),
+}
+# More seeds for a method's best other rate.
+METHODS = {
+    SFT: _BASIC[SFT],
+    "sft_6e-4": _BASIC[SFT].at(6e-4, SEEDS),
+    "off": Method("itself with the solution, off-policy", _SOLVED | {"distillation.lambda_": 0.0}),
+    SOLUTION: _BASIC[SOLUTION],
+    "opsd_6e-4": _BASIC[SOLUTION].at(6e-4),
+    "opsd_2e-4": _BASIC[SOLUTION].at(2e-4, SEEDS),
+    REVERSE: _BASIC[REVERSE],
+    "opsd_reverse_6e-4": _BASIC[REVERSE].at(6e-4, SEEDS),
+    "opsd_reverse_2e-4": _BASIC[REVERSE].at(2e-4),
+    AVERAGE: _BASIC[AVERAGE],
+    "sdft_slow_6e-4": _BASIC[AVERAGE].at(6e-4),
+    "sdft_slow_2e-4": _BASIC[AVERAGE].at(2e-4),
+    "sdft": Method("its average, decay 0.99, with the solution", _SOLVED | _average(0.99)),
+    "sdpo_slow": Method(
         "its average, decay 0.999, with a right response of its own (SDPO)",
         _RIGHT | _average(0.999),
     ),
-    "sdpo": ("the same, decay 0.99", _RIGHT | _average(0.99)),
+    "sdpo": Method(
+        "its average, decay 0.99, with a right response of its own", _RIGHT | _average(0.99)
+    ),
 }
 TITLES = {
     START: "student before",
     READS: "the same, with the solution in its prompt",
-    **{name: title for name, (title, _) in METHODS.items()},
+    **{name: method.title for name, method in METHODS.items()},
 }
 
 
@@ -87,12 +123,12 @@ def run_config(method: str, seed: int, output: Path) -> ConfigDict:
     config.distillation.save_steps = 0
     if method == START:
         config.data.subset, config.distillation.max_steps = BOTH, START_UPDATES
-        config.update_from_flattened_dict(METHODS[SFT][1])
+        config.update_from_flattened_dict(METHODS[SFT].overrides)
         return config
     config.data.subset = PLAIN
     config.policy.model_name = str(output / START / "student")
     config.distillation.teacher_model_path = "start"
-    config.update_from_flattened_dict(METHODS[method][1])
+    config.update_from_flattened_dict(METHODS[method].overrides)
     return config
 
 
@@ -113,7 +149,12 @@ def perform_all(output: Path) -> None:
     if not (output / START / "student").exists():
         distill.train(run_config(START, 0, output), output / START)
     plain, solved = (HeldOut(held_out_config(output, subset)) for subset in (PLAIN, SOLVED))
-    runs = [(method, seed) for seed in range(SEEDS) for method in METHODS]
+    runs = [
+        (method, seed)
+        for seed in range(SEEDS)
+        for method in METHODS
+        if seed < METHODS[method].seeds
+    ]
     rows = []
     for method, seed in [(START, 0), (READS, 0), *runs]:
         folder = output / (f"{method}-seed{seed}" if method in METHODS else START)
@@ -168,13 +209,16 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 
 def situations(rows: Sequence[Row]) -> Table:
-    """Whether the student can be its own teacher where there are solutions."""
-    found = cells(rows)
-    text = (
-        "no larger teacher, but solutions, sampled: the student with the solution as its teacher?"
-    )
-    compared, titles = (found[SOLUTION], found[SFT]), (TITLES[SOLUTION], TITLES[SFT])
-    return [situation(text, compared, titles, found[START].rows[0])]
+    """Whether the student can be its own teacher where there are solutions, at its best rate."""
+    found, lines = cells(rows), []
+    for name, by in (("opsd_2e-4", ""), ("opsd_reverse_6e-4", ", by reverse KL")):
+        text = (
+            "no larger teacher, but solutions, sampled: the student with the solution as its "
+            f"teacher{by}?"
+        )
+        compared, titles = (found[name], found[SFT]), (TITLES[name], TITLES[SFT])
+        lines.append(situation(text, compared, titles, found[START].rows[0]))
+    return lines
 
 
 def main() -> None:
