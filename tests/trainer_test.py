@@ -203,7 +203,8 @@ def test_generated_sequences_are_fixed_data(models, tmp_path, monkeypatch, capsy
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert counts["written"] == len(lines) == 32
     assert counts["truncated"] == sum("truncated" in line for line in lines) > 0
-    assert set(lines[0]) - {"truncated"} == {"id", "prompt", "response", "answer"}
+    assert set(lines[0]) - {"truncated"} == {"id", "prompt", "response", "answer", "level"}
+    assert lines[0]["level"] == "1", "by which teachers may be asked"
     assert all(line["prompt"].startswith("0") for line in lines), "what the teacher was asked"
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 

@@ -48,7 +48,10 @@ def make_folder_of(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that goes down may leave the new name and no text
     os.replace(temporary, path)
 
 

@@ -202,4 +202,5 @@ def _line(example: Example, response: str, generation: int, template: str) -> di
     # With the template's words: those who read the file need not know of it.
     prompt = wrap_prompt(example.prompt, template)
     line = {"id": f"{example.id}/{generation}", "prompt": prompt, "response": response}
-    return line if example.answer is None else {**line, "answer": example.answer}
+    answer = {} if example.answer is None else {"answer": example.answer}
+    return {**example.columns, **line, **answer}

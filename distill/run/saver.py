@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from distill.base import processes
 from distill.base.errors import RunStopped, UserError
 from distill.base.files import write_atomically
-from distill.base.status import busy
+from distill.base.status import busy, say
 from distill.batches.source import BatchSource
 from distill.config.changes import Changes, check_changes, find_changes, is_same_run
 from distill.config.schema import Checkpointing
@@ -191,7 +191,11 @@ def find_beginning(workdir: Path, identity: dict[str, Any]) -> dict[str, Any]:
     def find() -> dict[str, Any]:
         if not path.exists():
             return {}
-        record = json.loads(path.read_text())
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:  # of a machine that went down
+            say(f"{path} is damaged: what was checked and evaluated is done once more")
+            return {}
         return record if is_same_run(record, identity) else {}
 
     return processes.from_first(find)

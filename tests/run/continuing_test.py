@@ -15,6 +15,7 @@ from distill.evaluation.evaluator import Evaluator
 from distill.rollout.in_process import JaxBackend
 from distill.run.interrupts import Interrupts
 from distill.run.progress import Progress
+from distill.run.saver import BEGINNING, find_beginning
 
 WEIGHTS = "model.safetensors"
 # Another value of every free key that a run of this size on eight CPU devices can have.
@@ -168,6 +169,12 @@ def test_checks_and_evaluations_before_the_first_step_are_kept(models, tmp_path,
     assert checked == [1, 1] and evaluated == [False, True] * 2 + [False]
     assert set(result.results) == {"base", "teacher", "student"}
     assert read_metrics(tmp_path)[:2] == lines
+
+
+def test_a_damaged_beginning_is_none(tmp_path, capsys):
+    (tmp_path / BEGINNING).write_text('{"step": 0, "confi')
+    assert find_beginning(tmp_path, {}) == {}
+    assert f"{tmp_path / BEGINNING} is damaged" in capsys.readouterr().out
 
 
 def fail(self, request):
