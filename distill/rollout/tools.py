@@ -27,16 +27,21 @@ class PythonTool(Environment):
 
 
 class SelfCheck(Environment):
-    """Says once that a response is wrong; the reward is the verdict on the last."""
+    """Says once that a response is wrong; the reward is the verdict on the last.
+
+    Where nothing says what is right, a response ends the dialogue without either.
+    """
 
     def __init__(self, example: Example, is_right: Callable[[Example, str], bool | None]):
         self._example, self._is_right, self._attempts = example, is_right, 0
 
     def step(self, response: str) -> Reply:
         self._attempts += 1
-        if self._is_right(self._example, response):
+        verdict = self._is_right(self._example, response)
+        if verdict:
             return Reply(reward=1.0)
-        return Reply(says("user", _TRY_AGAIN)) if self._attempts == 1 else Reply()
+        is_wrong = verdict is not None
+        return Reply(says("user", _TRY_AGAIN)) if is_wrong and self._attempts == 1 else Reply()
 
 
 class Calculator:

@@ -68,6 +68,8 @@ def test_second_attempt():
     assert check.step("4") == Reply(reward=1.0)
     again = SelfCheck(example, lambda example, response: False)
     assert again.step("5").messages and again.step("5") == Reply()
+    ungraded = SelfCheck(example, lambda example, response: None)
+    assert ungraded.step("5") == Reply()
 
 
 class Fickle(Environment):
