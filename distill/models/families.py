@@ -151,7 +151,7 @@ _MLP = "model.layers.{layer}.mlp."
 _DEEPSEEK: dict[str, Any] = dict(  # its router, and its names for what is in Qwen's, too
     fields=("num_local_experts", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
     + ("moe_intermediate_size", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace"),
-    required=("head_dim", "moe_intermediate_size"),
+    required=("head_dim", "moe_intermediate_size", "n_shared_experts"),
     keys={
         f"layers/shared_{name}_proj": f"{_MLP}shared_experts.{name}_proj.weight"
         for name in ("gate", "up", "down")

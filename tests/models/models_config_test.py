@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from distill.base.errors import UserError
 from distill.models.facts import ModelConfig
@@ -292,3 +292,12 @@ def test_two_ropes_are_refused():
     both = LLAMA3 | {"rope_parameters": {"rope_type": "default"}}
     with pytest.raises(UserError, match="rope_parameters and rope_scaling are both given"):
         read(both)
+
+
+def test_how_many_experts_all_tokens_share_must_be_said():
+    """GLM's default in transformers is one, and none would be read."""
+    config = CONFIG_MAPPING["glm4_moe"]().to_dict() | dict(head_dim=64)
+    experts = read(config).experts
+    assert experts.shared_width == experts.width
+    with pytest.raises(UserError, match="the required field n_shared_experts is missing"):
+        read(without(config, "n_shared_experts"))
