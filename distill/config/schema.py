@@ -145,7 +145,7 @@ class Checkpointing:
 class Warn:
     """When a step is worth a line on the console; 0 switches a warning off."""
 
-    loss_spike: float = free(5.0, "loss, in medians of the last 50 steps", low=0)
+    loss_spike: float = free(5.0, "loss, in medians of its size in the last 50 steps", low=0)
     length_spike: float = free(
         2.0, "mean length of sampled responses, in medians of the last 50 steps", low=0
     )

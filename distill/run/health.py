@@ -65,7 +65,8 @@ class Health:
             if name not in values:
                 continue
             if factor and len(recent) >= _FEWEST:
-                usual = statistics.median(recent)
+                # A loss with advantages may be negative, or about 0: its size is what is usual.
+                usual = statistics.median(map(abs, recent))
                 if values[name] > factor * usual:
                     seen = f"{name} is {values[name]:.4g}, usually {usual:.4g}"
                     found.append((kind, f"{seen}: {advice}"))

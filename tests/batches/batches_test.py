@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from distill.batches.weighing import weigh
 from distill.build.objective import build_weighing
 from distill.config.method import Objective
 from distill.data.sequences import Column, Sequences, declare_column
+from distill.losses.weights import token_weights
 from distill.rollout.metrics import repetition
 from distill.sampling.choice import SamplingParams
 from distill.sampling.request import Rollout
@@ -148,6 +150,13 @@ WEIGHED = Sequences.of_tokens(
 )
 def test_tokens_count_by_place_and_kind(options, expected):
     np.testing.assert_allclose(weigh(WEIGHED, **options)["weight"], expected, rtol=1e-6)
+
+
+def test_a_steep_discount_leaves_no_token_of_a_long_response_out():
+    """Neither of those counted nor, divided by their number, of those that the loss computes."""
+    long = Sequences.of_tokens([np.arange(4000) % 7], weight=1)
+    weight = jnp.asarray(weigh(long, discount=0.5)["weight"])
+    assert (weight != 0).all() and (token_weights(weight, 10_000_000) != 0).all()
 
 
 def test_turns_of_others_are_not_counted():

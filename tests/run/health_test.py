@@ -76,3 +76,11 @@ def test_usual_follows_the_run():
     for step in range(100, 200):
         health.check(step, FINE | {"loss": 100.0})
     assert health.check(200, FINE | {"loss": 100.0}) == []
+
+
+def test_a_negative_loss_spikes_by_its_usual_size():
+    """With advantages the loss is below 0 or about it, and that is no sign."""
+    health, losses = Health(Warn(), quiet_steps=1), [-0.1, -0.11, 0.1, -0.09]
+    assert not any(health.check(step, {"loss": losses[step % 4]}) for step in range(1, 41))
+    (line,) = health.check(41, {"loss": 0.6})
+    assert "logger.warn.loss_spike" in line
