@@ -192,11 +192,11 @@ def find_beginning(workdir: Path, identity: dict[str, Any]) -> dict[str, Any]:
         if not path.exists():
             return {}
         try:
-            record = json.loads(path.read_text())
-        except ValueError:  # of a machine that went down
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return record if is_same_run(record, identity) else {}
+        except (ValueError, LookupError, TypeError, AttributeError):
             say(f"{path} is damaged: what was checked and evaluated is done once more")
             return {}
-        return record if is_same_run(record, identity) else {}
 
     return processes.from_first(find)
 

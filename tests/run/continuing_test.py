@@ -171,9 +171,10 @@ def test_checks_and_evaluations_before_the_first_step_are_kept(models, tmp_path,
     assert read_metrics(tmp_path)[:2] == lines
 
 
-def test_a_damaged_beginning_is_none(tmp_path, capsys):
-    (tmp_path / BEGINNING).write_text('{"step": 0, "confi')
-    assert find_beginning(tmp_path, {}) == {}
+@pytest.mark.parametrize("text", ['{"step": 0, "confi', "[]", "{}"])
+def test_a_damaged_beginning_is_none(text, tmp_path, capsys):
+    (tmp_path / BEGINNING).write_text(text)
+    assert find_beginning(tmp_path, dict(config={}, contents={})) == {}
     assert f"{tmp_path / BEGINNING} is damaged" in capsys.readouterr().out
 
 
