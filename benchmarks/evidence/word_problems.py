@@ -35,7 +35,7 @@ from benchmarks.evidence.report import (
     markdown,
     points,
 )
-from benchmarks.evidence.runs import METHODS, OFF, ON, Overrides
+from benchmarks.evidence.runs import METHODS, OFF, ON
 from benchmarks.evidence.word_problems_task import HELD_OUT, TASK
 from distill.config import cli, default_config
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from benchmarks.evidence.held_out import HeldOut
 
 TEACHER, START, RANDOM = "teacher", "start", "random"
-SFT: Overrides = {"distillation.lambda_": 0.0, "distillation.hard_labels": True}
-COMPARED = (OFF, ON, "on_reverse", "sft")
+SFT = "sft"
+COMPARED = (OFF, ON, "on_reverse", SFT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +129,12 @@ def config_of(run: Run, size: Size, output: Path) -> ConfigDict:
         config.policy.model_name = str(output / RANDOM / run.method)
         config.distillation.max_steps = teacher_updates if run.method == TEACHER else start_updates
         config.policy.optimizer.learning_rate = 6e-4
-        config.update_from_flattened_dict(SFT)
     else:
         config.policy.model_name = str(output / START / "student")
         config.distillation.max_steps = updates
         config.policy.optimizer.learning_rate = 3e-4
-        (overrides,) = METHODS[run.method].phases
-        config.update_from_flattened_dict(overrides)
+    (overrides,) = METHODS[run.method if run.method in COMPARED else SFT].phases
+    config.update_from_flattened_dict(overrides)
     config.distillation.save_steps = config.distillation.max_steps
     return config
 
@@ -232,7 +231,8 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 
 def main() -> None:
-    output, size = Path(output_flag.value).absolute(), SIZES[size_flag.value]
+    size = SIZES[size_flag.value]
+    output = Path(output_flag.value).absolute() / size_flag.value  # sizes share no models
     if plan_flag.value:
         print_plan(size, output, plan_flag.value)
     else:

@@ -40,8 +40,9 @@ class SelfCheck(Environment):
         verdict = self._is_right(self._example, response)
         if verdict:
             return Reply(reward=1.0)
-        is_wrong = verdict is not None
-        return Reply(says("user", _TRY_AGAIN)) if is_wrong and self._attempts == 1 else Reply()
+        if verdict is None or self._attempts > 1:
+            return Reply()
+        return Reply(says("user", _TRY_AGAIN))
 
 
 class Calculator:
